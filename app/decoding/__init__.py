@@ -1,0 +1,1 @@
+"""Autoregressive and self-speculative decoding over the ExitableDecoder protocol."""

@@ -1,0 +1,68 @@
+"""What a user can get wrong, said once and said well: field, got, allowed, fix."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """An error the user can mend; the command line prints it without a traceback and exits with status 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that cannot be used.
+
+    Args:
+        field: Name of the setting, as the constructor spells it; the command line completes it to its full path.
+        got: The offending value.
+        allowed: What would have been accepted, in words or as an interval.
+        fix: Optional advice on what to do.
+    """
+
+    def __init__(self, field: str, *, got: object, allowed: str, fix: str = "") -> None:
+        self.field, self.got, self.allowed, self.fix = field, got, allowed, fix
+        super().__init__(field, got, allowed, fix)
+
+    def __str__(self) -> str:
+        return self.message(self.field)
+
+    def message(self, field: str) -> str:
+        """The one-line message, with `field` written as given (for instance as a full path)."""
+        advice = f"; {self.fix}" if self.fix else ""
+        return f"{field}: got {self.got!r}, allowed {self.allowed}{advice}"
+
+
+class DataError(UserError):
+    """Data that is missing, empty or unreadable; the message names the source and the place in it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, written or used with this model; the message names file and reason."""
+
+
+class DivergenceError(UserError):
+    """Training produced a loss or gradient that is not finite; the message names step and exit."""
+
+
+def check_range(
+    field: str,
+    value: float,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    high_open: bool = False,
+    fix: str = "",
+) -> None:
+    """Raise ConfigError unless `low <= value <= high` (`< high` when `high_open`); NaN never passes."""
+    low_ok = low is None or value >= low
+    high_ok = high is None or (value < high if high_open else value <= high)
+    if low_ok and high_ok and value == value:  # the last one rejects NaN
+        return
+    left = "(-inf" if low is None else f"[{low}"
+    right = "inf)" if high is None else f"{high}{')' if high_open else ']'}"
+    raise ConfigError(field, got=value, allowed=f"{left}, {right}", fix=fix)
+
+
+def check_choice(field: str, value: str, table: object) -> None:
+    """Raise ConfigError unless `value` is a key of `table` (any container that lists the choices)."""
+    choices = list(table)  # type: ignore[call-overload]
+    if value not in choices:
+        raise ConfigError(field, got=value, allowed=" | ".join(choices))

@@ -1,0 +1,1 @@
+"""Measurements: exit quality, decoding comparison, and how to show them."""

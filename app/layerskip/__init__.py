@@ -1,0 +1,1 @@
+"""The paper (arXiv 2404.16710) as arithmetic; see README.md, the method card."""

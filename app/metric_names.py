@@ -1,0 +1,61 @@
+"""Every logged key, once; units are in the key."""
+
+from __future__ import annotations
+
+TRAIN_LOSS = "train/loss"
+TRAIN_GLOBAL_STEP_TOKENS = "train/label_tokens_per_step"
+TRAIN_EXITS_ON = "train/num_exits_on"
+TRAIN_DROPOUT_MEAN = "train/mean_dropout_rate"
+VAL_LOSS = "val/loss"
+TEST_LOSS = "test/loss"
+
+TOKENS_PER_SECOND = "throughput/tokens_per_second"
+BLOCKS_SAVED_SHARE = "throughput/blocks_saved_share"
+MEMORY_GIB = "memory/peak_gib"
+
+DECODE_ACCEPTANCE_RATE = "decode/acceptance_rate"
+DECODE_TOKENS_PER_ROUND = "decode/mean_tokens_per_round"
+DECODE_AR_TOKENS_PER_SECOND = "decode/autoregressive_tokens_per_second"
+DECODE_SS_TOKENS_PER_SECOND = "decode/self_speculative_tokens_per_second"
+DECODE_SPEEDUP = "decode/speedup"
+DECODE_IDENTICAL_SHARE = "decode/identical_share"
+
+
+def train_exit_loss(exit_layer: int) -> str:
+    """Training loss of one exit, in nats a token."""
+    return f"train/exit_loss/exit_{exit_layer:02d}"
+
+
+def train_exit_weight(exit_layer: int) -> str:
+    """Normalised weight of one exit in this step's loss."""
+    return f"train/exit_weight/exit_{exit_layer:02d}"
+
+
+def dropout_rate(layer_idx: int) -> str:
+    """Dropout rate of one block in this step."""
+    return f"dropout/layer_{layer_idx:02d}"
+
+
+def exit_loss(stage: str, exit_layer: int) -> str:
+    """Held-out loss of one exit, in nats a token; `stage` is val or test."""
+    return f"{stage}/exit_loss/exit_{exit_layer:02d}"
+
+
+def exit_perplexity(stage: str, exit_layer: int) -> str:
+    """Held-out perplexity of one exit; `stage` is val or test."""
+    return f"{stage}/exit_perplexity/exit_{exit_layer:02d}"
+
+
+def exit_agreement(stage: str, exit_layer: int) -> str:
+    """Share of held-out tokens whose top-1 prediction at this exit equals the full model's."""
+    return f"{stage}/exit_agreement/exit_{exit_layer:02d}"
+
+
+def source_loss(stage: str, source: str) -> str:
+    """Held-out loss of the full model on one source, in nats a token."""
+    return f"{stage}/loss/{source}"
+
+
+def decode_setting(name: str, exit_layer: int, num_draft_tokens: int) -> str:
+    """A decode/ metric of one (exit, drafts) setting."""
+    return f"{name}/exit_{exit_layer:02d}_drafts_{num_draft_tokens:02d}"

@@ -1,0 +1,1 @@
+"""Hugging Face decoders made droppable, tappable and runnable in spans."""

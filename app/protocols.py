@@ -1,0 +1,144 @@
+"""What the parts ask of one another: small protocols, so that each can be tested with a ten-line fake.
+
+Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary.
+An `exit_layer` counts blocks RUN before unembedding: 1..num_layers; num_layers is the full model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, device
+
+
+class Table(NamedTuple):
+    """A plain table of results; the command line decides how to draw it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@runtime_checkable
+class LayerDropoutHost(Protocol):
+    """A model in training whose blocks can be dropped."""
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of blocks."""
+
+    @property
+    def dropout_rates(self) -> tuple[float, ...]:
+        """The rates in use, one for each block, read back from whoever applies them."""
+
+    def set_dropout_rates(self, rates: Sequence[float]) -> None:
+        """Use `rates[layer_idx]` in [0, 1) from the next forward on."""
+
+
+@runtime_checkable
+class EarlyExitHost(Protocol):
+    """A model in training whose loss is a weighted sum over exits."""
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of blocks."""
+
+    @property
+    def exit_weights(self) -> Mapping[int, float]:
+        """exit_layer -> normalised weight of the exits that are on, read back from whoever applies them."""
+
+    def set_exit_weights(self, weights: Mapping[int, float]) -> None:
+        """Use these exits and weights from the next forward on; the weights sum to 1."""
+
+
+class DecoderCache(Protocol):
+    """Keys and values of every block for the tokens processed so far; blocks may be filled to different lengths."""
+
+    def length(self, layer_idx: int) -> int:
+        """Number of positions stored for block `layer_idx`."""
+
+    def truncate(self, length: int) -> None:
+        """Forget every position >= `length` in all blocks; no memory moves."""
+
+
+class ExitableDecoder(Protocol):
+    """A decoder whose blocks can be run in spans, so that drafting and verifying share one cache."""
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of blocks."""
+
+    @property
+    def max_length(self) -> int:
+        """The context length: positions 0..max_length-1 exist."""
+
+    @property
+    def device(self) -> device:
+        """Where token ids must be."""
+
+    def new_cache(self, capacity: int) -> DecoderCache:
+        """An empty cache with room for `capacity` positions (it may grow)."""
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""
+
+    def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: DecoderCache) -> Tensor:
+        """Run blocks start..stop-1 on T new positions, which begin at `cache.length(start)`.
+
+        Appends their keys and values to the cache; returns the pre-norm hidden states [B, T, D].
+        """
+
+    def unembed(self, hidden_BTD: Tensor) -> Tensor:
+        """Final norm and LM head: pre-norm hidden states [B, T, D] -> logits [B, T, V]."""
+
+
+@runtime_checkable
+class DecodingHost(Protocol):
+    """Something that can lend its current weights for decoding."""
+
+    def exitable_decoder(self) -> ExitableDecoder:
+        """A view on the live weights; it must neither copy nor change them."""
+
+
+@runtime_checkable
+class ExitMonitorHost(Protocol):
+    """A model whose validation step returns hidden states at chosen exits.
+
+    Its `validation_step` returns {"hidden_by_exit": {exit_layer: normed hidden [B, T, D]}, "labels": [B, T]}.
+    """
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of blocks."""
+
+    def monitor_exits(self, exit_layers: Sequence[int]) -> None:
+        """Return these exits from every later validation step."""
+
+    def head(self, normed_BTD: Tensor) -> Tensor:
+        """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""
+
+
+@runtime_checkable
+class TokenizerOwner(Protocol):
+    """A datamodule that knows the tokenizer, so that checkpoints can carry it."""
+
+    @property
+    def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerBase
+        """The tokenizer of the data."""
+
+
+@runtime_checkable
+class PromptOwner(Protocol):
+    """A datamodule that offers fixed held-out prompts."""
+
+    def validation_prompts(self, count: int, length: int) -> list[list[int]]:
+        """`count` prompts of `length` token ids from held-out documents, the same at every call."""
+
+
+@runtime_checkable
+class Reportable(Protocol):
+    """A callback with something to show when the run is over."""
+
+    def report(self) -> Table | None:
+        """A table of results, or None when nothing was measured."""

@@ -1,0 +1,1 @@
+"""Lightning datamodules: text and code corpora."""

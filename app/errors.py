@@ -66,3 +66,11 @@ def check_choice(field: str, value: str, table: object) -> None:
     choices = list(table)  # type: ignore[call-overload]
     if value not in choices:
         raise ConfigError(field, got=value, allowed=" | ".join(choices))
+
+
+def require_total_steps(max_steps: int, *, field: str, got: str) -> int:
+    """The length of the run in optimizer steps, or ConfigError: `field`'s value `got` cannot do without it."""
+    if max_steps < 1:
+        fix = "set trainer.max_steps"
+        raise ConfigError(field, got=got, allowed="only in a run of known length (trainer.max_steps >= 1)", fix=fix)
+    return max_steps

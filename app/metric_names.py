@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 TRAIN_LOSS = "train/loss"
-TRAIN_GLOBAL_STEP_TOKENS = "train/label_tokens_per_step"
-TRAIN_EXITS_ON = "train/num_exits_on"
-TRAIN_DROPOUT_MEAN = "train/mean_dropout_rate"
+TRAIN_LABEL_TOKENS = "train/label_tokens_per_step"
+NUM_EXITS_ON = "train/num_exits_on"
+DROPOUT_MEAN_RATE = "train/dropout_rate/mean"
+DROPOUT_LAST_RATE = "train/dropout_rate/last_layer"
 VAL_LOSS = "val/loss"
 TEST_LOSS = "test/loss"
 
@@ -29,11 +30,6 @@ def train_exit_loss(exit_layer: int) -> str:
 def train_exit_weight(exit_layer: int) -> str:
     """Normalised weight of one exit in this step's loss."""
     return f"train/exit_weight/exit_{exit_layer:02d}"
-
-
-def dropout_rate(layer_idx: int) -> str:
-    """Dropout rate of one block in this step."""
-    return f"dropout/layer_{layer_idx:02d}"
 
 
 def exit_loss(stage: str, exit_layer: int) -> str:

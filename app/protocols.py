@@ -32,8 +32,12 @@ class LayerDropoutHost(Protocol):
     def dropout_rates(self) -> tuple[float, ...]:
         """The rates in use, one for each block, read back from whoever applies them."""
 
-    def set_dropout_rates(self, rates: Sequence[float]) -> None:
-        """Use `rates[layer_idx]` in [0, 1) from the next forward on."""
+    @property
+    def dropped_shares(self) -> tuple[float, ...]:
+        """For each block the share of samples that skipped it in the latest training micro-batch."""
+
+    def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
+        """Use `rates[layer_idx]` in [0, 1) from the next forward on; `rescale` the kept residuals by 1/(1-p)."""
 
 
 @runtime_checkable
@@ -126,6 +130,19 @@ class TokenizerOwner(Protocol):
     @property
     def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerBase
         """The tokenizer of the data."""
+
+
+@runtime_checkable
+class CorpusOwner(TokenizerOwner, Protocol):
+    """A datamodule of packed rows that says what a model must fit."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a row."""
+
+    @property
+    def source_names(self) -> Sequence[str]:
+        """Names of the sources; a batch's `source` indexes them."""
 
 
 @runtime_checkable

@@ -1,0 +1,42 @@
+"""From an exception to the one message a user needs, with the full path of the field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from app.errors import ConfigError, UserError
+
+
+class LocatedError(UserError):
+    """A ConfigError whose field is written as its path in the configuration."""
+
+
+def user_message(error: BaseException) -> str | None:
+    """The message for an error the user can mend, or None if it is a bug of ours."""
+    if isinstance(error, (UserError, MisconfigurationException)):
+        return str(error)
+    return None
+
+
+def locate(error: ConfigError, config: Any) -> LocatedError:
+    """Complete the field to its path, found as the only place(s) in `config` that hold the offending value.
+
+    Args:
+        error: Raised by a constructor, which knows its own argument's name but not where it was written.
+        config: The parsed configuration as nested dicts and lists.
+    """
+    named = [(path, value) for path, value in _walk(config, "") if path.rsplit(".", 1)[-1] == error.field]
+    exact = [path for path, value in named if value == error.got]
+    paths = exact or [path for path, _ in named]
+    return LocatedError(error.message(paths[0] if len(paths) == 1 else error.field))
+
+
+def _walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        below = f"{path}.{key}" if path else str(key)
+        yield below, value
+        yield from _walk(value, below)

@@ -1,0 +1,99 @@
+"""`layerskip fit | validate | test | predict`: LightningCLI over module, datamodule, curricula and callbacks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from app.cli.messages import locate
+from app.errors import CheckpointError, ConfigError
+from app.protocols import Reportable
+from app.training.checkpoint_io import AtomicCheckpointIO
+from app.training.module import LayerSkipModule
+from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
+
+log = logging.getLogger(__name__)
+
+
+class LayerSkipCLI(LightningCLI):
+    """The module's and the curricula's settings are groups of their own: model, layer_dropout, early_exit."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the method's two callbacks as groups, and hand the run's seed to everything that draws."""
+        parser.add_lightning_class_args(LayerDropoutCurriculum, "layer_dropout")  # type: ignore[arg-type]
+        parser.add_lightning_class_args(EarlyExitCurriculum, "early_exit")  # type: ignore[arg-type]
+        for target in ("model.seed", "data.init_args.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the whole checkpoint here for hyperparameters; ours come from the config alone."""
+        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
+        keywords = ("last", "best", "hpc", "registry")
+        if ckpt_path and ckpt_path not in keywords and not Path(ckpt_path).exists():
+            allowed = f"an existing checkpoint, or {' | '.join(keywords[:2])}"
+            raise ConfigError("ckpt_path", got=ckpt_path, allowed=allowed)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; an error in a constructor is told with the path of its field."""
+        try:
+            super().instantiate_classes()
+        except ConfigError as error:
+            raise locate(error, self._plain_config()) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Checkpoints are written whole or not at all, unless the user's own plugins say otherwise."""
+        plugins = self._get(self.config_init, "trainer")["plugins"]
+        return super().instantiate_trainer(plugins=plugins or [AtomicCheckpointIO()], **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self._check_last_exists()
+        try:
+            super()._run_subcommand(subcommand)
+        except ConfigError as error:
+            raise locate(error, self._plain_config()) from error
+
+    def _check_last_exists(self) -> None:
+        """Lightning only warns and starts afresh: an operator who asks to resume must not lose the run."""
+        if self.config[self.config.subcommand].get("ckpt_path") != "last":
+            return
+        folders = [callback.dirpath for callback in self.trainer.checkpoint_callbacks if callback.dirpath]  # type: ignore[attr-defined]
+        if folders and not any(path for folder in folders for path in Path(folder).glob("last*.ckpt")):
+            raise CheckpointError(f"ckpt_path: got 'last', but there is no last.ckpt in {', '.join(map(str, folders))}")
+
+    def _plain_config(self) -> dict[str, Any]:
+        plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()
+        return plain
+
+
+def run(args: Sequence[str]) -> None:
+    """Parse, build and run one of Lightning's verbs, then print what the callbacks have to report."""
+    cli = LayerSkipCLI(
+        LayerSkipModule,
+        LightningDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "layerskip"},
+        args=list(args),
+    )
+    if not cli.trainer.is_global_zero:
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Reportable) and (table := callback.report()):
+            drawn = RichTable(title=table.title, title_justify="left")
+            for column in table.columns:
+                drawn.add_column(column, justify="right")
+            for row in table.rows:
+                drawn.add_row(*row)
+            console.print(drawn)

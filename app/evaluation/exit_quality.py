@@ -1,0 +1,100 @@
+"""How good each exit is on held-out tokens: loss, perplexity, top-1 agreement with the full model.
+
+Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary, `E` exits, `G` groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+IGNORE_INDEX = -100
+_TOKENS_PER_CHUNK = 512  # logits of one chunk: 64 MiB in fp32 at a vocabulary of 32k
+
+
+class GroupedTokenLoss(Metric):
+    """Mean loss a token, over all tokens and within each group of rows (here: each data source)."""
+
+    loss_sum_G: Tensor
+    count_G: Tensor
+
+    def __init__(self, num_groups: int) -> None:
+        super().__init__()
+        self.add_state("loss_sum_G", torch.zeros(num_groups, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count_G", torch.zeros(num_groups, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, losses_BT: Tensor, counted_BT: Tensor, group_B: Tensor) -> None:
+        """Add cross entropies [B, T], of which `counted_BT` count, of rows in groups [B]."""
+        self.loss_sum_G.index_add_(0, group_B, losses_BT.sum(dim=1, dtype=torch.float64))
+        self.count_G.index_add_(0, group_B, counted_BT.sum(dim=1).double())
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """(mean over all tokens, mean of each group [G]; NaN for a group without tokens)."""
+        return self.loss_sum_G.sum() / self.count_G.sum(), self.loss_sum_G / self.count_G
+
+
+class ExitScore(NamedTuple):
+    """Held-out quality of one exit."""
+
+    loss: float  # nats a token
+    agreement: float  # share of tokens whose top-1 equals the full model's
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+
+
+class ExitQuality(Metric):
+    """Loss and top-1 agreement of chosen exits, token-weighted over batches and ranks.
+
+    Args:
+        exit_layers: Exits to score, in blocks run.
+        num_layers: L; exit L is the full model, the reference of the agreement.
+    """
+
+    loss_sum_E: Tensor
+    agreeing_E: Tensor
+    count: Tensor
+
+    def __init__(self, exit_layers: Sequence[int], *, num_layers: int) -> None:
+        super().__init__()
+        self.exit_layers, self.num_layers = tuple(exit_layers), num_layers
+        for name, size in (
+            ("loss_sum_E", len(self.exit_layers)),
+            ("agreeing_E", len(self.exit_layers)),
+            ("count", 1),
+        ):
+            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, hidden_by_exit: Mapping[int, Tensor], labels_BT: Tensor, head: Callable[[Tensor], Tensor]) -> None:
+        """Add a batch; logits exist for one chunk of tokens at a time.
+
+        Args:
+            hidden_by_exit: exit_layer -> normed hidden states [B, T, D]; must hold the full model's.
+            labels_BT: Targets, IGNORE_INDEX where there is none.
+            head: LM head: [N, D] -> [N, V].
+        """
+        counted = labels_BT != IGNORE_INDEX
+        for rows in counted.flatten().nonzero().squeeze(1).split(_TOKENS_PER_CHUNK):
+            labels_N = labels_BT.flatten()[rows]
+            full_logits = head(hidden_by_exit[self.num_layers].flatten(0, 1)[rows]).float()
+            full_choice = full_logits.argmax(dim=-1)
+            for idx, layer in enumerate(self.exit_layers):
+                full = layer == self.num_layers
+                logits = full_logits if full else head(hidden_by_exit[layer].flatten(0, 1)[rows]).float()
+                self.loss_sum_E[idx] += F.cross_entropy(logits, labels_N, reduction="sum").double()
+                self.agreeing_E[idx] += (logits.argmax(dim=-1) == full_choice).sum()
+            self.count += len(rows)
+
+    def compute(self) -> dict[int, ExitScore]:
+        """exit_layer -> ExitScore; empty if no token was seen."""
+        if not self.count:
+            return {}
+        means = torch.stack([self.loss_sum_E, self.agreeing_E]) / self.count
+        return {layer: ExitScore(*means[:, idx].tolist()) for idx, layer in enumerate(self.exit_layers)}

@@ -1,0 +1,56 @@
+"""Which exits are on at a step: C(t, l), LayerSkip (arXiv 2404.16710) section 4.1.2.
+
+Pure functions of the optimizer step; exits are counted in blocks run: exit_layer = l + 1, num_layers is the
+full model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ExitCurriculum = Literal["rotational", "gradual", "none"]
+EXIT_CURRICULA: tuple[ExitCurriculum, ...] = ("rotational", "gradual", "none")
+
+
+def rotational_exits(step: int, *, num_layers: int, interval: int, always_on_last: bool = True) -> tuple[int, ...]:
+    """Rotational curriculum: the exit after block l is on when (l - t) mod R == 0.
+
+    Args:
+        step: t, optimizer steps done.
+        num_layers: L.
+        interval: R, in 1..L; ceil(L/R) or floor(L/R) exits are on at a step, each once in R steps.
+        always_on_last: Keep the full model on too. The paper does not say; its R = L-1 implies it.
+    """
+    rotated = {layer_idx + 1 for layer_idx in range(num_layers) if (layer_idx - step) % interval == 0}
+    return tuple(sorted(rotated | {num_layers} if always_on_last else rotated))
+
+
+def gradual_exits(step: int, *, num_layers: int, total_steps: int) -> tuple[int, ...]:
+    """Gradual curriculum: exits come on from the last to the first, one every T/(2L) steps, all by T/2.
+
+    l is on when t >= (T/2) (L-1-l)/L; the comparison is in integers, so it is exact.
+    """
+    return tuple(
+        layer_idx + 1
+        for layer_idx in range(num_layers)
+        if 2 * num_layers * step >= total_steps * (num_layers - 1 - layer_idx)
+    )
+
+
+def exits_on(
+    step: int,
+    *,
+    curriculum: ExitCurriculum,
+    num_layers: int,
+    rotation_interval: int,
+    always_on_last: bool,
+    total_steps: int | None,
+) -> tuple[int, ...]:
+    """The exits that are on at `step` under the named curriculum; `none` is the full model alone."""
+    if curriculum == "rotational":
+        return rotational_exits(step, num_layers=num_layers, interval=rotation_interval, always_on_last=always_on_last)
+    if curriculum == "gradual":
+        if total_steps is None:
+            raise ValueError("curriculum 'gradual' needs total_steps")
+        return gradual_exits(step, num_layers=num_layers, total_steps=total_steps)
+    return (num_layers,)

@@ -1,0 +1,207 @@
+"""A Hugging Face decoder whose blocks can be dropped per sample and whose exits can be tapped.
+
+The modelling code and the state-dict keys stay untouched: the classes of the decoder blocks and of the LM head
+are swapped for subclasses, the way FSDP2 swaps classes. In evaluation the model computes what it always did.
+
+Shape legend: `E` exits, `B` sequences, `T` tokens, `D` model width, `V` vocabulary, `K` kept samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from app.errors import ConfigError
+
+# Heads that do more than multiply: their logits are not hidden @ weight.T, so the chunked loss would be wrong.
+_HEAD_POST_PROCESSING = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass
+class ForwardPlan:
+    """What the next forward does; one object shared by all blocks of a model, set before the forward."""
+
+    kept: Sequence[Tensor] | None = None  # for each block the kept samples [K]; None: keep all
+    scales: Sequence[float] = ()  # factor on each block's kept residual
+    exit_layers: frozenset[int] = frozenset()
+    taps: dict[int, Tensor] = field(default_factory=dict)  # exit_layer -> pre-norm hidden states [B, T, D]
+
+
+class _SkipBlock(torch.autograd.Function):
+    """Identity on the hidden states that gives the block's parameters the gradient they have: zero.
+
+    Without it a block dropped by a whole batch would leave gradients unset: DDP would wait for them, and an
+    optimizer would treat the step differently from one whose gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        zeros = (
+            torch.zeros_like(p) if needed else None
+            for p, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        )
+        return (grad, *zeros)
+
+
+class DroppableBlock(nn.Module):
+    """Mixin over a decoder block: x_{l+1} = x_l + M f_l(x_l) per sample (arXiv 2404.16710 section 4.1.1)."""
+
+    plan: ForwardPlan
+    block_idx: int
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Skip before the hooks of FSDP when nobody goes through, and tap the state that leaves the block."""
+        kept = self.plan.kept if self.training else None
+        if kept is not None and kept[self.block_idx].numel() == 0:
+            out = _SkipBlock.apply(hidden_states, *self.parameters())
+        else:
+            out = super().__call__(hidden_states, *args, **kwargs)
+        if self.block_idx + 1 in self.plan.exit_layers:
+            self.plan.taps[self.block_idx + 1] = out
+        return out
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block on the kept samples alone, [B, T, D] -> [B, T, D]; the others pass by unchanged."""
+        run = super().forward
+        if not self.training or self.plan.kept is None:
+            return run(hidden_states, *args, **kwargs)
+        kept, scale = self.plan.kept[self.block_idx], self.plan.scales[self.block_idx]
+        batch_size = hidden_states.shape[0]
+
+        def pick(value: Any) -> Any:  # masks, position ids and rotary tables follow their samples
+            per_sample = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch_size
+            return value.index_select(0, kept) if per_sample else value
+
+        if kept.numel() == batch_size:
+            entering, out = hidden_states, run(hidden_states, *args, **kwargs)
+        else:
+            entering = hidden_states.index_select(0, kept)
+            out = run(entering, *tree_map(pick, args), **tree_map(pick, kwargs))
+        if scale != 1.0:
+            out = entering + scale * (out - entering)
+        return out if kept.numel() == batch_size else hidden_states.index_copy(0, kept, out)
+
+
+class LossHead(nn.Linear):
+    """LM head whose forward also computes the chunked cross entropy, so that FSDP's hooks surround both."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Normed hidden states [..., D] -> logits [..., V], or with labels [...] -> cross entropies [...]."""
+        if labels is None:
+            return super().forward(hidden)
+        weight = self.weight
+        if torch.is_autocast_enabled(hidden.device.type):  # linear_cross_entropy does not know autocast
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        losses = F.linear_cross_entropy(
+            hidden.flatten(0, -2),
+            weight,
+            labels.flatten(),
+            linear_bias=self.bias,
+            reduction="none",
+            options=nn.LinearCrossEntropyOptions(),
+        )
+        return losses.view(labels.shape).float()
+
+
+class EarlyExitModel:
+    """Drives a decoder with layer dropout and exits; swaps the classes of `model`'s blocks and head in place.
+
+    Args:
+        model: Any Llama-shaped causal LM of transformers: `get_decoder()` has `layers` and `norm`, `lm_head` is
+            linear.
+
+    Raises:
+        ConfigError: If the architecture is not of that shape or its head post-processes logits.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder, head, config = model.get_decoder(), model.get_output_embeddings(), model.config
+        if not (isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "norm")):
+            raise ConfigError(
+                "model", got=config.model_type, allowed="a decoder with `layers` and `norm`, such as llama"
+            )
+        post = [name for name in _HEAD_POST_PROCESSING if getattr(config, name, None) not in (None, 1.0)]
+        if post or not isinstance(head, nn.Linear):
+            got = f"{config.model_type} with {', '.join(post) or type(head).__name__}"
+            raise ConfigError("model", got=got, allowed="a plain linear LM head")
+        self._decoder, self._head, self._plan = decoder, head, ForwardPlan()
+        for block_idx, block in enumerate(decoder.layers):
+            block.__class__ = _swapped(DroppableBlock, type(block))
+            block.plan, block.block_idx = self._plan, block_idx
+        head.__class__ = LossHead
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of blocks."""
+        return len(self._decoder.layers)
+
+    def hidden_by_exit(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        exit_layers: Iterable[int],
+        *,
+        kept: Sequence[Tensor] | None = None,
+        scales: Sequence[float] = (),
+    ) -> dict[int, Tensor]:
+        """Hidden states after the final norm, [B, T, D], at each exit (blocks run, 1..num_layers).
+
+        Args:
+            input_ids: [B, T].
+            position_ids: [B, T], restarting at 0 with each document; attention does not cross a restart.
+            exit_layers: Exits wanted.
+            kept: For each block the samples that go through it, on the device of the model; None keeps all.
+            scales: For each block the factor on its kept residual; needed with `kept`.
+        """
+        wanted = set(exit_layers)
+        plan = self._plan
+        plan.kept, plan.scales = kept, scales
+        plan.exit_layers = frozenset(wanted - {self.num_layers})
+        try:
+            # use_cache=False and no mask: otherwise transformers would not see the documents in position_ids.
+            out = self._decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+            hidden = self._norm_all(plan.taps)
+        finally:
+            plan.kept, plan.exit_layers, plan.taps = None, frozenset(), {}
+        if self.num_layers in wanted:
+            hidden[self.num_layers] = out.last_hidden_state  # already normed: never norm twice
+        return hidden
+
+    def _norm_all(self, taps: dict[int, Tensor]) -> dict[int, Tensor]:
+        if not taps:
+            return {}
+        normed = self._decoder.norm(torch.stack(list(taps.values())))  # one call of the shared norm
+        return dict(zip(taps, normed.unbind(), strict=True))
+
+    def token_losses(self, normed_EBTD: Tensor, labels_EBT: Tensor) -> Tensor:
+        """Cross entropies [E, B, T] in nats, 0 where the label is ignored; one chunked call of the head."""
+        losses: Tensor = self._head(normed_EBTD, labels_EBT)
+        return losses
+
+    def head(self, normed: Tensor) -> Tensor:
+        """LM head alone: normed hidden states [..., D] -> logits [..., V]."""
+        logits: Tensor = self._head(normed)
+        return logits
+
+
+_SWAPPED: dict[type, type] = {}
+
+
+def _swapped(mixin: type, base: type) -> type:
+    if base not in _SWAPPED:
+        _SWAPPED[base] = type(f"Droppable{base.__name__}", (mixin, base), {"__module__": base.__module__})
+    return _SWAPPED[base]

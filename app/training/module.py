@@ -1,0 +1,320 @@
+"""The LightningModule: a Hugging Face Llama trained with layer dropout and early-exit loss.
+
+It implements the host protocols; it knows of no curriculum, schedule or e_scale: callbacks carry those in.
+Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from app import metric_names
+from app.errors import ConfigError, DivergenceError, check_choice, check_range, require_total_steps
+from app.evaluation.exit_quality import GroupedTokenLoss
+from app.layerskip.early_exit_loss import IGNORE_INDEX, EarlyExitLoss, early_exit_loss
+from app.layerskip.layer_dropout import draw_kept_samples, keep_scales
+from app.model.checkpoint import (
+    HF_CONFIG_KEY,
+    TOKENIZER_KEY,
+    build_model,
+    check_compatible,
+    load_config,
+    load_pretrained,
+    tokenizer_to_files,
+)
+from app.model.early_exit import EarlyExitModel
+from app.model.spans import SpanDecoder
+from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
+from app.training.optim import LR_SCHEDULES, LRSchedule, lr_factor, parameter_groups
+
+Batch = dict[str, Tensor]  # input_ids, labels, position_ids [B, T], source [B]
+# Any constant would do: gradients are brought to the exact mean before the optimizer sees them. One near a
+# batch's token count keeps them near their final size meanwhile, so that fp16 loss scaling is not upset.
+_NOMINAL_TOKENS = 4096.0
+
+
+def _default_optimizer(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+class LayerSkipModule(LightningModule):
+    """Trains a Llama-shaped causal LM; with no callbacks it is plain next-token training (the baseline).
+
+    Args:
+        config: Architecture to initialise at random, e.g. a transformers.LlamaConfig. Exactly one of `config` and
+            `pretrained` is given.
+        pretrained: Directory (or hub id) of a Hugging Face checkpoint to continue from; safetensors only.
+        optimizer: Called with the parameter groups; AdamW (3e-4, betas 0.9/0.95, decay 0.1) by default.
+        lr_schedule: constant, linear or cosine, after the warmup; all but constant need trainer.max_steps.
+        warmup_steps: Optimizer steps of linear warmup, >= 0.
+        final_lr_ratio: Learning rate at the last step over the peak, in [0, 1].
+        seed: Of the random initialisation and the dropout masks; the command line links it to seed_everything.
+
+    Raises:
+        ConfigError: On a setting out of range, or an architecture that cannot exit early.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: PreTrainedConfig | None = None,
+        pretrained: str | None = None,
+        optimizer: OptimizerCallable = _default_optimizer,
+        lr_schedule: LRSchedule = "cosine",
+        warmup_steps: int = 0,
+        final_lr_ratio: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (config is None) == (pretrained is None):
+            got = "both" if config else "neither"
+            raise ConfigError("config", got=got, allowed="exactly one of model.config and model.pretrained")
+        check_choice("lr_schedule", lr_schedule, LR_SCHEDULES)
+        check_range("warmup_steps", warmup_steps, low=0)
+        check_range("final_lr_ratio", final_lr_ratio, low=0, high=1)
+        self.config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
+        self.pretrained, self.seed = pretrained, seed
+        self._optimizer, self._lr_schedule = optimizer, lr_schedule
+        self._warmup_steps, self._final_lr_ratio = warmup_steps, final_lr_ratio
+        self._dropout_rates: tuple[float, ...] = (0.0,) * self.num_layers
+        self._dropped_shares = self._dropout_rates
+        self._rescale = False
+        self._exit_weights: dict[int, float] = {self.num_layers: 1.0}
+        self._monitored: tuple[int, ...] = ()
+        self._step_sums: Tensor | None = None  # label tokens, then the loss sum of each exit that is on
+        self.model: PreTrainedModel | None = None
+        self.source_loss: GroupedTokenLoss | None = None
+
+    # -- hosts: what callbacks may ask and set (app.protocols) --------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of blocks."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def dropout_rates(self) -> tuple[float, ...]:
+        """p(l, t) in use."""
+        return self._dropout_rates
+
+    @property
+    def dropped_shares(self) -> tuple[float, ...]:
+        """For each block the share of samples that skipped it in the latest training micro-batch."""
+        return self._dropped_shares
+
+    def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
+        """Use these rates from the next micro-batch on (protocols.LayerDropoutHost)."""
+        self._dropout_rates, self._rescale = tuple(rates), rescale
+
+    @property
+    def exit_weights(self) -> Mapping[int, float]:
+        """w(t, l) in use, by exit layer."""
+        return self._exit_weights
+
+    def set_exit_weights(self, weights: Mapping[int, float]) -> None:
+        """Use these exits and weights from the next micro-batch on (protocols.EarlyExitHost)."""
+        self._exit_weights = dict(weights)
+
+    def monitor_exits(self, exit_layers: Sequence[int]) -> None:
+        """Return these exits' hidden states from every evaluation step (protocols.ExitMonitorHost)."""
+        self._monitored = tuple(exit_layers)
+
+    def head(self, normed_BTD: Tensor) -> Tensor:
+        """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""
+        return self._network.head(normed_BTD)
+
+    def exitable_decoder(self) -> ExitableDecoder:
+        """A view on the live weights for decoding (protocols.DecodingHost)."""
+        assert self.model is not None
+        return SpanDecoder(self.model)
+
+    # -- model ---------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check that data and model fit each other, before anything is built."""
+        data = self._corpus
+        self.source_loss = GroupedTokenLoss(len(data.source_names) if data else 1)
+        if data is None:
+            return
+        if data.seq_len > self.config.max_position_embeddings:
+            allowed = f"1..{self.config.max_position_embeddings}, the model's max_position_embeddings"
+            raise ConfigError("seq_len", got=data.seq_len, allowed=allowed)
+        if len(data.tokenizer) > self.config.vocab_size:
+            allowed = f">= {len(data.tokenizer)}, the tokenizer's size"
+            raise ConfigError("vocab_size", got=self.config.vocab_size, allowed=allowed)
+        if self.pretrained is None:
+            self.config.eos_token_id = data.tokenizer.eos_token_id
+
+    @property
+    def _corpus(self) -> CorpusOwner | None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return datamodule if isinstance(datamodule, CorpusOwner) else None
+
+    def configure_model(self) -> None:
+        """Build the model and swap in droppable blocks; called by Lightning once a stage, acts once."""
+        if self.model is not None:
+            return
+        self.model = load_pretrained(self.pretrained) if self.pretrained else build_model(self.config, seed=self.seed)
+        self._network = EarlyExitModel(self.model)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over two parameter groups, and the schedule of its learning rate by step."""
+        assert self.model is not None
+        total_steps = None
+        if self._lr_schedule != "constant":
+            total_steps = require_total_steps(self.trainer.max_steps, field="lr_schedule", got=self._lr_schedule)
+        factor = partial(
+            lr_factor,
+            kind=self._lr_schedule,
+            warmup_steps=self._warmup_steps,
+            total_steps=total_steps,
+            final_ratio=self._final_lr_ratio,
+        )
+        optimizer = self._optimizer(parameter_groups(self.model))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Early-exit loss of one micro-batch under layer dropout, unnormalised (see on_before_optimizer_step)."""
+        hidden = self._network.hidden_by_exit(
+            batch["input_ids"],
+            batch["position_ids"],
+            self._exit_weights,
+            kept=self._draw_kept(len(batch["input_ids"]), batch_idx % self.trainer.accumulate_grad_batches),
+            scales=keep_scales(self._dropout_rates, rescale=self._rescale),
+        )
+        loss = early_exit_loss(hidden, batch["labels"], self._exit_weights, self._network.token_losses)
+        self._add_to_step(loss)
+        return loss.weighted_sum / _NOMINAL_TOKENS
+
+    def _draw_kept(self, batch_size: int, micro_step: int) -> list[Tensor] | None:
+        """The samples each block keeps, drawn outside the blocks; None when nothing can be dropped."""
+        if not any(self._dropout_rates):
+            self._dropped_shares = self._dropout_rates
+            return None
+        kept = draw_kept_samples(
+            self._dropout_rates,
+            batch_size=batch_size,
+            seed=self.seed,
+            step=self.trainer.global_step,
+            micro_step=micro_step,
+            rank=self.trainer.global_rank,
+        )
+        self._dropped_shares = tuple(1 - len(samples) / batch_size for samples in kept)
+        return [samples.to(self.device, non_blocking=True) for samples in kept]
+
+    def _add_to_step(self, loss: EarlyExitLoss) -> None:
+        sums = torch.cat([loss.num_label_tokens.double().view(1), loss.exit_sums.double()])
+        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide once by the global count of label tokens: over micro-batches, over ranks.
+
+        Raises:
+            DivergenceError: If an exit's loss is not finite, before it reaches the weights.
+        """
+        assert self._step_sums is not None
+        summed = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
+        self._step_sums = None
+        num_tokens, *exit_sums = summed.tolist()  # the one host sync of a step
+        losses = {
+            layer: total / max(1.0, num_tokens)
+            for layer, total in zip(sorted(self._exit_weights), exit_sums, strict=True)
+        }
+        for exit_layer, value in losses.items():
+            if not math.isfinite(value):
+                raise DivergenceError(
+                    f"loss at exit {exit_layer} is {value} at step {self.trainer.global_step}; the step was not"
+                    " taken, the last checkpoint is good: resume it with a lower learning rate"
+                )
+        # Lightning divided by the micro-batches, DDP and FSDP by the ranks; undo both.
+        undo = _NOMINAL_TOKENS * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(grads, undo / max(1.0, num_tokens))
+        weighted = sum(self._exit_weights[layer] * value for layer, value in losses.items())
+        self.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
+        self.log(metric_names.TRAIN_LABEL_TOKENS, num_tokens)
+        for exit_layer, value in losses.items():
+            self.log(metric_names.train_exit_loss(exit_layer), value)
+
+    # -- evaluation: dropout off, every exit that is monitored -----------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Full-model loss by source; returns hidden states and labels for exit monitors."""
+        return self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """As validation_step."""
+        return self._evaluate(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Score each row: its mean cross entropy in nats a token at each monitored exit, {exit_layer: [B]}."""
+        labels = batch["labels"]
+        hidden = self._evaluation_hidden(batch)
+        counts = (labels != IGNORE_INDEX).sum(dim=1).clamp(min=1)
+        loss_by_exit = {
+            layer: self._network.token_losses(normed[None], labels[None])[0].sum(dim=1) / counts
+            for layer, normed in hidden.items()
+        }
+        return {"loss_by_exit": loss_by_exit, "source": batch["source"]}
+
+    def _evaluate(self, batch: Batch) -> dict[str, Any]:
+        hidden, labels = self._evaluation_hidden(batch), batch["labels"]
+        losses = self._network.token_losses(hidden[self.num_layers][None], labels[None])[0]
+        assert self.source_loss is not None
+        self.source_loss.update(losses, labels != IGNORE_INDEX, batch["source"])
+        return {"hidden_by_exit": hidden, "labels": labels}
+
+    def _evaluation_hidden(self, batch: Batch) -> dict[int, Tensor]:
+        exits = {*self._monitored, self.num_layers}
+        return self._network.hidden_by_exit(batch["input_ids"], batch["position_ids"], exits)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the full model's loss, token-weighted over all ranks, and each source's."""
+        self._log_losses("val", metric_names.VAL_LOSS)
+
+    def on_test_epoch_end(self) -> None:
+        """As on_validation_epoch_end, under test/."""
+        self._log_losses("test", metric_names.TEST_LOSS)
+
+    def _log_losses(self, stage: str, name: str) -> None:
+        assert self.source_loss is not None
+        total, by_source = self.source_loss.compute()
+        self.source_loss.reset()
+        self.log(name, total, prog_bar=True)
+        for source, value in zip(self._corpus.source_names if self._corpus else (), by_source, strict=False):
+            if torch.isfinite(value):  # a source without held-out rows has no loss
+                self.log(metric_names.source_loss(stage, source), value)
+
+    # -- checkpoints: one file is enough to decode with ----------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the architecture and the tokenizer, as plain values."""
+        checkpoint[HF_CONFIG_KEY] = json.loads(self.config.to_json_string(use_diff=False))
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, TokenizerOwner):
+            checkpoint[TOKENIZER_KEY] = tokenizer_to_files(datamodule.tokenizer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another shape, by name.
+
+        Raises:
+            CheckpointError: Naming the settings that differ.
+        """
+        check_compatible(self.config, checkpoint)

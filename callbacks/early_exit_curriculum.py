@@ -1,0 +1,83 @@
+"""Carries the exits that are on and their weights (arXiv 2404.16710 section 4.1.2) from the step to the module."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from app import metric_names
+from app.errors import ConfigError, check_choice, check_range, require_total_steps
+from app.layerskip.exit_curricula import EXIT_CURRICULA, ExitCurriculum, exits_on
+from app.layerskip.exit_weights import EXIT_WEIGHTS, ExitWeights, normalised_exit_weights
+from app.protocols import EarlyExitHost
+
+
+class EarlyExitCurriculum(Callback):
+    """Sets the exits C(t, l) and weights w(t, l) before every training batch; nothing to save.
+
+    Args:
+        curriculum: rotational, gradual (needs trainer.max_steps) or none (the full model alone).
+        rotation_interval: R of the rotational curriculum, in 1..num_layers.
+        early_exit_scale: e_scale in [0, 1]; 0 leaves the full model alone.
+        exit_weights: e(l): quadratic (the paper's), linear or uniform.
+        always_on_last: Keep the full model in every step's loss (rotational).
+
+    Raises:
+        ConfigError: On a value out of range, or a step that would have no exit of positive weight.
+    """
+
+    def __init__(
+        self,
+        *,
+        curriculum: ExitCurriculum = "none",
+        rotation_interval: int = 8,
+        early_exit_scale: float = 0.2,
+        exit_weights: ExitWeights = "quadratic",
+        always_on_last: bool = True,
+    ) -> None:
+        check_choice("curriculum", curriculum, EXIT_CURRICULA)
+        check_choice("exit_weights", exit_weights, EXIT_WEIGHTS)
+        check_range("rotation_interval", rotation_interval, low=1)
+        check_range("early_exit_scale", early_exit_scale, low=0, high=1)
+        self.curriculum, self.rotation_interval = curriculum, rotation_interval
+        self.early_exit_scale, self.exit_weights = early_exit_scale, exit_weights
+        self.always_on_last = always_on_last
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the module, the run's length, and every step of one rotation."""
+        if not isinstance(pl_module, EarlyExitHost):
+            raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.EarlyExitHost")
+        if stage != "fit":
+            return
+        if self.curriculum == "gradual":
+            require_total_steps(trainer.max_steps, field="curriculum", got=self.curriculum)
+        if self.curriculum == "rotational":
+            num_layers = pl_module.num_layers
+            check_range("rotation_interval", self.rotation_interval, low=1, high=num_layers)
+            for step in range(self.rotation_interval):
+                try:
+                    self._weights(trainer, step, num_layers)
+                except ValueError as error:
+                    fix = f"step {step} would have {error}; set it to true"
+                    raise ConfigError("always_on_last", got=False, allowed="true here", fix=fix) from error
+
+    def _weights(self, trainer: Trainer, step: int, num_layers: int) -> dict[int, float]:
+        exit_layers = exits_on(
+            step,
+            curriculum=self.curriculum,
+            num_layers=num_layers,
+            rotation_interval=self.rotation_interval,
+            always_on_last=self.always_on_last,
+            total_steps=trainer.max_steps if trainer.max_steps > 0 else None,
+        )
+        return normalised_exit_weights(
+            exit_layers, num_layers=num_layers, early_exit_scale=self.early_exit_scale, kind=self.exit_weights
+        )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Set this optimizer step's exits and log what the module then uses."""
+        host = pl_module
+        assert isinstance(host, EarlyExitHost)
+        host.set_exit_weights(self._weights(trainer, trainer.global_step, host.num_layers))
+        pl_module.log(metric_names.NUM_EXITS_ON, len(host.exit_weights))
+        for exit_layer, weight in host.exit_weights.items():
+            pl_module.log(metric_names.train_exit_weight(exit_layer), weight)

@@ -1,0 +1,101 @@
+"""At every validation: loss, perplexity and top-1 agreement of every exit, as scalars and one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from app import metric_names
+from app.errors import ConfigError
+from app.evaluation.exit_quality import ExitQuality, ExitScore
+from app.evaluation.report import exit_figure, exit_table
+from app.protocols import ExitMonitorHost, Table
+
+
+class ExitQualityMonitor(Callback):
+    """Scores exits on the validation (or test) rows with torchmetrics and keeps their history.
+
+    The history is a part of the checkpoint, so that the heat map of a resumed run is whole.
+
+    Args:
+        exit_layers: Exits to score, in blocks run; all of them by default. Cost: one unembedding each.
+
+    Raises:
+        ConfigError: If an exit is not one of the model's.
+    """
+
+    def __init__(self, *, exit_layers: list[int] | None = None) -> None:
+        self._wanted = exit_layers
+        self._quality: ExitQuality | None = None
+        self.history: dict[int, dict[int, ExitScore]] = {}  # step -> exit_layer -> score
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask the module for the exits' hidden states."""
+        if not isinstance(pl_module, ExitMonitorHost):
+            raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.ExitMonitorHost")
+        num_layers = pl_module.num_layers
+        exit_layers: Sequence[int] = self._wanted or range(1, num_layers + 1)
+        if wrong := [layer for layer in exit_layers if not 1 <= layer <= num_layers]:
+            raise ConfigError("exit_layers", got=wrong, allowed=f"1..{num_layers} for a {num_layers}-layer model")
+        pl_module.monitor_exits(exit_layers)
+        self._quality = ExitQuality(exit_layers, num_layers=num_layers).to(pl_module.device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a batch's hidden states."""
+        assert self._quality is not None
+        assert isinstance(pl_module, ExitMonitorHost)
+        self._quality.to(pl_module.device)
+        self._quality.update(outputs["hidden_by_exit"], outputs["labels"], pl_module.head)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log every exit's scalars, and the figure if TensorBoard is there."""
+        scores = self._log_scores(pl_module, "val")
+        if trainer.sanity_checking or not scores:
+            return
+        self.history[trainer.global_step] = scores
+        for logger in trainer.loggers:
+            if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+                figure = exit_figure(self.history)
+                logger.experiment.add_figure("val/exits", figure, trainer.global_step)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log every exit's scalars under test/."""
+        self.history[trainer.global_step] = self._log_scores(pl_module, "test")
+
+    def _log_scores(self, pl_module: LightningModule, stage: str) -> dict[int, ExitScore]:
+        assert self._quality is not None
+        scores = self._quality.compute()
+        self._quality.reset()
+        for layer, score in scores.items():
+            pl_module.log(metric_names.exit_loss(stage, layer), score.loss)
+            pl_module.log(metric_names.exit_perplexity(stage, layer), score.perplexity)
+            pl_module.log(metric_names.exit_agreement(stage, layer), score.agreement)
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, as plain numbers."""
+        return {"history": {step: {e: tuple(s) for e, s in scores.items()} for step, scores in self.history.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.history = {
+            step: {exit_layer: ExitScore(*score) for exit_layer, score in scores.items()}
+            for step, scores in state_dict["history"].items()
+        }
+
+    def report(self) -> Table | None:
+        """Every exit now, beside the first time it was measured."""
+        return exit_table(self.history) if self.history else None

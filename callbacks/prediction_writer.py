@@ -1,0 +1,59 @@
+"""`layerskip predict`: one JSON line a row with its mean loss at every exit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+log = logging.getLogger(__name__)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Appends predictions to `filename` in the run's folder while they are made, one file for each rank.
+
+    Args:
+        filename: Name of the file; ranks above 0 add their number.
+    """
+
+    def __init__(self, *, filename: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="batch")
+        self.filename = filename
+
+    def _path(self, trainer: Trainer) -> Path:
+        name = Path(self.filename)
+        if trainer.global_rank:
+            name = name.with_stem(f"{name.stem}-rank{trainer.global_rank}")
+        return Path(trainer.log_dir or trainer.default_root_dir) / name
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new file."""
+        path = self._path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        log.info("writing predictions to %s", path)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append one line for each row of the batch."""
+        sources = prediction["source"].tolist()
+        losses = {layer: values.tolist() for layer, values in sorted(prediction["loss_by_exit"].items())}
+        with self._path(trainer).open("a") as file:
+            for idx, source in enumerate(sources):
+                by_exit = {layer: round(values[idx], 6) for layer, values in losses.items()}
+                file.write(
+                    json.dumps({"batch": batch_idx, "row": idx, "source": source, "loss_by_exit": by_exit}) + "\n"
+                )

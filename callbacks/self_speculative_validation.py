@@ -1,0 +1,174 @@
+"""Measures in validation what LayerSkip is trained for: acceptance and speed of self-speculative decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from app import metric_names
+from app.errors import ConfigError, check_range
+from app.evaluation.decoding_comparison import (
+    DecodingComparison,
+    best_by_speedup,
+    compare_decoding,
+    comparison_table,
+    table_as_markdown,
+)
+from app.protocols import DecodingHost, PromptOwner, Table, TokenizerOwner
+
+
+class SelfSpeculativeValidation(Callback):
+    """At the end of validation, decode fixed held-out prompts with and without early exits, and compare.
+
+    Logs acceptance, tokens a round, speeds, speedup and identity of every (exit, drafts) setting, and those of the
+    fastest setting under the bare names. Every rank measures the same; rank zero logs. Training is not touched: no
+    randomness is used, the cache is its own, and the mode of every submodule is put back. Weights are used as they
+    are stored, without autocast.
+
+    Args:
+        every_n_validations: Measure at every n-th validation of a fit, at least 1; `validate` always measures.
+        exit_layers: Exits to draft from, each 1..num_layers-1.
+        num_draft_tokens: Draft lengths, each at least 1; every exit is measured with every length.
+        num_prompts: Prompts from the datamodule, at least 1.
+        prompt_length: Tokens in each prompt, at least 1.
+        max_new_tokens: Tokens decoded for each prompt, at least 2; the tokenizer's end-of-sequence token ends it.
+        time_limit_seconds: No further prompt is started after this; the first is always measured.
+    """
+
+    def __init__(
+        self,
+        *,
+        exit_layers: list[int],
+        num_draft_tokens: list[int],
+        every_n_validations: int = 1,
+        num_prompts: int = 4,
+        prompt_length: int = 64,
+        max_new_tokens: int = 64,
+        time_limit_seconds: float = 20.0,
+    ) -> None:
+        for field, values in (("exit_layers", exit_layers), ("num_draft_tokens", num_draft_tokens)):
+            check_range(field, min(values, default=0), low=1, fix="list at least one")
+        check_range("every_n_validations", every_n_validations, low=1)
+        check_range("num_prompts", num_prompts, low=1)
+        check_range("prompt_length", prompt_length, low=1)
+        check_range("max_new_tokens", max_new_tokens, low=2)
+        check_range("time_limit_seconds", time_limit_seconds, low=0.0)
+        self.exit_layers, self.num_draft_tokens = tuple(exit_layers), tuple(num_draft_tokens)
+        self.every_n_validations = every_n_validations
+        self.num_prompts, self.prompt_length, self.max_new_tokens = num_prompts, prompt_length, max_new_tokens
+        self.time_limit_seconds = time_limit_seconds
+        self._validations = 0  # of all fits, sanity checks not counted
+        self._latest: list[DecodingComparison] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module or datamodule this cannot work with, before anything runs."""
+        if stage not in ("fit", "validate"):
+            return
+        if not isinstance(pl_module, DecodingHost):
+            raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
+        datamodule = _datamodule(trainer)
+        if not isinstance(datamodule, PromptOwner):
+            got = type(datamodule).__name__
+            raise ConfigError("data", got=got, allowed="a datamodule with validation_prompts()")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the exits against the model; the sanity check comes here too, so a mistake shows at once."""
+        assert isinstance(pl_module, DecodingHost)
+        num_layers = pl_module.exitable_decoder().num_layers
+        for exit_layer in self.exit_layers:
+            fix = f"{num_layers} is the full model, which drafts for nobody"
+            check_range("exit_layers", exit_layer, low=1, high=num_layers - 1, fix=fix)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, keep the results and log them, when it is time."""
+        if not self._is_due(trainer):
+            return
+        datamodule = _datamodule(trainer)
+        assert isinstance(pl_module, DecodingHost) and isinstance(datamodule, PromptOwner)  # noqa: PT018  checked in setup
+        with _eval_mode(pl_module):
+            self._latest = compare_decoding(
+                pl_module.exitable_decoder(),
+                datamodule.validation_prompts(self.num_prompts, self.prompt_length),
+                exit_layers=self.exit_layers,
+                num_draft_tokens=self.num_draft_tokens,
+                max_new_tokens=self.max_new_tokens,
+                eos_token_ids=_eos_token_ids(datamodule),
+                time_limit_seconds=self.time_limit_seconds,
+            )
+        if trainer.is_global_zero:
+            pl_module.log_dict(_metrics(self._latest), rank_zero_only=True)
+            text = table_as_markdown(comparison_table(self._latest))
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text("decode/self_speculative", text, trainer.global_step)
+
+    def report(self) -> Table | None:
+        """The latest measurement."""
+        return comparison_table(self._latest) if self._latest else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of validations so far, so that a resumed run keeps its rhythm."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` saved."""
+        self._validations = state_dict["validations"]
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether to measure now; counts this validation if it belongs to a fit."""
+        if trainer.sanity_checking:
+            return False
+        if trainer.state.fn != TrainerFn.FITTING:
+            return True
+        self._validations += 1
+        return self._validations % self.every_n_validations == 0
+
+
+def _datamodule(trainer: Trainer) -> object:
+    return trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
+
+
+def _eos_token_ids(datamodule: object) -> tuple[int, ...]:
+    """The tokenizer's end-of-sequence id, if the datamodule has a tokenizer and that has one."""
+    eos = datamodule.tokenizer.eos_token_id if isinstance(datamodule, TokenizerOwner) else None
+    return () if eos is None else (eos,)
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, each submodule's own mode after."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+
+
+def _metrics(comparisons: Sequence[DecodingComparison]) -> dict[str, float]:
+    """Every figure of every setting, and the fastest setting's under the bare names; absent figures are left out."""
+    metrics: dict[str, float] = {}
+    for comparison in comparisons:
+        figures = _figures(comparison)
+        at = comparison.exit_layer, comparison.num_draft_tokens
+        metrics |= {metric_names.decode_setting(name, *at): figure for name, figure in figures.items()}
+    return metrics | _figures(best_by_speedup(comparisons))
+
+
+def _figures(comparison: DecodingComparison) -> dict[str, float]:
+    figures = {
+        metric_names.DECODE_ACCEPTANCE_RATE: comparison.acceptance_rate,
+        metric_names.DECODE_TOKENS_PER_ROUND: comparison.mean_tokens_per_round,
+        metric_names.DECODE_AR_TOKENS_PER_SECOND: comparison.autoregressive_tokens_per_second,
+        metric_names.DECODE_SS_TOKENS_PER_SECOND: comparison.self_speculative_tokens_per_second,
+        metric_names.DECODE_SPEEDUP: comparison.speedup,
+        metric_names.DECODE_IDENTICAL_SHARE: comparison.identical_share,
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}

@@ -90,7 +90,8 @@ class SelfSpeculativeValidation(Callback):
         if not self._is_due(trainer):
             return
         datamodule = _datamodule(trainer)
-        assert isinstance(pl_module, DecodingHost) and isinstance(datamodule, PromptOwner)  # noqa: PT018  checked in setup
+        assert isinstance(pl_module, DecodingHost)  # checked in setup, both
+        assert isinstance(datamodule, PromptOwner)
         with _eval_mode(pl_module):
             self._latest = compare_decoding(
                 pl_module.exitable_decoder(),

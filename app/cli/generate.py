@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -132,12 +131,12 @@ def summary(result: DecodingResult) -> str:
     return ", ".join(parts)
 
 
-def run(args: Sequence[str]) -> None:
+def run() -> None:
     """Parse and run the verb."""
     parser = ArgumentParser(prog="layerskip generate", description=(generate.__doc__ or "").splitlines()[0])
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
     parser.add_function_arguments(generate, as_group=False, skip={"json"})
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
-    options = parser.parse_args(list(args[1:])).as_dict()
+    options = parser.parse_args(sys.argv[2:]).as_dict()
     options.pop("config")
     generate(**options)

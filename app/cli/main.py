@@ -6,7 +6,6 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
 
 VERBS = {
     "fit": ("app.cli.train", "Train a model with layer dropout and early-exit loss."),
@@ -17,16 +16,13 @@ VERBS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb.
-
-    Args:
-        argv: Arguments after the program's name; those of the process by default.
+def main() -> int:
+    """Run the verb named on the process's command line.
 
     Returns:
         Exit status: 0, or 2 after an error that the user can mend. Anything else raises: it is a bug of ours.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {verb:10} {summary}" for verb, (_, summary) in VERBS.items()]
         print(
@@ -39,20 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in VERBS:
         return _fail(f"verb: got {args[0]!r}, allowed {' | '.join(VERBS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the data workers' forks do not mix
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "matplotlib", "fsspec", "filelock", "torch"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    _log_to_stderr()
     verb = importlib.import_module(VERBS[args[0]][0])  # torch and lightning load after the cheap checks
     from app.cli.messages import user_message
 
     try:
-        verb.run(args)
+        verb.run()
     except Exception as error:
         message = user_message(error)
         if message is None:
             raise
         return _fail(message)
     return 0
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    for name in ("app", "callbacks", "datamodules"):  # Lightning sees to its own
+        logger = logging.getLogger(name)
+        logger.handlers[:], logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
 
 
 def _fail(message: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +72,19 @@ class LayerSkipCLI(LightningCLI):
         return plain
 
 
-def run(args: Sequence[str]) -> None:
+def run() -> None:
     """Parse, build and run one of Lightning's verbs, then print what the callbacks have to report."""
     cli = LayerSkipCLI(
         LayerSkipModule,
         LightningDataModule,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        # Our datamodules hand each rank its own rows; inference tensors do not mix with DTensor.
+        trainer_defaults={"use_distributed_sampler": False, "inference_mode": False},
         load_from_checkpoint_support=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "layerskip"},
-        args=list(args),
     )
     if not cli.trainer.is_global_zero:
         return

@@ -176,7 +176,8 @@ class EarlyExitModel:
             out = self._decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
             hidden = self._norm_all(plan.taps)
         finally:
-            plan.kept, plan.exit_layers, plan.taps = None, frozenset(), {}
+            plan.exit_layers, plan.taps = frozenset(), {}
+            # `kept` stays until the next forward: activation checkpointing reads it again in the backward.
         if self.num_layers in wanted:
             hidden[self.num_layers] = out.last_hidden_state  # already normed: never norm twice
         return hidden

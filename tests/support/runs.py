@@ -1,0 +1,104 @@
+"""A run in miniature: a small corpus, a tiny model, and the real module, datamodule and callbacks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from app.cli.main import main
+from app.training.checkpoint_io import AtomicCheckpointIO
+from app.training.module import LayerSkipModule
+from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
+from datamodules import Source, TextCodeDataModule
+from tests.support.tiny_models import tiny_config
+
+NUM_LAYERS = 4
+
+
+def write_corpus(folder: Path, *, files: int = 12) -> Path:
+    """Small files of code and prose under `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for idx in range(files):
+        lines = [f"def function_{idx}_{line}(x):\n    return x * {line} + {idx * line}\n" for line in range(12)]
+        (folder / f"module_{idx:02d}.py").write_text("\n".join(lines))
+    return folder
+
+
+def make_data(root: Path, **settings: Any) -> TextCodeDataModule:
+    corpus = write_corpus(root / "corpus")
+    defaults: dict[str, Any] = {
+        "sources": [Source(name="code", kind="files", path=str(corpus))],
+        "seq_len": 24,
+        "batch_size": 4,
+        "vocab_size": 300,
+        "validation_share": 0.2,
+        "validation_rows": 8,
+        "cache_dir": str(root / "cache"),
+    }
+    return TextCodeDataModule(**(defaults | settings))
+
+
+def make_module(**settings: Any) -> LayerSkipModule:
+    config = tiny_config(num_layers=NUM_LAYERS, vocab_size=300, max_length=128)
+    defaults: dict[str, Any] = {
+        "config": config,
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2),
+        "lr_schedule": "constant",
+    }
+    return LayerSkipModule(**(defaults | settings))
+
+
+def curricula(*, curriculum: str = "rotational", max_dropout_rate: float = 0.5) -> list[Callback]:
+    return [
+        LayerDropoutCurriculum(max_dropout_rate=max_dropout_rate),
+        EarlyExitCurriculum(curriculum=curriculum, rotation_interval=3),  # type: ignore[arg-type]
+    ]
+
+
+class Recorder(Callback):
+    """What every step saw and did."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append(
+            {
+                "step": trainer.global_step,
+                "rows": batch["input_ids"].sum(dim=1).tolist(),
+                "loss": outputs["loss"].item(),
+                "exits": tuple(pl_module.exit_weights.items()),
+                "dropped": pl_module.dropped_shares,
+            }
+        )
+
+
+def make_trainer(root: Path, *, max_steps: int, callbacks: list[Callback], **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any("Checkpoint" in type(callback).__name__ for callback in callbacks),
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+        "plugins": [AtomicCheckpointIO()],
+    }
+    return Trainer(default_root_dir=root, max_steps=max_steps, callbacks=callbacks, **(defaults | settings))
+
+
+def cli(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    """Run the command line in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["layerskip", *args])
+    try:
+        return main()
+    except SystemExit as stop:
+        return int(stop.code or 0)

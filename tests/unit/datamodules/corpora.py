@@ -1,0 +1,68 @@
+"""Small corpora on disk, datamodules over them, and a trainer that only has what the data layer reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.trainer.states import TrainerFn
+
+from datamodules import Source, TextCodeDataModule
+
+WORDS = ("the", "exit", "layer", "drops", "a", "block", "and", "head", "reads", "def", "return", "self", "for", "in")
+
+
+def write_files(folder: Path, *, count: int, seed: int, words: int = 60) -> Path:
+    """`count` distinct files of about `words` words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        text = " ".join(rng.choice(WORDS, size=int(rng.integers(words // 2, 2 * words))))
+        (folder / f"{seed}-{index:03}.txt").write_text(f"{seed} {index} {text}\n", encoding="utf-8")
+    return folder
+
+
+def two_sources(folder: Path, *, count: int = 60) -> list[Source]:
+    code = write_files(folder / "code", count=count, seed=1)
+    text = write_files(folder / "text", count=count, seed=2)
+    return [
+        Source(name="code", kind="files", path=str(code), weight=3.0),
+        Source(name="text", kind="files", path=str(text), weight=1.0),
+    ]
+
+
+def small_datamodule(folder: Path, **settings: Any) -> TextCodeDataModule:
+    defaults: dict[str, Any] = {
+        "seq_len": 16,
+        "batch_size": 2,
+        "validation_share": 0.2,
+        "vocab_size": 300,
+        "cache_dir": str(folder / "cache"),
+    }
+    if "sources" not in settings:
+        defaults["sources"] = two_sources(folder)
+    return TextCodeDataModule(**(defaults | settings))
+
+
+def fake_trainer(
+    *,
+    step: int = 0,
+    accumulate: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    fn: TrainerFn = TrainerFn.FITTING,
+    limit: int | float = 1.0,
+    use_distributed_sampler: bool = False,
+    overfit_batches: float = 0.0,
+) -> Any:
+    return SimpleNamespace(
+        global_step=step,
+        accumulate_grad_batches=accumulate,
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size} if world_size > 1 else None,
+        limit_train_batches=limit,
+        overfit_batches=overfit_batches,
+        state=SimpleNamespace(fn=fn),
+        _accelerator_connector=SimpleNamespace(use_distributed_sampler=use_distributed_sampler),
+    )

@@ -7,9 +7,10 @@ import sys
 from typing import Literal
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from app.cli.parsing import VerbParser
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
@@ -133,7 +134,7 @@ def summary(result: DecodingResult) -> str:
 
 def run() -> None:
     """Parse and run the verb."""
-    parser = ArgumentParser(prog="layerskip generate", description=(generate.__doc__ or "").splitlines()[0])
+    parser = VerbParser(prog="layerskip generate", description=(generate.__doc__ or "").splitlines()[0])
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
     parser.add_function_arguments(generate, as_group=False, skip={"json"})
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")

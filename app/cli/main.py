@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 
 VERBS = {
     "fit": ("app.cli.train", "Train a model with layer dropout and early-exit loss."),
@@ -36,6 +37,10 @@ def main() -> int:
         return _fail(f"verb: got {args[0]!r}, allowed {' | '.join(VERBS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the data workers' forks do not mix
     _log_to_stderr()
+    # Said at every run, about nothing a user could mend: lightning 2.6 with torch 2.13, and resuming into a folder.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
     verb = importlib.import_module(VERBS[args[0]][0])  # torch and lightning load after the cheap checks
     from app.cli.messages import user_message
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from app.errors import ConfigError, UserError
 
@@ -21,17 +21,22 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
-def locate(error: ConfigError, config: Any) -> LocatedError:
-    """Complete the field to its path, found as the only place(s) in `config` that hold the offending value.
+def locate(error: ValueError, config: Any) -> LocatedError:
+    """Complete the field to its path, found as the only place in `config` that holds the offending value.
 
     Args:
-        error: Raised by a constructor, which knows its own argument's name but not where it was written.
+        error: Raised by a constructor, which knows its own argument's name but not where it was written;
+            jsonargparse may have wrapped it.
         config: The parsed configuration as nested dicts and lists.
     """
-    named = [(path, value) for path, value in _walk(config, "") if path.rsplit(".", 1)[-1] == error.field]
-    exact = [path for path, value in named if value == error.got]
-    paths = exact or [path for path, _ in named]
-    return LocatedError(error.message(paths[0] if len(paths) == 1 else error.field))
+    cause: BaseException = error
+    while not isinstance(cause, ConfigError) and (below := cause.__cause__ or cause.__context__):
+        cause = below
+    if not isinstance(cause, ConfigError):
+        return LocatedError(str(cause))
+    named = [(path, value) for path, value in _walk(config, "") if path.rsplit(".", 1)[-1] == cause.field]
+    paths = [path for path, value in named if value == cause.got] or [path for path, _ in named]
+    return LocatedError(cause.message(paths[0] if len(paths) == 1 else cause.field))
 
 
 def _walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:

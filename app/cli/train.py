@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from app.cli.messages import locate
+from app.cli.parsing import TrainingParser
 from app.errors import CheckpointError, ConfigError
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
@@ -27,8 +28,8 @@ class LayerSkipCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the method's two callbacks as groups, and hand the run's seed to everything that draws."""
-        parser.add_lightning_class_args(LayerDropoutCurriculum, "layer_dropout")  # type: ignore[arg-type]
-        parser.add_lightning_class_args(EarlyExitCurriculum, "early_exit")  # type: ignore[arg-type]
+        parser.add_lightning_class_args(LayerDropoutCurriculum, "layer_dropout")
+        parser.add_lightning_class_args(EarlyExitCurriculum, "early_exit")
         for target in ("model.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
@@ -44,7 +45,7 @@ class LayerSkipCLI(LightningCLI):
         """Build everything; an error in a constructor is told with the path of its field."""
         try:
             super().instantiate_classes()
-        except ConfigError as error:
+        except ValueError as error:
             raise locate(error, self._plain_config()) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -84,6 +85,7 @@ def run() -> None:
         load_from_checkpoint_support=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_class=TrainingParser,
         parser_kwargs={"prog": "layerskip"},
     )
     if not cli.trainer.is_global_zero:

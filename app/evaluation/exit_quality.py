@@ -81,7 +81,7 @@ class ExitQuality(Metric):
             head: LM head: [N, D] -> [N, V].
         """
         counted = labels_BT != IGNORE_INDEX
-        for rows in counted.flatten().nonzero().squeeze(1).split(_TOKENS_PER_CHUNK):
+        for rows in torch.split(counted.flatten().nonzero().squeeze(1), _TOKENS_PER_CHUNK):
             labels_N = labels_BT.flatten()[rows]
             full_logits = head(hidden_by_exit[self.num_layers].flatten(0, 1)[rows]).float()
             full_choice = full_logits.argmax(dim=-1)

@@ -8,7 +8,7 @@ Shape legend: `E` exits, `B` sequences, `T` tokens, `D` model width, `V` vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class DroppableBlock(nn.Module):
         """Skip before the hooks of FSDP when nobody goes through, and tap the state that leaves the block."""
         kept = self.plan.kept if self.training else None
         if kept is not None and kept[self.block_idx].numel() == 0:
-            out = _SkipBlock.apply(hidden_states, *self.parameters())
+            out: Tensor = _SkipBlock.apply(hidden_states, *self.parameters())  # type: ignore[no-untyped-call]
         else:
             out = super().__call__(hidden_states, *args, **kwargs)
         if self.block_idx + 1 in self.plan.exit_layers:
@@ -75,7 +75,7 @@ class DroppableBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block on the kept samples alone, [B, T, D] -> [B, T, D]; the others pass by unchanged."""
-        run = super().forward
+        run: Callable[..., Tensor] = super().forward
         if not self.training or self.plan.kept is None:
             return run(hidden_states, *args, **kwargs)
         kept, scale = self.plan.kept[self.block_idx], self.plan.scales[self.block_idx]

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -98,7 +100,7 @@ def test_dropped_samples_equal_the_masked_twin_with_gradients(batch, scale):
                             scales,
                             through=layer,
                         )
-                        for a, b in zip(cut, cut[1:], strict=False)
+                        for a, b in itertools.pairwise(cut)
                     ],
                     dim=1,
                 )

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from app import metric_names
+from app.errors import ConfigError
+from app.evaluation.decoding_comparison import DecodingComparison, compare_decoding
+from app.model.spans import SpanDecoder
+from callbacks.self_speculative_validation import SelfSpeculativeValidation
+from tests.support.one_thread import one_thread  # noqa: F401  switched on by its name being here
+from tests.support.tiny_models import tiny_llama
+
+# Lightning's own hints, none of which is about what is tested here.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+class _Prompts(LightningDataModule):
+    def validation_prompts(self, count: int, length: int) -> list[list[int]]:
+        return [[(7 * i + j) % 61 for j in range(length)] for i in range(count)]
+
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        return DataLoader(torch.randint(0, 61, (12, 9), generator=torch.Generator().manual_seed(0)), batch_size=2)
+
+    def val_dataloader(self) -> DataLoader[torch.Tensor]:
+        return self.train_dataloader()
+
+
+class _Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_llama(num_layers=3, attention_dropout=0.2).train()  # training draws from the global generator
+        self.modes_seen: list[bool] = []
+
+    def exitable_decoder(self) -> SpanDecoder:
+        return SpanDecoder(self.model)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.modes_seen.append(self.model.training)
+        return self.model(batch, labels=batch).loss
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _callback(**overrides: object) -> SelfSpeculativeValidation:
+    settings: dict[str, object] = {
+        "exit_layers": [1, 2],
+        "num_draft_tokens": [2],
+        "num_prompts": 2,
+        "prompt_length": 5,
+        "max_new_tokens": 6,
+    }
+    return SelfSpeculativeValidation(**(settings | overrides))  # type: ignore[arg-type]
+
+
+def _trainer(tmp_path: Path, callback: SelfSpeculativeValidation | None, **settings: object) -> Trainer:
+    defaults: dict[str, object] = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "val_check_interval": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "callbacks": [callback] if callback else [],
+    }
+    return Trainer(**(defaults | settings))  # type: ignore[arg-type]
+
+
+def test_every_setting_and_the_fastest_are_logged_and_reported(tmp_path: Path) -> None:
+    callback = _callback()
+    trainer = _trainer(tmp_path, callback, num_sanity_val_steps=0)
+    trainer.fit(_Module(), datamodule=_Prompts())
+    logged = trainer.callback_metrics
+    for name in (metric_names.DECODE_ACCEPTANCE_RATE, metric_names.DECODE_SPEEDUP, metric_names.DECODE_IDENTICAL_SHARE):
+        of_settings = [float(logged[metric_names.decode_setting(name, exit_layer, 2)]) for exit_layer in (1, 2)]
+        assert float(logged[name]) in of_settings
+    assert float(logged[metric_names.DECODE_IDENTICAL_SHARE]) == 1.0
+    table = callback.report()
+    assert table is not None
+    assert [row[:2] for row in table.rows] == [("1", "2"), ("2", "2")]
+
+
+def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path) -> None:
+    weights, generators = [], []
+    for callback in (None, _callback()):
+        torch.manual_seed(5)
+        module = _Module()
+        _trainer(tmp_path, callback).fit(module, datamodule=_Prompts())
+        weights.append(module.state_dict())
+        generators.append(torch.get_rng_state())
+        assert module.modes_seen == [True] * 6
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert torch.equal(*generators)
+
+
+def test_every_submodule_gets_its_own_mode_back(tmp_path: Path) -> None:
+    module = _Module().train()
+    module.model.model.layers[1].eval()
+    modes = {name: submodule.training for name, submodule in module.named_modules()}
+    callback, trainer = _callback(), _trainer(tmp_path, None)
+    trainer.datamodule = _Prompts()  # type: ignore[attr-defined]
+    trainer.state.fn = "validate"  # type: ignore[assignment]
+    trainer.strategy._lightning_module = module
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    callback.on_validation_epoch_end(trainer, module)
+    assert callback.report() is not None
+    assert {name: submodule.training for name, submodule in module.named_modules()} == modes
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def _spy_on_measurements(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A list that gets the end-of-sequence ids of every measurement."""
+    eos_of_measurements: list[object] = []
+
+    def spy(*args: object, **kwargs: object) -> list[DecodingComparison]:
+        eos_of_measurements.append(kwargs["eos_token_ids"])
+        return compare_decoding(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("callbacks.self_speculative_validation.compare_decoding", spy)
+    return eos_of_measurements
+
+
+def test_only_every_nth_validation_of_a_fit_measures_and_the_sanity_check_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = _callback(every_n_validations=2)
+    measured = _spy_on_measurements(monkeypatch)
+    _trainer(tmp_path, callback).fit(_Module(), datamodule=_Prompts())  # sanity check, then validations 1, 2, 3
+    assert len(measured) == 1
+    assert callback.state_dict() == {"validations": 3}
+
+
+def test_a_resumed_run_keeps_the_rhythm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _callback(every_n_validations=2)
+    trainer = _trainer(tmp_path, first, enable_checkpointing=True)
+    trainer.fit(_Module(), datamodule=_Prompts())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = _callback(every_n_validations=2)
+    measured = _spy_on_measurements(monkeypatch)
+    _trainer(tmp_path, resumed, max_epochs=2, enable_checkpointing=True).fit(
+        _Module(), datamodule=_Prompts(), ckpt_path=tmp_path / "run.ckpt", weights_only=False
+    )  # validations 4, 5, 6
+    assert len(measured) == 2
+    assert resumed.state_dict() == {"validations": 6}
+
+
+def test_validate_always_measures_and_counts_nothing(tmp_path: Path) -> None:
+    callback = _callback(every_n_validations=100)
+    _trainer(tmp_path, callback).validate(_Module(), datamodule=_Prompts(), verbose=False)
+    assert callback.report() is not None
+    assert callback.state_dict() == {"validations": 0}
+
+
+def test_the_table_goes_to_tensorboard_as_text(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    _trainer(tmp_path, _callback(), logger=logger).validate(_Module(), datamodule=_Prompts(), verbose=False)
+    written = b"".join(path.read_bytes() for path in Path(logger.log_dir).glob("events*"))
+    assert b"decode/self_speculative" in written
+    assert b"| exit | drafts |" in written
+
+
+def test_the_tokenizers_eos_is_used_where_the_datamodule_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithTokenizer(_Prompts):
+        tokenizer = SimpleNamespace(eos_token_id=17)
+
+    seen = _spy_on_measurements(monkeypatch)
+    for datamodule in (_Prompts(), WithTokenizer()):
+        _trainer(tmp_path, _callback()).validate(_Module(), datamodule=datamodule, verbose=False)
+    assert seen == [(), (17,)]
+
+
+def test_a_datamodule_without_prompts_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    class Plain(_Prompts):
+        validation_prompts = None  # type: ignore[assignment]
+
+    trainer = _trainer(tmp_path, _callback())
+    with pytest.raises(ConfigError, match=r"data: got .*validation_prompts"):
+        trainer.fit(
+            _Module(), train_dataloaders=_Prompts().train_dataloader(), val_dataloaders=_Prompts().val_dataloader()
+        )
+
+
+def test_an_exit_the_model_does_not_have_shows_in_the_sanity_check(tmp_path: Path) -> None:
+    module = _Module()
+    with pytest.raises(ConfigError, match=r"exit_layers: got 3, allowed \[1, 2\]; 3 is the full model"):
+        _trainer(tmp_path, _callback(exit_layers=[1, 3])).fit(module, datamodule=_Prompts())
+    assert module.modes_seen == []
+
+
+@pytest.mark.parametrize("field", ["exit_layers", "num_draft_tokens"])
+def test_an_empty_list_of_settings_is_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: got 0"):
+        _callback(**{field: []})

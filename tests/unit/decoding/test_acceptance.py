@@ -1,0 +1,133 @@
+"""The sampling rule is proven by enumerating everything that can happen, not by sampling it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.decoding.acceptance import accept_greedy, accept_sampled
+
+_VOCAB = 4
+_Laws = Callable[[tuple[int, ...]], Tensor]  # what was said so far -> law of the next token [V]
+
+
+def _random_laws(seed: int, *, share_of_zeros: float = 0.0) -> _Laws:
+    def law(prefix: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 10_007 + sum((t + 1) * 5**i for i, t in enumerate(prefix)))
+        weights = torch.rand(_VOCAB, generator=generator, dtype=torch.float64)
+        weights[torch.rand(_VOCAB, generator=generator) < share_of_zeros] = 0.0
+        weights[0 if weights.sum() == 0 else slice(0, 0)] = 1.0
+        return weights / weights.sum()
+
+    return law
+
+
+def _always(*law: float) -> _Laws:
+    return lambda prefix: torch.tensor(law, dtype=torch.float64)
+
+
+def _law_of_sequences(laws: _Laws, length: int) -> dict[tuple[int, ...], float]:
+    """Probability of every sequence when each token is drawn from `laws`."""
+    out = {(): 1.0}
+    for _ in range(length):
+        out = {(*seq, t): p * float(laws(seq)[t]) for seq, p in out.items() for t in range(_VOCAB)}
+    return out
+
+
+def _law_of_a_round(rule: Callable[..., tuple[Tensor, Tensor]], draft: _Laws, target: _Laws, num_drafts: int):  # type: ignore[no-untyped-def]
+    """Probability of every sequence of num_drafts + 1 tokens that begins with one round of `rule`.
+
+    Enumerates each drafted sequence and each side that a uniform can fall on of its threshold min(1, target/draft);
+    rounds that settle fewer tokens are continued with the target's own laws.
+    """
+    total = dict.fromkeys(itertools.product(range(_VOCAB), repeat=num_drafts + 1), 0.0)
+    for drafts, p_drafts in _law_of_sequences(draft, num_drafts).items():
+        if p_drafts == 0.0:
+            continue
+        prefixes = [drafts[:i] for i in range(num_drafts + 1)]
+        draft_probs = torch.stack([draft(prefix) for prefix in prefixes[:-1]])
+        target_probs = torch.stack([target(prefix) for prefix in prefixes])
+        thresholds = [min(1.0, float(target_probs[i, t] / draft_probs[i, t])) for i, t in enumerate(drafts)]
+        for sides in itertools.product((True, False), repeat=num_drafts):
+            p_sides = 1.0
+            for below, a in zip(sides, thresholds, strict=True):
+                p_sides *= a if below else 1.0 - a
+            if p_sides == 0.0:
+                continue
+            uniforms = [a / 2 if below else (1 + a) / 2 for below, a in zip(sides, thresholds, strict=True)]
+            accepted, law = rule(
+                torch.tensor(drafts),
+                draft_probs_TV=draft_probs,
+                target_probs_SV=target_probs,
+                uniforms_T=torch.tensor(uniforms, dtype=torch.float64),
+            )
+            for token in range(_VOCAB):
+                settled = (*drafts[: int(accepted)], token)
+                rest = _law_of_sequences(lambda tail, s=settled: target((*s, *tail)), num_drafts + 1 - len(settled))
+                for tail, p_tail in rest.items():
+                    total[(*settled, *tail)] += p_drafts * p_sides * float(law[token]) * p_tail
+    return total
+
+
+def _error(rule: Callable[..., tuple[Tensor, Tensor]], draft: _Laws, target: _Laws, num_drafts: int) -> float:
+    exact = _law_of_sequences(target, num_drafts + 1)
+    return max(abs(p - exact[seq]) for seq, p in _law_of_a_round(rule, draft, target, num_drafts).items())
+
+
+_PAIRS = {
+    "random": (_random_laws(1), _random_laws(2)),
+    "with zeros in both": (_random_laws(3, share_of_zeros=0.4), _random_laws(4, share_of_zeros=0.4)),
+    "equal": (_random_laws(5), _random_laws(5)),
+    "certain draft": (_always(0, 1, 0, 0), _random_laws(6)),
+    "certain target": (_random_laws(7), _always(0, 0, 1, 0)),
+    "certain and different": (_always(1, 0, 0, 0), _always(0, 0, 0, 1)),
+    "certain and equal": (_always(0, 1, 0, 0), _always(0, 1, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2])
+@pytest.mark.parametrize("pair", _PAIRS)
+def test_the_law_of_the_output_is_the_targets_by_exact_enumeration(pair: str, num_drafts: int) -> None:
+    assert _error(accept_sampled, *_PAIRS[pair], num_drafts) < 1e-12
+
+
+def _draws_again_from_the_target(drafts_T: Tensor, **laws: Tensor) -> tuple[Tensor, Tensor]:
+    accepted, _ = accept_sampled(drafts_T, **laws)
+    return accepted, laws["target_probs_SV"][accepted]
+
+
+def _keeps_every_draft(drafts_T: Tensor, **laws: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.tensor(len(drafts_T)), laws["target_probs_SV"][-1]
+
+
+@pytest.mark.parametrize("wrong_rule", [_draws_again_from_the_target, _keeps_every_draft])
+def test_the_enumeration_notices_a_wrong_rule(wrong_rule: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    assert _error(wrong_rule, *_PAIRS["random"], 2) > 1e-2
+
+
+def test_a_rejection_by_rounding_alone_draws_from_the_target() -> None:
+    law = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    accepted, following = accept_sampled(
+        torch.tensor([0]), draft_probs_TV=law, target_probs_SV=law.repeat(2, 1), uniforms_T=torch.tensor([1.0])
+    )
+    assert int(accepted) == 0
+    assert torch.equal(following, law[0])
+
+
+@pytest.mark.parametrize(
+    ("drafts", "choices", "expected"),
+    [
+        ([], [7], (0, 7)),
+        ([1, 2], [1, 2, 3], (2, 3)),
+        ([1, 2], [1, 9, 3], (1, 9)),
+        ([1, 2], [9, 2, 3], (0, 9)),
+    ],
+)
+def test_greedy_acceptance_keeps_the_agreeing_prefix_and_adds_the_full_models_choice(
+    drafts: list[int], choices: list[int], expected: tuple[int, int]
+) -> None:
+    assert accept_greedy(drafts, choices) == expected

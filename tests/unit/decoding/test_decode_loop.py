@@ -1,0 +1,184 @@
+"""The loop's logic, on a fake decoder that counts: after t comes t + 1."""
+
+from __future__ import annotations
+
+import logging
+from typing import get_args
+
+import pytest
+import torch
+
+from app.decoding.result import DecodingResult
+from app.decoding.sampling import SamplingSettings
+from app.decoding.settings import DecodingSettings
+from app.decoding.strategies import STRATEGIES, Strategy, decode
+from app.errors import ConfigError
+from tests.support.fake_decoder import FakeDecoder, counting_decoder
+
+
+def _decode(
+    decoder: FakeDecoder, prompt: list[int], strategy: Strategy = "self_speculative", **settings: object
+) -> DecodingResult:
+    needed = {"exit_layer": 2, "num_draft_tokens": 4}
+    chosen = {name: value for name, value in needed.items() if name in STRATEGIES[strategy].needs}
+    merged = DecodingSettings(**({"max_new_tokens": 12} | chosen | settings))  # type: ignore[arg-type]
+    return decode(decoder, prompt, strategy=strategy, settings=merged)
+
+
+def test_every_strategy_of_the_literal_is_in_the_table_and_counts() -> None:
+    assert set(get_args(Strategy)) == set(STRATEGIES)
+    for strategy in STRATEGIES:
+        assert _decode(counting_decoder(), [3], strategy).tokens == list(range(4, 16))
+
+
+def test_full_partial_and_zero_accepts_all_lead_to_the_full_models_output() -> None:
+    result = _decode(counting_decoder(misses=(6, 7, 12)), [3], max_new_tokens=16)
+    assert result.tokens == list(range(4, 20))
+    # 4 | drafts 5 6 8 9: keeps 5 6, adds 7 | 9 10 11 12: keeps none, adds 8 | 9 10 11 12: all, adds 13 | ...
+    assert (result.rounds, result.drafted, result.accepted) == (5, 4 + 4 + 4 + 4 + 0, 2 + 0 + 4 + 4)
+    assert result.acceptance_rate == pytest.approx(10 / 16)
+    assert result.mean_tokens_per_round == pytest.approx(15 / 5)
+
+
+def test_the_first_blocks_run_once_a_token_and_the_prompt_once() -> None:
+    decoder = counting_decoder()
+    _decode(decoder, [1, 2, 3], max_new_tokens=6)
+    assert decoder.spans == [(0, 2, 3), (2, 4, 3)] + [(0, 2, 1)] * 5 + [(2, 4, 5)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("budget", [0, 1, 2, 5, 6, 7])
+def test_the_budget_is_met_exactly(strategy: Strategy, budget: int) -> None:
+    result = _decode(counting_decoder(misses=(6,)), [3], strategy, max_new_tokens=budget)
+    assert len(result.tokens) == budget
+    assert result.stop_reason == "max_new_tokens"
+
+
+def test_a_budget_of_two_leaves_nothing_to_draft_and_takes_a_plain_step() -> None:
+    result = _decode(counting_decoder(), [3], max_new_tokens=2)
+    assert (result.tokens, result.rounds, result.drafted) == ([4, 5], 1, 0)
+    assert result.acceptance_rate is None
+
+
+def test_nothing_runs_and_nothing_is_divided_by_for_a_budget_of_zero() -> None:
+    result = _decode(counting_decoder(), [3], max_new_tokens=0)
+    assert result.tokens == []
+    assert (result.tokens_per_second, result.acceptance_rate, result.mean_tokens_per_round) == (None, None, None)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_context_ends_decoding_in_the_middle_of_a_draft(strategy: Strategy) -> None:
+    result = _decode(
+        counting_decoder(max_length=9), [1, 2, 3], strategy, max_new_tokens=50
+    )  # the fake checks positions
+    assert result.tokens == [4, 5, 6, 7, 8, 9]
+    assert result.stop_reason == "context_length"
+
+
+def test_a_prompt_that_fills_the_context_yields_nothing() -> None:
+    result = _decode(counting_decoder(max_length=3), [1, 2, 3])
+    assert (result.tokens, result.stop_reason) == ([], "context_length")
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative"])
+@pytest.mark.parametrize("misses", [(), (4,), (5,), (6,), (4, 5, 6, 7)])
+@pytest.mark.parametrize("first_eos", [4, 5, 6, 7, 8, 9, 10])
+def test_an_eos_ends_the_output_wherever_it_was_drafted_or_verified(
+    strategy: Strategy, misses: tuple[int, ...], first_eos: int
+) -> None:
+    result = _decode(counting_decoder(misses=misses), [3], strategy, eos_token_ids=(first_eos,))
+    assert result.tokens == list(range(4, first_eos + 1))
+    assert result.stop_reason == "eos"
+
+
+def test_of_several_eos_ids_the_earliest_position_wins_not_the_first_listed() -> None:
+    assert _decode(counting_decoder(), [3], eos_token_ids=(8, 6, 40)).tokens == [4, 5, 6]
+
+
+def test_nothing_is_drafted_after_an_eos() -> None:
+    result = _decode(counting_decoder(), [3], eos_token_ids=(6,), num_draft_tokens=8)
+    assert (result.drafted, result.accepted) == (2, 2)
+
+
+def test_an_eos_that_the_full_model_rejects_does_not_end_the_output() -> None:
+    result = _decode(counting_decoder(misses=(5,)), [3], eos_token_ids=(7,))  # after 5 the exit says 7
+    assert result.tokens == [4, 5, 6, 7]
+
+
+def test_tokens_are_streamed_as_rounds_settle_them() -> None:
+    streamed: list[list[int]] = []
+    settings = DecodingSettings(max_new_tokens=8, exit_layer=1, num_draft_tokens=2, eos_token_ids=(10,))
+    result = decode(counting_decoder(), [3], strategy="self_speculative", settings=settings, on_tokens=streamed.append)
+    assert streamed == [[4], [5, 6, 7], [8, 9, 10]]
+    assert [token for tokens in streamed for token in tokens] == result.tokens
+
+
+def test_times_are_split_at_the_first_token() -> None:
+    result = _decode(counting_decoder(), [3])
+    assert result.seconds_prefill > 0
+    assert result.tokens_per_second == pytest.approx(11 / result.seconds_decode)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "strategy", "settings", "message"),
+    [
+        ([], "autoregressive", {}, "prompt_tokens: got .*at least one token"),
+        ([1] * 65, "autoregressive", {}, "prompt_tokens: got '65 tokens', allowed at most 64"),
+        ([1, 50], "autoregressive", {}, r"prompt_tokens: got 50, allowed \[0, 49\]"),
+        ([-1], "autoregressive", {}, "prompt_tokens: got -1"),
+        ([1], "autoregressive", {"eos_token_ids": (50,)}, "eos_token_ids: got 50"),
+        ([1], "self_speculative", {"exit_layer": 4}, r"exit_layer: got 4, allowed \[1, 3\]; 4 is the full model"),
+        ([1], "self_speculative", {"exit_layer": 0}, "exit_layer: got 0"),
+        ([1], "self_speculative", {"exit_layer": None}, "exit_layer: got None"),
+        ([1], "self_speculative", {"num_draft_tokens": 0}, "num_draft_tokens: got 0"),
+        ([1], "early_exit", {"exit_layer": 5}, r"exit_layer: got 5, allowed \[1, 4\]"),
+        ([1], "autoregressive", {"max_new_tokens": -1}, "max_new_tokens: got -1"),
+        ([1], "autoregressive", {"sampling": SamplingSettings(temperature=1.0)}, "generator: got None"),
+    ],
+)
+def test_what_cannot_be_decoded_is_named(
+    prompt: list[int], strategy: Strategy, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _decode(counting_decoder(), prompt, strategy, **settings)
+
+
+def test_an_unknown_strategy_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"strategy: got 'beam', allowed autoregressive \| early_exit"):
+        decode(counting_decoder(), [1], strategy="beam", settings=DecodingSettings(max_new_tokens=1))  # type: ignore[arg-type]
+
+
+def test_a_setting_the_strategy_does_not_use_warns(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        _decode(counting_decoder(), [1], "autoregressive", exit_layer=2)
+    assert "exit_layer=2 has no effect with strategy autoregressive" in caplog.text
+
+
+def _chi_square(num_samples: int, *, num_draft_tokens: int) -> float:
+    """Of tokens 2..4 after the prompt against the full model's law, through the whole engine; 63 degrees of freedom."""
+    generator = torch.Generator().manual_seed(0)
+    full, exits = torch.randn(2, 4, 4, generator=generator)
+    decoder = FakeDecoder(full, full + exits)
+    settings = DecodingSettings(
+        max_new_tokens=4, exit_layer=1, num_draft_tokens=num_draft_tokens, sampling=SamplingSettings(temperature=1.0)
+    )
+    counts = torch.zeros(4, 4, 4)
+    for _ in range(num_samples):
+        result = decode(decoder, [0], strategy="self_speculative", settings=settings, generator=generator)
+        counts[tuple(result.tokens[1:])] += 1
+    law = full.softmax(-1)
+    start = law[0] @ torch.eye(4)
+    expected = num_samples * torch.einsum("a,ab,bc,cd->bcd", start, law, law, law)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_sampled_self_speculation_passes_a_chi_square_test_against_the_full_models_law() -> None:
+    assert _chi_square(1500, num_draft_tokens=2) < 103.4  # the 0.999 quantile of chi-square with 63 degrees
+
+
+def test_the_chi_square_test_notices_drafts_that_are_always_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep_all(drafts_T, *, target_probs_SV, **_):  # type: ignore[no-untyped-def]
+        return torch.tensor(len(drafts_T)), target_probs_SV[-1]
+
+    monkeypatch.setattr("app.decoding.acceptance.accept_sampled", keep_all)
+    assert _chi_square(500, num_draft_tokens=2) > 200

@@ -78,6 +78,10 @@ class ExitableDecoder(Protocol):
         """The context length: positions 0..max_length-1 exist."""
 
     @property
+    def vocab_size(self) -> int:
+        """V: token ids are 0..vocab_size-1."""
+
+    @property
     def device(self) -> device:
         """Where token ids must be."""
 
@@ -100,6 +104,10 @@ class ExitableDecoder(Protocol):
 @runtime_checkable
 class DecodingHost(Protocol):
     """Something that can lend its current weights for decoding."""
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of blocks."""
 
     def exitable_decoder(self) -> ExitableDecoder:
         """A view on the live weights; it must neither copy nor change them."""

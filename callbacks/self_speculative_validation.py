@@ -76,14 +76,10 @@ class SelfSpeculativeValidation(Callback):
         if not isinstance(datamodule, PromptOwner):
             got = type(datamodule).__name__
             raise ConfigError("data", got=got, allowed="a datamodule with validation_prompts()")
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the exits against the model; the sanity check comes here too, so a mistake shows at once."""
-        assert isinstance(pl_module, DecodingHost)
-        num_layers = pl_module.exitable_decoder().num_layers
-        for exit_layer in self.exit_layers:
-            fix = f"{num_layers} is the full model, which drafts for nobody"
-            check_range("exit_layers", exit_layer, low=1, high=num_layers - 1, fix=fix)
+        num_layers = pl_module.num_layers
+        if wrong := [layer for layer in self.exit_layers if layer >= num_layers]:
+            allowed = f"1..{num_layers - 1} for a {num_layers}-layer model"
+            raise ConfigError("exit_layers", got=list(self.exit_layers), allowed=allowed, fix=f"{wrong} cannot draft")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, keep the results and log them, when it is time."""

@@ -34,6 +34,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     json: bool = False,
 ) -> None:
     """Continue a prompt: autoregressively, from an early exit (lossy), or self-speculatively (lossless).
@@ -50,9 +51,12 @@ def generate(
         top_p: Sample among the most likely tokens of this total probability only.
         seed: Of the sampling.
         dtype: Of the weights; losslessness is exact in float32.
+        device: Where to decode; auto takes a GPU if there is one.
         json: Print one JSON object instead of text.
     """
     weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype])
+    weights.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+    decoder = SpanDecoder(weights)
     settings = DecodingSettings(
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids(weights, tokenizer),
@@ -63,11 +67,11 @@ def generate(
     stream = None if json else TextStream(tokenizer)
     with torch.inference_mode():
         result = decode(
-            SpanDecoder(weights),
+            decoder,
             tokenizer(prompt)["input_ids"],
             strategy=strategy,
             settings=settings,
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator(decoder.device).manual_seed(seed),
             on_tokens=stream,
         )
     if stream is None:

@@ -142,9 +142,6 @@ def _check_tokens(decoder: ExitableDecoder, prompt_tokens: Sequence[int], eos_to
     if len(prompt_tokens) > decoder.max_length:
         allowed = f"at most {decoder.max_length} tokens, the model's context"
         raise ConfigError("prompt_tokens", got=f"{len(prompt_tokens)} tokens", allowed=allowed)
-    # The protocol does not say how large the vocabulary is; the head does.
-    token_11 = torch.zeros(1, 1, dtype=torch.long, device=decoder.device)
-    vocab_size = decoder.unembed(decoder.embed(token_11)).shape[-1]
     for field, tokens in (("prompt_tokens", prompt_tokens), ("eos_token_ids", eos_token_ids)):
         for token in {min(tokens, default=0), max(tokens, default=0)}:
-            check_range(field, token, low=0, high=vocab_size - 1, fix="use the model's own tokenizer")
+            check_range(field, token, low=0, high=decoder.vocab_size - 1, fix="use the model's own tokenizer")

@@ -75,6 +75,11 @@ class SpanDecoder:
         return int(self._model.config.max_position_embeddings)
 
     @property
+    def vocab_size(self) -> int:
+        """V: token ids are 0..vocab_size-1."""
+        return self._decoder.embed_tokens.num_embeddings  # type: ignore[no-any-return]
+
+    @property
     def device(self) -> torch.device:
         """Where token ids must be."""
         return self._decoder.embed_tokens.weight.device  # type: ignore[no-any-return]

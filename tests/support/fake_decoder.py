@@ -25,6 +25,7 @@ class FakeDecoder:
 
     def __init__(self, full_logits: Tensor, exit_logits: Tensor, *, max_length: int = 64) -> None:
         self.full_logits, self.exit_logits, self.max_length = full_logits, exit_logits, max_length
+        self.vocab_size = len(full_logits)
         self.spans: list[tuple[int, int, int]] = []  # (start, stop, tokens) of every run
 
     def new_cache(self, capacity: int) -> FakeCache:

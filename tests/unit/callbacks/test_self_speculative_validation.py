@@ -14,15 +14,7 @@ from app.errors import ConfigError
 from app.evaluation.decoding_comparison import DecodingComparison, compare_decoding
 from app.model.spans import SpanDecoder
 from callbacks.self_speculative_validation import SelfSpeculativeValidation
-from tests.support.one_thread import one_thread  # noqa: F401  switched on by its name being here
 from tests.support.tiny_models import tiny_llama
-
-# Lightning's own hints, none of which is about what is tested here.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-]
 
 
 class _Prompts(LightningDataModule):
@@ -41,6 +33,10 @@ class _Module(LightningModule):
         super().__init__()
         self.model = tiny_llama(num_layers=3, attention_dropout=0.2).train()  # training draws from the global generator
         self.modes_seen: list[bool] = []
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.num_hidden_layers
 
     def exitable_decoder(self) -> SpanDecoder:
         return SpanDecoder(self.model)
@@ -198,9 +194,9 @@ def test_a_datamodule_without_prompts_is_refused_before_anything_runs(tmp_path: 
         )
 
 
-def test_an_exit_the_model_does_not_have_shows_in_the_sanity_check(tmp_path: Path) -> None:
+def test_an_exit_that_cannot_draft_is_refused_in_setup(tmp_path: Path) -> None:
     module = _Module()
-    with pytest.raises(ConfigError, match=r"exit_layers: got 3, allowed \[1, 2\]; 3 is the full model"):
+    with pytest.raises(ConfigError, match=r"exit_layers: got \[1, 3\], allowed 1..2 for a 3-layer model"):
         _trainer(tmp_path, _callback(exit_layers=[1, 3])).fit(module, datamodule=_Prompts())
     assert module.modes_seen == []
 

@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from app.errors import ConfigError
 from app.model.spans import SUPPORTED_MODEL_TYPES, SpanDecoder, attention_mask
-from tests.support.one_thread import one_thread  # noqa: F401  switched on by its name being here
 from tests.support.tiny_models import tiny_llama
 
 _VOCAB = 61

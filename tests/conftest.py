@@ -1,5 +1,3 @@
-"""A fixture for tests of tiny models; importing it into a test module or conftest switches it on there."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -80,9 +80,9 @@ class ExitQualityMonitor(Callback):
         scores = self._quality.compute()
         self._quality.reset()
         for layer, score in scores.items():
-            pl_module.log(metric_names.exit_loss(stage, layer), score.loss)
-            pl_module.log(metric_names.exit_perplexity(stage, layer), score.perplexity)
-            pl_module.log(metric_names.exit_agreement(stage, layer), score.agreement)
+            pl_module.log(metric_names.exit_loss(stage, layer), score.loss, sync_dist=True)
+            pl_module.log(metric_names.exit_perplexity(stage, layer), score.perplexity, sync_dist=True)
+            pl_module.log(metric_names.exit_agreement(stage, layer), score.agreement, sync_dist=True)
         return scores
 
     def state_dict(self) -> dict[str, Any]:

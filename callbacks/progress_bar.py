@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from app import metric_names
+from app.errors import check_range
 from app.protocols import EarlyExitHost
 
 
 class LayerSkipProgressBar(TQDMProgressBar):
-    """Lightning's bar, with the exits that are on and the throughput."""
+    """Lightning's bar on stderr, with the exits that are on and the throughput; stdout is for results.
+
+    Args:
+        refresh_rate: Steps between redraws, 0 for no bar; by default 1 in a terminal and 50 in a log file.
+    """
+
+    def __init__(self, *, refresh_rate: int | None = None) -> None:
+        check_range("refresh_rate", 0 if refresh_rate is None else refresh_rate, low=0)
+        super().__init__(refresh_rate=(1 if sys.stderr.isatty() else 50) if refresh_rate is None else refresh_rate)
+
+    def init_train_tqdm(self) -> Tqdm:
+        """The bar of training."""
+        return _on_stderr(super().init_train_tqdm())
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """The bar of a validation."""
+        return _on_stderr(super().init_validation_tqdm())
+
+    def init_test_tqdm(self) -> Tqdm:
+        """The bar of a test."""
+        return _on_stderr(super().init_test_tqdm())
+
+    def init_predict_tqdm(self) -> Tqdm:
+        """The bar of a prediction."""
+        return _on_stderr(super().init_predict_tqdm())
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The logged prog_bar metrics without the version number, then exits on and tokens/s."""
@@ -24,3 +51,9 @@ class LayerSkipProgressBar(TQDMProgressBar):
         if rate is not None:
             items["tok/s"] = f"{rate:.0f}"
         return items
+
+
+def _on_stderr(bar: Tqdm) -> Tqdm:
+    bar.fp = sys.stderr
+    bar.sp = bar.status_printer(sys.stderr)
+    return bar

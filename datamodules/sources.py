@@ -33,32 +33,28 @@ class Source:
     """One source of documents.
 
     Args:
-        name: What logs and metrics call it; unique among the sources.
         kind: `stdlib_code`: the running interpreter's standard library; `stdlib_text`: its documentation
             topics and docstrings; `files`: the files of a local folder.
         weight: Share of training rows, relative to the other sources; in (0, inf).
         path: The folder; for kind `files` only.
         glob: Which files in the folder; for kind `files` only.
+        name: What logs and metrics call it; the datamodule takes it from the source's key.
     """
 
-    name: str
     kind: SourceKind
     weight: float = 1.0
     path: str | None = None
     glob: str = "**/*"
+    name: str = ""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, _KINDS)
-        if not self.name:
-            raise ConfigError("name", got=self.name, allowed="any text", fix="name the source")
         if not 0 < self.weight < math.inf:
             raise ConfigError("weight", got=self.weight, allowed="(0, inf)", fix="remove unused sources")
         if self.kind == "files" and self.path is None:
-            raise ConfigError(
-                "path", got=None, allowed="a folder", fix=f"source {self.name!r} is of kind files: give its path"
-            )
+            raise ConfigError("path", got=None, allowed="a folder, for a source of kind files")
         if self.kind != "files" and (self.path is not None or self.glob != "**/*"):
-            log.warning("source %r: path and glob have no effect on kind %s", self.name, self.kind)
+            log.warning("path and glob have no effect on a source of kind %s", self.kind)
 
     @property
     def root(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class TextCodeDataModule(LightningDataModule):
     `source` [B]. Feed `position_ids` with `attention_mask=None, use_cache=False` (see `datamodules.packing`).
 
     Args:
-        sources: What to read; names are unique.
+        sources: What to read, by name. Stacked configs replace the whole; equal names are merged field by field.
         seq_len: S, tokens a row; 2 or more.
         batch_size: B, rows a batch on each device; 1 or more.
         validation_share: Share of documents held out, chosen by content; in (0, 1).
@@ -50,7 +51,7 @@ class TextCodeDataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        sources: list[Source],
+        sources: dict[str, Source],
         seq_len: int = 256,
         batch_size: int = 8,
         validation_share: float = 0.05,
@@ -63,9 +64,9 @@ class TextCodeDataModule(LightningDataModule):
         cache_dir: str = "runs/data",
     ) -> None:
         super().__init__()
-        names = [source.name for source in sources]
-        if not names or len(set(names)) < len(names):
-            raise ConfigError("sources", got=names, allowed="one or more, each with a name of its own")
+        named = tuple(replace(source, name=name) for name, source in sources.items())
+        if not named:
+            raise ConfigError("sources", got=sources, allowed="one or more, each under a name of its own")
         check_range("seq_len", seq_len, low=2)
         check_range("batch_size", batch_size, low=1)
         if not 0 < validation_share < 1:
@@ -78,7 +79,7 @@ class TextCodeDataModule(LightningDataModule):
         if tokenizer is not None and vocab_size != _DEFAULT_VOCAB_SIZE:
             log.warning("vocab_size has no effect: the tokenizer in %s is used", tokenizer)
         self._settings = StoreSettings(
-            sources=tuple(sources),
+            sources=named,
             seq_len=seq_len,
             validation_share=validation_share,
             vocab_size=vocab_size,

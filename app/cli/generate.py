@@ -7,7 +7,7 @@ import sys
 from typing import Literal
 
 import torch
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.cli.parsing import VerbParser
@@ -43,8 +43,8 @@ def generate(
         model: Lightning checkpoint of a run, or Hugging Face directory.
         prompt: Text to continue.
         strategy: How to decode.
-        exit_layer: Blocks run by early_exit and by self_speculative's drafts.
-        num_draft_tokens: Tokens self_speculative drafts in a round.
+        exit_layer: Blocks run by early_exit and by self_speculative's drafts; by default a quarter of them.
+        num_draft_tokens: Tokens self_speculative drafts in a round; 3 by default.
         max_new_tokens: Budget.
         temperature: 0 is greedy.
         top_k: Sample among the k most likely tokens only.
@@ -57,6 +57,10 @@ def generate(
     weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype])
     weights.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
     decoder = SpanDecoder(weights)
+    if strategy != "autoregressive" and exit_layer is None:
+        exit_layer = max(1, decoder.num_layers // 4)
+    if strategy == "self_speculative" and num_draft_tokens is None:
+        num_draft_tokens = 3
     settings = DecodingSettings(
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids(weights, tokenizer),

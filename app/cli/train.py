@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -21,6 +21,20 @@ from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
 
 log = logging.getLogger(__name__)
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Saves the resolved config with the run, for `fit` alone; `validate` must not overwrite what made the run.
+
+    Without `ckpt_path`: a saved config starts what it is told to, it does not silently resume.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save."""
+        if stage == "fit":
+            self.config = self.config.clone()
+            self.config["ckpt_path"] = None
+            super().setup(trainer, pl_module, stage)
 
 
 class LayerSkipCLI(LightningCLI):
@@ -64,8 +78,10 @@ class LayerSkipCLI(LightningCLI):
         """Lightning only warns and starts afresh: an operator who asks to resume must not lose the run."""
         if self.config[self.config.subcommand].get("ckpt_path") != "last":
             return
-        folders = [callback.dirpath for callback in self.trainer.checkpoint_callbacks if callback.dirpath]  # type: ignore[attr-defined]
-        if folders and not any(path for folder in folders for path in Path(folder).glob("last*.ckpt")):
+        beside_logs = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
+        savers: list[Any] = self.trainer.checkpoint_callbacks
+        folders = sorted({Path(getattr(saver, "dirpath", None) or beside_logs) for saver in savers})
+        if not any(path for folder in folders for path in folder.glob("last*.ckpt")):
             raise CheckpointError(f"ckpt_path: got 'last', but there is no last.ckpt in {', '.join(map(str, folders))}")
 
     def _plain_config(self) -> dict[str, Any]:
@@ -84,6 +100,7 @@ def run() -> None:
         trainer_defaults={"use_distributed_sampler": False, "inference_mode": False},
         load_from_checkpoint_support=False,
         seed_everything_default=0,
+        save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         parser_class=TrainingParser,
         parser_kwargs={"prog": "layerskip"},

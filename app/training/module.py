@@ -297,10 +297,11 @@ class LayerSkipModule(LightningModule):
         assert self.source_loss is not None
         total, by_source = self.source_loss.compute()
         self.source_loss.reset()
-        self.log(name, total, prog_bar=True)
-        for source, value in zip(self._corpus.source_names if self._corpus else (), by_source, strict=False):
+        self.log(name, total, prog_bar=True, sync_dist=True)  # the same on all ranks already
+        names = self._corpus.source_names if self._corpus else ()
+        for source, value in zip(names, by_source.reshape(-1), strict=False):  # torchmetrics squeezes a single group
             if torch.isfinite(value):  # a source without held-out rows has no loss
-                self.log(metric_names.source_loss(stage, source), value)
+                self.log(metric_names.source_loss(stage, source), value, sync_dist=True)
 
     # -- checkpoints: one file is enough to decode with ----------------------------------------------------------
 

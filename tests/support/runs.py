@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def write_corpus(folder: Path, *, files: int = 12) -> Path:
 def make_data(root: Path, **settings: Any) -> TextCodeDataModule:
     corpus = write_corpus(root / "corpus")
     defaults: dict[str, Any] = {
-        "sources": [Source(name="code", kind="files", path=str(corpus))],
+        "sources": {"code": Source(kind="files", path=str(corpus))},
         "seq_len": 24,
         "batch_size": 4,
         "vocab_size": 300,
@@ -102,3 +103,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
         return main()
     except SystemExit as stop:
         return int(stop.code or 0)
+    finally:  # its handlers hold this test's stderr
+        for name in ("app", "callbacks", "datamodules"):
+            logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True

@@ -33,6 +33,10 @@ def two_sources(folder: Path, *, count: int = 60) -> list[Source]:
     ]
 
 
+def by_name(sources: list[Source]) -> dict[str, Source]:
+    return {source.name: source for source in sources}
+
+
 def small_datamodule(folder: Path, **settings: Any) -> TextCodeDataModule:
     defaults: dict[str, Any] = {
         "seq_len": 16,
@@ -42,7 +46,7 @@ def small_datamodule(folder: Path, **settings: Any) -> TextCodeDataModule:
         "cache_dir": str(folder / "cache"),
     }
     if "sources" not in settings:
-        defaults["sources"] = two_sources(folder)
+        defaults["sources"] = by_name(two_sources(folder))
     return TextCodeDataModule(**(defaults | settings))
 
 

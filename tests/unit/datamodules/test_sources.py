@@ -22,7 +22,6 @@ def test_table_has_every_kind() -> None:
     ("settings", "field"),
     [
         ({"name": "a", "kind": "web"}, "kind"),
-        ({"name": "", "kind": "stdlib_code"}, "name"),
         ({"name": "a", "kind": "stdlib_code", "weight": 0.0}, "weight"),
         ({"name": "a", "kind": "stdlib_code", "weight": float("nan")}, "weight"),
         ({"name": "a", "kind": "stdlib_code", "weight": float("inf")}, "weight"),

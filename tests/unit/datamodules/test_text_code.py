@@ -12,7 +12,7 @@ from torch import Tensor
 from app.errors import ConfigError, DataError
 from app.protocols import PromptOwner, TokenizerOwner
 from datamodules import Source, TextCodeDataModule
-from tests.unit.datamodules.corpora import fake_trainer, small_datamodule, two_sources, write_files
+from tests.unit.datamodules.corpora import by_name, fake_trainer, small_datamodule, two_sources, write_files
 
 
 def batches(datamodule: TextCodeDataModule, **trainer: Any) -> list[dict[str, Tensor]]:
@@ -38,7 +38,7 @@ def test_it_owns_tokenizer_and_prompts(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("sources", []),
+        ("sources", {}),
         ("seq_len", 1),
         ("batch_size", 0),
         ("validation_share", 0.0),
@@ -52,13 +52,13 @@ def test_it_owns_tokenizer_and_prompts(corpus: Path) -> None:
 )
 def test_a_setting_out_of_range_is_named(tmp_path: Path, field: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        small_datamodule(tmp_path, **({"sources": two_sources(tmp_path, count=2)} | {field: value}))
+        small_datamodule(tmp_path, **({"sources": by_name(two_sources(tmp_path, count=2))} | {field: value}))
     assert caught.value.field == field
 
 
-def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sources"):
-        small_datamodule(tmp_path, sources=[Source(name="a", kind="stdlib_code"), Source(name="a", kind="stdlib_text")])
+def test_sources_are_named_by_their_keys(tmp_path: Path) -> None:
+    sources = {"a": Source(kind="stdlib_code"), "b": Source(kind="stdlib_text", name="other")}
+    assert small_datamodule(tmp_path, sources=sources).source_names == ("a", "b")
 
 
 def test_a_vocab_size_without_effect_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -123,7 +123,7 @@ def test_validation_rows_are_limited_ordered_and_divided_equally(corpus: Path) -
 
 
 def test_nothing_held_out_names_the_fix(tmp_path: Path) -> None:
-    datamodule = small_datamodule(tmp_path, sources=two_sources(tmp_path, count=4), validation_share=1e-9)
+    datamodule = small_datamodule(tmp_path, sources=by_name(two_sources(tmp_path, count=4)), validation_share=1e-9)
     with pytest.raises(DataError, match="raise validation_share"):
         datamodule.val_dataloader()
     with pytest.raises(DataError, match="raise validation_share"):
@@ -151,7 +151,7 @@ def test_short_documents_give_shorter_prompts_after_the_long_ones(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_files(tmp_path / "short", count=30, seed=0, words=30)
-    datamodule = small_datamodule(tmp_path, sources=[Source(name="short", kind="files", path=str(folder))])
+    datamodule = small_datamodule(tmp_path, sources={"short": Source(kind="files", path=str(folder))})
     lengths = [len(prompt) for prompt in datamodule.validation_prompts(1000, 90)]
     assert all(left >= right >= 1 for left, right in pairwise(lengths))
     assert lengths[-1] < 90

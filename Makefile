@@ -1,0 +1,36 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Needs Python 3.11+, pip and make; no GPU, no network
+# but the package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test check format clean
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	$(BIN)/layerskip fit --config configs/quickstart.yaml
+	@echo "--- the same model, data, seed and steps without LayerSkip:"
+	$(BIN)/layerskip fit --config configs/quickstart.yaml --config configs/variant/baseline.yaml \
+	  --trainer.logger.init_args.name quickstart-baseline
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

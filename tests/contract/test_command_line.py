@@ -1,0 +1,155 @@
+"""The command line as a user meets it: every mistake ends with status 2 and one message that names the field."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from app.cli.parsing import one_line
+from tests.support.runs import cli, write_corpus
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """quickstart.yaml, with a tiny model, a small corpus and a folder of its own."""
+    root = tmp_path_factory.mktemp("cli")
+    corpus = write_corpus(root / "corpus")
+    settings = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    settings["model"]["config"]["init_args"] |= {
+        "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    settings["early_exit"] |= {"rotation_interval": 3}
+    settings["data"]["init_args"] |= {
+        "sources": {"code": {"kind": "files", "path": str(corpus)}},
+        "seq_len": 24, "batch_size": 2, "vocab_size": 300, "validation_share": 0.2, "cache_dir": str(root / "cache"),
+    }  # fmt: skip
+    settings["trainer"] |= {"max_steps": 6, "val_check_interval": 3, "log_every_n_steps": 1}
+    settings["trainer"]["logger"]["init_args"] |= {"save_dir": str(root), "name": "run"}
+    for callback in settings["trainer"]["callbacks"]:
+        arguments = callback.setdefault("init_args", {})
+        if "every_n_train_steps" in arguments:
+            arguments["every_n_train_steps"] = 2
+        if callback["class_path"].endswith("SelfSpeculativeValidation"):
+            arguments |= {"exit_layers": [1, 2], "num_draft_tokens": [2], "num_prompts": 1, "prompt_length": 4}
+            arguments["max_new_tokens"] = 4
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+SOURCES = "--data.init_args.sources"
+MISTAKES = [
+    (["--model.foo", "1"], "model.foo: unknown key"),
+    (["--data.foo", "1"], "data.foo: unknown key of datamodules.TextCodeDataModule"),
+    (["--model.config.init_args.hidden_sizee", "3"], "model.config.hidden_sizee: unknown key of transf"),
+    (["--layer_dropout.max_dropout_rate", "abc"], "layer_dropout.max_dropout_rate: got abc, allowed float"),
+    (["--early_exit.curriculum", "foo"], "early_exit.curriculum: got foo, allowed rotational | gradual | none"),
+    (["--data.batch_size", "abc"], "data.batch_size: got abc, allowed int"),
+    (["--layer_dropout.max_dropout_rate", "1.0"], "layer_dropout.max_dropout_rate: got 1.0, allowed [0, 1)"),
+    (["--early_exit.rotation_interval", "0"], "early_exit.rotation_interval: got 0, allowed [1, inf)"),
+    (["--early_exit.rotation_interval", "5"], "early_exit.rotation_interval: got 5, allowed [1, 4]"),
+    (["--model.warmup_steps", "-1"], "model.warmup_steps: got -1, allowed [0, inf)"),
+    (["--data.init_args.batch_size", "0"], "data.init_args.batch_size: got 0, allowed [1, inf)"),
+    (["--data.init_args.seq_len", "65"], "data.init_args.seq_len: got 65, allowed 1..64"),
+    ([SOURCES, '{"x": {"kind": "files"}}'], "data.init_args.sources.x.path: got None, allowed a folder"),
+    ([SOURCES, '{"x": {"kind": "files", "path": "/no/such"}}'], "source 'x': no folder '/no/such'"),
+    (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "layer_dropout.time_scale: got 'exponential', allowed only"),
+    (["--model.config.init_args.num_attention_heads", "5"], "not a multiple of the number of attention heads (5)"),
+    (["--ckpt_path", "absent.ckpt"], "ckpt_path: got 'absent.ckpt', allowed an existing checkpoint"),
+    (["--ckpt_path", "last"], "ckpt_path: got 'last', but there is no last.ckpt in"),
+    (["--config", "absent.yaml"], "absent.yaml"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[message[:40] for _, message in MISTAKES])
+def test_a_mistake_ends_with_status_2_and_names_the_field(config, monkeypatch, capsys, arguments, message):
+    assert cli(monkeypatch, "fit", "--config", str(config), *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert len(err[err.index("error:") :].strip().splitlines()) <= 2
+
+
+def test_unknown_keys_in_yaml_are_errors_too(config, tmp_path, monkeypatch, capsys):
+    extra = tmp_path / "extra.yaml"
+    for text, field in (
+        ("trainer: {max_stepz: 3}", "trainer.max_stepz"),
+        ("early_exit: {interval: 3}", "early_exit.interval"),
+    ):
+        extra.write_text(text)
+        assert cli(monkeypatch, "fit", "--config", str(config), "--config", str(extra)) == 2
+        assert field in capsys.readouterr().err
+
+
+def test_unknown_verb_and_no_verb(monkeypatch, capsys):
+    assert cli(monkeypatch, "fitt") == 2
+    assert "verb: got 'fitt', allowed fit | validate" in capsys.readouterr().err
+    assert cli(monkeypatch, "--help") == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_messages_that_are_not_understood_pass_unchanged():
+    assert one_line("something new from jsonargparse") == "something new from jsonargparse"
+
+
+def test_print_config_shows_stacked_configs_with_the_later_winning(config, tmp_path, monkeypatch, capsys):
+    later = tmp_path / "later.yaml"
+    later.write_text("early_exit: {curriculum: none}\n")
+    assert cli(monkeypatch, "fit", "--config", str(config), "--config", str(later), "--print_config") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["early_exit"]["curriculum"] == "none"
+    assert shown["early_exit"]["rotation_interval"] == 3
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    """A finished run, by the real command."""
+    patch = pytest.MonkeyPatch()
+    assert cli(patch, "fit", "--config", str(config)) == 0
+    patch.undo()
+    return config.parent / "run"
+
+
+def test_fit_leaves_config_checkpoints_and_events(run, capsys):
+    assert (run / "config.yaml").is_file()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_the_saved_config_is_complete_and_validates_the_best_checkpoint(run, monkeypatch, capsys):
+    best = run / "checkpoints" / "best.ckpt"
+    assert cli(monkeypatch, "validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(best)) == 0
+    out = capsys.readouterr().out
+    assert "Exits on held-out tokens at step" in out
+    assert "Self-speculative against autoregressive decoding" in out
+
+
+@pytest.mark.parametrize("verb", ["test", "predict"])
+def test_test_and_predict_run_on_a_checkpoint(run, monkeypatch, verb):
+    last = run / "checkpoints" / "last.ckpt"
+    assert cli(monkeypatch, verb, "--config", str(run / "config.yaml"), "--ckpt_path", str(last)) == 0
+    assert (run / "predictions.jsonl").is_file() == (verb == "predict") or verb == "test"
+
+
+def test_truncated_checkpoint_ends_with_status_2_and_its_name(run, tmp_path, monkeypatch, capsys):
+    half = tmp_path / "half.ckpt"
+    whole = (run / "checkpoints" / "last.ckpt").read_bytes()
+    half.write_bytes(whole[: len(whole) // 2])
+    assert cli(monkeypatch, "fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(half)) == 2
+    assert re.search(r"error: checkpoint .*half\.ckpt is truncated or damaged", capsys.readouterr().err)
+
+
+def test_resuming_with_another_data_order_is_refused_by_name(run, monkeypatch, capsys):
+    arguments = ["--config", str(run / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "8"]
+    assert cli(monkeypatch, "fit", *arguments, "--data.init_args.batch_size", "4") == 2
+    assert "data.init_args.batch_size: got 4, allowed 2, as in the checkpoint" in capsys.readouterr().err
+
+
+def test_resume_from_last_continues(run, monkeypatch, capsys):
+    arguments = ["--config", str(run / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "9"]
+    assert cli(monkeypatch, "fit", *arguments) == 0
+    assert "at step 9" in capsys.readouterr().out

@@ -1,0 +1,99 @@
+"""Every command in the README runs, in a folder laid out as the README says."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from app.model.checkpoint import build_model
+from datamodules.tokenizers import train_byte_level_bpe
+from tests.support.runs import cli, write_corpus
+from tests.support.tiny_models import tiny_config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line and not line.startswith("#")
+]
+
+# Stacked last on every `fit`: the same commands in miniature.
+TINY = {
+    "model": {"warmup_steps": 1},
+    "data": {"init_args": {"seq_len": 24, "batch_size": 2, "validation_share": 0.2, "cache_dir": "runs/data"}},
+    "trainer": {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0},
+}
+TINY_QUICKSTART = TINY | {
+    "model": {
+        "warmup_steps": 1,
+        "config": {
+            "class_path": "transformers.LlamaConfig",
+            "init_args": {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 12},
+        },
+    },
+    "data": {
+        "class_path": "datamodules.TextCodeDataModule",
+        "init_args": TINY["data"]["init_args"]
+        | {"vocab_size": 300, "sources": {"code": {"kind": "files", "path": "my_corpus"}}},
+    },
+}
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 250
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = {shlex.split(command)[1] for command in COMMANDS if command.startswith("make ")}
+    assert {"quickstart", "test"} <= targets
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_files_named_in_the_readme_exist():
+    named = set(re.findall(r"`((?:app|callbacks|datamodules|configs|tests)/[\w./-]+)`", README))
+    assert len(named) > 6
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    corpus = write_corpus(tmp_path / "my_corpus")
+    tokenizer = train_byte_level_bpe([path.read_text() for path in corpus.iterdir()], vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "my_llama")
+    build_model(tiny_config(num_layers=12, vocab_size=300, max_length=64), seed=0).save_pretrained(
+        tmp_path / "my_llama"
+    )
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "tiny-quickstart.yaml").write_text(yaml.safe_dump(TINY_QUICKSTART))
+    # `make quickstart` comes first in the README; the commands after it use what it leaves.
+    assert cli(monkeypatch, "fit", "--config", "configs/quickstart.yaml", "--config", "tiny-quickstart.yaml") == 0
+    ran = 0
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[0] != "layerskip":
+            continue
+        arguments = words[1:]
+        if arguments[0] == "fit":
+            last_config = max(idx for idx, word in enumerate(arguments) if word == "--config")
+            tiny = "tiny-quickstart.yaml" if "quickstart" in command else "tiny.yaml"
+            arguments[last_config + 2 : last_config + 2] = ["--config", tiny]
+        assert cli(monkeypatch, *arguments) == 0, (command, capsys.readouterr().err[-2000:])
+        ran += 1
+    assert ran >= 5
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.name)
+def test_every_config_file_parses(path, monkeypatch, capsys):
+    stacked = ["--config", str(ROOT / "configs/quickstart.yaml"), "--config", str(path)]
+    assert cli(monkeypatch, "fit", *stacked, "--print_config") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    for group in ("layer_dropout", "early_exit"):
+        written = (yaml.safe_load(path.read_text()) or {}).get(group, {})
+        assert written.items() <= shown[group].items()

@@ -1,0 +1,81 @@
+"""Two DDP processes equal one process with the same global batch, also when a whole block is dropped."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+
+import app.training.module as module_under_test
+from app.layerskip.layer_dropout import draw_kept_samples
+from callbacks import ExitQualityMonitor
+from tests.support.processes import run_ranks
+from tests.support.runs import Recorder, curricula, make_data, make_module, make_trainer
+
+BATCH, STEPS = 4, 6
+RATE = 0.9  # of four samples the last block often keeps none
+
+
+def train(root, *, ranks, batch_size, accumulate=1, ckpt_path=None, steps=STEPS):
+    recorder = Recorder()
+    saver = ModelCheckpoint(dirpath=root / "ckpt", every_n_train_steps=3, save_top_k=-1)
+    trainer = make_trainer(
+        root,
+        max_steps=steps,
+        callbacks=[*curricula(max_dropout_rate=RATE), recorder, ExitQualityMonitor(), saver],
+        devices=ranks,
+        accumulate_grad_batches=accumulate,
+        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
+        limit_val_batches=1.0,
+        check_val_every_n_epoch=None,
+        val_check_interval=STEPS * accumulate,
+    )
+    # SGD, since Adam's first steps are signs: they would blow rounding up
+    module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=0.3))
+    trainer.fit(module, datamodule=make_data(root, batch_size=batch_size), ckpt_path=ckpt_path)
+    weights = {name: p.detach().numpy() for name, p in module.named_parameters()}
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    return {"steps": recorder.steps, "weights": weights, "metrics": metrics}
+
+
+def draw_for_both_ranks(rates, *, batch_size, rank, **key):
+    """What ranks 0 and 1 draw for their halves, as one batch."""
+    halves = [draw_kept_samples(rates, batch_size=batch_size // 2, rank=r, **key) for r in (0, 1)]
+    return tuple(torch.cat([first, second + batch_size // 2]) for first, second in zip(*halves, strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path, monkeypatch, accumulate):
+    make_data(tmp_path).prepare_data()
+    first, second = run_ranks(_train_ddp, tmp_path, accumulate)
+    monkeypatch.setattr(module_under_test, "draw_kept_samples", draw_for_both_ranks)
+    single = train(tmp_path, ranks=1, batch_size=2 * BATCH, accumulate=accumulate)
+    for name, expected in single["weights"].items():
+        assert abs(first["weights"][name] - expected).max() < 1e-6, name
+        assert (first["weights"][name] == second["weights"][name]).all(), name
+    for name, expected in single["metrics"].items():
+        if "loss" in name and "/exit_loss" not in name:
+            assert first["metrics"][name] == pytest.approx(expected, abs=1e-5), name
+    for ours, theirs, both in zip(first["steps"], second["steps"], single["steps"], strict=True):
+        assert ours["rows"] + theirs["rows"] == both["rows"]
+        assert ours["dropped"] == theirs["dropped"]
+    assert any(1.0 in step["dropped"] for step in first["steps"])  # a block that nobody went through
+
+
+def _train_ddp(root, accumulate):
+    return train(root, ranks=2, batch_size=BATCH, accumulate=accumulate)
+
+
+@pytest.mark.distributed
+def test_two_ranks_resume_to_the_same_run(tmp_path):
+    make_data(tmp_path).prepare_data()
+    whole = run_ranks(_train_ddp, tmp_path, 1)
+    resumed = run_ranks(_resume_ddp, tmp_path)
+    for before, after in zip(whole, resumed, strict=True):
+        assert after["steps"] == before["steps"][3:]
+        assert all((before["weights"][name] == after["weights"][name]).all() for name in before["weights"])
+
+
+def _resume_ddp(root):
+    saved = next((root / "ckpt").glob("*step=3.ckpt"))
+    return train(root, ranks=2, batch_size=BATCH, ckpt_path=str(saved))

@@ -1,0 +1,159 @@
+"""Validation, its monitors, and the promise that they leave training as it was."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks import (
+    ExitQualityMonitor,
+    LayerSkipProgressBar,
+    PredictionWriter,
+    SelfSpeculativeValidation,
+    ThroughputMonitor,
+)
+from tests.support.runs import NUM_LAYERS, Recorder, curricula, make_data, make_module, make_trainer
+
+
+def decoding(**settings):
+    defaults = {
+        "exit_layers": [1, 2],
+        "num_draft_tokens": [2],
+        "num_prompts": 2,
+        "prompt_length": 6,
+        "max_new_tokens": 6,
+    }
+    return SelfSpeculativeValidation(**(defaults | settings))
+
+
+def train(root, *extra, val=True):
+    recorder, module = Recorder(), make_module()
+    trainer = make_trainer(
+        root,
+        max_steps=6,
+        callbacks=[*curricula(), recorder, *extra],
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if val else 0,
+    )
+    trainer.fit(module, datamodule=make_data(root))
+    state = torch.random.get_rng_state()
+    return recorder.steps, {name: p.detach().clone() for name, p in module.named_parameters()}, state
+
+
+def test_validation_monitors_and_decoding_leave_training_bit_identical(tmp_path):
+    torch.manual_seed(0)
+    bare_steps, bare, bare_state = train(tmp_path, val=False)
+    torch.manual_seed(0)
+    callback = decoding()
+    steps, watched, state = train(tmp_path, ExitQualityMonitor(), callback, ThroughputMonitor(every_n_steps=2))
+    assert callback.report() is not None  # it did decode
+    assert steps == bare_steps
+    assert all(torch.equal(bare[name], watched[name]) for name in bare)
+    assert torch.equal(state, bare_state)
+
+
+@pytest.fixture(scope="module")
+def watched_run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("watched")
+    monitor, callback = ExitQualityMonitor(), decoding(every_n_validations=2)
+    module = make_module()
+    trainer = make_trainer(
+        root,
+        max_steps=8,
+        callbacks=[*curricula(), monitor, callback, ThroughputMonitor(every_n_steps=2)],
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(root, name="run", version=""),
+    )
+    trainer.fit(module, datamodule=make_data(root))
+    events = EventAccumulator(str(root / "run"))
+    events.Reload()
+    return module, monitor, callback, events
+
+
+def test_every_exit_has_loss_perplexity_and_agreement_in_tensorboard(watched_run):
+    *_, events = watched_run
+    tags = events.Tags()["scalars"]
+    for layer in range(1, NUM_LAYERS + 1):
+        for kind in ("loss", "perplexity", "agreement"):
+            assert len(events.Scalars(f"val/exit_{kind}/exit_{layer:02d}")) == 4
+    for tag in ("val/loss", "val/loss/code", "train/loss", "throughput/tokens_per_second", "memory/peak_gib"):
+        assert tag in tags
+    assert events.Scalars("val/exit_agreement/exit_04")[-1].value == 1.0
+    assert events.Scalars("val/loss")[-1].value == pytest.approx(
+        events.Scalars("val/exit_loss/exit_04")[-1].value, rel=1e-5
+    )
+
+
+def test_figure_and_decoding_table_are_in_tensorboard(watched_run):
+    *_, events = watched_run
+    assert "val/exits" in events.Tags()["images"]
+    assert len(events.Images("val/exits")) >= 1
+    assert any("self_speculative" in tag for tag in events.Tags()["tensors"])
+
+
+def test_share_of_blocks_saved_is_the_share_that_was_dropped(watched_run):
+    *_, events = watched_run
+    saved = [event.value for event in events.Scalars("throughput/blocks_saved_share")]
+    assert 0.05 < sum(saved) / len(saved) < 0.5  # mean rate is 0.5 * mean D(l) = 0.21
+
+
+def test_decoding_is_identical_in_every_setting_and_measured_every_second_validation(watched_run):
+    _, _, callback, events = watched_run
+    assert len(events.Scalars("decode/identical_share")) == 2
+    assert all(row[-1] == "100%" for row in callback.report().rows)
+    assert len(callback.report().rows) == 2
+
+
+def test_history_survives_a_checkpoint(watched_run):
+    _, monitor, *_ = watched_run
+    copy = ExitQualityMonitor()
+    copy.load_state_dict(monitor.state_dict())
+    assert copy.history == monitor.history
+    assert sorted(copy.history) == [2, 4, 6, 8]
+
+
+def test_validate_test_and_predict_work_on_the_trained_module(watched_run, tmp_path):
+    module, monitor, *_ = watched_run
+    callbacks = [ExitQualityMonitor(), decoding(), PredictionWriter()]
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=callbacks, limit_val_batches=1.0)
+    data = make_data(tmp_path)
+    (validated,) = trainer.validate(module, datamodule=data, verbose=False)
+    assert validated["val/exit_loss/exit_02"] == pytest.approx(monitor.history[8][2].loss, rel=1e-4)
+    assert validated["decode/identical_share"] == 1.0
+    (tested,) = trainer.test(module, datamodule=data, verbose=False)
+    assert tested["test/loss"] == pytest.approx(validated["val/loss"], rel=1e-6)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert set(rows[0]["loss_by_exit"]) == {str(layer) for layer in range(1, NUM_LAYERS + 1)}
+    mean = sum(row["loss_by_exit"]["4"] for row in rows) / len(rows)
+    assert mean == pytest.approx(validated["val/loss"], rel=0.05)  # rows weigh alike here, tokens there
+
+
+def test_exit_the_model_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"exit_layers: got \[9\], allowed 1..4 for a 4-layer model"):
+        train(tmp_path, ExitQualityMonitor(exit_layers=[2, 9]))
+
+
+def test_progress_bar_shows_loss_exits_and_throughput(tmp_path):
+    seen = []
+
+    class Bar(LayerSkipProgressBar):
+        def get_metrics(self, trainer, pl_module):
+            seen.append(super().get_metrics(trainer, pl_module))
+            return seen[-1]
+
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=4,
+        callbacks=[*curricula(), ThroughputMonitor(every_n_steps=1), Bar()],
+        enable_progress_bar=True,
+    )
+    trainer.fit(make_module(), datamodule=make_data(tmp_path))
+    assert {"train/loss", "exits", "tok/s"} <= set(seen[-1])
+    assert seen[-1]["exits"].endswith(str(NUM_LAYERS))

@@ -1,0 +1,129 @@
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from app.errors import ConfigError
+from app.model.checkpoint import build_model
+from app.protocols import DecodingHost, EarlyExitHost, ExitMonitorHost, LayerDropoutHost
+from app.training.module import LayerSkipModule
+from app.training.optim import LR_SCHEDULES, lr_factor, parameter_groups
+from tests.support.runs import NUM_LAYERS, curricula, make_data, make_module, make_trainer
+from tests.support.tiny_models import tiny_config
+
+
+def test_module_meets_every_host_protocol():
+    module = make_module()
+    for protocol in (LayerDropoutHost, EarlyExitHost, ExitMonitorHost, DecodingHost):
+        assert isinstance(module, protocol)
+
+
+def test_weights_depend_on_the_seed_alone():
+    torch.manual_seed(5)
+    first = build_model(tiny_config(), seed=1).state_dict()
+    torch.manual_seed(6)
+    again, other = build_model(tiny_config(), seed=1).state_dict(), build_model(tiny_config(), seed=2).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_given_config_is_not_changed(tmp_path):
+    config = tiny_config(num_layers=NUM_LAYERS, vocab_size=300, max_length=128)
+    before = config.to_dict()
+    module = make_module(config=config)
+    make_trainer(tmp_path, max_steps=1, callbacks=[]).fit(module, datamodule=make_data(tmp_path))
+    assert config.to_dict() == before
+    assert module.config.eos_token_id is not None
+
+
+def test_baseline_gradients_equal_transformers_own_loss(tmp_path):
+    """Without callbacks the module is next-token training, exactly."""
+    module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[])
+    data = make_data(tmp_path)
+    trainer.fit(module, datamodule=data)
+    batch = next(iter(make_data_on(data)))
+    plain = build_model(module.config, seed=0).train()
+    logits = plain(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
+    for name, parameter in plain.named_parameters():
+        moved = parameter.detach() - parameter.grad
+        assert torch.allclose(module.model.get_parameter(name), moved, atol=1e-6), name
+
+
+def make_data_on(data):
+    data.trainer = None  # from the first batch again
+    return data.train_dataloader()
+
+
+@pytest.mark.parametrize("settings", [{"lr_schedule": "spiral"}, {"warmup_steps": -1}, {"final_lr_ratio": 1.5}])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        make_module(**settings)
+
+
+def test_exactly_one_of_config_and_pretrained_is_needed():
+    with pytest.raises(ConfigError, match="config: got 'neither'"):
+        LayerSkipModule()
+    with pytest.raises(ConfigError, match="config: got 'both'"):
+        LayerSkipModule(config=tiny_config(), pretrained="somewhere")
+
+
+def test_rows_longer_than_the_context_are_refused(tmp_path):
+    module = make_module(config=tiny_config(vocab_size=300, max_length=16))
+    with pytest.raises(ConfigError, match=r"seq_len: got 24, allowed 1\.\.16"):
+        make_trainer(tmp_path, max_steps=1, callbacks=[]).fit(module, datamodule=make_data(tmp_path))
+
+
+def test_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path):
+    module = make_module(config=tiny_config(vocab_size=280))
+    with pytest.raises(ConfigError, match="vocab_size: got 280, allowed >= "):
+        make_trainer(tmp_path, max_steps=1, callbacks=[]).fit(module, datamodule=make_data(tmp_path))
+
+
+def test_schedule_that_needs_the_length_refuses_an_unbounded_run(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=-1, callbacks=[], max_epochs=1)
+    with pytest.raises(ConfigError, match=r"lr_schedule: got 'cosine in an unbounded run'|lr_schedule: got 'cosine'"):
+        trainer.fit(make_module(lr_schedule="cosine"), datamodule=make_data(tmp_path))
+
+
+def test_pretrained_directory_is_continued(tmp_path):
+    plain = build_model(tiny_config(vocab_size=300, max_length=128), seed=9)
+    plain.save_pretrained(tmp_path / "hf")
+    module = LayerSkipModule(pretrained=str(tmp_path / "hf"))
+    module.configure_model()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.model.parameters(), strict=True))
+    assert module.num_layers == 4
+
+
+def test_missing_pretrained_directory_is_refused_with_its_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"pretrained: got .*absent"):
+        LayerSkipModule(pretrained=str(tmp_path / "absent"))
+
+
+def test_training_step_logs_the_loss_of_each_exit_that_is_on(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=curricula())
+    trainer.fit(make_module(), datamodule=make_data(tmp_path))
+    logged = trainer.callback_metrics
+    on = [layer for layer in range(1, NUM_LAYERS + 1) if f"train/exit_loss/exit_{layer:02d}" in logged]
+    assert NUM_LAYERS in on
+    weights = {layer: logged[f"train/exit_weight/exit_{layer:02d}"].item() for layer in (2, 4)}
+    expected = sum(weights[layer] * logged[f"train/exit_loss/exit_{layer:02d}"].item() for layer in weights)
+    assert logged["train/loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", LR_SCHEDULES)
+def test_learning_rate_warms_up_and_ends_at_its_final_ratio(kind):
+    factors = [lr_factor(step, kind=kind, warmup_steps=4, total_steps=20, final_ratio=0.1) for step in range(21)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(factors[4:]))
+
+
+def test_only_matrices_decay():
+    matrices, vectors = parameter_groups(build_model(tiny_config(), seed=0))
+    assert all(p.dim() > 1 for p in matrices["params"])
+    assert all(p.dim() == 1 for p in vectors["params"])
+    assert "weight_decay" not in matrices
+    assert vectors["weight_decay"] == 0.0

@@ -26,15 +26,18 @@ log = logging.getLogger(__name__)
 class SaveFitConfig(SaveConfigCallback):
     """Saves the resolved config with the run, for `fit` alone; `validate` must not overwrite what made the run.
 
-    Without `ckpt_path`: a saved config starts what it is told to, it does not silently resume.
+    Not before training starts: an attempt that is refused must not overwrite it either. And without `ckpt_path`: a
+    saved config starts what it is told to, it does not silently resume.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait for on_train_start."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
-        if stage == "fit":
-            self.config = self.config.clone()
-            self.config["ckpt_path"] = None
-            super().setup(trainer, pl_module, stage)
+        self.config = self.config.clone()
+        self.config["ckpt_path"] = None
+        super().setup(trainer, pl_module, "fit")
 
 
 class LayerSkipCLI(LightningCLI):

@@ -57,7 +57,7 @@ MISTAKES = [
     (["--data.init_args.seq_len", "65"], "data.init_args.seq_len: got 65, allowed 1..64"),
     ([SOURCES, '{"x": {"kind": "files"}}'], "data.init_args.sources.x.path: got None, allowed a folder"),
     ([SOURCES, '{"x": {"kind": "files", "path": "/no/such"}}'], "source 'x': no folder '/no/such'"),
-    (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "layer_dropout.time_scale: got 'exponential', allowed only"),
+    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "layer_dropout.time_scale: got 'exponential', allowed"),
     (["--model.config.init_args.num_attention_heads", "5"], "not a multiple of the number of attention heads (5)"),
     (["--ckpt_path", "absent.ckpt"], "ckpt_path: got 'absent.ckpt', allowed an existing checkpoint"),
     (["--ckpt_path", "last"], "ckpt_path: got 'last', but there is no last.ckpt in"),

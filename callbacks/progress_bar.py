@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -27,19 +28,23 @@ class LayerSkipProgressBar(TQDMProgressBar):
 
     def init_train_tqdm(self) -> Tqdm:
         """The bar of training."""
-        return _on_stderr(super().init_train_tqdm())
+        with redirect_stdout(sys.stderr):
+            return super().init_train_tqdm()
 
     def init_validation_tqdm(self) -> Tqdm:
         """The bar of a validation."""
-        return _on_stderr(super().init_validation_tqdm())
+        with redirect_stdout(sys.stderr):
+            return super().init_validation_tqdm()
 
     def init_test_tqdm(self) -> Tqdm:
         """The bar of a test."""
-        return _on_stderr(super().init_test_tqdm())
+        with redirect_stdout(sys.stderr):
+            return super().init_test_tqdm()
 
     def init_predict_tqdm(self) -> Tqdm:
         """The bar of a prediction."""
-        return _on_stderr(super().init_predict_tqdm())
+        with redirect_stdout(sys.stderr):
+            return super().init_predict_tqdm()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The logged prog_bar metrics without the version number, then exits on and tokens/s."""
@@ -51,9 +56,3 @@ class LayerSkipProgressBar(TQDMProgressBar):
         if rate is not None:
             items["tok/s"] = f"{rate:.0f}"
         return items
-
-
-def _on_stderr(bar: Tqdm) -> Tqdm:
-    bar.fp = sys.stderr
-    bar.sp = bar.status_printer(sys.stderr)
-    return bar

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart baseline test check format clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,7 +15,9 @@ $(INSTALLED): pyproject.toml
 
 quickstart: $(INSTALLED)
 	$(BIN)/layerskip fit --config configs/quickstart.yaml
-	@echo "--- the same model, data, seed and steps without LayerSkip:"
+
+# The same model, data, seed and steps without LayerSkip.
+baseline: $(INSTALLED)
 	$(BIN)/layerskip fit --config configs/quickstart.yaml --config configs/variant/baseline.yaml \
 	  --trainer.logger.init_args.name quickstart-baseline
 

@@ -179,10 +179,9 @@ def test_generate_json_is_one_object_with_the_contracts_keys(run, monkeypatch, c
 
 def test_generate_streams_text_to_stdout_and_statistics_to_stderr(run, monkeypatch, capsys):
     capsys.readouterr()
-    shown = generate(monkeypatch, capsys, run, "--strategy", "early_exit", "--exit_layer", "1")
-    result = json.loads(
-        generate(monkeypatch, capsys, run, "--strategy", "early_exit", "--exit_layer", "1", "--json").out
-    )
+    early = ["--strategy", "early_exit", "--exit_layer", "1"]
+    shown = generate(monkeypatch, capsys, run, *early)
+    result = json.loads(generate(monkeypatch, capsys, run, *early, "--json").out)
     assert shown.out == result["text"] + "\n"
     assert "[early_exit]" in shown.err
 
@@ -190,10 +189,8 @@ def test_generate_streams_text_to_stdout_and_statistics_to_stderr(run, monkeypat
 def test_generate_samples_reproducibly_for_a_seed(run, monkeypatch, capsys):
     capsys.readouterr()
     sampling = ["--temperature", "1.5", "--top_k", "50", "--top_p", "0.99", "--json"]
-    outputs = [
-        json.loads(generate(monkeypatch, capsys, run, *sampling, "--seed", seed).out)["tokens"]
-        for seed in ("1", "1", "2")
-    ]
+    runs = [generate(monkeypatch, capsys, run, *sampling, "--seed", seed) for seed in ("1", "1", "2")]
+    outputs = [json.loads(done.out)["tokens"] for done in runs]
     assert outputs[0] == outputs[1] != outputs[2]
 
 

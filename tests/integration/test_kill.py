@@ -90,6 +90,9 @@ def test_killed_run_resumes_to_the_same_losses(tmp_path):
         run.send_signal(signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     subprocess.run(command(config, "--ckpt_path", "last"), check=True, capture_output=True, env=environment)
-    assert losses(killed) == losses(whole)
-    assert len(losses(whole)) == STEPS
+    resumed, expected = losses(killed), losses(whole)
+    assert len(expected) == STEPS
+    # TensorBoard writes now and then, so what the first process saw last may be missing; what it wrote must agree.
+    assert resumed.items() <= expected.items()
+    assert set(range(STEPS - 40, STEPS)) <= resumed.keys()
     assert not list((killed / "run" / "checkpoints").glob("*.partial"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ def user_message(error: BaseException) -> str | None:
     """The message for an error the user can mend, or None if it is a bug of ours."""
     if isinstance(error, (UserError, MisconfigurationException)):
         return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error}; earlier checkpoints are untouched: make room and resume with --ckpt_path last"
     return None
 
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from app.errors import ConfigError
+from app.layerskip.early_exit_loss import early_exit_loss
 from app.model.early_exit import EarlyExitModel
 from tests.support.tiny_models import tiny_config, tiny_llama
 
@@ -225,3 +226,26 @@ def test_head_that_post_processes_logits_is_refused_by_name():
     )  # fmt: skip
     with pytest.raises(ConfigError, match="gemma2 with final_logit_softcapping"):
         EarlyExitModel(AutoModelForCausalLM.from_config(config))
+
+
+def test_early_exit_loss_equals_a_plain_loop_over_transformers_own_hidden_states(batch):
+    ids, positions = batch
+    labels = ids.roll(-1, dims=1)
+    labels[:, -1] = -100
+    weights = {1: 0.1, 3: 0.3, L: 0.6}
+    model, early = swapped(tied=False)
+    hidden = early.hidden_by_exit(ids, positions, weights)
+    got = early_exit_loss(hidden, labels, weights, early.token_losses)
+    got.weighted_sum.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    out = model.model(input_ids=ids, position_ids=positions, output_hidden_states=True, use_cache=False)
+    expected = 0.0
+    for exit_layer, weight in weights.items():
+        state = out.last_hidden_state if exit_layer == L else model.model.norm(out.hidden_states[exit_layer])
+        expected += weight * F.cross_entropy(model.lm_head(state).flatten(0, 1), labels.flatten(), reduction="sum")
+    expected.backward()
+    assert got.weighted_sum.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(grads[name], parameter.grad, rtol=1e-3, atol=1e-4), name

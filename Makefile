@@ -14,10 +14,12 @@ $(INSTALLED): pyproject.toml
 	touch $(INSTALLED)
 
 quickstart: $(INSTALLED)
+	rm -rf runs/quickstart
 	$(BIN)/layerskip fit --config configs/quickstart.yaml
 
 # The same model, data, seed and steps without LayerSkip.
 baseline: $(INSTALLED)
+	rm -rf runs/quickstart-baseline
 	$(BIN)/layerskip fit --config configs/quickstart.yaml --config configs/variant/baseline.yaml \
 	  --trainer.logger.init_args.name quickstart-baseline
 

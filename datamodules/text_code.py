@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +184,14 @@ class TextCodeDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Held-out rows in a fixed order, sources in turn; every rank takes an equal part.
+        """Held-out rows spread evenly over each source's documents, in a fixed order, sources in turn; every rank takes an equal part.
 
         Raises:
             DataError: Fewer rows are held out than there are ranks.
         """
         rows, place = self._store.rows["validation"], Placement.of(self.trainer)
-        counts = [min(packed.num_rows, self._validation_rows) for packed in rows]
-        order = [(source, row) for row in range(max(counts)) for source in range(len(rows)) if row < counts[source]]
+        picks = [_spread(packed.num_rows, self._validation_rows) for packed in rows]
+        order = [(source, row) for turn in zip_longest(*picks) for source, row in enumerate(turn) if row is not None]
         share = len(order) // place.world_size
         if share == 0:
             raise DataError(self._nothing_held_out())
@@ -264,3 +265,9 @@ class TextCodeDataModule(LightningDataModule):
 
     def _nothing_held_out(self) -> str:
         return f"no held-out rows in {', '.join(self.source_names)}; raise validation_share or add documents"
+
+
+def _spread(num_rows: int, limit: int) -> list[int]:
+    """At most `limit` of the rows 0..num_rows-1, evenly spaced: packed rows lie document by document."""
+    count = min(num_rows, limit)
+    return [idx * num_rows // count for idx in range(count)]

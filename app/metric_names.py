@@ -23,7 +23,7 @@ DECODE_IDENTICAL_SHARE = "decode/identical_share"
 
 
 def train_exit_loss(exit_layer: int) -> str:
-    """Training loss of one exit, in nats a token."""
+    """Training loss of one exit, in nats a token, at the last step at which it was on."""
     return f"train/exit_loss/exit_{exit_layer:02d}"
 
 

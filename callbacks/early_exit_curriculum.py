@@ -79,5 +79,5 @@ class EarlyExitCurriculum(Callback):
         assert isinstance(host, EarlyExitHost)
         host.set_exit_weights(self._weights(trainer, trainer.global_step, host.num_layers))
         pl_module.log(metric_names.NUM_EXITS_ON, len(host.exit_weights))
-        for exit_layer, weight in host.exit_weights.items():
-            pl_module.log(metric_names.train_exit_weight(exit_layer), weight)
+        for exit_layer in range(1, host.num_layers + 1):  # 0 for those that are off: Lightning repeats old values
+            pl_module.log(metric_names.train_exit_weight(exit_layer), host.exit_weights.get(exit_layer, 0.0))

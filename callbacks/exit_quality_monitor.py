@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from app import metric_names
 from app.errors import ConfigError
@@ -30,7 +31,8 @@ class ExitQualityMonitor(Callback):
     def __init__(self, *, exit_layers: list[int] | None = None) -> None:
         self._wanted = exit_layers
         self._quality: ExitQuality | None = None
-        self.history: dict[int, dict[int, ExitScore]] = {}  # step -> exit_layer -> score
+        self.history: dict[int, dict[int, ExitScore]] = {}  # step -> exit_layer -> score, of validations in fits
+        self._latest: dict[int, dict[int, ExitScore]] = {}  # the same, of this process's last measurement alone
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask the module for the exits' hidden states."""
@@ -61,19 +63,22 @@ class ExitQualityMonitor(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log every exit's scalars, and the figure if TensorBoard is there."""
+        """Log every exit's scalars; in a fit also keep them, and draw the figure if TensorBoard is there."""
         scores = self._log_scores(pl_module, "val")
         if trainer.sanity_checking or not scores:
+            return
+        self._latest = {trainer.global_step: scores}
+        if trainer.state.fn != TrainerFn.FITTING:
             return
         self.history[trainer.global_step] = scores
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-                figure = exit_figure(self.history)
-                logger.experiment.add_figure("val/exits", figure, trainer.global_step)
+                logger.experiment.add_figure("val/exits", exit_figure(self.history), trainer.global_step)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log every exit's scalars under test/."""
-        self.history[trainer.global_step] = self._log_scores(pl_module, "test")
+        if scores := self._log_scores(pl_module, "test"):
+            self._latest = {trainer.global_step: scores}
 
     def _log_scores(self, pl_module: LightningModule, stage: str) -> dict[int, ExitScore]:
         assert self._quality is not None
@@ -97,5 +102,8 @@ class ExitQualityMonitor(Callback):
         }
 
     def report(self) -> Table | None:
-        """Every exit now, beside the first time it was measured."""
-        return exit_table(self.history) if self.history else None
+        """Every exit as last measured by this process; after a fit beside the run's first measurement."""
+        if not self._latest:
+            return None
+        (step,) = self._latest
+        return exit_table(self.history if step in self.history else self._latest)

@@ -184,7 +184,7 @@ class TextCodeDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Held-out rows spread evenly over each source's documents, in a fixed order, sources in turn; every rank takes an equal part.
+        """Held-out rows spread evenly over each source's documents, sources in turn; every rank takes an equal part.
 
         Raises:
             DataError: Fewer rows are held out than there are ranks.

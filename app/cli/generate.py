@@ -15,6 +15,7 @@ from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy, decode
+from app.errors import ConfigError, check_range
 from app.model.checkpoint import load_for_decoding
 from app.model.spans import SpanDecoder
 
@@ -54,6 +55,11 @@ def generate(
         device: Where to decode; auto takes a GPU if there is one.
         json: Print one JSON object instead of text.
     """
+    if not prompt:
+        raise ConfigError("prompt", got=prompt, allowed="at least one character")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
+    check_range("seed", seed, low=0, high=2**63 - 1)
     weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype])
     weights.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
     decoder = SpanDecoder(weights)
@@ -113,7 +119,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def to_json(result: DecodingResult, *, text: str) -> dict[str, object]:
-    """The object `--json` prints; statistics of drafting only where something could be drafted."""
+    """The object `--json` prints; acceptance_rate is null where nothing was drafted."""
     return {
         "text": text,
         "tokens": result.tokens,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.table import Table as RichTable
 
 from app.cli.messages import locate
 from app.cli.parsing import TrainingParser
-from app.errors import CheckpointError, ConfigError
+from app.errors import CheckpointError, ConfigError, check_range
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.module import LayerSkipModule
@@ -50,46 +51,65 @@ class LayerSkipCLI(LightningCLI):
         for target in ("model.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
+    def _set_seed(self) -> None:
+        seed = self.config[self.config.subcommand]["seed_everything"]
+        check_range("seed_everything", int(seed), low=0, high=2**32 - 1)
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would read the whole checkpoint here for hyperparameters; ours come from the config alone."""
         ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
-        keywords = ("last", "best", "hpc", "registry")
-        if ckpt_path and ckpt_path not in keywords and not Path(ckpt_path).exists():
-            allowed = f"an existing checkpoint, or {' | '.join(keywords[:2])}"
-            raise ConfigError("ckpt_path", got=ckpt_path, allowed=allowed)
+        if ckpt_path and ckpt_path != "last" and not Path(ckpt_path).exists():
+            raise ConfigError("ckpt_path", got=ckpt_path, allowed="an existing checkpoint, or last")
+        _check_trainer_numbers(self.config[self.config.subcommand]["trainer"])
 
     def instantiate_classes(self) -> None:
         """Build everything; an error in a constructor is told with the path of its field."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, TypeError, ZeroDivisionError) as error:
             raise locate(error, self._plain_config()) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Checkpoints are written whole or not at all, unless the user's own plugins say otherwise."""
-        plugins = self._get(self.config_init, "trainer")["plugins"]
-        return super().instantiate_trainer(plugins=plugins or [AtomicCheckpointIO()], **kwargs)
+        given = self._get(self.config_init, "trainer")["plugins"] or []
+        plugins = given if isinstance(given, list) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        self._check_last_exists()
+        self._check_checkpoints()
         try:
             super()._run_subcommand(subcommand)
         except ConfigError as error:
             raise locate(error, self._plain_config()) from error
 
-    def _check_last_exists(self) -> None:
-        """Lightning only warns and starts afresh: an operator who asks to resume must not lose the run."""
-        if self.config[self.config.subcommand].get("ckpt_path") != "last":
-            return
+    def _check_checkpoints(self) -> None:
+        """Asked to resume from nothing, Lightning only warns; asked to start, it writes over an earlier run."""
+        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
         beside_logs = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
         savers: list[Any] = self.trainer.checkpoint_callbacks
         folders = sorted({Path(getattr(saver, "dirpath", None) or beside_logs) for saver in savers})
-        if not any(path for folder in folders for path in folder.glob("last*.ckpt")):
+        found = [path for folder in folders for path in folder.glob("last*.ckpt")]
+        if ckpt_path == "last" and not found:
             raise CheckpointError(f"ckpt_path: got 'last', but there is no last.ckpt in {', '.join(map(str, folders))}")
+        if self.subcommand == "fit" and ckpt_path is None and found:
+            raise CheckpointError(
+                f"{found[0]} is the checkpoint of an earlier run that this one would overwrite: resume it with"
+                " --ckpt_path last, name this run with --trainer.logger.init_args.name, or remove its folder"
+            )
 
     def _plain_config(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()
         return plain
+
+
+def _check_trainer_numbers(trainer: Any) -> None:
+    """Refuse what Lightning would divide by, or take silently."""
+    check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1)
+    check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
+    check_range("trainer.log_every_n_steps", trainer["log_every_n_steps"] or 0, low=0)
 
 
 def run() -> None:

@@ -13,27 +13,24 @@ History = Mapping[int, Mapping[int, ExitScore]]  # step -> exit_layer -> score
 
 
 def exit_table(history: History) -> Table:
-    """Held-out loss of every exit at the first and the last measurement, and its agreement now."""
+    """Held-out loss of every exit at the first and the last measurement (one column if it is one), and agreement."""
     (first_step, first), (last_step, last) = min(history.items()), max(history.items())
+    trend = first_step < last_step
+    rows = []
+    for layer, score in sorted(last.items()):
+        before = (f"{first[layer].loss:.3f}" if layer in first else "-",) if trend else ()
+        name = f"{layer} (full)" if layer == max(last) else str(layer)
+        rows.append((name, *before, f"{score.loss:.3f}", f"{score.perplexity:.1f}", f"{score.agreement:.1%}"))
     return Table(
-        title=f"Exits on held-out tokens at step {last_step}",
+        title=f"Exits on held-out tokens after {last_step} steps" if trend else "Exits on held-out tokens",
         columns=(
             "exit layer",
-            f"loss at step {first_step}",
-            f"loss at step {last_step}",
+            *((f"loss at step {first_step}",) if trend else ()),
+            f"loss at step {last_step}" if trend else "loss",
             "perplexity",
             "agreement with full model",
         ),
-        rows=[
-            (
-                f"{layer} (full)" if layer == max(last) else str(layer),
-                f"{first[layer].loss:.3f}" if layer in first else "-",
-                f"{score.loss:.3f}",
-                f"{score.perplexity:.1f}",
-                f"{score.agreement:.1%}",
-            )
-            for layer, score in sorted(last.items())
-        ],
+        rows=rows,
     )
 
 

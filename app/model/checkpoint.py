@@ -23,7 +23,12 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
     """A randomly initialised causal LM in fp32; the weights depend on `config` and `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        try:
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            raise ConfigError(
+                "config", got=config.model_type, allowed="a model that can be built", fix=str(error)
+            ) from error
 
 
 def load_config(path: str) -> PreTrainedConfig:
@@ -34,12 +39,12 @@ def load_config(path: str) -> PreTrainedConfig:
         raise _no_such_model(path, error) from error
 
 
-def _no_such_model(path: str, error: Exception) -> ConfigError:
+def _no_such_model(path: str, error: Exception, *, field: str = "pretrained") -> ConfigError:
     allowed = "a Hugging Face directory (or hub id) with config.json and safetensors weights"
-    return ConfigError("pretrained", got=path, allowed=allowed, fix=str(error).splitlines()[0])
+    return ConfigError(field, got=path, allowed=allowed, fix=str(error).splitlines()[0])
 
 
-def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32, field: str = "pretrained") -> PreTrainedModel:
     """A causal LM from a local Hugging Face directory or a hub id; safetensors only, no remote code.
 
     Raises:
@@ -52,7 +57,7 @@ def load_pretrained(path: str, *, dtype: torch.dtype = torch.float32) -> PreTrai
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
         )
     except (OSError, ValueError) as error:
-        raise _no_such_model(path, error) from error
+        raise _no_such_model(path, error, field=field) from error
     finally:
         if progress_bar:
             transformers_logging.enable_progress_bar()
@@ -62,8 +67,11 @@ def load_for_decoding(path: str, *, dtype: torch.dtype) -> tuple[PreTrainedModel
     """Model in eval mode and tokenizer, from a Lightning checkpoint (`*.ckpt`) or a Hugging Face directory."""
     if Path(path).is_file():
         return _load_lightning(Path(path), dtype=dtype)
-    model = load_pretrained(path, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(path)
+    model = load_pretrained(path, dtype=dtype, field="model")
+    try:
+        return model.eval(), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError("model", got=path, allowed="a directory with a tokenizer in it", fix=str(error)) from error
 
 
 def _load_lightning(path: Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:

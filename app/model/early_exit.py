@@ -135,7 +135,7 @@ class EarlyExitModel:
                 "model", got=config.model_type, allowed="a decoder with `layers` and `norm`, such as llama"
             )
         post = [name for name in _HEAD_POST_PROCESSING if getattr(config, name, None) not in (None, 1.0)]
-        if post or not isinstance(head, nn.Linear):
+        if post or type(head) not in (nn.Linear, LossHead):
             got = f"{config.model_type} with {', '.join(post) or type(head).__name__}"
             raise ConfigError("model", got=got, allowed="a plain linear LM head")
         self._decoder, self._head, self._plan = decoder, head, ForwardPlan()

@@ -182,13 +182,21 @@ class LayerSkipModule(LightningModule):
             total_steps=total_steps,
             final_ratio=self._final_lr_ratio,
         )
-        optimizer = self._optimizer(parameter_groups(self.model))
+        try:
+            optimizer = self._optimizer(parameter_groups(self.model))
+        except (TypeError, ValueError) as error:
+            allowed = "settings its class accepts"
+            raise ConfigError("optimizer", got=str(error), allowed=allowed) from error
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
         }
 
     # -- training ------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Forget the sums of a step that an earlier fit left unfinished."""
+        self._step_sums = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Early-exit loss of one micro-batch under layer dropout, unnormalised (see on_before_optimizer_step)."""
@@ -247,6 +255,12 @@ class LayerSkipModule(LightningModule):
         undo = _NOMINAL_TOKENS * self.trainer.accumulate_grad_batches * self.trainer.world_size
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(grads, undo / max(1.0, num_tokens))
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if not math.isfinite(norm):
+            raise DivergenceError(
+                f"gradient norm is {norm} at step {self.trainer.global_step} with exits {sorted(self._exit_weights)}"
+                " on; the step was not taken, the last checkpoint is good: resume it with a lower learning rate"
+            )
         weighted = sum(self._exit_weights[layer] * value for layer, value in losses.items())
         self.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
         self.log(metric_names.TRAIN_LABEL_TOKENS, num_tokens)

@@ -39,6 +39,29 @@ def test_nan_loss_stops_naming_step_and_exit_and_keeps_the_last_checkpoint(tmp_p
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
+class PoisonGradientAt(Callback):
+    """Makes one gradient infinite after the backward of a step; the loss stays finite."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == self.step:
+            pl_module.model.lm_head.weight.grad.fill_(float("inf"))
+
+
+def test_infinite_gradient_stops_before_it_reaches_the_weights(tmp_path):
+    module = make_module()
+    saver = ModelCheckpoint(dirpath=tmp_path / "ckpt", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(
+        tmp_path, max_steps=6, callbacks=[*curricula(), PoisonGradientAt(3), saver], gradient_clip_val=1.0
+    )
+    with pytest.raises(DivergenceError, match=r"gradient norm is inf at step 3 with exits \["):
+        trainer.fit(module, datamodule=make_data(tmp_path))
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    assert len(list((tmp_path / "ckpt").glob("*.ckpt"))) == 3
+
+
 def test_truncated_checkpoint_is_refused_with_its_name(tmp_path):
     path = tmp_path / "half.ckpt"
     AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(1000)}}, path)

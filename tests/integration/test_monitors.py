@@ -110,6 +110,13 @@ def test_decoding_is_identical_in_every_setting_and_measured_every_second_valida
     assert len(callback.report().rows) == 2
 
 
+def test_logged_weights_sum_to_one_at_every_step(watched_run):
+    *_, events = watched_run
+    series = [events.Scalars(f"train/exit_weight/exit_{layer:02d}") for layer in range(1, NUM_LAYERS + 1)]
+    for of_step in zip(*series, strict=True):
+        assert sum(event.value for event in of_step) == pytest.approx(1.0)
+
+
 def test_history_survives_a_checkpoint(watched_run):
     _, monitor, *_ = watched_run
     copy = ExitQualityMonitor()

@@ -24,7 +24,7 @@ baseline: $(INSTALLED)
 	  --trainer.logger.init_args.name quickstart-baseline
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

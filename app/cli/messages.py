@@ -24,7 +24,7 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
-def locate(error: ValueError, config: Any) -> LocatedError:
+def locate(error: Exception, config: Any) -> LocatedError:
     """Complete the field to its path, found as the only place in `config` that holds the offending value.
 
     Args:

@@ -64,7 +64,7 @@ MISTAKES = [
     (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: got 0, allowed [1, inf)"),
     (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: got -1"),
     (["--seed_everything", "-1"], "seed_everything: got -1, allowed [0, 4294967295]"),
-    (["--model.config.init_args.hidden_size", "0"], "by zero"),
+    (["--model.config.init_args.hidden_size", "0"], "config: got 'llama', allowed a model that can be built"),
     (["--model.optimizer.init_args.lr", "-1"], "model.optimizer: got 'Invalid learning rate: -1"),
     (["--early_exit.curriculum", "gradual", "--trainer.max_steps=-1", "--trainer.max_epochs=-1",
       "--layer_dropout.time_scale", "constant"], "early_exit.curriculum: got 'gradual', allowed only"),

@@ -26,7 +26,7 @@ COMMANDS = [
 TINY = {
     "model": {"warmup_steps": 1},
     "data": {"init_args": {"seq_len": 24, "batch_size": 2, "validation_share": 0.2, "cache_dir": "runs/data"}},
-    "trainer": {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0},
+    "trainer": {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
 }
 TINY_QUICKSTART = TINY | {
     "model": {

@@ -51,6 +51,8 @@ class EarlyExitCurriculum(Callback):
         if self.curriculum == "gradual":
             require_total_steps(trainer.max_steps, field="curriculum", got=self.curriculum)
         if self.curriculum == "rotational":
+            if not self.always_on_last and trainer.world_size > 1:  # blocks above the highest exit have no gradient
+                raise ConfigError("always_on_last", got=False, allowed="true on more than one device")
             num_layers = pl_module.num_layers
             check_range("rotation_interval", self.rotation_interval, low=1, high=num_layers)
             for step in range(self.rotation_interval):

@@ -167,6 +167,7 @@ class LayerSkipModule(LightningModule):
         if self.model is not None:
             return
         self.model = load_pretrained(self.pretrained) if self.pretrained else build_model(self.config, seed=self.seed)
+        self.model.train()  # transformers loads in eval mode and Lightning keeps that: no block would ever drop
         self._network = EarlyExitModel(self.model)
 
     def configure_optimizers(self) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.model.checkpoint import build_model
 from datamodules.tokenizers import train_byte_level_bpe
@@ -97,3 +98,21 @@ def test_every_config_file_parses(path, monkeypatch, capsys):
     for group in ("layer_dropout", "early_exit"):
         written = (yaml.safe_load(path.read_text()) or {}).get(group, {})
         assert written.items() <= shown[group].items()
+
+
+@pytest.mark.parametrize(
+    ("variant", "drops", "exits"),
+    [(None, True, True), ("layer_dropout", True, False), ("early_exit", False, True), ("baseline", False, False)],
+)
+def test_each_variant_file_trains_and_does_what_its_name_says(tmp_path, monkeypatch, variant, drops, exits):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "my_corpus")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY_QUICKSTART))
+    stacked = ["--config", str(ROOT / "configs/quickstart.yaml"), "--config", "tiny.yaml"]
+    if variant:
+        stacked += ["--config", str(ROOT / f"configs/variant/{variant}.yaml")]
+    assert cli(monkeypatch, "fit", *stacked) == 0
+    events = EventAccumulator(str(tmp_path / "runs/quickstart"))
+    events.Reload()
+    assert (max(event.value for event in events.Scalars("train/dropout_rate/last_layer")) > 0) == drops
+    assert (max(event.value for event in events.Scalars("train/num_exits_on")) > 1) == exits

@@ -34,7 +34,7 @@ class Host:
 
 
 def at(step, max_steps=20):
-    return SimpleNamespace(global_step=step, max_steps=max_steps)
+    return SimpleNamespace(global_step=step, max_steps=max_steps, world_size=1)
 
 
 def start(callback, host, trainer):

@@ -95,6 +95,7 @@ def test_pretrained_directory_is_continued(tmp_path):
     module.configure_model()
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.model.parameters(), strict=True))
     assert module.num_layers == 4
+    assert all(submodule.training for submodule in module.model.modules())  # or nothing would ever be dropped
 
 
 def test_missing_pretrained_directory_is_refused_with_its_name(tmp_path):

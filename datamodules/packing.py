@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-IGNORED_LABEL = -100
+from app.layerskip.early_exit_loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PackedRows:
 
     Args:
         input_ids: [N, S] int32.
-        labels: [N, S] int32; the token that follows in the same document, else `IGNORED_LABEL`. The last position
+        labels: [N, S] int32; the token that follows in the same document, else `IGNORE_INDEX`. The last position
             of a row is labelled with the first token of the next row if the document goes on there.
         position_ids: [N, S] int32; restart at 0 with every document and with every row.
         offsets: [documents + 1] int64; where each document starts in the row-major stream, and where the last ends.
@@ -75,7 +75,7 @@ def pack_documents(documents: Sequence[npt.NDArray[np.int32]], *, seq_len: int, 
     is_start = np.zeros(size + 1, dtype=bool)
     is_start[offsets] = True
     is_start[num_tokens:] = True
-    labels = np.where(is_start[1:], np.int32(IGNORED_LABEL), stream[1:])
+    labels = np.where(is_start[1:], np.int32(IGNORE_INDEX), stream[1:])
 
     index = np.arange(size, dtype=np.int32)
     restarts = is_start[:-1].copy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
-
-log = logging.getLogger(__name__)
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -61,7 +58,13 @@ class LayerSkipCLI(LightningCLI):
         ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
         if ckpt_path and ckpt_path != "last" and not Path(ckpt_path).exists():
             raise ConfigError("ckpt_path", got=ckpt_path, allowed="an existing checkpoint, or last")
-        _check_trainer_numbers(self.config[self.config.subcommand]["trainer"])
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse trainer settings that Lightning would divide by, or take silently."""
+        trainer = self.config[self.config.subcommand]["trainer"]
+        check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1)
+        check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
+        check_range("trainer.log_every_n_steps", trainer["log_every_n_steps"] or 0, low=0)
 
     def instantiate_classes(self) -> None:
         """Build everything; an error in a constructor is told with the path of its field."""
@@ -103,13 +106,6 @@ class LayerSkipCLI(LightningCLI):
     def _plain_config(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()
         return plain
-
-
-def _check_trainer_numbers(trainer: Any) -> None:
-    """Refuse what Lightning would divide by, or take silently."""
-    check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1)
-    check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
-    check_range("trainer.log_every_n_steps", trainer["log_every_n_steps"] or 0, low=0)
 
 
 def run() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-IGNORE_INDEX = -100
+from app.layerskip.early_exit_loss import IGNORE_INDEX
+
 _TOKENS_PER_CHUNK = 512  # logits of one chunk: 64 MiB in fp32 at a vocabulary of 32k
 
 

@@ -114,13 +114,11 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Any:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def check_compatible(
-    config: PreTrainedConfig, checkpoint: Mapping[str, Any], *, path_hint: str = "the checkpoint"
-) -> None:
+def check_compatible(config: PreTrainedConfig, checkpoint: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming the settings, if `checkpoint` holds a model of another shape than `config`."""
     saved = checkpoint.get(HF_CONFIG_KEY)
     if saved is None:
-        raise CheckpointError(f"{path_hint} was not written by LayerSkipModule (no {HF_CONFIG_KEY!r} in it)")
+        raise CheckpointError(f"the checkpoint was not written by LayerSkipModule (no {HF_CONFIG_KEY!r} in it)")
     current = config.to_dict()
     shaping = (
         "model_type",
@@ -140,5 +138,5 @@ def check_compatible(
     ]
     if differing:
         raise CheckpointError(
-            f"{path_hint} holds a model of another shape: {', '.join(differing)}; use the run's own config.yaml"
+            f"the checkpoint holds a model of another shape: {', '.join(differing)}; use the run's own config.yaml"
         )

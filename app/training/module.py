@@ -236,12 +236,12 @@ class LayerSkipModule(LightningModule):
         """Divide once by the global count of label tokens: over micro-batches, over ranks.
 
         Raises:
-            DivergenceError: If an exit's loss is not finite, before it reaches the weights.
+            DivergenceError: If an exit's loss or the gradient is not finite, before it reaches the weights.
         """
         assert self._step_sums is not None
         summed = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
         self._step_sums = None
-        num_tokens, *exit_sums = summed.tolist()  # the one host sync of a step
+        num_tokens, *exit_sums = summed.tolist()  # waits for the device, as the gradient norm below does
         losses = {
             layer: total / max(1.0, num_tokens)
             for layer, total in zip(sorted(self._exit_weights), exit_sums, strict=True)

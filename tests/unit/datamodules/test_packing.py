@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from datamodules.packing import IGNORED_LABEL, PackedRows, pack_documents
+from app.layerskip.early_exit_loss import IGNORE_INDEX
+from datamodules.packing import PackedRows, pack_documents
 from tests.support.tiny_models import tiny_llama
 
 EOS = 0
@@ -22,7 +23,7 @@ def pack(documents: list[list[int]], *, seq_len: int) -> PackedRows:
 
 def test_a_small_case_by_hand() -> None:
     rows = pack([[1, 2], [3, 4, 5, 6], [7]], seq_len=4)
-    none = IGNORED_LABEL
+    none = IGNORE_INDEX
     assert rows.input_ids.tolist() == [[1, 2, EOS, 3], [4, 5, 6, EOS], [7, EOS, EOS, EOS]]
     assert rows.labels.tolist() == [[2, EOS, none, 4], [5, 6, EOS, none], [EOS, none, none, none]]
     assert rows.position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 0]]
@@ -49,10 +50,10 @@ def test_rows_against_a_loop_over_documents(documents: list[list[int]], seq_len:
             at_row_start = len(inputs) % seq_len == 0
             positions.append(0 if index == 0 or at_row_start else positions[-1] + 1)
             inputs.append(token)
-            labels.append([*document, EOS, IGNORED_LABEL][index + 1])
+            labels.append([*document, EOS, IGNORE_INDEX][index + 1])
     padding = -len(inputs) % seq_len
     assert rows.input_ids.reshape(-1).tolist() == inputs + [EOS] * padding
-    assert rows.labels.reshape(-1).tolist() == labels + [IGNORED_LABEL] * padding
+    assert rows.labels.reshape(-1).tolist() == labels + [IGNORE_INDEX] * padding
     assert rows.position_ids.reshape(-1).tolist() == positions + [0] * padding
     assert [rows.document(index).tolist() for index in range(rows.num_documents)] == documents
 
@@ -64,7 +65,7 @@ def test_rows_against_a_loop_over_documents(documents: list[list[int]], seq_len:
 def test_every_token_is_a_target_once_but_the_first_of_each_document(documents: list[list[int]], seq_len: int) -> None:
     labels = pack(documents, seq_len=seq_len).labels
     targets = [token for document in documents for token in [*document[1:], EOS]]
-    assert labels[labels != IGNORED_LABEL].tolist() == targets
+    assert labels[labels != IGNORE_INDEX].tolist() == targets
 
 
 def logits(inputs: npt.NDArray[np.int32], positions: npt.NDArray[np.int32] | None) -> Tensor:

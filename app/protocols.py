@@ -57,13 +57,20 @@ class EarlyExitHost(Protocol):
 
 
 class DecoderCache(Protocol):
-    """Keys and values of every block for the tokens processed so far; blocks may be filled to different lengths."""
+    """Keys and values of every block for the tokens processed so far, sequence by sequence.
 
-    def length(self, layer_idx: int) -> int:
-        """Number of positions stored for block `layer_idx`."""
+    Blocks may be filled to different lengths, and so may the sequences of a batch. Lengths are plain integers, so
+    asking for one waits for no device.
+    """
 
-    def truncate(self, length: int) -> None:
-        """Forget every position >= `length` in all blocks; no memory moves."""
+    def lengths(self, layer_idx: int) -> tuple[int, ...]:
+        """Positions stored for block `layer_idx`, for each of the B sequences."""
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget in all blocks every position >= lengths[b] of sequence b; no memory moves."""
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these sequences, in this order."""
 
 
 class ExitableDecoder(Protocol):
@@ -85,14 +92,22 @@ class ExitableDecoder(Protocol):
     def device(self) -> device:
         """Where token ids must be."""
 
-    def new_cache(self, capacity: int) -> DecoderCache:
-        """An empty cache with room for `capacity` positions (it may grow)."""
+    @property
+    def block_size(self) -> int:
+        """Parameters of one block."""
+
+    @property
+    def head_size(self) -> int:
+        """Parameters of the LM head."""
+
+    def new_cache(self, *, batch_size: int, capacity: int) -> DecoderCache:
+        """An empty cache for `batch_size` sequences with room for `capacity` positions each (it may grow)."""
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""
 
     def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: DecoderCache) -> Tensor:
-        """Run blocks start..stop-1 on T new positions, which begin at `cache.length(start)`.
+        """Run blocks start..stop-1 on T new positions of each sequence, which begin at `cache.lengths(start)`.
 
         Appends their keys and values to the cache; returns the pre-norm hidden states [B, T, D].
         """

@@ -11,10 +11,11 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in it
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.cli.parsing import VerbParser
-from app.decoding.result import DecodingResult
+from app.decoding.engine import decode
+from app.decoding.result import DecodingResult, Step
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import Strategy, decode
+from app.decoding.strategies import Strategy
 from app.errors import ConfigError, check_range
 from app.model.checkpoint import load_for_decoding
 from app.model.spans import SpanDecoder
@@ -82,7 +83,7 @@ def generate(
             strategy=strategy,
             settings=settings,
             generator=torch.Generator(decoder.device).manual_seed(seed),
-            on_tokens=stream,
+            on_step=stream,
         )
     if stream is None:
         print(json_module.dumps(to_json(result, text=tokenizer.decode(result.tokens, skip_special_tokens=True))))
@@ -97,9 +98,9 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._tokens, self._shown = tokenizer, list[int](), ""
 
-    def __call__(self, tokens: list[int]) -> None:
-        """Print what `tokens` add."""
-        self._tokens += tokens
+    def __call__(self, step: Step) -> None:
+        """Print what the step adds."""
+        self._tokens += step.tokens
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         if text.startswith(self._shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             print(text[len(self._shown) :], end="", flush=True)

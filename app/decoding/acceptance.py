@@ -1,20 +1,22 @@
 """Which drafted tokens the full model keeps, and the token it adds.
 
-Two pure rules, and a class for each that applies it to logits: to decoding strategies the two look alike.
-Shape legend: `T` drafted tokens, `S` = T + 1 verified positions, `V` vocabulary.
+Two pure rules, and a class for each that applies it to the logits of a batch: to the decoding loop the two look alike.
+Shape legend: `B` sequences, `T` drafted tokens, `S` = T + 1 verified positions, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from app.decoding.sampling import SamplingSettings, draw, probabilities
-from app.errors import ConfigError
+from app.decoding.rows import Row
+from app.decoding.sampling import LogitsProcessor, SamplingSettings, draw, probabilities
+
+Drafts = Sequence[Sequence[int]]  # of each sequence, in this round
 
 
 def accept_greedy(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, int]:
@@ -55,60 +57,137 @@ def accept_sampled(
     return accepted, torch.where(mass > 0, residual_V / mass, target_probs_SV[accepted])
 
 
+class Drafted(NamedTuple):
+    """A drafted token of each sequence: on the device to be fed on, and on the host to be looked at."""
+
+    tokens_B: Tensor
+    tokens: list[int]
+    confidences: list[float]  # empty unless asked for
+
+
 class ChoiceRule(Protocol):
     """How tokens are drafted and verified."""
 
-    def draft(self, logits_V: Tensor) -> int:
-        """A token proposed from an early exit's logits [V]."""
+    def draft(
+        self, logits_BV: Tensor, rows: Sequence[Row], drafts: Sequence[Sequence[int]], live: Sequence[bool]
+    ) -> Drafted:
+        """Propose a token for each sequence.
 
-    def verify(self, drafts: Sequence[int], logits_SV: Tensor) -> tuple[int, int]:
-        """How many of the T tokens drafted since the last call to keep, and the full model's token after them."""
+        Args:
+            logits_BV: The drafter's.
+            rows: The sequences, in the same order.
+            drafts: What was drafted for each in this round.
+            live: Which of them still draft; the others get any token, and none of their randomness is used.
+        """
+
+    def verify(self, logits_BSV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[tuple[int, int]]:
+        """For each sequence how many of its drafts to keep, and the full model's token after them."""
 
 
 class GreedyRule:
-    """Always the most probable token; the output is the full model's greedy output."""
+    """Always the most probable token; the output is the full model's greedy output.
 
-    def draft(self, logits_V: Tensor) -> int:
-        """The most probable token."""
-        return int(logits_V.argmax())
+    Args:
+        settings: For its processor.
+        confidence: Whether drafts come with the probability the drafter gives them.
+    """
 
-    def verify(self, drafts: Sequence[int], logits_SV: Tensor) -> tuple[int, int]:
+    def __init__(self, settings: SamplingSettings, *, confidence: bool = False) -> None:
+        self._processor, self._confidence = settings.processor, confidence
+
+    def draft(
+        self, logits_BV: Tensor, rows: Sequence[Row], drafts: Sequence[Sequence[int]], live: Sequence[bool]
+    ) -> Drafted:
+        """The most probable token of each."""
+        scores_BV = process(logits_BV[:, None], rows, drafts, self._processor, first=True)[:, 0]
+        tokens_B = scores_BV.argmax(-1)
+        if not self._confidence:
+            return Drafted(tokens_B, tokens_B.tolist(), [])
+        confidence_B = (scores_BV.amax(-1).float() - scores_BV.float().logsumexp(-1)).exp()
+        tokens, confidences = torch.stack((tokens_B.double(), confidence_B.double())).tolist()  # one wait for both
+        return Drafted(tokens_B, [int(token) for token in tokens], confidences)
+
+    def verify(self, logits_BSV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[tuple[int, int]]:
         """`accept_greedy` on the most probable tokens."""
-        return accept_greedy(drafts, logits_SV.argmax(-1).tolist())
+        choices = process(logits_BSV, rows, drafts, self._processor).argmax(-1).tolist()
+        return [accept_greedy(*pair) for pair in zip(drafts, choices, strict=True)]
 
 
 class SamplingRule:
-    """Tokens drawn from processed laws; the output is distributed as the full model's."""
+    """Tokens drawn from processed laws; the output is distributed as the full model's.
 
-    def __init__(self, *, settings: SamplingSettings, generator: torch.Generator) -> None:
-        self._settings, self._generator = settings, generator
-        self._draft_probs: list[Tensor] = []
+    Every sequence draws from its own generator, and only for itself, so that it comes out as it would alone.
+    """
 
-    def draft(self, logits_V: Tensor) -> int:
-        """A token drawn from the early exit's law, which is kept for `verify`."""
-        self._draft_probs.append(probabilities(logits_V, settings=self._settings))
-        return int(draw(self._draft_probs[-1], generator=self._generator))
+    def __init__(self, settings: SamplingSettings) -> None:
+        self._settings = settings
+        self._draft_probs: dict[int, list[Tensor]] = {}  # index of a row -> laws of its drafts in this round
 
-    def verify(self, drafts: Sequence[int], logits_SV: Tensor) -> tuple[int, int]:
+    def draft(
+        self, logits_BV: Tensor, rows: Sequence[Row], drafts: Sequence[Sequence[int]], live: Sequence[bool]
+    ) -> Drafted:
+        """A token drawn from the drafter's law, which is kept for `verify`."""
+        scores_BV = process(logits_BV[:, None], rows, drafts, self._settings.processor, first=True)[:, 0]
+        probs_BV = probabilities(scores_BV, settings=self._settings)
+        tokens_B = torch.zeros(len(rows), dtype=torch.long, device=probs_BV.device)
+        for i, row in enumerate(rows):
+            if live[i]:
+                assert row.generator is not None
+                tokens_B[i] = draw(probs_BV[i], generator=row.generator)[0]
+                self._draft_probs.setdefault(row.index, []).append(probs_BV[i])
+        confidence_B = probs_BV.gather(-1, tokens_B[:, None])[:, 0]
+        tokens, confidences = torch.stack((tokens_B.double(), confidence_B.double())).tolist()
+        return Drafted(tokens_B, [int(token) for token in tokens], confidences)
+
+    def verify(self, logits_BSV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[tuple[int, int]]:
         """`accept_sampled` on the laws of the drafts and of the full model."""
-        target_probs_SV = probabilities(logits_SV, settings=self._settings)
-        accepted, law_V = accept_sampled(
-            torch.tensor(drafts, dtype=torch.long, device=logits_SV.device),
-            draft_probs_TV=torch.stack(self._draft_probs) if drafts else target_probs_SV[:0],
-            target_probs_SV=target_probs_SV,
-            uniforms_T=torch.rand(len(drafts), generator=self._generator, device=logits_SV.device),
+        target_probs_BSV = probabilities(
+            process(logits_BSV, rows, drafts, self._settings.processor), settings=self._settings
         )
-        self._draft_probs.clear()
-        token = draw(law_V, generator=self._generator)
-        num_accepted, next_token = torch.stack([accepted, token[0]]).tolist()  # the round's one wait for the device
-        return num_accepted, next_token
+        outcomes = []
+        for row, drafted, probs_SV in zip(rows, drafts, target_probs_BSV, strict=True):
+            assert row.generator is not None
+            draft_probs = self._draft_probs.pop(row.index, [])
+            accepted, law_V = accept_sampled(
+                torch.tensor(drafted, dtype=torch.long, device=probs_SV.device),
+                draft_probs_TV=torch.stack(draft_probs) if drafted else probs_SV[:0],
+                target_probs_SV=probs_SV[: len(drafted) + 1],
+                uniforms_T=torch.rand(len(drafted), generator=row.generator, device=probs_SV.device),
+            )
+            outcomes.append(torch.stack([accepted, draw(law_V, generator=row.generator)[0]]))
+        pairs = torch.stack(outcomes).tolist()  # the round's one wait for the device
+        return [(accepted, token) for accepted, token in pairs]
 
 
-def choice_rule(*, settings: SamplingSettings, generator: torch.Generator | None, device: torch.device) -> ChoiceRule:
-    """The rule for these settings; sampling draws from `generator`, which must be on `device`."""
-    if settings.greedy:
-        return GreedyRule()
-    if generator is None or generator.device.type != device.type:
-        got = None if generator is None else f"one on {generator.device}"
-        raise ConfigError("generator", got=got, allowed=f"a torch.Generator on {device} when temperature > 0")
-    return SamplingRule(settings=settings, generator=generator)
+def process(
+    logits_BSV: Tensor,
+    rows: Sequence[Row],
+    drafts: Drafts,
+    processor: LogitsProcessor | None,
+    *,
+    first: bool = False,
+) -> Tensor:
+    """The processor's scores [B, S, V], at each position given everything before it: prompt, settled, drafted.
+
+    Args:
+        logits_BSV: At the latest settled token and the drafts after it; padding positions are left as they are.
+        rows: The sequences.
+        drafts: What was drafted for each in this round.
+        processor: Or None for the logits themselves.
+        first: The one position is the one after all drafts, not the one after the latest settled token.
+    """
+    if processor is None:
+        return logits_BSV
+    scores_BSV = logits_BSV.float().clone()
+    for i, (row, drafted) in enumerate(zip(rows, drafts, strict=True)):
+        ids_1S = torch.tensor([[*row.prompt, *row.tokens, *drafted]], device=scores_BSV.device)
+        settled = ids_1S.shape[1] - len(drafted)
+        lengths = [ids_1S.shape[1]] if first else range(settled, ids_1S.shape[1] + 1)
+        for position, length in enumerate(lengths):
+            scores_BSV[i, position] = processor(ids_1S[:, :length], scores_BSV[i, position][None])[0]
+    return scores_BSV
+
+
+def choice_rule(settings: SamplingSettings, *, confidence: bool) -> ChoiceRule:
+    """The rule for these settings."""
+    return GreedyRule(settings, confidence=confidence) if settings.greedy else SamplingRule(settings)

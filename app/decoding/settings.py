@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from app.decoding.cost_model import CostModel
 from app.decoding.sampling import SamplingSettings
-from app.errors import check_range
+from app.errors import check_choice, check_range
+from app.protocols import ExitableDecoder
+
+DraftPolicyName = Literal["fixed", "adaptive", "off"]
+DRAFT_POLICY_NAMES: tuple[DraftPolicyName, ...] = ("fixed", "adaptive", "off")
+
+# Called with the new tokens so far and how many of them are new since the last call; returns how many to keep if the
+# sequence ends inside them, else None. See `app.decoding.stopping.StopStrings`.
+StopCondition = Callable[[Sequence[int], int], int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,21 +24,36 @@ class DecodingSettings:
     """Limits and choices of one decoding; what depends on the model is checked in `decode`.
 
     Attributes:
-        max_new_tokens: Budget of new tokens, at least 0.
+        max_new_tokens: Budget of new tokens of each prompt, at least 0.
         eos_token_ids: Any of these ends the sequence; none by default.
-        exit_layer: Blocks run before unembedding, by the strategies that leave early.
-        num_draft_tokens: Most tokens drafted in a round, at least 1, by self_speculative.
+        stop: A further end of the sequence, for instance a string; called for one sequence after the other, so it
+            must not keep state between calls.
         sampling: How a token is chosen.
+        exit_layer: Blocks run before unembedding, by the strategies that leave early.
+        num_draft_tokens: Most tokens drafted in a round, at least 1, by the strategies that draft.
+        skipped_layers: Blocks that layer_skip leaves out of its drafts, each 0..num_layers-1.
+        draft_decoder: The model that drafts, with the same token ids, for draft_model.
+        draft_policy: How many of `num_draft_tokens` to draft: all, as many as pay, or none.
+        fall_back: Whether drafting stops for the rest of a request that it turned out to slow down.
+        costs: What a round costs on this machine, for adaptive drafting and for falling back when sampling; by
+            default estimated from the decoder's parameter counts.
     """
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+    stop: StopCondition | None = None
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    skipped_layers: tuple[int, ...] | None = None
+    draft_decoder: ExitableDecoder | None = None
+    draft_policy: DraftPolicyName = "fixed"
+    fall_back: bool = False
+    costs: CostModel | None = None
 
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, low=0)
+        check_choice("draft_policy", self.draft_policy, DRAFT_POLICY_NAMES)
         if self.num_draft_tokens is not None:
             fix = "to draft nothing use strategy autoregressive"
             check_range("num_draft_tokens", self.num_draft_tokens, low=1, fix=fix)

@@ -1,147 +1,140 @@
-"""The one way to decode: check, choose the strategy, stop, count and time."""
+"""The ways to decode, as one closed table: what each needs, and who drafts in it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from time import perf_counter
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import torch
-
-from app.decoding.acceptance import choice_rule
-from app.decoding.autoregressive import autoregressive_rounds
-from app.decoding.result import DecodingResult, StopReason
-from app.decoding.rounds import Job, Round
-from app.decoding.self_speculative import self_speculative_rounds
+from app.decoding.cost_model import CostModel
+from app.decoding.drafters import DraftModelDrafter, EarlyExitDrafter, FullModel, LayerSkipDrafter
 from app.decoding.settings import DecodingSettings
-from app.errors import ConfigError, check_choice, check_range
+from app.errors import ConfigError, check_range
 from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
 
-Strategy = Literal["autoregressive", "early_exit", "self_speculative"]
+Strategy = Literal["autoregressive", "early_exit", "self_speculative", "draft_model", "layer_skip"]
+
+# What a further position costs in a pass, as a share of one. Memory-bound decoding has it near 0; `tune` measures it.
+_EXTRA_TOKEN = 0.03
+
+NewDrafter = Callable[[ExitableDecoder, DecodingSettings, int, int], FullModel]
 
 
 class StrategyEntry(NamedTuple):
-    """A strategy and the settings it needs; it must not be given those it does not need."""
+    """A strategy.
 
-    rounds: Callable[[Job], Iterator[Round]]
-    needs: frozenset[str]
-
-
-STRATEGIES: dict[Strategy, StrategyEntry] = {
-    "autoregressive": StrategyEntry(autoregressive_rounds, frozenset()),
-    "early_exit": StrategyEntry(autoregressive_rounds, frozenset({"exit_layer"})),
-    "self_speculative": StrategyEntry(self_speculative_rounds, frozenset({"exit_layer", "num_draft_tokens"})),
-}
-
-
-def decode(
-    decoder: ExitableDecoder,
-    prompt_tokens: Sequence[int],
-    *,
-    strategy: Strategy,
-    settings: DecodingSettings,
-    generator: torch.Generator | None = None,
-    on_tokens: Callable[[list[int]], None] | None = None,
-) -> DecodingResult:
-    """Continue one prompt.
-
-    Runs under `torch.no_grad`, not `inference_mode`: the weights may be those of a training run, and inference
-    tensors do not mix with DTensor. A caller that owns the model can wrap the call in it: about 10 % faster on CPU.
-
-    Args:
-        decoder: The model, in eval mode.
-        prompt_tokens: Token ids, at least one, at most `decoder.max_length`.
-        strategy: autoregressive, early_exit (lossy) or self_speculative (the full model's own output, faster).
-        settings: Budget, end of sequence, sampling, and what the strategy needs.
-        generator: Source of all randomness, on the decoder's device; needed when temperature > 0.
-        on_tokens: Called with the new tokens of each round; its time counts as decode time.
-
-    Returns:
-        The new tokens with times and counts. Prompt and new tokens never exceed the context together.
-
-    Raises:
-        ConfigError: The prompt, a setting or a combination cannot be used with this model.
+    Attributes:
+        needs: Settings it cannot do without; others of the same kind have no effect on it.
+        new_drafter: Called with the decoder, the settings, the batch size and the capacity.
+        costs: What its rounds cost by parameter counts; None where it never drafts.
+        lossless: Whether its output is the full model's.
     """
-    check_choice("strategy", strategy, STRATEGIES)
-    with torch.no_grad():
-        _check_tokens(decoder, prompt_tokens, settings.eos_token_ids)
-        room = decoder.max_length - len(prompt_tokens)
-        job = Job(
-            decoder=decoder,
-            prompt_tokens=prompt_tokens,
-            exit_layer=_exit_layer(strategy, settings, num_layers=decoder.num_layers),
-            num_draft_tokens=settings.num_draft_tokens or 0,
-            eos_token_ids=frozenset(settings.eos_token_ids),
-            budget=min(settings.max_new_tokens, room),
-            rule=choice_rule(settings=settings.sampling, generator=generator, device=decoder.device),
-        )
-        rounds = STRATEGIES[strategy].rounds(job) if job.budget else iter(())
-        limit: StopReason = "max_new_tokens" if settings.max_new_tokens <= room else "context_length"
-        return _collect(rounds, eos_token_ids=job.eos_token_ids, limit=limit, on_tokens=on_tokens)
+
+    needs: frozenset[str]
+    new_drafter: NewDrafter
+    costs: Callable[[ExitableDecoder, DecodingSettings], CostModel] | None
+    lossless: bool = True
 
 
-def _collect(
-    rounds: Iterator[Round],
-    *,
-    eos_token_ids: frozenset[int],
-    limit: StopReason,
-    on_tokens: Callable[[list[int]], None] | None,
-) -> DecodingResult:
-    """Run the rounds up to the earliest end-of-sequence token; `limit` is why they would end by themselves."""
-    tokens: list[int] = []
-    history: list[Round] = []
-    stop_reason = limit
-    clock = [perf_counter()]
-    for step in rounds:
-        clock.append(perf_counter())
-        history.append(step)
-        first_eos = next((i for i, token in enumerate(step.tokens) if token in eos_token_ids), None)
-        new = step.tokens if first_eos is None else step.tokens[: first_eos + 1]
-        tokens += new
-        if on_tokens is not None:
-            on_tokens(new)
-        if first_eos is not None:
-            stop_reason = "eos"
-            break
-    first_token = clock[:2][-1]
-    return DecodingResult(
-        tokens=tokens,
-        stop_reason=stop_reason,
-        seconds_prefill=first_token - clock[0],
-        seconds_decode=clock[-1] - first_token,
-        rounds=max(len(history) - 1, 0),
-        drafted=sum(step.drafted for step in history),
-        accepted=sum(step.accepted for step in history),
+def _full_model(decoder: ExitableDecoder, _: DecodingSettings, batch: int, capacity: int) -> FullModel:
+    return FullModel(decoder, batch_size=batch, capacity=capacity)
+
+
+def _early_exit(decoder: ExitableDecoder, settings: DecodingSettings, batch: int, capacity: int) -> FullModel:
+    return FullModel(decoder, batch_size=batch, capacity=capacity, stop=settings.exit_layer)
+
+
+def _self_speculative(decoder: ExitableDecoder, settings: DecodingSettings, batch: int, capacity: int) -> FullModel:
+    assert settings.exit_layer is not None
+    return EarlyExitDrafter(decoder, batch_size=batch, capacity=capacity, exit_layer=settings.exit_layer)
+
+
+def _draft_model(decoder: ExitableDecoder, settings: DecodingSettings, batch: int, capacity: int) -> FullModel:
+    assert settings.draft_decoder is not None
+    return DraftModelDrafter(decoder, batch_size=batch, capacity=capacity, draft_decoder=settings.draft_decoder)
+
+
+def _layer_skip(decoder: ExitableDecoder, settings: DecodingSettings, batch: int, capacity: int) -> FullModel:
+    assert settings.skipped_layers is not None
+    return LayerSkipDrafter(decoder, batch_size=batch, capacity=capacity, skipped_layers=settings.skipped_layers)
+
+
+def _head(decoder: ExitableDecoder) -> float:
+    """H, what unembedding one token costs, in blocks, by parameter counts."""
+    return decoder.head_size / decoder.block_size
+
+
+def _self_speculative_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
+    assert settings.exit_layer is not None
+    return CostModel.self_speculative(
+        num_layers=decoder.num_layers,
+        exit_layer=settings.exit_layer,
+        head=_head(decoder),
+        extra_token=_EXTRA_TOKEN,
     )
 
 
-def _exit_layer(strategy: Strategy, settings: DecodingSettings, *, num_layers: int) -> int:
-    """The checked exit of this strategy, num_layers where it uses none; warns of settings without effect."""
-    needs = STRATEGIES[strategy].needs
-    for name in ("exit_layer", "num_draft_tokens"):
+def _draft_model_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
+    assert settings.draft_decoder is not None
+    small = settings.draft_decoder
+    return CostModel.two_pass(
+        num_layers=decoder.num_layers,
+        head=_head(decoder),
+        draft_step=(small.num_layers * small.block_size + small.head_size) / decoder.block_size,
+        extra_token=_EXTRA_TOKEN,
+    )
+
+
+def _layer_skip_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
+    assert settings.skipped_layers is not None
+    return CostModel.two_pass(
+        num_layers=decoder.num_layers,
+        head=_head(decoder),
+        draft_step=decoder.num_layers - len(set(settings.skipped_layers)) + _head(decoder),
+        extra_token=_EXTRA_TOKEN,
+    )
+
+
+STRATEGIES: dict[Strategy, StrategyEntry] = {
+    "autoregressive": StrategyEntry(frozenset(), _full_model, None),
+    "early_exit": StrategyEntry(frozenset({"exit_layer"}), _early_exit, None, lossless=False),
+    "self_speculative": StrategyEntry(
+        frozenset({"exit_layer", "num_draft_tokens"}), _self_speculative, _self_speculative_costs
+    ),
+    "draft_model": StrategyEntry(frozenset({"draft_decoder", "num_draft_tokens"}), _draft_model, _draft_model_costs),
+    "layer_skip": StrategyEntry(frozenset({"skipped_layers", "num_draft_tokens"}), _layer_skip, _layer_skip_costs),
+}
+_OPTIONAL = ("exit_layer", "num_draft_tokens", "skipped_layers", "draft_decoder")
+
+
+def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDecoder) -> None:
+    """Refuse settings that this strategy cannot use with this model, and warn of those without effect.
+
+    Raises:
+        ConfigError: A setting is missing or out of range.
+    """
+    needs, num_layers = STRATEGIES[strategy].needs, decoder.num_layers
+    for name in _OPTIONAL:
         value = getattr(settings, name)
         if name in needs and value is None:
-            raise ConfigError(name, got=None, allowed=f"an integer, with strategy {strategy}")
+            raise ConfigError(name, got=None, allowed=f"a value, with strategy {strategy}")
         if name not in needs and value is not None:
-            _log.warning("%s=%s has no effect with strategy %s", name, value, strategy)
-    if settings.exit_layer is None or "exit_layer" not in needs:
-        return num_layers
-    highest = num_layers - 1 if strategy == "self_speculative" else num_layers
-    fix = f"{num_layers} is the full model: use strategy autoregressive"
-    check_range("exit_layer", settings.exit_layer, low=1, high=highest, fix=fix)
-    return settings.exit_layer
-
-
-def _check_tokens(decoder: ExitableDecoder, prompt_tokens: Sequence[int], eos_token_ids: Sequence[int]) -> None:
-    """Refuse prompts the model cannot take; here they are still plain integers, so a check costs no wait."""
-    if not prompt_tokens:
-        raise ConfigError("prompt_tokens", got=[], allowed="at least one token", fix="start from a BOS token")
-    if len(prompt_tokens) > decoder.max_length:
-        allowed = f"at most {decoder.max_length} tokens, the model's context"
-        raise ConfigError("prompt_tokens", got=f"{len(prompt_tokens)} tokens", allowed=allowed)
-    for field, tokens in (("prompt_tokens", prompt_tokens), ("eos_token_ids", eos_token_ids)):
-        for token in {min(tokens, default=0), max(tokens, default=0)}:
-            check_range(field, token, low=0, high=decoder.vocab_size - 1, fix="use the model's own tokenizer")
+            shown = "" if name == "draft_decoder" else f"={value}"
+            _log.warning("%s%s has no effect with strategy %s", name, shown, strategy)
+    if settings.draft_policy != "fixed" and "num_draft_tokens" not in needs:
+        _log.warning("draft_policy=%s has no effect with strategy %s", settings.draft_policy, strategy)
+    if "exit_layer" in needs and settings.exit_layer is not None:
+        highest = num_layers - 1 if strategy == "self_speculative" else num_layers
+        fix = f"{num_layers} is the full model: use strategy autoregressive"
+        check_range("exit_layer", settings.exit_layer, low=1, high=highest, fix=fix)
+    if "skipped_layers" in needs and settings.skipped_layers is not None:
+        wrong = [layer for layer in settings.skipped_layers if not 0 <= layer < num_layers]
+        if wrong or not 0 < len(set(settings.skipped_layers)) < num_layers:
+            allowed = f"1 to {num_layers - 1} of the blocks 0..{num_layers - 1}"
+            raise ConfigError("skipped_layers", got=list(settings.skipped_layers), allowed=allowed)
+    if "draft_decoder" in needs and settings.draft_decoder is not None:
+        ours, theirs = decoder.vocab_size, settings.draft_decoder.vocab_size
+        if theirs < ours:
+            raise ConfigError("draft_decoder", got=f"vocabulary of {theirs}", allowed=f"at least the model's {ours}")

@@ -1,78 +1,116 @@
-"""One key/value store for all blocks: written by index, read as views, truncated by moving a number.
+"""Keys and values of every block: written by index, read as views, truncated by moving a number.
 
-Shape legend: `N` blocks, `B` sequences, `H` key/value heads, `T` new positions, `S` stored positions, `C` capacity,
-`K` head width.
+Shape legend: `B` sequences, `H` key/value heads, `T` new positions, `S` stored positions, `C` capacity, `K` head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from app.errors import check_range
+
+_GROWTH = 256  # positions, the least that a full store grows by
 
 
 class KeyValueCache:
     """Keys and values of every block; implements protocols.DecoderCache.
 
-    Hugging Face attention modules take it as `past_key_values`: all they call is `update`. Blocks may be filled to
-    different lengths, which is what lets drafting run ahead in the first blocks.
+    Position p of a sequence lies at index p of its row, whatever the other rows hold. Blocks may be filled to
+    different lengths, which is what lets drafting run ahead in the first blocks; so may rows.
 
     Args:
         num_layers: Number of blocks, at least 1.
-        capacity: Positions to reserve, at least 1; a full store doubles. Memory is taken at the first `update`,
-            which is where the shape, type and device of the keys are learned.
+        batch_size: Sequences, at least 1.
+        capacity: Positions to reserve for each, at least 1; a full store grows by half. A block's memory is taken at
+            its first `append`, which is where the shape, type and device of the keys are learned.
     """
 
-    def __init__(self, *, num_layers: int, capacity: int) -> None:
+    def __init__(self, *, num_layers: int, batch_size: int = 1, capacity: int) -> None:
         check_range("num_layers", num_layers, low=1)
+        check_range("batch_size", batch_size, low=1)
         check_range("capacity", capacity, low=1)
-        self._lengths = [0] * num_layers
+        self._lengths: list[tuple[int, ...]] = [(0,) * batch_size] * num_layers
         self._capacity = capacity
-        self._keys_BHCK: list[Tensor] = []
-        self._values_BHCK: list[Tensor] = []
+        self._stores: list[tuple[Tensor, Tensor] | None] = [None] * num_layers  # keys, values: each [B, C, H, K]
+        self._slots: tuple[object, Tensor] | None = None
 
-    def length(self, layer_idx: int) -> int:
-        """Number of positions stored for block `layer_idx`."""
+    def lengths(self, layer_idx: int) -> tuple[int, ...]:
+        """Positions stored for block `layer_idx`, for each of the B sequences."""
         return self._lengths[layer_idx]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """`length` under the name Hugging Face modules look for."""
-        return self._lengths[layer_idx]
+        """The longest row, under the name Hugging Face modules look for."""
+        return max(self._lengths[layer_idx])
 
-    def truncate(self, length: int) -> None:
-        """Forget every position >= `length` in all blocks; no memory moves."""
-        check_range("length", length, low=0)
-        self._lengths = [min(filled, length) for filled in self._lengths]
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget in all blocks every position >= lengths[b] of sequence b; no memory moves."""
+        check_range("length", min(lengths), low=0)
+        if len(lengths) == 1:
+            length = lengths[0]
+            self._lengths = [(min(filled[0], length),) for filled in self._lengths]
+        else:
+            self._lengths = [tuple(map(min, filled, lengths)) for filled in self._lengths]
 
-    def update(self, key_BHTK: Tensor, value_BHTK: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append T positions to block `layer_idx`.
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these sequences, in this order."""
+        for layer_idx, store in enumerate(self._stores):
+            self._lengths[layer_idx] = tuple(self._lengths[layer_idx][row] for row in rows)
+            if store is not None:
+                keys_BCHK, values_BCHK = store
+                index = torch.tensor(rows, device=keys_BCHK.device)
+                self._stores[layer_idx] = keys_BCHK.index_select(0, index), values_BCHK.index_select(0, index)
+
+    def append(self, key_BTHK: Tensor, value_BTHK: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append T positions to every row of block `layer_idx`, each where that row ends.
 
         Args:
-            key_BHTK: New keys [B, H, T, K], rotated.
-            value_BHTK: New values [B, H, T, K].
+            key_BTHK: New keys [B, T, H, K], rotated.
+            value_BTHK: New values [B, T, H, K].
             layer_idx: The block, 0..num_layers-1.
 
         Returns:
-            Views of all keys and values of the block, each [B, H, S, K], S being the length after appending.
+            Views of the block's keys and values, each [B, H, S, K]; S is the longest row after appending. Beyond its
+            own length a row holds what was left there: masks hide it.
         """
-        start = self._lengths[layer_idx]
-        stop = start + key_BHTK.shape[2]
-        if not self._keys_BHCK or stop > self._capacity:
-            self._reserve(stop, like_BHTK=key_BHTK)
-        keys_BHCK, values_BHCK = self._keys_BHCK[layer_idx], self._values_BHCK[layer_idx]
-        keys_BHCK[:, :, start:stop] = key_BHTK
-        values_BHCK[:, :, start:stop] = value_BHTK
-        self._lengths[layer_idx] = stop
-        return keys_BHCK[:, :, :stop], values_BHCK[:, :, :stop]
+        starts, num_new = self._lengths[layer_idx], key_BTHK.shape[1]
+        stop = max(starts) + num_new
+        keys_BCHK, values_BCHK = self._room(stop, like_BTHK=key_BTHK, layer_idx=layer_idx)
+        if min(starts) == max(starts):
+            keys_BCHK[:, stop - num_new : stop] = key_BTHK
+            values_BCHK[:, stop - num_new : stop] = value_BTHK
+        else:
+            slots = self._flat_slots(starts, num_new, capacity=keys_BCHK.shape[1], device=keys_BCHK.device)
+            keys_BCHK.flatten(0, 1).index_copy_(0, slots, key_BTHK.flatten(0, 1))
+            values_BCHK.flatten(0, 1).index_copy_(0, slots, value_BTHK.flatten(0, 1))
+        self._lengths[layer_idx] = tuple(start + num_new for start in starts)
+        return keys_BCHK[:, :stop].transpose(1, 2), values_BCHK[:, :stop].transpose(1, 2)
 
-    def _reserve(self, needed: int, *, like_BHTK: Tensor) -> None:
-        """Take one store for all blocks with room for `needed` positions, and move what is there into it."""
-        if needed > self._capacity:
-            self._capacity = max(needed, 2 * self._capacity)
-        batch, heads, _, width = like_BHTK.shape
-        store_2NBHCK = like_BHTK.new_empty(2, len(self._lengths), batch, heads, self._capacity, width)
-        keys_BHCK, values_BHCK = list(store_2NBHCK[0].unbind()), list(store_2NBHCK[1].unbind())
-        for layer_idx, filled in enumerate(self._lengths if self._keys_BHCK else ()):
-            keys_BHCK[layer_idx][:, :, :filled] = self._keys_BHCK[layer_idx][:, :, :filled]
-            values_BHCK[layer_idx][:, :, :filled] = self._values_BHCK[layer_idx][:, :, :filled]
-        self._keys_BHCK, self._values_BHCK = keys_BHCK, values_BHCK
+    def update(self, key_BHTK: Tensor, value_BHTK: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """`append` as Hugging Face attention modules call it: with heads before positions."""
+        return self.append(key_BHTK.transpose(1, 2), value_BHTK.transpose(1, 2), layer_idx)
+
+    def _room(self, needed: int, *, like_BTHK: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """The block's store with room for `needed` positions; block by block, so that little exists twice."""
+        store = self._stores[layer_idx]
+        if store is not None and store[0].shape[1] >= needed:
+            return store
+        batch, _, heads, width = like_BTHK.shape
+        capacity = self._capacity if store is None else store[0].shape[1] + max(_GROWTH, store[0].shape[1] // 2)
+        shape = batch, max(needed, capacity), heads, width
+        fresh = like_BTHK.new_empty(shape), like_BTHK.new_empty(shape)
+        if store is not None:
+            for new, old in zip(fresh, store, strict=True):
+                new[:, : old.shape[1]] = old
+        self._stores[layer_idx] = fresh
+        return fresh
+
+    def _flat_slots(self, starts: tuple[int, ...], num_new: int, *, capacity: int, device: torch.device) -> Tensor:
+        """Indices [B * T] of the new positions in a store seen as one long row; the same for every block of a span."""
+        key = starts, num_new, capacity, device
+        if self._slots is None or self._slots[0] != key:
+            slots = [row * capacity + start + i for row, start in enumerate(starts) for i in range(num_new)]
+            self._slots = key, torch.tensor(slots, device=device)
+        return self._slots[1]

@@ -1,17 +1,20 @@
-"""Run a Hugging Face decoder block by block: spans `start..stop` of its own layers on our cache.
+"""Run a Hugging Face decoder block by block: spans `start..stop` of its layers on our cache.
 
 Shape legend: `B` sequences, `T` new positions, `S` stored positions (new ones included), `D` width, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from app.errors import ConfigError, check_choice
+from app.model.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, is_functional
 from app.model.kv_cache import KeyValueCache
 from app.protocols import DecoderCache
 
@@ -33,19 +36,30 @@ SUPPORTED_MODEL_TYPES: dict[str, SlidingBlocks] = {
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others rewrite the model's buffers as text grows
 
 
+class _RotaryTables(NamedTuple):
+    """Of positions 0..P-1: ids [1, P], cos, sin and sin with its first half negated, each [1, P, K]."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    signed_sin: Tensor
+
+
 class SpanDecoder:
     """A view on the live weights of a causal LM; implements protocols.ExitableDecoder.
 
-    It changes neither weights, modes nor gradients. Run it in eval mode and under `torch.no_grad`.
+    It changes neither weights, modes nor gradients. Run it in eval mode and under `torch.no_grad`. The layers of most
+    types run as functions of their weights (`functional_block`), the others as the modules they are.
 
     Args:
         model: A causal LM of a type in SUPPORTED_MODEL_TYPES with SDPA attention; its layers may be subclasses.
+        functional: False drives the modules of every type: the slower twin, for tests.
 
     Raises:
         ConfigError: The model cannot be driven in spans with its own logits as the result.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, functional: bool = True) -> None:
         config, head = model.config, model.get_output_embeddings()
         check_choice("model_type", config.model_type, SUPPORTED_MODEL_TYPES)
         if not isinstance(head, nn.Linear):
@@ -62,8 +76,12 @@ class SpanDecoder:
             raise ConfigError("rope_type", got=decoder.rotary_emb.rope_type, allowed=" | ".join(_FIXED_ROPES))
         self._model, self._decoder, self._head = model, decoder, head
         self._layers = list(decoder.layers)  # slicing a ModuleList builds a new module: 50 us a call
+        self._blocks: list[FunctionalBlock] = []
+        if functional and is_functional(model):
+            self._blocks = [FunctionalBlock(layer, config, layer_idx=i) for i, layer in enumerate(self._layers)]
+        self._query_groups = config.num_attention_heads // config.num_key_value_heads
         self._windows = _sliding_windows(config)
-        self._tables: tuple[Tensor, Tensor, Tensor] | None = None  # position ids, cos, sin from position 0 on
+        self._tables: _RotaryTables | None = None
 
     @property
     def num_layers(self) -> int:
@@ -85,61 +103,107 @@ class SpanDecoder:
         """Where token ids must be."""
         return self._decoder.embed_tokens.weight.device  # type: ignore[no-any-return]
 
-    def new_cache(self, capacity: int) -> KeyValueCache:
-        """An empty cache with room for `capacity` positions (it may grow); asks for eval mode, once a decode."""
+    @property
+    def block_size(self) -> int:
+        """Parameters of one block."""
+        return sum(parameter.numel() for parameter in self._layers[0].parameters())
+
+    @property
+    def head_size(self) -> int:
+        """Parameters of the LM head."""
+        return self._head.weight.numel()
+
+    def new_cache(self, *, batch_size: int = 1, capacity: int) -> KeyValueCache:
+        """An empty cache; asks for eval mode, once a decode.
+
+        Args:
+            batch_size: Sequences, at least 1.
+            capacity: Positions to reserve for each, at least 1; it may grow.
+        """
         if any(module.training for module in self._model.modules()):
             raise ConfigError("model", got="training mode", allowed="eval mode", fix="call model.eval() first")
-        return KeyValueCache(num_layers=self.num_layers, capacity=capacity)
+        return KeyValueCache(num_layers=self.num_layers, batch_size=batch_size, capacity=capacity)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""
         return self._decoder.embed_tokens(tokens_BT)  # type: ignore[no-any-return]
 
     def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: DecoderCache) -> Tensor:
-        """Run blocks start..stop-1 on T new positions, which begin at `cache.length(start)`.
+        """Run blocks start..stop-1 on T new positions of each sequence, which begin at `cache.lengths(start)`.
 
         Args:
             hidden_BTD: What enters block `start` [B, T, D].
             start: First block, 0..num_layers-1.
             stop: One past the last block, up to num_layers.
-            cache: From `new_cache`; blocks start..stop-1 hold the same number of positions.
+            cache: From `new_cache`; blocks start..stop-1 hold the same numbers of positions.
 
         Returns:
             Pre-norm hidden states [B, T, D].
         """
-        num_new, first = hidden_BTD.shape[1], cache.length(start)
-        positions_1T, rotary = self._positions(first, first + num_new, hidden_BTD)
+        assert isinstance(cache, KeyValueCache)
+        num_new, starts = hidden_BTD.shape[1], cache.lengths(start)
         windows = self._windows[start:stop]
         masks = {
-            window: attention_mask(first=first, num_new=num_new, window=window, device=hidden_BTD.device)
-            for window in set(windows)
+            window: attention_mask(starts, num_new=num_new, window=window, like=hidden_BTD) for window in set(windows)
         }
-        for layer, window in zip(self._layers[start:stop], windows, strict=True):
+        tables = self._rotary_tables(starts, num_new, like=hidden_BTD)
+        if not self._blocks:
+            return self._run_modules(hidden_BTD, start, stop, cache=cache, masks=masks, tables=tables)
+        if num_new <= FOLD_UP_TO:
+            masks = {window: self._folded(mask, num_new, like=hidden_BTD) for window, mask in masks.items()}
+        rotation = Rotation(tables.cos[:, :, None], tables.signed_sin[:, :, None])
+        for block, window in zip(self._blocks[start:stop], windows, strict=True):
+            hidden_BTD = block(hidden_BTD, rotation=rotation, mask=masks[window], cache=cache)
+        return hidden_BTD
+
+    def _run_modules(
+        self,
+        hidden_BTD: Tensor,
+        start: int,
+        stop: int,
+        *,
+        cache: KeyValueCache,
+        masks: dict[int | None, Tensor | None],
+        tables: _RotaryTables,
+    ) -> Tensor:
+        """The layers' own forwards."""
+        for layer, window in zip(self._layers[start:stop], self._windows[start:stop], strict=True):
             out = layer(
                 hidden_BTD,
                 attention_mask=masks[window],
-                position_embeddings=rotary,
-                position_ids=positions_1T,
+                position_embeddings=(tables.cos, tables.sin),
+                position_ids=tables.positions,
                 past_key_values=cache,
                 use_cache=True,
             )
             hidden_BTD = out[0] if isinstance(out, tuple) else out
         return hidden_BTD
 
-    def _positions(self, first: int, stop: int, hidden_BTD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Position ids [1, T] and rotary tables (cos, sin) [1, T, head width] of positions first..stop-1.
+    def _folded(self, mask: Tensor | None, num_new: int, *, like: Tensor) -> Tensor | None:
+        """The mask for query heads laid along the positions, [1 or B, 1, groups * T, S]."""
+        if mask is None and num_new > 1:  # a causal start: SDPA's own rule does not know of folded heads
+            mask = _causal_mask(num_new, num_new, like=like)
+        return mask if mask is None or self._query_groups == 1 else mask.repeat(1, 1, self._query_groups, 1)
+
+    def _rotary_tables(self, starts: Sequence[int], num_new: int, *, like: Tensor) -> _RotaryTables:
+        """Tables of the new positions, [1, T, ...] where all sequences are equally long, else [B, T, ...].
 
         Cut from tables made once: computing them anew would cost a short draft a fifth of its time.
         """
-        if self._tables is None or self._tables[0].shape[1] < stop or self._tables[1].dtype != hidden_BTD.dtype:
-            positions_1P = torch.arange(max(stop, min(self.max_length, 2 * stop)), device=hidden_BTD.device)[None]
-            self._tables = (positions_1P, *self._decoder.rotary_emb(hidden_BTD, positions_1P))
-        positions_1T, cos, sin = (table[:, first:stop] for table in self._tables)
-        return positions_1T, (cos, sin)
+        stop = max(starts) + num_new
+        if self._tables is None or self._tables.cos.shape[1] < stop or self._tables.cos.dtype != like.dtype:
+            positions_1P = torch.arange(max(stop, min(self.max_length, 2 * stop)), device=like.device)[None]
+            cos, sin = self._decoder.rotary_emb(like, positions_1P)
+            half = sin.shape[-1] // 2
+            self._tables = _RotaryTables(positions_1P, cos, sin, torch.cat((-sin[..., :half], sin[..., half:]), -1))
+        if min(starts) == max(starts):
+            return _RotaryTables(*(table[:, starts[0] : stop] for table in self._tables))
+        positions_BT = torch.tensor(starts, device=like.device)[:, None] + torch.arange(num_new, device=like.device)
+        return _RotaryTables(*(table[0, positions_BT] for table in self._tables))
 
     def unembed(self, hidden_BTD: Tensor) -> Tensor:
         """Final norm and LM head: pre-norm hidden states [B, T, D] -> logits [B, T, V]."""
-        return self._head(self._decoder.norm(hidden_BTD))  # type: ignore[no-any-return]
+        return F.linear(self._decoder.norm(hidden_BTD), self._head.weight, self._head.bias)
 
 
 def _sliding_windows(config: PretrainedConfig) -> list[int | None]:
@@ -153,22 +217,34 @@ def _sliding_windows(config: PretrainedConfig) -> list[int | None]:
             return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
-def attention_mask(*, first: int, num_new: int, window: int | None, device: torch.device) -> Tensor | None:
-    """What `num_new` positions from `first` on may see, or None where SDPA's own rule says just that.
+def attention_mask(starts: Sequence[int], *, num_new: int, window: int | None, like: Tensor) -> Tensor | None:
+    """What `num_new` positions from `starts[b]` on may see, or None where SDPA's own rule says just that.
 
     A position i sees every j <= i, and with a window w only j > i - w. Without a mask SDPA lets one query see
     everything and treats several as causal from position 0, so those two cases need none.
 
     Returns:
-        A boolean mask [1, 1, T, S], True where seen, or None.
+        What to add to the scores, 0 or -inf: [1, 1, T, S] where all sequences are equally long, else [B, 1, T, S].
     """
-    num_stored = first + num_new
+    first, num_stored = min(starts), max(starts) + num_new
+    uniform = first == max(starts)
     fits_window = window is None or num_stored <= window
-    if fits_window and (num_new == 1 or first == 0):
+    if uniform and fits_window and (num_new == 1 or first == 0):
         return None
-    query_T1 = torch.arange(first, num_stored, device=device)[:, None]
-    key_S = torch.arange(num_stored, device=device)
-    seen_TS = key_S <= query_T1
+    if uniform and fits_window:
+        return _causal_mask(num_new, num_stored, like=like)
+    start_B11 = torch.tensor(starts[:1] if uniform else starts, device=like.device)[:, None, None]
+    query_BT1 = start_B11 + torch.arange(num_new, device=like.device)[:, None]
+    key_S = torch.arange(num_stored, device=like.device)
+    hidden_BTS = key_S > query_BT1
     if window is not None:
-        seen_TS &= key_S > query_T1 - window
-    return seen_TS[None, None]
+        hidden_BTS |= key_S <= query_BT1 - window
+    return torch.zeros(hidden_BTS.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden_BTS, float("-inf"))[
+        :, None
+    ]
+
+
+def _causal_mask(num_new: int, num_stored: int, *, like: Tensor) -> Tensor:
+    """0 where one of the last `num_new` positions sees a stored one, -inf where it does not: [1, 1, T, S]."""
+    blocked = torch.full((num_new, num_stored), float("-inf"), dtype=like.dtype, device=like.device)
+    return blocked.triu_(num_stored - num_new + 1)[None, None]

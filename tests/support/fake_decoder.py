@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
 class FakeCache:
-    def __init__(self, num_layers: int) -> None:
-        self.lengths = [0] * num_layers
+    def __init__(self, num_layers: int, batch_size: int) -> None:
+        self._lengths = [(0,) * batch_size] * num_layers
 
-    def length(self, layer_idx: int) -> int:
-        return self.lengths[layer_idx]
+    def lengths(self, layer_idx: int) -> tuple[int, ...]:
+        return self._lengths[layer_idx]
 
-    def truncate(self, length: int) -> None:
-        self.lengths = [min(filled, length) for filled in self.lengths]
+    def append(self, layer_idx: int, num_new: int) -> None:
+        self._lengths[layer_idx] = tuple(length + num_new for length in self._lengths[layer_idx])
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        self._lengths = [tuple(map(min, filled, lengths)) for filled in self._lengths]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self._lengths = [tuple(filled[row] for row in rows) for filled in self._lengths]
 
 
 class FakeDecoder:
@@ -22,25 +30,27 @@ class FakeDecoder:
 
     num_layers = 4
     device = torch.device("cpu")
+    block_size, head_size = 100, 100
+    may_skip = False
 
     def __init__(self, full_logits: Tensor, exit_logits: Tensor, *, max_length: int = 64) -> None:
         self.full_logits, self.exit_logits, self.max_length = full_logits, exit_logits, max_length
         self.vocab_size = len(full_logits)
         self.spans: list[tuple[int, int, int]] = []  # (start, stop, tokens) of every run
 
-    def new_cache(self, capacity: int) -> FakeCache:
-        return FakeCache(self.num_layers)
+    def new_cache(self, *, batch_size: int = 1, capacity: int) -> FakeCache:
+        return FakeCache(self.num_layers, batch_size)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         return torch.stack([tokens_BT, torch.zeros_like(tokens_BT)], dim=-1)
 
     def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: FakeCache) -> Tensor:
-        assert (hidden_BTD[..., 1] == start).all(), "blocks must run in order"
-        assert len(set(cache.lengths[start:stop])) == 1, "blocks of a span must be equally filled"
+        assert (hidden_BTD[..., 1] == start).all() or self.may_skip, "blocks must run in order"
+        assert len({cache.lengths(layer_idx) for layer_idx in range(start, stop)}) == 1, "equally filled blocks"
         self.spans.append((start, stop, hidden_BTD.shape[1]))
         for layer_idx in range(start, stop):
-            cache.lengths[layer_idx] += hidden_BTD.shape[1]
-            assert cache.lengths[layer_idx] <= self.max_length, "ran past the context"
+            cache.append(layer_idx, hidden_BTD.shape[1])
+            assert len(hidden_BTD) > 1 or cache.lengths(layer_idx)[0] <= self.max_length, "ran past the context"
         return torch.stack([hidden_BTD[..., 0], torch.full_like(hidden_BTD[..., 1], stop)], dim=-1)
 
     def unembed(self, hidden_BTD: Tensor) -> Tensor:

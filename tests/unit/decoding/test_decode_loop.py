@@ -8,10 +8,11 @@ from typing import get_args
 import pytest
 import torch
 
-from app.decoding.result import DecodingResult
+from app.decoding.engine import decode
+from app.decoding.result import DecodingResult, Step
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import STRATEGIES, Strategy, decode
+from app.decoding.strategies import STRATEGIES, Strategy
 from app.errors import ConfigError
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
 
@@ -19,8 +20,14 @@ from tests.support.fake_decoder import FakeDecoder, counting_decoder
 def _decode(
     decoder: FakeDecoder, prompt: list[int], strategy: Strategy = "self_speculative", **settings: object
 ) -> DecodingResult:
-    needed = {"exit_layer": 2, "num_draft_tokens": 4}
+    needed = {
+        "exit_layer": 2,
+        "num_draft_tokens": 4,
+        "skipped_layers": (1, 2),
+        "draft_decoder": counting_decoder(max_length=decoder.max_length),
+    }
     chosen = {name: value for name, value in needed.items() if name in STRATEGIES[strategy].needs}
+    decoder.may_skip = strategy == "layer_skip"
     merged = DecodingSettings(**({"max_new_tokens": 12} | chosen | settings))  # type: ignore[arg-type]
     return decode(decoder, prompt, strategy=strategy, settings=merged)
 
@@ -43,7 +50,7 @@ def test_full_partial_and_zero_accepts_all_lead_to_the_full_models_output() -> N
 def test_the_first_blocks_run_once_a_token_and_the_prompt_once() -> None:
     decoder = counting_decoder()
     _decode(decoder, [1, 2, 3], max_new_tokens=6)
-    assert decoder.spans == [(0, 2, 3), (2, 4, 3)] + [(0, 2, 1)] * 5 + [(2, 4, 5)]
+    assert decoder.spans == [(0, 4, 3)] + [(0, 2, 1)] * 5 + [(2, 4, 5)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -106,11 +113,11 @@ def test_an_eos_that_the_full_model_rejects_does_not_end_the_output() -> None:
 
 
 def test_tokens_are_streamed_as_rounds_settle_them() -> None:
-    streamed: list[list[int]] = []
+    streamed: list[Step] = []
     settings = DecodingSettings(max_new_tokens=8, exit_layer=1, num_draft_tokens=2, eos_token_ids=(10,))
-    result = decode(counting_decoder(), [3], strategy="self_speculative", settings=settings, on_tokens=streamed.append)
-    assert streamed == [[4], [5, 6, 7], [8, 9, 10]]
-    assert [token for tokens in streamed for token in tokens] == result.tokens
+    result = decode(counting_decoder(), [3], strategy="self_speculative", settings=settings, on_step=streamed.append)
+    assert streamed == [Step([4]), Step([5, 6, 7], 2), Step([8, 9, 10], 2)]
+    assert [token for step in streamed for token in step.tokens] == result.tokens
 
 
 def test_times_are_split_at_the_first_token() -> None:

@@ -8,13 +8,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from app.decoding.acceptance import GreedyRule
+from app.decoding.engine import decode
 from app.decoding.result import DecodingResult
-from app.decoding.rounds import Job
 from app.decoding.sampling import SamplingSettings
-from app.decoding.self_speculative import self_speculative_rounds
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import decode
 from app.model.kv_cache import KeyValueCache
 from app.model.spans import SpanDecoder
 from tests.support.slow_twins import greedy_by_recomputation
@@ -63,19 +60,17 @@ def test_greedy_self_speculation_equals_recomputation_for_every_exit_and_draft_l
 
 def test_the_comparison_notices_rejected_drafts_left_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = _disagreeing_llama(num_layers=3), _prompt(17)
-    monkeypatch.setattr(KeyValueCache, "truncate", lambda self, length: None)
+    monkeypatch.setattr(KeyValueCache, "truncate", lambda self, lengths: None)
     assert _speculate(model, prompt, 1, 3).tokens != greedy_by_recomputation(model, prompt, max_new_tokens=_NEW_TOKENS)
 
 
 def test_the_two_models_exercise_full_partial_and_zero_accepts_on_varied_text() -> None:
     kept: dict[int, set[int]] = {}  # drafted in a round -> numbers of them kept
     for build in (_agreeing_llama, _disagreeing_llama):
-        job = Job(SpanDecoder(build(num_layers=3)), _prompt(17), 1, 3, frozenset(), _NEW_TOKENS, GreedyRule())
-        with torch.no_grad():
-            rounds = list(self_speculative_rounds(job))
-        for step in rounds:
+        result = _speculate(build(num_layers=3), _prompt(17), 1, 3)
+        for step in result.steps:
             kept.setdefault(step.drafted, set()).add(step.accepted)
-        assert len({token for step in rounds for token in step.tokens}) > 5
+        assert len(set(result.tokens)) > 5
     assert {0, 1, 3} <= kept[3], kept
 
 

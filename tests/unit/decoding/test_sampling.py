@@ -5,7 +5,6 @@ import logging
 import pytest
 import torch
 
-from app.decoding.acceptance import choice_rule
 from app.decoding.sampling import SamplingSettings, probabilities
 from app.errors import ConfigError
 from tests.support.slow_twins import law_by_sorting
@@ -54,14 +53,3 @@ def test_top_k_without_temperature_warns(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.WARNING):
         SamplingSettings(top_k=5)
     assert "no effect" in caplog.text
-
-
-def test_sampling_asks_for_a_generator_and_greedy_does_not() -> None:
-    cpu = torch.device("cpu")
-    choice_rule(settings=SamplingSettings(), generator=None, device=cpu)
-    with pytest.raises(ConfigError, match="generator: got None"):
-        choice_rule(settings=SamplingSettings(temperature=1.0), generator=None, device=cpu)
-    with pytest.raises(ConfigError, match="generator: got 'one on cpu'"):
-        choice_rule(
-            settings=SamplingSettings(temperature=1.0), generator=torch.Generator(), device=torch.device("cuda")
-        )

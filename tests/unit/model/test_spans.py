@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from app.errors import ConfigError
+from app.model.functional_block import FUNCTIONAL_MODEL_TYPES
 from app.model.spans import SUPPORTED_MODEL_TYPES, SpanDecoder, attention_mask
 from tests.support.tiny_models import tiny_llama
 
@@ -53,7 +54,7 @@ def _tokens(length: int) -> torch.Tensor:
 @torch.no_grad()
 def _by_spans(decoder: SpanDecoder, tokens: torch.Tensor, pieces: list[int], split: int) -> torch.Tensor:
     """Logits of `tokens` fed in pieces, blocks 0..split before the others, from a capacity that is too small."""
-    cache, logits = decoder.new_cache(2), []
+    cache, logits = decoder.new_cache(capacity=2), []
     for piece in tokens.split(pieces, dim=1):
         hidden = decoder.run_blocks(decoder.embed(piece), start=0, stop=split, cache=cache)
         hidden = decoder.run_blocks(hidden, start=split, stop=decoder.num_layers, cache=cache)
@@ -71,6 +72,7 @@ def test_logits_equal_the_models_own_forward_in_prefill_single_steps_and_verific
     decoder, tokens = SpanDecoder(model), _tokens(20)
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
+    assert bool(decoder._blocks) == (kind in FUNCTIONAL_MODEL_TYPES)
     for pieces, split in (([20], 1), ([1] * 20, 2), ([7, 1, 4, 1, 7], 1), ([3, 8, 9], 2)):
         torch.testing.assert_close(_by_spans(decoder, tokens, pieces, split), expected, rtol=1e-4, atol=1e-4)
 
@@ -78,32 +80,36 @@ def test_logits_equal_the_models_own_forward_in_prefill_single_steps_and_verific
 def test_the_parity_tolerance_notices_a_missing_causal_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = _model("llama"), _tokens(20)
     expected = _by_spans(SpanDecoder(model), tokens, [7, 13], 1)
-    monkeypatch.setattr("app.model.spans.attention_mask", lambda **_: None)
+    monkeypatch.setattr("app.model.spans.attention_mask", lambda _, num_new, **__: torch.zeros(1, 1, num_new, 1))
     assert not torch.allclose(_by_spans(SpanDecoder(model), tokens, [7, 13], 1), expected, atol=1e-1)
 
 
 def test_masks_are_explicit_only_where_sdpa_needs_them() -> None:
-    cpu = torch.device("cpu")
-    assert attention_mask(first=9, num_new=1, window=None, device=cpu) is None
-    assert attention_mask(first=0, num_new=9, window=None, device=cpu) is None
-    assert attention_mask(first=2, num_new=1, window=3, device=cpu) is None
-    several = attention_mask(first=2, num_new=2, window=None, device=cpu)
+    like = torch.zeros(1)
+    assert attention_mask([9], num_new=1, window=None, like=like) is None
+    assert attention_mask([0, 0], num_new=9, window=None, like=like) is None
+    assert attention_mask([2], num_new=1, window=3, like=like) is None
+    hidden = float("-inf")
+    several = attention_mask([2], num_new=2, window=None, like=like)
     assert several is not None
-    assert several[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    sliding = attention_mask(first=2, num_new=2, window=2, device=cpu)
+    assert several[0, 0].tolist() == [[0, 0, 0, hidden], [0, 0, 0, 0]]
+    sliding = attention_mask([2], num_new=2, window=2, like=like)
     assert sliding is not None
-    assert sliding[0, 0].int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert sliding[0, 0].tolist() == [[hidden, 0, 0, hidden], [hidden, hidden, 0, 0]]
+    uneven = attention_mask([2, 1], num_new=1, window=None, like=like)
+    assert uneven is not None
+    assert uneven[:, 0].tolist() == [[[0, 0, 0]], [[0, 0, hidden]]]
 
 
 def test_a_truncated_cache_continues_exactly_like_a_fresh_one() -> None:
     decoder, tokens = SpanDecoder(tiny_llama(num_layers=3)), _tokens(12)
     with torch.no_grad():
-        used, fresh = decoder.new_cache(16), decoder.new_cache(16)
+        used, fresh = decoder.new_cache(capacity=16), decoder.new_cache(capacity=16)
         decoder.run_blocks(decoder.embed(tokens[:, :8]), start=0, stop=3, cache=fresh)
         decoder.run_blocks(decoder.embed(tokens[:, :8]), start=0, stop=3, cache=used)
         decoder.run_blocks(decoder.embed(_tokens(5)), start=0, stop=3, cache=used)  # rejected drafts
         decoder.run_blocks(decoder.embed(_tokens(2)), start=0, stop=1, cache=used)  # blocks filled unevenly
-        used.truncate(8)
+        used.truncate([8])
         after = [decoder.run_blocks(decoder.embed(tokens[:, 8:]), start=0, stop=3, cache=c) for c in (used, fresh)]
     assert torch.equal(after[0], after[1])
 
@@ -130,7 +136,7 @@ def test_a_model_in_training_mode_is_refused_and_not_switched() -> None:
     model = tiny_llama(num_layers=2)
     model.model.layers[1].train()
     with pytest.raises(ConfigError, match=r"training mode.*model\.eval\(\)"):
-        SpanDecoder(model).new_cache(4)
+        SpanDecoder(model).new_cache(capacity=4)
     assert model.model.layers[1].training
 
 

@@ -1,0 +1,78 @@
+"""What a draft-and-verify round costs and yields, in blocks (the cost model of LayerSkip's section 4.3, derived).
+
+One unit is one block over one token of one sequence. `d` drafts, acceptance `a`:
+
+    tokens per round   T(a, d) = (1 - a^(d+1)) / (1 - a)
+    round              C(d)    = d * draft_step + draft_tail + verify * (1 + extra_token * d) + overhead
+    speedup            T(a, d) * plain_step / C(d)
+
+Self-speculation from exit E of L blocks with a head that costs H: draft_step = E + H, draft_tail = E (the last draft
+runs through the first blocks for verification alone), verify = L - E + H, plain_step = L + H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Costs of one round's parts, in blocks at one token.
+
+    Attributes:
+        plain_step: One token of autoregressive decoding: L + H.
+        draft_step: One drafted token: blocks or another model, its head, choosing the token.
+        draft_tail: What the last draft still needs before it can be verified.
+        verify: Verifying at one position: the remaining blocks and the head.
+        extra_token: k, the marginal share of `verify` for each further position in the same pass.
+        overhead: Fixed cost of a round: choosing, comparing, truncating.
+    """
+
+    plain_step: float
+    draft_step: float
+    draft_tail: float
+    verify: float
+    extra_token: float
+    overhead: float = 0.0
+
+    @classmethod
+    def self_speculative(
+        cls, *, num_layers: int, exit_layer: int, head: float, extra_token: float, overhead: float = 0.0
+    ) -> CostModel:
+        """Drafting with blocks 0..exit_layer-1 and the shared head, verifying with the rest."""
+        return cls(
+            plain_step=num_layers + head,
+            draft_step=exit_layer + head,
+            draft_tail=exit_layer,
+            verify=num_layers - exit_layer + head,
+            extra_token=extra_token,
+            overhead=overhead,
+        )
+
+    @classmethod
+    def two_pass(cls, *, num_layers: int, head: float, draft_step: float, extra_token: float) -> CostModel:
+        """Drafting by something that shares no computation: all blocks verify (draft_model, layer_skip)."""
+        plain = num_layers + head
+        return cls(plain_step=plain, draft_step=draft_step, draft_tail=0.0, verify=plain, extra_token=extra_token)
+
+    def round_cost(self, num_draft_tokens: float) -> float:
+        """C(d), in blocks; d may be a mean."""
+        positions = 1.0 + self.extra_token * num_draft_tokens
+        return num_draft_tokens * self.draft_step + self.draft_tail + self.verify * positions + self.overhead
+
+    def speedup(self, tokens_per_round: float, num_draft_tokens: float) -> float:
+        """Plain steps that the settled tokens would have cost, over the round's cost."""
+        return tokens_per_round * self.plain_step / self.round_cost(num_draft_tokens)
+
+    def break_even(self, speedup: float) -> float:
+        """The chance of acceptance below which one more draft slows down a decoding that runs at `speedup`.
+
+        A further draft costs draft_step + extra_token * verify and yields a token with the product of the acceptance
+        probabilities so far; at `speedup` s a token is worth plain_step / s.
+        """
+        return speedup * (self.draft_step + self.extra_token * self.verify) / self.plain_step
+
+
+def tokens_per_round(acceptance_rate: float, num_draft_tokens: int) -> float:
+    """T(a, d) when every draft is accepted with probability a, given that those before it were."""
+    return sum(acceptance_rate**accepted for accepted in range(num_draft_tokens + 1))

@@ -1,0 +1,175 @@
+"""Who drafts, and how the full model verifies: one class for each scheme, alike to the decoding loop.
+
+Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts + 1), `D` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from app.protocols import ExitableDecoder
+
+
+class FullModel:
+    """Drafts nothing: every position runs through blocks 0..stop-1; fewer than all of them are lossy early exit.
+
+    A round feeds the latest settled token, which no block has seen, and what was drafted after it.
+
+    Args:
+        decoder: The model whose choices count.
+        batch_size: Sequences.
+        capacity: Positions each is likely to need.
+        stop: Blocks run, 1..num_layers.
+    """
+
+    def __init__(self, decoder: ExitableDecoder, *, batch_size: int, capacity: int, stop: int | None = None) -> None:
+        self.decoder, self.stop = decoder, decoder.num_layers if stop is None else stop
+        self.cache = decoder.new_cache(batch_size=batch_size, capacity=capacity)
+
+    def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Run the prompts once; logits [B, 1, V] of each prompt's last position, and of no other.
+
+        Args:
+            tokens_BT: Prompts, padded on the right with any id: what follows a position does not change it.
+            lengths: Of the prompts without padding.
+        """
+        hidden_BTD = self.decoder.run_blocks(self.decoder.embed(tokens_BT), start=0, stop=self.stop, cache=self.cache)
+        self.cache.truncate(lengths)
+        last_B = torch.tensor(lengths, device=hidden_BTD.device) - 1
+        return self.decoder.unembed(hidden_BTD[torch.arange(len(lengths), device=last_B.device), last_B][:, None])
+
+    def draft(self, tokens_B: Tensor) -> Tensor:
+        """Take one more token of each sequence; the drafter's logits [B, V] for the one after it."""
+        raise NotImplementedError("a full model does not draft")
+
+    def verify(self, tokens_BS: Tensor) -> Tensor:
+        """The full model's logits [B, S, V] at the latest settled token and the drafts after it."""
+        hidden_BSD = self.decoder.run_blocks(self.decoder.embed(tokens_BS), start=0, stop=self.stop, cache=self.cache)
+        return self.decoder.unembed(hidden_BSD)
+
+    def settle(self, lengths: Sequence[int]) -> None:
+        """Forget every position >= lengths[b] of sequence b: the round is over."""
+        self.cache.truncate(lengths)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences only."""
+        self.cache.keep_rows(rows)
+
+
+class EarlyExitDrafter(FullModel):
+    """The first blocks draft, the others verify, on one cache (LayerSkip, arXiv 2404.16710, section 4.3).
+
+    The states leaving block `exit_layer` - 1 are kept (the paper's exit-query part of the KVQ cache), so drafted
+    positions never run through the first blocks again. The last draft runs through them for verification alone.
+    """
+
+    def __init__(self, decoder: ExitableDecoder, *, batch_size: int, capacity: int, exit_layer: int) -> None:
+        super().__init__(decoder, batch_size=batch_size, capacity=capacity)
+        self.exit_layer = exit_layer
+        self._exit_states: list[Tensor] = []  # each [B, 1, D]
+
+    def draft(self, tokens_B: Tensor) -> Tensor:
+        """Blocks 0..exit_layer-1 over the token, then the shared head."""
+        self._exit_states.append(self._run_to_exit(tokens_B[:, None]))
+        return self.decoder.unembed(self._exit_states[-1])[:, 0]
+
+    def verify(self, tokens_BS: Tensor) -> Tensor:
+        """Blocks exit_layer..num_layers-1 over the kept exit states."""
+        exit_states = [*self._exit_states, self._run_to_exit(tokens_BS[:, len(self._exit_states) :])]
+        self._exit_states = []
+        hidden_BSD = self.decoder.run_blocks(
+            torch.cat(exit_states, dim=1), start=self.exit_layer, stop=self.stop, cache=self.cache
+        )
+        return self.decoder.unembed(hidden_BSD)
+
+    def _run_to_exit(self, tokens_BT: Tensor) -> Tensor:
+        hidden_BTD = self.decoder.embed(tokens_BT)
+        return self.decoder.run_blocks(hidden_BTD, start=0, stop=self.exit_layer, cache=self.cache)
+
+
+class LayerSkipDrafter(FullModel):
+    """The full model without some of its middle blocks drafts (Draft & Verify, arXiv 2309.08168): no training needed.
+
+    Blocks after a skipped one see states that the full model would not, so verification runs everything anew.
+    """
+
+    def __init__(
+        self, decoder: ExitableDecoder, *, batch_size: int, capacity: int, skipped_layers: Sequence[int]
+    ) -> None:
+        super().__init__(decoder, batch_size=batch_size, capacity=capacity)
+        kept = [layer for layer in range(decoder.num_layers) if layer not in skipped_layers]
+        runs = [list(map(itemgetter(1), run)) for _, run in groupby(enumerate(kept), lambda pair: pair[1] - pair[0])]
+        self._spans = [(run[0], run[-1] + 1) for run in runs]
+        self._settled = [0] * batch_size  # positions of each sequence that the full model has run
+
+    def draft(self, tokens_B: Tensor) -> Tensor:
+        """The kept blocks over the token, on the full model's own cache."""
+        hidden_B1D = self.decoder.embed(tokens_B[:, None])
+        for start, stop in self._spans:
+            hidden_B1D = self.decoder.run_blocks(hidden_B1D, start=start, stop=stop, cache=self.cache)
+        return self.decoder.unembed(hidden_B1D)[:, 0]
+
+    def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
+        """As the full model."""
+        self._settled = list(lengths)
+        return super().prefill(tokens_BT, lengths)
+
+    def verify(self, tokens_BS: Tensor) -> Tensor:
+        """All blocks over all positions, in place of what the drafts left in the cache."""
+        self.cache.truncate(self._settled)
+        return super().verify(tokens_BS)
+
+    def settle(self, lengths: Sequence[int]) -> None:
+        """As the full model."""
+        self._settled = list(lengths)
+        super().settle(lengths)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """As the full model."""
+        self._settled = [self._settled[row] for row in rows]
+        super().keep_rows(rows)
+
+
+class DraftModelDrafter(FullModel):
+    """A second, smaller model drafts (Leviathan et al. 2023): the classical scheme the paper compares with."""
+
+    def __init__(
+        self, decoder: ExitableDecoder, *, batch_size: int, capacity: int, draft_decoder: ExitableDecoder
+    ) -> None:
+        super().__init__(decoder, batch_size=batch_size, capacity=capacity)
+        self._draft_model = FullModel(draft_decoder, batch_size=batch_size, capacity=capacity)
+        self._last_B1: Tensor | None = None  # the last draft, which its own model has not seen
+
+    def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Run the prompts through both models."""
+        self._draft_model.prefill(tokens_BT, lengths)
+        return super().prefill(tokens_BT, lengths)
+
+    def draft(self, tokens_B: Tensor) -> Tensor:
+        """One step of the small model; its vocabulary may be padded further than the large one's."""
+        return self._draft_model.verify(tokens_B[:, None])[:, 0, : self.decoder.vocab_size]
+
+    def verify(self, tokens_BS: Tensor) -> Tensor:
+        """One pass of the large model."""
+        self._last_B1 = tokens_BS[:, -1:]
+        return super().verify(tokens_BS)
+
+    def settle(self, lengths: Sequence[int]) -> None:
+        """Forget in both models; where every draft was kept, the small model must still see the last one."""
+        assert self._last_B1 is not None
+        small = self._draft_model
+        if any(seen < length for seen, length in zip(small.cache.lengths(0), lengths, strict=True)):
+            hidden_B1D = small.decoder.embed(self._last_B1)
+            small.decoder.run_blocks(hidden_B1D, start=0, stop=small.stop, cache=small.cache)
+        small.settle(lengths)
+        super().settle(lengths)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences only, in both models."""
+        self._draft_model.keep_rows(rows)
+        super().keep_rows(rows)

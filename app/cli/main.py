@@ -14,6 +14,7 @@ VERBS = {
     "test": ("app.cli.train", "Measure every exit on the test rows."),
     "predict": ("app.cli.train", "Write each row's loss at every exit to predictions.jsonl."),
     "generate": ("app.cli.generate", "Continue a prompt: autoregressively, from an early exit, or self-speculatively."),
+    "export": ("app.cli.export", "Write a model as a Hugging Face directory, which plain transformers loads."),
 }
 
 

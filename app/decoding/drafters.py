@@ -143,7 +143,8 @@ class DraftModelDrafter(FullModel):
     ) -> None:
         super().__init__(decoder, batch_size=batch_size, capacity=capacity)
         self._draft_model = FullModel(draft_decoder, batch_size=batch_size, capacity=capacity)
-        self._last_B1: Tensor | None = None  # the last draft, which its own model has not seen
+        self._fed_BS: Tensor | None = None  # what the large model was fed in this round
+        self._unseen: list[Tensor] = []  # of rounds without drafts, each [B, 1]: the small model runs them when it must
 
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
         """Run the prompts through both models."""
@@ -152,24 +153,30 @@ class DraftModelDrafter(FullModel):
 
     def draft(self, tokens_B: Tensor) -> Tensor:
         """One step of the small model; its vocabulary may be padded further than the large one's."""
-        return self._draft_model.verify(tokens_B[:, None])[:, 0, : self.decoder.vocab_size]
+        tokens_BT = torch.cat([*self._unseen, tokens_B[:, None]], dim=1)
+        self._unseen = []
+        return self._draft_model.verify(tokens_BT)[:, -1, : self.decoder.vocab_size]
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
         """One pass of the large model."""
-        self._last_B1 = tokens_BS[:, -1:]
+        self._fed_BS = tokens_BS
         return super().verify(tokens_BS)
 
     def settle(self, lengths: Sequence[int]) -> None:
         """Forget in both models; where every draft was kept, the small model must still see the last one."""
-        assert self._last_B1 is not None
+        assert self._fed_BS is not None
         small = self._draft_model
-        if any(seen < length for seen, length in zip(small.cache.lengths(0), lengths, strict=True)):
-            hidden_B1D = small.decoder.embed(self._last_B1)
+        if self._fed_BS.shape[1] == 1:
+            self._unseen.append(self._fed_BS)
+        elif any(seen < length for seen, length in zip(small.cache.lengths(0), lengths, strict=True)):
+            hidden_B1D = small.decoder.embed(self._fed_BS[:, -1:])
             small.decoder.run_blocks(hidden_B1D, start=0, stop=small.stop, cache=small.cache)
         small.settle(lengths)
         super().settle(lengths)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only, in both models."""
+        index = torch.tensor(rows, device=self.decoder.device)
+        self._unseen = [tokens_B1[index] for tokens_B1 in self._unseen]
         self._draft_model.keep_rows(rows)
         super().keep_rows(rows)

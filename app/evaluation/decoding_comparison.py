@@ -8,9 +8,10 @@ from itertools import product
 from statistics import median
 from time import perf_counter
 
+from app.decoding.engine import decode
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import Strategy, decode
+from app.decoding.strategies import Strategy
 from app.errors import ConfigError, check_range
 from app.protocols import ExitableDecoder, Table
 

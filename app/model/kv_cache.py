@@ -100,7 +100,9 @@ class KeyValueCache:
         batch, _, heads, width = like_BTHK.shape
         capacity = self._capacity if store is None else store[0].shape[1] + max(_GROWTH, store[0].shape[1] // 2)
         shape = batch, max(needed, capacity), heads, width
-        fresh = like_BTHK.new_empty(shape), like_BTHK.new_empty(shape)
+        # Masks hide what a short row has beyond its end by adding -inf, which does not hide a NaN of unwritten memory.
+        new_store = like_BTHK.new_zeros if batch > 1 else like_BTHK.new_empty
+        fresh = new_store(shape), new_store(shape)
         if store is not None:
             for new, old in zip(fresh, store, strict=True):
                 new[:, : old.shape[1]] = old

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from statistics import median
-from time import perf_counter
 
-from app.decoding.engine import decode
-from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import Strategy
-from app.errors import ConfigError, check_range
+from app.errors import ConfigError
+from app.evaluation.alternation import Measurement, alternate, engine_contender
 from app.protocols import ExitableDecoder, Table
-
-_WARM_UP_TOKENS = 8
-_Contender = tuple[Strategy, DecodingSettings]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +71,23 @@ def compare_decoding(
     if not prompts or not exit_layers or not num_draft_tokens:
         got = f"{len(prompts)} prompts, {len(exit_layers)} exits, {len(num_draft_tokens)} draft lengths"
         raise ConfigError("prompts, exit_layers, num_draft_tokens", got=got, allowed="at least one of each")
-    check_range("max_new_tokens", max_new_tokens, low=2)
-    check_range("repeats", repeats, low=1)
-    started = perf_counter()
     plain = DecodingSettings(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos_token_ids))
     drafting = [
         replace(plain, exit_layer=exit_layer, num_draft_tokens=drafts)
         for exit_layer, drafts in product(exit_layers, num_draft_tokens)
     ]
-    contenders: list[_Contender] = [("autoregressive", plain)]
-    contenders += [("self_speculative", settings) for settings in drafting]
-    _decode_in_turn(decoder, prompts[0], contenders, max_new_tokens=min(max_new_tokens, _WARM_UP_TOKENS))
-    measured: list[list[DecodingResult]] = []  # by prompt: autoregressive, then each setting
-    for prompt in prompts:
-        repeated = [_decode_in_turn(decoder, prompt, contenders, max_new_tokens=max_new_tokens) for _ in range(repeats)]
-        measured.append([_median_time(results) for results in zip(*repeated, strict=True)])
-        if perf_counter() - started > time_limit_seconds:
-            break
-    baseline, *candidates = zip(*measured, strict=True)
-    return [
-        _compare(settings, baseline=baseline, candidate=candidate)
-        for settings, candidate in zip(drafting, candidates, strict=True)
+    contenders = [
+        engine_contender(decoder, "autoregressive", plain),
+        *(engine_contender(decoder, "self_speculative", settings) for settings in drafting),
     ]
+    baseline, *candidates = alternate(
+        contenders,
+        [[prompt] for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        time_limit_seconds=time_limit_seconds,
+    )
+    return [_compare(candidate, baseline) for candidate in candidates]
 
 
 def best_by_speedup(comparisons: Sequence[DecodingComparison]) -> DecodingComparison:
@@ -133,46 +121,21 @@ def table_as_markdown(table: Table) -> str:
     return f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _decode_in_turn(
-    decoder: ExitableDecoder, prompt: Sequence[int], contenders: Sequence[_Contender], *, max_new_tokens: int
-) -> list[DecodingResult]:
-    """Decode one prompt with each contender."""
-    return [
-        decode(decoder, prompt, strategy=strategy, settings=replace(settings, max_new_tokens=max_new_tokens))
-        for strategy, settings in contenders
-    ]
-
-
-def _median_time(repeats: Sequence[DecodingResult]) -> DecodingResult:
-    """The first of these repeats with the median of all their decode times; greedy tokens do not differ."""
-    return replace(repeats[0], seconds_decode=median(result.seconds_decode for result in repeats))
-
-
-def _compare(
-    settings: DecodingSettings, *, baseline: Sequence[DecodingResult], candidate: Sequence[DecodingResult]
-) -> DecodingComparison:
-    """Pool the prompts: every figure is a ratio of sums, so that long outputs weigh more than short ones."""
-    assert settings.exit_layer is not None
-    assert settings.num_draft_tokens is not None
-    decoded = sum(result.num_decoded for result in candidate)
-    baseline_speed = _ratio(sum(r.num_decoded for r in baseline), sum(r.seconds_decode for r in baseline))
-    speed = _ratio(decoded, sum(result.seconds_decode for result in candidate))
-    identical = sum(ours.tokens == theirs.tokens for ours, theirs in zip(candidate, baseline, strict=True))
+def _compare(candidate: Measurement, baseline: Measurement) -> DecodingComparison:
+    contender = candidate.contender
+    assert contender.exit_layer is not None
+    assert contender.num_draft_tokens is not None
     return DecodingComparison(
-        exit_layer=settings.exit_layer,
-        num_draft_tokens=settings.num_draft_tokens,
-        num_prompts=len(candidate),
-        acceptance_rate=_ratio(sum(r.accepted for r in candidate), sum(r.drafted for r in candidate)),
-        mean_tokens_per_round=_ratio(decoded, sum(r.rounds for r in candidate)),
-        autoregressive_tokens_per_second=baseline_speed,
-        self_speculative_tokens_per_second=speed,
-        speedup=speed / baseline_speed if speed and baseline_speed else None,
-        identical_share=identical / len(candidate),
+        exit_layer=contender.exit_layer,
+        num_draft_tokens=contender.num_draft_tokens,
+        num_prompts=len(candidate.results),
+        acceptance_rate=candidate.acceptance_rate,
+        mean_tokens_per_round=candidate.mean_tokens_per_round,
+        autoregressive_tokens_per_second=baseline.tokens_per_second,
+        self_speculative_tokens_per_second=candidate.tokens_per_second,
+        speedup=candidate.speedup_over(baseline),
+        identical_share=candidate.identical_share(baseline),
     )
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator else None
 
 
 def _figure(value: float | None, style: str) -> str:

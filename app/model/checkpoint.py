@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from app.errors import CheckpointError, ConfigError
 from app.model.gguf import open_gguf, read_gguf_weights
 from app.model.tokenizer_files import check_fits, load_tokenizer, tokenizer_from_files
-from app.model.tokenizer_files import tokenizer_to_files as tokenizer_to_files
+from app.model.tokenizer_files import tokenizer_to_files as tokenizer_to_files  # passed on to app.training
 
 # What a Lightning checkpoint carries beside the weights, so that one file is enough to decode with.
 HF_CONFIG_KEY = "hf_config"

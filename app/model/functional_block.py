@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from app.model.kv_cache import KeyValueCache
+from app.model.products import Product
 
 # Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))), with optional biases and
 # norms of queries and keys, and optionally no rotation in some layers.
@@ -50,10 +51,15 @@ class FunctionalBlock:
         self._query_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
         self._key_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
         self._qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._output = attention.o_proj
+        self._output = Product(attention.o_proj.weight, attention.o_proj.bias)
         self._gate_up = Projections(mlp.gate_proj, mlp.up_proj)
-        self._down = mlp.down_proj
+        self._down = Product(mlp.down_proj.weight, mlp.down_proj.bias)
         self._activation: Callable[[Tensor], Tensor] = F.silu if config.hidden_act == "silu" else mlp.act_fn
+
+    @property
+    def products(self) -> list[Product]:
+        """Every product with a weight, in the order of use."""
+        return [*self._qkv.products, self._output, *self._gate_up.products, self._down]
 
     def __call__(self, hidden_BTD: Tensor, *, rotation: Rotation, mask: Tensor | None, cache: KeyValueCache) -> Tensor:
         """Run the block on T new positions and append their keys and values.
@@ -72,7 +78,7 @@ class FunctionalBlock:
         hidden_BTD = attended_BTD.add_(hidden_BTD)
         normed_BTD = F.rms_norm(hidden_BTD, width, self._mlp_norm, self._epsilon)
         gate, up = self._gate_up(normed_BTD)
-        return F.linear(self._activation(gate) * up, self._down.weight, self._down.bias).add_(hidden_BTD)
+        return self._down(self._activation(gate) * up).add_(hidden_BTD)
 
     def _attend(self, normed_BTD: Tensor, rotation: Rotation, mask: Tensor | None, cache: KeyValueCache) -> Tensor:
         batch, num_new, _ = normed_BTD.shape
@@ -101,7 +107,7 @@ class FunctionalBlock:
                 query.flatten(2, 3), keys_BHSK, values_BHSK, attn_mask=mask, scale=self._scaling
             )
             mixed_BTHK = mixed.view(batch, self._num_keys, -1, num_new, self._head_width).permute(0, 3, 1, 2, 4)
-        return F.linear(mixed_BTHK.reshape(batch, num_new, -1), self._output.weight, self._output.bias)
+        return self._output(mixed_BTHK.reshape(batch, num_new, -1))
 
     def _queries_and_keys(self, normed_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys side by side [B, T, queries + keys, K], not yet rotated, and values [B, T, keys, K]."""
@@ -126,26 +132,24 @@ class Projections:
     """Linear layers of one input: one product where their weights lie side by side (see `join_projections`)."""
 
     def __init__(self, *layers: nn.Linear) -> None:
-        self._weights = [layer.weight for layer in layers]
-        self._biases = [layer.bias for layer in layers]
         self._sizes = [layer.out_features for layer in layers]
-        self._weight = _side_by_side(self._weights)
-        self._bias = None if self._biases[0] is None else _side_by_side(self._biases)
-        self._one_product = self._weight is not None and (self._biases[0] is None or self._bias is not None)
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        weight = _side_by_side(weights)
+        bias = None if biases[0] is None else _side_by_side(biases)
+        joined = weight is not None and (biases[0] is None or bias is not None)
+        self.products = [Product(weight, bias)] if joined and weight is not None else [*map(Product, weights, biases)]
 
     def joined(self, inputs: Tensor) -> Tensor:
         """All outputs in one tensor [..., sum of sizes]."""
-        if self._one_product:
-            assert self._weight is not None
-            return F.linear(inputs, self._weight, self._bias)
-        return torch.cat([F.linear(inputs, *wb) for wb in zip(self._weights, self._biases, strict=True)], dim=-1)
+        if len(self.products) == 1:
+            return self.products[0](inputs)
+        return torch.cat([product(inputs) for product in self.products], dim=-1)
 
     def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
         """Each layer's output."""
-        if self._one_product:
-            assert self._weight is not None
-            return F.linear(inputs, self._weight, self._bias).split_with_sizes(self._sizes, dim=-1)
-        return [F.linear(inputs, *wb) for wb in zip(self._weights, self._biases, strict=True)]
+        if len(self.products) == 1:
+            return self.products[0](inputs).split_with_sizes(self._sizes, dim=-1)
+        return [product(inputs) for product in self.products]
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:

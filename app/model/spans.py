@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from app.errors import ConfigError, check_choice
 from app.model.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, is_functional
 from app.model.kv_cache import KeyValueCache
+from app.model.products import Product, choose_ways
 from app.protocols import DecoderCache
 
 SlidingBlocks = Literal["none", "all", "by_layer_type"]
@@ -74,11 +75,14 @@ class SpanDecoder:
         decoder: Any = model.get_decoder()
         if decoder.rotary_emb.rope_type not in _FIXED_ROPES:
             raise ConfigError("rope_type", got=decoder.rotary_emb.rope_type, allowed=" | ".join(_FIXED_ROPES))
-        self._model, self._decoder, self._head = model, decoder, head
+        self._model, self._decoder = model, decoder
+        self._head = Product(head.weight, head.bias)
         self._layers = list(decoder.layers)  # slicing a ModuleList builds a new module: 50 us a call
         self._blocks: list[FunctionalBlock] = []
         if functional and is_functional(model):
             self._blocks = [FunctionalBlock(layer, config, layer_idx=i) for i, layer in enumerate(self._layers)]
+            choose_ways([block.products for block in self._blocks])
+            choose_ways([[self._head]])
         self._query_groups = config.num_attention_heads // config.num_key_value_heads
         self._windows = _sliding_windows(config)
         self._tables: _RotaryTables | None = None
@@ -126,7 +130,7 @@ class SpanDecoder:
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""
-        return self._decoder.embed_tokens(tokens_BT)  # type: ignore[no-any-return]
+        return F.embedding(tokens_BT, self._decoder.embed_tokens.weight)
 
     def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: DecoderCache) -> Tensor:
         """Run blocks start..stop-1 on T new positions of each sequence, which begin at `cache.lengths(start)`.
@@ -203,7 +207,12 @@ class SpanDecoder:
 
     def unembed(self, hidden_BTD: Tensor) -> Tensor:
         """Final norm and LM head: pre-norm hidden states [B, T, D] -> logits [B, T, V]."""
-        return F.linear(self._decoder.norm(hidden_BTD), self._head.weight, self._head.bias)
+        norm = self._decoder.norm
+        if self._blocks:  # their types all end in a plain RMSNorm, whose module takes three times as long
+            normed_BTD = F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], norm.weight, norm.variance_epsilon)
+        else:
+            normed_BTD = norm(hidden_BTD)
+        return self._head(normed_BTD)
 
 
 def _sliding_windows(config: PretrainedConfig) -> list[int | None]:

@@ -35,6 +35,7 @@ from app.model.checkpoint import (
     tokenizer_to_files,
 )
 from app.model.early_exit import EarlyExitModel
+from app.model.parallel import shard, total_norm
 from app.model.spans import SpanDecoder
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
 from app.training.optim import LR_SCHEDULES, LRSchedule, lr_factor, parameter_groups
@@ -169,6 +170,8 @@ class LayerSkipModule(LightningModule):
         self.model = load_pretrained(self.pretrained) if self.pretrained else build_model(self.config, seed=self.seed)
         self.model.train()  # transformers loads in eval mode and Lightning keeps that: no block would ever drop
         self._network = EarlyExitModel(self.model)
+        if self.device_mesh is not None:  # of ModelParallelStrategy
+            shard(self, blocks=self.model.get_decoder().layers, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """The optimizer over two parameter groups, and the schedule of its learning rate by step."""
@@ -186,12 +189,9 @@ class LayerSkipModule(LightningModule):
         try:
             optimizer = self._optimizer(parameter_groups(self.model))
         except (TypeError, ValueError) as error:
-            allowed = "settings its class accepts"
-            raise ConfigError("optimizer", got=str(error), allowed=allowed) from error
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
-        }
+            raise ConfigError("optimizer", got=str(error), allowed="settings its class accepts") from error
+        schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ class LayerSkipModule(LightningModule):
         undo = _NOMINAL_TOKENS * self.trainer.accumulate_grad_batches * self.trainer.world_size
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(grads, undo / max(1.0, num_tokens))
-        norm = float(torch.nn.utils.get_total_norm(grads))
+        norm = total_norm(grads)
         if not math.isfinite(norm):
             raise DivergenceError(
                 f"gradient norm is {norm} at step {self.trainer.global_step} with exits {sorted(self._exit_weights)}"

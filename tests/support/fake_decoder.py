@@ -1,61 +1,122 @@
-"""A decoder whose every choice the test writes down; a hidden state is (token, blocks run)."""
+"""A decoder whose every choice the test writes down, and which notices a block that sees a wrong past.
+
+Shape legend: `B` sequences, `T` tokens, `C` capacity, `V` vocabulary. A hidden state is (token, blocks run, past,
+shortcut): past sums up the tokens up to and including this one as `past_after` does; shortcut is 1 from the first
+position on that came to a block by a way other than the full model's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Number = TypeVar("Number", int, Tensor)
+
+
+def past_after(past: Number, token: Number) -> Number:
+    """Sum up one token more; 0 is the past of nothing."""
+    return (past * 31 + token + 1) % 1_000_003
+
 
 class FakeCache:
-    def __init__(self, num_layers: int, batch_size: int) -> None:
+    """Past and shortcut of every position in every block; the rest is the protocol's."""
+
+    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
         self._lengths = [(0,) * batch_size] * num_layers
+        self._stores = [torch.zeros(batch_size, capacity, 2, dtype=torch.long) for _ in range(num_layers)]
 
     def lengths(self, layer_idx: int) -> tuple[int, ...]:
         return self._lengths[layer_idx]
 
-    def append(self, layer_idx: int, num_new: int) -> None:
-        self._lengths[layer_idx] = tuple(length + num_new for length in self._lengths[layer_idx])
+    def last(self, layer_idx: int) -> Tensor:
+        """What is stored for each row's last position [B, 2], zeros for an empty row."""
+        ends_B = torch.tensor(self._lengths[layer_idx])
+        last_B2 = self._stores[layer_idx][torch.arange(len(ends_B)), (ends_B - 1).clamp(min=0)]
+        return last_B2.where((ends_B > 0)[:, None], 0)
+
+    def append(self, layer_idx: int, new_BT2: Tensor) -> None:
+        batch, num_new, _ = new_BT2.shape
+        ends, store_BC2 = self._lengths[layer_idx], self._stores[layer_idx]
+        missing = max(ends) + num_new - store_BC2.shape[1]
+        if missing > 0:
+            store_BC2 = torch.cat((store_BC2, store_BC2.new_zeros(batch, missing, 2)), dim=1)
+        slots_BT = torch.tensor(ends)[:, None] + torch.arange(num_new)
+        store_BC2[torch.arange(batch)[:, None], slots_BT] = new_BT2
+        self._stores[layer_idx] = store_BC2
+        self._lengths[layer_idx] = tuple(end + num_new for end in ends)
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        self._lengths = [tuple(map(min, filled, lengths)) for filled in self._lengths]
+        self._lengths = [tuple(min(pair) for pair in zip(filled, lengths, strict=True)) for filled in self._lengths]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         self._lengths = [tuple(filled[row] for row in rows) for filled in self._lengths]
+        self._stores = [store[list(rows)] for store in self._stores]
 
 
 class FakeDecoder:
-    """Token t is followed by `full_logits[t]` at the full model and `exit_logits[t]` at any exit; each [V, V]."""
+    """Token t is followed by `full_logits[t]` after all blocks and by `exit_logits[t]` after fewer; each [V, V].
+
+    Attributes:
+        by_past: Index the laws, now each [any number, V], by the past modulo their number in place of the token, so
+            that a cache with anything wrong in it leads to other tokens.
+        may_skip: Whether a run may start after fewer blocks than lie before it.
+        spans: (start, stop, tokens) of every run of blocks.
+        heads: Number of positions in every run of the head.
+        elapsed: What all runs cost by the model of app.decoding.cost_model, in blocks: the time of a fake clock.
+    """
 
     num_layers = 4
     device = torch.device("cpu")
     block_size, head_size = 100, 100
-    may_skip = False
+    extra_token = 0.03
+    by_past = may_skip = False
 
     def __init__(self, full_logits: Tensor, exit_logits: Tensor, *, max_length: int = 64) -> None:
         self.full_logits, self.exit_logits, self.max_length = full_logits, exit_logits, max_length
-        self.vocab_size = len(full_logits)
-        self.spans: list[tuple[int, int, int]] = []  # (start, stop, tokens) of every run
+        self.vocab_size = full_logits.shape[-1]
+        self.spans: list[tuple[int, int, int]] = []
+        self.heads: list[int] = []
+        self.elapsed = 0.0
 
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> FakeCache:
-        return FakeCache(self.num_layers, batch_size)
+        return FakeCache(self.num_layers, batch_size, capacity)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        return torch.stack([tokens_BT, torch.zeros_like(tokens_BT)], dim=-1)
+        nothing_BT = torch.zeros_like(tokens_BT)
+        return torch.stack([tokens_BT, nothing_BT, nothing_BT, nothing_BT], dim=-1)
 
     def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: FakeCache) -> Tensor:
-        assert (hidden_BTD[..., 1] == start).all() or self.may_skip, "blocks must run in order"
+        tokens_BT, run_BT, *_ = hidden_BTD.unbind(-1)
+        batch, num_new = tokens_BT.shape
+        is_full = bool((run_BT == start).all())  # came through all blocks before this one
+        assert is_full or self.may_skip, "blocks must run in order"
         assert len({cache.lengths(layer_idx) for layer_idx in range(start, stop)}) == 1, "equally filled blocks"
-        self.spans.append((start, stop, hidden_BTD.shape[1]))
+        assert batch > 1 or cache.lengths(start)[0] + num_new <= self.max_length, "ran past the context"
+        self.spans.append((start, stop, num_new))
+        self.elapsed += (stop - start) * (1 + self.extra_token * (num_new - 1))
+        last_B2 = cache.last(start)
+        assert all(torch.equal(last_B2, cache.last(layer_idx)) for layer_idx in range(start + 1, stop)), "unequal pasts"
+        assert not (is_full and last_B2[:, 1].any()), f"the full model saw a draft's states in block {start}"
+        pasts = [last_B2[:, 0]]
+        for token_B in tokens_BT.unbind(1):
+            pasts.append(past_after(pasts[-1], token_B))
+        past_BT = torch.stack(pasts[1:], dim=1)
+        assert start == 0 or not is_full or torch.equal(past_BT, hidden_BTD[..., 2]), f"block {start}: a foreign past"
+        shortcut_BT = torch.full_like(past_BT, not is_full) | last_B2[:, 1:]
         for layer_idx in range(start, stop):
-            cache.append(layer_idx, hidden_BTD.shape[1])
-            assert len(hidden_BTD) > 1 or cache.lengths(layer_idx)[0] <= self.max_length, "ran past the context"
-        return torch.stack([hidden_BTD[..., 0], torch.full_like(hidden_BTD[..., 1], stop)], dim=-1)
+            cache.append(layer_idx, torch.stack([past_BT, shortcut_BT], dim=-1))
+        return torch.stack([tokens_BT, run_BT + stop - start, past_BT, shortcut_BT], dim=-1)
 
     def unembed(self, hidden_BTD: Tensor) -> Tensor:
-        token_BT, is_full_BT1 = hidden_BTD[..., 0], hidden_BTD[..., 1:] == self.num_layers
-        return torch.where(is_full_BT1, self.full_logits[token_BT], self.exit_logits[token_BT])
+        batch, num_new, _ = hidden_BTD.shape
+        self.heads.append(batch * num_new)
+        self.elapsed += self.head_size / self.block_size * (1 + self.extra_token * (num_new - 1))
+        index_BT = hidden_BTD[..., 2] % len(self.full_logits) if self.by_past else hidden_BTD[..., 0]
+        is_full_BT1 = hidden_BTD[..., 1:2] == self.num_layers
+        return torch.where(is_full_BT1, self.full_logits[index_BT], self.exit_logits[index_BT])
 
 
 def counting_decoder(*, misses: tuple[int, ...] = (), vocab_size: int = 50, max_length: int = 64) -> FakeDecoder:

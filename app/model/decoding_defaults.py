@@ -1,0 +1,150 @@
+"""How a model is best decoded, stored with it in `generation_config.json`: a field of ours, and transformers' own.
+
+`assistant_early_exit` and its companions make plain `model.generate` of transformers draft from the same exit (one
+prompt at a time: it refuses batches then, unless `assistant_early_exit` is taken out of `model.generation_config`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from app.errors import CheckpointError, ConfigError, check_choice, check_range
+
+DefaultStrategy = Literal["self_speculative", "autoregressive"]
+
+_FILE: str = GENERATION_CONFIG_NAME
+_FIELD = "layerskip"
+_EARLY_EXIT, _NUM_TOKENS, _SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
+_DERIVED = "_from_model_config"  # while it is set, transformers drops every field that it does not know
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingDefaults:
+    """What `layerskip tune` chose for a model, and what its choice rests on.
+
+    Attributes:
+        strategy: The faster one.
+        exit_layer: Blocks run by a draft, 1..num_layers-1; None where nothing is drafted.
+        num_draft_tokens: Drafts in a round, at least 1; None where nothing is drafted.
+        head: H, a step's cost beside its blocks, in blocks; None if unknown.
+        extra_token: k, cost of a further position of a pass, as a share of the pass; None if unknown.
+        overhead: Of a round, in blocks; None if unknown.
+        measured_speedup: Over autoregressive decoding, at least 1; None where nothing is drafted.
+    """
+
+    strategy: DefaultStrategy
+    exit_layer: int | None = None
+    num_draft_tokens: int | None = None
+    head: float | None = None
+    extra_token: float | None = None
+    overhead: float | None = None
+    measured_speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("strategy", self.strategy, ("self_speculative", "autoregressive"))
+        drafts = self.strategy == "self_speculative"
+        for name in ("exit_layer", "num_draft_tokens"):
+            value = getattr(self, name)
+            if drafts != (type(value) is int and value >= 1):
+                allowed = "an integer, at least 1" if drafts else "null"
+                raise ConfigError(name, got=value, allowed=f"{allowed}, with strategy {self.strategy}")
+        for name in ("head", "extra_token", "overhead", "measured_speedup"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                raise ConfigError(name, got=value, allowed="a number or null")
+            check_range(name, value or 0.0, low=0.0, high=float("inf"), high_open=True)
+
+
+def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
+    """The defaults stored with a model; None if there are none.
+
+    Raises:
+        ConfigError: What is stored does not fit this model, or is not what `layerskip tune` writes.
+    """
+    stored = getattr(model.generation_config, _FIELD, None)
+    if stored is None:
+        return None
+    fix = f"run layerskip tune again, or take {_FIELD!r} out of {_FILE}"
+    if not isinstance(stored, Mapping) or "strategy" not in stored:
+        raise ConfigError(f"{_FILE}: {_FIELD}", got=stored, allowed="an object with a strategy", fix=fix)
+    known = {field.name for field in fields(DecodingDefaults)}
+    try:
+        for name in stored:
+            check_choice("name", name, sorted(known))
+        defaults = DecodingDefaults(**stored)
+        num_layers = model.config.get_text_config().num_hidden_layers
+        if defaults.exit_layer is not None:
+            check_range("exit_layer", defaults.exit_layer, low=1, high=num_layers - 1)
+    except ConfigError as error:
+        field = f"{_FILE}: {_FIELD}.{error.field}"
+        raise ConfigError(field, got=error.got, allowed=error.allowed, fix=fix) from error
+    return defaults
+
+
+def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path:
+    """Store the defaults in the model directory's `generation_config.json`, all of it or nothing.
+
+    Every other field stays, but for the mark that the file was derived from config.json: it no longer is. Where
+    nothing is drafted, `assistant_early_exit` and its companions are taken out.
+
+    Args:
+        directory: A Hugging Face model directory.
+        defaults: To store.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: If the file is damaged or cannot be written.
+    """
+    content = read_generation_config(directory)
+    content.pop(_DERIVED, None)
+    if defaults.strategy == "self_speculative":
+        content[_EARLY_EXIT], content[_NUM_TOKENS] = defaults.exit_layer, defaults.num_draft_tokens
+        content[_SCHEDULE] = "constant"
+    elif content.pop(_EARLY_EXIT, None) is not None:
+        content.pop(_NUM_TOKENS, None)
+        content.pop(_SCHEDULE, None)
+    content[_FIELD] = asdict(defaults)
+    file = directory / _FILE
+    partial = file.with_name(f".{file.name}.partial")  # a rename needs the same disk
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=2, sort_keys=True)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {file}: {error}") from error
+    return file
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """The fields of a model directory's `generation_config.json`; those that config.json implies if there is none.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    file = directory / _FILE
+    if not file.exists():
+        implied: dict[str, Any] = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(directory)
+        ).to_diff_dict()
+        return implied
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: unreadable or damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: damaged, not a JSON object")
+    return content

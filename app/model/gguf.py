@@ -1,0 +1,54 @@
+"""GGUF files in: llama.cpp's quantized weights, unpacked into a plain model; needs the extra `gguf`."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+from transformers.utils import is_accelerate_available, is_gguf_available
+
+from app.errors import CheckpointError, ConfigError
+
+
+def open_gguf(path: Path, *, field: str) -> tuple[PreTrainedConfig, Any]:
+    """Architecture and tokenizer, from the file's metadata.
+
+    Raises:
+        ConfigError: If the packages that read GGUF are not installed.
+        CheckpointError: If the file is truncated, damaged, or of an architecture that transformers cannot read.
+    """
+    if not (is_gguf_available() and is_accelerate_available()):
+        allowed = "a .gguf file only where the packages gguf and accelerate are installed"
+        raise ConfigError(field, got=str(path), allowed=allowed, fix='pip install "layerskip-lightning[gguf]"')
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return config, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the readers unpack structs and shape arrays: anything can come out of damaged bytes
+        raise _unreadable(path, error) from error
+
+
+def read_gguf_weights(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    """Model and loading info; the weights are unpacked to `dtype`, by default to float32.
+
+    `dequantize` also keeps the model free of a `quantization_config`, with which it could not be saved.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+            path.parent,
+            gguf_file=path.name,
+            config=config,
+            dtype=dtype or torch.float32,
+            attn_implementation="sdpa",
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = textwrap.shorten(str(error), 300)
+    return CheckpointError(f"{path}: truncated, damaged, or not a GGUF file that transformers can read ({reason})")

@@ -1,0 +1,89 @@
+"""Tokenizers: read beside a model, checked against its vocabulary, and against another model's tokenizer."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from app.errors import ConfigError
+
+# Entries that only fill a vocabulary up, such as [PAD151936], <unused7>, <|reserved_special_token_9|>, <pad>.
+_FILLER = re.compile(r"[\[<].*(pad|unused|reserved|extra|dummy).*[\]>]", re.IGNORECASE)
+
+
+def tokenizer_to_files(tokenizer: Any) -> dict[str, str]:
+    """A tokenizer as {file name: text}, plain enough for a weights-only checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_text("utf-8") for file in sorted(Path(folder).iterdir()) if file.is_file()}
+
+
+def tokenizer_from_files(files: Mapping[str, str]) -> Any:
+    """The inverse of `tokenizer_to_files`."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, "utf-8")
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def load_tokenizer(path: str, *, field: str) -> Any:
+    """The tokenizer of a Hugging Face directory or hub id.
+
+    Raises:
+        ConfigError: If there is none, or none that can be read.
+    """
+    allowed = "a model with a tokenizer (tokenizer.json, or what its class needs)"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # these files come from anywhere; their readers raise anything
+        reason = f"its tokenizer cannot be read: {textwrap.shorten(str(error), 300)}"
+        raise ConfigError(field, got=path, allowed=allowed, fix=reason) from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes of no files, for some classes
+        raise ConfigError(field, got=path, allowed=allowed, fix="copy the files of the tokenizer it was trained with")
+    return tokenizer
+
+
+def check_fits(tokenizer: Any, *, vocab_size: int, field: str, got: str) -> None:
+    """Raise ConfigError if the tokenizer has ids that the model of `vocab_size` has no embedding for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ConfigError(
+            field,
+            got=got,
+            allowed=f"a model with a tokenizer of ids below its vocab_size ({vocab_size})",
+            fix=f"this tokenizer has ids up to {largest}: use the one that the model was trained with",
+        )
+
+
+def check_same_tokens(target_tokenizer: Any, draft_tokenizer: Any, *, field: str = "draft_model", got: str) -> None:
+    """Raise ConfigError unless an id means the same token to both models.
+
+    Entries that only fill one vocabulary up at its end (`[PAD7]`, `<unused7>`, ...) may be missing in the other.
+
+    Args:
+        target_tokenizer: Of the model that decides.
+        draft_tokenizer: Of the model that drafts.
+        field: The setting that names the draft model.
+        got: Its value.
+    """
+    target, draft = target_tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+    end = min(max(target.values()), max(draft.values()))
+    differing = sorted(
+        (idx, token) for token, idx in target.items() ^ draft.items() if idx <= end or not _FILLER.fullmatch(token)
+    )
+    if differing:
+        token = differing[0][1]
+        sides = f"target: {target.get(token, 'no id')}, draft: {draft.get(token, 'no id')}"
+        raise ConfigError(
+            field,
+            got=got,
+            allowed="a model with the target's tokenizer",
+            fix=f"{len(differing)} entries differ; the first is {token!r} ({sides}), "
+            f"with {len(target)} tokens in the target's vocabulary and {len(draft)} in the draft's",
+        )

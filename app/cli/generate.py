@@ -1,158 +1,203 @@
-"""`layerskip generate`: continue one prompt."""
+"""`layerskip generate`: continue one prompt, or those of a file."""
 
 from __future__ import annotations
 
 import json as json_module
+import logging
 import sys
+from dataclasses import replace
+from textwrap import shorten
 from typing import Literal
 
 import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import RepetitionPenaltyLogitsProcessor
 
+from app.cli.decoding_choice import choose_decoding
+from app.cli.models import LoadedModel, eos_token_ids, load_decoder
 from app.cli.parsing import VerbParser
-from app.decoding.engine import decode
-from app.decoding.result import DecodingResult, Step
+from app.cli.request import Request, encode
+from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, styled_console, styled_writer
+from app.decoding.engine import DecodingInterrupted
+from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
-from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import Strategy
+from app.decoding.settings import DecodingSettings, DraftPolicyName
+from app.decoding.stopping import StopStrings
+from app.decoding.strategies import STRATEGIES, Strategy
 from app.errors import ConfigError, check_range
-from app.model.checkpoint import load_for_decoding
+from app.evaluation.prompts import read_prompts
 from app.model.spans import SpanDecoder
+from app.model.tokenizer_files import check_same_tokens
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_log = logging.getLogger(__name__)
 
 
 def generate(
     *,
     model: str,
-    prompt: str,
-    strategy: Strategy = "self_speculative",
+    prompt: str | None = None,
+    prompts: str | None = None,
+    batch_size: int = 1,
+    chat: bool = False,
+    strategy: Strategy | None = None,
     exit_layer: int | None = None,
     num_draft_tokens: int | None = None,
+    draft_model: str | None = None,
+    skipped_layers: list[int] | None = None,
+    draft_policy: DraftPolicyName = "fixed",
+    fall_back: bool = True,
     max_new_tokens: int = 128,
+    stop: list[str] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     json: bool = False,
 ) -> None:
-    """Continue a prompt: autoregressively, from an early exit (lossy), or self-speculatively (lossless).
+    """Continue a prompt: losslessly with or without drafts, or from an early exit (lossy).
 
     Args:
-        model: Lightning checkpoint of a run, or Hugging Face directory.
+        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
         prompt: Text to continue.
-        strategy: How to decode.
-        exit_layer: Blocks run by early_exit and by self_speculative's drafts; by default a quarter of them.
-        num_draft_tokens: Tokens self_speculative drafts in a round; 3 by default.
-        max_new_tokens: Budget.
+        prompts: JSON lines file of prompts to continue instead, one object with a string "prompt" a line.
+        batch_size: Prompts of the file decoded together.
+        chat: Put the prompt into the tokenizer's chat template, as what the user says.
+        strategy: How to decode; by default what layerskip tune chose, else self_speculative.
+        exit_layer: Blocks run by early_exit and by self_speculative's drafts; by default what layerskip tune chose,
+            else a quarter of them.
+        num_draft_tokens: Most tokens drafted in a round; by default what layerskip tune chose, else 3.
+        draft_model: Smaller model with the same tokenizer that drafts for strategy draft_model.
+        skipped_layers: Blocks that the drafts of layer_skip leave out, counted from 0.
+        draft_policy: Draft all num_draft_tokens, or adaptively as many as pay, or none.
+        fall_back: Stop drafting for the rest of a text that it turns out to slow down.
+        max_new_tokens: Budget of each prompt.
+        stop: One or several texts, any of which ends the output (it is still part of it).
         temperature: 0 is greedy.
         top_k: Sample among the k most likely tokens only.
         top_p: Sample among the most likely tokens of this total probability only.
-        seed: Of the sampling.
-        dtype: Of the weights; losslessness is exact in float32.
+        min_p: Sample among tokens at least this share as likely as the most likely one only.
+        repetition_penalty: Divides the scores of tokens that occurred before; 1 is off.
+        seed: Of the sampling; each prompt of a file draws numbers of its own.
+        dtype: Of the weights, auto is the checkpoint's own; losslessness is exact in float32.
         device: Where to decode; auto takes a GPU if there is one.
-        json: Print one JSON object instead of text.
+        json: Print one JSON object for each prompt instead of text.
     """
-    if not prompt:
-        raise ConfigError("prompt", got=prompt, allowed="at least one character")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
     check_range("seed", seed, low=0, high=2**63 - 1)
-    weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype])
-    weights.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
-    decoder = SpanDecoder(weights)
-    if strategy != "autoregressive" and exit_layer is None:
-        exit_layer = max(1, decoder.num_layers // 4)
-    if strategy == "self_speculative" and num_draft_tokens is None:
-        num_draft_tokens = 3
+    check_range("batch_size", batch_size, low=1)
     settings = DecodingSettings(
         max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids(weights, tokenizer),
         exit_layer=exit_layer,
         num_draft_tokens=num_draft_tokens,
-        sampling=SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p),
+        skipped_layers=None if skipped_layers is None else tuple(skipped_layers),
+        draft_policy=draft_policy,
+        fall_back=fall_back,
+        sampling=_sampling(temperature, top_k, top_p, min_p, repetition_penalty),
     )
-    stream = None if json else TextStream(tokenizer)
-    with torch.inference_mode():
-        result = decode(
-            decoder,
-            tokenizer(prompt)["input_ids"],
-            strategy=strategy,
-            settings=settings,
-            generator=torch.Generator(decoder.device).manual_seed(seed),
-            on_step=stream,
+    texts = _texts(prompt, prompts)
+    if prompts is None and batch_size > 1:
+        _log.warning("batch_size=%d has no effect on a single prompt", batch_size)
+    loaded = load_decoder(model, dtype=dtype, device=device)
+    tokens = [
+        encode(
+            loaded.tokenizer,
+            text,
+            chat=chat,
+            place="prompt" if prompts is None else f"{prompts}: prompt {number}",
+            max_length=loaded.decoder.max_length,
         )
-    if stream is None:
-        print(json_module.dumps(to_json(result, text=tokenizer.decode(result.tokens, skip_special_tokens=True))))
-    else:
-        stream.close()
-        print(f"[{strategy}] {summary(result)}", file=sys.stderr)
+        for number, text in enumerate(texts, start=1)
+    ]
+    stop_strings = None if stop is None else StopStrings(loaded.tokenizer, stop)
+    strategy, settings = choose_decoding(strategy, settings, loaded)
+    settings = replace(
+        settings,
+        eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer),
+        stop=stop_strings,
+        draft_decoder=_draft_decoder(draft_model, strategy, loaded, dtype=dtype),
+    )
+    if STRATEGIES[strategy].costs is not None and loaded.model.dtype != torch.float32:
+        _log.info(
+            "%s: outputs can differ from decoding one token at a time where two tokens tie; layerskip benchmark"
+            " measures how often",
+            str(loaded.model.dtype).removeprefix("torch."),
+        )
+    request = Request(loaded=loaded, texts=texts, tokens=tokens, strategy=strategy, settings=settings, seed=seed)
+    _run(request, batch_size=batch_size, live=prompts is None, json=json)
 
 
-class TextStream:
-    """Prints text as its tokens arrive; a character whose bytes are not all there yet waits."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._tokens, self._shown = tokenizer, list[int](), ""
-
-    def __call__(self, step: Step) -> None:
-        """Print what the step adds."""
-        self._tokens += step.tokens
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if text.startswith(self._shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(self._shown) :], end="", flush=True)
-            self._shown = text
-
-    def close(self) -> None:
-        """Print what is left, and end the line."""
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        print(text[len(self._shown) :], flush=True)
+def _sampling(
+    temperature: float, top_k: int | None, top_p: float, min_p: float, repetition_penalty: float
+) -> SamplingSettings:
+    if not 0.0 < repetition_penalty < float("inf"):
+        raise ConfigError("repetition_penalty", got=repetition_penalty, allowed="(0, inf)", fix="1 is off")
+    processor = None if repetition_penalty == 1.0 else RepetitionPenaltyLogitsProcessor(repetition_penalty)
+    return SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, processor=processor)
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a text: the generation config's (one or several), else the tokenizer's."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+def _texts(prompt: str | None, prompts: str | None) -> list[str]:
+    if prompt is not None and prompts is not None:
+        raise ConfigError("prompts", got=prompts, allowed="either prompt or prompts, not both")
+    if prompts is not None:
+        return read_prompts(prompts)
+    if not prompt:
+        raise ConfigError("prompt", got=prompt, allowed="at least one character", fix="or prompts, a file of them")
+    return [prompt]
 
 
-def to_json(result: DecodingResult, *, text: str) -> dict[str, object]:
-    """The object `--json` prints; acceptance_rate is null where nothing was drafted."""
-    return {
-        "text": text,
-        "tokens": result.tokens,
-        "num_tokens": result.num_tokens,
-        "seconds_prefill": result.seconds_prefill,
-        "seconds_decode": result.seconds_decode,
-        "tokens_per_second": result.tokens_per_second,
-        "acceptance_rate": result.acceptance_rate,
-        "mean_tokens_per_round": result.mean_tokens_per_round,
-        "rounds": result.rounds,
-        "drafted": result.drafted,
-        "accepted": result.accepted,
-    }
+def _draft_decoder(path: str | None, strategy: Strategy, target: LoadedModel, *, dtype: str) -> SpanDecoder | None:
+    if "draft_decoder" not in STRATEGIES[strategy].needs:
+        if path is not None:
+            _log.warning("draft_model=%s has no effect with strategy %s", path, strategy)
+        return None
+    if path is None:
+        raise ConfigError("draft_model", got=None, allowed=f"a model, with strategy {strategy}")
+    draft = load_decoder(path, dtype=dtype, device=target.decoder.device.type, field="draft_model")
+    check_same_tokens(target.tokenizer, draft.tokenizer, field="draft_model", got=path)
+    return draft.decoder
 
 
-def summary(result: DecodingResult) -> str:
-    """One line of statistics."""
-    parts = [f"{result.num_tokens} tokens", f"stopped by {result.stop_reason}"]
-    if result.tokens_per_second is not None:
-        parts.append(f"{result.tokens_per_second:.1f} tokens/s after the first")
-    if result.acceptance_rate is not None:
-        parts.append(f"{result.acceptance_rate:.1%} of {result.drafted} drafted tokens accepted")
-        parts.append(f"{result.mean_tokens_per_round:.2f} tokens a round")
-    return ", ".join(parts)
+def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
+    """Decode batch by batch and print; after Ctrl-C what there is of the batch, then no more."""
+    console = None if json else styled_console()
+    write = plain_writer if console is None else styled_writer(console)
+    batches: list[list[DecodingResult]] = []
+    interruption: DecodingInterrupted | None = None
+    count = len(request.texts)
+    for start in range(0, count, batch_size):
+        rows = range(start, min(start + batch_size, count))
+        titles = [] if live else [f"[{row + 1}/{count}] {shorten(request.texts[row], 100)}" for row in rows]
+        printer = None if json else BatchPrinter(request.loaded.tokenizer, write, titles)
+        try:
+            results = request.decode(rows, on_step=printer)
+        except DecodingInterrupted as error:
+            results, interruption = error.results, error
+        for row, result in zip(rows, results, strict=True):
+            if json:
+                print(json_module.dumps(request.as_json(row, result)), flush=True)
+        if printer is not None:
+            printer.close()
+        batches.append(results)
+        if interruption is not None:
+            break
+    if not json:
+        print_statistics(request.label, batches, console=console and styled_console(stderr=True))
+    if interruption is not None:
+        raise interruption
 
 
 def run() -> None:
     """Parse and run the verb."""
     parser = VerbParser(prog="layerskip generate", description=(generate.__doc__ or "").splitlines()[0])
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
-    parser.add_function_arguments(generate, as_group=False, skip={"json"})
-    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
+    # Texts as they are: the types read from a signature would take "null" and "#include" for nothing.
+    parser.add_argument("--prompt", type=str, help="Text to continue.")
+    parser.add_argument("--stop", type=str, nargs="+", help="One or several texts, any of which ends the output.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object for each prompt instead of text.")
+    parser.add_function_arguments(generate, as_group=False, skip={"prompt", "stop", "json"})
     options = parser.parse_args(sys.argv[2:]).as_dict()
     options.pop("config")
     generate(**options)

@@ -14,7 +14,9 @@ VERBS = {
     "test": ("app.cli.train", "Measure every exit on the test rows."),
     "predict": ("app.cli.train", "Write each row's loss at every exit to predictions.jsonl."),
     "generate": ("app.cli.generate", "Continue a prompt: autoregressively, from an early exit, or self-speculatively."),
+    "benchmark": ("app.cli.benchmark", "Time every way to decode the same prompts, transformers' own included."),
     "export": ("app.cli.export", "Write a model as a Hugging Face directory, which plain transformers loads."),
+    "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with a model."),
 }
 
 
@@ -22,7 +24,8 @@ def main() -> int:
     """Run the verb named on the process's command line.
 
     Returns:
-        Exit status: 0, or 2 after an error that the user can mend. Anything else raises: it is a bug of ours.
+        Exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C. Anything else raises: it is a bug
+        of ours.
     """
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
@@ -42,7 +45,15 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-    verb = importlib.import_module(VERBS[args[0]][0])  # torch and lightning load after the cheap checks
+    try:
+        return _run(VERBS[args[0]][0])
+    except KeyboardInterrupt:  # of a verb of ours; Lightning's trainer sees to its own
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(module: str) -> int:
+    verb = importlib.import_module(module)  # torch and lightning load after the cheap checks
     from app.cli.messages import user_message
 
     try:

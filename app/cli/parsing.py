@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
+_OPTIONAL = re.compile(r"Subtypes: \[(.+), <class 'NoneType'>\].*Given value: (.*)", re.DOTALL)
 _OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 
@@ -27,7 +28,7 @@ def one_line(message: str) -> str:
         return f"{path}.{option[1]}: unknown key{f' of {owner[-1]}' if owner else ''}"
     if unknown := re.match(r"unrecognized arguments: --(\S+)", message):
         return f"{unknown[1]}: unknown key"
-    if wrong := _TYPE.search(message):
+    if wrong := _TYPE.search(message) or _OPTIONAL.search(message):
         return f"{path}: got {wrong[2]}, allowed {_plain_type(wrong[1])}"
     return message
 

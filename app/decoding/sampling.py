@@ -67,7 +67,8 @@ def probabilities(logits: Tensor, *, settings: SamplingSettings) -> Tensor:
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     # Subtracting the maximum first lets a tiny temperature end in a one-hot law, not in inf - inf.
-    probs = ((logits - logits.amax(-1, keepdim=True)) / settings.temperature).softmax(-1)
+    temperature = max(settings.temperature, torch.finfo(logits.dtype).tiny)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if settings.top_k is not None and settings.top_k < probs.shape[-1]:
         kth = probs.topk(settings.top_k).values[..., -1:]
         probs = probs.where(probs >= kth, 0.0)

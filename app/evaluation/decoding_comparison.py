@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
-from app.evaluation.alternation import Measurement, alternate, engine_contender
+from app.evaluation.alternation import Measurement, alternate, engine_contender, ratio
 from app.protocols import ExitableDecoder, Table
 
 
@@ -19,25 +19,79 @@ class DecodingComparison:
     All times are decode time alone: the prompt's pass and the first token it yields are left out on both sides.
     A figure is None where there was nothing to divide by, for instance when every output ended at its first token.
 
+    Counts and seconds are sums over the prompts, so that the parts of several ranks add up to the whole.
+
     Attributes:
+        exit_layer: Blocks run by a draft.
+        num_draft_tokens: Most tokens drafted in a round.
         num_prompts: Prompts measured before the time ran out.
-        acceptance_rate: Accepted / drafted tokens over all prompts.
-        mean_tokens_per_round: Tokens settled by a draft-and-verify round.
-        autoregressive_tokens_per_second: Of the full model, one token a step.
-        self_speculative_tokens_per_second: Of this setting.
-        speedup: Autoregressive / self-speculative mean time per token.
-        identical_share: Share of prompts with exactly the autoregressive output.
+        identical: Prompts with exactly the autoregressive output.
+        drafted: Tokens proposed.
+        accepted: Proposed tokens that the full model kept.
+        rounds: Draft-and-verify rounds.
+        decoded: Tokens after each prompt's first.
+        seconds: Decode time of this setting.
+        baseline_decoded: Tokens after each prompt's first of autoregressive decoding.
+        baseline_seconds: Its decode time.
     """
 
     exit_layer: int
     num_draft_tokens: int
     num_prompts: int
-    acceptance_rate: float | None
-    mean_tokens_per_round: float | None
-    autoregressive_tokens_per_second: float | None
-    self_speculative_tokens_per_second: float | None
-    speedup: float | None
-    identical_share: float
+    identical: int
+    drafted: int
+    accepted: int
+    rounds: int
+    decoded: int
+    seconds: float
+    baseline_decoded: int
+    baseline_seconds: float
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted tokens over all prompts."""
+        return ratio(self.accepted, self.drafted)
+
+    @property
+    def mean_tokens_per_round(self) -> float | None:
+        """Tokens settled by a draft-and-verify round."""
+        return ratio(self.decoded, self.rounds)
+
+    @property
+    def autoregressive_tokens_per_second(self) -> float | None:
+        """Of the full model, one token a step."""
+        return ratio(self.baseline_decoded, self.baseline_seconds)
+
+    @property
+    def self_speculative_tokens_per_second(self) -> float | None:
+        """Of this setting."""
+        return ratio(self.decoded, self.seconds)
+
+    @property
+    def speedup(self) -> float | None:
+        """Autoregressive / self-speculative mean time per token."""
+        plain, own = self.autoregressive_tokens_per_second, self.self_speculative_tokens_per_second
+        return own / plain if own and plain else None
+
+    @property
+    def identical_share(self) -> float:
+        """Share of prompts with exactly the autoregressive output."""
+        return self.identical / self.num_prompts
+
+
+_SUMS = [field.name for field in fields(DecodingComparison) if field.name not in ("exit_layer", "num_draft_tokens")]
+
+
+def pooled(parts: Sequence[Sequence[DecodingComparison]]) -> list[DecodingComparison]:
+    """The comparisons of all prompts from those of disjoint parts of them, each with the same settings.
+
+    Args:
+        parts: For instance one of each rank; those that measured no prompt are empty and count for nothing.
+    """
+    return [
+        replace(same[0], **{name: sum(getattr(comparison, name) for comparison in same) for name in _SUMS})
+        for same in zip(*(part for part in parts if part), strict=True)
+    ]
 
 
 def compare_decoding(
@@ -129,12 +183,14 @@ def _compare(candidate: Measurement, baseline: Measurement) -> DecodingCompariso
         exit_layer=contender.exit_layer,
         num_draft_tokens=contender.num_draft_tokens,
         num_prompts=len(candidate.results),
-        acceptance_rate=candidate.acceptance_rate,
-        mean_tokens_per_round=candidate.mean_tokens_per_round,
-        autoregressive_tokens_per_second=baseline.tokens_per_second,
-        self_speculative_tokens_per_second=candidate.tokens_per_second,
-        speedup=candidate.speedup_over(baseline),
-        identical_share=candidate.identical_share(baseline),
+        identical=sum(candidate.identical_to(baseline)),
+        drafted=candidate.drafted,
+        accepted=candidate.accepted,
+        rounds=candidate.rounds,
+        decoded=candidate.num_decoded,
+        seconds=candidate.seconds,
+        baseline_decoded=baseline.num_decoded,
+        baseline_seconds=baseline.seconds,
     )
 
 

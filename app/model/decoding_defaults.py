@@ -1,7 +1,7 @@
 """How a model is best decoded, stored with it in `generation_config.json`: a field of ours, and transformers' own.
 
-`assistant_early_exit` and its companions make plain `model.generate` of transformers draft from the same exit (one
-prompt at a time: it refuses batches then, unless `assistant_early_exit` is taken out of `model.generation_config`).
+`assistant_early_exit` and its companions make plain `model.generate` of transformers draft from the same exit. It then
+takes one prompt at a time; for a batch pass it `assistant_early_exit=None`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ The result is that of the Hugging Face layer whose weights it reads; tests compa
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ from app.model.products import Product
 # Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))), with optional biases and
 # norms of queries and keys, and optionally no rotation in some layers.
 FUNCTIONAL_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+_MADV_PAGEOUT = 21  # linux/mman.h; the mmap module does not name it
 FOLD_UP_TO = 32  # new positions; for more, repeating the mask for each query head costs more than it saves
 
 
@@ -181,10 +185,26 @@ def join_projections(model: PreTrainedModel) -> None:
                 parameters = [getattr(linear, name) for linear in group]
                 if parameters[0] is None:
                     continue
-                joined = torch.cat([parameter.data for parameter in parameters])
+                before = [parameter.data for parameter in parameters]
+                joined = torch.cat(before)
                 sizes = [parameter.shape[0] for parameter in parameters]
                 for parameter, part in zip(parameters, joined.split_with_sizes(sizes), strict=True):
                     parameter.data = part
+                for tensor in before:
+                    _page_out(tensor)
+
+
+def _page_out(tensor: Tensor) -> None:
+    """Tell the kernel that memory mapped from a checkpoint file is no longer needed; it reads it again if it is.
+
+    The mapping itself lives as long as any weight of the file does, and would count as the process's memory.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if stop > start:  # advice: kernels before 5.4 refuse it, and nothing is lost
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_PAGEOUT)
 
 
 def is_functional(model: PreTrainedModel) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -32,12 +31,6 @@ def shard(module: nn.Module, *, blocks: Iterable[nn.Module], mesh: DeviceMesh) -
     fully_shard(module, mesh=mesh)
     for step in _STEPS:
         register_fsdp_forward_method(module, step)
-
-
-def total_norm(grads: Sequence[Tensor]) -> float:
-    """Norm of all gradients together, the same on every rank also where each holds a shard of them."""
-    norm = torch.nn.utils.get_total_norm(grads)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 @contextmanager

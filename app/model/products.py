@@ -3,7 +3,8 @@
 Decoding multiplies one to a few positions with every weight, and is bound by how fast a weight is read. `F.linear`
 leaves the choice of a kernel to the BLAS library, and for few positions in float32 on a CPU that choice can be far
 from the best: (W x^T)^T instead of x W^T reads the same memory and can take half of the time, or twice. So both are
-timed once, on the model's own weights.
+timed once, on the model's own weights. The two differ in the last bits, as kernels for other numbers of threads do:
+the same seed gives the same text in one process, and all but surely in another.
 
 Shape legend: `T` positions (of all sequences), `I` input width, `O` output width.
 """

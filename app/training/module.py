@@ -35,7 +35,7 @@ from app.model.checkpoint import (
     tokenizer_to_files,
 )
 from app.model.early_exit import EarlyExitModel
-from app.model.parallel import shard, total_norm
+from app.model.parallel import shard
 from app.model.spans import SpanDecoder
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
 from app.training.optim import LR_SCHEDULES, LRSchedule, lr_factor, parameter_groups
@@ -256,7 +256,7 @@ class LayerSkipModule(LightningModule):
         undo = _NOMINAL_TOKENS * self.trainer.accumulate_grad_batches * self.trainer.world_size
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(grads, undo / max(1.0, num_tokens))
-        norm = total_norm(grads)
+        norm = float(torch.nn.utils.get_total_norm(grads))  # of the whole, also where it is sharded
         if not math.isfinite(norm):
             raise DivergenceError(
                 f"gradient norm is {norm} at step {self.trainer.global_step} with exits {sorted(self._exit_weights)}"

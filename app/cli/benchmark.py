@@ -1,0 +1,145 @@
+"""`layerskip benchmark`: every way to decode the same prompts, timed in turn, beside transformers' own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import torch
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
+from transformers.utils import logging as transformers_logging
+
+from app.cli.models import Device, Dtype, LoadedModel, eos_token_ids, load_decoder
+from app.cli.parsing import VerbParser
+from app.cli.tables import print_table
+from app.decoding.settings import DraftPolicyName
+from app.errors import ConfigError, check_range
+from app.evaluation.benchmark import BenchmarkSettings, BenchmarkStrategy, Subject, run_benchmark
+from app.evaluation.benchmark_figure import benchmark_figure
+from app.evaluation.benchmark_report import benchmark_table, check_output, environment, report_document, write_report
+from app.evaluation.benchmark_result import benchmark_results
+from app.evaluation.prompts import read_prompts, tokenize_prompts
+from app.model.spans import SpanDecoder
+from app.model.tokenizer_files import check_same_tokens
+
+_log = logging.getLogger(__name__)
+
+_WIDTH = 160  # of the table where it does not go to a terminal
+
+
+def benchmark(
+    *,
+    model: str,
+    prompts: str,
+    output: str,
+    strategies: list[BenchmarkStrategy],
+    exit_layers: list[int] | None = None,
+    num_draft_tokens: list[int] | None = None,
+    max_new_tokens: int = 128,
+    draft_model: str | None = None,
+    skipped_layers: list[int] | None = None,
+    draft_policy: DraftPolicyName = "fixed",
+    fall_back: bool = False,
+    ignore_eos: bool = False,
+    limit: int | None = None,
+    batch_size: int = 1,
+    repeats: int = 3,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: int | None = None,
+) -> None:
+    """Decode the same prompts greedily in every way asked for, in turn, and compare; transformers' ways included.
+
+    Args:
+        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
+        prompts: JSON lines file, one object with a string "prompt" a line.
+        output: JSON file to write; a figure goes beside it as .png.
+        strategies: Ways to decode; autoregressive, which speedups refer to, is measured in any case.
+        exit_layers: Exits for self_speculative, early_exit and transformers_early_exit.
+        num_draft_tokens: Draft lengths; each is measured with each exit.
+        max_new_tokens: Budget of each prompt.
+        draft_model: Smaller model with the same tokenizer that drafts for strategy draft_model.
+        skipped_layers: Blocks that the drafts of layer_skip leave out, counted from 0.
+        draft_policy: Draft all num_draft_tokens, or adaptively as many as pay, or none.
+        fall_back: Let our strategies stop drafting for a prompt that it turns out to slow down.
+        ignore_eos: Decode every prompt to its full budget.
+        limit: Use this many prompts from the start of the file.
+        batch_size: Prompts decoded together.
+        repeats: Times each prompt is decoded in each way; medians count.
+        dtype: Of the weights, auto is the checkpoint's own; losslessness is exact in float32.
+        device: Where to decode; auto takes a GPU if there is one.
+        threads: CPU threads to use; by default torch's own choice.
+    """
+    file = check_output(output)
+    if threads is not None:
+        check_range("threads", threads, low=1)
+        torch.set_num_threads(threads)
+    settings = BenchmarkSettings(
+        strategies=tuple(strategies),
+        max_new_tokens=max_new_tokens,
+        exit_layers=tuple(exit_layers or ()),
+        num_draft_tokens=tuple(num_draft_tokens or ()),
+        skipped_layers=tuple(skipped_layers or ()),
+        draft_policy=draft_policy,
+        fall_back=fall_back,
+        batch_size=batch_size,
+        repeats=repeats,
+    )
+    texts = read_prompts(prompts, limit=limit)
+    loaded = load_decoder(model, dtype=dtype, device=device)
+    if not ignore_eos:
+        settings = replace(settings, eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer))
+    subject = Subject(loaded.model, loaded.decoder, _draft_decoder(draft_model, settings, loaded, dtype=dtype))
+    # One position is kept free, so that every prompt has a new token.
+    tokens = tokenize_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length - 1)
+    measured = run_benchmark(subject, tokens, settings, on_batch=_progress(len(tokens), batch_size))
+
+    results = benchmark_results(measured, subject=subject, settings=settings)
+    where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
+    asked = {"model": model, "prompts": prompts, "limit": limit, "draft_model": draft_model, "ignore_eos": ignore_eos}
+    document = report_document(results, costs=measured.costs, environment=where, settings=asked | asdict(settings))
+    title = (
+        f"{model}: {len(tokens)} prompts of {prompts}, up to {max_new_tokens} tokens each, {where['dtype']},"
+        f" batch size {batch_size}, median of {repeats}"
+    )
+    figure = write_report(document, benchmark_figure(results, title=title), file)
+    print_table(benchmark_table(results, title=title), width=_WIDTH)
+    if measured.costs is not None:
+        costs = measured.costs.model
+        print(
+            f"costs, in blocks of {costs.block_seconds * 1e6:.0f} us: head H {costs.head:.1f}, overhead of a round"
+            f" {costs.overhead:.1f}; each further position k {costs.extra_token:.3f} of a pass"
+        )
+    print(*(f"note: {note}" for note in document["notes"]), f"report: {file}, figure: {figure}", sep="\n")
+
+
+def _draft_decoder(
+    path: str | None, settings: BenchmarkSettings, target: LoadedModel, *, dtype: Dtype
+) -> SpanDecoder | None:
+    if "draft_model" not in settings.strategies:
+        if path is not None:
+            _log.warning("draft_model=%s has no effect with these strategies", path)
+        return None
+    if path is None:
+        raise ConfigError("draft_model", got=None, allowed="a model, with strategy draft_model")
+    draft = load_decoder(path, dtype=dtype, device=target.decoder.device.type, field="draft_model")
+    check_same_tokens(target.tokenizer, draft.tokenizer, field="draft_model", got=path)
+    return draft.decoder
+
+
+def _progress(num_prompts: int, batch_size: int) -> Callable[[int], None]:
+    """Tells how far it is."""
+    return lambda done: _log.info("prompt %d of %d", min(done * batch_size, num_prompts), num_prompts)
+
+
+def run() -> None:
+    """Parse and run the verb."""
+    transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
+    parser = VerbParser(prog="layerskip benchmark", description=(benchmark.__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
+    parser.add_function_arguments(benchmark, as_group=False)
+    options = parser.parse_args(sys.argv[2:]).as_dict()
+    options.pop("config")
+    benchmark(**options)

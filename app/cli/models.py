@@ -1,0 +1,62 @@
+"""A model for the verbs that decode: loaded, moved to its device, laid out for decoding."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from app.errors import ConfigError, check_choice
+from app.model.checkpoint import load_for_decoding
+from app.model.functional_block import join_projections
+from app.model.spans import SpanDecoder
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_DEVICES: tuple[Device, ...] = ("auto", "cpu", "cuda")
+
+
+class LoadedModel(NamedTuple):
+    """A model to decode with: the weights, their tokenizer, and the view that the engine drives."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decoder: SpanDecoder
+
+
+def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -> LoadedModel:
+    """Load a model in eval mode on its device, projections joined.
+
+    Args:
+        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
+        dtype: A key of DTYPES; auto keeps the checkpoint's own (float32 for .gguf).
+        device: "auto" takes a GPU if there is one; else "cpu" or "cuda".
+        field: The setting that `model` comes from, for error messages.
+
+    Raises:
+        ConfigError: There is no such model or device, or the model cannot be driven in spans.
+        CheckpointError: A file is damaged or incomplete.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("device", device, _DEVICES)
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
+    weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype], field=field)
+    weights.to(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))
+    join_projections(weights)
+    return LoadedModel(weights, tokenizer, SpanDecoder(weights))
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a text: the generation config's (one or several), else the tokenizer's."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)

@@ -1,0 +1,152 @@
+"""New text on the terminal: what was drafted and kept, what the full model said itself, and what it rejected."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from transformers import PreTrainedTokenizerBase
+
+from app.decoding.result import DecodingResult, Step
+from app.decoding.text_stream import TextStream
+
+Kind = Literal["accepted", "own", "rejected"]
+Write = Callable[[str, Kind], None]
+
+# With colours, and without them (NO_COLOR): what can be told apart by attributes must be.
+STYLES: dict[Kind, tuple[str, str]] = {
+    "accepted": ("green", "underline"),
+    "own": ("none", "none"),
+    "rejected": ("red dim strike", "dim strike"),
+}
+_LEGEND: dict[Kind, str] = {
+    "accepted": "drafted and accepted",
+    "own": "the full model's own",
+    "rejected": "drafted and rejected",
+}
+# Control characters as pictures: a model's text must not steer the terminal. C1 ones have no pictures.
+_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\N{SYMBOL FOR DELETE}"}
+_VISIBLE |= dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
+_ON_ONE_LINE = {ord("\n"): "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", ord("\t"): "\N{RIGHTWARDS ARROW TO BAR}"}
+
+
+def styled_console(*, stderr: bool = False) -> Console | None:
+    """A console on stdout (or stderr) if that is a terminal with styles, else None: then text stays plain."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.file.isatty() and console.color_system is not None else None
+
+
+def styled_writer(console: Console) -> Write:
+    """Writes text at once, in the style of its kind; never wraps it."""
+    styles = {kind: Style.parse(pair[console.no_color]) for kind, pair in STYLES.items()}
+
+    def write(text: str, kind: Kind) -> None:
+        visible = text.translate(_VISIBLE | _ON_ONE_LINE if kind == "rejected" else _VISIBLE)
+        console.print(Segments([Segment(visible, styles[kind])]), end="", soft_wrap=True)  # a str would lose its tabs
+
+    return write
+
+
+def plain_writer(text: str, kind: Kind) -> None:
+    """Writes what was settled to stdout at once, as it is."""
+    if kind != "rejected":
+        print(text, end="", flush=True)
+
+
+class StepText:
+    """The text of one sequence, round by round and kind by kind."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._stream = TextStream(tokenizer)
+
+    def pieces(self, step: Step) -> Iterator[tuple[str, Kind]]:
+        """What a round adds; rejected drafts come before the token that the full model put in their place.
+
+        A character is of the kind of the token that completes it.
+        """
+        for place, token in enumerate(step.tokens):
+            if place == step.accepted and step.rejected:
+                yield self._stream.preview(step.rejected), "rejected"
+            yield self._stream.push(token), "accepted" if place < step.accepted else "own"
+
+    def rest(self) -> tuple[str, Kind]:
+        """What is left when no token comes any more."""
+        return self._stream.rest(), "own"
+
+
+class BatchPrinter:
+    """Prints the continuations of a batch: a single one as it comes, several in their order when all are there.
+
+    Args:
+        tokenizer: Of the model.
+        write: Where to.
+        titles: One for each prompt, printed above its text; none for a single prompt whose text is to come live.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write, titles: Sequence[str] = ()) -> None:
+        self._write, self._titles = write, titles
+        self._texts = [StepText(tokenizer) for _ in titles or (None,)]
+        self._held: list[list[tuple[str, Kind]]] = [[] for _ in titles]
+
+    def __call__(self, index: int, step: Step) -> None:
+        """Print or keep what a round adds to a continuation."""
+        for text, kind in self._texts[index].pieces(step):
+            if self._titles:
+                self._held[index].append((text, kind))
+            elif text:
+                self._write(text, kind)
+
+    def close(self) -> None:
+        """Print what is left."""
+        if not self._titles:
+            self._write(self._texts[0].rest()[0] + "\n", "own")
+        for title, held, text in zip(self._titles, self._held, self._texts, strict=False):
+            self._write(f"{title}\n", "own")
+            for piece in (*held, text.rest(), ("\n\n", "own")):
+                self._write(*piece)
+
+
+def print_statistics(label: str, batches: Sequence[Sequence[DecodingResult]], *, console: Console | None) -> None:
+    """One line of statistics on stderr and, where the text was styled, what the styles mean.
+
+    Args:
+        label: How it was decoded.
+        batches: Results, by batch.
+        console: On stderr, or None without styles.
+    """
+    print(f"[{label}] {summary(batches)}", file=sys.stderr)
+    if console is not None and any(result.drafted for batch in batches for result in batch):
+        write = styled_writer(console)
+        for kind, meaning in _LEGEND.items():
+            write(meaning, kind)
+            write("\n" if kind == "rejected" else "  ", "own")
+
+
+def summary(batches: Sequence[Sequence[DecodingResult]]) -> str:
+    """One line of statistics over all results; those of a batch shared their time."""
+    results = [result for batch in batches for result in batch]
+    stops = Counter(result.stop_reason for result in results)
+    drafted, rounds = sum(result.drafted for result in results), sum(result.rounds for result in results)
+    decoded = sum(result.num_decoded for result in results)
+    seconds = sum(max(result.seconds_decode for result in batch) for batch in batches)
+    parts = [f"{sum(result.num_tokens for result in results)} tokens"]
+    if len(results) > 1:
+        parts.insert(0, f"{len(results)} prompts")
+        parts += [f"{count} stopped by {reason}" for reason, count in stops.most_common()]
+    else:
+        parts += [f"stopped by {reason}" for reason in stops]
+    if decoded:
+        parts.append(f"{decoded / seconds:.1f} tokens/s after the first")
+    if drafted:
+        parts.append(f"{sum(result.accepted for result in results) / drafted:.1%} of {drafted} drafted tokens accepted")
+        parts.append(f"{decoded / rounds:.2f} tokens a round")
+    gave_up = [result.fell_back_after for result in results if result.fell_back_after is not None]
+    if gave_up:
+        where = f"after {gave_up[0]} tokens" if len(results) == 1 else f"for {len(gave_up)} prompts"
+        parts.append(f"drafting did not pay and was given up {where}")
+    return ", ".join(parts)

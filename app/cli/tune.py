@@ -1,0 +1,139 @@
+"""`layerskip tune`: the fastest lossless way to decode given prompts with a model, on this machine."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
+
+from app.cli.models import Device, Dtype, eos_token_ids, load_decoder
+from app.cli.parsing import VerbParser
+from app.cli.tables import print_table
+from app.errors import ConfigError, check_range
+from app.evaluation.benchmark_report import environment
+from app.evaluation.prompts import read_prompts, tokenize_prompts
+from app.evaluation.tuning import Tuning, TuningSettings
+from app.evaluation.tuning import tune as tune_decoder
+from app.evaluation.tuning_report import costs_line, exits_table, tuning_as_json, verifications_table
+from app.model.decoding_defaults import read_generation_config, write_decoding_defaults
+
+
+def tune(
+    *,
+    model: str,
+    prompts: str,
+    max_new_tokens: int = 128,
+    limit: int = 16,
+    max_draft_tokens: int = 12,
+    num_verified: int = 4,
+    repeats: int = 3,
+    time_limit_seconds: float = 180.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: int | None = None,
+    store: bool = True,
+    json: bool = False,
+) -> None:
+    """Find the fastest (exit, drafts) for these prompts here, and store it with the model; never one below 1x.
+
+    Args:
+        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
+        prompts: JSON lines, one object with a `prompt` string each; take texts like those the model will continue.
+        max_new_tokens: Of each output, at least 2.
+        limit: Prompts to read.
+        max_draft_tokens: Longest draft considered.
+        num_verified: Settings to run, best predictions first.
+        repeats: Times each prompt is decoded by each of them; medians count.
+        time_limit_seconds: No prompt is started after this, but there is always one.
+        dtype: Of the weights, auto is the checkpoint's own; what is fastest depends on it.
+        device: Where to decode; auto takes a GPU if there is one.
+        threads: Of the CPU; by default as many as torch takes.
+        store: Write the choice into generation_config.json of a model directory, where generate finds it.
+        json: Print one JSON object instead of tables.
+    """
+    settings = TuningSettings(
+        max_new_tokens=max_new_tokens,
+        max_draft_tokens=max_draft_tokens,
+        num_verified=num_verified,
+        repeats=repeats,
+        time_limit_seconds=time_limit_seconds,
+    )
+    if threads is not None:
+        check_range("threads", threads, low=1)
+        torch.set_num_threads(threads)
+    texts = read_prompts(prompts, limit=limit)
+    loaded = load_decoder(model, dtype=dtype, device=device)
+    directory = _storable(model) if store else None
+    tokens = tokenize_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length - 1)
+    with torch.inference_mode():
+        tuning = tune_decoder(
+            loaded.decoder, tokens, eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer), settings=settings
+        )
+    if not json:
+        _print(tuning)  # before storing: a full disk must not cost the answer
+    file = None if directory is None else write_decoding_defaults(directory, tuning.defaults)
+    if json:
+        where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
+        print(json_module.dumps(tuning_as_json(tuning) | {"stored": file and str(file), "environment": where}))
+    else:
+        print(f"not stored{_why_not(model, store)}" if file is None else _stored(file, tuning))
+        print(f"by hand: layerskip generate --model {model} {_flags(tuning)}")
+
+
+def _storable(model: str) -> Path | None:
+    """The model directory if `model` is one: checked now, so that nothing fails after the work is done."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return None
+    read_generation_config(directory)
+    if not os.access(directory, os.W_OK):
+        fix = "or leave the result unstored with --store false"
+        raise ConfigError("model", got=model, allowed="a directory that can be written to", fix=fix)
+    return directory
+
+
+def _stored(file: Path, tuning: Tuning) -> str:
+    if tuning.defaults.strategy == "autoregressive":
+        return f"stored in {file}: layerskip generate decodes so by default"
+    return (
+        f"stored in {file}: layerskip generate decodes so by default, and transformers' generate drafts from the same"
+        " exit (one prompt at a time; for a batch pass it assistant_early_exit=None)"
+    )
+
+
+def _why_not(model: str, store: bool) -> str:
+    if not store:
+        return " (store=false)"
+    kind = Path(model).suffix if Path(model).is_file() else "hub id"
+    return f": a {kind} cannot hold it; layerskip export --model {model} makes a directory that can be tuned"
+
+
+def _print(tuning: Tuning) -> None:
+    """Why, then what."""
+    print_table(exits_table(tuning))
+    print_table(verifications_table(tuning))
+    print(f"costs: {costs_line(tuning)}")
+    print(f"decision: {tuning.reason}")
+
+
+def _flags(tuning: Tuning) -> str:
+    """What `generate` takes for the recommendation."""
+    values = asdict(tuning.defaults)
+    names = ("strategy", "exit_layer", "num_draft_tokens")
+    return " ".join(f"--{name} {values[name]}" for name in names if values[name] is not None)
+
+
+def run() -> None:
+    """Parse and run the verb."""
+    parser = VerbParser(prog="layerskip tune", description=(tune.__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
+    parser.add_function_arguments(tune, as_group=False, skip={"json"})
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of tables.")
+    options = parser.parse_args(sys.argv[2:]).as_dict()
+    options.pop("config")
+    tune(**options)

@@ -1,0 +1,140 @@
+"""A benchmark's results as a JSON document, a table and a figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from app.decoding.strategies import STRATEGIES
+from app.errors import ConfigError
+from app.evaluation.benchmark import Costs
+from app.evaluation.benchmark_result import BenchmarkResult
+from app.protocols import Table
+
+_PACKAGES = ("torch", "transformers", "layerskip-lightning")
+_ABSENT = "-"
+
+
+def check_output(path: str) -> Path:
+    """The file to write; ConfigError if it cannot be, before anything is measured."""
+    output = Path(path)
+    allowed = "a .json file in a folder that exists"
+    if output.suffix != ".json":
+        raise ConfigError("output", got=path, allowed=allowed, fix="the figure goes beside it as .png")
+    if not output.parent.is_dir() or output.is_dir():
+        fix = f"{output} is a folder" if output.is_dir() else f"make {output.parent}"
+        raise ConfigError("output", got=path, allowed=allowed, fix=fix)
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError("output", got=path, allowed=allowed, fix=f"{output.parent} cannot be written to")
+    return output
+
+
+def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """What a reader must know to compare figures: versions, hardware, number type, threads, date."""
+    cpu = _cpu_name()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device_type": device.type,
+        "cpu": cpu,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux tells it, elsewhere as Python does."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def report_document(
+    results: Sequence[BenchmarkResult],
+    *,
+    costs: Costs | None,
+    environment: Mapping[str, object],
+    settings: Mapping[str, object],
+) -> dict[str, Any]:
+    """The whole report; costs are null where the engine drafted nothing."""
+    return {
+        "environment": dict(environment),
+        "settings": dict(settings),
+        "costs": None if costs is None else asdict(costs.model),
+        "draft_model_costs": None if costs is None or costs.draft_model is None else asdict(costs.draft_model),
+        "results": [asdict(result) for result in results],
+        "notes": notes(results, dtype=str(environment["dtype"])),
+    }
+
+
+def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
+    """What must be said beside the figures."""
+    said = []
+    lossless = [r for r in results if r.strategy not in STRATEGIES or STRATEGIES[r.strategy].lossless]
+    differing = 1.0 - min((r.identical_to_autoregressive for r in lossless), default=1.0)
+    if differing:
+        why = "where none should: please report it"
+        if dtype != "float32":
+            why = f"argmax ties in {dtype}: passes over one token and over several round differently there"
+        said.append(f"up to {differing:.0%} of a strategy's outputs differ from autoregressive decoding ({why})")
+    if any(result.strategy == "early_exit" for result in results):
+        said.append("early_exit is lossy: its output is not the full model's")
+    if all(result.speedup is None for result in results):
+        said.append("nothing to time: every output ended at its first token; ignore_eos goes on after it")
+    return said
+
+
+def benchmark_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
+    """One row a result; a column in which nothing applies is left out."""
+    columns: dict[str, list[str]] = {
+        "strategy": [result.strategy for result in results],
+        "exit": [_figure(result.exit_layer, "{}") for result in results],
+        "drafts": [_figure(result.num_draft_tokens, "{}") for result in results],
+        "tok/s": [_figure(result.tokens_per_second, "{:.1f}") for result in results],
+        "speedup": [_figure(result.speedup, "{:.2f}x") for result in results],
+        "min to max": [_span(result) for result in results],
+        "predicted": [_figure(result.predicted_speedup, "{:.2f}x") for result in results],
+        "error": [_figure(result.prediction_error, "{:+.0%}") for result in results],
+        "/generate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
+        "/its early exit": [_figure(result.speedup_vs_transformers_early_exit, "{:.2f}x") for result in results],
+        "acceptance": [_figure(result.acceptance_rate, "{:.1%}") for result in results],
+        "tokens/round": [_figure(result.mean_tokens_per_round, "{:.2f}") for result in results],
+        "identical": [f"{result.identical_to_autoregressive:.0%}" for result in results],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {_ABSENT}}
+    return Table(title, tuple(shown), list(zip(*shown.values(), strict=True)))
+
+
+def _span(result: BenchmarkResult) -> str:
+    if result.speedup_min is None:
+        return _ABSENT
+    return f"{result.speedup_min:.2f} to {result.speedup_max:.2f}"
+
+
+def _figure(value: float | None, style: str) -> str:
+    return _ABSENT if value is None else style.format(value)
+
+
+def write_report(document: Mapping[str, Any], figure: Figure, output: Path) -> Path:
+    """Write the document to `output` and the figure beside it, each whole or not at all; the figure's path."""
+    picture = output.with_suffix(".png")
+    for path in (output, picture):
+        part = path.with_name(f"{path.name}.part")
+        if path == output:
+            part.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", "utf-8")
+        else:
+            figure.savefig(part, format="png", dpi=150)
+        part.replace(path)
+    return picture

@@ -1,0 +1,161 @@
+"""How often each exit would have drafted the full model's own output, and what every draft length would make of it.
+
+A greedy self-speculative decoder drafts along the output it settles on, so one teacher-forced pass over that output
+tells, for every exit at once, which drafts it accepts: its rounds follow without decoding again.
+
+Shape legend: `T` tokens of prompt and output, `N` new tokens after the first, `C` positions of a chunk, `D` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from app.decoding.engine import decode
+from app.decoding.settings import DecodingSettings
+from app.protocols import ExitableDecoder
+
+_LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
+
+
+class Rounds(NamedTuple):
+    """What draft-and-verify rounds came to."""
+
+    rounds: int
+    drafted: int
+    accepted: int
+
+    def __add__(self, other: object) -> Rounds:  # as sums, not as tuples
+        """Both together."""
+        assert isinstance(other, Rounds)
+        return Rounds(self.rounds + other.rounds, self.drafted + other.drafted, self.accepted + other.accepted)
+
+
+def simulate_rounds(matches: Sequence[bool], num_draft_tokens: int, *, budget: int | None = None) -> Rounds:
+    """Rounds of greedy self-speculative decoding whose output is known, without decoding.
+
+    With t tokens settled a round drafts the next min(d, budget - t - 1), of which the consecutive matches from t on
+    are accepted and then one token more is settled. Rounds and accepted drafts are exact. Drafted ones are too, unless
+    an exit wrongly drafts an end of sequence: the engine then ends that draft early.
+
+    Args:
+        matches: For each token of the output after the first, whether the exit chooses it as well.
+        num_draft_tokens: d, at least 1.
+        budget: New tokens that were allowed; by default the output used them all, that is it did not end by itself.
+    """
+    num_tokens = len(matches) + 1
+    budget = num_tokens if budget is None else budget
+    settled, total = 1, Rounds(0, 0, 0)
+    while settled < num_tokens:
+        limit = min(num_draft_tokens, budget - settled - 1)
+        ahead = matches[settled - 1 : settled - 1 + limit]
+        accepted = next((i for i, match in enumerate(ahead) if not match), len(ahead))
+        ended = settled + accepted == num_tokens  # the end of sequence was drafted, and nothing after it
+        total += Rounds(1, accepted if ended else limit, accepted)
+        settled += accepted + 1
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAgreement:
+    """Agreement of every exit with the full model's greedy outputs.
+
+    The first token of an output comes with the prompt's pass; no draft can be for it, so it is left out here.
+
+    Attributes:
+        num_layers: L.
+        outputs: New tokens of each prompt.
+        budgets: New tokens that were allowed for each.
+        matches: Of each exit 1..L, for each prompt, whether it chooses each output token after the first. At L this
+            compares one pass over all positions with one-token passes: all true in float32, up to rounding.
+    """
+
+    num_layers: int
+    outputs: list[list[int]]
+    budgets: list[int]
+    matches: dict[int, list[list[bool]]]
+
+    @property
+    def num_positions(self) -> int:
+        """Output tokens that a draft could have been for."""
+        return sum(max(len(output) - 1, 0) for output in self.outputs)
+
+    def agreement(self, exit_layer: int) -> float:
+        """Share of those that the exit chooses as well; there must be some."""
+        return sum(map(sum, self.matches[exit_layer])) / self.num_positions
+
+    def rounds(self, exit_layer: int, num_draft_tokens: int) -> Rounds:
+        """What self-speculative decoding of all prompts from this exit comes to."""
+        pairs = zip(self.matches[exit_layer], self.budgets, strict=True)
+        return sum(
+            (simulate_rounds(matches, num_draft_tokens, budget=budget) for matches, budget in pairs), Rounds(0, 0, 0)
+        )
+
+    @property
+    def mean_saturation_layer(self) -> float:
+        """Mean over the tokens of the first exit from which on all exits choose them (LayerSkip, Fig. 2a)."""
+        needed = 0
+        for by_exit in zip(*(self.matches[exit_layer] for exit_layer in range(1, self.num_layers)), strict=True):
+            for token_matches in zip(*by_exit, strict=True):
+                last_miss = max((i for i, match in enumerate(token_matches, start=1) if not match), default=0)
+                needed += last_miss + 1
+        return needed / self.num_positions
+
+
+def measure_layer_agreement(
+    decoder: ExitableDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int] = (),
+    time_limit_seconds: float = float("inf"),
+    on_prompt: Callable[[int], None] | None = None,
+) -> LayerAgreement:
+    """Decode every prompt greedily with the full model, then look at every exit in one pass over each output.
+
+    Args:
+        decoder: In eval mode.
+        prompts: At least one; token ids.
+        max_new_tokens: Of each output, at least 2.
+        eos_token_ids: End an output.
+        time_limit_seconds: No prompt is started after this; the first is always used.
+        on_prompt: Called with the number of prompts that are done.
+    """
+    started = perf_counter()
+    settings = DecodingSettings(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos_token_ids))
+    outputs: list[list[int]] = []
+    matches: dict[int, list[list[bool]]] = {exit_layer: [] for exit_layer in range(1, decoder.num_layers + 1)}
+    for prompt in prompts:
+        outputs.append(decode(decoder, prompt, strategy="autoregressive", settings=settings).tokens)
+        for exit_layer, same in _matches(decoder, prompt, outputs[-1]).items():
+            matches[exit_layer].append(same)
+        if on_prompt is not None:
+            on_prompt(len(outputs))
+        if perf_counter() - started > time_limit_seconds:
+            break
+    budgets = [min(max_new_tokens, decoder.max_length - len(prompt)) for prompt in prompts[: len(outputs)]]
+    return LayerAgreement(num_layers=decoder.num_layers, outputs=outputs, budgets=budgets, matches=matches)
+
+
+@torch.no_grad()
+def _matches(decoder: ExitableDecoder, prompt: Sequence[int], output: Sequence[int]) -> dict[int, list[bool]]:
+    """For every exit, whether it chooses each output token after the first, given all tokens before it."""
+    tokens_1T = torch.tensor([[*prompt, *output[:-1]]], device=decoder.device)
+    wanted_N = torch.tensor(output[1:], device=decoder.device)
+    cache = decoder.new_cache(batch_size=1, capacity=tokens_1T.shape[1])
+    hidden_1TD, found = decoder.embed(tokens_1T), {}
+    for exit_layer in range(1, decoder.num_layers + 1):
+        hidden_1TD = decoder.run_blocks(hidden_1TD, start=exit_layer - 1, stop=exit_layer, cache=cache)
+        found[exit_layer] = _choices(decoder, hidden_1TD[:, len(prompt) :]).eq(wanted_N).tolist()
+    return found
+
+
+def _choices(decoder: ExitableDecoder, hidden_1ND: Tensor) -> Tensor:
+    """The most probable token [N] after each position; logits exist for one chunk of positions at a time."""
+    chunks_1CD = torch.split(hidden_1ND, max(1, _LOGITS_PER_CHUNK // decoder.vocab_size), dim=1)
+    return torch.cat([decoder.unembed(chunk_1CD).argmax(-1)[0] for chunk_1CD in chunks_1CD])

@@ -1,0 +1,205 @@
+"""What the cost model's symbols are worth on this machine: timed on a live decoder, alternating, medians.
+
+The method's cost model (`app.decoding.cost_model`) counts in blocks at one token: L blocks, a head of H, a share k for
+every further position of a pass, an overhead for every draft-and-verify round. Here is how each is measured.
+
+Shape legend: `B` sequences, `T` prompt tokens, `S` positions of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean, median
+from time import perf_counter
+from typing import TypeVar
+
+import torch
+
+from app.decoding.cost_model import CostModel
+from app.decoding.drafters import FullModel
+from app.decoding.engine import decode_batch
+from app.decoding.settings import DecodingSettings
+from app.decoding.strategies import Strategy
+from app.errors import check_range
+from app.protocols import ExitableDecoder
+
+_TIMED_TOKENS = 3  # of every decoding, after the first token: one to three rounds
+
+Clock = Callable[[], float]
+Setting = tuple[int, int]  # exit_layer, num_draft_tokens
+_Key = TypeVar("_Key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCosts:
+    """Costs of decoding steps at one batch size and context length.
+
+    Attributes:
+        block_seconds: One block over one token of each sequence.
+        head: H, in blocks: what a step costs beside its blocks, that is embedding, final norm, LM head and choosing.
+        extra_token: k, what each further position costs in a pass, as a share of the pass over one.
+        overhead: What a draft-and-verify round costs beside its passes, in blocks.
+    """
+
+    block_seconds: float
+    head: float
+    extra_token: float
+    overhead: float
+
+    def cost_model(self, *, num_layers: int, exit_layer: int) -> CostModel:
+        """Of self-speculative decoding from this exit."""
+        return CostModel.self_speculative(
+            num_layers=num_layers,
+            exit_layer=exit_layer,
+            head=self.head,
+            extra_token=self.extra_token,
+            overhead=self.overhead,
+        )
+
+
+def measure_step_costs(
+    decoder: ExitableDecoder,
+    *,
+    batch_size: int = 1,
+    context_length: int = 128,
+    max_positions: int = 9,
+    repeats: int = 5,
+    clock: Clock = perf_counter,
+) -> StepCosts:
+    """Time steps, passes and rounds on a prompt of random tokens; each repeat times everything once, in turn.
+
+    With `t` the median seconds of a step of the engine, of full decoding t(L) and of early exit t(1):
+
+        block_seconds = (t(L) - t(1)) / (L - 1)        what a step costs whatever its blocks cancels out
+        H             = t(L) / block_seconds - L
+        k             = sum_S (S-1) (p(S)/p(1) - 1) / sum_S (S-1)^2     p(S): all blocks and the head over S positions
+        overhead      = mean over some (E, d) of round(E, d) / block_seconds - C(E, d), at least 0
+
+    where C(E, d) is the cost model's round without overhead. A pass over many positions that is not linear in them
+    therefore shows in the overhead, which makes the model right on average for the rounds that were timed.
+
+    Args:
+        decoder: In eval mode, with at least two blocks.
+        batch_size: Sequences decoded together, at least 1.
+        context_length: Tokens of the prompt, at least 1; fewer where the model's context is short.
+        max_positions: Most positions of a pass, at least 3 and at most half the model's context.
+        repeats: Measurements of each, at least 1; one more comes before them and does not count.
+        clock: Seconds now; for tests.
+
+    Raises:
+        ConfigError: An argument is out of range, or the model has a single block.
+    """
+    num_layers = decoder.num_layers
+    check_range("num_layers", num_layers, low=2, fix="a single block has no exit to draft from")
+    check_range("batch_size", batch_size, low=1)
+    check_range("context_length", context_length, low=1)
+    check_range("max_positions", max_positions, low=3, high=decoder.max_length // 2)
+    check_range("repeats", repeats, low=1)
+    room = max_positions + _TIMED_TOKENS
+    prompts_BT = torch.randint(
+        decoder.vocab_size,
+        (batch_size, max(1, min(context_length, decoder.max_length - room))),
+        generator=torch.Generator().manual_seed(0),
+    )
+    exits = sorted({max(1, num_layers // 4), max(1, num_layers // 2)})
+    rounds = [(exit_layer, drafts) for exit_layer in exits for drafts in ((max_positions - 1) // 2, max_positions - 1)]
+    timer = _Timer(decoder, prompts_BT.tolist(), clock)
+    steps: dict[int, list[float]] = {1: [], num_layers: []}
+    passes: dict[int, list[float]] = {positions: [] for positions in range(1, max_positions + 1)}
+    timed: dict[Setting, list[float]] = {setting: [] for setting in rounds}
+    for repeat in range(repeats + 1):
+        if repeat == 1:  # the first one warmed up
+            for samples in (*steps.values(), *passes.values(), *timed.values()):
+                samples.clear()
+        for exit_layer, samples in steps.items():
+            samples += timer.steps(exit_layer)
+        for positions, seconds in timer.passes(max_positions).items():
+            passes[positions].append(seconds)
+        for setting, samples in timed.items():
+            samples += timer.rounds(*setting)
+    head_share = decoder.head_size / decoder.block_size
+    return fit_step_costs(_medians(steps), _medians(passes), _medians(timed), head_by_size=head_share)
+
+
+def fit_step_costs(
+    steps: Mapping[int, float], passes: Mapping[int, float], rounds: Mapping[Setting, float], *, head_by_size: float
+) -> StepCosts:
+    """The equations of `measure_step_costs`; no cost comes out negative, whatever the noise.
+
+    Args:
+        steps: Blocks run -> seconds of a decoding step; of the first exit and of the full model.
+        passes: Positions -> seconds of a pass of the full model; more than one.
+        rounds: (exit_layer, num_draft_tokens) -> seconds of a draft-and-verify round; at least one.
+        head_by_size: H by parameter counts, for times so noisy that blocks seem to cost nothing.
+    """
+    num_layers, first = max(steps), min(steps)
+    full = steps[num_layers]
+    block = min((full - steps[first]) / (num_layers - first), full / num_layers)
+    if block <= 0.0:
+        block = full / (num_layers + head_by_size)
+    further = {positions - 1: seconds / passes[1] - 1.0 for positions, seconds in passes.items()}
+    slope = sum(more * share for more, share in further.items()) / sum(more**2 for more in further)
+    costs = StepCosts(block_seconds=block, head=full / block - num_layers, extra_token=max(0.0, slope), overhead=0.0)
+    beyond = [
+        seconds / block - costs.cost_model(num_layers=num_layers, exit_layer=exit_layer).round_cost(drafts)
+        for (exit_layer, drafts), seconds in rounds.items()
+    ]
+    return replace(costs, overhead=max(0.0, fmean(beyond)))
+
+
+class _Timer:
+    """Times what the engine does, on the same prompts each time."""
+
+    def __init__(self, decoder: ExitableDecoder, prompts: list[list[int]], clock: Clock) -> None:
+        self._decoder, self._prompts, self._clock = decoder, prompts, clock
+
+    def steps(self, exit_layer: int) -> list[float]:
+        """Seconds of decoding steps that run `exit_layer` blocks."""
+        if exit_layer == self._decoder.num_layers:
+            return self._decode("autoregressive", None, None)
+        return self._decode("early_exit", exit_layer, None)
+
+    def rounds(self, exit_layer: int, num_draft_tokens: int) -> list[float]:
+        """Seconds of draft-and-verify rounds, all of this many drafts."""
+        return self._decode("self_speculative", exit_layer, num_draft_tokens)
+
+    def _decode(self, strategy: Strategy, exit_layer: int | None, num_draft_tokens: int | None) -> list[float]:
+        """Seconds of each round after the prompt's pass in which the whole batch took part."""
+        settings = DecodingSettings(
+            max_new_tokens=_TIMED_TOKENS + 1 + (num_draft_tokens or 0),  # never so short that a draft is cut
+            stop=lambda tokens, _: len(tokens) if len(tokens) > _TIMED_TOKENS else None,
+            exit_layer=exit_layer,
+            num_draft_tokens=num_draft_tokens,
+        )
+        times: list[list[float]] = [[] for _ in self._prompts]
+        decode_batch(
+            self._decoder,
+            self._prompts,
+            strategy=strategy,
+            settings=settings,
+            on_step=lambda row, _: times[row].append(self._clock()),
+        )
+        together = min(map(len, times))
+        return [after - before for before, after in pairwise(times[0][:together])]
+
+    @torch.no_grad()
+    def passes(self, max_positions: int) -> dict[int, float]:
+        """Seconds of one pass of the full model over 1 to `max_positions` positions after the prompt."""
+        lengths = [len(prompt) for prompt in self._prompts]
+        tokens_BT = torch.tensor(self._prompts, device=self._decoder.device)
+        model = FullModel(self._decoder, batch_size=len(lengths), capacity=lengths[0] + max_positions)
+        model.prefill(tokens_BT, lengths).argmax(-1).tolist()
+        seconds = {}
+        for positions in range(1, max_positions + 1):
+            tokens_BS = tokens_BT[:, :1].expand(-1, positions)
+            started = self._clock()
+            model.verify(tokens_BS).argmax(-1).tolist()  # waits for the device, as a round does
+            seconds[positions] = self._clock() - started
+            model.settle(lengths)
+        return seconds
+
+
+def _medians(samples: Mapping[_Key, Sequence[float]]) -> dict[_Key, float]:
+    return {key: median(values) for key, values in samples.items()}

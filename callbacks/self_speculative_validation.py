@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,8 +19,10 @@ from app.evaluation.decoding_comparison import (
     best_by_speedup,
     compare_decoding,
     comparison_table,
+    pooled,
     table_as_markdown,
 )
+from app.model.parallel import unsharded
 from app.protocols import DecodingHost, PromptOwner, Table, TokenizerOwner
 
 
@@ -27,18 +30,23 @@ class SelfSpeculativeValidation(Callback):
     """At the end of validation, decode fixed held-out prompts with and without early exits, and compare.
 
     Logs acceptance, tokens a round, speeds, speedup and identity of every (exit, drafts) setting, and those of the
-    fastest setting under the bare names. Every rank measures the same; rank zero logs. Training is not touched: no
-    randomness is used, the cache is its own, and the mode of every submodule is put back. Weights are used as they
-    are stored, without autocast.
+    fastest setting under the bare names. Training is not touched: no randomness is used, the cache is its own, and the
+    mode of every submodule is put back. Weights are used as they are stored, without autocast; under FSDP2 they are
+    gathered once for all prompts, in its compute dtype.
+
+    Ranks share the prompts out: rank r of W decodes prompts r, r + W, ..., and stops at the time limit by itself.
+    Their counts and times are then summed, and every rank logs the same figures, of all prompts; a speed is that of
+    one rank decoding alone. If decoding fails on one rank, all raise. A rank that dies, or fails while weights are
+    gathered, leaves the others in a collective: gloo ends it at once, NCCL after the process group's timeout.
 
     Args:
         every_n_validations: Measure at every n-th validation of a fit, at least 1; `validate` always measures.
         exit_layers: Exits to draft from, each 1..num_layers-1.
         num_draft_tokens: Draft lengths, each at least 1; every exit is measured with every length.
-        num_prompts: Prompts from the datamodule, at least 1.
+        num_prompts: Prompts from the datamodule, of all ranks together, at least 1; one for each rank keeps all busy.
         prompt_length: Tokens in each prompt, at least 1.
         max_new_tokens: Tokens decoded for each prompt, at least 2; the tokenizer's end-of-sequence token ends it.
-        time_limit_seconds: No further prompt is started after this; the first is always measured.
+        time_limit_seconds: A rank starts no further prompt after this; its first is always measured.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class SelfSpeculativeValidation(Callback):
         self.time_limit_seconds = time_limit_seconds
         self._validations = 0  # of all fits, sanity checks not counted
         self._latest: list[DecodingComparison] = []
+        self._num_ranks = 1  # that measured them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module or datamodule this cannot work with, before anything runs."""
@@ -85,29 +94,50 @@ class SelfSpeculativeValidation(Callback):
         """Measure, keep the results and log them, when it is time."""
         if not self._is_due(trainer):
             return
+        failure: Exception | None = None
+        own: list[DecodingComparison] | str
+        try:
+            own = self._measure(trainer, pl_module)
+        except Exception as error:  # first tell the other ranks, which would wait for ever
+            failure, own = error, f"{type(error).__name__}: {error}"
+        parts = _from_all_ranks(trainer, own)
+        if failure is not None:
+            raise failure
+        if errors := {rank: part for rank, part in enumerate(parts) if isinstance(part, str)}:
+            raise RuntimeError(f"decoding in validation failed on other ranks: {errors}")
+        self._latest, self._num_ranks = pooled([part for part in parts if not isinstance(part, str)]), len(parts)
+        pl_module.log_dict(_metrics(self._latest), sync_dist=True)  # the same on all ranks already
+        if trainer.is_global_zero and (table := self.report()):
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text("decode/self_speculative", table_as_markdown(table), trainer.global_step)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[DecodingComparison]:
+        """This rank's prompts; empty if there are none."""
         datamodule = _datamodule(trainer)
         assert isinstance(pl_module, DecodingHost)  # checked in setup, both
         assert isinstance(datamodule, PromptOwner)
-        with _eval_mode(pl_module):
-            self._latest = compare_decoding(
+        with unsharded(pl_module), _eval_mode(pl_module):  # also where no prompt is left: all ranks gather together
+            prompts = datamodule.validation_prompts(self.num_prompts, self.prompt_length)
+            own_prompts = prompts[trainer.global_rank :: trainer.world_size]
+            if prompts and not own_prompts:
+                return []
+            return compare_decoding(
                 pl_module.exitable_decoder(),
-                datamodule.validation_prompts(self.num_prompts, self.prompt_length),
+                own_prompts,
                 exit_layers=self.exit_layers,
                 num_draft_tokens=self.num_draft_tokens,
                 max_new_tokens=self.max_new_tokens,
                 eos_token_ids=_eos_token_ids(datamodule),
                 time_limit_seconds=self.time_limit_seconds,
             )
-        if trainer.is_global_zero:
-            pl_module.log_dict(_metrics(self._latest), rank_zero_only=True)
-            text = table_as_markdown(comparison_table(self._latest))
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text("decode/self_speculative", text, trainer.global_step)
 
     def report(self) -> Table | None:
-        """The latest measurement."""
-        return comparison_table(self._latest) if self._latest else None
+        """The latest measurement, of all ranks."""
+        if not self._latest:
+            return None
+        table = comparison_table(self._latest)
+        return table._replace(title=f"{table.title} on {self._num_ranks} ranks") if self._num_ranks > 1 else table
 
     def state_dict(self) -> dict[str, Any]:
         """The number of validations so far, so that a resumed run keeps its rhythm."""
@@ -135,6 +165,15 @@ def _eos_token_ids(datamodule: object) -> tuple[int, ...]:
     """The tokenizer's end-of-sequence id, if the datamodule has a tokenizer and that has one."""
     eos = datamodule.tokenizer.eos_token_id if isinstance(datamodule, TokenizerOwner) else None
     return () if eos is None else (eos,)
+
+
+def _from_all_ranks(trainer: Trainer, own: list[DecodingComparison] | str) -> list[list[DecodingComparison] | str]:
+    """What every rank has to say, by rank."""
+    if trainer.world_size == 1:
+        return [own]
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, own)
+    return gathered
 
 
 @contextmanager

@@ -90,6 +90,7 @@ def test_every_setting_and_the_fastest_are_logged_and_reported(tmp_path: Path) -
     table = callback.report()
     assert table is not None
     assert [row[:2] for row in table.rows] == [("1", "2"), ("2", "2")]
+    assert table.title.endswith(", 2 prompts")  # and no ranks
 
 
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path) -> None:
@@ -192,6 +193,15 @@ def test_a_datamodule_without_prompts_is_refused_before_anything_runs(tmp_path: 
         trainer.fit(
             _Module(), train_dataloaders=_Prompts().train_dataloader(), val_dataloaders=_Prompts().val_dataloader()
         )
+
+
+def test_a_datamodule_that_has_no_prompt_to_offer_is_refused(tmp_path: Path) -> None:
+    class Empty(_Prompts):
+        def validation_prompts(self, count: int, length: int) -> list[list[int]]:
+            return []
+
+    with pytest.raises(ConfigError, match="0 prompts"):
+        _trainer(tmp_path, _callback()).validate(_Module(), datamodule=Empty(), verbose=False)
 
 
 def test_an_exit_that_cannot_draft_is_refused_in_setup(tmp_path: Path) -> None:

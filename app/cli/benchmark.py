@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
@@ -101,8 +102,8 @@ def benchmark(
     asked = {"model": model, "prompts": prompts, "limit": limit, "draft_model": draft_model, "ignore_eos": ignore_eos}
     document = report_document(results, costs=measured.costs, environment=where, settings=asked | asdict(settings))
     title = (
-        f"{model}: {len(tokens)} prompts of {prompts}, up to {max_new_tokens} tokens each, {where['dtype']},"
-        f" batch size {batch_size}, median of {repeats}"
+        f"{Path(model).name}: {len(tokens)} prompts of {Path(prompts).name}, at most {max_new_tokens} new tokens each,"
+        f" {where['dtype']}, batch size {batch_size}, median of {repeats}"
     )
     figure = write_report(document, benchmark_figure(results, title=title), file)
     print_table(benchmark_table(results, title=title), width=_WIDTH)

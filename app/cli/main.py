@@ -17,6 +17,7 @@ VERBS = {
     "benchmark": ("app.cli.benchmark", "Time every way to decode the same prompts, transformers' own included."),
     "export": ("app.cli.export", "Write a model as a Hugging Face directory, which plain transformers loads."),
     "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with a model."),
+    "targets": ("app.cli.targets", "Measure the performance targets this project sets itself (make bench)."),
 }
 
 

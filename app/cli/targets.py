@@ -62,7 +62,9 @@ def measure_targets(
         report_path = folder / f"{name}.json"
         command = ["layerskip", "benchmark", *options, "--output", str(report_path)]
         print(f"\n$ {shlex.join(command)}", flush=True)
-        subprocess.run([sys.executable, "-m", "app", *command[1:]], check=True)  # noqa: S603
+        status = subprocess.run([sys.executable, "-m", "app", *command[1:]], check=False).returncode  # noqa: S603
+        if status:
+            sys.exit(status)
         report = json.loads(report_path.read_text("utf-8"))
         for target, (threshold, value_of) in TARGETS.items():
             if (value := value_of(report["results"])) is not None:
@@ -102,6 +104,6 @@ def _pretrained_model() -> Path | None:
 
 def run() -> None:
     """Parse and run."""
-    parser = VerbParser(prog="python -m app targets", description=(measure_targets.__doc__ or "").splitlines()[0])
+    parser = VerbParser(prog="layerskip targets", description=(measure_targets.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(measure_targets, as_group=False)
     measure_targets(**parser.parse_args(sys.argv[2:]).as_dict())

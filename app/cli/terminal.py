@@ -137,9 +137,9 @@ def summary(batches: Sequence[Sequence[DecodingResult]]) -> str:
     parts = [f"{sum(result.num_tokens for result in results)} tokens"]
     if len(results) > 1:
         parts.insert(0, f"{len(results)} prompts")
-        parts += [f"{count} stopped by {reason}" for reason, count in stops.most_common()]
-    else:
-        parts += [f"stopped by {reason}" for reason in stops]
+    for reason, count in stops.most_common():
+        end = reason if reason == "interrupted" else f"stopped by {reason}"
+        parts.append(end if len(results) == 1 else f"{count} {end}")
     if decoded:
         parts.append(f"{decoded / seconds:.1f} tokens/s after the first")
     if drafted:

@@ -51,10 +51,13 @@ def accept_sampled(
     accepted = keep_T.long().cumprod(0).sum()
 
     # After a rejection norm(max(0, target - draft)). A bonus is the same against a draft that proposed nothing.
-    residual_V = (target_probs_SV[accepted] - pad(draft_probs_TV, (0, 0, 0, 1))[accepted]).clamp(min=0.0)
+    # index_select, for indexing with a tensor would wait for the device to know the number.
+    target_V = target_probs_SV.index_select(0, accepted[None])[0]
+    draft_V = pad(draft_probs_TV, (0, 0, 0, 1)).index_select(0, accepted[None])[0]
+    residual_V = (target_V - draft_V).clamp(min=0.0)
     mass = residual_V.sum()
     # Equal laws leave no residual; rounding alone can then reject, and the target itself is the right law.
-    return accepted, torch.where(mass > 0, residual_V / mass, target_probs_SV[accepted])
+    return accepted, torch.where(mass > 0, residual_V / mass, target_V)
 
 
 class Drafted(NamedTuple):

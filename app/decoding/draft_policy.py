@@ -15,7 +15,7 @@ _PRIOR_WEIGHT = 4.0  # verified tokens that the prior, acceptance = confidence, 
 _WINDOW = 16  # rounds that a judgement looks back on
 _MIN_ROUNDS = 8  # rounds before the first judgement
 _PROBES = 3  # plain rounds timed before drafting is compared with them
-_SUSPICION = 1.3  # an upper bound of the speedup below which plain rounds are timed
+_SUSPICION = 1.3  # a first estimate of the speedup below which more plain rounds are timed
 
 
 class DraftPolicy(Protocol):
@@ -132,10 +132,10 @@ class Pace:
 
     def drafts(self) -> bool:
         """Whether the next round may draft; if not, it is a plain one, for good or to time it."""
-        if self.gave_up:
-            return False
-        suspected = len(self._rounds) >= _MIN_ROUNDS and self._bound() < _SUSPICION
-        return not (self._by_clock and suspected and len(self._plain_seconds) < _PROBES)
+        if self.gave_up or not self._by_clock or len(self._rounds) < _MIN_ROUNDS:
+            return not self.gave_up
+        # One plain round tells where verifying is dear; several, before anything is given up on its account.
+        return len(self._plain_seconds) >= (_PROBES if self._speedup() < _SUSPICION else 1)
 
     def observe(self, *, drafted: float, settled: float, draft_seconds: float, verify_seconds: float) -> None:
         """A round: tokens drafted and settled, a mean over the sequences; time up to and from the last draft."""
@@ -144,20 +144,21 @@ class Pace:
         else:
             self._rounds.append((drafted, settled, draft_seconds, verify_seconds))
         if len(self._rounds) >= _MIN_ROUNDS and not self.gave_up:
-            self.gave_up = self._speedup() < 1.0
+            sure = not self._by_clock or len(self._plain_seconds) >= _PROBES
+            self.gave_up = (self._speedup() if sure else self._bound()) < 1.0
 
     def _speedup(self) -> float:
-        """Of the latest rounds over plain ones; while too few of those were timed, an upper bound of it."""
-        if not self._by_clock or len(self._plain_seconds) < _PROBES:
-            return self._bound()
-        _, settled, draft_seconds, verify_seconds = self._totals()
-        return settled * median(self._plain_seconds) / (draft_seconds + verify_seconds)
-
-    def _bound(self) -> float:
-        """By the clock, taking a plain step to cost as much as verifying all positions of a round does."""
+        """Of the latest rounds over plain ones; while none of those was timed, an upper bound of it."""
         drafted, settled, draft_seconds, verify_seconds = self._totals()
         if not self._by_clock:
             return self._costs.speedup(settled / len(self._rounds), drafted / len(self._rounds))
+        if not self._plain_seconds:
+            return self._bound()
+        return settled * median(self._plain_seconds) / (draft_seconds + verify_seconds)
+
+    def _bound(self) -> float:
+        """The speedup if a plain step cost as much as verifying all positions of a round does; it costs less."""
+        _, settled, draft_seconds, verify_seconds = self._totals()
         return settled / len(self._rounds) * verify_seconds / (draft_seconds + verify_seconds)
 
     def _totals(self) -> Sequence[float]:

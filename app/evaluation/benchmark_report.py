@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -107,8 +108,8 @@ def benchmark_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
         "min to max": [_span(result) for result in results],
         "predicted": [_figure(result.predicted_speedup, "{:.2f}x") for result in results],
         "error": [_figure(result.prediction_error, "{:+.0%}") for result in results],
-        "/generate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
-        "/its early exit": [_figure(result.speedup_vs_transformers_early_exit, "{:.2f}x") for result in results],
+        "vs generate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
+        "vs its early exit": [_figure(result.speedup_vs_transformers_early_exit, "{:.2f}x") for result in results],
         "acceptance": [_figure(result.acceptance_rate, "{:.1%}") for result in results],
         "tokens/round": [_figure(result.mean_tokens_per_round, "{:.2f}") for result in results],
         "identical": [f"{result.identical_to_autoregressive:.0%}" for result in results],
@@ -130,11 +131,11 @@ def _figure(value: float | None, style: str) -> str:
 def write_report(document: Mapping[str, Any], figure: Figure, output: Path) -> Path:
     """Write the document to `output` and the figure beside it, each whole or not at all; the figure's path."""
     picture = output.with_suffix(".png")
-    for path in (output, picture):
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    for path, content in ((output, text.encode()), (picture, image.getvalue())):
         part = path.with_name(f"{path.name}.part")
-        if path == output:
-            part.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", "utf-8")
-        else:
-            figure.savefig(part, format="png", dpi=150)
+        part.write_bytes(content)
         part.replace(path)
     return picture

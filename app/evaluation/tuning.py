@@ -1,30 +1,22 @@
-"""The best (exit, drafts) for these prompts on this machine: predicted for all, measured for a few.
-
-    tokens per round   T(E, d) exactly, from the agreement of exit E with the full model's own outputs
-    speedup            T(E, d) * plain_step / C(E, mean drafts per round), with costs measured here
-
-The cost model's own T(a, d) takes acceptances for independent; on real text they come in runs, so T is counted instead.
-"""
+"""The best (exit, drafts) for these prompts on this machine: predicted for all, measured for a few."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
-from app.decoding.cost_model import CostModel
 from app.decoding.settings import DecodingSettings
 from app.errors import DataError, check_range
 from app.evaluation.alternation import Measurement, alternate, engine_contender
 from app.evaluation.layer_agreement import LayerAgreement, measure_layer_agreement
+from app.evaluation.speedup_prediction import Prediction, choose_diverse, needed_agreement, predict
 from app.evaluation.step_costs import StepCosts, measure_step_costs
 from app.model.decoding_defaults import DecodingDefaults
 from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
 
-_HOPELESS = 0.8  # of the best prediction: what is predicted below is not verified
 _COST_REPEATS = 7
 _SHARE_FOR_OUTPUTS = 0.25  # of the time limit
 
@@ -54,25 +46,6 @@ class TuningSettings:
         check_range("num_verified", self.num_verified, low=1)
         check_range("repeats", self.repeats, low=1)
         check_range("time_limit_seconds", self.time_limit_seconds, low=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What a setting is expected to do for the outputs that were looked at.
-
-    Attributes:
-        exit_layer: Blocks run by a draft.
-        num_draft_tokens: Most tokens drafted in a round.
-        acceptance_rate: Accepted / drafted; None where nothing could be drafted.
-        mean_tokens_per_round: Tokens settled by a round.
-        speedup: Over autoregressive decoding, by the cost model.
-    """
-
-    exit_layer: int
-    num_draft_tokens: int
-    acceptance_rate: float | None
-    mean_tokens_per_round: float
-    speedup: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +119,14 @@ class Tuning:
         measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {best.num_prompts} prompts"
         if self.defaults.strategy == "self_speculative":
             return f"self_speculative, {where}: the fastest of {len(self.verifications)} settings run, {measured}"
-        costs = self.costs.cost_model(num_layers=self.agreement.num_layers, exit_layer=setting.exit_layer)
+        slow = f"autoregressive: even {where}, the fastest of {len(self.verifications)} settings run, {measured}"
+        model = self.costs.cost_model(num_layers=self.agreement.num_layers, exit_layer=setting.exit_layer)
+        agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
+        if agreement >= needed:  # the costs measured apart had promised more
+            return slow
         return (
-            f"autoregressive: even {where}, the fastest of {len(self.verifications)} settings run, {measured}; it"
-            f" agrees with the full model on {self.agreement.agreement(setting.exit_layer):.0%} of the tokens, and one"
-            f" draft a round pays from {needed_agreement(costs):.0%} on"
+            f"{slow}; it agrees with the full model on {agreement:.0%} of the tokens, and one draft a round pays from"
+            f" {needed:.0%} on"
         )
 
 
@@ -199,51 +175,6 @@ def tune(
     lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1]
     verifications = _verify(decoder, lively, chosen, eos_token_ids=eos_token_ids, settings=settings)
     return Tuning(agreement=agreement, costs=costs, predictions=predictions, verifications=verifications)
-
-
-def predict(agreement: LayerAgreement, costs: StepCosts, *, max_draft_tokens: int) -> list[Prediction]:
-    """Every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost."""
-    predictions = []
-    for exit_layer, drafts in product(range(1, agreement.num_layers), range(1, max_draft_tokens + 1)):
-        total = agreement.rounds(exit_layer, drafts)
-        model = costs.cost_model(num_layers=agreement.num_layers, exit_layer=exit_layer)
-        tokens_per_round = agreement.num_positions / total.rounds
-        predictions.append(
-            Prediction(
-                exit_layer=exit_layer,
-                num_draft_tokens=drafts,
-                acceptance_rate=total.accepted / total.drafted if total.drafted else None,
-                mean_tokens_per_round=tokens_per_round,
-                speedup=model.speedup(tokens_per_round, total.drafted / total.rounds),
-            )
-        )
-    return predictions
-
-
-def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers: int) -> list[Prediction]:
-    """The fastest by prediction, without near neighbours of a faster one as long as there are others.
-
-    Near are two settings whose exits differ by at most a twelfth of the blocks (at least one) and whose drafts by at
-    most two: where the prediction errs, it errs for both. What is predicted far below the best is left out.
-    """
-    ranked = sorted(predictions, key=lambda prediction: -prediction.speedup)
-    ranked = [prediction for prediction in ranked if prediction.speedup >= _HOPELESS * ranked[0].speedup]
-    reach = max(1, num_layers // 12)
-    chosen: list[Prediction] = []
-    for prediction in ranked:
-        if not any(
-            abs(prediction.exit_layer - other.exit_layer) <= reach
-            and abs(prediction.num_draft_tokens - other.num_draft_tokens) <= 2
-            for other in chosen
-        ):
-            chosen.append(prediction)
-    chosen += [prediction for prediction in ranked if prediction not in chosen]
-    return sorted(chosen[:count], key=lambda prediction: -prediction.speedup)
-
-
-def needed_agreement(costs: CostModel) -> float:
-    """The acceptance at which one draft a round neither gains nor loses: (1 + a) * plain_step = C(1)."""
-    return costs.round_cost(1) / costs.plain_step - 1.0
 
 
 def _verify(

@@ -28,8 +28,8 @@ def exits_table(tuning: Tuning) -> Table:
     full = f"{agreement.num_layers} (full, one pass)"
     rows.append((full, f"{agreement.agreement(agreement.num_layers):.1%}", "-", "-", "-", "-"))
     title = (
-        f"Exits on {agreement.num_positions} tokens of the model's own output, {len(agreement.outputs)} prompts; the"
-        f" mean saturation layer is {agreement.mean_saturation_layer:.1f}"
+        f"Exits on {agreement.num_positions} tokens of the model's own output ({len(agreement.outputs)} prompts), mean"
+        f" saturation layer {agreement.mean_saturation_layer:.1f}"
     )
     return Table(
         title,

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart baseline test check format clean
+.PHONY: quickstart baseline bench test check format clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,14 @@ baseline: $(INSTALLED)
 	rm -rf runs/quickstart-baseline
 	$(BIN)/layerskip fit --config configs/quickstart.yaml --config configs/variant/baseline.yaml \
 	  --trainer.logger.init_args.name quickstart-baseline
+
+runs/quickstart/checkpoints/last.ckpt:
+	$(MAKE) quickstart
+
+# The performance targets: our engine against transformers' own generate, on SmolLM2-135M and on the quickstart's model.
+bench: $(INSTALLED) runs/quickstart/checkpoints/last.ckpt
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/layerskip targets --trained_model runs/quickstart/checkpoints/last.ckpt --output build/bench.json
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2

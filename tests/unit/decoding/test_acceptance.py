@@ -118,6 +118,47 @@ def test_a_rejection_by_rounding_alone_draws_from_the_target() -> None:
     assert torch.equal(following, law[0])
 
 
+def _accept(drafts: list[int], draft: list[float], target: list[float], uniform: float) -> tuple[int, list[float]]:
+    accepted, law = accept_sampled(
+        torch.tensor(drafts, dtype=torch.long),
+        draft_probs_TV=torch.tensor([draft] * len(drafts)).view(-1, _VOCAB),
+        target_probs_SV=torch.tensor([target] * (len(drafts) + 1)),
+        uniforms_T=torch.full((len(drafts),), uniform),
+    )
+    return int(accepted), law.tolist()
+
+
+_ALMOST_ONE = 1.0 - 2.0**-24  # the largest float32 that torch.rand gives
+
+
+@pytest.mark.parametrize(
+    ("drafts", "draft", "target", "uniform", "expected"),
+    [
+        ([], [0.0] * 4, [0.1, 0.2, 0.3, 0.4], 0.0, (0, [0.1, 0.2, 0.3, 0.4])),  # nothing drafted: a plain step
+        ([1, 1], [0, 1, 0, 0], [0, 1, 0, 0], _ALMOST_ONE, (2, [0, 1, 0, 0])),  # certain and right
+        ([1, 1], [0, 1, 0, 0], [0, 0, 0, 1], 0.0, (0, [0, 0, 0, 1])),  # certain and impossible, even where u is 0
+        ([1], [0, 1, 0, 0], [0.25] * 4, 0.5, (0, [1 / 3, 0, 1 / 3, 1 / 3])),
+        ([1], [0, 1, 0, 0], [0.25] * 4, 0.125, (1, [0.25] * 4)),
+        ([2], [0.25] * 4, [0.25] * 4, _ALMOST_ONE, (1, [0.25] * 4)),  # equal: always kept
+        ([0], [0.5, 0.5, 0, 0], [0.25, 0.75, 0, 0], 0.75, (0, [0, 1, 0, 0])),
+        ([3], [0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], 0.0, (0, [0, 1, 0, 0])),  # outside of the target's support
+    ],
+)
+def test_cases_by_hand(
+    drafts: list[int], draft: list[float], target: list[float], uniform: float, expected: tuple[int, list[float]]
+) -> None:
+    accepted, law = _accept(drafts, draft, target, uniform)
+    assert accepted == expected[0]
+    assert law == pytest.approx(expected[1])
+
+
+def test_a_residual_that_is_next_to_nothing_is_still_a_law() -> None:
+    _, law = _accept([0], [0.5, 0.5 - 1e-7, 0, 0], [0.5 - 1e-7, 0.5, 0, 0], _ALMOST_ONE)
+    assert law == pytest.approx([0, 1, 0, 0], abs=1e-6)
+    _, law = _accept([0], [1.0, 0, 0, 0], [1.0 - 1e-7, 0, 1e-40, 0], _ALMOST_ONE)  # a denormal mass
+    assert sum(law) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     ("drafts", "choices", "expected"),
     [

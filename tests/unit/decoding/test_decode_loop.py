@@ -6,7 +6,6 @@ import logging
 from typing import get_args
 
 import pytest
-import torch
 
 from app.decoding.engine import decode
 from app.decoding.result import DecodingResult, Step
@@ -159,33 +158,3 @@ def test_a_setting_the_strategy_does_not_use_warns(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         _decode(counting_decoder(), [1], "autoregressive", exit_layer=2)
     assert "exit_layer=2 has no effect with strategy autoregressive" in caplog.text
-
-
-def _chi_square(num_samples: int, *, num_draft_tokens: int) -> float:
-    """Of tokens 2..4 after the prompt against the full model's law, through the whole engine; 63 degrees of freedom."""
-    generator = torch.Generator().manual_seed(0)
-    full, exits = torch.randn(2, 4, 4, generator=generator)
-    decoder = FakeDecoder(full, full + exits)
-    settings = DecodingSettings(
-        max_new_tokens=4, exit_layer=1, num_draft_tokens=num_draft_tokens, sampling=SamplingSettings(temperature=1.0)
-    )
-    counts = torch.zeros(4, 4, 4)
-    for _ in range(num_samples):
-        result = decode(decoder, [0], strategy="self_speculative", settings=settings, generator=generator)
-        counts[tuple(result.tokens[1:])] += 1
-    law = full.softmax(-1)
-    start = law[0] @ torch.eye(4)
-    expected = num_samples * torch.einsum("a,ab,bc,cd->bcd", start, law, law, law)
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-def test_sampled_self_speculation_passes_a_chi_square_test_against_the_full_models_law() -> None:
-    assert _chi_square(1500, num_draft_tokens=2) < 103.4  # the 0.999 quantile of chi-square with 63 degrees
-
-
-def test_the_chi_square_test_notices_drafts_that_are_always_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def keep_all(drafts_T, *, target_probs_SV, **_):  # type: ignore[no-untyped-def]
-        return torch.tensor(len(drafts_T)), target_probs_SV[-1]
-
-    monkeypatch.setattr("app.decoding.acceptance.accept_sampled", keep_all)
-    assert _chi_square(500, num_draft_tokens=2) > 200

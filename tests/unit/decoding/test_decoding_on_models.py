@@ -1,126 +1,87 @@
-"""Decoding of tiny random models in fp32, against the plain model recomputed for every token."""
+"""Decoding of tiny random models in fp32: what greedy equality and batches do not show."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from app.decoding.engine import decode
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
-from app.model.kv_cache import KeyValueCache
 from app.model.spans import SpanDecoder
 from tests.support.slow_twins import greedy_by_recomputation
-from tests.support.tiny_models import tiny_llama
+from tests.unit.decoding.model_zoo import CONTEXT, NAMES, build, continuation, decoder_named, model_named, prompt_of
 
-_NEW_TOKENS = 16
-
-
-def _disagreeing_llama(**config: object) -> LlamaForCausalLM:
-    """A random model, whose exits rarely agree with it. Untied: tied random models repeat one token for ever."""
-    return tiny_llama(seed=1, tied=False, **config)
+_NAME = "llama whose exits agree"
+_NUM_TOKENS = 24
 
 
-def _agreeing_llama(**config: object) -> LlamaForCausalLM:
-    """The same, but blocks after the first add little, so that exits often agree with it."""
-    model = _disagreeing_llama(**config)
-    with torch.no_grad():
-        for layer in model.model.layers[1:]:
-            layer.self_attn.o_proj.weight.mul_(0.1)
-            layer.mlp.down_proj.weight.mul_(0.1)
-    return model
+def _speculate(decoder: SpanDecoder, prompt: list[int], **changed: object) -> DecodingResult:
+    chosen = {"max_new_tokens": _NUM_TOKENS, "exit_layer": 1, "num_draft_tokens": 4} | changed
+    return decode(decoder, prompt, strategy="self_speculative", settings=DecodingSettings(**chosen))  # type: ignore[arg-type]
 
 
-def _prompt(length: int) -> list[int]:
-    return torch.randint(0, 61, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-
-
-def _speculate(model: LlamaForCausalLM, prompt: list[int], exit_layer: int, drafts: int) -> DecodingResult:
-    settings = DecodingSettings(max_new_tokens=_NEW_TOKENS, exit_layer=exit_layer, num_draft_tokens=drafts)
-    return decode(SpanDecoder(model), prompt, strategy="self_speculative", settings=settings)
-
-
-@pytest.mark.parametrize("prompt_length", [1, 2, 17])
-@pytest.mark.parametrize("build", [_agreeing_llama, _disagreeing_llama], ids=["exits agree", "exits rarely agree"])
-def test_greedy_self_speculation_equals_recomputation_for_every_exit_and_draft_length(
-    build: Callable[..., LlamaForCausalLM], prompt_length: int
-) -> None:
-    model, prompt = build(num_layers=3), _prompt(prompt_length)
-    expected = greedy_by_recomputation(model, prompt, max_new_tokens=_NEW_TOKENS)
-    settings = DecodingSettings(max_new_tokens=_NEW_TOKENS)
-    assert decode(SpanDecoder(model), prompt, strategy="autoregressive", settings=settings).tokens == expected
-    for exit_layer in (1, 2):
-        for drafts in range(1, 9):
-            assert _speculate(model, prompt, exit_layer, drafts).tokens == expected, (exit_layer, drafts)
-
-
-def test_the_comparison_notices_rejected_drafts_left_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompt = _disagreeing_llama(num_layers=3), _prompt(17)
-    monkeypatch.setattr(KeyValueCache, "truncate", lambda self, lengths: None)
-    assert _speculate(model, prompt, 1, 3).tokens != greedy_by_recomputation(model, prompt, max_new_tokens=_NEW_TOKENS)
-
-
-def test_the_two_models_exercise_full_partial_and_zero_accepts_on_varied_text() -> None:
-    kept: dict[int, set[int]] = {}  # drafted in a round -> numbers of them kept
-    for build in (_agreeing_llama, _disagreeing_llama):
-        result = _speculate(build(num_layers=3), _prompt(17), 1, 3)
-        for step in result.steps:
-            kept.setdefault(step.drafted, set()).add(step.accepted)
-        assert len(set(result.tokens)) > 5
-    assert {0, 1, 3} <= kept[3], kept
-
-
-def test_a_deeper_model_agrees_at_every_exit() -> None:
-    model, prompt = _agreeing_llama(num_layers=4), _prompt(9)
-    expected = greedy_by_recomputation(model, prompt, max_new_tokens=_NEW_TOKENS)
-    for exit_layer in (1, 2, 3):
-        assert _speculate(model, prompt, exit_layer, 4).tokens == expected
-
-
-def test_early_exit_decoding_equals_recomputation_at_that_exit_and_differs_from_the_full_model() -> None:
-    model, prompt = _disagreeing_llama(num_layers=3), _prompt(9)
+@pytest.mark.parametrize("name", NAMES)
+def test_early_exit_decoding_equals_recomputation_at_that_exit(name: str) -> None:
+    model, decoder, prompt = model_named(name), decoder_named(name), prompt_of(9)
+    decoder.limit = CONTEXT
     outputs = []
-    for exit_layer in (1, 2, 3):
-        settings = DecodingSettings(max_new_tokens=_NEW_TOKENS, exit_layer=exit_layer)
-        outputs.append(decode(SpanDecoder(model), prompt, strategy="early_exit", settings=settings).tokens)
-        assert outputs[-1] == greedy_by_recomputation(model, prompt, max_new_tokens=_NEW_TOKENS, exit_layer=exit_layer)
-    assert outputs[0] != outputs[2]
+    for exit_layer in range(1, decoder.num_layers + 1):
+        settings = DecodingSettings(max_new_tokens=12, exit_layer=exit_layer)
+        outputs.append(decode(decoder, prompt, strategy="early_exit", settings=settings).tokens)
+        twin = greedy_by_recomputation(model, prompt, max_new_tokens=12, exit_layer=exit_layer, least_gap=1e-3)
+        assert outputs[-1][: len(twin)] == twin
+    assert outputs[0] != outputs[-1]
 
 
-def test_each_generated_token_as_eos_ends_both_ways_of_decoding_alike() -> None:
-    model, prompt = _agreeing_llama(num_layers=3), _prompt(5)
-    whole = greedy_by_recomputation(model, prompt, max_new_tokens=_NEW_TOKENS)
+def test_each_generated_token_as_eos_ends_decoding_where_it_first_comes() -> None:
+    decoder, whole = decoder_named(_NAME), continuation(_NAME, 5, _NUM_TOKENS)
+    decoder.limit = CONTEXT
     for eos in set(whole):
-        expected = whole[: whole.index(eos) + 1]
-        settings = DecodingSettings(max_new_tokens=_NEW_TOKENS, exit_layer=1, num_draft_tokens=4, eos_token_ids=(eos,))
-        result = decode(SpanDecoder(model), prompt, strategy="self_speculative", settings=settings)
-        assert (result.tokens, result.stop_reason) == (expected, "eos")
+        result = _speculate(decoder, prompt_of(5), eos_token_ids=(eos,))
+        assert (result.tokens, result.stop_reason) == (whole[: whole.index(eos) + 1], "eos")
 
 
-def test_the_end_of_the_context_is_reached_exactly() -> None:
-    model, prompt = _agreeing_llama(num_layers=3, max_length=20), _prompt(9)
-    settings = DecodingSettings(max_new_tokens=100, exit_layer=1, num_draft_tokens=8)
-    result = decode(SpanDecoder(model), prompt, strategy="self_speculative", settings=settings)
-    assert result.tokens == greedy_by_recomputation(model, prompt, max_new_tokens=11)
-    assert result.stop_reason == "context_length"
+def test_a_cache_that_must_grow_again_and_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.decoding.engine._RESERVE", 1)
+    monkeypatch.setattr("app.model.kv_cache._GROWTH", 1)
+    decoder = decoder_named(_NAME)
+    decoder.limit = CONTEXT
+    assert _speculate(decoder, prompt_of(1)).tokens == continuation(_NAME, 1, _NUM_TOKENS)
+
+
+def test_a_decoder_sees_weights_that_change_under_it() -> None:
+    model = copy.deepcopy(model_named(_NAME))
+    decoder, prompt = SpanDecoder(model), prompt_of(9)
+    before = _speculate(decoder, prompt).tokens
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-0.9)
+    after = _speculate(decoder, prompt).tokens
+    assert before != after == greedy_by_recomputation(model, prompt, max_new_tokens=_NUM_TOKENS)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.enable_grad])
+def test_the_callers_gradient_mode_does_not_matter(context: Callable[[], torch.no_grad]) -> None:
+    decoder = SpanDecoder(copy.deepcopy(model_named(_NAME)))
+    with context():
+        assert _speculate(decoder, prompt_of(17)).tokens == continuation(_NAME, 17, _NUM_TOKENS)
+    assert _speculate(decoder, prompt_of(17)).tokens == continuation(_NAME, 17, _NUM_TOKENS)
 
 
 def test_sampling_is_a_function_of_the_generator_and_leaves_the_global_one_alone() -> None:
-    decoder, before = SpanDecoder(_agreeing_llama(num_layers=3)), torch.get_rng_state()
-    settings = DecodingSettings(
-        max_new_tokens=_NEW_TOKENS,
-        exit_layer=1,
-        num_draft_tokens=3,
-        sampling=SamplingSettings(temperature=1.0, top_k=20, top_p=0.95),
-    )
+    decoder, before = decoder_named(_NAME), torch.get_rng_state()
+    decoder.limit = CONTEXT
+    sampling = SamplingSettings(temperature=1.0, top_k=20, top_p=0.95, min_p=0.01)
+    settings = DecodingSettings(max_new_tokens=_NUM_TOKENS, exit_layer=1, num_draft_tokens=3, sampling=sampling)
     first, again, other = (
         decode(
             decoder,
-            _prompt(5),
+            prompt_of(5),
             strategy="self_speculative",
             settings=settings,
             generator=torch.Generator().manual_seed(seed),
@@ -132,7 +93,7 @@ def test_sampling_is_a_function_of_the_generator_and_leaves_the_global_one_alone
 
 
 def test_decoding_leaves_no_gradient_and_no_inference_tensor_behind() -> None:
-    model = _disagreeing_llama(num_layers=3)
-    _speculate(model, _prompt(5), 1, 3)
+    model = build("llama", num_layers=3)
+    _speculate(SpanDecoder(model), prompt_of(5))
     assert all(p.grad is None and not p.is_inference() for p in model.parameters())
-    model(torch.tensor([_prompt(5)])).logits.sum().backward()
+    model(torch.tensor([prompt_of(5)])).logits.sum().backward()

@@ -4,20 +4,86 @@ import logging
 
 import pytest
 import torch
+from torch import Tensor
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from app.decoding.sampling import SamplingSettings, probabilities
+from app.decoding.sampling import SamplingSettings, draw, probabilities
 from app.errors import ConfigError
 from tests.support.slow_twins import law_by_sorting
+
+
+def _logits(rows: int, vocab: int, *, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [None, 1, 3, 100])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
-def test_probabilities_equal_a_plain_python_reference(temperature: float, top_k: int | None, top_p: float) -> None:
-    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
-    settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p)
-    expected = [law_by_sorting(row, temperature=temperature, top_k=top_k, top_p=top_p) for row in logits.tolist()]
-    torch.testing.assert_close(probabilities(logits, settings=settings), torch.tensor(expected, dtype=torch.float64))
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.3, 1.0])
+def test_probabilities_equal_a_plain_python_reference(
+    temperature: float, top_k: int | None, top_p: float, min_p: float
+) -> None:
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    logits = _logits(5, 11)
+    expected = [law_by_sorting(row, **chosen) for row in logits.tolist()]  # type: ignore[arg-type]
+    ours = probabilities(logits, settings=SamplingSettings(**chosen))  # type: ignore[arg-type]
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
+
+
+def _by_transformers(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float, min_p: float) -> Tensor:
+    """The warpers that `generate` chains for these settings, in its order."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p > 0.0:
+        warpers.append(MinPLogitsWarper(min_p))
+    return warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits).softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 100])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
+def test_laws_are_those_of_transformers_generate(
+    temperature: float, top_k: int | None, top_p: float, min_p: float
+) -> None:
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    logits = _logits(40, 31, seed=1).float()
+    logits[:, 7] = -torch.inf  # as a processor may leave it
+    ours = probabilities(logits, settings=SamplingSettings(**chosen))  # type: ignore[arg-type]
+    torch.testing.assert_close(ours, _by_transformers(logits, **chosen), rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_the_comparison_with_transformers_notices_min_p_before_temperature() -> None:
+    logits = _logits(40, 31, seed=1).float()
+    other = MinPLogitsWarper(0.05)(torch.zeros(40, 1, dtype=torch.long), logits)
+    ours = probabilities(logits, settings=SamplingSettings(temperature=2.5, min_p=0.05))
+    assert not torch.allclose(ours, (other / 2.5).softmax(-1), atol=1e-3)
+
+
+def test_of_equally_probable_tokens_top_k_keeps_all_and_top_p_as_many_as_transformers_does() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0, 2.0]])
+    for top_k, top_p in ((2, 1.0), (None, 0.4)):
+        chosen = {"temperature": 1.0, "top_k": top_k, "top_p": top_p, "min_p": 0.0}
+        ours = probabilities(logits, settings=SamplingSettings(**chosen))  # type: ignore[arg-type]
+        theirs = _by_transformers(logits, **chosen)  # type: ignore[arg-type]
+        assert int((ours > 0).sum()) == int((theirs > 0).sum()) == (4 if top_k else 2)
+        torch.testing.assert_close(ours.sort().values, theirs.sort().values)
+
+
+def test_where_transformers_law_is_not_a_number_ours_is_one_hot() -> None:
+    logits = torch.tensor([[1.0, 90.0, -3.0]])
+    chosen = {"temperature": 1e-38, "top_k": None, "top_p": 1.0, "min_p": 0.0}
+    assert _by_transformers(logits, **chosen).isnan().all()  # type: ignore[arg-type]
+    assert probabilities(logits, settings=SamplingSettings(temperature=1e-38)).tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_the_comparison_notices_top_p_before_top_k() -> None:
@@ -33,6 +99,23 @@ def test_a_tiny_temperature_ends_in_a_one_hot_law_even_in_bf16() -> None:
     assert probabilities(logits, settings=SamplingSettings(temperature=1e-30)).tolist() == [0.0, 1.0, 0.0]
 
 
+def test_a_law_does_not_depend_on_what_else_is_in_the_tensor() -> None:
+    logits = _logits(6, 31).float()
+    settings = SamplingSettings(temperature=0.7, top_k=9, top_p=0.9, min_p=0.05)
+    together = probabilities(logits.view(2, 3, 31), settings=settings).view(6, 31)
+    for row in range(6):
+        assert torch.equal(together[row], probabilities(logits[row], settings=settings))
+
+
+def test_a_token_is_drawn_from_the_given_generator_by_the_law_alone() -> None:
+    before = torch.get_rng_state()
+    law = torch.tensor([0.0, 0.25, 0.0, 0.75])
+    tokens = [int(draw(law, generator=torch.Generator().manual_seed(seed))) for seed in range(400)]
+    assert set(tokens) == {1, 3}
+    assert 70 < tokens.count(1) < 130  # 100 within 3.5 standard deviations
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -42,6 +125,10 @@ def test_a_tiny_temperature_ends_in_a_one_hot_law_even_in_bf16() -> None:
         {"temperature": 1.0, "top_k": 0},
         {"temperature": 1.0, "top_p": 0.0},
         {"temperature": 1.0, "top_p": 1.1},
+        {"temperature": 1.0, "top_p": float("nan")},
+        {"temperature": 1.0, "min_p": -0.1},
+        {"temperature": 1.0, "min_p": 1.1},
+        {"temperature": 1.0, "min_p": float("nan")},
     ],
 )
 def test_a_setting_out_of_range_is_named(bad: dict[str, float]) -> None:
@@ -49,7 +136,8 @@ def test_a_setting_out_of_range_is_named(bad: dict[str, float]) -> None:
         SamplingSettings(**bad)  # type: ignore[arg-type]
 
 
-def test_top_k_without_temperature_warns(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("useless", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_what_cuts_a_law_warns_without_temperature(useless: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        SamplingSettings(top_k=5)
+        SamplingSettings(**useless)  # type: ignore[arg-type]
     assert "no effect" in caplog.text

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from app.errors import ConfigError
-from app.evaluation import decoding_comparison
+from app.evaluation import alternation
 from app.evaluation.decoding_comparison import (
     DecodingComparison,
     best_by_speedup,
     compare_decoding,
     comparison_table,
+    pooled,
     table_as_markdown,
 )
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
@@ -52,22 +55,35 @@ def test_time_that_has_run_out_still_measures_one_prompt_and_says_so() -> None:
 
 def test_measuring_stops_after_the_prompt_during_which_the_limit_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(decoding_comparison, "perf_counter", lambda: float(next(ticks)))  # one second a prompt
+    monkeypatch.setattr(alternation, "perf_counter", lambda: float(next(ticks)))  # one second a prompt
     assert {c.num_prompts for c in _compare(counting_decoder(), time_limit_seconds=1.5)} == {2}
 
 
 def test_the_median_time_of_the_repeats_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seconds = decoding_comparison.decode, itertools.cycle([1.0, 1.0, 100.0, 4.0, 2.0, 2.0])
+    real = alternation.decode_batch
+    seconds = {"autoregressive": iter([7.0, 100.0, 2.0, 1.0]), "self_speculative": iter([7.0, 0.1, 30.0, 4.0])}
 
-    def timed(*args, **kwargs):  # type: ignore[no-untyped-def]
-        return decoding_comparison.replace(real(*args, **kwargs), seconds_decode=next(seconds))
+    def timed(*args: Any, strategy: Any, **kwargs: Any) -> list[Any]:
+        results = real(*args, strategy=strategy, **kwargs)
+        return [replace(result, seconds_decode=next(seconds[strategy])) for result in results]
 
-    monkeypatch.setattr(decoding_comparison, "decode", timed)
-    comparison = _compare(counting_decoder(), prompts=[[1]], exit_layers=[1], num_draft_tokens=[2], repeats=3)[
-        0
-    ]  # the warm-up takes 1, 1; then autoregressive 100, 2, 1 and self-speculative 4, 2, 1
+    monkeypatch.setattr(alternation, "decode_batch", timed)  # the first time of each is the warm-up's
+    setting = {"prompts": [[1]], "exit_layers": [1], "num_draft_tokens": [2], "repeats": 3}
+    comparison = _compare(counting_decoder(), **setting)[0]
     assert comparison.autoregressive_tokens_per_second == pytest.approx(8 / 2)
-    assert comparison.self_speculative_tokens_per_second == pytest.approx(8 / 2)
+    assert comparison.self_speculative_tokens_per_second == pytest.approx(8 / 4)
+    assert comparison.speedup == pytest.approx(1 / 2)
+
+
+def test_parts_of_the_prompts_pool_to_the_whole_but_for_times() -> None:
+    decoder = counting_decoder(misses=(9,))
+    parts = [_compare(decoder, prompts=_PROMPTS[:1]), [], _compare(decoder, prompts=_PROMPTS[1:])]
+    for part, whole in zip(pooled(parts), _compare(decoder), strict=True):
+        times = {"seconds": 0.0, "baseline_seconds": 0.0}
+        assert replace(part, **times) == replace(whole, **times)
+        assert part.acceptance_rate == whole.acceptance_rate
+    assert pooled(parts)[0].seconds == parts[0][0].seconds + parts[2][0].seconds
+    assert pooled([[], []]) == []
 
 
 def test_outputs_that_end_at_their_first_token_have_no_speed_and_divide_nothing_by_zero() -> None:
@@ -100,6 +116,8 @@ def test_the_table_and_its_markdown_have_a_row_for_each_setting() -> None:
         ({"max_new_tokens": 1}, "max_new_tokens: got 1"),
         ({"repeats": 0}, "repeats: got 0"),
         ({"exit_layers": [4]}, "exit_layer: got 4"),
+        ({"exit_layers": [0]}, "exit_layer: got 0"),
+        ({"num_draft_tokens": [0]}, "num_draft_tokens: got 0"),
     ],
 )
 def test_what_cannot_be_measured_is_named(overrides: dict[str, object], message: str) -> None:

@@ -1,0 +1,147 @@
+"""What goes wrong with `layerskip generate`: a user's mistake, a model that will not do, Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import app.cli.request
+from app.decoding.engine import decode_batch
+from datamodules.tokenizers import train_byte_level_bpe
+from tests.contract.conftest import PROMPT
+from tests.support.saved_models import save_model, write_prompts
+
+MISTAKES = {
+    "empty prompt": (["--prompt", ""], "prompt: got '', allowed at least one character"),
+    "neither": ([], "prompt: got None, allowed at least one character; or prompts, a file of them"),
+    "both": (["--prompt", "a", "--prompts", "FILE"], "FILE', allowed either prompt or prompts, not both"),
+    "long prompt": (["--prompt", "x " * 200], "tokens', allowed 1 to 95 tokens, so that a new one fits"),
+    "not Unicode": (["--prompt", os.fsdecode(b"a\xff")], "allowed Unicode text"),
+    "exit 0": (["--exit_layer", "0"], "exit_layer: got 0, allowed [1, 3]; 4 is the full model: use strategy auto"),
+    "exit L": (["--exit_layer", "4"], "exit_layer: got 4, allowed [1, 3]; 4 is the full model: use strategy auto"),
+    "exit -1": (["--exit_layer", "-1"], "exit_layer: got -1, allowed [1, 3]"),
+    "exit 99": (["--exit_layer", "99"], "exit_layer: got 99, allowed [1, 3]"),
+    "lossy exit 99": (["--strategy", "early_exit", "--exit_layer", "99"], "exit_layer: got 99, allowed [1, 4]"),
+    "drafts": (["--num_draft_tokens", "0"], "num_draft_tokens: got 0, allowed [1, inf)"),
+    "budget": (["--max_new_tokens", "-1"], "max_new_tokens: got -1, allowed [0, inf)"),
+    "temperature": (["--temperature", "-1"], "temperature: got -1.0, allowed [0.0, inf)"),
+    "top_k": (["--top_k", "0", "--temperature", "1"], "top_k: got 0, allowed [1, inf)"),
+    "top_p": (["--top_p", "0", "--temperature", "1"], "top_p: got 0.0, allowed (0, 1]"),
+    "min_p": (["--min_p", "2", "--temperature", "1"], "min_p: got 2.0, allowed [0.0, 1.0]"),
+    "penalty": (["--repetition_penalty", "0"], "repetition_penalty: got 0.0, allowed (0, inf); 1 is off"),
+    "strategy": (["--strategy", "magic"], "strategy: got magic, allowed autoregressive | early_exit | self_spec"),
+    "no number": (["--exit_layer", "abc"], "exit_layer: got abc, allowed int"),
+    "no list": (["--skipped_layers", "a"], "skipped_layers: got a, allowed list[int]"),
+    "no numbers": (["--skipped_layers", "[1, a]"], "skipped_layers: got a, allowed int"),
+    "policy": (["--draft_policy", "some"], "draft_policy: got some, allowed fixed | adaptive | off"),
+    "no blocks": (["--strategy", "layer_skip"], "skipped_layers: got None, allowed a value, with strategy layer_skip"),
+    "all blocks": (["--strategy", "layer_skip", "--skipped_layers", "[0,1,2,3]"], "allowed 1 to 3 of the blocks 0..3"),
+    "no draft model": (["--strategy", "draft_model"], "draft_model: got None, allowed a model, with strategy draft_m"),
+    "draft model": (["--strategy", "draft_model", "--draft_model", "/no/such"], "draft_model: got '/no/such'"),
+    "seed": (["--seed", "-1"], "seed: got -1, allowed [0,"),
+    "batch_size": (["--batch_size", "0"], "batch_size: got 0, allowed [1, inf)"),
+    "stop": (["--stop", "a", ""], "stop: got '', allowed valid text of at least one character"),
+    "chat": (["--chat", "true"], "chat: got True, allowed false: this tokenizer has no chat template"),
+    "model": (["--model", "/no/such/model"], "model: got '/no/such/model'"),
+    "prompts": (["--prompts", "/no/such.jsonl"], "prompts: /no/such.jsonl cannot be read"),
+    "device": (["--device", "tpu"], "device: got tpu, allowed auto | cpu | cuda"),
+    "unknown": (["--num_drafts", "2"], "num_drafts: unknown key"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_ends_with_status_2_and_one_message(generate, tmp_path, case):
+    arguments, message = MISTAKES[case]
+    needs_no_prompt = case in ("neither", "prompts") or "--prompt" in arguments
+    file = write_prompts(tmp_path / "FILE", ["a"])
+    arguments = [str(file) if argument == "FILE" else argument for argument in arguments]
+    shown = generate(*arguments, prompt=None if needs_no_prompt else PROMPT, status=2)
+    assert message in shown.err
+    assert shown.err.count("error: ") == 1
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_a_bad_line_of_a_prompts_file_is_named_by_its_number(generate, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\nnonsense\n')
+    assert "prompts.jsonl, line 2: not JSON" in generate("--prompts", file, prompt=None, status=2).err
+    write_prompts(file, ["a", "b " * 200])
+    assert "prompts.jsonl: prompt 2: got '" in generate("--prompts", file, prompt=None, status=2).err
+
+
+def test_a_model_that_cannot_be_decoded_with_is_refused_by_name(generate, draft_model, tmp_path):
+    misfit = save_model(tmp_path / "misfit", vocab_size=100)
+    assert "a model with a tokenizer of ids below its vocab_size (100)" in generate(model=misfit, status=2).err
+    empty = save_model(tmp_path / "empty")
+    (empty / "model.safetensors").unlink()
+    assert "allowed a directory with safetensors weights" in generate(model=empty, status=2).err
+    other_tokens = train_byte_level_bpe(["another text altogether " * 9], vocab_size=290)
+    stranger = save_model(tmp_path / "stranger", tokenizer=other_tokens)
+    arguments = ["--strategy", "draft_model", "--draft_model", stranger]
+    assert "allowed a model with the target's tokenizer" in generate(*arguments, status=2).err
+
+
+def interrupt_after(monkeypatch, steps):
+    """Ctrl-C while the `steps`-th round of the request is told of."""
+    left = [steps]
+
+    def interrupted(*args, on_step, **options):
+        def count(index, step):
+            if on_step is not None:
+                on_step(index, step)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        return decode_batch(*args, on_step=count, **options)
+
+    monkeypatch.setattr(app.cli.request, "decode_batch", interrupted)
+
+
+def test_an_interrupted_file_keeps_what_was_decoded(generate_json, generate, tmp_path, monkeypatch):
+    file = write_prompts(tmp_path / "prompts.jsonl", ["the", "end", "more"])
+    arguments = ["--prompts", file, "--batch_size", 2, "--strategy", "autoregressive", "--max_new_tokens", 5]
+    whole = generate_json(*arguments, prompt=None)
+    interrupt_after(monkeypatch, 6)  # two rows, in the third round
+    parts = generate_json(*arguments, prompt=None, status=130)
+    assert [part["stop_reason"] for part in parts] == ["interrupted", "interrupted"]
+    assert [part["num_tokens"] for part in parts] == [3, 3]
+    assert all(part["tokens"] == result["tokens"][:3] for part, result in zip(parts, whole, strict=False))
+    interrupt_after(monkeypatch, 13)  # the second batch has one row
+    shown = generate(*arguments, prompt=None, status=130)
+    assert [line[:5] for line in shown.out.splitlines() if line.startswith("[")] == ["[1/3]", "[2/3]", "[3/3]"]
+    assert "3 prompts, 13 tokens, 2 stopped by max_new_tokens, 1 interrupted" in shown.err
+
+
+def test_ctrl_c_before_decoding_ends_with_status_130_too(generate, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("app.cli.generate.load_decoder", interrupted)
+    assert generate(status=130).err == "interrupted\n"
+
+
+def test_ctrl_c_mid_stream_keeps_the_text_and_prints_statistics(tmp_path):
+    endless = save_model(tmp_path, max_length=200_000)
+    main = (  # the parent may ignore the signal, and then so would the child
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from app.cli.main import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", main, "generate", "--model", str(endless), "--prompt", PROMPT]
+    command = [*command, "--max_new_tokens", "150000", "--temperature", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            first = process.stdout.read(20)  # it is decoding
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert len(first) == 20
+    assert out.endswith(b"\n")
+    assert process.returncode == 130, err
+    assert b"tokens, interrupted, " in err
+    assert b"tokens a round" in err
+    assert b"Traceback" not in err

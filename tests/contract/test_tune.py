@@ -1,0 +1,192 @@
+"""`layerskip tune` as its user meets it: what it prints, what it stores, and what it refuses before it starts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from app.evaluation import tuning
+from app.model.checkpoint import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
+from app.model.decoding_defaults import read_decoding_defaults
+from app.model.tokenizer_files import tokenizer_to_files
+from tests.support.runs import cli
+from tests.support.tiny_models import tiny_llama
+from tests.support.tokenizers import byte_level
+
+QUICK = ["--max_new_tokens", "12", "--max_draft_tokens", "3", "--num_verified", "2", "--repeats", "1", "--limit", "2"]
+TEXTS = ["the end of", "naïve café", "then more"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A model as a directory and as a Lightning checkpoint, and prompts."""
+    root = tmp_path_factory.mktemp("tune")
+    model, tokenizer = tiny_llama(seed=1, vocab_size=330, tied=False, num_layers=3), byte_level()
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    weights = {STATE_DICT_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    files = tokenizer_to_files(tokenizer)
+    torch.save({HF_CONFIG_KEY: model.config.to_dict(), TOKENIZER_KEY: files, "state_dict": weights}, root / "run.ckpt")
+    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    return root
+
+
+@pytest.fixture
+def here(root, tmp_path, monkeypatch):
+    """A copy that may be changed, as the working directory."""
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def speedup(monkeypatch):
+    """Lets the test say what was measured: tiny models run at the noise of the machine."""
+
+    def measured(value):
+        honest = tuning._verification
+
+        def scaled(*args, **kwargs):
+            run = honest(*args, **kwargs)
+            return type(run)(**{**run.__dict__, "speedup": value})
+
+        monkeypatch.setattr(tuning, "_verification", scaled)
+
+    return measured
+
+
+def _tune(monkeypatch, model, *options):
+    return cli(monkeypatch, "tune", "--model", model, "--prompts", "prompts.jsonl", *QUICK, *options)
+
+
+def test_the_choice_is_printed_with_its_reasons_and_stored_with_the_model(here, monkeypatch, capsys, speedup):
+    speedup(1.5)
+    assert _tune(monkeypatch, "model") == 0
+    out = capsys.readouterr().out
+    stored = read_decoding_defaults(AutoModelForCausalLM.from_pretrained("model"))
+    assert stored.strategy == "self_speculative"
+    assert stored.measured_speedup == 1.5
+    assert stored.exit_layer in (1, 2)
+    where = f"exit {stored.exit_layer} with {stored.num_draft_tokens} draft"
+    assert f"decision: self_speculative, {where}" in out
+    assert "measured 1.500x" in out
+    assert "stored in model/generation_config.json" in out
+    flags = f"--exit_layer {stored.exit_layer} --num_draft_tokens {stored.num_draft_tokens}"
+    assert f"layerskip generate --model model --strategy self_speculative {flags}" in out
+    for column in ("agreement", "best drafts", "acceptance", "tokens/round", "predicted", "measured", "identical"):
+        assert column in out
+    assert "3 (full, one pass)" in out
+    assert "costs: a block takes" in out
+
+
+def test_a_model_that_drafts_slow_down_is_stored_as_autoregressive(here, monkeypatch, capsys, speedup):
+    speedup(1.5)
+    assert _tune(monkeypatch, "model") == 0
+    assert "assistant_early_exit" in json.loads((here / "model/generation_config.json").read_text())
+    speedup(0.99)
+    assert _tune(monkeypatch, "model") == 0
+    assert "decision: autoregressive: even exit" in capsys.readouterr().out
+    content = json.loads((here / "model/generation_config.json").read_text())
+    assert content["layerskip"]["strategy"] == "autoregressive"
+    assert "assistant_early_exit" not in content
+    assert "num_assistant_tokens" not in content
+
+
+def test_json_is_one_object_on_stdout_and_progress_goes_to_stderr(here, monkeypatch, capsys):
+    assert _tune(monkeypatch, "model", "--json", "--dtype", "float32") == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    stored = json.loads((here / "model/generation_config.json").read_text())["layerskip"]
+    assert {name: report[name] for name in stored} == stored
+    assert report["stored"] == "model/generation_config.json"
+    assert report["num_prompts"] == 2
+    assert report["num_positions"] == 22
+    assert set(report["costs"]) == {"block_seconds", "head", "extra_token", "overhead"}
+    assert [entry["exit_layer"] for entry in report["exits"]] == [1, 2, 3]
+    assert report["exits"][2] == {"exit_layer": 3, "agreement": 1.0, "best": None}
+    assert {entry["best"]["exit_layer"] for entry in report["exits"][:2]} == {1, 2}
+    assert all(run["identical_share"] == 1.0 for run in report["verified"])
+    assert 1 <= len(report["verified"]) <= 2
+    assert report["environment"]["dtype"] == "float32"
+    assert "verification: prompt 2 of 2" in captured.err
+
+
+def test_what_cannot_hold_the_choice_is_left_alone_and_the_way_to_store_it_is_named(here, monkeypatch, capsys):
+    before = (here / "run.ckpt").read_bytes()
+    assert _tune(monkeypatch, "run.ckpt") == 0
+    out = capsys.readouterr().out
+    assert "not stored: a .ckpt cannot hold it; layerskip export --model run.ckpt makes a directory" in out
+    assert "layerskip generate --model run.ckpt --strategy" in out
+    assert (here / "run.ckpt").read_bytes() == before
+
+
+def test_store_false_changes_no_file(here, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in (here / "model").iterdir()}
+    assert _tune(monkeypatch, "model", "--store", "false") == 0
+    assert "not stored (store=false)" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (here / "model").iterdir()} == before
+
+
+def test_the_answer_is_printed_even_if_it_cannot_be_stored(here, monkeypatch, capsys):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("app.model.decoding_defaults.os.fsync", full)
+    assert _tune(monkeypatch, "model") == 2
+    captured = capsys.readouterr()
+    assert "decision: " in captured.out
+    assert "error: cannot write model/generation_config.json" in captured.err
+
+
+MISTAKES = [
+    (["--model", "absent.ckpt"], "model: got 'absent.ckpt'"),
+    (["--prompts", "absent.jsonl"], "prompts: absent.jsonl cannot be read"),
+    (["--prompts", "broken.jsonl"], "broken.jsonl, line 2"),
+    (["--limit", "0"], "limit: got 0, allowed [1, inf)"),
+    (["--max_new_tokens", "1"], "max_new_tokens: got 1, allowed [2, inf)"),
+    (["--max_draft_tokens", "0"], "max_draft_tokens: got 0, allowed [1, inf)"),
+    (["--num_verified", "0"], "num_verified: got 0, allowed [1, inf)"),
+    (["--repeats", "0"], "repeats: got 0, allowed [1, inf)"),
+    (["--time_limit_seconds", "-1"], "time_limit_seconds: got -1.0, allowed [0.0, inf)"),
+    (["--threads", "0"], "threads: got 0, allowed [1, inf)"),
+    (["--dtype", "int8"], "dtype: got int8, allowed auto | float32 | bfloat16 | float16"),
+    (["--store", "perhaps"], "store: got perhaps, allowed bool"),
+    (["--batch_size", "2"], "batch_size: unknown key"),
+    (["--model", "damaged"], "damaged/generation_config.json: unreadable or damaged"),
+    (["--model", "short"], "prompt 1: got"),
+    (["--model", "shallow"], "num_layers: got 1, allowed [2, inf)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_a_mistake_ends_with_status_2_before_anything_is_decoded(here, monkeypatch, capsys, arguments, message):
+    (here / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    for name, overrides in (("damaged", {}), ("short", {"max_length": 3}), ("shallow", {"num_layers": 1})):
+        if name in arguments:
+            shutil.copytree(here / "model", here / name)
+            tiny_llama(vocab_size=330, **overrides).save_pretrained(here / name)
+    if "damaged" in arguments:
+        (here / "damaged/generation_config.json").write_text("{")
+    monkeypatch.setattr("app.evaluation.layer_agreement.decode", None)
+    assert _tune(monkeypatch, "model", *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err[captured.err.index("error:") :].strip().splitlines()) <= 2
+    assert not captured.out
+
+
+def test_a_directory_that_cannot_be_written_to_is_refused_before_anything_is_decoded(here, monkeypatch, capsys):
+    monkeypatch.setattr("app.cli.tune.os.access", lambda path, mode: False)
+    monkeypatch.setattr("app.evaluation.layer_agreement.decode", None)
+    assert _tune(monkeypatch, "model") == 2
+    assert "model: got 'model', allowed a directory that can be written to" in capsys.readouterr().err
+
+
+def test_nothing_below_one_is_recommended_whatever_was_measured(here, monkeypatch, capsys):
+    assert _tune(monkeypatch, "model", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    best = max(run["speedup"] for run in report["verified"])
+    assert report["strategy"] == ("self_speculative" if best >= 1.0 else "autoregressive")
+    assert (report["measured_speedup"] or 1.0) >= 1.0

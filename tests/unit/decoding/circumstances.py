@@ -1,0 +1,42 @@
+"""What decoding may meet on its way, chosen by the test: clocks, ends of sequences, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+
+import torch
+
+from app.decoding.settings import StopCondition
+
+
+class HostileClock:
+    """In place of time.perf_counter: between two looks at it pass the given seconds in turn."""
+
+    def __init__(self, ticks: Iterable[float]) -> None:
+        self._ticks, self._now = cycle(ticks), 0.0
+
+    def __call__(self) -> float:
+        self._now += next(self._ticks)
+        return self._now
+
+
+def ends_after(pattern: Sequence[int]) -> StopCondition:
+    """Ends a sequence with the first occurrence of the pattern, which may have begun in an earlier round."""
+
+    def stop(tokens: Sequence[int], num_new: int) -> int | None:
+        ends = range(len(tokens) - num_new + 1, len(tokens) + 1)
+        return next((end for end in ends if list(tokens[:end][-len(pattern) :]) == list(pattern)), None)
+
+    return stop
+
+
+@contextmanager
+def hostile_memory() -> Iterator[None]:
+    """Memory that nobody wrote to is full of NaN, as it may be on any machine: whoever reads it, shows it."""
+    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is on by default
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

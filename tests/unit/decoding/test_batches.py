@@ -1,0 +1,133 @@
+"""Prompts decoded together come out, in every particular, as each would alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from app.decoding.engine import decode, decode_batch
+from app.decoding.result import DecodingResult, Step
+from app.decoding.sampling import SamplingSettings
+from app.decoding.settings import DecodingSettings
+from app.decoding.strategies import STRATEGIES
+from app.model.kv_cache import KeyValueCache
+from tests.unit.decoding.circumstances import ends_after, hostile_memory
+from tests.unit.decoding.model_zoo import CONTEXT, NAMES, VOCAB, LimitedDecoder, decoder_named, draft_decoder, prompt_of
+
+_LENGTHS = (9, 1, 30, 12, 4)
+_NEEDED: dict[str, dict[str, Any]] = {
+    "autoregressive": {},
+    "early_exit": {"exit_layer": 1},
+    "self_speculative": {"exit_layer": 1, "num_draft_tokens": 4},
+    "draft_model": {"draft_decoder": None, "num_draft_tokens": 4},
+    "layer_skip": {"skipped_layers": (1,), "num_draft_tokens": 4},
+}
+_SAMPLING = SamplingSettings(temperature=0.9, top_k=30, top_p=0.95, min_p=0.01)
+
+
+@pytest.fixture(autouse=True)
+def _hostile_memory() -> Iterator[None]:
+    with hostile_memory():
+        yield
+
+
+def _settings(strategy: str, **changed: Any) -> DecodingSettings:
+    needed = dict(_NEEDED[strategy])
+    if strategy == "draft_model":
+        needed["draft_decoder"] = draft_decoder(2, VOCAB + 9)
+    return DecodingSettings(**({"max_new_tokens": 20} | needed | changed))
+
+
+def _generators(settings: DecodingSettings, count: int) -> list[torch.Generator] | None:
+    return None if settings.sampling.greedy else [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def _together_and_alone(
+    decoder: LimitedDecoder, prompts: Sequence[list[int]], strategy: Any, settings: DecodingSettings, limit: int
+) -> tuple[list[DecodingResult], list[DecodingResult]]:
+    decoder.limit = limit
+    generators = _generators(settings, len(prompts))
+    together = decode_batch(decoder, prompts, strategy=strategy, settings=settings, generators=generators)
+    generators = _generators(settings, len(prompts)) or [None] * len(prompts)  # type: ignore[list-item]
+    alone = [
+        decode(decoder, prompt, strategy=strategy, settings=settings, generator=generator)
+        for prompt, generator in zip(prompts, generators, strict=True)
+    ]
+    return together, alone
+
+
+def _told(result: DecodingResult) -> tuple[list[int], str, tuple[Step, ...], int | None]:
+    """Everything but times; the steps hold rounds, drafted and accepted."""
+    return result.tokens, result.stop_reason, result.steps, result.fell_back_after
+
+
+@pytest.mark.parametrize("strategy", ["self_speculative", "draft_model", "layer_skip"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_greedy_batch_equals_its_prompts_alone_whatever_the_model(name: str, strategy: str) -> None:
+    prompts = [prompt_of(length) for length in _LENGTHS[:4]]
+    settings = _settings(strategy, max_new_tokens=14)
+    together, alone = _together_and_alone(decoder_named(name), prompts, strategy, settings, CONTEXT)
+    assert [_told(result) for result in together] == [_told(result) for result in alone]
+
+
+@pytest.mark.parametrize("policy", ["fixed", "adaptive"])
+@pytest.mark.parametrize("strategy", [name for name, entry in STRATEGIES.items() if entry.lossless])
+@pytest.mark.parametrize("name", ["llama whose exits agree", "mistral with a window", "olmo2 by modules"])
+def test_a_sampled_batch_equals_its_prompts_alone_with_the_same_generators(
+    name: str, strategy: str, policy: str
+) -> None:
+    prompts = [prompt_of(length) for length in _LENGTHS[:3]]
+    settings = _settings(strategy, sampling=_SAMPLING, draft_policy=policy, fall_back=policy == "adaptive")
+    together, alone = _together_and_alone(decoder_named(name), prompts, strategy, settings, CONTEXT)
+    assert [_told(result) for result in together] == [_told(result) for result in alone]
+    assert len({tuple(result.tokens) for result in together}) == len(prompts)
+
+
+@pytest.mark.parametrize("sampling", [SamplingSettings(), _SAMPLING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_leave_at_different_times_for_different_reasons_and_the_others_go_on(
+    strategy: str, sampling: SamplingSettings
+) -> None:
+    decoder, prompts = decoder_named("llama whose exits agree"), [prompt_of(length) for length in _LENGTHS]
+    free = _together_and_alone(decoder, prompts, strategy, _settings(strategy, sampling=sampling), CONTEXT)[0]
+    eos = next(token for token in free[4].tokens[3:] if token not in free[2].tokens)
+    pattern = free[0].tokens[9:12]
+    settings = _settings(strategy, sampling=sampling, eos_token_ids=(eos,), stop=ends_after(pattern))
+    together, alone = _together_and_alone(decoder, prompts, strategy, settings, 30 + 13)
+    assert [_told(result) for result in together] == [_told(result) for result in alone]
+    assert len({len(result.tokens) for result in together}) >= 3
+    assert {"eos", "context_length"} <= {result.stop_reason for result in together}
+
+
+def test_rows_without_a_budget_do_not_shift_the_others() -> None:
+    decoder, prompts = decoder_named("llama whose exits agree"), [prompt_of(length) for length in (30, 4, 30, 9)]
+    together, alone = _together_and_alone(decoder, prompts, "self_speculative", _settings("self_speculative"), 30)
+    assert [_told(result) for result in together] == [_told(result) for result in alone]
+    assert [len(result.tokens) for result in together] == [0, 20, 0, 20]
+
+
+def test_every_row_streams_its_own_steps() -> None:
+    decoder, prompts = decoder_named("llama whose exits agree"), [prompt_of(length) for length in _LENGTHS]
+    streamed: list[list[int]] = [[] for _ in prompts]
+    decoder.limit = CONTEXT
+    results = decode_batch(
+        decoder,
+        prompts,
+        strategy="self_speculative",
+        settings=_settings("self_speculative"),
+        on_step=lambda index, step: streamed[index].extend(step.tokens),
+    )
+    assert streamed == [result.tokens for result in results]
+
+
+def test_the_comparison_notices_rows_kept_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = KeyValueCache.keep_rows
+    monkeypatch.setattr(KeyValueCache, "keep_rows", lambda self, rows: kept(self, [*rows[1:], rows[0]]))
+    decoder, prompts = decoder_named("llama whose exits agree"), [prompt_of(length) for length in _LENGTHS]
+    eos = decode(decoder, prompts[1], strategy="autoregressive", settings=_settings("autoregressive")).tokens[2]
+    settings = _settings("self_speculative", eos_token_ids=(eos,))
+    together, alone = _together_and_alone(decoder, prompts, "self_speculative", settings, CONTEXT)
+    assert [_told(result) for result in together] != [_told(result) for result in alone]

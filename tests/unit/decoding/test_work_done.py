@@ -1,0 +1,166 @@
+"""What decoding makes the machine do: no block, head or wait for the device more than the scheme needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from app.decoding.cost_model import CostModel
+from app.decoding.engine import decode, decode_batch
+from app.decoding.result import DecodingResult
+from app.decoding.sampling import SamplingSettings
+from app.decoding.settings import DecodingSettings
+from tests.support.fake_decoder import FakeDecoder, counting_decoder
+from tests.unit.decoding.model_zoo import CONTEXT, VOCAB, decoder_named, draft_decoder, prompt_of
+
+_MISSES = (6, 7, 12, 20, 21, 30)
+_NEEDS: dict[str, dict[str, Any]] = {
+    "autoregressive": {},
+    "early_exit": {"exit_layer": 3},
+    "self_speculative": {"exit_layer": 1, "num_draft_tokens": 4},
+    "draft_model": {"num_draft_tokens": 4},
+    "layer_skip": {"skipped_layers": (1, 2), "num_draft_tokens": 4},
+}
+
+
+def _decode(strategy: Any, **settings: Any) -> tuple[FakeDecoder, FakeDecoder, DecodingResult]:
+    """Three prompt tokens and 30 more, on a decoder and a draft model that count what they run."""
+    decoder, small = counting_decoder(misses=_MISSES), counting_decoder()
+    for token in _MISSES:
+        small.full_logits[token] = small.full_logits[token].roll(1)
+    decoder.may_skip = strategy == "layer_skip"
+    needs = _NEEDS[strategy] | ({"draft_decoder": small} if strategy == "draft_model" else {})
+    chosen = DecodingSettings(**({"max_new_tokens": 30} | needs | settings))
+    return decoder, small, decode(decoder, [1, 2, 3], strategy=strategy, settings=chosen)
+
+
+@pytest.mark.parametrize("strategy", _NEEDS)
+def test_the_prompt_runs_once_and_the_head_at_its_last_position_alone(strategy: str) -> None:
+    decoder, small, _ = _decode(strategy)
+    stop = 3 if strategy == "early_exit" else 4
+    assert decoder.spans[0] == (0, stop, 3)
+    assert decoder.heads[0] == 1
+    assert sum(tokens for start, _, tokens in small.spans if start == 0) >= 3 or strategy != "draft_model"
+    many = counting_decoder()
+    chosen = DecodingSettings(max_new_tokens=1)
+    decode_batch(many, [[1, 2, 3], [5], [7, 8]], strategy="autoregressive", settings=chosen)
+    assert (many.spans, many.heads) == ([(0, 4, 3)], [3])
+
+
+def test_the_first_blocks_see_each_drafted_token_once_and_the_others_each_verified_one() -> None:
+    decoder, _, result = _decode("self_speculative")
+    expected, heads = [(0, 4, 3)], [1]
+    for step in result.steps:
+        expected += [(0, 1, 1)] * (step.drafted + 1) + [(1, 4, step.drafted + 1)]
+        heads += [1] * step.drafted + [step.drafted + 1]
+    assert (decoder.spans, decoder.heads) == (expected, heads)
+    assert {(step.drafted, step.accepted) for step in result.steps} >= {(4, 4), (4, 2), (4, 0)}
+
+
+def test_layer_skip_drafts_with_the_kept_blocks_and_verifies_with_all() -> None:
+    decoder, _, result = _decode("layer_skip")
+    expected = [(0, 4, 3)]
+    for step in result.steps:
+        expected += [(0, 1, 1), (3, 4, 1)] * step.drafted + [(0, 4, step.drafted + 1)]
+    assert decoder.spans == expected
+
+
+def test_a_draft_model_runs_its_drafts_and_the_last_one_only_where_all_were_kept() -> None:
+    decoder, small, result = _decode("draft_model")
+    large, little = [(0, 4, 3)], [(0, 4, 3)]
+    for step in result.steps:
+        large += [(0, 4, step.drafted + 1)]
+        little += [(0, 4, 1)] * (step.drafted + (0 < step.accepted == step.drafted))
+    assert decoder.spans == large
+    assert small.spans == little
+
+
+@pytest.mark.parametrize("strategy", ["self_speculative", "draft_model", "layer_skip"])
+def test_without_drafts_every_strategy_does_the_work_of_plain_decoding(strategy: str) -> None:
+    plain, _, expected = _decode("autoregressive")
+    decoder, small, result = _decode(strategy, draft_policy="off")
+    assert result.tokens == expected.tokens
+    assert result.drafted == 0
+    assert decoder.heads == plain.heads
+    assert decoder.elapsed == pytest.approx(plain.elapsed)
+    assert small.spans in ([], [(0, 4, 3)])
+
+
+@pytest.mark.parametrize("strategy", ["self_speculative", "layer_skip", "draft_model"])
+def test_rounds_cost_what_the_cost_model_says(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, small, result = _decode(strategy)
+    head = decoder.head_size / decoder.block_size
+    costs = {
+        "self_speculative": CostModel.self_speculative(num_layers=4, exit_layer=1, head=head, extra_token=0.03),
+        "layer_skip": CostModel.two_pass(num_layers=4, head=head, draft_step=2 + head, extra_token=0.03),
+        "draft_model": CostModel.two_pass(num_layers=4, head=head, draft_step=4 + head, extra_token=0.03),
+    }[strategy]
+    prefill = 4 * (1 + 2 * 0.03) + head
+    predicted = sum(costs.round_cost(step.drafted) for step in result.steps)
+    measured = decoder.elapsed - prefill
+    if strategy == "draft_model":  # what a fully kept draft costs more is not in the model: the last token's blocks
+        full = sum(0 < step.accepted == step.drafted for step in result.steps)
+        measured += small.elapsed - prefill - 4 * full
+    assert measured == pytest.approx(predicted)
+
+
+def test_times_are_those_of_prefill_and_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock: list[FakeDecoder] = []
+    monkeypatch.setattr("app.decoding.engine.perf_counter", lambda: clock[0].elapsed)
+    clock.append(counting_decoder(misses=_MISSES))
+    settings = DecodingSettings(max_new_tokens=30, **_NEEDS["self_speculative"])
+    result = decode(clock[0], [1, 2, 3], strategy="self_speculative", settings=settings)
+    assert result.seconds_prefill == pytest.approx(4 * (1 + 2 * 0.03) + 1)
+    assert result.seconds_prefill + result.seconds_decode == pytest.approx(clock[0].elapsed)
+    assert result.tokens_per_second == pytest.approx(29 / result.seconds_decode)
+
+
+_TRANSFERS = ("tolist", "item", "__int__", "__float__", "__bool__", "__index__", "numpy", "cpu", "nonzero")
+
+
+class _HiddenTransfers(TorchDispatchMode):
+    """Operators that wait for the device to know a value or a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("local_scalar", "nonzero", "is_nonzero", "aten.equal", "masked_select")):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", ["fixed", "adaptive"])
+@pytest.mark.parametrize("sampling", [SamplingSettings(), SamplingSettings(temperature=1.0, top_k=9, top_p=0.9)])
+@pytest.mark.parametrize("strategy", _NEEDS)
+@pytest.mark.parametrize("lengths", [(9,), (9, 1, 30)])
+def test_the_host_waits_once_a_draft_step_and_once_a_round(
+    lengths: tuple[int, ...], strategy: Any, sampling: SamplingSettings, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_named("llama whose exits agree")
+    decoder.limit = CONTEXT
+    needs = dict(_NEEDS[strategy]) | ({"skipped_layers": (1,)} if strategy == "layer_skip" else {})
+    if strategy == "draft_model":
+        needs["draft_decoder"] = draft_decoder(1, VOCAB)
+    settings = DecodingSettings(max_new_tokens=12, sampling=sampling, draft_policy=policy, **needs)
+    generators = None if sampling.greedy else [torch.Generator().manual_seed(seed) for seed in range(len(lengths))]
+    prompts, counts = [prompt_of(length) for length in lengths], Counter[str]()
+    for name in _TRANSFERS:
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *args, name=name, real=real: counts.update([name]) or real(self, *args)
+        )
+    with _HiddenTransfers() as hidden:
+        results = decode_batch(decoder, prompts, strategy=strategy, settings=settings, generators=generators)
+    monkeypatch.undo()
+    longest = [  # draft of each round, among the rows that were still there
+        max(result.steps[index].drafted for result in results if index < result.rounds)
+        for index in range(max(result.rounds for result in results))
+    ]
+    assert counts == {"tolist": 1 + sum(drafted + 1 for drafted in longest)}
+    assert hidden.seen == []

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.decoding.cost_model import CostModel
+from app.errors import ConfigError
+from app.evaluation.step_costs import StepCosts, fit_step_costs, measure_step_costs
+from app.model.spans import SpanDecoder
+from tests.support.fake_decoder import FakeCache, FakeDecoder
+from tests.support.tiny_models import tiny_llama
+
+_BLOCK, _HEAD, _EXTRA, _OVERHEAD = 0.25, 3.0, 0.04, 1.5  # seconds, blocks, share, blocks
+
+
+class CostlyDecoder(FakeDecoder):
+    """Counts up every token; using a part moves `now` by what that part costs."""
+
+    num_layers = 6
+
+    def __init__(self, *, max_length: int = 512, hiccup: Callable[[int], float] = lambda _: 0.0) -> None:
+        logits = torch.eye(50).roll(1, dims=1)
+        super().__init__(logits, logits, max_length=max_length)
+        self.now, self.calls, self.longest, self._hiccup = 0.0, 0, 0, hiccup
+
+    def clock(self) -> float:
+        return self.now
+
+    def _spend(self, blocks: float, positions: int) -> None:
+        self.calls += 1
+        self.longest = max(self.longest, positions)
+        self.now += _BLOCK * blocks * (1 + _EXTRA * (positions - 1)) + self._hiccup(self.calls)
+
+    def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: FakeCache) -> Tensor:
+        self._spend(stop - start, hidden_BTD.shape[1])
+        if start:  # only verification starts in the middle
+            self._spend(_OVERHEAD, 1)
+        return super().run_blocks(hidden_BTD, start=start, stop=stop, cache=cache)
+
+    def unembed(self, hidden_BTD: Tensor) -> Tensor:
+        self._spend(_HEAD, hidden_BTD.shape[1])
+        return super().unembed(hidden_BTD)
+
+
+def _as_tuple(costs: StepCosts) -> tuple[float, ...]:
+    return costs.block_seconds, costs.head, costs.extra_token, costs.overhead
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_known_costs_are_recovered_exactly(batch_size: int) -> None:
+    decoder = CostlyDecoder()
+    costs = measure_step_costs(decoder, batch_size=batch_size, clock=decoder.clock)
+    assert _as_tuple(costs) == pytest.approx((_BLOCK, _HEAD, _EXTRA, _OVERHEAD))
+
+
+def test_a_machine_that_pauses_now_and_then_does_not_move_the_medians() -> None:
+    decoder = CostlyDecoder(hiccup=lambda call: 1000.0 * (call % 97 == 0))
+    costs = measure_step_costs(decoder, repeats=9, clock=decoder.clock)
+    assert _as_tuple(costs) == pytest.approx((_BLOCK, _HEAD, _EXTRA, _OVERHEAD))
+    slower = CostlyDecoder(hiccup=lambda _: 0.1)  # every part: this one must show
+    assert measure_step_costs(slower, clock=slower.clock).head > 1.05 * _HEAD
+
+
+def test_the_first_round_of_measurements_does_not_count() -> None:
+    warm_up = CostlyDecoder()
+    measure_step_costs(warm_up, repeats=1, clock=warm_up.clock)
+    first_half = warm_up.calls // 2
+    decoder = CostlyDecoder(hiccup=lambda call: 5.0 * (call <= first_half))
+    costs = measure_step_costs(decoder, repeats=1, clock=decoder.clock)
+    assert _as_tuple(costs) == pytest.approx((_BLOCK, _HEAD, _EXTRA, _OVERHEAD))
+
+
+def test_passes_are_measured_at_the_context_asked_for_or_as_far_as_the_model_goes() -> None:
+    for max_length, expected in ((512, 128), (64, 52)):
+        decoder = CostlyDecoder(max_length=max_length)
+        measure_step_costs(decoder, repeats=1, clock=decoder.clock)
+        assert decoder.longest == expected
+
+
+def test_costs_are_never_negative_whatever_the_noise() -> None:
+    steps, passes = {1: 2.0, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}
+    costs = fit_step_costs(steps, passes, {(2, 4): 1.0}, head_by_size=2.0)
+    assert (costs.extra_token, costs.overhead) == (0.0, 0.0)
+    nonsense = fit_step_costs({1: 5.0, 6: 4.0}, passes, {(2, 4): 1.0}, head_by_size=2.0)
+    assert (nonsense.block_seconds, nonsense.head) == pytest.approx((0.5, 2.0))
+    headless = fit_step_costs({1: 0.1, 6: 3.0}, passes, {(2, 4): 1.0}, head_by_size=2.0)
+    assert (headless.block_seconds, headless.head) == (0.5, 0.0)
+
+
+def test_the_cost_model_is_that_of_self_speculation_with_these_figures() -> None:
+    costs = StepCosts(block_seconds=_BLOCK, head=_HEAD, extra_token=_EXTRA, overhead=_OVERHEAD)
+    expected = CostModel.self_speculative(
+        num_layers=6, exit_layer=2, head=_HEAD, extra_token=_EXTRA, overhead=_OVERHEAD
+    )
+    assert costs.cost_model(num_layers=6, exit_layer=2) == expected
+
+
+def test_a_real_decoder_costs_something_and_is_left_as_it_was() -> None:
+    model = tiny_llama(num_layers=3, tied=False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    costs = measure_step_costs(SpanDecoder(model), batch_size=2, context_length=16, max_positions=4, repeats=2)
+    assert costs.block_seconds > 0.0
+    assert min(costs.head, costs.extra_token, costs.overhead) >= 0.0
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"context_length": 0}, "context_length"),
+        ({"max_positions": 2}, "max_positions"),
+        ({"max_positions": 300}, "max_positions"),
+        ({"repeats": 0}, "repeats"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_runs(setting: dict[str, int], field: str) -> None:
+    decoder = CostlyDecoder()
+    with pytest.raises(ConfigError, match=field):
+        measure_step_costs(decoder, clock=decoder.clock, **setting)
+    assert not decoder.calls
+
+
+def test_a_model_of_one_block_has_no_exit() -> None:
+    with pytest.raises(ConfigError, match="num_layers"):
+        measure_step_costs(SpanDecoder(tiny_llama(num_layers=1)))

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from app.errors import ConfigError, DataError
+from app.evaluation.layer_agreement import LayerAgreement, measure_layer_agreement
+from app.evaluation.speedup_prediction import Prediction, choose_diverse, needed_agreement, predict
+from app.evaluation.step_costs import StepCosts
+from app.evaluation.tuning import Tuning, TuningSettings, Verification, tune
+from app.model.decoding_defaults import DecodingDefaults
+from app.model.spans import SpanDecoder
+from tests.support.fake_decoder import counting_decoder
+from tests.support.tiny_models import tiny_llama
+
+_COSTS = StepCosts(block_seconds=1e-3, head=2.0, extra_token=0.05, overhead=0.5)
+_SETTINGS = TuningSettings(max_new_tokens=16, max_draft_tokens=3, num_verified=2, repeats=2)
+_PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6]]
+
+
+def _agreeing_decoder() -> SpanDecoder:
+    model = tiny_llama(seed=1, num_layers=4, tied=False)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+    return SpanDecoder(model)
+
+
+def _prediction(exit_layer: int, drafts: int, speedup: float) -> Prediction:
+    return Prediction(
+        exit_layer=exit_layer,
+        num_draft_tokens=drafts,
+        acceptance_rate=0.5,
+        mean_tokens_per_round=1.5,
+        speedup=speedup,
+    )
+
+
+def _tuning(*measured: float) -> Tuning:
+    """Of exit 1 with 1, 2, ... drafts, all predicted to reach 3x, measured as given."""
+    runs = [
+        Verification(
+            prediction=_prediction(1, drafts, 3.0),
+            num_prompts=2,
+            acceptance_rate=0.5,
+            mean_tokens_per_round=1.5,
+            speedup=speedup,
+            speedup_range=(speedup, speedup),
+            identical_share=1.0,
+        )
+        for drafts, speedup in enumerate(measured, start=1)
+    ]
+    agreement = LayerAgreement(
+        num_layers=2, outputs=[[5, 6, 7]], budgets=[3], matches={1: [[True, False]], 2: [[True, True]]}
+    )
+    return Tuning(agreement=agreement, costs=_COSTS, predictions=[run.prediction for run in runs], verifications=runs)
+
+
+def test_a_prediction_is_tokens_per_round_over_the_cost_of_a_mean_round() -> None:
+    matches = [True, False, True, True, False, True, True]  # by two drafts: 1 of 2, 2 of 2, then 1 of 1 that still fits
+    agreement = LayerAgreement(
+        num_layers=4,
+        outputs=[list(range(8))],
+        budgets=[8],
+        matches={exit_layer: [matches] for exit_layer in (1, 2, 3, 4)},
+    )
+    total = agreement.rounds(3, 2)
+    assert total == (3, 5, 4)
+    found = predict(agreement, _COSTS, max_draft_tokens=2)
+    assert [(p.exit_layer, p.num_draft_tokens) for p in found] == [(e, d) for e in (1, 2, 3) for d in (1, 2)]
+    last = found[-1]
+    round_cost = 5 / 3 * (3 + 2) + 3 + (1 + 2) * (1 + 0.05 * 5 / 3) + 0.5
+    assert last.speedup == pytest.approx((7 / 3) * (4 + 2) / round_cost)
+    assert last.mean_tokens_per_round == pytest.approx(7 / 3)
+    assert last.acceptance_rate == pytest.approx(4 / 5)
+
+
+def test_drafting_whole_outputs_from_a_perfect_first_exit_is_predicted_to_win_and_from_a_useless_one_to_lose() -> None:
+    for match, wins in ((True, True), (False, False)):
+        matches = {exit_layer: [[match] * 45] for exit_layer in range(1, 9)}  # five rounds of 8 + 1
+        agreement = LayerAgreement(num_layers=8, outputs=[[0] * 46], budgets=[46], matches=matches)
+        best = max(predict(agreement, _COSTS, max_draft_tokens=8), key=lambda prediction: prediction.speedup)
+        assert (best.speedup > 1.0) is wins
+        assert (best.exit_layer, best.num_draft_tokens) == ((1, 8) if wins else (1, 1))
+
+
+def test_neighbours_of_a_better_setting_are_chosen_last_and_hopeless_ones_never() -> None:
+    predictions = [
+        _prediction(3, 4, 2.0),
+        _prediction(3, 5, 1.99),
+        _prediction(4, 6, 1.98),
+        _prediction(3, 7, 1.9),
+        _prediction(5, 4, 1.8),
+        _prediction(9, 9, 1.5),  # below 0.8 of the best
+    ]
+
+    def chosen(count: int) -> list[tuple[int, int]]:
+        return [(p.exit_layer, p.num_draft_tokens) for p in choose_diverse(predictions, count, num_layers=12)]
+
+    assert chosen(1) == [(3, 4)]
+    assert chosen(3) == [(3, 4), (3, 7), (5, 4)]
+    assert chosen(4) == [(3, 4), (3, 5), (3, 7), (5, 4)]
+    assert chosen(10) == [(3, 4), (3, 5), (4, 6), (3, 7), (5, 4)]
+
+
+def test_in_a_deep_model_exits_further_apart_count_as_neighbours() -> None:
+    predictions = [_prediction(8, 3, 2.0), _prediction(10, 3, 1.9), _prediction(12, 3, 1.8)]
+    assert [p.exit_layer for p in choose_diverse(predictions, 2, num_layers=36)] == [8, 12]
+    assert [p.exit_layer for p in choose_diverse(predictions, 2, num_layers=12)] == [8, 10]
+
+
+def test_the_needed_agreement_is_where_one_draft_a_round_breaks_even() -> None:
+    model = _COSTS.cost_model(num_layers=12, exit_layer=3)
+    acceptance = needed_agreement(model)
+    assert 0.0 < acceptance < 1.0
+    assert model.speedup(1 + acceptance, 1) == pytest.approx(1.0)
+
+
+def test_the_fastest_measured_is_recommended_not_the_one_predicted_fastest() -> None:
+    tuning = _tuning(1.2, 1.4, 1.3)
+    tuning = replace(
+        tuning,
+        verifications=[replace(tuning.verifications[0], prediction=_prediction(1, 9, 9.0)), *tuning.verifications[1:]],
+    )
+    assert tuning.defaults == DecodingDefaults(
+        strategy="self_speculative",
+        exit_layer=1,
+        num_draft_tokens=2,
+        head=2.0,
+        extra_token=0.05,
+        overhead=0.5,
+        measured_speedup=1.4,
+    )
+    assert tuning.reason.startswith(
+        "self_speculative, exit 1 with 2 drafts: the fastest of 3 settings run, measured 1.400x"
+    )
+
+
+def test_nothing_measured_below_one_is_ever_recommended() -> None:
+    tuning = _tuning(0.7, 0.999)
+    assert tuning.defaults == DecodingDefaults(strategy="autoregressive", head=2.0, extra_token=0.05, overhead=0.5)
+    assert tuning.reason.startswith("autoregressive: even exit 1 with 2 drafts")
+    assert "agrees with the full model on 50% of the tokens, and one draft a round pays from 91% on" in tuning.reason
+    cheap = replace(tuning, costs=replace(_COSTS, head=0.0, extra_token=0.0, overhead=0.0))
+    assert needed_agreement(cheap.costs.cost_model(num_layers=2, exit_layer=1)) == 0.5
+    assert "pays from" not in cheap.reason  # 50% would have been enough
+    assert _tuning(0.7, 1.0).defaults.strategy == "self_speculative"
+
+
+def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
+    tuning = tune(_agreeing_decoder(), _PROMPTS, eos_token_ids=(), settings=_SETTINGS)
+    assert [p.exit_layer for p in tuning.predictions] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert len(tuning.verifications) == 2
+    for run in tuning.verifications:
+        assert run.identical_share == 1.0
+        assert run.num_prompts == 2
+        assert run.acceptance_rate == run.prediction.acceptance_rate
+        assert run.mean_tokens_per_round == run.prediction.mean_tokens_per_round
+        assert run.speedup_range[0] <= run.speedup_range[1]
+    assert tuning.best.speedup == max(run.speedup for run in tuning.verifications)
+
+
+def test_a_used_up_time_limit_leaves_one_prompt() -> None:
+    tuning = tune(_agreeing_decoder(), _PROMPTS, eos_token_ids=(), settings=replace(_SETTINGS, time_limit_seconds=0.0))
+    assert len(tuning.agreement.outputs) == tuning.best.num_prompts == 1
+
+
+def test_prompts_whose_output_is_one_token_are_not_run() -> None:
+    decoder = counting_decoder(max_length=64)
+    tuning = tune(decoder, [[4], [7], [9]], eos_token_ids=(5,), settings=_SETTINGS)  # 5 comes right after 4
+    assert len(tuning.agreement.outputs) == 3
+    assert tuning.best.num_prompts == 2
+    with pytest.raises(DataError, match="first token"):
+        tune(decoder, [[4]], eos_token_ids=(5,), settings=_SETTINGS)
+
+
+def test_a_model_of_one_block_is_refused_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpanDecoder, "run_blocks", None)
+    with pytest.raises(ConfigError, match="num_layers"):
+        tune(SpanDecoder(tiny_llama(num_layers=1)), _PROMPTS, eos_token_ids=(), settings=_SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_new_tokens", 1), ("max_draft_tokens", 0), ("num_verified", 0), ("repeats", 0), ("time_limit_seconds", -1.0)],
+)
+def test_settings_out_of_range_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        TuningSettings(**{field: value})  # type: ignore[arg-type]
+
+
+def test_agreement_of_the_agreeing_decoder_is_neither_nothing_nor_all() -> None:
+    agreement = measure_layer_agreement(_agreeing_decoder(), _PROMPTS, max_new_tokens=16)
+    assert 0.0 < agreement.agreement(1) < 1.0

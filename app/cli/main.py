@@ -25,8 +25,8 @@ def main() -> int:
     """Run the verb named on the process's command line.
 
     Returns:
-        Exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C. Anything else raises: it is a bug
-        of ours.
+        Exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C, 141 when the reader of
+        stdout has gone. Anything else raises: it is a bug of ours.
     """
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
@@ -51,6 +51,9 @@ def main() -> int:
     except KeyboardInterrupt:  # of a verb of ours; Lightning's trainer sees to its own
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `layerskip generate | head`: the reader has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _run(module: str) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Callable
+from operator import add
+from statistics import fmean, median
 from typing import Protocol
 
 from app.decoding.cost_model import CostModel
@@ -148,18 +149,20 @@ class Pace:
             self.gave_up = (self._speedup() if sure else self._bound()) < 1.0
 
     def _speedup(self) -> float:
-        """Of the latest rounds over plain ones; while none of those was timed, an upper bound of it."""
-        drafted, settled, draft_seconds, verify_seconds = self._totals()
+        """Of the latest rounds over plain ones; while none of those was timed, an upper bound of it.
+
+        Times are medians: one round that the machine interrupted says nothing.
+        """
+        drafted, settled, draft_seconds, verify_seconds = zip(*self._rounds, strict=True)
         if not self._by_clock:
-            return self._costs.speedup(settled / len(self._rounds), drafted / len(self._rounds))
+            return self._costs.speedup(fmean(settled), fmean(drafted))
         if not self._plain_seconds:
             return self._bound()
-        return settled * median(self._plain_seconds) / (draft_seconds + verify_seconds)
+        seconds: float = median(map(add, draft_seconds, verify_seconds))
+        return fmean(settled) * median(self._plain_seconds) / seconds
 
     def _bound(self) -> float:
         """The speedup if a plain step cost as much as verifying all positions of a round does; it costs less."""
-        _, settled, draft_seconds, verify_seconds = self._totals()
-        return settled / len(self._rounds) * verify_seconds / (draft_seconds + verify_seconds)
-
-    def _totals(self) -> Sequence[float]:
-        return [sum(column) for column in zip(*self._rounds, strict=True)]
+        _, settled, draft_seconds, verify_seconds = zip(*self._rounds, strict=True)
+        seconds: float = median(map(add, draft_seconds, verify_seconds))
+        return fmean(settled) * float(median(verify_seconds)) / seconds

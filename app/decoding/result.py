@@ -37,7 +37,7 @@ class DecodingResult:
         seconds_prefill: From the start to the first new token, which the prompt's own pass yields.
         seconds_decode: From the first new token to the last. Prompts decoded together share their time: what a batch
             took is the longest of its results.
-        steps: Rounds after the prefill; each settles at least one token.
+        steps: Rounds after the prefill, whole: the last one may have settled tokens beyond the end of the sequence.
         fell_back_after: New tokens after which drafting was given up because it did not pay; None if it was not.
     """
 

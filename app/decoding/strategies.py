@@ -137,4 +137,4 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
     if "draft_decoder" in needs and settings.draft_decoder is not None:
         ours, theirs = decoder.vocab_size, settings.draft_decoder.vocab_size
         if theirs < ours:
-            raise ConfigError("draft_decoder", got=f"vocabulary of {theirs}", allowed=f"at least the model's {ours}")
+            raise ConfigError("draft_model", got=f"vocabulary of {theirs}", allowed=f"at least the model's {ours}")

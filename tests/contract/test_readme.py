@@ -71,6 +71,7 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
     build_model(tiny_config(num_layers=12, vocab_size=300, max_length=64), seed=0).save_pretrained(
         tmp_path / "my_llama"
     )
+    (tmp_path / "my_prompts.jsonl").write_text('{"prompt": "def add"}\n{"prompt": "for x in"}\n')
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "tiny-quickstart.yaml").write_text(yaml.safe_dump(TINY_QUICKSTART))
     # `make quickstart` comes first in the README; the commands after it use what it leaves.

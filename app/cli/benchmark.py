@@ -19,15 +19,20 @@ from app.decoding.settings import DraftPolicyName
 from app.errors import ConfigError, check_range
 from app.evaluation.benchmark import BenchmarkSettings, BenchmarkStrategy, Subject, run_benchmark
 from app.evaluation.benchmark_figure import benchmark_figure
-from app.evaluation.benchmark_report import benchmark_table, check_output, environment, report_document, write_report
+from app.evaluation.benchmark_report import (
+    check_output,
+    draft_table,
+    environment,
+    report_document,
+    speed_table,
+    write_report,
+)
 from app.evaluation.benchmark_result import benchmark_results
 from app.evaluation.prompts import read_prompts, tokenize_prompts
 from app.model.spans import SpanDecoder
 from app.model.tokenizer_files import check_same_tokens
 
 _log = logging.getLogger(__name__)
-
-_WIDTH = 160  # of the table where it does not go to a terminal
 
 
 def benchmark(
@@ -106,7 +111,9 @@ def benchmark(
         f" {where['dtype']}, batch size {batch_size}, median of {repeats}"
     )
     figure = write_report(document, benchmark_figure(results, title=title), file)
-    print_table(benchmark_table(results, title=title), width=_WIDTH)
+    print_table(speed_table(results, title=title))
+    if any(result.drafted for result in results):
+        print_table(draft_table(results))
     if measured.costs is not None:
         costs = measured.costs.model
         print(

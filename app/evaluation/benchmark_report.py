@@ -97,25 +97,63 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
     return said
 
 
-def benchmark_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
-    """One row a result; a column in which nothing applies is left out."""
-    columns: dict[str, list[str]] = {
+def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
+    """How fast each was; a column in which nothing applies is left out."""
+    return _table(
+        title,
+        _names(results)
+        | {
+            "tok/s": [_figure(result.tokens_per_second, "{:.1f}") for result in results],
+            "prefill ms": [_figure(1e3 * result.seconds_prefill, "{:.0f}") for result in results],
+            "speedup": [_figure(result.speedup, "{:.2f}x") for result in results],
+            "min to max": [_span(result) for result in results],
+            "vs generate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
+            "vs its early exit": [_figure(result.speedup_vs_transformers_early_exit, "{:.2f}x") for result in results],
+            "identical": [f"{result.identical_to_autoregressive:.0%}" for result in results],
+        },
+    )
+
+
+def draft_table(results: Sequence[BenchmarkResult]) -> Table:
+    """Why those that draft were that fast: what was accepted, and what the cost model makes of it."""
+    drafting = [result for result in results if result.drafted]
+    return _table(
+        "Drafts, and the speedup predicted from them (i.i.d.: one chance of acceptance for every draft)",
+        _names(drafting)
+        | {
+            "acceptance": [_figure(result.acceptance_rate, "{:.1%}") for result in drafting],
+            "by place, %": [_places(r) for r in drafting],
+            "tokens/round": [_figure(result.mean_tokens_per_round, "{:.2f}") for result in drafting],
+            "speedup": [_figure(result.speedup, "{:.2f}x") for result in drafting],
+            "predicted": [
+                _prediction(r.predicted_speedup_from_rounds, r.prediction_error_from_rounds) for r in drafting
+            ],
+            "predicted, i.i.d.": [_prediction(r.predicted_speedup, r.prediction_error) for r in drafting],
+        },
+    )
+
+
+def _names(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
+    return {
         "strategy": [result.strategy for result in results],
         "exit": [_figure(result.exit_layer, "{}") for result in results],
         "drafts": [_figure(result.num_draft_tokens, "{}") for result in results],
-        "tok/s": [_figure(result.tokens_per_second, "{:.1f}") for result in results],
-        "speedup": [_figure(result.speedup, "{:.2f}x") for result in results],
-        "min to max": [_span(result) for result in results],
-        "predicted": [_figure(result.predicted_speedup, "{:.2f}x") for result in results],
-        "error": [_figure(result.prediction_error, "{:+.0%}") for result in results],
-        "vs generate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
-        "vs its early exit": [_figure(result.speedup_vs_transformers_early_exit, "{:.2f}x") for result in results],
-        "acceptance": [_figure(result.acceptance_rate, "{:.1%}") for result in results],
-        "tokens/round": [_figure(result.mean_tokens_per_round, "{:.2f}") for result in results],
-        "identical": [f"{result.identical_to_autoregressive:.0%}" for result in results],
     }
+
+
+def _table(title: str, columns: Mapping[str, list[str]]) -> Table:
     shown = {name: cells for name, cells in columns.items() if set(cells) != {_ABSENT}}
     return Table(title, tuple(shown), list(zip(*shown.values(), strict=True)))
+
+
+def _places(result: BenchmarkResult) -> str:
+    return " ".join(
+        _figure(None if share is None else 100.0 * share, "{:.0f}") for share in result.acceptance_by_position
+    )
+
+
+def _prediction(speedup: float | None, error: float | None) -> str:
+    return _ABSENT if speedup is None or error is None else f"{speedup:.2f}x ({error:+.0%})"
 
 
 def _span(result: BenchmarkResult) -> str:

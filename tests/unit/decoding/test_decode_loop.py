@@ -101,6 +101,10 @@ def test_of_several_eos_ids_the_earliest_position_wins_not_the_first_listed() ->
     assert _decode(counting_decoder(), [3], eos_token_ids=(8, 6, 40)).tokens == [4, 5, 6]
 
 
+def test_an_eos_after_a_drafted_eos_is_not_taken() -> None:
+    assert _decode(counting_decoder(), [3], eos_token_ids=(6, 7)).tokens == [4, 5, 6]  # 7 is the full model's bonus
+
+
 def test_nothing_is_drafted_after_an_eos() -> None:
     result = _decode(counting_decoder(), [3], eos_token_ids=(6,), num_draft_tokens=8)
     assert (result.drafted, result.accepted) == (2, 2)

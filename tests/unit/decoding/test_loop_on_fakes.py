@@ -32,7 +32,7 @@ class _Case(NamedTuple):
     settings: dict[str, Any]
     budget: int
     eos: tuple[int, ...]
-    pattern: tuple[int, ...]
+    pattern: tuple[int, ...] = ()
 
 
 @st.composite
@@ -156,9 +156,25 @@ def test_no_clock_changes_what_a_seed_gives(case: _Case, ticks: list[int]) -> No
     assert told[0] == told[1]
 
 
-_EXAMPLE = _Case(
-    3, 0.5, [[1, 2, 3], [4], [5, 6, 7, 8]], 400, "draft_model", {"num_draft_tokens": 4}, 30, (9,), pattern=()
-)
+def test_a_draft_model_catches_up_with_plain_rounds_in_between_also_for_the_rows_that_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = _Case(
+        0, 1.0, [[1, 2], [3], [4, 5, 6]], 400, "draft_model", {"num_draft_tokens": 4, "fall_back": True}, 60, ()
+    )
+    whole = _run(case, together=True)
+    # Eight rounds of five tokens, then a plain round to time it: the first row ends with it, its 42nd token.
+    case = case._replace(pattern=tuple(whole[0].tokens[36:42]))
+    monkeypatch.setattr("app.decoding.engine.perf_counter", HostileClock([1.0]))
+    results = _run(case, together=True)
+    assert [len(result.tokens) for result in results] == [42, 60, 60]
+    for result in results[1:]:
+        assert [(step.drafted, step.accepted) for step in result.steps] == [(4, 4)] * 8 + [(0, 0)] + [(4, 4)] * 3 + [
+            (2, 2)
+        ]
+
+
+_EXAMPLE = _Case(3, 0.5, [[1, 2, 3], [4], [5, 6, 7, 8]], 400, "draft_model", {"num_draft_tokens": 4}, 30, (9,))
 
 
 @pytest.mark.parametrize("strategy", ["self_speculative", "draft_model", "layer_skip"])

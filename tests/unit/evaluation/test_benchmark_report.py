@@ -14,15 +14,17 @@ from app.evaluation import benchmark_report
 from app.evaluation.benchmark import Costs
 from app.evaluation.benchmark_figure import benchmark_figure
 from app.evaluation.benchmark_report import (
-    benchmark_table,
     check_output,
+    draft_table,
     environment,
     notes,
     report_document,
+    speed_table,
     write_report,
 )
 from app.evaluation.benchmark_result import BenchmarkResult
 from app.evaluation.step_costs import StepCosts
+from app.protocols import Table
 
 PLAIN = BenchmarkResult(
     strategy="autoregressive", exit_layer=None, num_draft_tokens=None, tokens_per_second=20.0, seconds_per_token=0.05,
@@ -35,6 +37,7 @@ PLAIN = BenchmarkResult(
 DRAFTS = replace(
     PLAIN, strategy="self_speculative", exit_layer=2, num_draft_tokens=3, speedup=1.5, acceptance_rate=0.75,
     predicted_speedup=1.65, prediction_error=0.1, reached_by_position=[10, 8, 6], accepted_by_position=[8, 6, 3],
+    drafted=40, acceptance_by_position=[0.8, 0.75, 0.5],
     speedup_max=1.75,
 )  # fmt: skip
 COSTS = StepCosts(block_seconds=1e-3, head=2.0, extra_token=0.05, overhead=0.5)
@@ -98,16 +101,34 @@ def test_outputs_without_time_are_explained() -> None:
     assert "ignore_eos" in notes([replace(PLAIN, speedup=None)], dtype="float32")[0]
 
 
-def test_the_table_has_a_row_for_each_result_and_no_column_without_figures() -> None:
-    table = benchmark_table([PLAIN, DRAFTS], title="t")
-    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    assert rows[0]["speedup"] == "1.00x"
-    assert (rows[0]["exit"], rows[0]["predicted"]) == ("-", "-")
-    assert rows[1] | {"exit": "2", "drafts": "3", "speedup": "1.50x", "predicted": "1.65x", "error": "+10%"} == rows[1]
-    assert (rows[1]["min to max"], rows[1]["identical"]) == ("1.00 to 1.75", "100%")
-    assert "vs generate" not in table.columns
-    assert "exit" not in benchmark_table([PLAIN], title="t").columns
-    assert "vs generate" in benchmark_table([replace(PLAIN, speedup_vs_transformers=2.0)], title="t").columns
+def _rows(table: Table) -> list[dict[str, str]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def test_the_table_of_speeds_has_a_row_for_each_result_and_no_column_without_figures() -> None:
+    table = speed_table([PLAIN, DRAFTS], title="t")
+    assert _rows(table) == [
+        {
+            "strategy": "autoregressive", "exit": "-", "drafts": "-", "tok/s": "20.0", "prefill ms": "100",
+            "speedup": "1.00x", "min to max": "1.00 to 1.00", "identical": "100%",
+        },
+        {
+            "strategy": "self_speculative", "exit": "2", "drafts": "3", "tok/s": "20.0", "prefill ms": "100",
+            "speedup": "1.50x", "min to max": "1.00 to 1.75", "identical": "100%",
+        },
+    ]  # fmt: skip
+    assert "exit" not in speed_table([PLAIN], title="t").columns
+    assert "vs generate" in speed_table([replace(PLAIN, speedup_vs_transformers=2.0)], title="t").columns
+
+
+def test_the_table_of_drafts_has_a_row_for_each_result_that_drafted() -> None:
+    unseen = replace(DRAFTS, acceptance_by_position=[0.0, None], predicted_speedup=None)
+    first, second = _rows(draft_table([PLAIN, DRAFTS, unseen]))
+    assert first == {
+        "strategy": "self_speculative", "exit": "2", "drafts": "3", "acceptance": "75.0%", "by place, %": "80 75 50",
+        "tokens/round": "1.00", "speedup": "1.50x", "predicted, i.i.d.": "1.65x (+10%)",
+    }  # fmt: skip
+    assert (second["by place, %"], second["predicted, i.i.d."]) == ("0 -", "-")
 
 
 def test_both_files_are_written_whole_and_what_fails_leaves_the_earlier_ones(

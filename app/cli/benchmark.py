@@ -8,15 +8,14 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 from transformers.utils import logging as transformers_logging
 
-from app.cli.models import Device, Dtype, LoadedModel, eos_token_ids, load_decoder
+from app.cli.models import Device, Dtype, LoadedModel, eos_token_ids, load_decoder, use_threads
 from app.cli.parsing import VerbParser
 from app.cli.tables import print_table
 from app.decoding.settings import DraftPolicyName
-from app.errors import ConfigError, check_range
+from app.errors import ConfigError
 from app.evaluation.benchmark import BenchmarkSettings, BenchmarkStrategy, Subject, run_benchmark
 from app.evaluation.benchmark_figure import benchmark_figure
 from app.evaluation.benchmark_report import (
@@ -79,9 +78,7 @@ def benchmark(
         threads: CPU threads to use; by default torch's own choice.
     """
     file = check_output(output)
-    if threads is not None:
-        check_range("threads", threads, low=1)
-        torch.set_num_threads(threads)
+    use_threads(threads)
     settings = BenchmarkSettings(
         strategies=tuple(strategies),
         max_new_tokens=max_new_tokens,

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
 
-import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 
+from app.cli.models import DTYPES, Dtype
 from app.cli.parsing import VerbParser
 from app.errors import ConfigError
 from app.model.checkpoint import load_for_decoding
 from app.model.export import check_output_dir, write_pretrained
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export(
@@ -21,7 +18,7 @@ def export(
     output_dir: str,
     model: str | None = None,
     ckpt_path: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Write a model as a Hugging Face directory, which plain transformers loads: config, safetensors, tokenizer.
 

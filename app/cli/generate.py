@@ -7,14 +7,13 @@ import logging
 import sys
 from dataclasses import replace
 from textwrap import shorten
-from typing import Literal
 
 import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from app.cli.decoding_choice import choose_decoding
-from app.cli.models import LoadedModel, eos_token_ids, load_decoder
+from app.cli.models import Device, Dtype, LoadedModel, eos_token_ids, load_decoder, use_threads
 from app.cli.parsing import VerbParser
 from app.cli.request import Request, encode
 from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, styled_console, styled_writer
@@ -54,8 +53,9 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: int | None = None,
     json: bool = False,
 ) -> None:
     """Continue a prompt: losslessly with or without drafts, or from an early exit (lossy).
@@ -84,10 +84,12 @@ def generate(
         seed: Of the sampling; each prompt of a file draws numbers of its own.
         dtype: Of the weights, auto is the checkpoint's own; losslessness is exact in float32.
         device: Where to decode; auto takes a GPU if there is one.
+        threads: CPU threads to use; by default torch's own choice.
         json: Print one JSON object for each prompt instead of text.
     """
     check_range("seed", seed, low=0, high=2**63 - 1)
     check_range("batch_size", batch_size, low=1)
+    use_threads(threads)
     settings = DecodingSettings(
         max_new_tokens=max_new_tokens,
         exit_layer=exit_layer,

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.errors import ConfigError, check_choice
+from app.errors import ConfigError, check_choice, check_range
 from app.model.checkpoint import load_for_decoding
 from app.model.functional_block import join_projections
 from app.model.spans import SpanDecoder
@@ -60,3 +60,10 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     ids = model.generation_config.eos_token_id if model.generation_config else None
     ids = tokenizer.eos_token_id if ids is None else ids
     return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use this many CPU threads, at least 1; None leaves its own choice."""
+    if threads is not None:
+        check_range("threads", threads, low=1)
+        torch.set_num_threads(threads)

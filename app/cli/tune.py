@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 
-from app.cli.models import Device, Dtype, eos_token_ids, load_decoder
+from app.cli.models import Device, Dtype, eos_token_ids, load_decoder, use_threads
 from app.cli.parsing import VerbParser
 from app.cli.tables import print_table
-from app.errors import ConfigError, check_range
+from app.errors import ConfigError
 from app.evaluation.benchmark_report import environment
 from app.evaluation.prompts import read_prompts, tokenize_prompts
 from app.evaluation.tuning import Tuning, TuningSettings
@@ -52,7 +52,7 @@ def tune(
         time_limit_seconds: No prompt is started after this, but there is always one.
         dtype: Of the weights, auto is the checkpoint's own; what is fastest depends on it.
         device: Where to decode; auto takes a GPU if there is one.
-        threads: Of the CPU; by default as many as torch takes.
+        threads: CPU threads to use; by default torch's own choice.
         store: Write the choice into generation_config.json of a model directory, where generate finds it.
         json: Print one JSON object instead of tables.
     """
@@ -63,9 +63,7 @@ def tune(
         repeats=repeats,
         time_limit_seconds=time_limit_seconds,
     )
-    if threads is not None:
-        check_range("threads", threads, low=1)
-        torch.set_num_threads(threads)
+    use_threads(threads)
     texts = read_prompts(prompts, limit=limit)
     loaded = load_decoder(model, dtype=dtype, device=device)
     directory = _storable(model) if store else None

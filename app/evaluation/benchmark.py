@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
-from statistics import fmean
+from statistics import fmean, median
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ BENCHMARK_STRATEGIES: dict[BenchmarkStrategy, Strategy] = {
 # What a decoding's settings are called in the plural, or where a user gives them.
 _OPTIONS = {"exit_layer": "exit_layers", "draft_decoder": "draft_model"}
 _MIN_POSITIONS = 3  # that costs can be fitted to
+_COST_REPEATS = 3  # at each of the times they are measured
 
 
 class Subject(NamedTuple):
@@ -114,7 +115,7 @@ def run_benchmark(
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> Benchmark:
-    """Fit the cost model to this machine, then let everyone decode every prompt in turn.
+    """Let everyone decode every prompt in turn; before, halfway and after it fit the cost model to this machine.
 
     Args:
         subject: The model, in eval mode.
@@ -129,16 +130,24 @@ def run_benchmark(
         raise ConfigError("prompts", got=[], allowed="at least one")
     build_contenders(subject, settings)  # refuses what is wrong before anything runs
     batches = [prompts[start : start + settings.batch_size] for start in range(0, len(prompts), settings.batch_size)]
+    moments = {max(1, len(batches) // 2), len(batches)}  # a busy moment of the machine must not decide the costs
     with torch.inference_mode():
-        costs = _measure_costs(subject, prompts, settings)
+        costs = [_measure_costs(subject, prompts, settings)]
+
+        def after(done: int) -> None:
+            if done in moments:
+                costs.append(_measure_costs(subject, prompts, settings))
+            if on_batch is not None:
+                on_batch(done)
+
         measurements = alternate(
-            build_contenders(subject, settings, None if costs is None else costs.model),
+            build_contenders(subject, settings, costs[0] and costs[0].model),
             batches,
             max_new_tokens=settings.max_new_tokens,
             repeats=settings.repeats,
-            on_batch=on_batch,
+            on_batch=after,
         )
-    return Benchmark(measurements, costs)
+    return Benchmark(measurements, _median_costs([each for each in costs if each is not None]))
 
 
 def build_contenders(subject: Subject, settings: BenchmarkSettings, costs: StepCosts | None = None) -> list[Contender]:
@@ -211,8 +220,20 @@ def _measure_costs(subject: Subject, prompts: Prompts, settings: BenchmarkSettin
             batch_size=min(settings.batch_size, len(prompts)),
             context_length=int(fmean(map(len, prompts))) + settings.max_new_tokens // 2,
             max_positions=min(positions, decoder.max_length // 2),
+            repeats=_COST_REPEATS,
         )
 
     model = measure(subject.decoder)
     small = None if subject.draft_decoder is None else measure(subject.draft_decoder)
     return None if model is None else Costs(model, small)
+
+
+def _median_costs(costs: Sequence[Costs]) -> Costs | None:
+    """Of each figure the median of those measured at different times."""
+    small = [each.draft_model for each in costs if each.draft_model is not None]
+    return Costs(_median([each.model for each in costs]), _median(small) if small else None) if costs else None
+
+
+def _median(costs: Sequence[StepCosts]) -> StepCosts:
+    names = [field.name for field in fields(StepCosts)]
+    return StepCosts(**{name: median(getattr(each, name) for each in costs) for name in names})

@@ -104,11 +104,11 @@ def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
         _names(results)
         | {
             "tok/s": [_figure(result.tokens_per_second, "{:.1f}") for result in results],
-            "prefill ms": [_figure(1e3 * result.seconds_prefill, "{:.0f}") for result in results],
+            "prefill": [_figure(1e3 * result.seconds_prefill, "{:.0f} ms") for result in results],
             "speedup": [_figure(result.speedup, "{:.2f}x") for result in results],
-            "min to max": [_span(result) for result in results],
-            "vs generate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
-            "vs its early exit": [_figure(result.speedup_vs_transformers_early_exit, "{:.2f}x") for result in results],
+            "min-max": [_span(result) for result in results],
+            "vs\ngenerate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
+            "vs its\nearly exit": [_figure(result.speedup_vs_transformers_early_exit, "{:.2f}x") for result in results],
             "identical": [f"{result.identical_to_autoregressive:.0%}" for result in results],
         },
     )
@@ -123,7 +123,7 @@ def draft_table(results: Sequence[BenchmarkResult]) -> Table:
         | {
             "acceptance": [_figure(result.acceptance_rate, "{:.1%}") for result in drafting],
             "by place, %": [_places(r) for r in drafting],
-            "tokens/round": [_figure(result.mean_tokens_per_round, "{:.2f}") for result in drafting],
+            "tokens\na round": [_figure(result.mean_tokens_per_round, "{:.2f}") for result in drafting],
             "speedup": [_figure(result.speedup, "{:.2f}x") for result in drafting],
             "predicted": [
                 _prediction(r.predicted_speedup_from_rounds, r.prediction_error_from_rounds) for r in drafting
@@ -159,7 +159,7 @@ def _prediction(speedup: float | None, error: float | None) -> str:
 def _span(result: BenchmarkResult) -> str:
     if result.speedup_min is None:
         return _ABSENT
-    return f"{result.speedup_min:.2f} to {result.speedup_max:.2f}"
+    return f"{result.speedup_min:.2f}-{result.speedup_max:.2f}"
 
 
 def _figure(value: float | None, style: str) -> str:

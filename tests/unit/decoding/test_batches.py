@@ -14,7 +14,7 @@ from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES
 from app.model.kv_cache import KeyValueCache
-from tests.unit.decoding.circumstances import ends_after, hostile_memory
+from tests.unit.decoding.circumstances import HostileClock, ends_after, hostile_memory
 from tests.unit.decoding.model_zoo import CONTEXT, NAMES, VOCAB, LimitedDecoder, decoder_named, draft_decoder, prompt_of
 
 _LENGTHS = (9, 1, 30, 12, 4)
@@ -109,6 +109,20 @@ def test_rows_without_a_budget_do_not_shift_the_others() -> None:
     assert [len(result.tokens) for result in together] == [0, 20, 0, 20]
 
 
+@pytest.mark.parametrize("lengths", [(9,), (9, 1, 30)])
+def test_a_draft_model_that_agrees_is_believed_also_after_plain_rounds(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.decoding.engine.perf_counter", HostileClock([1.0]))
+    decoder = decoder_named("mistral with a window")
+    decoder.limit = CONTEXT
+    settings = _settings("draft_model", draft_decoder=decoder, max_new_tokens=60, fall_back=True)
+    results = decode_batch(decoder, [prompt_of(n) for n in lengths], strategy="draft_model", settings=settings)
+    for result in results:
+        assert [step.drafted for step in result.steps] == [4] * 8 + [0] + [4] * 3 + [2]
+        assert result.accepted == result.drafted
+
+
 def test_every_row_streams_its_own_steps() -> None:
     decoder, prompts = decoder_named("llama whose exits agree"), [prompt_of(length) for length in _LENGTHS]
     streamed: list[list[int]] = [[] for _ in prompts]
@@ -121,6 +135,16 @@ def test_every_row_streams_its_own_steps() -> None:
         on_step=lambda index, step: streamed[index].extend(step.tokens),
     )
     assert streamed == [result.tokens for result in results]
+
+
+def test_blocks_that_have_grown_and_blocks_that_have_not_store_uneven_rows_alike() -> None:
+    cache, new = KeyValueCache(num_layers=2, batch_size=2, capacity=4), torch.ones(2, 1, 1, 1)
+    for layer_idx, num_positions in ((0, 6), (1, 4)):
+        cache.append(new.expand(2, num_positions, 1, 1) * 0, new.expand(2, num_positions, 1, 1) * 0, layer_idx)
+    cache.truncate([3, 1])
+    for layer_idx in (0, 1):
+        keys, _ = cache.append(new, new, layer_idx)
+        assert keys[:, 0, :, 0].tolist() == [[0, 0, 0, 1], [0, 1, 0, 0]]
 
 
 def test_the_comparison_notices_rows_kept_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:

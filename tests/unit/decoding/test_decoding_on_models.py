@@ -54,6 +54,14 @@ def test_a_cache_that_must_grow_again_and_again_changes_nothing(monkeypatch: pyt
     assert _speculate(decoder, prompt_of(1)).tokens == continuation(_NAME, 1, _NUM_TOKENS)
 
 
+@pytest.mark.parametrize("name", ["llama of 5 layers, joined", "qwen2 with biases"])
+def test_products_the_other_way_round_give_the_same_tokens(name: str) -> None:
+    decoder = SpanDecoder(model_named(name))
+    for product in (decoder._head, *(product for block in decoder._blocks for product in block.products)):
+        product.swapped = frozenset(range(1, 9))
+    assert _speculate(decoder, prompt_of(17)).tokens == continuation(name, 17, _NUM_TOKENS)
+
+
 def test_a_decoder_sees_weights_that_change_under_it() -> None:
     model = copy.deepcopy(model_named(_NAME))
     decoder, prompt = SpanDecoder(model), prompt_of(9)

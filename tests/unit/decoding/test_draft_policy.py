@@ -68,6 +68,14 @@ def test_break_even_rises_with_the_speedup_of_the_latest_rounds() -> None:
     assert _draft(policy, [0.65, 0.65, 0.75]) == 2  # 0.52, 0.2704
 
 
+def test_the_speedup_counts_the_token_that_the_full_model_adds() -> None:
+    policy = AdaptivePolicy(3, _COSTS)
+    _draft(policy, [0.75] * 3)
+    policy.observe(drafted=3, accepted=3)
+    # 0.833 * 0.65 = 0.542: below the break-even of four tokens a round, 0.609, but not below that of three, 0.457.
+    assert _draft(policy, [0.75, 0.65, 0.99]) == 2
+
+
 def test_break_even_never_falls_below_that_of_plain_decoding() -> None:
     policy = AdaptivePolicy(4, _COSTS)
     for _ in range(30):
@@ -109,6 +117,7 @@ def test_it_learns_that_confidence_means_nothing_or_everything() -> None:
 
 def test_a_plain_round_in_between_teaches_nothing() -> None:
     policy = AdaptivePolicy(4, _COSTS)
+    policy.observe(drafted=4, accepted=4)
     _draft(policy, [0.95] * 4)
     before = [*policy._accepted], [*policy._verified], policy._speedup()
     policy.observe(drafted=0, accepted=0)
@@ -169,6 +178,22 @@ def test_one_slow_plain_round_does_not_decide() -> None:
     assert pace.gave_up
 
 
+def test_one_fast_plain_round_does_not_decide() -> None:
+    pace = _pace()
+    _rounds(pace, 8, settled=5, draft=3.0, verify=1.0, plain=0.0)
+    for seconds in (0.1, 0.9, 0.9):  # after the first alone drafting looks eight times slower
+        assert not pace.drafts()
+        pace.observe(drafted=0, settled=1, draft_seconds=0.0, verify_seconds=seconds)
+    assert not pace.gave_up
+
+
+def test_one_round_that_the_machine_interrupted_says_nothing() -> None:
+    pace = _pace()
+    _rounds(pace, 12, settled=5, draft=1.0, verify=1.0, plain=0.9)
+    _rounds(pace, 1, settled=5, draft=100.0, verify=1.0, plain=0.9)
+    assert all(_rounds(pace, 30, settled=5, draft=1.0, verify=1.0, plain=0.9))
+
+
 def test_only_the_latest_rounds_decide() -> None:
     pace = _pace()
     _rounds(pace, 200, settled=5, draft=1.0, verify=1.0, plain=0.5)
@@ -183,11 +208,11 @@ def test_drafting_that_measures_slower_is_given_up_also_where_verifying_takes_ma
     assert pace.gave_up
 
 
+_TIMES = st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1), st.floats(0, 1)), min_size=10, max_size=40)
+
+
 @settings(max_examples=100, derandomize=True, deadline=None, database=None)
-@given(
-    rounds=st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1), st.floats(0, 1)), min_size=10, max_size=40),
-    plain=st.floats(0.01, 10),
-)
+@given(rounds=_TIMES, plain=st.floats(0.01, 10))
 def test_nothing_is_given_up_that_is_faster_in_every_round(
     rounds: list[tuple[int, float, float]], plain: float
 ) -> None:
@@ -197,6 +222,32 @@ def test_nothing_is_given_up_that_is_faster_in_every_round(
         verify = plain + verifying * (seconds - plain)
         _rounds(pace, 1, settled=settled, draft=seconds - verify, verify=verify, plain=plain)
     assert not pace.gave_up
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(rounds=_TIMES, plain=st.floats(0.01, 10))
+def test_everything_is_given_up_that_is_slower_in_every_round(
+    rounds: list[tuple[int, float, float]], plain: float
+) -> None:
+    pace = _pace()
+    for settled, slowness, verifying in [*rounds, *rounds]:  # eight to judge, and three plain ones
+        seconds = plain * settled * (1.01 + slowness)
+        verify = plain + verifying * (seconds - plain)
+        _rounds(pace, 1, settled=settled, draft=seconds - verify, verify=verify, plain=plain)
+    assert pace.gave_up
+
+
+@pytest.mark.parametrize(
+    ("times", "pays"),  # (tokens, seconds) of rounds in turn; a plain step takes 1 s
+    [(((1, 1.0), (9, 7.0), (9, 7.0)), True), (((1, 1.5), (1, 1.5), (4, 7.0)), False)],
+)
+def test_rounds_of_different_lengths_are_weighed_by_what_they_took(
+    times: tuple[tuple[int, float], ...], pays: bool
+) -> None:
+    pace = _pace()
+    for settled, seconds in times * 20:
+        _rounds(pace, 1, settled=settled, draft=seconds - 1.0, verify=1.0, plain=1.0)
+    assert pace.gave_up != pays
 
 
 def test_when_sampling_the_cost_model_decides_and_no_plain_round_is_asked_for() -> None:

@@ -94,7 +94,6 @@ def test_a_processor_that_writes_into_its_scores_changes_nothing_else() -> None:
     def copying(ids_1S: Tensor, scores_1V: Tensor) -> Tensor:
         return in_place(ids_1S, scores_1V.clone())
 
-    before = _FULL.clone(), _EXITS.clone()
     outputs = []
     for processor in (in_place, copying):
         sampling = SamplingSettings(processor=processor)
@@ -102,8 +101,15 @@ def test_a_processor_that_writes_into_its_scores_changes_nothing_else() -> None:
         result = decode(FakeDecoder(_FULL, _EXITS), [1, 2], strategy="self_speculative", settings=settings)
         outputs.append((result.tokens, result.steps))
     assert outputs[0] == outputs[1]
-    assert torch.equal(_FULL, before[0])
-    assert torch.equal(_EXITS, before[1])
+
+
+def test_the_logits_themselves_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeDecoder, "unembed", lambda self, hidden: logits)  # its own memory
+    logits, before = _FULL[None, :1].clone(), _FULL[None, :1].clone()
+    sampling = SamplingSettings(processor=lambda ids, scores: scores.fill_(1.0))
+    settings = DecodingSettings(max_new_tokens=3, sampling=sampling)
+    decode(FakeDecoder(_FULL, _EXITS), [1], strategy="autoregressive", settings=settings)
+    assert torch.equal(logits, before)
 
 
 def _processors() -> LogitsProcessorList:

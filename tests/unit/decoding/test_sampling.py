@@ -79,6 +79,13 @@ def test_of_equally_probable_tokens_top_k_keeps_all_and_top_p_as_many_as_transfo
         torch.testing.assert_close(ours.sort().values, theirs.sort().values)
 
 
+def test_top_p_keeps_no_token_more_once_the_share_is_reached_exactly() -> None:
+    logits = torch.zeros(1, 4)
+    chosen = {"temperature": 1.0, "top_k": None, "top_p": 0.5, "min_p": 0.0}
+    ours = probabilities(logits, settings=SamplingSettings(**chosen))  # type: ignore[arg-type]
+    assert int((ours > 0).sum()) == int((_by_transformers(logits, **chosen) > 0).sum()) == 2  # type: ignore[arg-type]
+
+
 def test_where_transformers_law_is_not_a_number_ours_is_one_hot() -> None:
     logits = torch.tensor([[1.0, 90.0, -3.0]])
     chosen = {"temperature": 1e-38, "top_k": None, "top_p": 1.0, "min_p": 0.0}
@@ -114,6 +121,14 @@ def test_a_token_is_drawn_from_the_given_generator_by_the_law_alone() -> None:
     assert set(tokens) == {1, 3}
     assert 70 < tokens.count(1) < 130  # 100 within 3.5 standard deviations
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (0.25, 3), (1.0 - 2.0**-53, 3)])
+def test_no_random_number_gives_a_token_of_probability_0(
+    uniform: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([uniform], dtype=torch.float64))
+    assert int(draw(torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]), generator=torch.Generator())) == expected
 
 
 @pytest.mark.parametrize(

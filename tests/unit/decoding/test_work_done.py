@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode, decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
+from app.decoding.strategies import STRATEGIES
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
 from tests.unit.decoding.model_zoo import CONTEXT, VOCAB, decoder_named, draft_decoder, prompt_of
 
@@ -90,22 +90,28 @@ def test_without_drafts_every_strategy_does_the_work_of_plain_decoding(strategy:
     assert small.spans in ([], [(0, 4, 3)])
 
 
-@pytest.mark.parametrize("strategy", ["self_speculative", "layer_skip", "draft_model"])
-def test_rounds_cost_what_the_cost_model_says(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "draft_step"),
+    [("self_speculative", 1 + 0.5), ("layer_skip", 2 + 0.5), ("draft_model", 0.1 * (4 + 0.5))],
+)
+def test_rounds_cost_what_the_strategys_own_cost_model_says(
+    strategy: Any, draft_step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeDecoder, "head_size", 50)
+    small = counting_decoder(misses=_MISSES)
+    small.block_size, small.head_size = 10, 5
+    needs = _NEEDS[strategy] | ({"draft_decoder": small} if strategy == "draft_model" else {})
+    costs = STRATEGIES[strategy].costs
+    assert costs is not None
+    model = costs(counting_decoder(), DecodingSettings(max_new_tokens=30, **needs))
+    assert model.draft_step == pytest.approx(draft_step)
     decoder, small, result = _decode(strategy)
-    head = decoder.head_size / decoder.block_size
-    costs = {
-        "self_speculative": CostModel.self_speculative(num_layers=4, exit_layer=1, head=head, extra_token=0.03),
-        "layer_skip": CostModel.two_pass(num_layers=4, head=head, draft_step=2 + head, extra_token=0.03),
-        "draft_model": CostModel.two_pass(num_layers=4, head=head, draft_step=4 + head, extra_token=0.03),
-    }[strategy]
-    prefill = 4 * (1 + 2 * 0.03) + head
-    predicted = sum(costs.round_cost(step.drafted) for step in result.steps)
+    prefill = 4 * (1 + 2 * 0.03) + 0.5
     measured = decoder.elapsed - prefill
     if strategy == "draft_model":  # what a fully kept draft costs more is not in the model: the last token's blocks
         full = sum(0 < step.accepted == step.drafted for step in result.steps)
-        measured += small.elapsed - prefill - 4 * full
-    assert measured == pytest.approx(predicted)
+        measured += 0.1 * (small.elapsed - prefill - 4 * full)
+    assert measured == pytest.approx(sum(model.round_cost(step.drafted) for step in result.steps))
 
 
 def test_times_are_those_of_prefill_and_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

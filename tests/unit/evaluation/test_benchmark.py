@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import pytest
@@ -170,8 +170,20 @@ def test_prompts_are_cut_into_batches_in_their_order_and_all_give_the_same_token
 def test_costs_are_fitted_to_the_batches_and_drafts_asked_for(subject: Subject, costs: list[dict[str, Any]]) -> None:
     settings = _settings("self_speculative", **SPECULATIVE | {"num_draft_tokens": (3, 9), "batch_size": 3})
     assert run_benchmark(subject, PROMPTS, settings).costs == (COSTS, COSTS)
-    asked = {"batch_size": 3, "context_length": 11 // 4 + 8 // 2, "max_positions": 10}
-    assert costs == [{"num_layers": layers, **asked} for layers in (4, 2)]
+    asked = {"batch_size": 3, "context_length": 11 // 4 + 8 // 2, "max_positions": 10, "repeats": 3}
+    assert costs == [{"num_layers": layers, **asked} for layers in (4, 2)] * 3  # before, halfway, after
+
+
+def test_a_busy_moment_of_the_machine_does_not_decide_the_costs(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = StepCosts(block_seconds=9.0, head=0.0, extra_token=0.9, overhead=90.0)
+    moments = iter([COSTS, busy, replace(COSTS, head=2.5)])
+    monkeypatch.setattr(benchmark, "measure_step_costs", lambda *_, **__: next(moments))
+    settings = _settings("self_speculative", **SPECULATIVE)
+    measured = run_benchmark(subject._replace(draft_decoder=None), PROMPTS, settings)
+    assert measured.costs == (COSTS, None)
+    assert next(moments, None) is None
 
 
 @pytest.mark.parametrize("strategy", ["autoregressive", "early_exit", "transformers", "transformers_early_exit"])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json as json_module
 import logging
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from textwrap import shorten
 
 import torch
@@ -18,7 +22,7 @@ from app.cli.parsing import VerbParser
 from app.cli.request import Request, encode
 from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, styled_console, styled_writer
 from app.decoding.engine import DecodingInterrupted
-from app.decoding.result import DecodingResult
+from app.decoding.result import DecodingResult, Step
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings, DraftPolicyName
 from app.decoding.stopping import StopStrings
@@ -162,6 +166,36 @@ def _draft_decoder(path: str | None, strategy: Strategy, target: LoadedModel, *,
     return draft.decoder
 
 
+def _show(printer: BatchPrinter | None, check: Callable[[], None], row: int, step: Step) -> None:
+    if printer is not None:
+        printer(row, step)
+    check()
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
+    """Ctrl-C takes effect where the yielded function is called: no step is half printed or half counted.
+
+    A second Ctrl-C takes effect at once.
+    """
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
     """Decode batch by batch and print; after Ctrl-C what there is of the batch, then no more."""
     console = None if json else styled_console()
@@ -174,7 +208,8 @@ def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
         titles = [] if live else [f"[{row + 1}/{count}] {shorten(request.texts[row], 100)}" for row in rows]
         printer = None if json else BatchPrinter(request.loaded.tokenizer, write, titles)
         try:
-            results = request.decode(rows, on_step=printer)
+            with _interrupt_between_steps() as check:
+                results = request.decode(rows, on_step=partial(_show, printer, check))
         except DecodingInterrupted as error:
             results, interruption = error.results, error
         for row, result in zip(rows, results, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from operator import add
 from statistics import fmean, median
 from typing import Protocol
 
@@ -15,6 +14,8 @@ _CONFIDENCE_BINS = 10
 _PRIOR_WEIGHT = 4.0  # verified tokens that the prior, acceptance = confidence, counts for in each bin
 _WINDOW = 16  # rounds that a judgement looks back on
 _MIN_ROUNDS = 8  # rounds before the first judgement
+_HICCUPS = 2  # slowest of those rounds that are left out
+_FRESH = 64  # rounds that a timed plain round counts for
 _PROBES = 3  # plain rounds timed before drafting is compared with them
 _SUSPICION = 1.3  # a first estimate of the speedup below which more plain rounds are timed
 
@@ -128,7 +129,8 @@ class Pace:
     def __init__(self, costs: CostModel, *, by_clock: bool) -> None:
         self._costs, self._by_clock = costs, by_clock
         self._rounds: deque[tuple[float, float, float, float]] = deque(maxlen=_WINDOW)
-        self._plain_seconds: deque[float] = deque(maxlen=_PROBES)
+        self._plain: deque[tuple[int, float]] = deque(maxlen=_PROBES)  # number of the round, seconds
+        self._seen = 0
         self.gave_up = False
 
     def drafts(self) -> bool:
@@ -136,33 +138,43 @@ class Pace:
         if self.gave_up or not self._by_clock or len(self._rounds) < _MIN_ROUNDS:
             return not self.gave_up
         # One plain round tells where verifying is dear; several, before anything is given up on its account.
-        return len(self._plain_seconds) >= (_PROBES if self._speedup() < _SUSPICION else 1)
+        return len(self._plain_seconds()) >= (_PROBES if self._speedup() < _SUSPICION else 1)
 
     def observe(self, *, drafted: float, settled: float, draft_seconds: float, verify_seconds: float) -> None:
         """A round: tokens drafted and settled, a mean over the sequences; time up to and from the last draft."""
+        self._seen += 1
         if not drafted:
-            self._plain_seconds.append(draft_seconds + verify_seconds)
+            self._plain.append((self._seen, draft_seconds + verify_seconds))
         else:
             self._rounds.append((drafted, settled, draft_seconds, verify_seconds))
         if len(self._rounds) >= _MIN_ROUNDS and not self.gave_up:
-            sure = not self._by_clock or len(self._plain_seconds) >= _PROBES
+            sure = not self._by_clock or len(self._plain_seconds()) >= _PROBES
             self.gave_up = (self._speedup() if sure else self._bound()) < 1.0
 
-    def _speedup(self) -> float:
-        """Of the latest rounds over plain ones; while none of those was timed, an upper bound of it.
+    def _plain_seconds(self) -> list[float]:
+        """Of plain rounds not long ago: steps get dearer with the context and cheaper as a batch empties."""
+        return [seconds for number, seconds in self._plain if number > self._seen - _FRESH]
 
-        Times are medians: one round that the machine interrupted says nothing.
-        """
-        drafted, settled, draft_seconds, verify_seconds = zip(*self._rounds, strict=True)
+    def _speedup(self) -> float:
+        """Of the latest rounds over plain ones; while none of those was timed, an upper bound of it."""
         if not self._by_clock:
-            return self._costs.speedup(fmean(settled), fmean(drafted))
-        if not self._plain_seconds:
+            return self._costs.speedup(
+                fmean(settled for _, settled, *_ in self._rounds), fmean(drafted for drafted, *_ in self._rounds)
+            )
+        plain = self._plain_seconds()
+        if not plain:
             return self._bound()
-        seconds: float = median(map(add, draft_seconds, verify_seconds))
-        return fmean(settled) * median(self._plain_seconds) / seconds
+        settled, draft_seconds, verify_seconds = self._undisturbed()
+        return settled * median(plain) / (draft_seconds + verify_seconds)
 
     def _bound(self) -> float:
         """The speedup if a plain step cost as much as verifying all positions of a round does; it costs less."""
-        _, settled, draft_seconds, verify_seconds = zip(*self._rounds, strict=True)
-        seconds: float = median(map(add, draft_seconds, verify_seconds))
-        return fmean(settled) * float(median(verify_seconds)) / seconds
+        settled, draft_seconds, verify_seconds = self._undisturbed()
+        kept = len(self._rounds) - _HICCUPS
+        return settled * verify_seconds / kept / (draft_seconds + verify_seconds)
+
+    def _undisturbed(self) -> tuple[float, float, float]:
+        """Sums over the latest rounds but the slowest few, tokens and all: the machine may have interrupted those."""
+        kept = sorted(self._rounds, key=lambda times: times[2] + times[3])[: len(self._rounds) - _HICCUPS]
+        settled, draft_seconds, verify_seconds = (sum(column) for column in list(zip(*kept, strict=True))[1:])
+        return settled, draft_seconds, verify_seconds

@@ -138,3 +138,8 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
         ours, theirs = decoder.vocab_size, settings.draft_decoder.vocab_size
         if theirs < ours:
             raise ConfigError("draft_model", got=f"vocabulary of {theirs}", allowed=f"at least the model's {ours}")
+        ours, theirs = decoder.max_length, settings.draft_decoder.max_length
+        if theirs < ours:
+            _log.warning(
+                "draft_model: its context of %d is shorter than the model's %d; drafts get worse there", theirs, ours
+            )

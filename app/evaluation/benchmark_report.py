@@ -88,7 +88,7 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
     if differing:
         why = "where none should: please report it"
         if dtype != "float32":
-            why = f"argmax ties in {dtype}: passes over one token and over several round differently there"
+            why = f"argmax ties in {dtype}, or a bug: float32 tells which"
         said.append(f"up to {differing:.0%} of a strategy's outputs differ from autoregressive decoding ({why})")
     if any(result.strategy == "early_exit" for result in results):
         said.append("early_exit is lossy: its output is not the full model's")

@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils import logging as transformers_logging
 
 from app.errors import CheckpointError, ConfigError
+from app.model.decoding_defaults import read_generation_config
 from app.model.gguf import open_gguf, read_gguf_weights
 from app.model.tokenizer_files import check_fits, load_tokenizer, tokenizer_from_files
 from app.model.tokenizer_files import tokenizer_to_files as tokenizer_to_files  # passed on to app.training
@@ -176,6 +177,8 @@ def _open(path: str, *, field: str) -> tuple[PreTrainedConfig, Any, _ReadWeights
         return config, tokenizer, lambda dtype: read_gguf_weights(file, config, dtype=dtype)
     config = load_config(path, field=field, allowed=f"{DIRECTORIES}, a .gguf file, or a .ckpt file of layerskip fit")
     _check_weight_files(file, field=field)
+    if (file / "generation_config.json").is_file():
+        read_generation_config(file)  # transformers passes over a damaged one, and with it over where a text ends
     return config, load_tokenizer(path, field=field), partial(_read_pretrained, path, field=field)
 
 

@@ -140,16 +140,33 @@ def _rounds(pace: Pace, number: int, *, settled: float, draft: float, verify: fl
     return drafted
 
 
-def test_drafting_that_clearly_pays_is_interrupted_once_to_time_a_plain_round() -> None:
+def test_drafting_that_clearly_pays_is_interrupted_once_in_64_rounds_to_time_a_plain_one() -> None:
     pace = _pace()  # measured 5 * 0.9 / 2 = 2.25
-    assert _rounds(pace, 100, settled=5, draft=1.0, verify=1.0, plain=0.9) == [True] * 8 + [False] + [True] * 91
+    again = [False] + [True] * 63
+    assert _rounds(pace, 136, settled=5, draft=1.0, verify=1.0, plain=0.9) == [True] * 8 + again * 2
     assert not pace.gave_up
 
 
 def test_suspicion_times_three_plain_rounds_after_eight_and_goes_on_where_drafting_pays() -> None:
     pace = _pace()  # measured 5 * 0.9 / 4 = 1.125 < 1.3
-    assert _rounds(pace, 100, settled=5, draft=3.0, verify=1.0, plain=0.9) == [True] * 8 + [False] * 3 + [True] * 89
+    assert _rounds(pace, 72, settled=5, draft=3.0, verify=1.0, plain=0.9) == [True] * 8 + [False] * 3 + [True] * 61
     assert not pace.gave_up
+
+
+def test_steps_that_get_dearer_with_the_context_are_not_held_against_drafting() -> None:
+    pace = _pace()  # at every moment 1.5 times as fast as plain steps
+    for number in range(1000):
+        slow = 1.0 + number / 100
+        _rounds(pace, 1, settled=3, draft=1.0 * slow, verify=1.0 * slow, plain=1.0 * slow)
+    assert not pace.gave_up
+
+
+def test_drafting_is_given_up_when_plain_steps_get_cheaper() -> None:
+    pace = _pace()
+    assert all(_rounds(pace, 8, settled=3, draft=1.0, verify=1.0, plain=1.2))
+    _rounds(pace, 10, settled=3, draft=1.0, verify=1.0, plain=1.2)  # 1.8 times as fast
+    _rounds(pace, 100, settled=3, draft=1.0, verify=1.0, plain=0.4)  # a batch has emptied: 0.6
+    assert pace.gave_up
 
 
 def test_drafting_that_measures_slower_is_given_up_for_good() -> None:

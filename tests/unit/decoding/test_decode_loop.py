@@ -160,5 +160,7 @@ def test_an_unknown_strategy_is_refused_with_the_choices() -> None:
 
 def test_a_setting_the_strategy_does_not_use_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        _decode(counting_decoder(), [1], "autoregressive", exit_layer=2)
+        result = _decode(counting_decoder(), [1], "autoregressive", exit_layer=2, num_draft_tokens=4)
     assert "exit_layer=2 has no effect with strategy autoregressive" in caplog.text
+    assert "num_draft_tokens=4 has no effect with strategy autoregressive" in caplog.text
+    assert (result.num_tokens, result.drafted) == (12, 0)

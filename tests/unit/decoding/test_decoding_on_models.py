@@ -62,6 +62,18 @@ def test_products_the_other_way_round_give_the_same_tokens(name: str) -> None:
     assert _speculate(decoder, prompt_of(17)).tokens == continuation(name, 17, _NUM_TOKENS)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+def test_projections_may_share_memory_in_any_order_and_without_their_biases(order: tuple[int, ...]) -> None:
+    model = copy.deepcopy(model_named("qwen2 with biases"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            linears = layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+            store = torch.cat([linears[place].weight for place in order])
+            for place, part in zip(order, store.split([len(linears[i].weight) for i in order]), strict=True):
+                linears[place].weight.data = part
+    assert _speculate(SpanDecoder(model), prompt_of(17)).tokens == continuation("qwen2 with biases", 17, _NUM_TOKENS)
+
+
 def test_a_decoder_sees_weights_that_change_under_it() -> None:
     model = copy.deepcopy(model_named(_NAME))
     decoder, prompt = SpanDecoder(model), prompt_of(9)

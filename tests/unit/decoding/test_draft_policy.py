@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from itertools import pairwise
+from typing import ClassVar, get_args
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.decoding.cost_model import CostModel
 from app.decoding.draft_policy import POLICIES, AdaptivePolicy, DraftPolicy, Pace
-from app.decoding.settings import DRAFT_POLICY_NAMES, DraftPolicyName
+from app.decoding.engine import decode
+from app.decoding.sampling import SamplingSettings, probabilities
+from app.decoding.settings import DRAFT_POLICY_NAMES, DecodingSettings, DraftPolicyName
+from tests.support.fake_decoder import FakeDecoder
 
 # Break-even at speedup s: s * (2 + 0.1 * 8) / 10 = 0.28 s. A round of d drafts costs 2 d + 2 + 8 (1 + 0.1 d).
 _COSTS = CostModel(plain_step=10.0, draft_step=2.0, draft_tail=2.0, verify=8.0, extra_token=0.1)
@@ -124,6 +129,46 @@ def test_a_plain_round_in_between_teaches_nothing() -> None:
     assert ([*policy._accepted], [*policy._verified], policy._speedup()) == before
 
 
+class _Asked(AdaptivePolicy):
+    """Notes with which confidence it was asked."""
+
+    confidences: ClassVar[list[float]] = []
+
+    def goes_on(self, confidence: float) -> bool:
+        self.confidences.append(confidence)
+        return True
+
+
+@pytest.mark.parametrize("sampling", [SamplingSettings(), SamplingSettings(temperature=0.8, top_k=3)])
+def test_the_engine_asks_with_the_probability_that_each_draft_was_chosen_with(
+    sampling: SamplingSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POLICIES, "adaptive", _Asked)
+    monkeypatch.setattr(_Asked, "confidences", [])
+    full, other = torch.randn(2, 9, 9, generator=torch.Generator().manual_seed(0))
+    exits = 0.5 * (full + other)
+    chosen = DecodingSettings(
+        max_new_tokens=20, exit_layer=1, num_draft_tokens=3, draft_policy="adaptive", sampling=sampling
+    )
+    result = decode(
+        FakeDecoder(full, exits),
+        [0],
+        strategy="self_speculative",
+        settings=chosen,
+        generator=torch.Generator().manual_seed(0),
+    )
+    laws = exits.softmax(-1) if sampling.greedy else probabilities(exits, settings=sampling)
+    expected, last = [], result.tokens[0]
+    assert 0 < result.accepted < result.drafted
+    for step in result.steps:
+        drafts = [last, *step.tokens[: step.accepted], *step.rejected]
+        # Not asked after the last one that is allowed.
+        expected += [float(laws[before, draft]) for before, draft in pairwise(drafts[: step.drafted])]
+        last = step.tokens[-1]
+    assert _Asked.confidences == pytest.approx(expected, abs=1e-6)
+    assert len(set(expected)) > 3
+
+
 def _pace(*, by_clock: bool = True) -> Pace:
     return Pace(_COSTS, by_clock=by_clock)
 
@@ -142,8 +187,8 @@ def _rounds(pace: Pace, number: int, *, settled: float, draft: float, verify: fl
 
 def test_drafting_that_clearly_pays_is_interrupted_once_in_64_rounds_to_time_a_plain_one() -> None:
     pace = _pace()  # measured 5 * 0.9 / 2 = 2.25
-    again = [False] + [True] * 63
-    assert _rounds(pace, 136, settled=5, draft=1.0, verify=1.0, plain=0.9) == [True] * 8 + again * 2
+    drafted = _rounds(pace, 130, settled=5, draft=1.0, verify=1.0, plain=0.9)
+    assert [number for number, drafts in enumerate(drafted) if not drafts] == [8, 73]
     assert not pace.gave_up
 
 

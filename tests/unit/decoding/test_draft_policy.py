@@ -166,7 +166,7 @@ def test_the_engine_asks_with_the_probability_that_each_draft_was_chosen_with(
         expected += [float(laws[before, draft]) for before, draft in pairwise(drafts[: step.drafted])]
         last = step.tokens[-1]
     assert _Asked.confidences == pytest.approx(expected, abs=1e-6)
-    assert len(set(expected)) > 3
+    assert len(set(expected)) > (1 if sampling.greedy else 5)  # greedy output goes in circles
 
 
 def _pace(*, by_clock: bool = True) -> Pace:

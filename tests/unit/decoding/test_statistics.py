@@ -93,6 +93,16 @@ def test_the_last_round_counts_all_that_was_drafted_also_where_the_output_is_cut
     assert result.mean_tokens_per_round == pytest.approx(6 / 3)
 
 
+def test_a_streamed_step_that_was_cut_shows_no_drafts_that_came_after_its_end() -> None:
+    cut = DecodingSettings(max_new_tokens=16, exit_layer=2, num_draft_tokens=4, stop=ends_after([4, 5]))
+    streamed: list[Step] = []
+    result = decode(
+        counting_decoder(misses=_MISSES), [3], strategy="self_speculative", settings=cut, on_step=streamed.append
+    )
+    assert streamed == [Step([4]), Step([5], 1)]
+    assert result.steps == _ROUNDS[:1]
+
+
 def _interrupt_at(call: int, streamed: list[tuple[int, Step]]):  # type: ignore[no-untyped-def]
     def on_step(index: int, step: Step) -> None:
         streamed.append((index, step))

@@ -51,6 +51,17 @@ def test_the_prompt_runs_once_and_the_head_at_its_last_position_alone(strategy: 
     assert (many.spans, many.heads) == ([(0, 4, 3)], [3])
 
 
+@pytest.mark.parametrize(("budget", "capacity"), [(1, 4), (30, 33), (10_000, 3 + 61)])
+def test_room_is_reserved_for_the_prompt_and_what_can_follow(
+    budget: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(FakeDecoder, "new_cache", lambda self, *, batch_size, capacity: asked.append(capacity))
+    with pytest.raises(AttributeError):  # there is no cache
+        _decode("autoregressive", max_new_tokens=budget)
+    assert asked == [capacity]
+
+
 def test_the_first_blocks_see_each_drafted_token_once_and_the_others_each_verified_one() -> None:
     decoder, _, result = _decode("self_speculative")
     expected, heads = [(0, 4, 3)], [1]

@@ -319,3 +319,11 @@ def test_when_sampling_the_cost_model_decides_and_no_plain_round_is_asked_for() 
     assert _rounds(slow, 20, settled=2, **hostile) == [True] * 8 + [False] * 12
     assert all(_rounds(fast, 20, settled=3, **hostile))
     assert (slow.gave_up, fast.gave_up) == (True, False)
+
+
+@pytest.mark.parametrize(("rounds", "pays"), [(((8, 3), (1, 2)), True), (((1, 1), (8, 3)), False)])
+def test_when_sampling_rounds_count_by_their_mean(rounds: tuple[tuple[int, int], ...], pays: bool) -> None:
+    pace = _pace(by_clock=False)  # 4.5 drafts on average cost 9 + 2 + 8 * 1.45 = 22.6: 2.5 tokens are worth 25, two 20
+    for drafted, settled in rounds * 20:
+        pace.observe(drafted=drafted, settled=settled, draft_seconds=1.0, verify_seconds=1.0)
+    assert pace.gave_up != pays

@@ -22,6 +22,14 @@ DECODE_SPEEDUP = "decode/speedup"
 DECODE_IDENTICAL_SHARE = "decode/identical_share"
 
 
+DATA_PADDING_SHARE = "data/padding_share"
+
+
+def data_source(name: str, source: str) -> str:
+    """A data/ metric of one source: token_share (delivered), epochs, skipped_records."""
+    return f"data/{name}/{source}"
+
+
 def train_exit_loss(exit_layer: int) -> str:
     """Training loss of one exit, in nats a token, at the last step at which it was on."""
     return f"train/exit_loss/exit_{exit_layer:02d}"
@@ -55,3 +63,15 @@ def source_loss(stage: str, source: str) -> str:
 def decode_setting(name: str, exit_layer: int, num_draft_tokens: int) -> str:
     """A decode/ metric of one (exit, drafts) setting."""
     return f"{name}/exit_{exit_layer:02d}_drafts_{num_draft_tokens:02d}"
+
+
+def parse_figure(name: str, stage: str, exit_layer: int, num_draft_tokens: int | None = None) -> str:
+    """A figure of generated semantic parses: of an exit; or of decoding timed with drafts from it, or with 0 drafts.
+
+    `stage` is validate or test.
+    """
+    prefix = "test/parse" if stage == "test" else "parse"
+    if num_draft_tokens is None:
+        return f"{prefix}/{name}/exit_{exit_layer:02d}"
+    strategy = "self_speculative" if num_draft_tokens else "autoregressive"
+    return decode_setting(f"{prefix}/{strategy}/{name}", exit_layer, num_draft_tokens)

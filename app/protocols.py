@@ -168,12 +168,75 @@ class CorpusOwner(TokenizerOwner, Protocol):
         """Names of the sources; a batch's `source` indexes them."""
 
 
+class SourceStatistics(NamedTuple):
+    """What one source of a corpus delivered to training on this rank so far.
+
+    Attributes:
+        tokens: Without padding.
+        rows: Packed rows.
+        epochs: Passes over the source, the mean of the rank's parts of it.
+        seen: Records read.
+        skipped: Bad ones among those.
+    """
+
+    tokens: int
+    rows: int
+    epochs: float
+    seen: int
+    skipped: int
+
+
+@runtime_checkable
+class StreamOwner(Protocol):
+    """A datamodule that mixes sources by weight and counts what they deliver."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a row."""
+
+    @property
+    def source_weights(self) -> Mapping[str, float]:
+        """Share of tokens asked of each source; they sum to 1."""
+
+    def source_statistics(self) -> Mapping[str, SourceStatistics]:
+        """What each source delivered so far."""
+
+
 @runtime_checkable
 class PromptOwner(Protocol):
     """A datamodule that offers fixed held-out prompts."""
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
         """`count` prompts of `length` token ids from held-out documents, the same at every call."""
+
+
+class GenerationExample(NamedTuple):
+    """A task's held-out row: what the model is given, and what it should write.
+
+    Attributes:
+        prompt: Token ids, at least one.
+        reference: The text of the right answer, in the same form as the model's.
+        group: What results are told apart by, e.g. a domain.
+    """
+
+    prompt: list[int]
+    reference: str
+    group: str
+
+
+@runtime_checkable
+class ExampleOwner(TokenizerOwner, Protocol):
+    """A datamodule of a task that is scored on what the model generates."""
+
+    @property
+    def target_format(self) -> str:
+        """How answers are written: a key of app.evaluation.tasks' table of formats."""
+
+    def generation_examples(self, stage: str, count: int) -> list[GenerationExample]:
+        """`count` shuffled rows of stage `validate` or `test`, fewer if there are fewer; the same at every call."""
+
+    def answer(self, tokens: Sequence[int]) -> str:
+        """The text of generated token ids, up to the end of the answer, without special tokens."""
 
 
 @runtime_checkable

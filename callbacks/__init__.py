@@ -1,18 +1,22 @@
 """Lightning callbacks, one a file."""
 
+from callbacks.data_monitor import DataMonitor
 from callbacks.early_exit_curriculum import EarlyExitCurriculum
 from callbacks.exit_quality_monitor import ExitQualityMonitor
 from callbacks.layer_dropout_curriculum import LayerDropoutCurriculum
+from callbacks.parse_validation import ParseValidation
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.progress_bar import LayerSkipProgressBar
 from callbacks.self_speculative_validation import SelfSpeculativeValidation
 from callbacks.throughput_monitor import ThroughputMonitor
 
 __all__ = [
+    "DataMonitor",
     "EarlyExitCurriculum",
     "ExitQualityMonitor",
     "LayerDropoutCurriculum",
     "LayerSkipProgressBar",
+    "ParseValidation",
     "PredictionWriter",
     "SelfSpeculativeValidation",
     "ThroughputMonitor",

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
 from app import metric_names
 from app.errors import ConfigError, check_range
@@ -22,22 +17,26 @@ from app.evaluation.decoding_comparison import (
     pooled,
     table_as_markdown,
 )
-from app.model.parallel import unsharded
-from app.protocols import DecodingHost, PromptOwner, Table, TokenizerOwner
+from app.protocols import PromptOwner, Table
+from callbacks.decoding_validation import (
+    DecodingValidation,
+    check_decoding_host,
+    datamodule_of,
+    eos_token_ids,
+    lent_decoder,
+    on_all_ranks,
+)
 
 
-class SelfSpeculativeValidation(Callback):
+class SelfSpeculativeValidation(DecodingValidation):
     """At the end of validation, decode fixed held-out prompts with and without early exits, and compare.
 
     Logs acceptance, tokens a round, speeds, speedup and identity of every (exit, drafts) setting, and those of the
-    fastest setting under the bare names. Training is not touched: no randomness is used, the cache is its own, and the
-    mode of every submodule is put back. Weights are used as they are stored, without autocast; under FSDP2 they are
-    gathered once for all prompts, in its compute dtype.
+    fastest setting under the bare names. Training is not touched, see DecodingValidation.
 
     Ranks share the prompts out: rank r of W decodes prompts r, r + W, ..., and stops at the time limit by itself.
     Their counts and times are then summed, and every rank logs the same figures, of all prompts; a speed is that of
-    one rank decoding alone. If decoding fails on one rank, all raise. A rank that dies, or fails while weights are
-    gathered, leaves the others in a collective: gloo ends it at once, NCCL after the process group's timeout.
+    one rank decoding alone.
 
     Args:
         every_n_validations: Measure at every n-th validation of a fit, at least 1; `validate` always measures.
@@ -62,16 +61,14 @@ class SelfSpeculativeValidation(Callback):
     ) -> None:
         for field, values in (("exit_layers", exit_layers), ("num_draft_tokens", num_draft_tokens)):
             check_range(field, min(values, default=0), low=1, fix="list at least one")
-        check_range("every_n_validations", every_n_validations, low=1)
+        super().__init__(every_n_validations=every_n_validations)
         check_range("num_prompts", num_prompts, low=1)
         check_range("prompt_length", prompt_length, low=1)
         check_range("max_new_tokens", max_new_tokens, low=2)
         check_range("time_limit_seconds", time_limit_seconds, low=0.0)
         self.exit_layers, self.num_draft_tokens = tuple(exit_layers), tuple(num_draft_tokens)
-        self.every_n_validations = every_n_validations
         self.num_prompts, self.prompt_length, self.max_new_tokens = num_prompts, prompt_length, max_new_tokens
         self.time_limit_seconds = time_limit_seconds
-        self._validations = 0  # of all fits, sanity checks not counted
         self._latest: list[DecodingComparison] = []
         self._num_ranks = 1  # that measured them
 
@@ -79,33 +76,18 @@ class SelfSpeculativeValidation(Callback):
         """Refuse a module or datamodule this cannot work with, before anything runs."""
         if stage not in ("fit", "validate"):
             return
-        if not isinstance(pl_module, DecodingHost):
-            raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
-        datamodule = _datamodule(trainer)
+        datamodule = datamodule_of(trainer)
+        check_decoding_host(pl_module, self.exit_layers)
         if not isinstance(datamodule, PromptOwner):
             got = type(datamodule).__name__
             raise ConfigError("data", got=got, allowed="a datamodule with validation_prompts()")
-        num_layers = pl_module.num_layers
-        if wrong := [layer for layer in self.exit_layers if layer >= num_layers]:
-            allowed = f"1..{num_layers - 1} for a {num_layers}-layer model"
-            raise ConfigError("exit_layers", got=list(self.exit_layers), allowed=allowed, fix=f"{wrong} cannot draft")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, keep the results and log them, when it is time."""
         if not self._is_due(trainer):
             return
-        failure: Exception | None = None
-        own: list[DecodingComparison] | str
-        try:
-            own = self._measure(trainer, pl_module)
-        except Exception as error:  # first tell the other ranks, which would wait for ever
-            failure, own = error, f"{type(error).__name__}: {error}"
-        parts = _from_all_ranks(trainer, own)
-        if failure is not None:
-            raise failure
-        if errors := {rank: part for rank, part in enumerate(parts) if isinstance(part, str)}:
-            raise RuntimeError(f"decoding in validation failed on other ranks: {errors}")
-        self._latest, self._num_ranks = pooled([part for part in parts if not isinstance(part, str)]), len(parts)
+        parts = on_all_ranks(trainer, lambda: self._measure(trainer, pl_module))
+        self._latest, self._num_ranks = pooled(parts), len(parts)
         pl_module.log_dict(_metrics(self._latest), sync_dist=True)  # the same on all ranks already
         if trainer.is_global_zero and (table := self.report()):
             for logger in trainer.loggers:
@@ -114,21 +96,20 @@ class SelfSpeculativeValidation(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[DecodingComparison]:
         """This rank's prompts; empty if there are none."""
-        datamodule = _datamodule(trainer)
-        assert isinstance(pl_module, DecodingHost)  # checked in setup, both
-        assert isinstance(datamodule, PromptOwner)
-        with unsharded(pl_module), _eval_mode(pl_module):  # also where no prompt is left: all ranks gather together
+        datamodule = datamodule_of(trainer)
+        assert isinstance(datamodule, PromptOwner)  # checked in setup
+        with lent_decoder(pl_module) as decoder:  # also where no prompt is left: all ranks gather together
             prompts = datamodule.validation_prompts(self.num_prompts, self.prompt_length)
             own_prompts = prompts[trainer.global_rank :: trainer.world_size]
             if prompts and not own_prompts:
                 return []
             return compare_decoding(
-                pl_module.exitable_decoder(),
+                decoder,
                 own_prompts,
                 exit_layers=self.exit_layers,
                 num_draft_tokens=self.num_draft_tokens,
                 max_new_tokens=self.max_new_tokens,
-                eos_token_ids=_eos_token_ids(datamodule),
+                eos_token_ids=eos_token_ids(datamodule),
                 time_limit_seconds=self.time_limit_seconds,
             )
 
@@ -138,54 +119,6 @@ class SelfSpeculativeValidation(Callback):
             return None
         table = comparison_table(self._latest)
         return table._replace(title=f"{table.title} on {self._num_ranks} ranks") if self._num_ranks > 1 else table
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of validations so far, so that a resumed run keeps its rhythm."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` saved."""
-        self._validations = state_dict["validations"]
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        """Whether to measure now; counts this validation if it belongs to a fit."""
-        if trainer.sanity_checking:
-            return False
-        if trainer.state.fn != TrainerFn.FITTING:
-            return True
-        self._validations += 1
-        return self._validations % self.every_n_validations == 0
-
-
-def _datamodule(trainer: Trainer) -> object:
-    return trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
-
-
-def _eos_token_ids(datamodule: object) -> tuple[int, ...]:
-    """The tokenizer's end-of-sequence id, if the datamodule has a tokenizer and that has one."""
-    eos = datamodule.tokenizer.eos_token_id if isinstance(datamodule, TokenizerOwner) else None
-    return () if eos is None else (eos,)
-
-
-def _from_all_ranks(trainer: Trainer, own: list[DecodingComparison] | str) -> list[list[DecodingComparison] | str]:
-    """What every rank has to say, by rank."""
-    if trainer.world_size == 1:
-        return [own]
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, own)
-    return gathered
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each submodule's own mode after."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
 
 
 def _metrics(comparisons: Sequence[DecodingComparison]) -> dict[str, float]:

@@ -1,85 +1,170 @@
-"""Documents of one source, packed into rows of fixed length; labels are shifted here, once.
+"""Documents packed into rows of a fixed length; labels are shifted here, once.
 
-Shape legend: `N` rows, `S` tokens a row.
+Shape legend: `S` tokens a row.
 
-Every document is followed by the end-of-text token, and the stream is cut into rows: no token is dropped, and a
-document may continue in the next row. Attention must not cross from one document into another. transformers
-derives that mask from position ids that restart, if it is given no attention mask and no cache
+Every document is followed by the end-of-text token. Attention must not cross from one document into another:
+transformers derives that mask from position ids that restart, if it is given no attention mask and no cache
 (`attention_mask=None, use_cache=False`; with either, documents leak into one another silently).
-The last row is filled up with end-of-text tokens that have no target and are each a document of their own.
+
+Rows can be asked for from the middle: each comes with the place at which the next one begins, and the same documents
+from that place on give the same rows again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from app.layerskip.early_exit_loss import IGNORE_INDEX
 
+Tokens = npt.NDArray[np.int32]
+Packing = Literal["split", "best_fit"]
+LongDocuments = Literal["split", "truncate"]
 
-@dataclass(frozen=True)
-class PackedRows:
-    """Packed documents of one source.
+_ROWS_A_GROUP = 32  # documents that best fit chooses from: tokens of so many rows
 
-    Args:
-        input_ids: [N, S] int32.
-        labels: [N, S] int32; the token that follows in the same document, else `IGNORE_INDEX`. The last position
-            of a row is labelled with the first token of the next row if the document goes on there.
-        position_ids: [N, S] int32; restart at 0 with every document and with every row.
-        offsets: [documents + 1] int64; where each document starts in the row-major stream, and where the last ends.
+
+class Row(NamedTuple):
+    """One packed row.
+
+    Attributes:
+        input_ids: [S]; padding is any token, each a document of its own without a target.
+        labels: [S]; the token that follows in the same document, else `IGNORE_INDEX`. The last position is labelled
+            with the first token of the next row if the document goes on there.
+        position_ids: [S]; restart at 0 with every document and with every row.
+        num_tokens: Of documents and their end-of-text tokens, 1..S; the others are padding.
     """
 
-    input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    position_ids: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-
-    @property
-    def num_rows(self) -> int:
-        """N."""
-        return len(self.input_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents with their end-of-text tokens, without the padding."""
-        return int(self.offsets[-1])
-
-    @property
-    def num_documents(self) -> int:
-        """Documents packed."""
-        return len(self.offsets) - 1
-
-    def document(self, index: int) -> npt.NDArray[np.int32]:
-        """Token ids of one document, without the end-of-text token."""
-        return self.input_ids.reshape(-1)[self.offsets[index] : self.offsets[index + 1] - 1]
+    input_ids: Tokens
+    labels: Tokens
+    position_ids: Tokens
+    num_tokens: int
 
 
-def pack_documents(documents: Sequence[npt.NDArray[np.int32]], *, seq_len: int, eos_id: int) -> PackedRows:
-    """Pack token documents into rows, in the order given.
+class PackedRow(NamedTuple):
+    """A row, and where the next one begins: `within` the last document of `finished` + 1, in the packing's own unit."""
+
+    row: Row
+    finished: int
+    within: int
+
+
+class _Piece(NamedTuple):
+    """Tokens start..stop-1 of a document."""
+
+    document: Tokens
+    start: int
+    stop: int
+
+
+def split_rows(documents: Iterator[Tokens], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
+    """Cut the stream of documents into rows: no token is dropped, a document may go on in the next row.
 
     Args:
-        documents: Token ids of each document, without an end-of-text token.
+        documents: Token ids of each, ending with the end-of-text token; the row they end in is padded.
         seq_len: S, at least 2.
-        eos_id: Id of the end-of-text token.
+        within: Tokens of the first document that earlier rows took.
+
+    Yields:
+        Rows; `finished` counts documents used up, `within` tokens taken of the one after.
     """
-    offsets = np.cumsum([0, *(len(document) + 1 for document in documents)], dtype=np.int64)
-    num_tokens = int(offsets[-1])
-    size = -(-num_tokens // seq_len) * seq_len
-    stream = np.full(size + 1, eos_id, dtype=np.int32)
-    for document, start in zip(documents, offsets, strict=False):  # offsets has one more: the end
-        stream[start : start + len(document)] = document
+    pieces: list[_Piece] = []
+    room, finished = seq_len, 0
+    for document in documents:
+        while within < len(document):
+            stop = min(len(document), within + room)
+            pieces.append(_Piece(document, within, stop))
+            room -= stop - within
+            within = stop
+            if room == 0:
+                ended = within == len(document)
+                yield PackedRow(_row(pieces, seq_len), finished + ended, 0 if ended else within)
+                pieces, room = [], seq_len
+        finished, within = finished + 1, 0
+    if pieces:
+        yield PackedRow(_row(pieces, seq_len), finished, 0)
 
-    is_start = np.zeros(size + 1, dtype=bool)
-    is_start[offsets] = True
-    is_start[num_tokens:] = True
-    labels = np.where(is_start[1:], np.int32(IGNORE_INDEX), stream[1:])
 
-    index = np.arange(size, dtype=np.int32)
-    restarts = is_start[:-1].copy()
-    restarts[::seq_len] = True
-    position_ids = index - np.maximum.accumulate(np.where(restarts, index, np.int32(0)))
-    shape = (-1, seq_len)
-    return PackedRows(stream[:-1].reshape(shape), labels.reshape(shape), position_ids.reshape(shape), offsets)
+def best_fit_rows(documents: Iterator[Tokens], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
+    """Put whole documents into rows: of the rows begun, the fullest with room; a document longer than a row is cut.
+
+    Documents are packed in groups of about 32 rows of tokens, the longest first (best fit decreasing, Ding et al. 2024,
+    arXiv 2404.10830); rows are padded.
+
+    Args:
+        documents: Token ids of each, ending with the end-of-text token.
+        seq_len: S, at least 2.
+        within: Rows of the first group that were given out already.
+
+    Yields:
+        Rows; `finished` counts documents of complete groups, `within` rows taken of the group after.
+    """
+    finished = 0
+    while group := _group(documents, at_least=_ROWS_A_GROUP * seq_len):
+        rows = _best_fit(group, seq_len)
+        for taken in range(within + 1, len(rows) + 1):
+            row = _row(rows[taken - 1], seq_len)
+            last = taken == len(rows)
+            yield PackedRow(row, finished + len(group) * last, 0 if last else taken)
+        finished, within = finished + len(group), 0
+
+
+PACKINGS: dict[Packing, Callable[..., Iterator[PackedRow]]] = {"split": split_rows, "best_fit": best_fit_rows}
+
+
+def _group(documents: Iterator[Tokens], *, at_least: int) -> list[Tokens]:
+    group: list[Tokens] = []
+    total = 0
+    for document in documents:
+        group.append(document)
+        total += len(document)
+        if total >= at_least:
+            break
+    return group
+
+
+def _best_fit(group: list[Tokens], seq_len: int) -> list[list[_Piece]]:
+    """Rows of pieces; in the order in which their first documents came, so that long ones are not all first."""
+    pieces = [
+        (index, _Piece(document, start, min(len(document), start + seq_len)))
+        for index, document in enumerate(group)
+        for start in range(0, len(document), seq_len)
+    ]
+    pieces.sort(key=lambda item: item[1].start - item[1].stop)  # stable
+    rows: list[list[tuple[int, _Piece]]] = []
+    by_room: list[tuple[int, int]] = []  # (room, row), ascending
+    for index, piece in pieces:
+        size = piece.stop - piece.start
+        place = bisect_left(by_room, (size, 0))
+        if place == len(by_room):
+            rows.append([])
+            room, row = seq_len, len(rows) - 1
+        else:
+            room, row = by_room.pop(place)
+        rows[row].append((index, piece))
+        insort(by_room, (room - size, row))
+    rows.sort(key=lambda row: min(index for index, _ in row))
+    return [[piece for _, piece in row] for row in rows]
+
+
+def _row(pieces: list[_Piece], seq_len: int) -> Row:
+    num_tokens = sum(piece.stop - piece.start for piece in pieces)
+    padding = seq_len - num_tokens
+    filler = pieces[0].document[:1]
+    none = np.array([IGNORE_INDEX], dtype=np.int32)
+    labels = chain.from_iterable(
+        (document[start + 1 : stop + 1], none[: stop == len(document)]) for document, start, stop in pieces
+    )
+    return Row(
+        np.concatenate([*(document[start:stop] for document, start, stop in pieces), filler.repeat(padding)]),
+        np.concatenate([*labels, none.repeat(padding)]),
+        np.concatenate(
+            [*(np.arange(stop - start, dtype=np.int32) for _, start, stop in pieces), np.zeros(padding, np.int32)]
+        ),
+        num_tokens,
+    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from app.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and END_OF_TEXT
@@ -36,7 +41,37 @@ def train_byte_level_bpe(texts: Iterator[str] | Sequence[str], *, vocab_size: in
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    return _wrapped(backend)
+
+
+def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
+
+
+def trained_tokenizer(texts: Sequence[str], *, vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast:
+    """As `train_byte_level_bpe`, but trained only once for the same texts and size.
+
+    Several processes may ask at once: a file appears in `cache_dir` whole or not at all.
+    """
+    key = sha256(f"{vocab_size}".encode())
+    for text in texts:
+        key.update(sha256(text.encode()).digest())
+    file = cache_dir / f"tokenizer-{key.hexdigest()[:16]}.json"
+    if file.exists():
+        digest, _, backend = file.read_text("utf-8").partition("\n")
+        if digest == sha256(backend.encode()).hexdigest():
+            return _wrapped(Tokenizer.from_str(backend))
+        log.warning("%s is damaged: training the tokenizer again", file)
+    log.info("training a tokenizer of %d tokens, kept in %s", vocab_size, file)
+    tokenizer = train_byte_level_bpe(texts, vocab_size=vocab_size)
+    backend = tokenizer.backend_tokenizer.to_str()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=cache_dir, prefix=".tokenizer-", delete=False
+    ) as stream:
+        stream.write(f"{sha256(backend.encode()).hexdigest()}\n{backend}")
+    Path(stream.name).replace(file)
+    return tokenizer
 
 
 def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
@@ -60,26 +95,9 @@ def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
     return tokenizer
 
 
-def training_sample(texts_by_source: Sequence[Sequence[str]], *, max_bytes: int) -> Iterator[str]:
-    """Up to `max_bytes` of text in equal parts from every source, from documents spread over the whole source."""
-    share = max_bytes / len(texts_by_source)
-    for texts in texts_by_source:
-        total = sum(len(text.encode()) for text in texts)
-        stride = max(1, round(total / share))
-        remaining = share
-        for text in texts[::stride]:
-            if remaining <= 0:
-                break
-            yield text[: int(remaining) + 1]
-            remaining -= len(text.encode())
-
-
 def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
     """Token ids of each text, without special tokens; one spelled out in a text is encoded as ordinary text."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # the caller's keeps its settings
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
+    backend = plain_backend(tokenizer)
     return [
         np.asarray(encoding.ids, dtype=np.int32)
         for start in range(0, len(texts), _DOCUMENTS_PER_CALL)
@@ -87,3 +105,28 @@ def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[n
             list(texts[start : start + _DOCUMENTS_PER_CALL]), add_special_tokens=False
         )
     ]
+
+
+def plain_backend(tokenizer: Any) -> Tokenizer:
+    """A copy of the tokenizer's backend that neither cuts nor pads, and takes special tokens for ordinary text."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # the caller's keeps its settings
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+class Encoder:
+    """Texts to token ids, each text followed by the end-of-text token.
+
+    Args:
+        tokenizer: A fast tokenizer with an end-of-text token; it is copied.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend, self._eos = plain_backend(tokenizer), tokenizer.eos_token_id
+
+    def __call__(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Token ids [tokens] of each text."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.fromiter((*encoding.ids, self._eos), dtype=np.int32) for encoding in encodings]

@@ -28,6 +28,7 @@ from app.evaluation.benchmark_report import (
 )
 from app.evaluation.benchmark_result import benchmark_results
 from app.evaluation.prompts import read_prompts, tokenize_prompts
+from app.evaluation.step_costs import costs_line
 from app.model.spans import SpanDecoder
 from app.model.tokenizer_files import check_same_tokens
 
@@ -112,11 +113,7 @@ def benchmark(
     if any(result.drafted for result in results):
         print_table(draft_table(results))
     if measured.costs is not None:
-        costs = measured.costs.model
-        print(
-            f"costs, in blocks of {costs.block_seconds * 1e6:.0f} us: head H {costs.head:.1f}, overhead of a round"
-            f" {costs.overhead:.1f}; each further position k {costs.extra_token:.3f} of a pass"
-        )
+        print(f"costs: {costs_line(measured.costs.model)}")
     print(*(f"note: {note}" for note in document["notes"]), f"report: {file}, figure: {figure}", sep="\n")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from app.cli.models import LoadedModel
 from app.decoding.cost_model import CostModel
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import STRATEGIES, Strategy
-from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults
+from app.decoding.strategies import STRATEGIES, Strategy, check_settings
+from app.model.decoding_defaults import Conditions, DecodingDefaults, read_decoding_defaults
+from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
 
@@ -18,18 +20,24 @@ _USUAL_SHARE = 4  # a quarter of the blocks drafts
 
 
 def choose_decoding(
-    strategy: Strategy | None, settings: DecodingSettings, loaded: LoadedModel
+    strategy: Strategy | None, settings: DecodingSettings, loaded: LoadedModel, *, batch_size: int = 1
 ) -> tuple[Strategy, DecodingSettings]:
     """Fill in strategy, exit, drafts and costs, and say on stderr what was chosen and where it comes from.
 
-    Who names an exit or a number of drafts but no strategy wants self_speculative.
+    Who names an exit or a number of drafts but no strategy wants self_speculative. What was tuned under other
+    conditions is still the best guess for strategy, exit and drafts, but its costs are not used.
 
     Args:
         strategy: None is open.
         settings: With None where the user left something open.
         loaded: The model.
+        batch_size: Prompts decoded together.
+
+    Raises:
+        ConfigError: Exit, drafts or skipped layers do not fit the model; nothing was said.
     """
     tuned = read_decoding_defaults(loaded.model)
+    elsewhere = _elsewhere(tuned, Conditions.of(loaded.model, batch_size=batch_size))
     num_layers, said = loaded.decoder.num_layers, list[str]()
     if strategy is None:
         of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
@@ -46,25 +54,47 @@ def choose_decoding(
         known = tuned is not None and strategy == tuned.strategy and exit_layer == tuned.exit_layer
         num_draft_tokens = tuned.num_draft_tokens if tuned is not None and known else _USUAL_DRAFTS
         said.append(_say("num_draft_tokens", num_draft_tokens, tuned=known))
+    settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    _check(strategy, settings, loaded.decoder)
     if said:
-        _log.info("defaults: %s; %s", ", ".join(said), _origin(tuned))
-    costs = None if strategy != "self_speculative" or exit_layer is None else _costs(tuned, num_layers, exit_layer)
-    return strategy, replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens, costs=costs)
+        _log.info("defaults: %s; %s%s", ", ".join(said), _origin(tuned, strategy, settings), elsewhere)
+    if strategy == "self_speculative" and exit_layer is not None and not elsewhere:
+        settings = replace(settings, costs=_costs(tuned, num_layers, exit_layer))
+    return strategy, settings
+
+
+def _check(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDecoder) -> None:
+    """Refuse what does not fit the model, before anything is said; of what has no effect the engine warns."""
+    needs = STRATEGIES[strategy].needs
+    used: dict[str, Any] = {name: getattr(settings, name) for name in needs}
+    if "draft_decoder" in needs:  # the caller loads it later
+        used["draft_decoder"] = decoder
+    check_settings(strategy, DecodingSettings(max_new_tokens=settings.max_new_tokens, **used), decoder)
 
 
 def _say(name: str, value: object, *, tuned: bool) -> str:
     return f"{name} {value} ({'tuned' if tuned else 'untuned'})"
 
 
-def _origin(tuned: DecodingDefaults | None) -> str:
+def _elsewhere(tuned: DecodingDefaults | None, here: Conditions) -> str:
+    """That tuning was done under other conditions; empty where it was not, or nobody knows."""
+    if tuned is None or tuned.conditions is None or not (other := tuned.conditions.differing(here)):
+        return ""
+    return f"; it was tuned for {tuned.conditions}; here {other}"
+
+
+def _origin(tuned: DecodingDefaults | None, strategy: Strategy, settings: DecodingSettings) -> str:
     if tuned is None:
         return "layerskip tune finds what is fastest for a model"
-    if tuned.measured_speedup is None:
+    if tuned.strategy == "autoregressive":
         return "layerskip tune found no setting that is faster than autoregressive"
-    return (
-        f"layerskip tune measured a speedup of {tuned.measured_speedup:.2f} with exit_layer {tuned.exit_layer} and"
-        f" num_draft_tokens {tuned.num_draft_tokens}"
-    )
+    setting = f"exit_layer {tuned.exit_layer} and num_draft_tokens {tuned.num_draft_tokens}"
+    chosen = tuned.strategy, tuned.exit_layer, tuned.num_draft_tokens
+    if chosen != (strategy, settings.exit_layer, settings.num_draft_tokens):
+        return f"layerskip tune chose otherwise: {tuned.strategy} with {setting}"
+    if tuned.measured_speedup is None:
+        return "as layerskip tune chose"
+    return f"layerskip tune measured a speedup of {tuned.measured_speedup:.2f} with {setting}"
 
 
 def _costs(tuned: DecodingDefaults | None, num_layers: int, exit_layer: int) -> CostModel | None:

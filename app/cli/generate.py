@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json as json_module
 import logging
 import signal
@@ -79,7 +80,7 @@ def generate(
         draft_policy: Draft all num_draft_tokens, or adaptively as many as pay, or none.
         fall_back: Stop drafting for the rest of a text that it turns out to slow down.
         max_new_tokens: Budget of each prompt.
-        stop: One or several texts, any of which ends the output (it is still part of it).
+        stop: One or several texts, any of which ends the output; it stays part of it, with all of its last token.
         temperature: 0 is greedy.
         top_k: Sample among the k most likely tokens only.
         top_p: Sample among the most likely tokens of this total probability only.
@@ -118,7 +119,7 @@ def generate(
         for number, text in enumerate(texts, start=1)
     ]
     stop_strings = None if stop is None else StopStrings(loaded.tokenizer, stop)
-    strategy, settings = choose_decoding(strategy, settings, loaded)
+    strategy, settings = choose_decoding(strategy, settings, loaded, batch_size=min(batch_size, len(texts)))
     settings = replace(
         settings,
         eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer),
@@ -206,7 +207,8 @@ def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
     for start in range(0, count, batch_size):
         rows = range(start, min(start + batch_size, count))
         titles = [] if live else [f"[{row + 1}/{count}] {shorten(request.texts[row], 100)}" for row in rows]
-        printer = None if json else BatchPrinter(request.loaded.tokenizer, write, titles)
+        shown = not json and request.settings.max_new_tokens > 0
+        printer = BatchPrinter(request.loaded.tokenizer, write, titles) if shown else None
         try:
             with _interrupt_between_steps() as check:
                 results = request.decode(rows, on_step=partial(_show, printer, check))
@@ -228,11 +230,14 @@ def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
 
 def run() -> None:
     """Parse and run the verb."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model's text may hold what the terminal's encoding lacks
     parser = VerbParser(prog="layerskip generate", description=(generate.__doc__ or "").splitlines()[0])
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
     # Texts as they are: the types read from a signature would take "null" and "#include" for nothing.
     parser.add_argument("--prompt", type=str, help="Text to continue.")
-    parser.add_argument("--stop", type=str, nargs="+", help="One or several texts, any of which ends the output.")
+    ends = "One or several texts, any of which ends the output; it stays part of it, with all of its last token."
+    parser.add_argument("--stop", type=str, nargs="+", help=ends)
     parser.add_argument("--json", action="store_true", help="Print one JSON object for each prompt instead of text.")
     parser.add_function_arguments(generate, as_group=False, skip={"prompt", "stop", "json"})
     options = parser.parse_args(sys.argv[2:]).as_dict()

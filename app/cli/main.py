@@ -13,10 +13,12 @@ VERBS = {
     "validate": ("app.cli.train", "Measure every exit on the validation rows, and self-speculative decoding."),
     "test": ("app.cli.train", "Measure every exit on the test rows."),
     "predict": ("app.cli.train", "Write each row's loss at every exit to predictions.jsonl."),
+    "data": ("app.cli.data", "Show what a config's training data look like to the model, before training."),
     "generate": ("app.cli.generate", "Continue a prompt: autoregressively, from an early exit, or self-speculatively."),
     "benchmark": ("app.cli.benchmark", "Time every way to decode the same prompts, transformers' own included."),
     "export": ("app.cli.export", "Write a model as a Hugging Face directory, which plain transformers loads."),
     "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with a model."),
+    "plot": ("app.cli.plot", "Draw exact match over exits, from the results of several runs."),
     "targets": ("app.cli.targets", "Measure the performance targets this project sets itself (make bench)."),
 }
 
@@ -57,12 +59,12 @@ def main() -> int:
 
 
 def _run(module: str) -> int:
-    verb = importlib.import_module(module)  # torch and lightning load after the cheap checks
-    from app.cli.messages import user_message
-
+    verb = importlib.import_module(module)  # torch loads after the cheap checks, and what else a verb needs
     try:
         verb.run()
     except Exception as error:
+        from app.cli.messages import user_message  # it knows Lightning's errors, so it loads Lightning
+
         message = user_message(error)
         if message is None:
             raise

@@ -20,7 +20,7 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, (UserError, MisconfigurationException)):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}; earlier checkpoints are untouched: make room and resume with --ckpt_path last"
+        return f"{error}; files written before are whole: make room and repeat (fit resumes with --ckpt_path last)"
     return None
 
 

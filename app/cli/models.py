@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.errors import ConfigError, check_choice, check_range
-from app.model.checkpoint import load_for_decoding
-from app.model.functional_block import join_projections
-from app.model.spans import SpanDecoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from app.model.spans import SpanDecoder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -49,6 +50,11 @@ def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
+    # Importing transformers' models takes longer than all checks of options: only when a model is wanted.
+    from app.model.checkpoint import load_for_decoding
+    from app.model.functional_block import join_projections
+    from app.model.spans import SpanDecoder
+
     weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype], field=field)
     weights.to(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))
     join_projections(weights)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from rich.console import Console
-from rich.table import Table as RichTable
 
+import datamodules  # noqa: F401  # its classes can then be named without their module, and suggested
 from app.cli.messages import locate
 from app.cli.parsing import TrainingParser
+from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
@@ -61,7 +62,11 @@ class LayerSkipCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse trainer settings that Lightning would divide by, or take silently."""
-        trainer = self.config[self.config.subcommand]["trainer"]
+        config = self.config[self.config.subcommand]
+        for group in ("trainer", "model", "layer_dropout", "early_exit"):
+            if not isinstance(config[group], Namespace):
+                raise ConfigError(group, got=config[group], allowed=f"its keys, as in --{group}.KEY VALUE")
+        trainer = config["trainer"]
         check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1)
         check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
         check_range("trainer.log_every_n_steps", trainer["log_every_n_steps"] or 0, low=0)
@@ -108,9 +113,9 @@ class LayerSkipCLI(LightningCLI):
         return plain
 
 
-def run() -> None:
-    """Parse, build and run one of Lightning's verbs, then print what the callbacks have to report."""
-    cli = LayerSkipCLI(
+def make_cli(kind: Callable[..., LayerSkipCLI]) -> LayerSkipCLI:
+    """Parse the command line, build everything and run the verb."""
+    return kind(
         LayerSkipModule,
         LightningDataModule,
         subclass_mode_data=True,
@@ -124,14 +129,13 @@ def run() -> None:
         parser_class=TrainingParser,
         parser_kwargs={"prog": "layerskip"},
     )
+
+
+def run() -> None:
+    """Parse, build and run one of Lightning's verbs, then print what the callbacks have to report."""
+    cli = make_cli(LayerSkipCLI)
     if not cli.trainer.is_global_zero:
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Reportable) and (table := callback.report()):
-            drawn = RichTable(title=table.title, title_justify="left")
-            for column in table.columns:
-                drawn.add_column(column, justify="right")
-            for row in table.rows:
-                drawn.add_row(*row)
-            console.print(drawn)
+            print_table(table)

@@ -17,10 +17,12 @@ from app.cli.tables import print_table
 from app.errors import ConfigError
 from app.evaluation.benchmark_report import environment
 from app.evaluation.prompts import read_prompts, tokenize_prompts
-from app.evaluation.tuning import Tuning, TuningSettings
+from app.evaluation.step_costs import costs_line
+from app.evaluation.tuning import TuningSettings
 from app.evaluation.tuning import tune as tune_decoder
-from app.evaluation.tuning_report import costs_line, exits_table, tuning_as_json, verifications_table
-from app.model.decoding_defaults import read_generation_config, write_decoding_defaults
+from app.evaluation.tuning_report import exits_table, tuning_as_json, verifications_table
+from app.evaluation.tuning_result import Tuning
+from app.model.decoding_defaults import Conditions, read_generation_config, write_decoding_defaults
 
 
 def tune(
@@ -48,7 +50,8 @@ def tune(
         limit: Prompts to read.
         max_draft_tokens: Longest draft considered.
         num_verified: Settings to run, best predictions first.
-        repeats: Times each prompt is decoded by each of them; medians count.
+        repeats: Times each prompt is decoded by each of them; medians count. The fastest is run again, five times, and
+            only stored if it is not slower than autoregressive decoding in any of them.
         time_limit_seconds: No prompt is started after this, but there is always one.
         dtype: Of the weights, auto is the checkpoint's own; what is fastest depends on it.
         device: Where to decode; auto takes a GPU if there is one.
@@ -70,7 +73,11 @@ def tune(
     tokens = tokenize_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length - 1)
     with torch.inference_mode():
         tuning = tune_decoder(
-            loaded.decoder, tokens, eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer), settings=settings
+            loaded.decoder,
+            tokens,
+            eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer),
+            settings=settings,
+            conditions=Conditions.of(loaded.model),
         )
     if not json:
         _print(tuning)  # before storing: a full disk must not cost the answer
@@ -115,8 +122,10 @@ def _print(tuning: Tuning) -> None:
     """Why, then what."""
     print_table(exits_table(tuning))
     print_table(verifications_table(tuning))
-    print(f"costs: {costs_line(tuning)}")
+    print(f"costs: {costs_line(tuning.costs)}")
     print(f"decision: {tuning.reason}")
+    if tuning.advice:
+        print(f"advice: {tuning.advice.replace('max_draft_tokens', '--max_draft_tokens')}")
 
 
 def _flags(tuning: Tuning) -> str:

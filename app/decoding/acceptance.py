@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from app.decoding.rows import Row
+from app.decoding.rows import Row, contexts
 from app.decoding.sampling import LogitsProcessor, SamplingSettings, draw, probabilities
 
 Drafts = Sequence[Sequence[int]]  # of each sequence, in this round
@@ -119,47 +119,48 @@ class GreedyRule:
 class SamplingRule:
     """Tokens drawn from processed laws; the output is distributed as the full model's.
 
-    Every sequence draws from its own generator, and only for itself, so that it comes out as it would alone.
+    Every sequence draws from its own generator, and only for itself, so that it comes out as it would alone. Drafts
+    and their laws stay on the device: but for contexts of a processor nothing is sent there.
     """
 
     def __init__(self, settings: SamplingSettings) -> None:
         self._settings = settings
-        self._draft_probs: dict[int, list[Tensor]] = {}  # index of a row -> laws of its drafts in this round
+        self._drafted: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of a row, by its index: token [1], law [1, V]
 
     def draft(
         self, logits_BV: Tensor, rows: Sequence[Row], drafts: Sequence[Sequence[int]], live: Sequence[bool]
     ) -> Drafted:
-        """A token drawn from the drafter's law, which is kept for `verify`."""
+        """A token drawn from the drafter's law; both are kept for `verify`."""
         scores_BV = process(logits_BV[:, None], rows, drafts, self._settings.processor, first=True)[:, 0]
         probs_BV = probabilities(scores_BV, settings=self._settings)
         tokens_B = torch.zeros(len(rows), dtype=torch.long, device=probs_BV.device)
         for i, row in enumerate(rows):
             if live[i]:
                 assert row.generator is not None
-                tokens_B[i] = draw(probs_BV[i], generator=row.generator)[0]
-                self._draft_probs.setdefault(row.index, []).append(probs_BV[i])
+                tokens_B[i : i + 1] = draw(probs_BV[i], generator=row.generator)
+                self._drafted.setdefault(row.index, []).append((tokens_B[i : i + 1], probs_BV[i : i + 1]))
         confidence_B = probs_BV.gather(-1, tokens_B[:, None])[:, 0]
         tokens, confidences = torch.stack((tokens_B.double(), confidence_B.double())).tolist()
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
     def verify(self, logits_BSV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[tuple[int, int]]:
-        """`accept_sampled` on the laws of the drafts and of the full model."""
+        """`accept_sampled` on the laws of the drafts and of the full model; of all rows one wait for the device."""
         target_probs_BSV = probabilities(
             process(logits_BSV, rows, drafts, self._settings.processor), settings=self._settings
         )
         outcomes = []
         for row, drafted, probs_SV in zip(rows, drafts, target_probs_BSV, strict=True):
             assert row.generator is not None
-            draft_probs = self._draft_probs.pop(row.index, [])
+            nothing = (probs_SV.new_empty(0, dtype=torch.long), probs_SV[:0])
+            tokens, laws = zip(nothing, *self._drafted.pop(row.index, []), strict=True)
             accepted, law_V = accept_sampled(
-                torch.tensor(drafted, dtype=torch.long, device=probs_SV.device),
-                draft_probs_TV=torch.stack(draft_probs) if drafted else probs_SV[:0],
+                torch.cat(tokens),
+                draft_probs_TV=torch.cat(laws),
                 target_probs_SV=probs_SV[: len(drafted) + 1],
                 uniforms_T=torch.rand(len(drafted), generator=row.generator, device=probs_SV.device),
             )
             outcomes.append(torch.stack([accepted, draw(law_V, generator=row.generator)[0]]))
-        pairs = torch.stack(outcomes).tolist()  # the round's one wait for the device
-        return [(accepted, token) for accepted, token in pairs]
+        return [(accepted, token) for accepted, token in torch.stack(outcomes).tolist()]
 
 
 def process(
@@ -181,9 +182,8 @@ def process(
     """
     if processor is None:
         return logits_BSV
-    scores_BSV = logits_BSV.float().clone()
-    for i, (row, drafted) in enumerate(zip(rows, drafts, strict=True)):
-        ids_1S = torch.tensor([[*row.prompt, *row.tokens, *drafted]], device=scores_BSV.device)
+    scores_BSV = logits_BSV.to(torch.float32, copy=True)
+    for i, (ids_1S, drafted) in enumerate(zip(contexts(rows, drafts, device=scores_BSV.device), drafts, strict=True)):
         settled = ids_1S.shape[1] - len(drafted)
         lengths = [ids_1S.shape[1]] if first else range(settled, ids_1S.shape[1] + 1)
         for position, length in enumerate(lengths):

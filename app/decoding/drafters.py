@@ -56,6 +56,9 @@ class FullModel:
         """Forget every position >= lengths[b] of sequence b: the round is over."""
         self.cache.truncate(lengths)
 
+    def end_drafting(self) -> None:
+        """No draft is to come any more: what only drafts need can go."""
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only."""
         self.cache.keep_rows(rows)
@@ -142,17 +145,19 @@ class DraftModelDrafter(FullModel):
         self, decoder: ExitableDecoder, *, batch_size: int, capacity: int, draft_decoder: ExitableDecoder
     ) -> None:
         super().__init__(decoder, batch_size=batch_size, capacity=capacity)
-        self._draft_model = FullModel(draft_decoder, batch_size=batch_size, capacity=capacity)
+        self._draft_model: FullModel | None = FullModel(draft_decoder, batch_size=batch_size, capacity=capacity)
         self._fed_BS: Tensor | None = None  # what the large model was fed in this round
-        self._unseen: list[Tensor] = []  # of rounds without drafts, each [B, 1]: the small model runs them when it must
+        self._unseen: list[Tensor] = []  # of rounds without drafts, each [B, 1]: the small model runs them if it must
 
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
         """Run the prompts through both models."""
+        assert self._draft_model is not None
         self._draft_model.prefill(tokens_BT, lengths)
         return super().prefill(tokens_BT, lengths)
 
     def draft(self, tokens_B: Tensor) -> Tensor:
         """One step of the small model; its vocabulary may be padded further than the large one's."""
+        assert self._draft_model is not None
         tokens_BT = torch.cat([*self._unseen, tokens_B[:, None]], dim=1)
         self._unseen = []
         return self._draft_model.verify(tokens_BT)[:, -1, : self.decoder.vocab_size]
@@ -164,19 +169,26 @@ class DraftModelDrafter(FullModel):
 
     def settle(self, lengths: Sequence[int]) -> None:
         """Forget in both models; where every draft was kept, the small model must still see the last one."""
-        assert self._fed_BS is not None
+        super().settle(lengths)
         small = self._draft_model
+        if small is None:
+            return
+        assert self._fed_BS is not None
         if self._fed_BS.shape[1] == 1:
             self._unseen.append(self._fed_BS)
         elif any(seen < length for seen, length in zip(small.cache.lengths(0), lengths, strict=True)):
             hidden_B1D = small.decoder.embed(self._fed_BS[:, -1:])
             small.decoder.run_blocks(hidden_B1D, start=0, stop=small.stop, cache=small.cache)
         small.settle(lengths)
-        super().settle(lengths)
+
+    def end_drafting(self) -> None:
+        """The small model has nothing more to see: its cache goes, and no token is kept for it."""
+        self._draft_model, self._unseen = None, []
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only, in both models."""
-        index = torch.tensor(rows, device=self.decoder.device)
-        self._unseen = [tokens_B1[index] for tokens_B1 in self._unseen]
-        self._draft_model.keep_rows(rows)
         super().keep_rows(rows)
+        if self._draft_model is not None:
+            index = torch.tensor(rows, device=self.decoder.device)
+            self._unseen = [tokens_B1[index] for tokens_B1 in self._unseen]
+            self._draft_model.keep_rows(rows)

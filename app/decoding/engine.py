@@ -86,7 +86,8 @@ def decode_batch(
     check_settings(strategy, settings, decoder)
     _check_tokens(decoder, prompts, settings.eos_token_ids)
     _check_generators(decoder, settings, generators, len(prompts))
-    entry = STRATEGIES[strategy]
+    never_drafts = settings.draft_policy == "off" and STRATEGIES[strategy].lossless
+    entry = STRATEGIES["autoregressive" if never_drafts else strategy]
     costs = _NO_DRAFTS if entry.costs is None else settings.costs or entry.costs(decoder, settings)
     policy = POLICIES["off" if entry.costs is None else settings.draft_policy]
     # One clock for all rows when greedy; when sampling, what a seed gives depends on no other row.
@@ -184,6 +185,8 @@ class _Loop:
             self._settle(row, Step([*proposed[:kept], token], kept, tuple(proposed[kept:])), at=now)
         if self.falls_back:
             self._watch(rows, draft_seconds=drafted_at - started_at, verify_seconds=now - drafted_at)
+            if all(row.pace.gave_up for row in rows):
+                self.drafter.end_drafting()
 
     def _settle(self, row: Row, step: Step, *, at: float) -> None:
         taken = row.settle(step, at=at)

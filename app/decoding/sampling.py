@@ -15,10 +15,11 @@ from torch import Tensor
 from app.errors import ConfigError, check_range
 
 _log = logging.getLogger(__name__)
+_CANDIDATES = 1024  # of the most probable tokens, which nearly always hold top_p; finding them is faster than sorting
 
 # Token ids of one sequence so far [1, S] and the scores of the next token [1, V] -> new scores [1, V]; any
 # transformers LogitsProcessor or LogitsProcessorList whose result depends on these two alone and leaves some token
-# possible.
+# possible. The ids are a view of memory that the next round writes to: to be read at once, and never changed.
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -75,14 +76,39 @@ def probabilities(logits: Tensor, *, settings: SamplingSettings) -> Tensor:
         probs = probs.where(probs >= kth, 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     if settings.top_p < 1.0:
-        descending, order = probs.sort(-1, descending=True)
-        mass_before = descending.cumsum(-1) - descending
-        probs = torch.zeros_like(probs).scatter(-1, order, descending.where(mass_before < settings.top_p, 0.0))
+        few = min(_CANDIDATES, (settings.top_k or _CANDIDATES) + 1)  # one more: 0, unless there are ties
+        probs = _most_probable(probs.reshape(-1, probs.shape[-1]), top_p=settings.top_p, few=few).view_as(probs)
         probs = probs / probs.sum(-1, keepdim=True)
     if settings.min_p > 0.0:
         probs = probs.where(probs >= settings.min_p * probs.amax(-1, keepdim=True), 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
+
+
+def _most_probable(probs_NV: Tensor, *, top_p: float, few: int) -> Tensor:
+    """Top-p before it is renormalised: a token stays if those before it hold less than `top_p`.
+
+    More probable tokens are before less probable ones, and lower ids before higher ones of the same probability. On a
+    CPU only laws whose first `few` tokens hold too little are sorted as a whole; to look for them would make the host
+    wait for any other device.
+    """
+    all_sorted = probs_NV.device.type != "cpu" or probs_NV.shape[-1] <= _CANDIDATES
+    descending = probs_NV.sort(-1, descending=True).values if all_sorted else probs_NV.topk(few).values
+    least_N1, ties_N1, too_few_N = _edge(descending, top_p)
+    if not all_sorted and too_few_N.any():
+        whole = probs_NV[too_few_N].sort(-1, descending=True).values
+        least_N1[too_few_N], ties_N1[too_few_N], _ = _edge(whole, top_p)
+    place_NV = (probs_NV == least_N1).cumsum(-1, dtype=torch.int32)  # among tied tokens, from 1 on
+    return probs_NV.where((probs_NV > least_N1) | (probs_NV == least_N1) & (place_NV <= ties_N1), 0.0)
+
+
+def _edge(descending: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sorted probabilities [N, any]: the least that stays [N, 1], how often [N, 1], and whether all stay [N]."""
+    mass_before = descending.cumsum(-1) - descending
+    kept_N1 = (mass_before < top_p).sum(-1, keepdim=True)
+    least_N1 = descending.gather(-1, kept_N1 - 1)
+    all_kept_N = kept_N1[:, 0] == descending.shape[-1]
+    return least_N1, kept_N1 - (descending > least_N1).sum(-1, keepdim=True), all_kept_N
 
 
 def draw(probs_V: Tensor, *, generator: torch.Generator) -> Tensor:

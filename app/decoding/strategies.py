@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import torch
+
 from app.decoding.cost_model import CostModel
 from app.decoding.drafters import DraftModelDrafter, EarlyExitDrafter, FullModel, LayerSkipDrafter
 from app.decoding.settings import DecodingSettings
@@ -16,8 +18,9 @@ _log = logging.getLogger(__name__)
 
 Strategy = Literal["autoregressive", "early_exit", "self_speculative", "draft_model", "layer_skip"]
 
-# What a further position costs in a pass, as a share of one. Memory-bound decoding has it near 0; `tune` measures it.
-_EXTRA_TOKEN = 0.03
+# k, what a further position costs in a pass, as a share of one, until `tune` measures it. Where weights are read from
+# memory for every pass it is near 0; products in float32 on a CPU soon wait for arithmetic (0.05 to 0.13 measured).
+_EXTRA_TOKEN, _EXTRA_TOKEN_FLOAT32_CPU = 0.03, 0.08
 
 NewDrafter = Callable[[ExitableDecoder, DecodingSettings, int, int], FullModel]
 
@@ -66,13 +69,20 @@ def _head(decoder: ExitableDecoder) -> float:
     return decoder.head_size / decoder.block_size
 
 
+def _extra_token(decoder: ExitableDecoder) -> float:
+    """By number type and device; embedding one token tells the type."""
+    dtype = decoder.embed(torch.zeros(1, 1, dtype=torch.long, device=decoder.device)).dtype
+    slow = dtype == torch.float32 and decoder.device.type == "cpu"
+    return _EXTRA_TOKEN_FLOAT32_CPU if slow else _EXTRA_TOKEN
+
+
 def _self_speculative_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
     assert settings.exit_layer is not None
     return CostModel.self_speculative(
         num_layers=decoder.num_layers,
         exit_layer=settings.exit_layer,
         head=_head(decoder),
-        extra_token=_EXTRA_TOKEN,
+        extra_token=_extra_token(decoder),
     )
 
 
@@ -83,7 +93,7 @@ def _draft_model_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> 
         num_layers=decoder.num_layers,
         head=_head(decoder),
         draft_step=(small.num_layers * small.block_size + small.head_size) / decoder.block_size,
-        extra_token=_EXTRA_TOKEN,
+        extra_token=_extra_token(decoder),
     )
 
 
@@ -93,7 +103,7 @@ def _layer_skip_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> C
         num_layers=decoder.num_layers,
         head=_head(decoder),
         draft_step=decoder.num_layers - len(set(settings.skipped_layers)) + _head(decoder),
-        extra_token=_EXTRA_TOKEN,
+        extra_token=_extra_token(decoder),
     )
 
 
@@ -132,7 +142,7 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
     if "skipped_layers" in needs and settings.skipped_layers is not None:
         wrong = [layer for layer in settings.skipped_layers if not 0 <= layer < num_layers]
         if wrong or not 0 < len(set(settings.skipped_layers)) < num_layers:
-            allowed = f"1 to {num_layers - 1} of the blocks 0..{num_layers - 1}"
+            allowed = f"between 1 and {num_layers - 1} block indices, each 0..{num_layers - 1}"
             raise ConfigError("skipped_layers", got=list(settings.skipped_layers), allowed=allowed)
     if "draft_decoder" in needs and settings.draft_decoder is not None:
         ours, theirs = decoder.vocab_size, settings.draft_decoder.vocab_size

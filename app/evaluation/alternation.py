@@ -18,6 +18,9 @@ from app.protocols import ExitableDecoder
 Prompts = Sequence[Sequence[int]]
 Decode = Callable[[Prompts, int], Sequence[DecodingResult]]
 
+# The fastest of several noisy measurements was lucky as a rule (winner's curse): what was chosen for its speed is
+# measured again, this often, and only that counts.
+CONFIRMING_REPEATS = 5
 _WARM_UP_TOKENS = 16
 
 
@@ -36,6 +39,12 @@ class Contender:
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     decode: Decode
+
+    @property
+    def label(self) -> str:
+        """Its name and setting, for instance "self_speculative, exit 2, drafts 3"."""
+        settings = (("exit", self.exit_layer), ("drafts", self.num_draft_tokens))
+        return ", ".join([self.strategy, *(f"{name} {value}" for name, value in settings if value is not None)])
 
 
 def engine_contender(decoder: ExitableDecoder, strategy: Strategy, settings: DecodingSettings) -> Contender:

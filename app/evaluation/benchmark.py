@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
-from statistics import fmean, median
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from app.decoding.settings import DecodingSettings, DraftPolicyName
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
 from app.errors import ConfigError, check_choice, check_range
 from app.evaluation.alternation import Contender, Measurement, Prompts, alternate, engine_contender
-from app.evaluation.step_costs import StepCosts, measure_step_costs
+from app.evaluation.output_differences import OutputDifferences, output_differences
+from app.evaluation.step_costs import StepCosts, measure_step_costs, median_costs
 from app.evaluation.transformers_baseline import generate_contender
 from app.protocols import ExitableDecoder
 
@@ -102,10 +103,14 @@ class Costs(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """Measurements, autoregressive decoding first; costs are None where the engine drafted nothing."""
+    """Measurements, autoregressive decoding first, and how the outputs of each differ from it.
+
+    Costs are None where the engine drafted nothing.
+    """
 
     measurements: list[Measurement]
     costs: Costs | None
+    differences: list[OutputDifferences]
 
 
 def run_benchmark(
@@ -147,7 +152,8 @@ def run_benchmark(
             repeats=settings.repeats,
             on_batch=after,
         )
-    return Benchmark(measurements, _median_costs([each for each in costs if each is not None]))
+        differences = output_differences(subject.decoder, batches, measurements, eos_token_ids=settings.eos_token_ids)
+    return Benchmark(measurements, _median_costs([each for each in costs if each is not None]), differences)
 
 
 def build_contenders(subject: Subject, settings: BenchmarkSettings, costs: StepCosts | None = None) -> list[Contender]:
@@ -231,9 +237,6 @@ def _measure_costs(subject: Subject, prompts: Prompts, settings: BenchmarkSettin
 def _median_costs(costs: Sequence[Costs]) -> Costs | None:
     """Of each figure the median of those measured at different times."""
     small = [each.draft_model for each in costs if each.draft_model is not None]
-    return Costs(_median([each.model for each in costs]), _median(small) if small else None) if costs else None
-
-
-def _median(costs: Sequence[StepCosts]) -> StepCosts:
-    names = [field.name for field in fields(StepCosts)]
-    return StepCosts(**{name: median(getattr(each, name) for each in costs) for name in names})
+    if not costs:
+        return None
+    return Costs(median_costs([each.model for each in costs]), median_costs(small) if small else None)

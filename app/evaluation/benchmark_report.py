@@ -84,12 +84,19 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
     """What must be said beside the figures."""
     said = []
     lossless = [r for r in results if r.strategy not in STRATEGIES or STRATEGIES[r.strategy].lossless]
-    differing = 1.0 - min((r.identical_to_autoregressive for r in lossless), default=1.0)
+    differing = [r for r in lossless if r.num_differing]
     if differing:
-        why = "where none should: please report it"
-        if dtype != "float32":
-            why = f"argmax ties in {dtype}, or a bug: float32 tells which"
-        said.append(f"up to {differing:.0%} of a strategy's outputs differ from autoregressive decoding ({why})")
+        gap = max((r.largest_logit_gap for r in differing if r.largest_logit_gap is not None), default=None)
+        most = max(r.num_differing for r in differing)
+        said.append(
+            f"outputs of up to {most} of {differing[0].num_prompts} prompts differ from autoregressive decoding;"
+            f" largest logit gap {_figure(gap, '{:.2g}')} where they first do"
+        )
+        if bugs := [r for r in differing if r.num_unexplained]:
+            worst = max(r.num_unexplained for r in bugs)
+            said.append(f"WARNING: up to {worst} of them by more than rounding explains in {dtype}: please report it")
+        else:
+            said[-1] += f": ties in {dtype}, which rounding decides"
     if any(result.strategy == "early_exit" for result in results):
         said.append("early_exit is lossy: its output is not the full model's")
     if all(result.speedup is None for result in results):
@@ -98,18 +105,21 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
 
 
 def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
-    """How fast each was; a column in which nothing applies is left out."""
+    """How fast each was; a column in which nothing applies is left out.
+
+    The speedup is of each batch's median repeat; beside it the lowest and highest of a whole repeat, over all batches.
+    """
     return _table(
         title,
         _names(results)
         | {
             "tok/s": [_figure(result.tokens_per_second, "{:.1f}") for result in results],
-            "prefill": [_figure(1e3 * result.seconds_prefill, "{:.0f} ms") for result in results],
-            "speedup": [_figure(result.speedup, "{:.2f}x") for result in results],
-            "min-max": [_span(result) for result in results],
+            "prefill\nms": [_figure(1e3 * result.seconds_prefill, "{:.0f}") for result in results],
+            "speedup\nmedians": [_figure(result.speedup, "{:.2f}x") for result in results],
+            "whole\nrepeats": [_span(result) for result in results],
             "vs\ngenerate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
-            "vs its\nearly exit": [_figure(result.speedup_vs_transformers_early_exit, "{:.2f}x") for result in results],
-            "identical": [f"{result.identical_to_autoregressive:.0%}" for result in results],
+            "vs its\nearly\nexit": [_figure(r.speedup_vs_transformers_early_exit, "{:.2f}x") for r in results],
+            "outputs\ndiffer": [f"{result.num_differing} of {result.num_prompts}" for result in results],
         },
     )
 
@@ -128,7 +138,7 @@ def draft_table(results: Sequence[BenchmarkResult]) -> Table:
             "predicted": [
                 _prediction(r.predicted_speedup_from_rounds, r.prediction_error_from_rounds) for r in drafting
             ],
-            "predicted, i.i.d.": [_prediction(r.predicted_speedup, r.prediction_error) for r in drafting],
+            "predicted,\ni.i.d.": [_prediction(r.predicted_speedup, r.prediction_error) for r in drafting],
         },
     )
 

@@ -9,6 +9,7 @@ from statistics import fmean
 from app.decoding.cost_model import CostModel, tokens_per_round
 from app.evaluation.alternation import Contender, Measurement, ratio
 from app.evaluation.benchmark import Benchmark, BenchmarkSettings, Costs, Subject
+from app.evaluation.output_differences import OutputDifferences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,11 @@ class BenchmarkResult:
         mean_tokens_per_round: Tokens a draft-and-verify round settles.
         speedup: Time per token of our own autoregressive decoding in the same run / this one's.
         identical_to_autoregressive: Share of prompts whose tokens are, in every repeat, those of that decoding.
-        speedup_min: The lowest speedup of one repeat.
+        num_differing: Prompts whose tokens are not.
+        num_unexplained: Of those, where rounding cannot have decided.
+        largest_logit_gap: Where an output first differs, between the full model's logits of the two tokens.
+        largest_gap_in_spacings: The same, of the logits' dtype at the largest logit there.
+        speedup_min: The lowest speedup of one whole repeat; `speedup` is of each batch's median repeat.
         speedup_max: The highest.
         speedup_vs_transformers: Over transformers' plain generate, where that was measured.
         speedup_vs_transformers_early_exit: Over transformers' own early exit with the same exit and draft length.
@@ -57,6 +62,10 @@ class BenchmarkResult:
     mean_tokens_per_round: float | None
     speedup: float | None
     identical_to_autoregressive: float
+    num_differing: int
+    num_unexplained: int
+    largest_logit_gap: float | None
+    largest_gap_in_spacings: float | None
     speedup_min: float | None
     speedup_max: float | None
     speedup_vs_transformers: float | None
@@ -79,11 +88,18 @@ class BenchmarkResult:
 
 def benchmark_results(benchmark: Benchmark, *, subject: Subject, settings: BenchmarkSettings) -> list[BenchmarkResult]:
     """The figures of each measurement, in the same order."""
-    return [_result(measurement, benchmark, subject, settings) for measurement in benchmark.measurements]
+    return [
+        _result(measurement, differences, benchmark, subject, settings)
+        for measurement, differences in zip(benchmark.measurements, benchmark.differences, strict=True)
+    ]
 
 
 def _result(
-    measurement: Measurement, benchmark: Benchmark, subject: Subject, settings: BenchmarkSettings
+    measurement: Measurement,
+    differences: OutputDifferences,
+    benchmark: Benchmark,
+    subject: Subject,
+    settings: BenchmarkSettings,
 ) -> BenchmarkResult:
     contender, baseline = measurement.contender, benchmark.measurements[0]
     costs = round_costs(contender, benchmark.costs, subject=subject, skipped_layers=settings.skipped_layers)
@@ -102,6 +118,10 @@ def _result(
         mean_tokens_per_round=measurement.mean_tokens_per_round,
         speedup=speedup,
         identical_to_autoregressive=measurement.identical_share(baseline),
+        num_differing=differences.num_differing,
+        num_unexplained=differences.num_unexplained,
+        largest_logit_gap=differences.largest_logit_gap,
+        largest_gap_in_spacings=differences.largest_gap_in_spacings,
         speedup_min=min(repeats) if speedup else None,
         speedup_max=max(repeats) if speedup else None,
         speedup_vs_transformers=_over(measurement, benchmark, "transformers", None, None),

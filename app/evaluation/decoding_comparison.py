@@ -161,7 +161,7 @@ def comparison_table(comparisons: Sequence[DecodingComparison]) -> Table:
             _figure(c.autoregressive_tokens_per_second, "{:.1f}"),
             _figure(c.self_speculative_tokens_per_second, "{:.1f}"),
             _figure(c.speedup, "{:.2f}x"),
-            f"{c.identical_share:.0%}",
+            f"{c.identical} of {c.num_prompts}",
         )
         for c in comparisons
     ]

@@ -9,7 +9,7 @@ Shape legend: `B` sequences, `T` prompt tokens, `S` positions of a pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import fmean, median
 from time import perf_counter
@@ -121,6 +121,24 @@ def measure_step_costs(
             samples += timer.rounds(*setting)
     head_share = decoder.head_size / decoder.block_size
     return fit_step_costs(_medians(steps), _medians(passes), _medians(timed), head_by_size=head_share)
+
+
+def median_costs(costs: Sequence[StepCosts]) -> StepCosts:
+    """Of each figure the median of those measured at different times: a busy moment of the machine decides none."""
+    return StepCosts(**{field.name: median(getattr(each, field.name) for each in costs) for field in fields(StepCosts)})
+
+
+def costs_line(costs: StepCosts) -> str:
+    """The measured costs in one line; what the clipping of `fit_step_costs` made 0 is not called free."""
+
+    def figure(value: float, style: str) -> str:
+        return style.format(value) if value else "too small to measure"
+
+    return (
+        f"a block takes {costs.block_seconds * 1e6:.0f} us at one token; in blocks: the rest of a step (H)"
+        f" {figure(costs.head, '{:.2f}')}, a round's overhead {figure(costs.overhead, '{:.2f}')}; each further position"
+        f" adds to a pass (k) {figure(costs.extra_token, '{:.1%} of it')}"
+    )
 
 
 def fit_step_costs(

@@ -1,24 +1,29 @@
-"""The best (exit, drafts) for these prompts on this machine: predicted for all, measured for a few."""
+"""The best (exit, drafts) for these prompts on this machine: predicted for all, measured for a few, then confirmed."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from app.decoding.settings import DecodingSettings
 from app.errors import DataError, check_range
-from app.evaluation.alternation import Measurement, alternate, engine_contender
-from app.evaluation.layer_agreement import LayerAgreement, measure_layer_agreement
-from app.evaluation.speedup_prediction import Prediction, choose_diverse, needed_agreement, predict
-from app.evaluation.step_costs import StepCosts, measure_step_costs
-from app.model.decoding_defaults import DecodingDefaults
+from app.evaluation.alternation import CONFIRMING_REPEATS, Measurement, alternate, engine_contender
+from app.evaluation.layer_agreement import measure_layer_agreement
+from app.evaluation.output_differences import OutputDifferences, output_differences
+from app.evaluation.speedup_prediction import Prediction, choose_diverse, predict
+from app.evaluation.step_costs import StepCosts, measure_step_costs, median_costs
+from app.evaluation.tuning_result import Tuning, Verification, setting_in_words
+from app.model.decoding_defaults import Conditions
 from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
 
-_COST_REPEATS = 7
-_SHARE_FOR_OUTPUTS = 0.25  # of the time limit
+_COST_REPEATS = 3  # at each of the three times they are measured
+_MOST_CONFIRMED = 2
+# Of the time limit; the shares add up to 1.
+_FOR_OUTPUTS, _FOR_VERIFICATION, _FOR_CONFIRMATION = 0.2, 0.4, 0.4 / _MOST_CONFIRMED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +34,10 @@ class TuningSettings:
         max_new_tokens: Of each output, at least 2.
         max_draft_tokens: Longest draft considered, at least 1.
         num_verified: Settings to run, at least 1.
-        repeats: Times each prompt is decoded by each of them, at least 1; medians count.
-        time_limit_seconds: For the outputs and the verification together, at least 0. It bounds the number of prompts
-            that are started, of which there is always one.
+        repeats: Times each prompt is decoded by each of them, at least 1; medians count. The fastest is confirmed with
+            CONFIRMING_REPEATS.
+        time_limit_seconds: For outputs, verification and confirmations together, at least 0. It bounds the number of
+            prompts that each of these starts, of which there is always one.
     """
 
     max_new_tokens: int = 128
@@ -48,94 +54,13 @@ class TuningSettings:
         check_range("time_limit_seconds", self.time_limit_seconds, low=0.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """What a setting did when it was run.
-
-    Attributes:
-        prediction: What had been expected.
-        num_prompts: Prompts run before the time was up.
-        acceptance_rate: Accepted / drafted.
-        mean_tokens_per_round: Tokens settled by a round.
-        speedup: Over autoregressive decoding in turn with it; of each prompt the median repeat counts.
-        speedup_range: Lowest and highest of a single repeat over all prompts.
-        identical_share: Share of prompts with exactly the autoregressive output.
-    """
-
-    prediction: Prediction
-    num_prompts: int
-    acceptance_rate: float | None
-    mean_tokens_per_round: float
-    speedup: float
-    speedup_range: tuple[float, float]
-    identical_share: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """What was found; `best` decides.
-
-    Attributes:
-        agreement: Of every exit with the outputs.
-        costs: Of steps here.
-        predictions: Of every exit and draft length, exits outermost.
-        verifications: Of the settings that were run, in the order of their predictions.
-    """
-
-    agreement: LayerAgreement
-    costs: StepCosts
-    predictions: Sequence[Prediction]
-    verifications: Sequence[Verification]
-
-    @property
-    def best(self) -> Verification:
-        """The fastest setting that was run."""
-        return max(self.verifications, key=lambda verification: verification.speedup)
-
-    def best_of_exit(self, exit_layer: int) -> Prediction:
-        """The draft length predicted to be fastest from this exit."""
-        own = (prediction for prediction in self.predictions if prediction.exit_layer == exit_layer)
-        return max(own, key=lambda prediction: prediction.speedup)
-
-    @property
-    def defaults(self) -> DecodingDefaults:
-        """The recommendation: the best setting, or no drafts at all where even that measured below 1."""
-        drafts = self.best.speedup >= 1.0
-        return DecodingDefaults(
-            strategy="self_speculative" if drafts else "autoregressive",
-            exit_layer=self.best.prediction.exit_layer if drafts else None,
-            num_draft_tokens=self.best.prediction.num_draft_tokens if drafts else None,
-            measured_speedup=self.best.speedup if drafts else None,
-            head=self.costs.head,
-            extra_token=self.costs.extra_token,
-            overhead=self.costs.overhead,
-        )
-
-    @property
-    def reason(self) -> str:
-        """The recommendation and why, in one sentence."""
-        best, setting = self.best, self.best.prediction
-        where = f"exit {setting.exit_layer} with {_drafts(setting.num_draft_tokens)}"
-        measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {best.num_prompts} prompts"
-        if self.defaults.strategy == "self_speculative":
-            return f"self_speculative, {where}: the fastest of {len(self.verifications)} settings run, {measured}"
-        slow = f"autoregressive: even {where}, the fastest of {len(self.verifications)} settings run, {measured}"
-        model = self.costs.cost_model(num_layers=self.agreement.num_layers, exit_layer=setting.exit_layer)
-        agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
-        if agreement >= needed:  # the costs measured apart had promised more
-            return slow
-        return (
-            f"{slow}; it agrees with the full model on {agreement:.0%} of the tokens, and one draft a round pays from"
-            f" {needed:.0%} on"
-        )
-
-
 def tune(
     decoder: ExitableDecoder,
     prompts: Sequence[Sequence[int]],
     *,
     eos_token_ids: Sequence[int],
     settings: TuningSettings,
+    conditions: Conditions | None = None,
 ) -> Tuning:
     """Find the fastest lossless way to decode these prompts greedily, one at a time.
 
@@ -144,37 +69,75 @@ def tune(
         prompts: At least one; token ids, each shorter than the context.
         eos_token_ids: End an output.
         settings: How thoroughly to look.
+        conditions: To be noted with what is found.
 
     Raises:
         ConfigError: The model has a single block.
         DataError: Every output ends with its first token, so that there is nothing to speed up.
     """
     check_range("num_layers", decoder.num_layers, low=2, fix="a single block has no exit to draft from")
+    costs: list[StepCosts] = []
+    context = int(fmean(map(len, prompts))) + settings.max_new_tokens // 2
+
+    def measure_costs() -> None:
+        costs.append(
+            measure_step_costs(
+                decoder,
+                context_length=context,
+                max_positions=max(3, min(settings.max_draft_tokens + 1, decoder.max_length // 2)),
+                repeats=_COST_REPEATS,
+            )
+        )
+
+    def after(done: int) -> None:
+        _log.info("outputs of the full model: prompt %d of %d", done, len(prompts))
+        if done == max(1, len(prompts) // 2):
+            measure_costs()
+
+    measure_costs()  # before, halfway and after
     agreement = measure_layer_agreement(
         decoder,
         prompts,
         max_new_tokens=settings.max_new_tokens,
         eos_token_ids=eos_token_ids,
-        time_limit_seconds=_SHARE_FOR_OUTPUTS * settings.time_limit_seconds,
-        on_prompt=lambda done: _log.info("outputs of the full model: prompt %d of %d", done, len(prompts)),
+        time_limit_seconds=_FOR_OUTPUTS * settings.time_limit_seconds,
+        on_prompt=after,
     )
     if not agreement.num_positions:
         raise DataError("prompts: the model ends every output at its first token, which no draft can speed up")
     seen = prompts[: len(agreement.outputs)]
-    lengths = [len(prompt) + len(output) // 2 for prompt, output in zip(seen, agreement.outputs, strict=True)]
-    costs = measure_step_costs(
-        decoder,
-        context_length=sum(lengths) // len(lengths),
-        max_positions=max(3, min(settings.max_draft_tokens + 1, decoder.max_length // 2)),
-        repeats=_COST_REPEATS,
-    )
-    _log.info("costs of steps measured at a context of %d tokens", sum(lengths) // len(lengths))
-    predictions = predict(agreement, costs, max_draft_tokens=settings.max_draft_tokens)
+    measure_costs()
+    _log.info("costs of steps: median of %d measurements at a context of %d tokens", len(costs), context)
+    predictions = predict(agreement, median_costs(costs), max_draft_tokens=settings.max_draft_tokens)
     chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
-    _log.info("verifying %s", ", ".join(f"exit {p.exit_layer} with {_drafts(p.num_draft_tokens)}" for p in chosen))
+    _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
     lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1]
-    verifications = _verify(decoder, lively, chosen, eos_token_ids=eos_token_ids, settings=settings)
-    return Tuning(agreement=agreement, costs=costs, predictions=predictions, verifications=verifications)
+    verifications = _verify(
+        decoder,
+        lively,
+        chosen,
+        eos_token_ids=eos_token_ids,
+        settings=replace(settings, time_limit_seconds=_FOR_VERIFICATION * settings.time_limit_seconds),
+    )
+    again = replace(
+        settings,
+        repeats=CONFIRMING_REPEATS,
+        time_limit_seconds=_FOR_CONFIRMATION * settings.time_limit_seconds,
+    )
+    confirmations: list[Verification] = []
+    for run in sorted(verifications, key=lambda run: -run.speedup)[:_MOST_CONFIRMED]:
+        if run.speedup < 1.0 or any(confirmation.holds for confirmation in confirmations):
+            break
+        _log.info("confirming %s", setting_in_words(run.prediction))
+        confirmations += _verify(decoder, lively, [run.prediction], eos_token_ids=eos_token_ids, settings=again)
+    return Tuning(
+        agreement=agreement,
+        costs=median_costs(costs),
+        predictions=predictions,
+        verifications=verifications,
+        confirmations=confirmations,
+        conditions=conditions,
+    )
 
 
 def _verify(
@@ -185,29 +148,30 @@ def _verify(
     eos_token_ids: Sequence[int],
     settings: TuningSettings,
 ) -> list[Verification]:
-    """Run the chosen settings and autoregressive decoding in turn, prompt by prompt."""
+    """Run the chosen settings and autoregressive decoding in turn, prompt by prompt, as long as `settings` says."""
     plain = DecodingSettings(max_new_tokens=settings.max_new_tokens, eos_token_ids=tuple(eos_token_ids))
     contenders = [engine_contender(decoder, "autoregressive", plain)]
     for prediction in chosen:
         drafting = replace(plain, exit_layer=prediction.exit_layer, num_draft_tokens=prediction.num_draft_tokens)
         contenders.append(engine_contender(decoder, "self_speculative", drafting))
+    batches = [[prompt] for prompt in prompts]
     baseline, *measured = alternate(
         contenders,
-        [[prompt] for prompt in prompts],
+        batches,
         max_new_tokens=settings.max_new_tokens,
         repeats=settings.repeats,
-        time_limit_seconds=(1.0 - _SHARE_FOR_OUTPUTS) * settings.time_limit_seconds,
+        time_limit_seconds=settings.time_limit_seconds,
         on_batch=lambda done: _log.info("verification: prompt %d of %d", done, len(prompts)),
     )
-    return [
-        _verification(prediction, own, baseline, repeats=settings.repeats)
-        for prediction, own in zip(chosen, measured, strict=True)
-    ]
+    _, *differences = output_differences(decoder, batches, [baseline, *measured], eos_token_ids=eos_token_ids)
+    return [_verification(*each, baseline) for each in zip(chosen, measured, differences, strict=True)]
 
 
-def _verification(prediction: Prediction, own: Measurement, baseline: Measurement, *, repeats: int) -> Verification:
+def _verification(
+    prediction: Prediction, own: Measurement, differences: OutputDifferences, baseline: Measurement
+) -> Verification:
     speedup = own.speedup_over(baseline)
-    single = [own.speedup_over(baseline, repeat) or 0.0 for repeat in range(repeats)]
+    single = [own.speedup_over(baseline, repeat) or 0.0 for repeat in range(len(own.runs[0]))]
     tokens_per_round = own.mean_tokens_per_round
     assert speedup is not None  # outputs of a single token were left out
     assert tokens_per_round is not None
@@ -218,9 +182,5 @@ def _verification(prediction: Prediction, own: Measurement, baseline: Measuremen
         mean_tokens_per_round=tokens_per_round,
         speedup=speedup,
         speedup_range=(min(single), max(single)),
-        identical_share=own.identical_share(baseline),
+        differences=differences,
     )
-
-
-def _drafts(count: int) -> str:
-    return f"{count} draft{'s' if count > 1 else ''}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from app.evaluation.tuning import Tuning
+from app.evaluation.tuning_result import Tuning, Verification
 from app.protocols import Table
 
 
@@ -39,7 +39,7 @@ def exits_table(tuning: Tuning) -> Table:
 
 
 def verifications_table(tuning: Tuning) -> Table:
-    """Every setting that was run against autoregressive decoding."""
+    """Every setting that was run against autoregressive decoding, the fastest once again."""
     rows: list[tuple[str, ...]] = [
         (
             str(run.prediction.exit_layer),
@@ -49,25 +49,18 @@ def verifications_table(tuning: Tuning) -> Table:
             f"{run.prediction.speedup:.2f}x",
             f"{run.speedup:.2f}x",
             "{:.2f}..{:.2f}x".format(*run.speedup_range),
-            f"{run.identical_share:.0%}",
+            f"{run.differences.num_differing} of {run.num_prompts}",
+            "-" if run.differences.largest_logit_gap is None else f"{run.differences.largest_logit_gap:.2g}",
+            turn,
         )
-        for run in tuning.verifications
+        for runs, turn in ((tuning.verifications, "first"), (tuning.confirmations, "again"))
+        for run in runs
     ]
-    return Table(
-        f"Run in turn with autoregressive decoding, {tuning.best.num_prompts} prompts",
-        ("exit", "drafts", "acceptance", "tokens/round", "predicted", "measured", "of single repeats", "identical"),
-        rows,
+    columns = (
+        *("exit", "drafts", "acceptance", "tokens\na round", "predicted", "measured\n(medians)", "of whole\nrepeats"),
+        *("outputs\ndiffer", "largest\nlogit gap", "turn"),
     )
-
-
-def costs_line(tuning: Tuning) -> str:
-    """The measured costs, in one line."""
-    costs = tuning.costs
-    return (
-        f"a block takes {costs.block_seconds * 1e6:.0f} us at one token; in blocks: the rest of a step"
-        f" (H) {costs.head:.2f}, a round's overhead {costs.overhead:.2f}; each further position adds"
-        f" {costs.extra_token:.1%} of a pass (k)"
-    )
+    return Table("Run in turn with autoregressive decoding", columns, rows)
 
 
 def tuning_as_json(tuning: Tuning) -> dict[str, Any]:
@@ -76,6 +69,7 @@ def tuning_as_json(tuning: Tuning) -> dict[str, Any]:
     return {
         **asdict(tuning.defaults),
         "reason": tuning.reason,
+        "advice": tuning.advice,
         "costs": asdict(tuning.costs),
         "num_prompts": len(agreement.outputs),
         "num_positions": agreement.num_positions,
@@ -88,8 +82,14 @@ def tuning_as_json(tuning: Tuning) -> dict[str, Any]:
             }
             for exit_layer in range(1, agreement.num_layers + 1)
         ],
-        "verified": [asdict(run) for run in tuning.verifications],
+        "verified": [_run(run) for run in tuning.verifications],
+        "confirmed": [_run(run) | {"holds": run.holds} for run in tuning.confirmations],
     }
+
+
+def _run(run: Verification) -> dict[str, Any]:
+    share = 1.0 - run.differences.num_differing / run.num_prompts
+    return asdict(run) | {"identical_to_autoregressive": share}
 
 
 def _share(value: float | None) -> str:

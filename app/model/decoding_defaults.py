@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -27,6 +28,65 @@ _DERIVED = "_from_model_config"  # while it is set, transformers drops every fie
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Under what a choice was measured: under others, something else may be fastest.
+
+    Attributes:
+        dtype: Of the weights, as torch names it.
+        device_type: Of the device, as torch names it.
+        threads: CPU threads, at least 1; None on another device.
+        batch_size: Sequences decoded together, at least 1.
+    """
+
+    dtype: str
+    device_type: str
+    threads: int | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "device_type"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(name, got=getattr(self, name), allowed="a name of torch's")
+        for name in ("threads", "batch_size"):
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and not (name == "threads" and value is None):
+                raise ConfigError(name, got=value, allowed="an integer, at least 1")
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, batch_size: int = 1) -> Conditions:
+        """Those of decoding with this model here and now."""
+        return cls(
+            dtype=str(model.dtype).removeprefix("torch."),
+            device_type=model.device.type,
+            threads=torch.get_num_threads() if model.device.type == "cpu" else None,
+            batch_size=batch_size,
+        )
+
+    def __str__(self) -> str:
+        parts = [f"{self.dtype} on {self.device_type}"]
+        if self.threads is not None:
+            parts.append(_count(self.threads, "thread"))
+        if self.batch_size > 1:
+            parts.append(f"batches of {self.batch_size}")
+        return parts[0] if len(parts) == 1 else f"{parts[0]} with {' and '.join(parts[1:])}"
+
+    def differing(self, here: Conditions) -> str:
+        """What is otherwise `here`, in words; empty if nothing is."""
+        parts = [here.dtype] if here.dtype != self.dtype else []
+        if here.device_type != self.device_type:
+            parts.append(here.device_type)
+        elif here.threads != self.threads and here.threads is not None:
+            parts.append(_count(here.threads, "thread"))
+        if here.batch_size != self.batch_size:
+            parts.append(f"batches of {here.batch_size}")
+        return ", ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodingDefaults:
     """What `layerskip tune` chose for a model, and what its choice rests on.
 
@@ -38,6 +98,7 @@ class DecodingDefaults:
         extra_token: k, cost of a further position of a pass, as a share of the pass; None if unknown.
         overhead: Of a round, in blocks; None if unknown.
         measured_speedup: Over autoregressive decoding, at least 1; None where nothing is drafted.
+        conditions: Of the measurements; None in files written before they were noted.
     """
 
     strategy: DefaultStrategy
@@ -47,6 +108,7 @@ class DecodingDefaults:
     extra_token: float | None = None
     overhead: float | None = None
     measured_speedup: float | None = None
+    conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         check_choice("strategy", self.strategy, ("self_speculative", "autoregressive"))
@@ -75,11 +137,8 @@ def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
     fix = f"run layerskip tune again, or take {_FIELD!r} out of {_FILE}"
     if not isinstance(stored, Mapping) or "strategy" not in stored:
         raise ConfigError(f"{_FILE}: {_FIELD}", got=stored, allowed="an object with a strategy", fix=fix)
-    known = {field.name for field in fields(DecodingDefaults)}
     try:
-        for name in stored:
-            check_choice("name", name, sorted(known))
-        defaults = DecodingDefaults(**stored)
+        defaults = DecodingDefaults(**_known(stored, DecodingDefaults))
         num_layers = model.config.get_text_config().num_hidden_layers
         if defaults.exit_layer is not None:
             check_range("exit_layer", defaults.exit_layer, low=1, high=num_layers - 1)
@@ -87,6 +146,19 @@ def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
         field = f"{_FILE}: {_FIELD}.{error.field}"
         raise ConfigError(field, got=error.got, allowed=error.allowed, fix=fix) from error
     return defaults
+
+
+def _known(stored: Mapping[str, Any], kind: type[DecodingDefaults | Conditions]) -> dict[str, Any]:
+    """What was stored, as arguments of `kind`."""
+    for name in stored:
+        check_choice("name", name, sorted(field.name for field in fields(kind)))
+    known = dict(stored)
+    conditions = known.get("conditions")
+    if conditions is not None:
+        if not isinstance(conditions, Mapping) or not {"dtype", "device_type"} <= conditions.keys():
+            raise ConfigError("conditions", got=conditions, allowed="an object with dtype and device_type, or null")
+        known["conditions"] = Conditions(**_known(conditions, Conditions))
+    return known
 
 
 def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path:

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from app.errors import ConfigError
+from app.model.float32_products import speed_up_training
+from app.model.head_loss import WeightedCrossEntropy, cross_entropies
 
 # Heads that do more than multiply: their logits are not hidden @ weight.T, so the chunked loss would be wrong.
 _HEAD_POST_PROCESSING = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -98,23 +100,27 @@ class DroppableBlock(nn.Module):
 class LossHead(nn.Linear):
     """LM head whose forward also computes the chunked cross entropy, so that FSDP's hooks surround both."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Normed hidden states [..., D] -> logits [..., V], or with labels [...] -> cross entropies [...]."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, scale: Tensor | None = None) -> Any:
+        """Normed hidden states [..., D] -> logits [..., V].
+
+        With labels [...] -> cross entropies [...], without gradient. With scale [...] too -> their scaled sum, and
+        they.
+        """
         if labels is None:
             return super().forward(hidden)
-        weight = self.weight
-        if torch.is_autocast_enabled(hidden.device.type):  # linear_cross_entropy does not know autocast
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        losses = F.linear_cross_entropy(
-            hidden.flatten(0, -2),
-            weight,
-            labels.flatten(),
-            linear_bias=self.bias,
-            reduction="none",
-            options=nn.LinearCrossEntropyOptions(),
-        )
-        return losses.view(labels.shape).float()
+        weight, dtype, device = self.weight, hidden.dtype, hidden.device.type
+        if self.bias is not None:
+            hidden, weight = F.pad(hidden, (0, 1), value=1.0), torch.cat([weight, self.bias[:, None]], dim=1)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            if scale is None:
+                (losses,) = cross_entropies(hidden.flatten(0, -2), weight, labels.flatten(), dtype=dtype)
+                return losses.view(labels.shape)
+            total, losses = WeightedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                hidden.flatten(0, -2), weight, labels.flatten(), scale.flatten(), dtype
+            )
+        return total, losses.view(labels.shape)
 
 
 class EarlyExitModel:
@@ -142,6 +148,7 @@ class EarlyExitModel:
         for block_idx, block in enumerate(decoder.layers):
             block.__class__ = _swapped(DroppableBlock, type(block))
             block.plan, block.block_idx = self._plan, block_idx
+            speed_up_training(block)
         head.__class__ = LossHead
 
     @property
@@ -157,6 +164,7 @@ class EarlyExitModel:
         *,
         kept: Sequence[Tensor] | None = None,
         scales: Sequence[float] = (),
+        positions: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states after the final norm, [B, T, D], at each exit (blocks run, 1..num_layers).
 
@@ -166,6 +174,7 @@ class EarlyExitModel:
             exit_layers: Exits wanted.
             kept: For each block the samples that go through it, on the device of the model; None keeps all.
             scales: For each block the factor on its kept residual; needed with `kept`.
+            positions: Which of the B * T positions are wanted, [N]: then [N, D] is returned.
         """
         wanted = set(exit_layers)
         plan = self._plan
@@ -174,12 +183,12 @@ class EarlyExitModel:
         try:
             # use_cache=False and no mask: otherwise transformers would not see the documents in position_ids.
             out = self._decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
-            hidden = self._norm_all(plan.taps)
+            hidden = self._norm_all({layer: _pick(tap, positions) for layer, tap in plan.taps.items()})
         finally:
             plan.exit_layers, plan.taps = frozenset(), {}
             # `kept` stays until the next forward: activation checkpointing reads it again in the backward.
         if self.num_layers in wanted:
-            hidden[self.num_layers] = out.last_hidden_state  # already normed: never norm twice
+            hidden[self.num_layers] = _pick(out.last_hidden_state, positions)  # already normed: never norm twice
         return hidden
 
     def _norm_all(self, taps: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -188,15 +197,24 @@ class EarlyExitModel:
         normed = self._decoder.norm(torch.stack(list(taps.values())))  # one call of the shared norm
         return dict(zip(taps, normed.unbind(), strict=True))
 
-    def token_losses(self, normed_EBTD: Tensor, labels_EBT: Tensor) -> Tensor:
-        """Cross entropies [E, B, T] in nats, 0 where the label is ignored; one chunked call of the head."""
-        losses: Tensor = self._head(normed_EBTD, labels_EBT)
+    def token_losses(self, normed: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropies [...] in nats of normed hidden states [..., D], 0 where the label is ignored; no gradient."""
+        losses: Tensor = self._head(normed, labels)
         return losses
+
+    def weighted_losses(self, normed: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of `scale` [...] times token_losses, with gradient, and token_losses: one call of the head."""
+        total, losses = self._head(normed, labels, scale)
+        return total, losses
 
     def head(self, normed: Tensor) -> Tensor:
         """LM head alone: normed hidden states [..., D] -> logits [..., V]."""
         logits: Tensor = self._head(normed)
         return logits
+
+
+def _pick(hidden_BTD: Tensor, positions_N: Tensor | None) -> Tensor:
+    return hidden_BTD if positions_N is None else hidden_BTD.flatten(0, 1).index_select(0, positions_N)
 
 
 _SWAPPED: dict[type, type] = {}

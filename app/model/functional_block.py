@@ -6,9 +6,6 @@ The result is that of the Hugging Face layer whose weights it reads; tests compa
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,12 +15,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from app.model.kv_cache import KeyValueCache
+from app.model.mapped_memory import file_mappings, page_out
 from app.model.products import Product
 
 # Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))), with optional biases and
 # norms of queries and keys, and optionally no rotation in some layers.
 FUNCTIONAL_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
-_MADV_PAGEOUT = 21  # linux/mman.h; the mmap module does not name it
 FOLD_UP_TO = 32  # new positions; for more, repeating the mask for each query head costs more than it saves
 
 
@@ -32,6 +29,19 @@ class Rotation(NamedTuple):
 
     cos: Tensor
     signed_sin: Tensor
+
+
+class Sight(NamedTuple):
+    """What new positions see of the stored ones.
+
+    Attributes:
+        first: None of them sees a position before this one.
+        mask: Added to the scores [1 or B, 1, T, S - first]; for T <= FOLD_UP_TO repeated for each query head of a group
+            along T. None where one position sees all, or where more than FOLD_UP_TO begin at position 0.
+    """
+
+    first: int
+    mask: Tensor | None
 
 
 class FunctionalBlock:
@@ -65,26 +75,25 @@ class FunctionalBlock:
         """Every product with a weight, in the order of use."""
         return [*self._qkv.products, self._output, *self._gate_up.products, self._down]
 
-    def __call__(self, hidden_BTD: Tensor, *, rotation: Rotation, mask: Tensor | None, cache: KeyValueCache) -> Tensor:
+    def __call__(self, hidden_BTD: Tensor, *, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
         """Run the block on T new positions and append their keys and values.
 
         Args:
             hidden_BTD: What enters the block.
             rotation: Of the new positions.
-            mask: Added to the scores [1 or B, 1, T, S]; for T <= FOLD_UP_TO repeated for each query head of a group
-                along T. None where one position sees all, or where more than FOLD_UP_TO begin at position 0.
+            sight: What they see.
             cache: Where this block's keys and values are.
         """
         width = hidden_BTD.shape[-1:]
         attended_BTD = self._attend(
-            F.rms_norm(hidden_BTD, width, self._attention_norm, self._epsilon), rotation, mask, cache
+            F.rms_norm(hidden_BTD, width, self._attention_norm, self._epsilon), rotation, sight, cache
         )
         hidden_BTD = attended_BTD.add_(hidden_BTD)
         normed_BTD = F.rms_norm(hidden_BTD, width, self._mlp_norm, self._epsilon)
         gate, up = self._gate_up(normed_BTD)
         return self._down(self._activation(gate) * up).add_(hidden_BTD)
 
-    def _attend(self, normed_BTD: Tensor, rotation: Rotation, mask: Tensor | None, cache: KeyValueCache) -> Tensor:
+    def _attend(self, normed_BTD: Tensor, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
         batch, num_new, _ = normed_BTD.shape
         rotated, value_BTHK = self._queries_and_keys(normed_BTD)
         if self._rotates:
@@ -93,7 +102,13 @@ class FunctionalBlock:
             )
         query_BTHK, key_BTHK = _split(rotated, self._num_queries, self._num_keys)
         keys_BHSK, values_BHSK = cache.append(key_BTHK, value_BTHK, self._layer_idx)
+        first, mask = sight
+        if first:
+            keys_BHSK, values_BHSK = keys_BHSK[:, :, first:], values_BHSK[:, :, first:]
         if num_new > FOLD_UP_TO:
+            groups = self._num_queries // self._num_keys
+            if groups > 1 and needs_repeated_keys(query_BTHK, mask):
+                keys_BHSK, values_BHSK = (x.repeat_interleave(groups, dim=1) for x in (keys_BHSK, values_BHSK))
             mixed_BHTK = F.scaled_dot_product_attention(
                 query_BTHK.transpose(1, 2),
                 keys_BHSK,
@@ -101,7 +116,7 @@ class FunctionalBlock:
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=self._scaling,
-                enable_gqa=True,
+                enable_gqa=keys_BHSK.shape[1] < self._num_queries,
             )
             mixed_BTHK = mixed_BHTK.transpose(1, 2)
         else:
@@ -124,6 +139,14 @@ class FunctionalBlock:
             key_BTHK = F.rms_norm(key_BTHK, key_BTHK.shape[-1:], self._key_norm, self._epsilon)
             rotated = torch.cat((query_BTHK, key_BTHK), dim=2)
         return rotated, value_BTHK
+
+
+def needs_repeated_keys(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA would compute all scores at once for query heads that share a key head.
+
+    On a GPU only its flash kernel takes shared keys, and that one knows neither masks nor float32.
+    """
+    return query.device.type != "cpu" and (mask is not None or query.dtype == torch.float32)
 
 
 def _split(heads_BTHK: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
@@ -178,6 +201,7 @@ def join_projections(model: PreTrainedModel) -> None:
     """
     if not is_functional(model):
         return
+    mappings = file_mappings()
     for layer in model.get_decoder().layers:
         attention, mlp = layer.self_attn, layer.mlp
         for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
@@ -191,20 +215,7 @@ def join_projections(model: PreTrainedModel) -> None:
                 for parameter, part in zip(parameters, joined.split_with_sizes(sizes), strict=True):
                     parameter.data = part
                 for tensor in before:
-                    _page_out(tensor)
-
-
-def _page_out(tensor: Tensor) -> None:
-    """Tell the kernel that memory mapped from a checkpoint file is no longer needed; it reads it again if it is.
-
-    The mapping itself lives as long as any weight of the file does, and would count as the process's memory.
-    """
-    if sys.platform != "linux" or tensor.device.type != "cpu":
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if stop > start:  # advice: kernels before 5.4 refuse it, and nothing is lost
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_PAGEOUT)
+                    page_out(tensor, mappings)
 
 
 def is_functional(model: PreTrainedModel) -> bool:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import is_accelerate_available, is_gguf_available
+from transformers.utils import logging as transformers_logging
 
 from app.errors import CheckpointError, ConfigError
 
@@ -36,17 +47,36 @@ def read_gguf_weights(path: Path, config: PreTrainedConfig, *, dtype: torch.dtyp
     `dequantize` also keeps the model free of a `quantization_config`, with which it could not be saved.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
-            path.parent,
-            gguf_file=path.name,
-            config=config,
-            dtype=dtype or torch.float32,
-            attn_implementation="sdpa",
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
+        with _progress_on_terminals_only():
+            return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+                path.parent,
+                gguf_file=path.name,
+                config=config,
+                dtype=dtype or torch.float32,
+                attn_implementation="sdpa",
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+@contextmanager
+def _progress_on_terminals_only() -> Iterator[None]:
+    """Switch transformers' progress bars off where stderr is no terminal.
+
+    The one of its GGUF reader is tqdm's own, which transformers' switch does not reach.
+    """
+    was_on, reader_bar = transformers_logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = reader_bar
+        if was_on:
+            transformers_logging.enable_progress_bar()
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -35,7 +35,8 @@ class KeyValueCache:
         self._lengths: list[tuple[int, ...]] = [(0,) * batch_size] * num_layers
         self._capacity = capacity
         self._stores: list[tuple[Tensor, Tensor] | None] = [None] * num_layers  # keys, values: each [B, C, H, K]
-        self._slots: tuple[object, Tensor] | None = None
+        self._positions: tuple[object, Tensor] | None = None
+        self._slots: tuple[Tensor, int, Tensor] | None = None  # of which positions and capacity
 
     def lengths(self, layer_idx: int) -> tuple[int, ...]:
         """Positions stored for block `layer_idx`, for each of the B sequences."""
@@ -56,12 +57,24 @@ class KeyValueCache:
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
+        index = torch.tensor(rows)
         for layer_idx, store in enumerate(self._stores):
             self._lengths[layer_idx] = tuple(self._lengths[layer_idx][row] for row in rows)
             if store is not None:
                 keys_BCHK, values_BCHK = store
-                index = torch.tensor(rows, device=keys_BCHK.device)
+                index = index.to(keys_BCHK.device)  # sent there once
                 self._stores[layer_idx] = keys_BCHK.index_select(0, index), values_BCHK.index_select(0, index)
+
+    def next_positions(self, layer_idx: int, num_new: int, *, device: torch.device) -> Tensor:
+        """Where `num_new` further positions of each row would lie in block `layer_idx` [B, T].
+
+        Sent to the device once for all blocks that are filled alike.
+        """
+        key = self._lengths[layer_idx], num_new, device
+        if self._positions is None or self._positions[0] != key:
+            starts_B1 = torch.tensor(self._lengths[layer_idx], device=device)[:, None]
+            self._positions = key, starts_B1 + torch.arange(num_new, device=device)
+        return self._positions[1]
 
     def append(self, key_BTHK: Tensor, value_BTHK: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Append T positions to every row of block `layer_idx`, each where that row ends.
@@ -82,7 +95,8 @@ class KeyValueCache:
             keys_BCHK[:, stop - num_new : stop] = key_BTHK
             values_BCHK[:, stop - num_new : stop] = value_BTHK
         else:
-            slots = self._flat_slots(starts, num_new, capacity=keys_BCHK.shape[1], device=keys_BCHK.device)
+            positions_BT = self.next_positions(layer_idx, num_new, device=keys_BCHK.device)
+            slots = self._flat_slots(positions_BT, capacity=keys_BCHK.shape[1])
             keys_BCHK.flatten(0, 1).index_copy_(0, slots, key_BTHK.flatten(0, 1))
             values_BCHK.flatten(0, 1).index_copy_(0, slots, value_BTHK.flatten(0, 1))
         self._lengths[layer_idx] = tuple(start + num_new for start in starts)
@@ -109,10 +123,9 @@ class KeyValueCache:
         self._stores[layer_idx] = fresh
         return fresh
 
-    def _flat_slots(self, starts: tuple[int, ...], num_new: int, *, capacity: int, device: torch.device) -> Tensor:
+    def _flat_slots(self, positions_BT: Tensor, *, capacity: int) -> Tensor:
         """Indices [B * T] of the new positions in a store seen as one long row; the same for every block of a span."""
-        key = starts, num_new, capacity, device
-        if self._slots is None or self._slots[0] != key:
-            slots = [row * capacity + start + i for row, start in enumerate(starts) for i in range(num_new)]
-            self._slots = key, torch.tensor(slots, device=device)
-        return self._slots[1]
+        if self._slots is None or self._slots[0] is not positions_BT or self._slots[1] != capacity:
+            rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
+            self._slots = positions_BT, capacity, (rows_B1 * capacity + positions_BT).flatten()
+        return self._slots[2]

@@ -6,6 +6,7 @@ Shape legend: `B` sequences, `T` new positions, `S` stored positions (new ones i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from app.errors import ConfigError, check_choice
-from app.model.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, is_functional
+from app.model.attention_masks import attention_mask, causal_mask, needs_no_mask
+from app.model.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, Sight, is_functional
 from app.model.kv_cache import KeyValueCache
 from app.model.products import Product, choose_ways
 from app.protocols import DecoderCache
@@ -34,6 +36,7 @@ SUPPORTED_MODEL_TYPES: dict[str, SlidingBlocks] = {
     "qwen3": "by_layer_type",
     "smollm3": "by_layer_type",
 }
+_PIECE = 512  # new positions at a time where a mask is needed: of a whole prompt it would be prompt x prompt
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others rewrite the model's buffers as text grows
 
 
@@ -147,17 +150,28 @@ class SpanDecoder:
         assert isinstance(cache, KeyValueCache)
         num_new, starts = hidden_BTD.shape[1], cache.lengths(start)
         windows = self._windows[start:stop]
-        masks = {
-            window: attention_mask(starts, num_new=num_new, window=window, like=hidden_BTD) for window in set(windows)
-        }
-        tables = self._rotary_tables(starts, num_new, like=hidden_BTD)
+        if num_new > _PIECE and not all(needs_no_mask(starts, num_new, window) for window in windows):
+            return self._run_in_pieces(hidden_BTD, start, stop, cache=cache)
+        tables = self._rotary_tables(cache, start, num_new, like=hidden_BTD)
+        sights = {window: self._sight(starts, tables.positions, window, like=hidden_BTD) for window in set(windows)}
         if not self._blocks:
-            return self._run_modules(hidden_BTD, start, stop, cache=cache, masks=masks, tables=tables)
-        if num_new <= FOLD_UP_TO:
-            masks = {window: self._folded(mask, num_new, like=hidden_BTD) for window, mask in masks.items()}
+            return self._run_modules(hidden_BTD, start, stop, cache=cache, sights=sights, tables=tables)
         rotation = Rotation(tables.cos[:, :, None], tables.signed_sin[:, :, None])
         for block, window in zip(self._blocks[start:stop], windows, strict=True):
-            hidden_BTD = block(hidden_BTD, rotation=rotation, mask=masks[window], cache=cache)
+            hidden_BTD = block(hidden_BTD, rotation=rotation, sight=sights[window], cache=cache)
+        return hidden_BTD
+
+    def _run_in_pieces(self, hidden_BTD: Tensor, start: int, stop: int, *, cache: KeyValueCache) -> Tensor:
+        """The blocks that need a mask take the positions piece by piece, those between them all at once."""
+        starts, num_new = cache.lengths(start), hidden_BTD.shape[1]
+        for window, run in groupby(range(start, stop), self._windows.__getitem__):
+            blocks = list(run)
+            size = num_new if needs_no_mask(starts, num_new, window) else _PIECE
+            pieces = [
+                self.run_blocks(piece, start=blocks[0], stop=blocks[-1] + 1, cache=cache)
+                for piece in torch.split(hidden_BTD, size, dim=1)
+            ]
+            hidden_BTD = torch.cat(pieces, dim=1)
         return hidden_BTD
 
     def _run_modules(
@@ -167,14 +181,14 @@ class SpanDecoder:
         stop: int,
         *,
         cache: KeyValueCache,
-        masks: dict[int | None, Tensor | None],
+        sights: dict[int | None, Sight],
         tables: _RotaryTables,
     ) -> Tensor:
         """The layers' own forwards."""
         for layer, window in zip(self._layers[start:stop], self._windows[start:stop], strict=True):
             out = layer(
                 hidden_BTD,
-                attention_mask=masks[window],
+                attention_mask=sights[window].mask,
                 position_embeddings=(tables.cos, tables.sin),
                 position_ids=tables.positions,
                 past_key_values=cache,
@@ -183,17 +197,25 @@ class SpanDecoder:
             hidden_BTD = out[0] if isinstance(out, tuple) else out
         return hidden_BTD
 
-    def _folded(self, mask: Tensor | None, num_new: int, *, like: Tensor) -> Tensor | None:
-        """The mask for query heads laid along the positions, [1 or B, 1, groups * T, S]."""
-        if mask is None and num_new > 1:  # a causal start: SDPA's own rule does not know of folded heads
-            mask = _causal_mask(num_new, num_new, like=like)
-        return mask if mask is None or self._query_groups == 1 else mask.repeat(1, 1, self._query_groups, 1)
+    def _sight(self, starts: Sequence[int], queries_BT: Tensor, window: int | None, *, like: Tensor) -> Sight:
+        """What blocks with this window see; few positions get a mask for query heads laid along them."""
+        num_new = queries_BT.shape[1]
+        # The layers' own forwards always look at all stored positions.
+        first = 0 if window is None or not self._blocks else max(0, min(starts) + 1 - window)
+        mask = attention_mask(starts, queries_BT=queries_BT, window=window, first=first, like=like)
+        if self._blocks and num_new <= FOLD_UP_TO:
+            if mask is None and num_new > 1:  # a causal start: SDPA's own rule does not know of folded heads
+                mask = causal_mask(num_new, num_new, like=like)
+            if mask is not None and self._query_groups > 1:
+                mask = mask.repeat(1, 1, self._query_groups, 1)
+        return Sight(first, mask)
 
-    def _rotary_tables(self, starts: Sequence[int], num_new: int, *, like: Tensor) -> _RotaryTables:
+    def _rotary_tables(self, cache: KeyValueCache, start: int, num_new: int, *, like: Tensor) -> _RotaryTables:
         """Tables of the new positions, [1, T, ...] where all sequences are equally long, else [B, T, ...].
 
         Cut from tables made once: computing them anew would cost a short draft a fifth of its time.
         """
+        starts = cache.lengths(start)
         stop = max(starts) + num_new
         if self._tables is None or self._tables.cos.shape[1] < stop or self._tables.cos.dtype != like.dtype:
             positions_1P = torch.arange(max(stop, min(self.max_length, 2 * stop)), device=like.device)[None]
@@ -202,7 +224,7 @@ class SpanDecoder:
             self._tables = _RotaryTables(positions_1P, cos, sin, torch.cat((-sin[..., :half], sin[..., half:]), -1))
         if min(starts) == max(starts):
             return _RotaryTables(*(table[:, starts[0] : stop] for table in self._tables))
-        positions_BT = torch.tensor(starts, device=like.device)[:, None] + torch.arange(num_new, device=like.device)
+        positions_BT = cache.next_positions(start, num_new, device=like.device)
         return _RotaryTables(*(table[0, positions_BT] for table in self._tables))
 
     def unembed(self, hidden_BTD: Tensor) -> Tensor:
@@ -224,36 +246,3 @@ def _sliding_windows(config: PretrainedConfig) -> list[int | None]:
             return [config.sliding_window] * config.num_hidden_layers
         case "by_layer_type":
             return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
-
-
-def attention_mask(starts: Sequence[int], *, num_new: int, window: int | None, like: Tensor) -> Tensor | None:
-    """What `num_new` positions from `starts[b]` on may see, or None where SDPA's own rule says just that.
-
-    A position i sees every j <= i, and with a window w only j > i - w. Without a mask SDPA lets one query see
-    everything and treats several as causal from position 0, so those two cases need none.
-
-    Returns:
-        What to add to the scores, 0 or -inf: [1, 1, T, S] where all sequences are equally long, else [B, 1, T, S].
-    """
-    first, num_stored = min(starts), max(starts) + num_new
-    uniform = first == max(starts)
-    fits_window = window is None or num_stored <= window
-    if uniform and fits_window and (num_new == 1 or first == 0):
-        return None
-    if uniform and fits_window:
-        return _causal_mask(num_new, num_stored, like=like)
-    start_B11 = torch.tensor(starts[:1] if uniform else starts, device=like.device)[:, None, None]
-    query_BT1 = start_B11 + torch.arange(num_new, device=like.device)[:, None]
-    key_S = torch.arange(num_stored, device=like.device)
-    hidden_BTS = key_S > query_BT1
-    if window is not None:
-        hidden_BTS |= key_S <= query_BT1 - window
-    return torch.zeros(hidden_BTS.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden_BTS, float("-inf"))[
-        :, None
-    ]
-
-
-def _causal_mask(num_new: int, num_stored: int, *, like: Tensor) -> Tensor:
-    """0 where one of the last `num_new` positions sees a stored one, -inf where it does not: [1, 1, T, S]."""
-    blocked = torch.full((num_new, num_stored), float("-inf"), dtype=like.dtype, device=like.device)
-    return blocked.triu_(num_stored - num_new + 1)[None, None]

@@ -201,14 +201,17 @@ class LayerSkipModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Early-exit loss of one micro-batch under layer dropout, unnormalised (see on_before_optimizer_step)."""
+        labels = batch["labels"].flatten()
+        targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
         hidden = self._network.hidden_by_exit(
             batch["input_ids"],
             batch["position_ids"],
             self._exit_weights,
             kept=self._draw_kept(len(batch["input_ids"]), batch_idx % self.trainer.accumulate_grad_batches),
             scales=keep_scales(self._dropout_rates, rescale=self._rescale),
+            positions=targets,
         )
-        loss = early_exit_loss(hidden, batch["labels"], self._exit_weights, self._network.token_losses)
+        loss = early_exit_loss(hidden, labels[targets], self._exit_weights, self._network.weighted_losses)
         self._add_to_step(loss)
         return loss.weighted_sum / _NOMINAL_TOKENS
 

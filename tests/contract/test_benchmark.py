@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from app.decoding import acceptance
 from app.model.spans import SpanDecoder
 from tests.support.runs import cli
 from tests.support.tiny_models import tiny_llama
@@ -114,8 +115,30 @@ def test_bfloat16_is_measured_as_it_is(benchmark):
         "--dtype", "bfloat16", "--strategies", "[self_speculative]", "--limit", "4", "--max_new_tokens", "40", *DRAFTING
     )
     assert report["environment"]["dtype"] == "bfloat16"
-    shares = [result["identical_to_autoregressive"] for result in report["results"]]
-    assert (min(shares) < 1.0) == ("argmax ties in bfloat16" in streams.out) == bool(report["notes"])
+    for result in report["results"]:
+        assert result["identical_to_autoregressive"] == 1.0 - result["num_differing"] / 4
+        assert (result["largest_logit_gap"] is None) == (result["num_differing"] == 0)
+    most = max(result["num_differing"] for result in report["results"])
+    assert (f"outputs of up to {most} of 4 prompts differ" in streams.out) == (most > 0) == bool(report["notes"])
+
+
+def test_a_wrong_token_in_float32_is_loudly_told(benchmark, monkeypatch):
+    honest = acceptance.accept_greedy
+
+    def broken(drafts, choices):
+        accepted, token = honest(drafts, choices)
+        return accepted, (token + 1) % 330 if drafts else token
+
+    monkeypatch.setattr(acceptance, "accept_greedy", broken)
+    report, streams = benchmark("--strategies", "[self_speculative]", *DRAFTING)
+    wrong = report["results"][1]
+    assert (wrong["num_differing"], wrong["num_unexplained"]) == (2, 2)
+    assert wrong["largest_logit_gap"] > 0.01
+    assert (
+        "WARNING: self_speculative, exit 1, drafts 2: outputs differ from autoregressive decoding, 2 of" in streams.err
+    )
+    assert "note: WARNING: up to 2 of them by more than rounding explains in float32: please report it" in streams.out
+    assert "2 of 2" in streams.out
 
 
 def test_policies_and_threads_are_used(benchmark):

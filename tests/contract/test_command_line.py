@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from app.cli.parsing import one_line
+from app.cli.parser_messages import one_line
 from tests.support.runs import cli, write_corpus
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -58,8 +58,10 @@ MISTAKES = [
     (["--data.init_args.batch_size", "0"], "data.init_args.batch_size: got 0, allowed [1, inf)"),
     (["--data.init_args.seq_len", "65"], "data.init_args.seq_len: got 65, allowed 1..64"),
     ([SOURCES, '{"x": {"kind": "files"}}'], "data.init_args.sources.x.path: got None, allowed a folder"),
-    ([SOURCES, '{"x": {"kind": "files", "path": "/no/such"}}'], "source 'x': no folder '/no/such'"),
-    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "layer_dropout.time_scale: got 'exponential', allowed"),
+    ([SOURCES, '{"x": {"kind": "files", "path": "/no/such"}}'], "source 'x': no folder or file '/no/such'"),
+    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "trainer.max_steps: got -1, allowed >= 1: the stream of batches has no end"),
+    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--trainer.limit_train_batches=4"],
+      "layer_dropout.time_scale: got 'exponential', allowed"),
     (["--model.config.init_args.num_attention_heads", "5"], "not a multiple of the number of attention heads (5)"),
     (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: got 0, allowed [1, inf)"),
     (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: got -1"),
@@ -67,10 +69,23 @@ MISTAKES = [
     (["--model.config.init_args.hidden_size", "0"], "config: got 'llama', allowed a model that can be built"),
     (["--model.optimizer.init_args.lr", "-1"], "model.optimizer: got 'Invalid learning rate: -1"),
     (["--early_exit.curriculum", "gradual", "--trainer.max_steps=-1", "--trainer.max_epochs=-1",
-      "--layer_dropout.time_scale", "constant"], "early_exit.curriculum: got 'gradual', allowed only"),
+      "--trainer.limit_train_batches=4", "--layer_dropout.time_scale", "constant"], "early_exit.curriculum: got 'gradual', allowed only"),
     (["--ckpt_path", "absent.ckpt"], "ckpt_path: got 'absent.ckpt', allowed an existing checkpoint"),
     (["--ckpt_path", "last"], "ckpt_path: got 'last', but there is no last.ckpt in"),
     (["--config", "absent.yaml"], "absent.yaml"),
+    (["--data", "Nope"], "data: got Nope, allowed the class path of LightningDataModule; nearest: "),
+    (["--data.class_path", "datamodules.TextCodeDataModul"], "LightningDataModule; nearest: TextCodeDataModule"),
+    (["--data", "no.such.Module"], "data: got no.such.Module, allowed the class path of LightningDataModule"),
+    (["--data", "torch.nn.Linear"], "data: got torch.nn.Linear, allowed the class path of LightningDataModule"),
+    (["--trainer.callbacks", "Nope"], "trainer.callbacks: got Nope, allowed the class path of Callback; nearest: "),
+    (["--trainer.callbacks", '[{"class_path": "ExitQualityMonitr"}]'], "Callback; nearest: ExitQualityMonitor, "),
+    (["--trainer.logger", "CVSLogger"], "trainer.logger: got CVSLogger, allowed the class path of Logger; nearest: CS"),
+    (["--model.optimizer", "torch.optim.AdamX"], "got torch.optim.AdamX, allowed the class path of Optimizer; neares"),
+    (["--model.optimizer", "AdamX"], "model.optimizer: got AdamX, allowed the class path of a class, as module.Class"),
+    (["--trainer.stepz", "3"], "trainer.stepz: unknown key; nearest: "),
+    (["--trainer.limit_val_batches", "x"], "trainer.limit_val_batches: got x, allowed int | float"),
+    (["--trainer.precision", "7"], "trainer.precision: got 7, allowed 64 | 32 | 16 | transformer-engine | "),
+    (["--early_exit", "x"], "early_exit: got x, allowed its keys, as in --early_exit.KEY VALUE"),
 ]  # fmt: skip
 
 
@@ -88,10 +103,19 @@ def test_unknown_keys_in_yaml_are_errors_too(config, tmp_path, monkeypatch, caps
     for text, field in (
         ("trainer: {max_stepz: 3}", "trainer.max_stepz"),
         ("early_exit: {interval: 3}", "early_exit.interval"),
+        ("trainer: 3", "trainer: got 3, allowed its keys, as in --trainer.KEY VALUE"),
+        ("early_exit: 3", "early_exit: got 3, allowed its keys"),
     ):
         extra.write_text(text)
         assert cli(monkeypatch, "fit", "--config", str(config), "--config", str(extra)) == 2
         assert field in capsys.readouterr().err
+
+
+def test_what_is_required_and_where_help_is_are_named_for_the_verb(monkeypatch, capsys):
+    assert cli(monkeypatch, "fit") == 2
+    assert capsys.readouterr().err == "error: data: required, but not given\n(options: layerskip fit --help)\n"
+    assert cli(monkeypatch, "fit", "--data", "TextCodeDataModule") == 2
+    assert "data.sources: required by datamodules.TextCodeDataModule, but not given" in capsys.readouterr().err
 
 
 def test_unknown_verb_and_no_verb(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`layerskip generate` as a user meets it."""
 
+import io
 import json
 
 import pytest
@@ -106,6 +107,30 @@ def test_a_stop_string_ends_the_output_with_the_token_that_completes_it(generate
     assert (result["stop_reason"], stop in result["text"]) == ("stop", True)
     assert result["tokens"] == whole["tokens"][: result["num_tokens"]]
     assert 1 < result["num_tokens"] < 40
+
+
+def test_help_says_that_the_stop_string_stays(generate):
+    help_text = " ".join(generate("--help", prompt=None).out.split())
+    assert "any of which ends the output; it stays part of it, with all of its last token" in help_text
+
+
+def test_a_budget_of_0_prints_statistics_and_no_text(generate, generate_json, tmp_path):
+    file = write_prompts(tmp_path / "prompts.jsonl", ["the", "end"])
+    for arguments in (["--prompt", "the"], ["--prompts", file]):
+        shown = generate(*arguments, "--max_new_tokens", 0, prompt=None)
+        assert shown.out == ""
+        assert "0 tokens" in shown.err
+        results = generate_json(*arguments, "--max_new_tokens", 0, prompt=None)
+        assert {(*result["tokens"], result["text"]) for result in results} == {("",)}
+
+
+def test_characters_that_stdout_cannot_encode_are_replaced(generate, generate_json, monkeypatch):
+    (result,) = generate_json()
+    assert not result["text"].isascii()
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    generate()
+    assert stdout.buffer.getvalue().decode("ascii") == result["text"].encode("ascii", "replace").decode() + "\n"
 
 
 def test_chat_puts_the_prompt_into_the_template(generate_json, tmp_path):

@@ -1,5 +1,7 @@
 """What goes wrong with `layerskip generate`: a user's mistake, a model that will not do, Ctrl-C."""
 
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -33,11 +35,24 @@ MISTAKES = {
     "penalty": (["--repetition_penalty", "0"], "repetition_penalty: got 0.0, allowed (0, inf); 1 is off"),
     "strategy": (["--strategy", "magic"], "strategy: got magic, allowed autoregressive | early_exit | self_spec"),
     "no number": (["--exit_layer", "abc"], "exit_layer: got abc, allowed int"),
+    "not finite": (["--temperature", "nan"], "temperature: got nan, allowed float (a finite number)"),
+    "not finite in YAML": (["--top_p", ".nan"], "top_p: got nan, allowed (0, 1]"),
+    "no seed": (["--seed", "x"], "seed: got x, allowed int (a whole number)"),
+    "nothing": (["--exit_layer="], "exit_layer: got '', allowed int"),
+    "no switch": (["--fall_back", "maybe"], "fall_back: got maybe, allowed true | false"),
+    "true strategy": (["--strategy", "true"], "strategy: got true, allowed autoregressive | early_exit | self_spec"),
+    "no brackets": (["--skipped_layers", "3,4"], "got 3,4, allowed list[int]; write [3,4], in quotes if there are"),
+    "several": (["--skipped_layers", "3", "4"], "got 3, allowed list[int]; write [3], in quotes if there are spaces"),
+    "spaces": (["--skipped_layers", "[3,", "4]"], "skipped_layers: got [3,, allowed list[int]; write [3], in quotes"),
+    "no value": (["--top_k", "--chat", "true"], "top_k: got no value; one that begins with a dash is written --top_k="),
+    "a value too many": (["--json=yes"], "json: got 'yes', allowed no value"),
+    "a stray word": (["hello"], "hello: belongs to no option; a text or a list with spaces goes in quotes"),
+    "no config": (["--config", "/nope.yaml"], "config: got '/nope.yaml', allowed a YAML file (file does not exist)"),
     "no list": (["--skipped_layers", "a"], "skipped_layers: got a, allowed list[int]"),
     "no numbers": (["--skipped_layers", "[1, a]"], "skipped_layers: got a, allowed int"),
     "policy": (["--draft_policy", "some"], "draft_policy: got some, allowed fixed | adaptive | off"),
     "no blocks": (["--strategy", "layer_skip"], "skipped_layers: got None, allowed a value, with strategy layer_skip"),
-    "all blocks": (["--strategy", "layer_skip", "--skipped_layers", "[0,1,2,3]"], "allowed 1 to 3 of the blocks 0..3"),
+    "all blocks": (["--strategy", "layer_skip", "--skipped_layers", "[0,1,2,3]"], "allowed between 1 and 3 block indices, each 0..3"),
     "no draft model": (["--strategy", "draft_model"], "draft_model: got None, allowed a model, with strategy draft_m"),
     "draft model": (["--strategy", "draft_model", "--draft_model", "/no/such"], "draft_model: got '/no/such'"),
     "seed": (["--seed", "-1"], "seed: got -1, allowed [0,"),
@@ -47,7 +62,8 @@ MISTAKES = {
     "model": (["--model", "/no/such/model"], "model: got '/no/such/model'"),
     "prompts": (["--prompts", "/no/such.jsonl"], "prompts: /no/such.jsonl cannot be read"),
     "device": (["--device", "tpu"], "device: got tpu, allowed auto | cpu | cuda"),
-    "unknown": (["--num_drafts", "2"], "num_drafts: unknown key"),
+    "unknown": (["--num_drafts=2"], "num_drafts: unknown key; nearest: num_draft_tokens"),
+    "a dash": (["--exit-layer", "2"], "exit-layer: unknown key; nearest: exit_layer"),
 }
 
 
@@ -60,8 +76,31 @@ def test_a_mistake_ends_with_status_2_and_one_message(generate, tmp_path, case):
     shown = generate(*arguments, prompt=None if needs_no_prompt else PROMPT, status=2)
     assert message in shown.err
     assert shown.err.count("error: ") == 1
+    assert len(shown.err[shown.err.index("error: ") :].splitlines()) <= 2
     assert "Traceback" not in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"temperatur: 1", "temperatur: unknown key; nearest: temperature"),
+        (b"temperature: x", "temperature: got x, allowed float"),
+        (b"skipped_layers: 3,4", "skipped_layers: got 3,4, allowed list[int]; write [3,4]"),
+        (b"stop: a", "stop: got one text, allowed a list of texts; write [text]"),
+        (b"a: [1", "config: not YAML (while parsing a flow sequence"),
+        (b"a\xff: 1", "config: not YAML ('utf-8' codec can't decode byte 0xff"),
+        (b"- 1", "config: got '- 1', allowed YAML of the form 'option: value'"),
+        (b"", "config: got '', allowed YAML of the form 'option: value'"),
+    ],
+)
+def test_a_mistake_in_a_config_ends_with_status_2_and_one_message(generate, tmp_path, content, message):
+    file = tmp_path / "options.yaml"
+    file.write_bytes(content)
+    err = generate("--config", str(file), status=2).err
+    assert err.startswith(f"error: {message}")
+    assert err.endswith("\n(options: layerskip generate --help)\n")
+    assert len(err.splitlines()) == 2
 
 
 def test_a_bad_line_of_a_prompts_file_is_named_by_its_number(generate, tmp_path):
@@ -82,6 +121,28 @@ def test_a_model_that_cannot_be_decoded_with_is_refused_by_name(generate, draft_
     stranger = save_model(tmp_path / "stranger", tokenizer=other_tokens)
     arguments = ["--strategy", "draft_model", "--draft_model", stranger]
     assert "allowed a model with the target's tokenizer" in generate(*arguments, status=2).err
+
+
+def test_a_reader_that_has_gone_ends_it_silently(generate, tmp_path, monkeypatch):
+    file = write_prompts(tmp_path / "prompts.jsonl", ["the", "end"])
+    for arguments in (["--prompts", file, "--json"], ["--prompts", file], ["--prompt", "the"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as stdout:
+            monkeypatch.setattr("sys.stdout", stdout)
+            shown = generate(*arguments, "--max_new_tokens", 5, "--strategy", "autoregressive", prompt=None, status=141)
+        assert shown.err == ""
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_ends_with_status_2_and_advice_that_fits(generate, monkeypatch):
+    monkeypatch.setattr("sys.stdout", FullDisk())
+    err = generate("--strategy", "autoregressive", status=2).err
+    assert "No space left on device; files written before are whole: make room and repeat" in err
 
 
 def interrupt_after(monkeypatch, steps):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from app.evaluation import tuning
 from app.model.checkpoint import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
-from app.model.decoding_defaults import read_decoding_defaults
+from app.model.decoding_defaults import Conditions, read_decoding_defaults
 from app.model.tokenizer_files import tokenizer_to_files
 from tests.support.runs import cli
 from tests.support.tiny_models import tiny_llama
@@ -43,14 +43,17 @@ def here(root, tmp_path, monkeypatch):
 
 @pytest.fixture
 def speedup(monkeypatch):
-    """Lets the test say what was measured: tiny models run at the noise of the machine."""
+    """Lets the test say what was measured, by each run: tiny models run at the noise of the machine."""
 
-    def measured(value):
-        honest = tuning._verification
+    honest = tuning._verification
+
+    def measured(value, again=None):
+        repeats = {1: value, 5: value if again is None else again}  # QUICK verifies once and confirms five times
 
         def scaled(*args, **kwargs):
             run = honest(*args, **kwargs)
-            return type(run)(**{**run.__dict__, "speedup": value})
+            value = repeats[len(args[1].runs[0])]
+            return type(run)(**{**run.__dict__, "speedup": value, "speedup_range": (value, value)})
 
         monkeypatch.setattr(tuning, "_verification", scaled)
 
@@ -62,20 +65,25 @@ def _tune(monkeypatch, model, *options):
 
 
 def test_the_choice_is_printed_with_its_reasons_and_stored_with_the_model(here, monkeypatch, capsys, speedup):
-    speedup(1.5)
+    speedup(1.7, again=1.5)
     assert _tune(monkeypatch, "model") == 0
     out = capsys.readouterr().out
     stored = read_decoding_defaults(AutoModelForCausalLM.from_pretrained("model"))
     assert stored.strategy == "self_speculative"
     assert stored.measured_speedup == 1.5
+    assert stored.conditions == Conditions(dtype="float32", device_type="cpu", threads=torch.get_num_threads())
     assert stored.exit_layer in (1, 2)
     where = f"exit {stored.exit_layer} with {stored.num_draft_tokens} draft"
     assert f"decision: self_speculative, {where}" in out
-    assert "measured 1.500x" in out
+    assert "the fastest of 2 settings run" in out
+    assert "confirmed, measured 1.500x" in out
+    assert " again │" in out
+    assert max(map(len, out[: out.index("costs:")].splitlines())) <= 120
+    assert "…" not in out
     assert "stored in model/generation_config.json" in out
     flags = f"--exit_layer {stored.exit_layer} --num_draft_tokens {stored.num_draft_tokens}"
     assert f"layerskip generate --model model --strategy self_speculative {flags}" in out
-    for column in ("agreement", "best drafts", "acceptance", "tokens/round", "predicted", "measured", "identical"):
+    for column in ("agreement", "best drafts", "acceptance", "tokens/round", "predicted", "measured", "differ"):
         assert column in out
     assert "3 (full, one pass)" in out
     assert "costs: a block takes" in out
@@ -107,8 +115,11 @@ def test_json_is_one_object_on_stdout_and_progress_goes_to_stderr(here, monkeypa
     assert [entry["exit_layer"] for entry in report["exits"]] == [1, 2, 3]
     assert report["exits"][2] == {"exit_layer": 3, "agreement": 1.0, "best": None}
     assert {entry["best"]["exit_layer"] for entry in report["exits"][:2]} == {1, 2}
-    assert all(run["identical_share"] == 1.0 for run in report["verified"])
+    assert all(run["identical_to_autoregressive"] == 1.0 for run in report["verified"])
+    assert all(run["differences"]["num_differing"] == 0 for run in report["verified"])
     assert 1 <= len(report["verified"]) <= 2
+    assert len(report["confirmed"]) <= 2
+    assert report["conditions"]["dtype"] == "float32"
     assert report["environment"]["dtype"] == "float32"
     assert "verification: prompt 2 of 2" in captured.err
 
@@ -152,7 +163,7 @@ MISTAKES = [
     (["--time_limit_seconds", "-1"], "time_limit_seconds: got -1.0, allowed [0.0, inf)"),
     (["--threads", "0"], "threads: got 0, allowed [1, inf)"),
     (["--dtype", "int8"], "dtype: got int8, allowed auto | float32 | bfloat16 | float16"),
-    (["--store", "perhaps"], "store: got perhaps, allowed bool"),
+    (["--store", "perhaps"], "store: got perhaps, allowed"),
     (["--batch_size", "2"], "batch_size: unknown key"),
     (["--model", "damaged"], "damaged/generation_config.json: unreadable or damaged"),
     (["--model", "short"], "prompt 1: got"),
@@ -187,6 +198,34 @@ def test_a_directory_that_cannot_be_written_to_is_refused_before_anything_is_dec
 def test_nothing_below_one_is_recommended_whatever_was_measured(here, monkeypatch, capsys):
     assert _tune(monkeypatch, "model", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    best = max(run["speedup"] for run in report["verified"])
-    assert report["strategy"] == ("self_speculative" if best >= 1.0 else "autoregressive")
+    held = [run["speedup"] for run in report["confirmed"] if run["holds"]]
+    assert report["strategy"] == ("self_speculative" if held else "autoregressive")
+    assert report["measured_speedup"] == (held[0] if held else None)
     assert (report["measured_speedup"] or 1.0) >= 1.0
+
+
+def test_a_lead_that_is_gone_when_run_again_is_neither_stored_nor_hidden(here, monkeypatch, capsys, speedup):
+    speedup(1.003, again=0.98)
+    assert _tune(monkeypatch, "model") == 0
+    out = capsys.readouterr().out
+    assert "decision: autoregressive: no setting kept its lead when it was run again" in out
+    assert out.count("not confirmed, measured 0.980x") == 2  # the runner-up had its turn
+    assert json.loads((here / "model/generation_config.json").read_text())["layerskip"]["strategy"] == "autoregressive"
+
+
+def test_a_best_draft_length_at_the_edge_is_told_with_what_to_do(here, monkeypatch, capsys):
+    monkeypatch.setattr(tuning.StepCosts, "cost_model", lambda *_, **__: Cheap())
+    assert _tune(monkeypatch, "model") == 0
+    assert "the most that was looked at: raise --max_draft_tokens" in capsys.readouterr().out
+
+
+class Cheap:
+    """Drafts cost nothing, and every one of them gains."""
+
+    plain_step = 1.0
+
+    def speedup(self, tokens_per_round, num_draft_tokens):
+        return 1.0 + num_draft_tokens
+
+    def round_cost(self, num_draft_tokens):
+        return 1.0

@@ -15,7 +15,7 @@ BATCH, STEPS = 4, 6
 RATE = 0.9  # of four samples the last block often keeps none
 
 
-def train(root, *, ranks, batch_size, accumulate=1, ckpt_path=None, steps=STEPS):
+def train(root, *, ranks, batch_size, accumulate=1, ckpt_path=None, steps=STEPS, workers=0):
     recorder = Recorder()
     saver = ModelCheckpoint(dirpath=root / "ckpt", every_n_train_steps=3, save_top_k=-1)
     trainer = make_trainer(
@@ -31,16 +31,16 @@ def train(root, *, ranks, batch_size, accumulate=1, ckpt_path=None, steps=STEPS)
     )
     # SGD, since Adam's first steps are signs: they would blow rounding up
     module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=0.3))
-    trainer.fit(module, datamodule=make_data(root, batch_size=batch_size), ckpt_path=ckpt_path)
+    data = make_data(root, batch_size=batch_size, num_lanes=2 * max(1, workers), num_workers=workers)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     weights = {name: p.detach().numpy() for name, p in module.named_parameters()}
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     return {"steps": recorder.steps, "weights": weights, "metrics": metrics}
 
 
-def draw_for_both_ranks(rates, *, batch_size, rank, **key):
-    """What ranks 0 and 1 draw for their halves, as one batch."""
-    halves = [draw_kept_samples(rates, batch_size=batch_size // 2, rank=r, **key) for r in (0, 1)]
-    return tuple(torch.cat([first, second + batch_size // 2]) for first, second in zip(*halves, strict=True))
+def draw_for_both_ranks(rates, *, micro_step, rank, **key):
+    """What rank 0, then rank 1 draws: one process takes their micro-batches in turn."""
+    return draw_kept_samples(rates, micro_step=micro_step // 2, rank=micro_step % 2, **key)
 
 
 @pytest.mark.distributed
@@ -49,33 +49,39 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path, monkey
     make_data(tmp_path).prepare_data()
     first, second = run_ranks(_train_ddp, tmp_path, accumulate)
     monkeypatch.setattr(module_under_test, "draw_kept_samples", draw_for_both_ranks)
-    single = train(tmp_path, ranks=1, batch_size=2 * BATCH, accumulate=accumulate)
+    single = train(tmp_path, ranks=1, batch_size=BATCH, accumulate=2 * accumulate)
     for name, expected in single["weights"].items():
         assert abs(first["weights"][name] - expected).max() < 1e-6, name
         assert (first["weights"][name] == second["weights"][name]).all(), name
     for name, expected in single["metrics"].items():
         if "loss" in name:
             assert first["metrics"][name] == pytest.approx(expected, abs=1e-5), name
-    for ours, theirs, both in zip(first["steps"], second["steps"], single["steps"], strict=True):
-        assert ours["rows"] + theirs["rows"] == both["rows"]
-        assert ours["dropped"] == theirs["dropped"]
+    for ours, theirs, (one, two) in zip(first["steps"], second["steps"], batched(single["steps"]), strict=True):
+        assert (ours["rows"], theirs["rows"]) == (one["rows"], two["rows"])
+        assert ours["dropped"] == theirs["dropped"] == one["dropped"] == two["dropped"]
     assert any(1.0 in step["dropped"] for step in first["steps"])  # a block that nobody went through
 
 
-def _train_ddp(root, accumulate):
-    return train(root, ranks=2, batch_size=BATCH, accumulate=accumulate)
+def batched(items):
+    return zip(items[::2], items[1::2], strict=True)
+
+
+def _train_ddp(root, accumulate, workers=0):
+    return train(root, ranks=2, batch_size=BATCH, accumulate=accumulate, workers=workers)
 
 
 @pytest.mark.distributed
-def test_two_ranks_resume_to_the_same_run(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_resume_to_the_same_run(tmp_path, workers):
     make_data(tmp_path).prepare_data()
-    whole = run_ranks(_train_ddp, tmp_path, 1)
-    resumed = run_ranks(_resume_ddp, tmp_path)
+    whole = run_ranks(_train_ddp, tmp_path, 1, workers)
+    resumed = run_ranks(_resume_ddp, tmp_path, workers)
     for before, after in zip(whole, resumed, strict=True):
         assert after["steps"] == before["steps"][3:]
         assert all((before["weights"][name] == after["weights"][name]).all() for name in before["weights"])
+    assert whole[0]["steps"][0]["rows"] != whole[1]["steps"][0]["rows"]  # the ranks' data differ
 
 
-def _resume_ddp(root):
+def _resume_ddp(root, workers):
     saved = next((root / "ckpt").glob("*step=3.ckpt"))
-    return train(root, ranks=2, batch_size=BATCH, ckpt_path=str(saved))
+    return train(root, ranks=2, batch_size=BATCH, ckpt_path=str(saved), workers=workers)

@@ -28,7 +28,7 @@ from tests.support.tiny_models import tiny_config
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def train(root, *, ranks, batch_size, extra=()):
+def train(root, *, ranks, extra=()):
     recorder = Recorder()
     trainer = make_trainer(
         root,
@@ -43,11 +43,12 @@ def train(root, *, ranks, batch_size, extra=()):
         gradient_clip_val=0.5,
         limit_val_batches=1.0,
         check_val_every_n_epoch=None,
-        val_check_interval=3,
+        val_check_interval=3 * (2 // ranks),
+        accumulate_grad_batches=2 // ranks,  # the same global batch
     )
     # SGD, since Adam's first steps are signs: they would blow rounding up
     module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=0.3))
-    trainer.fit(module, datamodule=make_data(root, batch_size=batch_size))
+    trainer.fit(module, datamodule=make_data(root, num_lanes=2))
     return {
         "sharded": sum(map(is_sharded, module.parameters())),
         "weights": whole_weights(module),
@@ -57,7 +58,7 @@ def train(root, *, ranks, batch_size, extra=()):
 
 
 def train_sharded(root):
-    return train(root, ranks=2, batch_size=4)
+    return train(root, ranks=2)
 
 
 @pytest.mark.distributed
@@ -65,7 +66,7 @@ def test_two_sharded_ranks_train_as_one_process_with_the_same_global_batch(tmp_p
     make_data(tmp_path).prepare_data()
     first, second = run_ranks(train_sharded, tmp_path)
     monkeypatch.setattr(module_under_test, "draw_kept_samples", draw_for_both_ranks)
-    single = train(tmp_path, ranks=1, batch_size=8)
+    single = train(tmp_path, ranks=1)
     assert 0 == single["sharded"] < first["sharded"]
     for name, expected in single["weights"].items():
         assert abs(first["weights"][name] - expected).max() < 1e-6, name
@@ -93,7 +94,7 @@ def test_a_gradient_that_is_not_finite_in_one_shard_ends_all_ranks(tmp_path):
 
 def diverge(root):
     with pytest.raises(DivergenceError) as caught:
-        train(root, ranks=2, batch_size=4, extra=[Poison()])
+        train(root, ranks=2, extra=[Poison()])
     return str(caught.value)
 
 

@@ -60,6 +60,8 @@ def fake_trainer(
     limit: int | float = 1.0,
     use_distributed_sampler: bool = False,
     overfit_batches: float = 0.0,
+    max_steps: int = 100,
+    val: int | float = 10,
 ) -> Any:
     return SimpleNamespace(
         global_step=step,
@@ -67,6 +69,10 @@ def fake_trainer(
         distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size} if world_size > 1 else None,
         limit_train_batches=limit,
         overfit_batches=overfit_batches,
+        max_steps=max_steps,
+        val_check_interval=val,
+        limit_val_batches=1.0,
+        callbacks=[],
         state=SimpleNamespace(fn=fn),
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=use_distributed_sampler),
     )

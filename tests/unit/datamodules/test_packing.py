@@ -4,46 +4,57 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from app.layerskip.early_exit_loss import IGNORE_INDEX
-from datamodules.packing import PackedRows, pack_documents
+from datamodules.packing import PACKINGS, PackedRow, Packing, Row, Tokens, best_fit_rows, split_rows
 from tests.support.tiny_models import tiny_llama
 
 EOS = 0
 
+Documents = list[list[int]]
+some_documents = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=20), min_size=1, max_size=40)
 
-def pack(documents: list[list[int]], *, seq_len: int) -> PackedRows:
-    arrays: list[npt.NDArray[np.int32]] = [np.array(document, dtype=np.int32) for document in documents]
-    return pack_documents(arrays, seq_len=seq_len, eos_id=EOS)
+
+def arrays(documents: Documents) -> list[Tokens]:
+    return [np.array([*document, EOS], dtype=np.int32) for document in documents]
+
+
+def pack(documents: Documents, *, seq_len: int, packing: Packing = "split") -> list[Row]:
+    return [packed.row for packed in PACKINGS[packing](iter(arrays(documents)), seq_len=seq_len)]
+
+
+def parts(row: Row) -> list[tuple[list[int], list[int]]]:
+    """Input ids and labels of each document in a row, without the padding."""
+    starts = [*np.flatnonzero(row.position_ids[: row.num_tokens] == 0), row.num_tokens]
+    return [(row.input_ids[a:b].tolist(), row.labels[a:b].tolist()) for a, b in pairwise(starts)]
 
 
 def test_a_small_case_by_hand() -> None:
     rows = pack([[1, 2], [3, 4, 5, 6], [7]], seq_len=4)
     none = IGNORE_INDEX
-    assert rows.input_ids.tolist() == [[1, 2, EOS, 3], [4, 5, 6, EOS], [7, EOS, EOS, EOS]]
-    assert rows.labels.tolist() == [[2, EOS, none, 4], [5, 6, EOS, none], [EOS, none, none, none]]
-    assert rows.position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 0]]
-    assert rows.offsets.tolist() == [0, 3, 8, 10]
-    assert (rows.num_rows, rows.num_tokens, rows.num_documents) == (3, 10, 3)
-    assert {array.dtype for array in (rows.input_ids, rows.labels, rows.position_ids)} == {np.dtype(np.int32)}
+    assert [row.input_ids.tolist() for row in rows] == [[1, 2, EOS, 3], [4, 5, 6, EOS], [7, EOS, 7, 7]]
+    assert [row.labels.tolist() for row in rows] == [[2, EOS, none, 4], [5, 6, EOS, none], [EOS, none, none, none]]
+    assert [row.position_ids.tolist() for row in rows] == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 0]]
+    assert [row.num_tokens for row in rows] == [4, 4, 2]
 
 
-def test_no_documents_give_no_rows() -> None:
-    rows = pack([], seq_len=4)
-    assert rows.input_ids.shape == (0, 4)
-    assert rows.num_tokens == 0
+def test_best_fit_by_hand() -> None:
+    rows = pack([[1] * 2, [2] * 5, [3] * 9, [4]], seq_len=6, packing="best_fit")
+    assert [[ids for ids, _ in parts(row)] for row in rows] == [
+        [[1, 1, EOS]],
+        [[2, 2, 2, 2, 2, EOS]],
+        [[3, 3, 3, 3, 3, 3]],
+        [[3, 3, 3, EOS], [4, EOS]],  # what a document leaves behind whole rows goes where it fits best
+    ]
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=20), max_size=12),
-    st.integers(2, 9),
-)
-def test_rows_against_a_loop_over_documents(documents: list[list[int]], seq_len: int) -> None:
-    rows = pack(documents, seq_len=seq_len)
+@given(some_documents, st.integers(2, 9))
+def test_splitting_against_a_loop_over_documents(documents: Documents, seq_len: int) -> None:
     inputs, labels, positions = [], [], []
     for document in documents:
         for index, token in enumerate([*document, EOS]):
@@ -51,21 +62,52 @@ def test_rows_against_a_loop_over_documents(documents: list[list[int]], seq_len:
             positions.append(0 if index == 0 or at_row_start else positions[-1] + 1)
             inputs.append(token)
             labels.append([*document, EOS, IGNORE_INDEX][index + 1])
-    padding = -len(inputs) % seq_len
-    assert rows.input_ids.reshape(-1).tolist() == inputs + [EOS] * padding
-    assert rows.labels.reshape(-1).tolist() == labels + [IGNORE_INDEX] * padding
-    assert rows.position_ids.reshape(-1).tolist() == positions + [0] * padding
-    assert [rows.document(index).tolist() for index in range(rows.num_documents)] == documents
+    rows = pack(documents, seq_len=seq_len)
+    assert sum(row.num_tokens for row in rows) == len(inputs)
+    assert np.concatenate([row.input_ids for row in rows])[: len(inputs)].tolist() == inputs
+    assert np.concatenate([row.labels for row in rows]).tolist() == labels + [IGNORE_INDEX] * (-len(inputs) % seq_len)
+    assert np.concatenate([row.position_ids for row in rows])[: len(inputs)].tolist() == positions
+    assert all(row.num_tokens == seq_len for row in rows[:-1])
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=20), min_size=1, max_size=12),
-    st.integers(2, 9),
-)
-def test_every_token_is_a_target_once_but_the_first_of_each_document(documents: list[list[int]], seq_len: int) -> None:
-    labels = pack(documents, seq_len=seq_len).labels
-    targets = [token for document in documents for token in [*document[1:], EOS]]
-    assert labels[labels != IGNORE_INDEX].tolist() == targets
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(documents=some_documents, seq_len=st.integers(2, 9))
+def test_every_token_is_a_target_once_but_the_first_of_each_document(
+    packing: Packing, documents: Documents, seq_len: int
+) -> None:
+    targets = [label for row in pack(documents, seq_len=seq_len, packing=packing) for label in row.labels.tolist()]
+    expected = [token for document in documents for token in [*document[1:], EOS]]
+    assert sorted(label for label in targets if label != IGNORE_INDEX) == sorted(expected)
+
+
+@given(documents=some_documents, seq_len=st.integers(2, 25))
+def test_best_fit_cuts_only_what_is_longer_than_a_row(documents: Documents, seq_len: int) -> None:
+    rows = pack(documents, seq_len=seq_len, packing="best_fit")
+    found = sorted(ids for row in rows for ids, _ in parts(row))
+    whole = [[*document, EOS] for document in documents]
+    assert found == sorted(ids[at : at + seq_len] for ids in whole for at in range(0, len(ids), seq_len))
+    assert all(row.labels[row.num_tokens :].tolist() == [IGNORE_INDEX] * (seq_len - row.num_tokens) for row in rows)
+
+
+def test_best_fit_wastes_little() -> None:
+    rng = np.random.default_rng(0)
+    documents = [[1] * int(size) for size in rng.integers(4, 90, size=600)]
+    rows = pack(documents, seq_len=128, packing="best_fit")
+    assert sum(row.num_tokens for row in rows) > 0.95 * 128 * len(rows)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(documents=some_documents, seq_len=st.integers(2, 9), data=st.data())
+def test_rows_can_be_asked_for_from_the_middle(
+    packing: Packing, documents: Documents, seq_len: int, data: st.DataObject
+) -> None:
+    whole = list(PACKINGS[packing](iter(arrays(documents)), seq_len=seq_len))
+    stop: PackedRow = whole[(at := data.draw(st.integers(0, len(whole) - 1)))]
+    rest = arrays(documents)[stop.finished :]
+    again = [packed.row for packed in PACKINGS[packing](iter(rest), seq_len=seq_len, within=stop.within)]
+    expected = [packed.row for packed in whole[at + 1 :]]
+    assert [row.input_ids.tolist() for row in again if row.num_tokens] == [row.input_ids.tolist() for row in expected]
+    assert [row.labels.tolist() for row in again] == [row.labels.tolist() for row in expected]
 
 
 def logits(inputs: npt.NDArray[np.int32], positions: npt.NDArray[np.int32] | None) -> Tensor:
@@ -77,17 +119,22 @@ def logits(inputs: npt.NDArray[np.int32], positions: npt.NDArray[np.int32] | Non
         return model(input_ids=ids, position_ids=position_ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
 
-def test_a_packed_row_gives_each_document_the_logits_it_has_alone() -> None:
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_packed_row_gives_each_document_the_logits_it_has_alone(packing: Packing) -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(1, 60, size=size).tolist() for size in (5, 9, 1, 30)]
-    rows = pack(documents, seq_len=24)
-    for row in range(rows.num_rows):
-        inputs, positions = rows.input_ids[row], rows.position_ids[row]
-        packed = logits(inputs, positions)
-        starts = [*np.flatnonzero(positions == 0), len(inputs)]
+    rows = pack(documents, seq_len=24, packing=packing)
+    for row in rows:
+        packed = logits(row.input_ids, row.position_ids)
+        starts = [*np.flatnonzero(row.position_ids == 0), len(row.input_ids)]
         for start, stop in pairwise(starts):
-            alone = logits(inputs[start:stop], None)
+            alone = logits(row.input_ids[start:stop], None)
             torch.testing.assert_close(packed[start:stop], alone, rtol=0, atol=1e-6)
     # the negative control: one run of positions lets the documents see one another
-    leaking = logits(rows.input_ids[0], np.arange(24, dtype=np.int32))
-    assert (leaking - logits(rows.input_ids[0], rows.position_ids[0])).abs().max() > 1e-3
+    crowded = max(rows, key=lambda row: int((row.position_ids == 0).sum()))
+    leaking = logits(crowded.input_ids, np.arange(24, dtype=np.int32))
+    assert (leaking - logits(crowded.input_ids, crowded.position_ids)).abs().max() > 1e-3
+
+
+def test_the_table_holds_both_packings() -> None:
+    assert {"split": split_rows, "best_fit": best_fit_rows} == PACKINGS

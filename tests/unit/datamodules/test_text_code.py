@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from itertools import pairwise
+import json
+from collections import Counter
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +12,48 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from app.errors import ConfigError, DataError
-from app.protocols import PromptOwner, TokenizerOwner
+from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
 from datamodules import Source, TextCodeDataModule
+from datamodules.sources import Document
 from tests.unit.datamodules.corpora import by_name, fake_trainer, small_datamodule, two_sources, write_files
 
+Batches = list[dict[str, Tensor]]
 
-def batches(datamodule: TextCodeDataModule, **trainer: Any) -> list[dict[str, Tensor]]:
-    datamodule.trainer = fake_trainer(**trainer)
+
+def train(datamodule: TextCodeDataModule, count: int, *, step: int = 0, **trainer: Any) -> Batches:
+    """Hand over `count` batches as a trainer does; it has taken a step with each."""
+    datamodule.trainer = fake_trainer(step=step, **trainer)
     datamodule.setup("fit")
-    return list(datamodule.train_dataloader())
+    batches = []
+    for batch in islice(datamodule.train_dataloader(), count):
+        batches.append(datamodule.on_before_batch_transfer(batch, 0))
+        datamodule.trainer.global_step += len(batches) % datamodule.trainer.accumulate_grad_batches == 0
+    return batches
 
 
-def same(left: list[dict[str, Tensor]], right: list[dict[str, Tensor]]) -> bool:
+def resumed(corpus: Path, state: dict[str, Any], *, step: int, **settings: Any) -> TextCodeDataModule:
+    trainer = settings.pop("trainer", {})
+    datamodule = small_datamodule(corpus, **settings)
+    datamodule.trainer = fake_trainer(step=step, **trainer)
+    datamodule.setup("fit")
+    datamodule.load_state_dict(json.loads(json.dumps(state)))
+    return datamodule
+
+
+def same(left: Batches, right: Batches) -> bool:
     return len(left) == len(right) and all(
         torch.equal(mine[name], other[name]) for mine, other in zip(left, right, strict=True) for name in mine
     )
 
 
-def test_it_owns_tokenizer_and_prompts(corpus: Path) -> None:
+def test_it_owns_tokenizer_corpus_and_prompts(corpus: Path) -> None:
     datamodule = small_datamodule(corpus)
     assert isinstance(datamodule, TokenizerOwner)
+    assert isinstance(datamodule, CorpusOwner)
     assert isinstance(datamodule, PromptOwner)
     assert datamodule.vocab_size == len(datamodule.tokenizer) == 300  # before setup, as a linked argument needs it
     assert datamodule.source_names == ("code", "text")
+    assert datamodule.source_weights == {"code": 0.75, "text": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +62,11 @@ def test_it_owns_tokenizer_and_prompts(corpus: Path) -> None:
         ("sources", {}),
         ("seq_len", 1),
         ("batch_size", 0),
+        ("packing", "worst_fit"),
+        ("long_documents", "drop"),
+        ("shuffle_megabytes", -1.0),
+        ("shuffle_megabytes", float("nan")),
+        ("num_lanes", 0),
         ("validation_share", 0.0),
         ("validation_share", 1.0),
         ("validation_rows", 0),
@@ -67,7 +93,7 @@ def test_a_vocab_size_without_effect_warns(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_batches_have_the_promised_form(corpus: Path) -> None:
-    batch = batches(small_datamodule(corpus))[0]
+    batch = train(small_datamodule(corpus), 1)[0]
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
         "input_ids": (torch.int64, (2, 16)),
         "labels": (torch.int64, (2, 16)),
@@ -76,34 +102,115 @@ def test_batches_have_the_promised_form(corpus: Path) -> None:
     }
 
 
-def test_weights_are_shares_of_tokens(corpus: Path) -> None:
-    sources = torch.cat([batch["source"] for batch in batches(small_datamodule(corpus))])
-    assert (sources == 0).double().mean().item() == pytest.approx(0.75, abs=0.05)
+def test_weights_are_shares_of_tokens_and_what_was_delivered_is_counted(corpus: Path) -> None:
+    datamodule = small_datamodule(corpus)
+    sources = torch.cat([batch["source"] for batch in train(datamodule, 100)])
+    assert (sources == 0).sum().item() == pytest.approx(150, abs=1)
+    code, text = datamodule.source_statistics().values()
+    assert (code.rows, text.rows) == ((sources == 0).sum().item(), (sources == 1).sum().item())
+    assert code.tokens == 16 * code.rows
+    assert (code.seen, code.skipped) == (60, 0)
+    assert code.epochs == pytest.approx(0.7, abs=0.3)
 
 
-def test_workers_change_no_batch(corpus: Path) -> None:
-    alone = batches(small_datamodule(corpus))
-    assert same(batches(small_datamodule(corpus, num_workers=2)), alone)
-    assert not same(batches(small_datamodule(corpus, seed=1)), alone)
+def test_packing_is_a_choice(corpus: Path) -> None:
+    datamodule = small_datamodule(corpus, packing="best_fit", seq_len=300)
+    batches = train(datamodule, 20)
+    padding = sum(int((batch["labels"] == -100).sum()) for batch in batches)
+    assert 0 < padding < 0.5 * 20 * 2 * 300
+    code = datamodule.source_statistics()["code"]
+    assert 0.5 * 300 * code.rows < code.tokens < 300 * code.rows
 
 
 def test_iterating_leaves_the_global_generator_alone(corpus: Path) -> None:
     state = torch.get_rng_state()
-    batches(small_datamodule(corpus))
+    train(small_datamodule(corpus), 3)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_resuming_continues_and_ranks_share(corpus: Path) -> None:
-    whole = batches(small_datamodule(corpus), accumulate=2)
-    assert same(batches(small_datamodule(corpus), accumulate=2, step=3), whole[6:])
-    ranks = [batches(small_datamodule(corpus), world_size=2, rank=rank) for rank in (0, 1)]
-    interleaved = [batch for pair in zip(*ranks, strict=True) for batch in pair]
-    assert same(interleaved[:20], whole[:20])
+def test_workers_change_no_batch(corpus: Path) -> None:
+    alone = train(small_datamodule(corpus, num_lanes=4), 12)
+    assert same(train(small_datamodule(corpus, num_lanes=4, num_workers=2), 12), alone)
+    assert not same(train(small_datamodule(corpus, num_lanes=4, seed=1), 12), alone)
 
 
-def test_less_than_one_batch_is_refused_with_the_numbers(corpus: Path) -> None:
-    with pytest.raises(DataError, match=r"\d+ training rows of 16 tokens are less than one batch of 2000000"):
-        batches(small_datamodule(corpus, batch_size=1_000_000), world_size=2)
+def test_ranks_share_what_one_process_trains_on(corpus: Path) -> None:
+    alone = train(small_datamodule(corpus, num_lanes=4), 20)
+    ranks = [train(small_datamodule(corpus, num_lanes=4), 10, world_size=2, rank=rank) for rank in (0, 1)]
+    assert same([batch for pair in zip(*ranks, strict=True) for batch in pair], alone)
+
+
+def test_training_has_all_documents_but_the_held_out_ones(corpus: Path) -> None:
+    sources = {"code": Source(kind="files", path=str(corpus / "code"))}
+    datamodule = small_datamodule(corpus, sources=sources, num_lanes=4, seq_len=600, packing="best_fit")
+    seen = Counter[str]()
+    for batch in train(datamodule, 60):
+        for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+            for start in (positions == 0).nonzero().flatten().tolist():
+                seen[" ".join(datamodule.tokenizer.decode(ids[start : start + 40].tolist()).split(" ")[:4])] += 1
+    texts = [path.read_text() for path in (corpus / "code").iterdir()]
+    assert all(seen[" ".join(text.split(" ")[:4])] > 3 for text in texts if not _held_out(text))
+    assert all(seen[" ".join(text.split(" ")[:4])] == 0 for text in texts if _held_out(text))
+
+
+def _held_out(text: str) -> bool:
+    return Document("", text, origin=text).is_held_out(share=0.2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("at", [1, 7, 60, 333])  # within a block, in a later block, in the second epoch and beyond
+def test_resuming_continues_exactly(corpus: Path, at: int, workers: int) -> None:
+    datamodule = small_datamodule(corpus, num_lanes=2, shuffle_megabytes=0.005)
+    whole = train(datamodule, at + 12)
+    first = small_datamodule(corpus, num_lanes=2, num_workers=workers, shuffle_megabytes=0.005)
+    assert same(train(first, at), whole[:at])
+    assert at < 333 or first.source_statistics()["code"].epochs > 1
+    state = first.state_dict()
+    again = resumed(corpus, state, step=at, num_workers=workers, shuffle_megabytes=0.005)
+    assert same(train(again, 12, step=at), whole[at:])
+    assert again.source_statistics() == datamodule.source_statistics()
+
+
+def test_resuming_on_other_ranks_and_workers_is_exact_where_lanes_allow(corpus: Path) -> None:
+    def ranks(datamodules: list[TextCodeDataModule], count: int, **trainer: Any) -> Batches:
+        parts = [train(part, count, world_size=2, rank=rank, **trainer) for rank, part in enumerate(datamodules)]
+        return [batch for pair in zip(*parts, strict=True) for batch in pair]
+
+    one = small_datamodule(corpus, num_lanes=4)
+    whole = train(one, 40, accumulate=2)
+    first = small_datamodule(corpus, num_lanes=4)
+    train(first, 16, accumulate=2)
+    state = first.state_dict()
+    pair = [resumed(corpus, state, step=8, num_workers=2, trainer={"world_size": 2, "rank": rank}) for rank in (0, 1)]
+    assert same(ranks(pair, 12, step=8), whole[16:])
+
+
+def test_lanes_that_do_not_fit_ranks_and_workers_are_refused_with_the_numbers(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="num_lanes: got 4, allowed a multiple of 6: 2 ranks x 3 workers"):
+        train(small_datamodule(corpus, num_lanes=4, num_workers=3), 1, world_size=2)
+    state = saved(corpus)  # of one lane
+    with pytest.raises(ConfigError, match="num_lanes: got 1, allowed a multiple of 2"):
+        resumed(corpus, state, step=1, num_workers=2)
+
+
+def test_an_interrupted_step_is_repeated_from_its_first_batch(corpus: Path) -> None:
+    whole = train(small_datamodule(corpus), 12, accumulate=3)
+    stopped = small_datamodule(corpus)
+    train(stopped, 8, accumulate=3)  # two steps, and two of the three batches of the third
+    state = stopped.state_dict()
+    assert state["global_batches"] == 6
+    again = resumed(corpus, state, step=2, trainer={"accumulate": 3})
+    assert same(train(again, 6, step=2, accumulate=3), whole[6:])
+
+
+def test_batches_that_were_prepared_but_not_trained_on_come_again(corpus: Path) -> None:
+    whole = train(small_datamodule(corpus), 9)
+    datamodule = small_datamodule(corpus, num_workers=1)
+    datamodule.trainer = fake_trainer()
+    ahead = iter(datamodule.train_dataloader())
+    batches = [datamodule.on_before_batch_transfer(next(ahead), 0) for _ in range(4)]
+    next(ahead)  # fetched by Lightning, never trained on
+    assert same(batches + train(datamodule, 5), whole)
 
 
 def test_validation_rows_are_limited_ordered_and_divided_equally(corpus: Path) -> None:
@@ -120,6 +227,11 @@ def test_validation_rows_are_limited_ordered_and_divided_equally(corpus: Path) -
     assert torch.equal(torch.cat(parts), everything[:9])
     for loader in (datamodule.test_dataloader(), datamodule.predict_dataloader()):
         assert torch.equal(torch.cat([batch["input_ids"] for batch in loader]), parts[-1])
+
+
+def test_validation_is_the_same_on_any_number_of_lanes(corpus: Path) -> None:
+    one, many = small_datamodule(corpus, num_lanes=1), small_datamodule(corpus, num_lanes=8, seed=5)
+    assert same(list(one.val_dataloader()), list(many.val_dataloader()))
 
 
 def test_nothing_held_out_names_the_fix(tmp_path: Path) -> None:
@@ -139,12 +251,7 @@ def test_prompts_are_fixed_beginnings_of_held_out_documents_in_turn(corpus: Path
     beginnings = [datamodule.tokenizer.decode(prompt) for prompt in prompts]
     found = [[file for file, text in texts.items() if text.startswith(start)] for start in beginnings]
     assert [files[0].parent.name for files in found] == ["code", "text"] * 3
-    train = {
-        datamodule.tokenizer.decode(rows.document(index).tolist())
-        for rows in datamodule._store.rows["train"]
-        for index in range(rows.num_documents)
-    }
-    assert all(texts[file] not in train for files in found for file in files)
+    assert all(_held_out(texts[file]) for files in found for file in files)
 
 
 def test_short_documents_give_shorter_prompts_after_the_long_ones(
@@ -158,23 +265,37 @@ def test_short_documents_give_shorter_prompts_after_the_long_ones(
     assert "1000 prompts asked for" in caplog.text
 
 
-def test_token_counts_are_those_of_the_documents(corpus: Path) -> None:
-    datamodule = small_datamodule(corpus)
-    counted = {"code": 0, "text": 0}
-    for file in corpus.glob("*/*.txt"):
-        counted[file.parent.name] += len(datamodule.tokenizer(file.read_text())["input_ids"]) + 1
-    train, held_out = datamodule.token_counts("train"), datamodule.token_counts("validation")
-    assert {name: train[name] + held_out[name] for name in counted} == counted
+def test_bad_files_beyond_the_share_are_refused_before_training(tmp_path: Path) -> None:
+    sources = by_name(two_sources(tmp_path, count=10))
+    for index in range(3):
+        (tmp_path / "text" / f"bad{index}.txt").write_bytes(b"\xff\xfe broken")
+    with pytest.raises(DataError, match=r"'text': 3 of 13 records are bad, more than max_bad_share 0.05[^$]*bad0.txt"):
+        small_datamodule(tmp_path, sources=sources).prepare_data()
 
 
-def saved(corpus: Path, **trainer: Any) -> dict[str, int | str]:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_the_stream_arrives_as_it_is(tmp_path: Path, workers: int) -> None:
+    sources = by_name(two_sources(tmp_path, count=10))
+    datamodule = small_datamodule(tmp_path, sources=sources, num_workers=workers)
+    datamodule.prepare_data()
+    datamodule._readers(1)  # files are listed, and then they vanish
+    for file in (tmp_path / "text").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"'text': .*") as caught:
+        train(datamodule, 50)
+    assert "Traceback" not in str(caught.value)
+
+
+def saved(corpus: Path, **trainer: Any) -> dict[str, Any]:
     datamodule = small_datamodule(corpus)
-    datamodule.trainer = fake_trainer(**trainer)
+    train(datamodule, 2, **trainer)
     return datamodule.state_dict()
 
 
-def test_the_saved_state_is_plain(corpus: Path) -> None:
-    assert {type(value) for value in saved(corpus).values()} == {int, str}
+def test_the_saved_state_is_plain_and_small(corpus: Path) -> None:
+    state = saved(corpus)
+    assert json.loads(json.dumps(state)) == state
+    assert len(json.dumps(state)) < 2000
 
 
 @pytest.mark.parametrize(
@@ -183,13 +304,16 @@ def test_the_saved_state_is_plain(corpus: Path) -> None:
         ({"seed": 1}, {}, "seed"),
         ({"batch_size": 3}, {}, "batch_size"),
         ({"seq_len": 17}, {}, "seq_len"),
-        ({"vocab_size": 299}, {}, "corpus"),
-        ({}, {"accumulate": 2}, "trainer.accumulate_grad_batches"),
-        ({}, {"world_size": 2}, "world_size"),
+        ({"packing": "best_fit"}, {}, "packing"),
+        ({"shuffle_megabytes": 1.0}, {}, "shuffle_megabytes"),
+        ({"vocab_size": 299}, {}, "tokenizer"),
+        ({"num_lanes": 2}, {}, "num_lanes"),
+        ({}, {"accumulate": 2}, "batches_per_step"),
+        ({}, {"world_size": 2}, "num_lanes"),
     ],
 )
 def test_resuming_in_another_order_is_refused_in_fit_only(
-    corpus: Path, settings: dict[str, int], trainer: dict[str, int], field: str
+    corpus: Path, settings: dict[str, Any], trainer: dict[str, int], field: str
 ) -> None:
     state = saved(corpus)
     datamodule = small_datamodule(corpus, **settings)
@@ -197,18 +321,27 @@ def test_resuming_in_another_order_is_refused_in_fit_only(
         datamodule.trainer = fake_trainer(**trainer, fn=stage)
         datamodule.load_state_dict(state)
     datamodule.trainer = fake_trainer(**trainer)
-    with pytest.raises(ConfigError, match="as in the checkpoint") as caught:
+    with pytest.raises(ConfigError) as caught:
         datamodule.load_state_dict(state)
     assert caught.value.field == field
 
 
-def test_resuming_in_the_same_order_is_accepted_and_other_weights_are_not(corpus: Path) -> None:
+def test_other_weights_or_files_are_another_order(corpus: Path, tmp_path: Path) -> None:
     state = saved(corpus)
-    datamodule = small_datamodule(corpus)
-    datamodule.trainer = fake_trainer(step=4)
-    datamodule.load_state_dict(state)
     with pytest.raises(ConfigError, match="sources"):
-        datamodule.load_state_dict(state | {"sources": "code=1.0, text=1.0"})
+        resumed(corpus, state | {"sources": "code=1.0, text=1.0"}, step=2)
+    sources = by_name(two_sources(tmp_path))
+    datamodule = small_datamodule(tmp_path, sources=sources)
+    train(datamodule, 2)
+    state = datamodule.state_dict()
+    write_files(tmp_path / "code", count=1, seed=77)
+    with pytest.raises(ConfigError, match="corpus"):
+        resumed(tmp_path, state, step=2, sources=sources, tokenizer=str(_folder(datamodule, tmp_path)))
+
+
+def _folder(datamodule: TextCodeDataModule, folder: Path) -> Path:
+    datamodule.tokenizer.save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
 
 
 def test_a_trainer_that_would_divide_batches_again_is_refused(corpus: Path) -> None:
@@ -220,4 +353,16 @@ def test_a_trainer_that_would_divide_batches_again_is_refused(corpus: Path) -> N
     datamodule.setup("fit")
     datamodule.trainer = fake_trainer(overfit_batches=1)
     with pytest.raises(ConfigError, match="overfit_batches"):
+        datamodule.setup("fit")
+
+
+def test_a_trainer_that_would_never_end_or_never_validate_is_refused(corpus: Path) -> None:
+    datamodule = small_datamodule(corpus)
+    for settings, field in (({"max_steps": -1}, "trainer.max_steps"), ({"val": 1.0}, "trainer.val_check_interval")):
+        datamodule.trainer = fake_trainer(**settings)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError) as caught:
+            datamodule.setup("fit")
+        assert caught.value.field == field
+        datamodule.setup("validate")
+        datamodule.trainer = fake_trainer(**settings, limit=10)  # type: ignore[arg-type]  # an epoch of ten batches
         datamodule.setup("fit")

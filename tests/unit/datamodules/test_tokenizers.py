@@ -11,10 +11,11 @@ from app.errors import ConfigError
 from datamodules.tokenizers import (
     END_OF_TEXT,
     MIN_VOCAB_SIZE,
+    Encoder,
     encode_documents,
     load_tokenizer,
     train_byte_level_bpe,
-    training_sample,
+    trained_tokenizer,
 )
 
 TEXTS = ["the exit layer and the other layer", "def exit(layer): return layer"] * 20
@@ -68,9 +69,27 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
-def test_the_training_sample_is_balanced_and_bounded() -> None:
-    long, short = ["x" * 100] * 100, ["y" * 10] * 100
-    sample = "".join(training_sample([long, short], max_bytes=1000))
-    assert 400 <= sample.count("x") <= 501
-    assert 400 <= sample.count("y") <= 501
-    assert "".join(training_sample([long, short], max_bytes=10**6)) == "".join(long + short)
+def test_an_encoder_ends_every_text_and_takes_special_tokens_for_text() -> None:
+    encode, texts = Encoder(TOKENIZER), ["the exit", "", f"a {END_OF_TEXT} b"]
+    eos = TOKENIZER.eos_token_id
+    assert [ids.tolist() for ids in encode(texts)] == [
+        [*ids.tolist(), eos] for ids in encode_documents(TOKENIZER, texts)
+    ]
+    assert encode(texts)[2].tolist().count(eos) == 1
+
+
+def test_the_same_texts_are_trained_on_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "datamodules")
+    first = trained_tokenizer(TEXTS, vocab_size=300, cache_dir=tmp_path)
+    (file,) = tmp_path.iterdir()
+    again = trained_tokenizer(TEXTS, vocab_size=300, cache_dir=tmp_path)
+    assert again.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
+    assert (again.eos_token, again.decode(again("the exit")["input_ids"])) == (END_OF_TEXT, "the exit")
+    assert caplog.text.count("training a tokenizer") == 1
+    trained_tokenizer(TEXTS, vocab_size=299, cache_dir=tmp_path)
+    trained_tokenizer(TEXTS[1:], vocab_size=300, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    file.write_text(file.read_text().replace("exit", "exot"))
+    mended = trained_tokenizer(TEXTS, vocab_size=300, cache_dir=tmp_path)
+    assert mended.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
+    assert "is damaged" in caplog.text

@@ -76,6 +76,8 @@ def fit(folder: Path, corpus: Path, *, steps: int, ask_for_steps: bool, workers:
     resume = settings.pop("resume", None)
     recorder = Recorder(ask_for_steps=ask_for_steps)
     epochs = 1000 if ask_for_steps else -1
+    if not isinstance(settings.get("limit_train_batches"), int):  # a stream without epochs
+        settings |= {"val_check_interval": 4, "check_val_every_n_epoch": None}
     trainer = make_trainer(folder, max_steps=steps, max_epochs=epochs, callbacks=[SaveEveryStep(folder)], **settings)
     datamodule = small_datamodule(corpus, num_workers=workers, batch_size=32, validation_rows=2)
     trainer.fit(recorder, datamodule=datamodule, ckpt_path=resume)
@@ -118,4 +120,4 @@ def test_a_checkpoint_of_another_order_stops_fit_but_not_validate(tmp_path: Path
     recorder = Recorder(ask_for_steps=False)
     make_trainer(tmp_path).validate(recorder, datamodule=other, ckpt_path=checkpoint, verbose=False)
     with pytest.raises(ConfigError, match="batch_size: got 31, allowed 32"):
-        make_trainer(tmp_path, max_steps=2).fit(recorder, datamodule=other, ckpt_path=checkpoint)
+        make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(recorder, datamodule=other, ckpt_path=checkpoint)

@@ -34,6 +34,7 @@ def _scaled_rope(rope_type: str, **settings: float) -> dict[str, Any]:
 _LLAMA3 = _scaled_rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
+_QWEN2 = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 _QWEN3 = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "head_dim": 16}
 _MODELS = {
     "llama of 2 layers": _Spec("llama", 2, 1.0, 3, {"num_key_value_heads": 4}),
@@ -46,6 +47,7 @@ _MODELS = {
     "qwen2 with biases": _Spec(
         "qwen2", 3, 0.2, 7, _scaled_rope("yarn", factor=8.0, original_max_position_embeddings=64)
     ),
+    "qwen2 with a window": _Spec("qwen2", 4, 0.2, 1, _QWEN2),
     "qwen3 with a window, joined": _Spec("qwen3", 4, 0.2, 1, _QWEN3),
     "smollm3 with unrotated layers": _Spec("smollm3", 3, 0.2, 3, {"no_rope_layer_interval": 2}),
     "olmo2 by modules": _Spec("olmo2", 3, 0.2, 1, {}),

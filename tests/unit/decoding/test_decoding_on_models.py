@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from app.decoding.engine import decode
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
+from app.decoding.strategies import Strategy
+from app.model import products
 from app.model.spans import SpanDecoder
 from tests.support.slow_twins import greedy_by_recomputation
 from tests.unit.decoding.model_zoo import CONTEXT, NAMES, build, continuation, decoder_named, model_named, prompt_of
@@ -54,12 +58,41 @@ def test_a_cache_that_must_grow_again_and_again_changes_nothing(monkeypatch: pyt
     assert _speculate(decoder, prompt_of(1)).tokens == continuation(_NAME, 1, _NUM_TOKENS)
 
 
-@pytest.mark.parametrize("name", ["llama of 5 layers, joined", "qwen2 with biases"])
-def test_products_the_other_way_round_give_the_same_tokens(name: str) -> None:
-    decoder = SpanDecoder(model_named(name))
-    for product in (decoder._head, *(product for block in decoder._blocks for product in block.products)):
-        product.swapped = frozenset(range(1, 9))
-    assert _speculate(decoder, prompt_of(17)).tokens == continuation(name, 17, _NUM_TOKENS)
+@pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "by modules" not in name and "phi3" not in name])
+def test_every_product_either_way_round_gives_the_same_tokens(
+    name: str, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = continuation(name, 17, _NUM_TOKENS)
+    decoder, ways = SpanDecoder(model_named(name)), Counter[str]()
+    linear, swapped_product = F.linear, products.swapped_product
+    monkeypatch.setattr(products.F, "linear", lambda *args: ways.update(["plain"]) or linear(*args))
+    monkeypatch.setattr(products, "swapped_product", lambda *args: ways.update(["swapped"]) or swapped_product(*args))
+    settings = DecodingSettings(max_new_tokens=_NUM_TOKENS, exit_layer=1, num_draft_tokens=4)
+    if strategy == "autoregressive":
+        settings = DecodingSettings(max_new_tokens=_NUM_TOKENS)
+    for way, numbers in (("swapped", frozenset(range(1, 99))), ("plain", frozenset[int]())):
+        for product in (decoder._head, *(product for block in decoder._blocks for product in block.products)):
+            product.swapped = numbers
+        ways.clear()
+        tokens = decode(decoder, prompt_of(17), strategy=strategy, settings=settings).tokens
+        assert tokens == expected
+        assert set(ways) == {way}
+
+
+@pytest.mark.parametrize("length", [6, 7, 8, 39, 40, 41, 47, 130])
+@pytest.mark.parametrize("name", ["mistral with a window", "qwen2 with a window", "phi3 with a window"])
+def test_prompts_around_and_far_beyond_a_window_continue_as_by_transformers(
+    name: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.model.spans._PIECE", 40)
+    model, prompt = model_named(name), prompt_of(length)
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=_NUM_TOKENS)
+    decoder = decoder_named(name)
+    decoder.limit = CONTEXT
+    assert _speculate(decoder, prompt).tokens == output[0, length:].tolist()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])

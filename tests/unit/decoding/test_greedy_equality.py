@@ -51,7 +51,7 @@ def _cases(draw: st.DrawFn, num_layers: int) -> _Case:
         settings=chosen,
         budget=draw(st.sampled_from(("0", "1", "2", "exact", "context", "context", "exact"))),
         eos_places=tuple(draw(st.lists(st.integers(0, _NUM_TOKENS - 1), max_size=2))),
-        pattern=draw(st.tuples(st.integers(0, _NUM_TOKENS - 1), st.integers(0, 3))),
+        pattern=draw(st.tuples(st.integers(0, _NUM_TOKENS - 1), st.sampled_from((0, 0, 0, 1, 2, 3)))),
         clock=tuple(draw(st.lists(st.integers(1, 50), min_size=1, max_size=5))),
     )
 
@@ -81,7 +81,7 @@ def _compare(name: str, prompt_length: int, case: _Case) -> tuple[DecodingResult
     return result, expected, why
 
 
-@settings(max_examples=120, derandomize=True, deadline=None, database=None)
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
 @given(data=st.data())
 def test_every_way_of_decoding_gives_the_tokens_of_recomputing_everything(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(NAMES))

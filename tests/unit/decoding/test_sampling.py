@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as given_settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import (
     LogitsProcessorList,
@@ -99,6 +103,69 @@ def test_the_comparison_notices_top_p_before_top_k() -> None:
     only_top_p = probabilities(logits, settings=SamplingSettings(temperature=1.0, top_p=0.7))
     assert int((both > 0).sum()) == 1
     assert int((only_top_p > 0).sum()) == 3
+
+
+def _by_sorting_everything(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float) -> Tensor:
+    """Top-k and top-p with the whole vocabulary in order, lower ids first among equally probable tokens."""
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_k is not None and top_k < probs.shape[-1]:
+        probs = probs.where(probs >= probs.topk(top_k).values[..., -1:], 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    descending, order = probs.sort(stable=True, dim=-1, descending=True)
+    mass_before = descending.cumsum(-1) - descending
+    probs = torch.zeros_like(probs).scatter(-1, order, descending.where(mass_before < top_p, 0.0))
+    return probs / probs.sum(-1, keepdim=True)
+
+
+_SPREADS = {"peaked": 4.0, "nearly flat": 0.3, "flat": 0.0}
+
+
+@given_settings(max_examples=120, derandomize=True, deadline=None, database=None)
+@given(
+    vocab=st.sampled_from((1, 2, 7, 1024, 1025, 1026, 5000)),
+    spreads=st.lists(st.sampled_from(sorted(_SPREADS)), min_size=1, max_size=4),
+    grid=st.sampled_from((None, 1.0, 0.1)),
+    top_k=st.sampled_from((None, 1, 5, 1023, 1024, 1025, 3000)),
+    top_p=st.sampled_from((0.01, 0.25, 0.5, 0.9, 0.999)),
+    seed=st.integers(0, 99),
+)
+def test_top_p_keeps_the_very_tokens_that_sorting_the_whole_vocabulary_keeps(
+    vocab: int, spreads: list[str], grid: float | None, top_k: int | None, top_p: float, seed: int
+) -> None:
+    noise = torch.randn(len(spreads), 2, vocab, generator=torch.Generator().manual_seed(seed))
+    logits = noise * torch.tensor([_SPREADS[spread] for spread in spreads])[:, None, None]
+    if grid is not None:
+        logits = (logits / grid).round() * grid  # many equally probable tokens
+    chosen: dict[str, Any] = {"temperature": 0.8, "top_k": top_k, "top_p": top_p}
+    ours = probabilities(logits, settings=SamplingSettings(**chosen))
+    assert torch.equal(ours, _by_sorting_everything(logits, **chosen))
+
+
+def _sorted_sizes(monkeypatch: pytest.MonkeyPatch, logits: Tensor, **chosen: Any) -> tuple[list[int], list[int]]:
+    """Numbers of values that were sorted, and numbers asked of topk."""
+    sizes, asked = list[int](), list[int]()
+    sort, topk = Tensor.sort, Tensor.topk
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "sort", lambda self, *a, **k: sizes.append(self.numel()) or sort(self, *a, **k))
+        patch.setattr(Tensor, "topk", lambda self, count: asked.append(count) or topk(self, count))
+        probabilities(logits, settings=SamplingSettings(temperature=1.0, **chosen))
+    return sizes, asked
+
+
+def test_only_laws_that_the_most_probable_tokens_do_not_fill_are_sorted_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaked, flat = _logits(1, 6000)[0].float(), torch.zeros(6000)
+    both = torch.stack([peaked, flat, peaked])
+    assert _sorted_sizes(monkeypatch, both[[0, 2]], top_p=0.9) == ([], [1024])
+    assert _sorted_sizes(monkeypatch, both, top_p=0.9) == ([6000], [1024])
+    assert _sorted_sizes(monkeypatch, both[[0, 2]], top_k=50, top_p=0.99) == ([], [50, 51])
+    assert _sorted_sizes(monkeypatch, both, top_k=50, top_p=0.99) == ([6000], [50, 51])  # its ties are all kept
+
+
+def test_no_other_device_is_waited_for() -> None:
+    logits = torch.zeros(2, 6000, device="meta")  # whose values nobody can ask for
+    probabilities(logits, settings=SamplingSettings(temperature=1.0, top_k=50, top_p=0.9, min_p=0.1))
 
 
 def test_a_tiny_temperature_ends_in_a_one_hot_law_even_in_bf16() -> None:

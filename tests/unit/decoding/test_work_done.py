@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from app.decoding import acceptance
+from app.decoding.drafters import DraftModelDrafter, FullModel
 from app.decoding.engine import decode, decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES
+from app.model.spans import SpanDecoder
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
+from tests.unit.decoding.circumstances import HostileClock
 from tests.unit.decoding.model_zoo import CONTEXT, VOCAB, decoder_named, draft_decoder, prompt_of
 
 _MISSES = (6, 7, 12, 20, 21, 30)
@@ -98,7 +103,7 @@ def test_without_drafts_every_strategy_does_the_work_of_plain_decoding(strategy:
     assert result.drafted == 0
     assert decoder.heads == plain.heads
     assert decoder.elapsed == pytest.approx(plain.elapsed)
-    assert small.spans in ([], [(0, 4, 3)])
+    assert small.spans == []
 
 
 @pytest.mark.parametrize(
@@ -181,3 +186,68 @@ def test_the_host_waits_once_a_draft_step_and_once_a_round(
     ]
     assert counts == {"tolist": 1 + sum(drafted + 1 for drafted in longest)}
     assert hidden.seen == []
+
+
+@pytest.mark.parametrize("processor", [None, lambda ids, scores: scores])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("strategy", _NEEDS)
+@pytest.mark.parametrize("lengths", [(9,), (9, 1, 30)])
+def test_a_round_sends_the_latest_tokens_to_the_device_and_where_uneven_rows_stand(
+    lengths: tuple[int, ...], strategy: Any, temperature: float, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_named("llama whose exits agree")
+    decoder.limit = CONTEXT
+    needs = dict(_NEEDS[strategy]) | ({"skipped_layers": (1,)} if strategy == "layer_skip" else {})
+    if strategy == "draft_model":
+        needs["draft_decoder"] = draft_decoder(1, VOCAB)
+    sampling = SamplingSettings(temperature=temperature, top_p=0.9 if temperature else 1.0, processor=processor)
+    settings = DecodingSettings(max_new_tokens=30, sampling=sampling, **needs)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(lengths))] if temperature else None
+    prompts, counts = [prompt_of(length) for length in lengths], Counter[str]()
+    _count(monkeypatch, counts, torch, "tensor")
+    _count(monkeypatch, counts, SpanDecoder, "run_blocks")
+    _count(monkeypatch, counts, FullModel, "keep_rows")
+    _count(monkeypatch, counts, acceptance, "contexts")
+    results = decode_batch(decoder, prompts, strategy=strategy, settings=settings, generators=generators)
+    monkeypatch.undo()
+    models = 2 if strategy == "draft_model" else 1
+    prefill = 1 + models  # tokens, and for each model their numbers
+    expected = prefill + max(result.rounds for result in results) + counts["contexts"]
+    if len(lengths) == 1:
+        assert counts["tensor"] == expected
+    else:  # one for each place that a span of blocks starts from, and for the rows that are left
+        leaving = counts["keep_rows"] + (counts["keep_rows"] // 2 if models == 2 else 0)
+        assert counts["tensor"] <= expected + counts["run_blocks"] + leaving
+    assert bool(counts["contexts"]) == (processor is not None)
+
+
+def _count(monkeypatch: pytest.MonkeyPatch, counts: Counter[str], owner: Any, name: str) -> None:
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **rest: counts.update([name]) or real(*args, **rest))
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 1, 30)])
+def test_a_draft_model_that_was_given_up_is_let_go(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.decoding.engine.perf_counter", HostileClock([1.0]))  # each draft step costs a round
+    decoder = decoder_named("llama whose exits agree")
+    decoder.limit = CONTEXT
+    settings = DecodingSettings(
+        max_new_tokens=60, num_draft_tokens=4, draft_decoder=draft_decoder(1, VOCAB), fall_back=True
+    )
+    prompts = [prompt_of(length) for length in lengths]
+    kept: list[int | None] = []  # tokens for the small model to run later
+    settle = DraftModelDrafter.settle
+
+    def watched(self: DraftModelDrafter, to: Sequence[int]) -> None:
+        settle(self, to)
+        kept.append(None if self._draft_model is None else len(self._unseen))
+
+    monkeypatch.setattr(DraftModelDrafter, "settle", watched)
+    results = decode_batch(decoder, prompts, strategy="draft_model", settings=settings)
+    assert all(result.fell_back_after is not None for result in results)
+    let_go = kept.index(None)
+    assert let_go < 15
+    assert max(kept[:let_go]) <= 3  # type: ignore[type-var]
+    assert set(kept[let_go:]) == {None}
+    plain = decode_batch(decoder, prompts, strategy="autoregressive", settings=DecodingSettings(max_new_tokens=60))
+    assert [result.tokens for result in results] == [result.tokens for result in plain]

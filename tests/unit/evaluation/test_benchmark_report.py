@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from app.cli.tables import print_table
 from app.errors import ConfigError
 from app.evaluation import benchmark_report
 from app.evaluation.benchmark import Costs
@@ -28,7 +29,8 @@ from app.protocols import Table
 
 PLAIN = BenchmarkResult(
     strategy="autoregressive", exit_layer=None, num_draft_tokens=None, tokens_per_second=20.0, seconds_per_token=0.05,
-    acceptance_rate=None, mean_tokens_per_round=1.0, speedup=1.0, identical_to_autoregressive=1.0, speedup_min=1.0,
+    acceptance_rate=None, mean_tokens_per_round=1.0, speedup=1.0, identical_to_autoregressive=1.0, num_differing=0,
+    num_unexplained=0, largest_logit_gap=None, largest_gap_in_spacings=None, speedup_min=1.0,
     speedup_max=1.0, speedup_vs_transformers=None, speedup_vs_transformers_early_exit=None, predicted_speedup=None,
     prediction_error=None, predicted_speedup_from_rounds=None, prediction_error_from_rounds=None, seconds_prefill=0.1,
     num_prompts=4, num_tokens=80, rounds=76, drafted=0, accepted=0, reached_by_position=[], accepted_by_position=[],
@@ -81,19 +83,25 @@ def test_the_environment_tells_versions_hardware_number_type_and_threads() -> No
     assert where["cpu"]
 
 
-def test_differing_outputs_are_said_and_called_ties_only_where_rounding_makes_them() -> None:
-    differing = replace(DRAFTS, identical_to_autoregressive=0.75)
-    (said,) = notes([PLAIN, DRAFTS, differing], dtype="bfloat16")
-    assert said.startswith("up to 25% of a strategy's outputs differ")
-    assert "argmax ties in bfloat16" in said
-    (said,) = notes([PLAIN, differing], dtype="float32")
-    assert "where none should" in said
-    assert "ties" not in said
+def test_differing_outputs_are_counted_and_called_ties_only_where_rounding_explains_them() -> None:
+    tied = replace(DRAFTS, num_differing=2, largest_logit_gap=0.03125)
+    assert notes([PLAIN, DRAFTS, tied], dtype="bfloat16") == [
+        "outputs of up to 2 of 4 prompts differ from autoregressive decoding; largest logit gap 0.031 where they first"
+        " do: ties in bfloat16, which rounding decides"
+    ]
+    wrong = replace(DRAFTS, num_differing=3, num_unexplained=1, largest_logit_gap=1.5)
+    for dtype in ("float32", "bfloat16"):
+        said, loud = notes([PLAIN, tied, wrong], dtype=dtype)
+        assert said.startswith(
+            "outputs of up to 3 of 4 prompts differ from autoregressive decoding; largest logit gap 1.5"
+        )
+        assert "ties" not in said
+        assert loud == f"WARNING: up to 1 of them by more than rounding explains in {dtype}: please report it"
     assert notes([PLAIN, DRAFTS], dtype="bfloat16") == []
 
 
 def test_a_lossy_strategy_is_called_that_instead() -> None:
-    lossy = replace(PLAIN, strategy="early_exit", exit_layer=2, identical_to_autoregressive=0.0)
+    lossy = replace(PLAIN, strategy="early_exit", exit_layer=2, identical_to_autoregressive=0.0, num_differing=4)
     assert notes([PLAIN, lossy], dtype="float32") == ["early_exit is lossy: its output is not the full model's"]
 
 
@@ -109,16 +117,38 @@ def test_the_table_of_speeds_has_a_row_for_each_result_and_no_column_without_fig
     table = speed_table([PLAIN, DRAFTS], title="t")
     assert _rows(table) == [
         {
-            "strategy": "autoregressive", "exit": "-", "drafts": "-", "tok/s": "20.0", "prefill": "100 ms",
-            "speedup": "1.00x", "min-max": "1.00-1.00", "identical": "100%",
+            "strategy": "autoregressive", "exit": "-", "drafts": "-", "tok/s": "20.0", "prefill\nms": "100",
+            "speedup\nmedians": "1.00x", "whole\nrepeats": "1.00-1.00", "outputs\ndiffer": "0 of 4",
         },
         {
-            "strategy": "self_speculative", "exit": "2", "drafts": "3", "tok/s": "20.0", "prefill": "100 ms",
-            "speedup": "1.50x", "min-max": "1.00-1.75", "identical": "100%",
+            "strategy": "self_speculative", "exit": "2", "drafts": "3", "tok/s": "20.0", "prefill\nms": "100",
+            "speedup\nmedians": "1.50x", "whole\nrepeats": "1.00-1.75", "outputs\ndiffer": "0 of 4",
         },
     ]  # fmt: skip
     assert "exit" not in speed_table([PLAIN], title="t").columns
     assert "vs\ngenerate" in speed_table([replace(PLAIN, speedup_vs_transformers=2.0)], title="t").columns
+
+
+@pytest.mark.parametrize("num_prompts", [4, 164])
+def test_tables_with_everything_in_them_fit_120_columns_uncut(
+    capsys: pytest.CaptureFixture[str], num_prompts: int
+) -> None:
+    full = replace(
+        DRAFTS, strategy="transformers_early_exit", exit_layer=28, num_draft_tokens=12, tokens_per_second=1234.5,
+        seconds_prefill=12.345, speedup=10.25, speedup_min=10.01, speedup_max=11.11, speedup_vs_transformers=10.25,
+        speedup_vs_transformers_early_exit=10.25, num_prompts=num_prompts, num_differing=num_prompts,
+        largest_logit_gap=1.2e-05, predicted_speedup_from_rounds=10.25, prediction_error_from_rounds=-0.12,
+        acceptance_by_position=[0.8] * 12,
+    )  # fmt: skip
+    assert len(speed_table([full], title="t").columns) == 10
+    drafts = replace(full, strategy="self_speculative")  # what transformers drafts is not known
+    for table in (speed_table([full, PLAIN], title="t"), draft_table([drafts])):
+        print_table(table)
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 120
+        assert "…" not in shown
+        for part in (*(cell for cell in table.rows[0] if len(cell) < 24), *" ".join(table.columns).split()):
+            assert part in shown
 
 
 def test_the_table_of_drafts_has_a_row_for_each_result_that_drafted() -> None:
@@ -126,9 +156,9 @@ def test_the_table_of_drafts_has_a_row_for_each_result_that_drafted() -> None:
     first, second = _rows(draft_table([PLAIN, DRAFTS, unseen]))
     assert first == {
         "strategy": "self_speculative", "exit": "2", "drafts": "3", "acceptance": "75.0%", "by place, %": "80 75 50",
-        "tokens\na round": "1.00", "speedup": "1.50x", "predicted, i.i.d.": "1.65x (+10%)",
+        "tokens\na round": "1.00", "speedup": "1.50x", "predicted,\ni.i.d.": "1.65x (+10%)",
     }  # fmt: skip
-    assert (second["by place, %"], second["predicted, i.i.d."]) == ("0 -", "-")
+    assert (second["by place, %"], second["predicted,\ni.i.d."]) == ("0 -", "-")
 
 
 def test_both_files_are_written_whole_and_what_fails_leaves_the_earlier_ones(

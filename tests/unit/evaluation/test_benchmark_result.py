@@ -10,6 +10,7 @@ from app.decoding.result import DecodingResult, Step
 from app.evaluation.alternation import Contender, Measurement
 from app.evaluation.benchmark import Benchmark, BenchmarkSettings, Costs, Subject
 from app.evaluation.benchmark_result import BenchmarkResult, benchmark_results, round_costs
+from app.evaluation.output_differences import OutputDifferences
 from app.evaluation.step_costs import StepCosts
 from app.evaluation.transformers_baseline import GenerateResult
 
@@ -36,8 +37,11 @@ def _run(seconds: float, *steps: Step, tokens: Sequence[int] = TOKENS) -> Decodi
 
 def _results(*measurements: Measurement, costs: Costs | None = None, **settings: Any) -> list[BenchmarkResult]:
     asked: dict[str, Any] = {"strategies": ("autoregressive",), "max_new_tokens": 9, "repeats": 3}
+    differences = [OutputDifferences(num_prompts=1, num_differing=0)] * len(measurements)
     return benchmark_results(
-        Benchmark(list(measurements), costs), subject=SUBJECT, settings=BenchmarkSettings(**(asked | settings))
+        Benchmark(list(measurements), costs, differences),
+        subject=SUBJECT,
+        settings=BenchmarkSettings(**(asked | settings)),
     )
 
 

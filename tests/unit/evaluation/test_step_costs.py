@@ -8,7 +8,7 @@ from torch import Tensor
 
 from app.decoding.cost_model import CostModel
 from app.errors import ConfigError
-from app.evaluation.step_costs import StepCosts, fit_step_costs, measure_step_costs
+from app.evaluation.step_costs import StepCosts, costs_line, fit_step_costs, measure_step_costs, median_costs
 from app.model.spans import SpanDecoder
 from tests.support.fake_decoder import FakeCache, FakeDecoder
 from tests.support.tiny_models import tiny_llama
@@ -88,6 +88,23 @@ def test_costs_are_never_negative_whatever_the_noise() -> None:
     assert (nonsense.block_seconds, nonsense.head) == pytest.approx((0.5, 2.0))
     headless = fit_step_costs({1: 0.1, 6: 3.0}, passes, {(2, 4): 1.0}, head_by_size=2.0)
     assert (headless.block_seconds, headless.head) == (0.5, 0.0)
+
+
+def test_a_cost_that_was_clipped_is_called_too_small_to_measure_and_not_free() -> None:
+    clipped = fit_step_costs({1: 0.1, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}, {(2, 4): 1.0}, head_by_size=2.0)
+    assert costs_line(clipped).count("too small to measure") == 3
+    assert "0.0" not in costs_line(clipped)
+    assert costs_line(StepCosts(block_seconds=1e-4, head=1.5, extra_token=0.04, overhead=0.25)) == (
+        "a block takes 100 us at one token; in blocks: the rest of a step (H) 1.50, a round's overhead 0.25; each"
+        " further position adds to a pass (k) 4.0% of it"
+    )
+
+
+def test_the_median_of_costs_is_of_each_figure() -> None:
+    figures = [(1.0, 9.0, 0.1, 0.0), (3.0, 1.0, 0.9, 0.5), (2.0, 2.0, 0.2, 9.0)]
+    names = ("block_seconds", "head", "extra_token", "overhead")
+    costs = [StepCosts(**dict(zip(names, each, strict=True))) for each in figures]
+    assert _as_tuple(median_costs(costs)) == (2.0, 2.0, 0.2, 0.5)
 
 
 def test_the_cost_model_is_that_of_self_speculation_with_these_figures() -> None:

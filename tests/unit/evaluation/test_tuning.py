@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from app.errors import ConfigError, DataError
+from app.evaluation import tuning as tuning_module
 from app.evaluation.layer_agreement import LayerAgreement, measure_layer_agreement
+from app.evaluation.output_differences import OutputDifferences
 from app.evaluation.speedup_prediction import Prediction, choose_diverse, needed_agreement, predict
 from app.evaluation.step_costs import StepCosts
-from app.evaluation.tuning import Tuning, TuningSettings, Verification, tune
-from app.model.decoding_defaults import DecodingDefaults
+from app.evaluation.tuning import TuningSettings, tune
+from app.evaluation.tuning_report import tuning_as_json, verifications_table
+from app.evaluation.tuning_result import Tuning, Verification
+from app.model.decoding_defaults import Conditions, DecodingDefaults
 from app.model.spans import SpanDecoder
 from tests.support.fake_decoder import counting_decoder
 from tests.support.tiny_models import tiny_llama
@@ -39,24 +44,35 @@ def _prediction(exit_layer: int, drafts: int, speedup: float) -> Prediction:
     )
 
 
-def _tuning(*measured: float) -> Tuning:
-    """Of exit 1 with 1, 2, ... drafts, all predicted to reach 3x, measured as given."""
-    runs = [
-        Verification(
-            prediction=_prediction(1, drafts, 3.0),
-            num_prompts=2,
-            acceptance_rate=0.5,
-            mean_tokens_per_round=1.5,
-            speedup=speedup,
-            speedup_range=(speedup, speedup),
-            identical_share=1.0,
-        )
-        for drafts, speedup in enumerate(measured, start=1)
-    ]
+def _run(prediction: Prediction, speedup: float, low: float | None = None) -> Verification:
+    """Measured so, the slowest repeat `low`."""
+    return Verification(
+        prediction=prediction,
+        num_prompts=2,
+        acceptance_rate=0.5,
+        mean_tokens_per_round=1.5,
+        speedup=speedup,
+        speedup_range=(speedup if low is None else low, speedup),
+        differences=OutputDifferences(num_prompts=2, num_differing=0),
+    )
+
+
+def _tuning(*measured: float, again: Sequence[tuple[int, float, float]] = ()) -> Tuning:
+    """Of exit 1 with 1, 2, ... drafts, all predicted to reach 3x, measured as given.
+
+    `again` tells of the runs after the choice: drafts, speedup, the slowest repeat's.
+    """
+    runs = [_run(_prediction(1, drafts, 3.0), speedup) for drafts, speedup in enumerate(measured, start=1)]
     agreement = LayerAgreement(
         num_layers=2, outputs=[[5, 6, 7]], budgets=[3], matches={1: [[True, False]], 2: [[True, True]]}
     )
-    return Tuning(agreement=agreement, costs=_COSTS, predictions=[run.prediction for run in runs], verifications=runs)
+    return Tuning(
+        agreement=agreement,
+        costs=_COSTS,
+        predictions=[run.prediction for run in runs],
+        verifications=runs,
+        confirmations=[_run(runs[drafts - 1].prediction, speedup, low) for drafts, speedup, low in again],
+    )
 
 
 def test_a_prediction_is_tokens_per_round_over_the_cost_of_a_mean_round() -> None:
@@ -119,11 +135,10 @@ def test_the_needed_agreement_is_where_one_draft_a_round_breaks_even() -> None:
     assert model.speedup(1 + acceptance, 1) == pytest.approx(1.0)
 
 
-def test_the_fastest_measured_is_recommended_not_the_one_predicted_fastest() -> None:
-    tuning = _tuning(1.2, 1.4, 1.3)
+def test_what_was_confirmed_is_recommended_with_the_speedup_of_that_run() -> None:
     tuning = replace(
-        tuning,
-        verifications=[replace(tuning.verifications[0], prediction=_prediction(1, 9, 9.0)), *tuning.verifications[1:]],
+        _tuning(1.2, 1.4, 1.3, again=[(2, 1.25, 1.1)]),
+        conditions=Conditions(dtype="float32", device_type="cpu", threads=2),
     )
     assert tuning.defaults == DecodingDefaults(
         strategy="self_speculative",
@@ -132,22 +147,111 @@ def test_the_fastest_measured_is_recommended_not_the_one_predicted_fastest() -> 
         head=2.0,
         extra_token=0.05,
         overhead=0.5,
-        measured_speedup=1.4,
+        measured_speedup=1.25,
+        conditions=Conditions(dtype="float32", device_type="cpu", threads=2),
     )
+    assert tuning.reason == (
+        "self_speculative, exit 1 with 2 drafts: the fastest of 3 settings run; exit 1 with 2 drafts confirmed,"
+        " measured 1.250x (predicted 3.000x) when run again on 2 prompts, whole repeats 1.100 to 1.250x"
+    )
+
+
+def test_the_second_fastest_is_recommended_where_only_it_was_confirmed() -> None:
+    tuning = _tuning(1.2, 1.4, again=[(2, 1.3, 0.99), (1, 1.1, 1.0)])
+    assert (tuning.defaults.num_draft_tokens, tuning.defaults.measured_speedup) == (1, 1.1)
     assert tuning.reason.startswith(
-        "self_speculative, exit 1 with 2 drafts: the fastest of 3 settings run, measured 1.400x"
+        "self_speculative, exit 1 with 1 draft: the second fastest of 2 settings run; exit 1"
     )
+    assert "exit 1 with 2 drafts not confirmed, measured 1.300x" in tuning.reason
+    report = tuning_as_json(tuning)
+    assert [(run["prediction"]["num_draft_tokens"], run["holds"]) for run in report["confirmed"]] == [
+        (2, False),
+        (1, True),
+    ]
+    assert [row[-1] for row in verifications_table(tuning).rows] == ["first", "first", "again", "again"]
+
+
+def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:
+    tuning = _tuning(1.003, 0.9, again=[(1, 1.01, 0.97)])
+    assert tuning.defaults == DecodingDefaults(strategy="autoregressive", head=2.0, extra_token=0.05, overhead=0.5)
+    assert tuning.reason.startswith(
+        "autoregressive: no setting kept its lead when it was run again; exit 1 with 1 draft"
+    )
+    assert _tuning(1.003, 0.9, again=[(1, 0.99, 1.0)]).defaults.strategy == "autoregressive"
+    assert _tuning(1.003, 0.9, again=[(1, 1.0, 1.0)]).defaults.strategy == "self_speculative"
 
 
 def test_nothing_measured_below_one_is_ever_recommended() -> None:
     tuning = _tuning(0.7, 0.999)
-    assert tuning.defaults == DecodingDefaults(strategy="autoregressive", head=2.0, extra_token=0.05, overhead=0.5)
+    assert tuning.defaults.strategy == "autoregressive"
     assert tuning.reason.startswith("autoregressive: even exit 1 with 2 drafts")
     assert "agrees with the full model on 50% of the tokens, and one draft a round pays from 91% on" in tuning.reason
     cheap = replace(tuning, costs=replace(_COSTS, head=0.0, extra_token=0.0, overhead=0.0))
     assert needed_agreement(cheap.costs.cost_model(num_layers=2, exit_layer=1)) == 0.5
     assert "pays from" not in cheap.reason  # 50% would have been enough
-    assert _tuning(0.7, 1.0).defaults.strategy == "self_speculative"
+
+
+@pytest.mark.parametrize(
+    ("verified", "confirmed", "run", "chosen"),
+    [
+        ((1.5, 1.2), (1.4,), [1], 1),  # the first holds
+        ((1.2, 1.5), (0.9, 1.1), [2, 1], 1),
+        ((1.2, 1.5), (0.9, 0.9), [2, 1], None),
+        ((1.5, 0.9), (0.9,), [1], None),  # no use running the second again
+        ((0.9, 0.8), (), [], None),
+        ((1.2, 1.5, 1.4), (0.9, 0.9), [2, 3], None),  # the runner-up once, no third
+    ],
+)
+def test_the_fastest_is_run_again_and_the_second_fastest_where_it_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch,
+    verified: tuple[float, ...],
+    confirmed: tuple[float, ...],
+    run: list[int],
+    chosen: int | None,
+) -> None:
+    settings = [_prediction(1, drafts, 3.0) for drafts in range(1, len(verified) + 1)]
+    calls: list[tuple[list[int], TuningSettings]] = []
+    again = iter(confirmed)
+
+    def verify(_: object, __: object, which: list[Prediction], *, eos_token_ids: object, settings: TuningSettings) -> (
+        list[Verification]
+    ):  # fmt: skip
+        calls.append(([prediction.num_draft_tokens for prediction in which], settings))
+        speedups = verified if len(calls) == 1 else (next(again),)
+        return [_run(*pair) for pair in zip(which, speedups, strict=True)]
+
+    monkeypatch.setattr(tuning_module, "choose_diverse", lambda *_, **__: settings)
+    monkeypatch.setattr(tuning_module, "_verify", verify)
+    tuning = tune(counting_decoder(), _PROMPTS, eos_token_ids=(), settings=replace(_SETTINGS, time_limit_seconds=100.0))
+    assert [which for which, _ in calls] == [[p.num_draft_tokens for p in settings], *([drafts] for drafts in run)]
+    assert [used.repeats for _, used in calls] == [2, *[5] * len(run)]
+    assert [used.time_limit_seconds for _, used in calls] == [40.0, *[20.0] * len(run)]
+    assert tuning.defaults.num_draft_tokens == chosen
+    assert next(again, None) is None
+
+
+def test_a_best_draft_length_at_the_edge_of_what_was_looked_at_is_told() -> None:
+    def advice(*predicted: float) -> str:
+        tuning = _tuning(1.2, 1.1, 1.3, again=[(3, 1.3, 1.2)])
+        return replace(tuning, predictions=[_prediction(1, d, s) for d, s in enumerate(predicted, start=1)]).advice
+
+    assert advice(1.0, 1.1, 1.2) == (
+        "exit 1 is predicted to be fastest with 3 drafts, the most that was looked at: raise max_draft_tokens"
+    )
+    assert advice(1.0, 1.2, 1.1) == ""
+    assert advice(1.0, 1.2, 1.2) == ""  # budgets allow no longer draft
+
+
+def test_costs_are_the_median_of_three_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = StepCosts(block_seconds=9.0, head=0.0, extra_token=0.9, overhead=90.0)
+    moments, asked = iter([busy, replace(_COSTS, head=1.5), _COSTS]), list[dict[str, int]]()
+    monkeypatch.setattr(
+        tuning_module, "measure_step_costs", lambda _, **options: (asked.append(options), next(moments))[1]
+    )
+    tuning = tune(counting_decoder(), _PROMPTS, eos_token_ids=(), settings=_SETTINGS)
+    assert tuning.costs == replace(_COSTS, head=1.5)
+    assert tuning.predictions == predict(tuning.agreement, tuning.costs, max_draft_tokens=3)
+    assert asked == [{"context_length": 4 + 8, "max_positions": 4, "repeats": 3}] * 3
 
 
 def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
@@ -155,7 +259,7 @@ def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
     assert [p.exit_layer for p in tuning.predictions] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert len(tuning.verifications) == 2
     for run in tuning.verifications:
-        assert run.identical_share == 1.0
+        assert run.differences == OutputDifferences(num_prompts=2, num_differing=0)
         assert run.num_prompts == 2
         assert run.acceptance_rate == run.prediction.acceptance_rate
         assert run.mean_tokens_per_round == run.prediction.mean_tokens_per_round

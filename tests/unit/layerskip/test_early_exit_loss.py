@@ -15,10 +15,10 @@ def problem():
     return head, hidden, labels
 
 
-def token_losses(head):
-    def losses(hidden, labels):
+def weighted_losses(head):
+    def losses(hidden, labels, weights):
         flat = F.cross_entropy((hidden @ head.T).flatten(0, -2), labels.flatten(), reduction="none")
-        return flat.view(labels.shape)
+        return (weights * flat.view(labels.shape)).sum(), flat.view(labels.shape).detach()
 
     return losses
 
@@ -26,7 +26,7 @@ def token_losses(head):
 def test_loss_and_gradients_equal_a_plain_loop_over_exits(problem):
     head, hidden, labels = problem
     weights = {2: 0.2, 3: 0.3, 6: 0.5}
-    got = early_exit_loss(hidden, labels, weights, token_losses(head))
+    got = early_exit_loss(hidden, labels, weights, weighted_losses(head))
     inputs = [head, *hidden.values()]
     expected = sum(
         weights[layer] * F.cross_entropy((hidden[layer] @ head.T).flatten(0, 1), labels.flatten(), reduction="sum")
@@ -41,7 +41,7 @@ def test_loss_and_gradients_equal_a_plain_loop_over_exits(problem):
 
 def test_sums_count_label_tokens_only(problem):
     head, hidden, labels = problem
-    got = early_exit_loss(hidden, labels, {6: 1.0}, token_losses(head))
+    got = early_exit_loss(hidden, labels, {6: 1.0}, weighted_losses(head))
     assert got.num_label_tokens.item() == 12
     mean = F.cross_entropy((hidden[6] @ head.T).flatten(0, 1), labels.flatten())
     assert (got.weighted_sum / got.num_label_tokens).item() == pytest.approx(mean.item())
@@ -50,11 +50,11 @@ def test_sums_count_label_tokens_only(problem):
 
 def test_exits_that_are_off_get_no_gradient(problem):
     head, hidden, labels = problem
-    early_exit_loss(hidden, labels, {2: 0.5, 6: 0.5}, token_losses(head)).weighted_sum.backward()
+    early_exit_loss(hidden, labels, {2: 0.5, 6: 0.5}, weighted_losses(head)).weighted_sum.backward()
     assert hidden[3].grad is None
     assert hidden[2].grad.abs().sum() > 0
 
 
 def test_exit_sums_carry_no_gradient(problem):
     head, hidden, labels = problem
-    assert not early_exit_loss(hidden, labels, {6: 1.0}, token_losses(head)).exit_sums.requires_grad
+    assert not early_exit_loss(hidden, labels, {6: 1.0}, weighted_losses(head)).exit_sums.requires_grad

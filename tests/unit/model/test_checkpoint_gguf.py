@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFWriter, TokenType
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
+from transformers.utils import logging
 
 from app.errors import CheckpointError, ConfigError
 from app.model import gguf as gguf_files
 from app.model.checkpoint import load_for_decoding
 from app.model.export import write_pretrained
+from app.model.gguf import open_gguf, read_gguf_weights
 from datamodules.tokenizers import train_byte_level_bpe
 from tests.support.tiny_models import tiny_llama
 
@@ -101,6 +104,27 @@ def test_gguf_written_as_a_directory_gives_equal_logits_without_quantization_con
 def test_gguf_in_the_working_directory_loads(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     assert load_for_decoding(file.name, dtype=None)[0].config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_drawn_on_terminals_only(file, monkeypatch, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stderr)
+    load_for_decoding(str(file), dtype=None)
+    assert ("GGUF tensors" in stderr.getvalue()) == terminal
+    assert ("Loading weights" in stderr.getvalue()) == terminal
+
+
+def test_progress_bars_are_as_before_also_after_an_error(file, tmp_path):
+    before = modeling_gguf_pytorch_utils.tqdm
+    half = tmp_path / "half.gguf"
+    half.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert logging.is_progress_bar_enabled()
+    with pytest.raises(CheckpointError):
+        read_gguf_weights(half, open_gguf(file, field="model")[0], dtype=None)
+    assert modeling_gguf_pytorch_utils.tqdm is before
+    assert logging.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])

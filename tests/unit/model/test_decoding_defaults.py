@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from app.errors import CheckpointError, ConfigError
-from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults, write_decoding_defaults
+from app.model.decoding_defaults import Conditions, DecodingDefaults, read_decoding_defaults, write_decoding_defaults
 from tests.support.tiny_models import tiny_llama
 
 _DRAFTING = DecodingDefaults(
@@ -20,7 +21,9 @@ _DRAFTING = DecodingDefaults(
     extra_token=0.04,
     overhead=0.0,
     measured_speedup=1.7,
+    conditions=Conditions(dtype="bfloat16", device_type="cpu", threads=2),
 )
+_HERE = {"dtype": "float32", "device_type": "cpu"}
 _PLAIN = DecodingDefaults(strategy="autoregressive", head=1.5, extra_token=0.04, overhead=0.0)
 
 
@@ -136,6 +139,12 @@ def test_a_failed_write_leaves_the_old_file(directory: Path, monkeypatch: pytest
         ({"strategy": "autoregressive", "head": "big"}, "layerskip.head: got 'big'"),
         ({"strategy": "autoregressive", "overhead": -1.0}, "layerskip.overhead: got -1.0"),
         ({"strategy": "autoregressive", "speed": 2}, "got 'speed'"),
+        ({"strategy": "autoregressive", "conditions": "cpu"}, "layerskip.conditions: got 'cpu'"),
+        ({"strategy": "autoregressive", "conditions": {"dtype": "float32"}}, "layerskip.conditions: got {"),
+        ({"strategy": "autoregressive", "conditions": _HERE | {"threads": 0}}, "layerskip.threads: got 0"),
+        ({"strategy": "autoregressive", "conditions": _HERE | {"batch_size": None}}, "layerskip.batch_size: got None"),
+        ({"strategy": "autoregressive", "conditions": _HERE | {"device_type": 1}}, "layerskip.device_type: got 1"),
+        ({"strategy": "autoregressive", "conditions": _HERE | {"cores": 1}}, "got 'cores'"),
     ],
 )
 def test_a_field_that_tune_would_not_write_is_refused_with_its_path(directory: Path, stored: Any, named: str) -> None:
@@ -143,3 +152,32 @@ def test_a_field_that_tune_would_not_write_is_refused_with_its_path(directory: P
     with pytest.raises(ConfigError, match=r"generation_config\.json.*run layerskip tune again") as refused:
         read_decoding_defaults(_load(directory))
     assert named in str(refused.value)
+
+
+def test_files_from_before_conditions_were_noted_are_read(directory: Path) -> None:
+    _edit(directory, layerskip={"strategy": "autoregressive", "head": 1.5}, _from_model_config=False)
+    assert read_decoding_defaults(_load(directory)) == DecodingDefaults(strategy="autoregressive", head=1.5)
+
+
+def test_conditions_are_those_of_the_model_and_of_torch_here(directory: Path) -> None:
+    here = Conditions.of(_load(directory).bfloat16(), batch_size=3)
+    threads = torch.get_num_threads()
+    assert here == Conditions(dtype="bfloat16", device_type="cpu", threads=threads, batch_size=3)
+    assert Conditions.of(_load(directory).to("meta")) == Conditions(dtype="float32", device_type="meta")
+
+
+def test_what_differs_between_conditions_is_said_in_words() -> None:
+    tuned = Conditions(dtype="bfloat16", device_type="cpu", threads=2)
+    assert str(tuned) == "bfloat16 on cpu with 2 threads"
+    assert str(Conditions(dtype="float16", device_type="cuda")) == "float16 on cuda"
+    assert str(Conditions(dtype="float32", device_type="cpu", threads=1, batch_size=4)) == (
+        "float32 on cpu with 1 thread and batches of 4"
+    )
+    for changes, said in (
+        ({}, ""),
+        ({"dtype": "float32"}, "float32"),
+        ({"threads": 1}, "1 thread"),
+        ({"device_type": "cuda", "threads": None}, "cuda"),
+        ({"dtype": "float32", "threads": 4, "batch_size": 8}, "float32, 4 threads, batches of 8"),
+    ):
+        assert tuned.differing(replace(tuned, **changes)) == said

@@ -151,7 +151,7 @@ def test_an_exit_trains_every_block_below_it_and_none_above(exit_layer, batch):
     model, early = swapped()
     model.train()
     hidden = early.hidden_by_exit(ids, positions, [exit_layer])
-    early.token_losses(hidden[exit_layer][None], ids[None]).sum().backward()
+    early.weighted_losses(hidden[exit_layer], ids, torch.ones(ids.shape))[0].backward()
     for idx, block in enumerate(model.model.layers):
         grad = block.mlp.up_proj.weight.grad
         reached = grad is not None and bool(grad.abs().sum() > 0)
@@ -219,6 +219,30 @@ def test_head_loss_under_autocast_is_close_to_full_precision(batch):
     assert not torch.equal(mixed, full)
 
 
+def test_head_with_a_bias_trains_it(batch):
+    ids, _ = batch
+    _, early = swapped()
+    early._head.bias = torch.nn.Parameter(torch.linspace(-3, 3, 61))
+    hidden, scale = torch.randn(B, T, 32), torch.rand(B, T)
+    got = torch.autograd.grad(early.weighted_losses(hidden, ids, scale)[0], early._head.bias)
+    twin = F.cross_entropy(early.head(hidden).flatten(0, 1), ids.flatten(), reduction="none") @ scale.flatten()
+    assert torch.allclose(got[0], torch.autograd.grad(twin, early._head.bias)[0], atol=1e-5)
+
+
+def test_wanted_positions_alone_are_returned_with_the_same_values_and_gradients(batch):
+    ids, positions = batch
+    wanted = torch.tensor([3, 17, 18, B * T - 1])
+    grads = []
+    for select in (None, wanted):
+        model, early = swapped()
+        hidden = early.hidden_by_exit(ids, positions, [2, L], positions=select)
+        states = [h if select is not None else h.flatten(0, 1)[wanted] for h in (hidden[2], hidden[L])]
+        sum(h.square().sum() for h in states).backward()
+        grads.append([*states, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for got, expected in zip(*grads, strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
 def test_head_that_post_processes_logits_is_refused_by_name():
     config = CONFIG_MAPPING["gemma2"](
         vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -235,7 +259,7 @@ def test_early_exit_loss_equals_a_plain_loop_over_transformers_own_hidden_states
     weights = {1: 0.1, 3: 0.3, L: 0.6}
     model, early = swapped(tied=False)
     hidden = early.hidden_by_exit(ids, positions, weights)
-    got = early_exit_loss(hidden, labels, weights, early.token_losses)
+    got = early_exit_loss(hidden, labels, weights, early.weighted_losses)
     got.weighted_sum.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from app.errors import ConfigError
+from app.model.attention_masks import attention_mask
 from app.model.functional_block import FUNCTIONAL_MODEL_TYPES
-from app.model.spans import SUPPORTED_MODEL_TYPES, SpanDecoder, attention_mask
+from app.model.spans import SUPPORTED_MODEL_TYPES, SpanDecoder
 from tests.support.tiny_models import tiny_llama
 
 _VOCAB = 61
@@ -80,25 +81,29 @@ def test_logits_equal_the_models_own_forward_in_prefill_single_steps_and_verific
 def test_the_parity_tolerance_notices_a_missing_causal_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = _model("llama"), _tokens(20)
     expected = _by_spans(SpanDecoder(model), tokens, [7, 13], 1)
-    monkeypatch.setattr("app.model.spans.attention_mask", lambda _, num_new, **__: torch.zeros(1, 1, num_new, 1))
+    monkeypatch.setattr(
+        "app.model.spans.attention_mask", lambda _, queries_BT, **__: torch.zeros(1, 1, queries_BT.shape[1], 1)
+    )
     assert not torch.allclose(_by_spans(SpanDecoder(model), tokens, [7, 13], 1), expected, atol=1e-1)
 
 
+def _mask(starts: list[int], *, num_new: int, window: int | None = None, first: int = 0) -> list[list[float]] | None:
+    """What the first sequence's, or all sequences', new positions see, as 1 and 0."""
+    queries_BT = torch.tensor(starts)[:, None] + torch.arange(num_new)
+    mask = attention_mask(starts, queries_BT=queries_BT, window=window, first=first, like=torch.zeros(1))
+    return None if mask is None else mask.exp().flatten(0, 2).tolist()
+
+
 def test_masks_are_explicit_only_where_sdpa_needs_them() -> None:
-    like = torch.zeros(1)
-    assert attention_mask([9], num_new=1, window=None, like=like) is None
-    assert attention_mask([0, 0], num_new=9, window=None, like=like) is None
-    assert attention_mask([2], num_new=1, window=3, like=like) is None
-    hidden = float("-inf")
-    several = attention_mask([2], num_new=2, window=None, like=like)
-    assert several is not None
-    assert several[0, 0].tolist() == [[0, 0, 0, hidden], [0, 0, 0, 0]]
-    sliding = attention_mask([2], num_new=2, window=2, like=like)
-    assert sliding is not None
-    assert sliding[0, 0].tolist() == [[hidden, 0, 0, hidden], [hidden, hidden, 0, 0]]
-    uneven = attention_mask([2, 1], num_new=1, window=None, like=like)
-    assert uneven is not None
-    assert uneven[:, 0].tolist() == [[[0, 0, 0]], [[0, 0, hidden]]]
+    assert _mask([9], num_new=1) is None
+    assert _mask([0, 0], num_new=9) is None
+    assert _mask([2], num_new=1, window=3) is None
+    assert _mask([9], num_new=1, window=3, first=7) is None
+    assert _mask([2], num_new=2) == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert _mask([2], num_new=2, window=2) == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert _mask([2], num_new=2, window=2, first=1) == [[1, 1, 0], [0, 1, 1]]
+    assert _mask([2, 1], num_new=1) == [[1, 1, 1], [1, 1, 0]]
+    assert _mask([4, 3], num_new=1, window=2, first=2) == [[0, 1, 1], [1, 1, 0]]
 
 
 def test_a_truncated_cache_continues_exactly_like_a_fresh_one() -> None:

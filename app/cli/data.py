@@ -1,0 +1,112 @@
+"""`layerskip data`: what a config's datamodule will feed the model, before any money is spent on training."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from app.cli.tables import print_table
+from app.cli.train import LayerSkipCLI, make_cli
+from app.errors import check_range
+from app.protocols import Table
+from datamodules.preview import Preview, check_resume, preview
+
+# Whatever the config says about machines: data are looked at here.
+_HERE = ("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1")
+_ALONE = ("--trainer.strategy", "auto", "--trainer.precision", "32-true")
+
+
+class DataCLI(LayerSkipCLI):
+    """`fit` up to the point where training would begin."""
+
+    def __init__(self, *args: Any, options: Namespace, **kwargs: Any) -> None:
+        self._options = options
+        super().__init__(*args, **kwargs)
+
+    def _check_checkpoints(self) -> None:
+        """Nothing is written: an earlier run is safe."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        fresh = copy.deepcopy(self.datamodule)
+        self.datamodule.prepare_data()
+        found = preview(self.datamodule, num_batches=self._options.num_batches)
+        resumed = check_resume(self.datamodule, fresh) if self._options.check_resume else None
+        if self._options.json:
+            figures = {"packing_efficiency": found.packing_efficiency, "peak_memory_mib": peak_memory_mib()}
+            print(json.dumps(asdict(found) | figures | {"resumed": resumed and resumed._asdict()}))
+            return
+        _print(found)
+        if resumed is not None:
+            same = "the same batches" if resumed.identical else "OTHER BATCHES: this data cannot be resumed exactly"
+            print(f"\nresumed after {found.tokens:,} tokens: first batch after {resumed.seconds:.1f} s, {same}")
+
+
+def peak_memory_mib() -> float:
+    """Of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _print(found: Preview) -> None:
+    print_table(_table(found))
+    speed = "" if found.tokens_per_second is None else f", then {found.tokens_per_second:,.0f} tokens/s"
+    print(
+        f"{found.tokens:,} tokens in {found.positions:,} positions (packing efficiency {found.packing_efficiency:.1%});"
+        f" first batch after {found.seconds_to_first:.1f} s{speed}; peak memory {peak_memory_mib():,.0f} MiB\n"
+    )
+    print("The first row, document by document:")
+    for start, stop, targets, text in found.sample:
+        print(f"--- tokens {start}..{stop}, loss on {targets}\n{text}")
+
+
+def _table(found: Preview) -> Table:
+    columns = (
+        "source",
+        "rows",
+        "tokens",
+        "share",
+        "asked",
+        "documents",
+        "tokens/doc",
+        "bytes/token",
+        "read",
+        "skipped",
+    )
+    rows: list[tuple[str, ...]] = [
+        (
+            name,
+            f"{source.rows:,}",
+            f"{source.tokens:,}",
+            f"{source.tokens / max(1, found.tokens):.1%}",
+            "-" if source.asked is None else f"{source.asked:.1%}",
+            f"{source.documents:,}",
+            f"{source.tokens / source.documents:,.0f}" if source.documents else "-",
+            f"{source.bytes / source.tokens:.2f}" if source.tokens else "-",
+            "-" if source.seen is None else f"{source.seen:,}",
+            "-" if source.skipped is None else f"{source.skipped:,}",
+        )
+        for name, source in found.sources.items()
+    ]
+    return Table("Training stream, by source", columns, rows)
+
+
+def run() -> None:
+    """Parse and run the verb."""
+    own = ArgumentParser(
+        prog="layerskip data",
+        description="Stream a little of a config's training data and show what the model will see.",
+        epilog="All options of `layerskip fit` are taken too: --config FILE, --data.init_args.KEY VALUE, ...",
+    )
+    own.add_argument("--num_batches", type=int, default=64, help="training batches to look at")
+    own.add_argument("--check_resume", action="store_true", help="go to the same place in a fresh stream, and compare")
+    own.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options, rest = own.parse_known_args(sys.argv[2:])
+    check_range("num_batches", options.num_batches, low=1)
+    sys.argv[1:] = ["fit", *rest, *_HERE, *_ALONE]
+    make_cli(partial(DataCLI, options=options))

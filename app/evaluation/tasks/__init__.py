@@ -1,0 +1,1 @@
+"""Tasks that are scored on what a model generates."""

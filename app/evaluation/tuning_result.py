@@ -1,0 +1,155 @@
+"""What `layerskip tune` found: what was predicted, what was run, what was run again, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from app.evaluation.layer_agreement import LayerAgreement
+from app.evaluation.output_differences import OutputDifferences
+from app.evaluation.speedup_prediction import Prediction, needed_agreement
+from app.evaluation.step_costs import StepCosts
+from app.model.decoding_defaults import Conditions, DecodingDefaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a setting did when it was run.
+
+    Attributes:
+        prediction: What had been expected.
+        num_prompts: Prompts run before the time was up.
+        acceptance_rate: Accepted / drafted.
+        mean_tokens_per_round: Tokens settled by a round.
+        speedup: Over autoregressive decoding in turn with it; of each prompt the median repeat counts.
+        speedup_range: Lowest and highest of a single repeat over all prompts.
+        differences: Of its output from the autoregressive one.
+    """
+
+    prediction: Prediction
+    num_prompts: int
+    acceptance_rate: float | None
+    mean_tokens_per_round: float
+    speedup: float
+    speedup_range: tuple[float, float]
+    differences: OutputDifferences
+
+    @property
+    def holds(self) -> bool:
+        """Whether this is not slower than autoregressive decoding: in the median, and in each repeat over all prompts.
+
+        To be asked of a run that did not choose the setting. Of five repeats of a setting that gains nothing, each is
+        as likely below 1 as above: all five come out at 1 or more once in 32.
+        """
+        return min(self.speedup, self.speedup_range[0]) >= 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was found.
+
+    The fastest of several noisy measurements is, on average, slower than it was measured. So it is run again, alone
+    against autoregressive decoding, and only that run counts; if it does not hold, the second fastest has its turn.
+
+    Attributes:
+        agreement: Of every exit with the outputs.
+        costs: Of steps here.
+        predictions: Of every exit and draft length, exits outermost.
+        verifications: Of the settings that were run, in the order of their predictions.
+        confirmations: Of the fastest of them, in the order they were run again; none where none reached 1.
+        conditions: Under which all this was measured, if that is known.
+    """
+
+    agreement: LayerAgreement
+    costs: StepCosts
+    predictions: Sequence[Prediction]
+    verifications: Sequence[Verification]
+    confirmations: Sequence[Verification] = ()
+    conditions: Conditions | None = None
+
+    @property
+    def best(self) -> Verification:
+        """The fastest setting that was verified."""
+        return max(self.verifications, key=lambda verification: verification.speedup)
+
+    @property
+    def confirmed(self) -> Verification | None:
+        """The recommended setting as it was run again; None where nothing is to be drafted."""
+        return next((run for run in self.confirmations if run.holds), None)
+
+    def best_of_exit(self, exit_layer: int) -> Prediction:
+        """The draft length predicted to be fastest from this exit."""
+        own = (prediction for prediction in self.predictions if prediction.exit_layer == exit_layer)
+        return max(own, key=lambda prediction: prediction.speedup)
+
+    @property
+    def advice(self) -> str:
+        """What might find something faster still, empty if nothing comes to mind."""
+        run = self.confirmed or self.best
+        most = max(prediction.num_draft_tokens for prediction in self.predictions)
+        if self.best_of_exit(run.prediction.exit_layer).num_draft_tokens < most:
+            return ""
+        return (
+            f"exit {run.prediction.exit_layer} is predicted to be fastest with {_drafts(most)}, the most that was"
+            " looked at: raise max_draft_tokens"
+        )
+
+    @property
+    def defaults(self) -> DecodingDefaults:
+        """The recommendation: what was confirmed, or no drafts at all."""
+        plain = DecodingDefaults(
+            strategy="autoregressive",
+            head=self.costs.head,
+            extra_token=self.costs.extra_token,
+            overhead=self.costs.overhead,
+            conditions=self.conditions,
+        )
+        if (run := self.confirmed) is None:
+            return plain
+        return replace(
+            plain,
+            strategy="self_speculative",
+            exit_layer=run.prediction.exit_layer,
+            num_draft_tokens=run.prediction.num_draft_tokens,
+            measured_speedup=run.speedup,
+        )
+
+    @property
+    def reason(self) -> str:
+        """The recommendation and why, in one sentence."""
+        best, setting, count = self.best, self.best.prediction, len(self.verifications)
+        again = "; ".join(_again(run) for run in self.confirmations)
+        if (run := self.confirmed) is not None:
+            place = "fastest" if run is self.confirmations[0] else "second fastest"
+            return f"self_speculative, {setting_in_words(run.prediction)}: the {place} of {count} settings run; {again}"
+        if again:
+            return f"autoregressive: no setting kept its lead when it was run again; {again}"
+        measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {best.num_prompts} prompts"
+        slow = f"autoregressive: even {setting_in_words(setting)}, the fastest of {count} settings run, {measured}"
+        model = self.costs.cost_model(num_layers=self.agreement.num_layers, exit_layer=setting.exit_layer)
+        agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
+        if agreement >= needed:  # the costs measured apart had promised more
+            return slow
+        return (
+            f"{slow}; it agrees with the full model on {agreement:.0%} of the tokens, and one draft a round pays from"
+            f" {needed:.0%} on"
+        )
+
+
+def setting_in_words(prediction: Prediction) -> str:
+    """For instance "exit 3 with 5 drafts"."""
+    return f"exit {prediction.exit_layer} with {_drafts(prediction.num_draft_tokens)}"
+
+
+def _again(run: Verification) -> str:
+    """How the run after the choice came out."""
+    low, high = run.speedup_range
+    return (
+        f"{setting_in_words(run.prediction)} {'confirmed' if run.holds else 'not confirmed'}, measured"
+        f" {run.speedup:.3f}x (predicted {run.prediction.speedup:.3f}x) when run again on {run.num_prompts} prompts,"
+        f" whole repeats {low:.3f} to {high:.3f}x"
+    )
+
+
+def _drafts(count: int) -> str:
+    return f"{count} draft{'s' if count > 1 else ''}"

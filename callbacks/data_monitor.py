@@ -1,0 +1,42 @@
+"""Logs what the sources of a mixture deliver: shares of tokens, epochs, skipped records, padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from app import metric_names
+from app.errors import ConfigError
+from app.protocols import StreamOwner
+
+
+class DataMonitor(Callback):
+    """At every logging step, each source's share of the tokens so far, beside the share that was asked for.
+
+    Over ranks the mean is logged; each counts what it trained on itself, since the run began.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a datamodule without sources."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
+        if stage == "fit" and not isinstance(datamodule, StreamOwner):
+            got = type(datamodule).__name__
+            raise ConfigError("data", got=got, allowed="a datamodule that streams sources, such as TextCodeDataModule")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log."""
+        if (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches):  # type: ignore[attr-defined]
+            return
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        statistics = datamodule.source_statistics()
+        tokens = sum(source.tokens for source in statistics.values())
+        rows = sum(source.rows for source in statistics.values())
+        metrics = {metric_names.DATA_PADDING_SHARE: 1 - tokens / (rows * datamodule.seq_len)}
+        for name, source in statistics.items():
+            metrics[metric_names.data_source("token_share", name)] = source.tokens / tokens
+            metrics[metric_names.data_source("epochs", name)] = source.epochs
+            metrics[metric_names.data_source("skipped_records", name)] = float(source.skipped)
+        pl_module.log_dict(metrics, sync_dist=True)

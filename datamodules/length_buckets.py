@@ -1,0 +1,121 @@
+"""Batches of rows of like length, as a pure function of (seed, k): little padding, and nothing to remember.
+
+An epoch is a permutation of the rows, cut into batches as equal in number as can be, so that every row comes exactly
+once and no batch is a small remainder. Before it is cut, each pool of some consecutive batches is sorted by length;
+after, the batches of the epoch are shuffled. A global batch, of all ranks, is dealt out row by row: what the ranks do
+in a step is of like length, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from app.errors import DataError
+from datamodules.placement import Placement
+
+_POOL_BATCHES = 64
+_MIN_POOLS = 4  # in an epoch: sorted as a whole, a small one would be cut into the same batches every time
+
+
+class LengthBuckets:
+    """An endless stream of global batches, in epochs.
+
+    Args:
+        lengths: Of the rows.
+        num_batches: Batches in an epoch, 1..len(lengths).
+        seed: Non-negative; another seed is another order.
+    """
+
+    def __init__(self, lengths: npt.NDArray[np.integer], *, num_batches: int, seed: int) -> None:
+        self._lengths, self._num_batches, self._seed = lengths, num_batches, seed
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def batch(self, k: int) -> npt.NDArray[np.int64]:
+        """Rows of the k-th batch, k >= 0, in ascending order of length."""
+        epoch, index = divmod(k, self._num_batches)
+        return self._epoch(epoch)[index]
+
+    def _draw_epoch(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        generator = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
+        order = generator.permutation(len(self._lengths))
+        edges = np.arange(self._num_batches + 1) * len(order) // self._num_batches
+        pool_batches = max(1, min(_POOL_BATCHES, self._num_batches // _MIN_POOLS))
+        for pool in np.split(order, edges[pool_batches:-1:pool_batches]):
+            pool[:] = pool[np.argsort(self._lengths[pool], kind="stable")]  # a view: sorts this part of `order`
+        batches = np.split(order, edges[1:-1])
+        return [batches[index] for index in generator.permutation(self._num_batches)]
+
+
+class BucketSampler(Sampler[list[int]]):
+    """Batches of row indices of one rank, from the current position to the end of the epoch.
+
+    Args:
+        lengths: Of the rows.
+        batch_size: Rows in a batch of one rank, at most.
+        seed: Of the order.
+        place: Which part of each global batch is ours.
+        position: Returns k, the micro-batch at which the current optimizer step begins.
+
+    Raises:
+        DataError: There are fewer rows than one optimizer step takes, a row for each rank and micro-batch.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.integer],
+        *,
+        batch_size: int,
+        seed: int,
+        place: Placement,
+        position: Callable[[], int],
+    ) -> None:
+        steps = math.ceil(len(lengths) / (batch_size * place.world_size * place.accumulate))
+        self._num_batches = max(1, steps) * place.accumulate
+        if len(lengths) < self._num_batches * place.world_size:
+            raise DataError(
+                f"{len(lengths)} training rows are fewer than one for each of {place.world_size} devices and "
+                f"{place.accumulate} micro-batches of a step; lower trainer.accumulate_grad_batches, or add data"
+            )
+        self._buckets = LengthBuckets(lengths, num_batches=self._num_batches, seed=seed)
+        self._place, self._position = place, position
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self._position()
+        epoch = self._place.epoch_batches(self._num_batches)
+        for k in range(start, start - start % epoch + epoch):
+            yield self._buckets.batch(k)[self._place.rank :: self._place.world_size].tolist()
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch, before Lightning applies its limit."""
+        return self._num_batches
+
+
+def pack_rows(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
+    """Fill rows of `capacity` with examples, each whole, longest first and each where it leaves least room.
+
+    Args:
+        lengths: Of the examples, each 1..capacity.
+        capacity: Of a row.
+
+    Returns:
+        For each row the indices of its examples; each example in exactly one row; the same for the same lengths.
+    """
+    rows: list[list[int]] = []
+    rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    for example in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        need = int(lengths[example])
+        room = next((room for room in range(need, capacity + 1) if rows_by_room[room]), None)
+        if room is None:
+            room = capacity
+            rows_by_room[room].append(len(rows))
+            rows.append([])
+        row = rows_by_room[room].pop()
+        rows[row].append(example)
+        rows_by_room[room - need].append(row)
+    return rows

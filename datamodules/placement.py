@@ -1,0 +1,103 @@
+"""Which part of the training batches a process takes, and which trainers and checkpoints would upset that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+
+from app.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which part of the stream this process takes.
+
+    Args:
+        rank: r, among the processes with different data.
+        world_size: W, the number of those.
+        accumulate: Micro-batches in an optimizer step.
+        limit: Lightning's `limit_train_batches`: a number of micro-batches (int) or a share of the epoch (float).
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+    limit: int | float = 1.0
+
+    @classmethod
+    def of(cls, trainer: Trainer | None) -> Placement:
+        """Read from `trainer`; one process without accumulation if there is none."""
+        if trainer is None:
+            return cls()
+        # not trainer.global_rank: tensor-parallel ranks share their data
+        replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return cls(
+            rank=replicas["rank"],
+            world_size=replicas["num_replicas"],
+            accumulate=trainer.accumulate_grad_batches,
+            limit=trainer.limit_train_batches,
+        )
+
+    def epoch_batches(self, num_batches: int) -> int:
+        """Micro-batches an epoch advances by: the limit applied, its last optimizer step counted as a whole one."""
+        limited = min(num_batches, self.limit) if isinstance(self.limit, int) else num_batches * self.limit
+        return max(1, math.ceil(int(limited) / self.accumulate)) * self.accumulate
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse a trainer that would shard or repeat batches that have their place already.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    divides = trainer._accelerator_connector.use_distributed_sampler  # it has no public name
+    if divides and Placement.of(trainer).world_size > 1:
+        raise ConfigError(
+            "trainer.use_distributed_sampler",
+            got=True,
+            allowed="False on more than one device",
+            fix="batches are divided among the ranks already; Lightning would divide them again",
+        )
+    overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]  # Lightning sets it by setattr
+    if overfit:
+        raise ConfigError("trainer.overfit_batches", got=overfit, allowed="0", fix="train on less data instead")
+
+
+def check_end(trainer: Trainer) -> None:
+    """Refuse a trainer that would wait for the end of a stream that has none.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    if isinstance(trainer.limit_train_batches, int):  # that many batches are an epoch
+        return
+    if trainer.max_steps < 1 and not any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError("trainer.max_steps", got=trainer.max_steps, allowed=">= 1: the stream of batches has no end")
+    if trainer.val_check_interval == 1.0 and trainer.limit_val_batches:
+        allowed = "a number of batches: the stream of batches has no epochs"
+        raise ConfigError("trainer.val_check_interval", got=1.0, allowed=allowed)
+
+
+def check_same_order(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse to go on in another order of training rows.
+
+    Args:
+        now: All that the order depends on.
+        saved: The same, as a checkpoint has it.
+
+    Raises:
+        ConfigError: Naming the first setting that differs.
+    """
+    for field, value in now.items():
+        if value != saved[field]:
+            raise ConfigError(
+                field,
+                got=value,
+                allowed=f"{saved[field]!r}, as in the checkpoint",
+                fix="the order of training rows depends on it: restore it, or start a new run from the weights",
+            )

@@ -1,0 +1,161 @@
+"""What a model will see: a little of the training stream, counted by source, and one row of it in words."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from app.errors import ConfigError
+from app.layerskip.early_exit_loss import IGNORE_INDEX
+from app.protocols import CorpusOwner, StreamOwner
+
+
+@dataclass
+class SourcePreview:
+    """Counts of one source.
+
+    Attributes:
+        asked: Share of tokens that the config asks for; None where the mixture has no weights.
+        documents: Documents that end in the rows seen.
+        tokens: In the rows seen, without padding.
+        targets: Tokens that bear loss.
+        bytes: Of the text of those tokens.
+        rows: Rows seen.
+        seen: Records read, also those that wait in the shuffle buffer; None where nobody counts.
+        skipped: Bad records among those.
+    """
+
+    asked: float | None = None
+    documents: int = 0
+    tokens: int = 0
+    targets: int = 0
+    bytes: int = 0
+    rows: int = 0
+    seen: int | None = None
+    skipped: int | None = None
+
+
+@dataclass
+class Preview:
+    """Of `num_batches` batches.
+
+    Attributes:
+        sources: By name.
+        positions: Of all rows, padding included.
+        seconds_to_first: Until the first batch.
+        tokens_per_second: After the first batch; None if there was just one.
+        sample: Documents of the first row, as (first token, last token, targets, text).
+    """
+
+    sources: dict[str, SourcePreview]
+    positions: int = 0
+    seconds_to_first: float = 0.0
+    tokens_per_second: float | None = None
+    sample: list[tuple[int, int, int, str]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Of all sources."""
+        return sum(source.tokens for source in self.sources.values())
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Share of positions that are not padding."""
+        return self.tokens / max(1, self.positions)
+
+
+class ResumeCheck(NamedTuple):
+    """Seconds from loading the place to the first batch, and whether the batches were the same."""
+
+    seconds: float
+    identical: bool
+
+
+def preview(datamodule: LightningDataModule, *, num_batches: int) -> Preview:
+    """Take `num_batches` training batches, at least 1, and count.
+
+    Raises:
+        ConfigError: The datamodule does not say what it reads.
+    """
+    if not isinstance(datamodule, CorpusOwner):
+        raise ConfigError("data", got=type(datamodule).__name__, allowed="a datamodule with tokenizer and source_names")
+    weights = datamodule.source_weights if isinstance(datamodule, StreamOwner) else {}
+    result = Preview({name: SourcePreview(weights.get(name)) for name in datamodule.source_names})
+    started = time.perf_counter()
+    first_at, first_positions = started, 0
+    for batch in islice(datamodule.train_dataloader(), num_batches):
+        batch = datamodule.on_before_batch_transfer(batch, 0)
+        arrived = time.perf_counter()
+        if not result.positions:
+            first_at, result.seconds_to_first = arrived, arrived - started
+            first_positions = batch["input_ids"].numel()
+        result.positions += batch["input_ids"].numel()
+        for row in range(len(batch["input_ids"])):
+            _count_row(result, {name: column[row] for name, column in batch.items()}, datamodule)
+    elapsed = time.perf_counter() - first_at
+    if result.positions > first_positions:
+        result.tokens_per_second = (result.positions - first_positions) / elapsed
+    if isinstance(datamodule, StreamOwner):
+        for name, counts in datamodule.source_statistics().items():
+            result.sources[name].seen, result.sources[name].skipped = counts.seen, counts.skipped
+    return result
+
+
+def check_resume(datamodule: LightningDataModule, fresh: LightningDataModule, *, num_batches: int = 4) -> ResumeCheck:
+    """Save the place of `datamodule`, go there with `fresh`, and compare the next batches of both.
+
+    Args:
+        datamodule: Some batches into its stream.
+        fresh: The same, not used yet.
+        num_batches: To compare.
+    """
+    state = json.loads(json.dumps(datamodule.state_dict()))
+    expected = _next_batches(datamodule, num_batches)
+    started = time.perf_counter()
+    fresh.load_state_dict(state)
+    first = _next_batches(fresh, 1)
+    seconds = time.perf_counter() - started
+    found = first + _next_batches(fresh, num_batches - 1)
+    same = all(
+        torch.equal(ours[name], theirs[name]) for ours, theirs in zip(expected, found, strict=True) for name in theirs
+    )
+    return ResumeCheck(seconds, same)
+
+
+def _next_batches(datamodule: LightningDataModule, count: int) -> list[dict[str, Tensor]]:
+    return [datamodule.on_before_batch_transfer(batch, 0) for batch in islice(datamodule.train_dataloader(), count)]
+
+
+def _count_row(result: Preview, row: dict[str, Tensor], datamodule: Any) -> None:
+    """Add one row: `input_ids`, `labels`, `position_ids` [S], `source` []."""
+    source = result.sources[datamodule.source_names[int(row["source"])]]
+    documents = _documents(row)
+    tokenizer = datamodule.tokenizer
+    for start, stop in documents:
+        ids, labels = row["input_ids"][start:stop], row["labels"][start:stop]
+        text = tokenizer.decode(ids.tolist())
+        source.tokens += stop - start
+        source.targets += int((labels != IGNORE_INDEX).sum())
+        source.bytes += len(text.encode())
+        source.documents += int((labels == tokenizer.eos_token_id).sum())
+        if not any(other.rows for other in result.sources.values()):
+            result.sample.append((start, stop - 1, int((labels != IGNORE_INDEX).sum()), text))
+    source.rows += 1
+
+
+def _documents(row: dict[str, Tensor]) -> list[tuple[int, int]]:
+    """First and last + 1 position of each document; a document without a target is padding."""
+    starts = [*torch.nonzero(row["position_ids"] == 0).flatten().tolist(), len(row["input_ids"])]
+    found = []
+    for start, stop in pairwise(starts):
+        targets = torch.nonzero(row["labels"][start:stop] != IGNORE_INDEX).flatten()
+        if len(targets):  # the token after the last target ends the document, where the row has room for it
+            found.append((start, min(stop, start + int(targets[-1]) + 2)))
+    return found

@@ -1,0 +1,92 @@
+"""How files become chunks of about equal size: pure arithmetic over sizes.
+
+Files come in a seeded shuffled order, so that a chunk of small files mixes folders: what lies in one folder is alike,
+a chunk is read as a whole, and a shuffle buffer is small against a corpus. Laid end to end in that order, the files
+are cut at equal distances. Either anywhere (`ByteRanges`), or only between files (`Groups`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 20
+_MAX_CHUNKS = 100_000
+
+
+class Piece(NamedTuple):
+    """Bytes `begin` to `end` of a file."""
+
+    file: int
+    begin: int
+    end: int
+
+
+def chunk_count(total: int, *, min_chunks: int) -> int:
+    """Chunks for `total` bytes: of about 1 MiB, larger in a huge corpus and smaller in a tiny one."""
+    return max(min(-(-total // _CHUNK_BYTES), _MAX_CHUNKS), min_chunks)
+
+
+class ByteRanges:
+    """Cuts anywhere: every chunk has the same number of bytes, to one.
+
+    Args:
+        sizes: `[num_files]` int64, in bytes.
+        min_chunks: Least number of chunks, 1 or more.
+        seed: Of the order of files.
+    """
+
+    def __init__(self, sizes: np.ndarray, *, min_chunks: int, seed: int) -> None:
+        self.order = np.random.default_rng(seed).permutation(len(sizes))
+        self._ends = np.cumsum(sizes[self.order])
+        self._total = int(self._ends[-1]) if len(sizes) else 0
+        self.num_chunks = min(chunk_count(self._total, min_chunks=min_chunks), self._total)
+
+    def pieces(self, chunk: int) -> Iterator[Piece]:
+        """The ranges of bytes that make up `chunk`."""
+        begin, end = (self._total * number // self.num_chunks for number in (chunk, chunk + 1))
+        place = int(np.searchsorted(self._ends, begin, side="right"))
+        while begin < end:
+            file_end = int(self._ends[place])
+            file_begin = int(self._ends[place - 1]) if place else 0
+            if file_begin < file_end:
+                yield Piece(int(self.order[place]), begin - file_begin, min(end, file_end) - file_begin)
+            begin, place = file_end, place + 1
+
+
+class Groups:
+    """Cuts between units (files, row groups) only; there are as many chunks as units at most.
+
+    Args:
+        costs: `[num_units]` int64, what reading each costs, in bytes.
+        min_chunks: Least number of chunks, where there are as many units.
+        seed: Of the order of units.
+    """
+
+    def __init__(self, costs: np.ndarray, *, min_chunks: int, seed: int) -> None:
+        self.order = np.random.default_rng(seed).permutation(len(costs))
+        ends = np.cumsum(costs[self.order])
+        total = int(ends[-1]) if len(costs) else 0
+        self.num_chunks = num_chunks = min(chunk_count(total, min_chunks=min_chunks), len(costs))
+        number = np.arange(num_chunks)
+        first = np.searchsorted(ends - costs[self.order], number * (total / max(num_chunks, 1)))
+        first = np.maximum.accumulate(first - number) + number  # no chunk is empty: each begins behind the last one
+        self._first = np.append(np.minimum(first, len(costs) - num_chunks + number), len(costs))
+
+    def units(self, chunk: int) -> list[int]:
+        """The units that make up `chunk`; never none."""
+        return [int(unit) for unit in self.order[self._first[chunk] : self._first[chunk + 1]]]
+
+
+def stride(num_units: int, *, min_chunks: int, source: str, unit: str) -> int:
+    """Chunks that each of too few units is dealt to, record by record: 1 if there are enough units, or none."""
+    every = -(-min_chunks // num_units) if num_units else 1
+    if every > 1:
+        message = "source %r: %d %s(s) for %d readers: each is read %d times over; more, smaller ones would read faster"
+        log.warning(message, source, num_units, unit, min_chunks, every)
+    return every

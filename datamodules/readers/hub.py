@@ -1,0 +1,91 @@
+"""Kind `hub`: a dataset that the `datasets` library streams, from the Hugging Face hub or a folder; a chunk a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from app.errors import DataError
+from datamodules.readers.chunks import stride
+from datamodules.readers.fingerprint import fingerprint
+from datamodules.readers.json_field import JsonField
+from datamodules.readers.records import BadRecord, Record
+from datamodules.sources import Document, Source
+
+_BATCH_ROWS = 16  # several times as fast as one, and as few are lost with a damaged one
+
+
+class HubReader:
+    """Chunks are shards, or every m-th record of one; see `datamodules.readers.records.Reader`."""
+
+    def __init__(self, source: Source, *, min_chunks: int) -> None:
+        self._name, self._max_bytes = f"{source.path}[{source.split}]", source.max_bytes
+        self._field = JsonField(source.field)
+        self._dataset, self._column = _open(source)
+        num_shards = int(self._dataset.num_shards)
+        self._stride = stride(num_shards, min_chunks=min_chunks, source=source.name, unit="shard")
+        self.num_chunks = num_shards * self._stride
+        parts = [repr((source.path, source.config_name, source.split, source.data_files)).encode()]
+        self.fingerprint = fingerprint(source, parts, num_shards, self._stride)
+
+    def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
+        """The records of `chunk` from index `start` on."""
+        shard, first = divmod(chunk, self._stride)
+        return map(self._record, islice(self._rows(shard), first + start * self._stride, None, self._stride))
+
+    def _rows(self, shard: int) -> Iterator[_Row | BadRecord]:
+        place, number = f"{self._name}:shard {shard + 1}", 0
+        part = self._dataset.shard(num_shards=self._dataset.num_shards, index=shard)
+        try:
+            # Not iter(part): in a worker process that gives the whole shard to the first worker and none to the others.
+            for batch in part.iter(_BATCH_ROWS):
+                for value in batch[self._column]:
+                    number += 1
+                    yield _Row(f"{place}, record {number}", value)
+        except Exception as error:  # any format, codec or network library may have raised it
+            yield BadRecord(place, f"cannot be read on behind record {number}: {_reason(error)}")
+
+    def _record(self, row: _Row | BadRecord) -> Record:
+        if isinstance(row, BadRecord):
+            return row
+        text, problem = self._field.pick({self._column: row.value})
+        if not problem and len(text.encode()) > self._max_bytes:
+            problem = f"longer than {self._max_bytes} bytes"
+        return BadRecord(row.place, problem) if problem else Document(row.place, text, origin=text)
+
+
+class _Row(NamedTuple):
+    place: str
+    value: object
+
+
+def _open(source: Source) -> tuple[Any, str]:
+    """The datasets.IterableDataset with only the column that is needed, and its name."""
+    import datasets  # takes a second, which runs without a hub source need not wait
+
+    where = f"source {source.name!r}: dataset {source.path!r}"
+    try:
+        dataset = datasets.load_dataset(
+            source.path,
+            source.config_name,
+            split=source.split,
+            data_files=list(source.data_files) or None,
+            streaming=True,
+        )
+        columns = None if dataset.features is None else list(dataset.features)
+    except Exception as error:  # whatever the library or the network may raise
+        raise DataError(
+            f"{where} cannot be opened: {_reason(error)}; check path, config_name, split and data_files, the network,"
+            " and for private or gated ones `hf auth login`"
+        ) from error
+    column = source.field if columns and source.field in columns else source.field.split(".")[0]
+    if columns is not None and column not in columns:
+        raise DataError(f"{where} has no column {source.field!r}; it has {', '.join(columns)}; correct field")
+    return dataset.select_columns([column]), column
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    cause = f" ({_reason(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+    return f"{type(error).__name__}: {text[:300]}{cause}"

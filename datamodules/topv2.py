@@ -1,0 +1,300 @@
+"""TOPv2, utterances and their semantic parses: the datamodule of the paper's domain fine-tuning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+
+from app.errors import ConfigError, DataError, check_choice, check_range
+from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
+from app.protocols import GenerationExample
+from datamodules.length_buckets import BucketSampler
+from datamodules.placement import Placement, check_same_order, check_trainer
+from datamodules.step_loader import StepLoader
+from datamodules.tokenizers import MIN_VOCAB_SIZE
+from datamodules.topv2_batches import ExampleRows
+from datamodules.topv2_files import DOMAINS, LOW_RESOURCE_DOMAINS, SPIS, Split
+from datamodules.topv2_rows import held_out_rows, shuffled_examples, training_rows
+from datamodules.topv2_store import StoreSettings, TaskStore, open_store
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_VOCAB_SIZE = 2048
+_SPLITS: dict[str, Split] = {"validate": "eval", "test": "test"}  # by stage
+_UTTERANCE = "{utterance}"
+
+
+class TOPv2DataModule(LightningDataModule):
+    """Utterances as prompts and their parses as targets, in batches of like length.
+
+    A batch is a dict of int64 tensors: `input_ids`, `labels` (shifted; -100: no target), `position_ids` [B, T] and
+    `source` [B], the domain. Only the target and the end-of-text token after it have labels. Feed `position_ids` with
+    `attention_mask=None, use_cache=False` (see `datamodules.topv2_batches`). Every example comes once an epoch; those
+    longer than `seq_len` never, with a warning that counts them.
+
+    Args:
+        path: The official folder of TSV files, a local dataset folder, or a hub id, with the columns `domain`,
+            `utterance`, `semantic_parse`.
+        domains: Which, in the order in which a batch's `source` counts them; all there are by default.
+        spis: Train and evaluate on the low-resource splits of this many samples per intent and slot, one of 10, 25,
+            50, 100, 250, 500, 1000; only in the official folder, and for reminder and weather.
+        prompt_template: The prompt, with {utterance} in it once; ends without a space, which the target brings.
+        target_format: parse: the annotation as it is; json: see `app.evaluation.tasks.semantic_parse`.
+        special_tokens: One token for each label with its opening bracket, and one for the closing bracket; taken from
+            the training rows and added to the tokenizer, whichever it is.
+        seq_len: Longest row in tokens, the end-of-text token not counted; 2 or more.
+        packed: Fill training rows up to `seq_len` with several examples of a domain, which do not see one another.
+        length_multiple: Rows are padded to the longest of a batch, rounded up to a multiple of this; 1 or more. 8 means
+            few shapes and suits accelerators; 1 computes least, a tenth less here.
+        batch_size: B, rows a batch on each device at most; 1 or more.
+        validation_rows: Rows a domain gives to validation and to test at most, chosen at random once and for all; 1 or
+            more. Validation takes them from the evaluation split.
+        vocab_size: Size of the tokenizer to train, special tokens included; 257 or more.
+        tokenizer: Folder of a tokenizer to use instead of training one.
+        num_workers: Processes that prepare batches; 0 or more; changes no batch.
+        seed: Of the order of training rows; 0 or more.
+        max_bad_share: Share of malformed rows a file may have; in [0, 1].
+        cache_dir: Where tokenizer and examples are kept between runs.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        domains: list[str] | None = None,
+        spis: Literal[10, 25, 50, 100, 250, 500, 1000] | None = None,
+        prompt_template: str = "{utterance} =>",
+        target_format: TargetFormat = "parse",
+        special_tokens: bool = False,
+        seq_len: int = 256,
+        packed: bool = False,
+        length_multiple: int = 8,
+        batch_size: int = 64,
+        validation_rows: int = 64,
+        vocab_size: int = _DEFAULT_VOCAB_SIZE,
+        tokenizer: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_bad_share: float = 0.01,
+        cache_dir: str = "runs/data",
+    ) -> None:
+        super().__init__()
+        if prompt_template.count(_UTTERANCE) != 1:
+            raise ConfigError("prompt_template", got=prompt_template, allowed=f"a text with {_UTTERANCE} in it once")
+        check_choice("target_format", target_format, TARGET_FORMATS)
+        check_range("seq_len", seq_len, low=2)
+        check_range("length_multiple", length_multiple, low=1)
+        check_range("batch_size", batch_size, low=1)
+        check_range("validation_rows", validation_rows, low=1)
+        check_range("vocab_size", vocab_size, low=MIN_VOCAB_SIZE, fix="every byte needs a token")
+        check_range("num_workers", num_workers, low=0)
+        check_range("seed", seed, low=0)
+        check_range("max_bad_share", max_bad_share, low=0, high=1)
+        if tokenizer is not None and vocab_size != _DEFAULT_VOCAB_SIZE:
+            log.warning("vocab_size has no effect: the tokenizer in %s is used", tokenizer)
+        self._settings = StoreSettings(
+            path=path,
+            domains=_choose(domains, spis=spis),
+            spis=spis,
+            prompt_template=prompt_template,
+            target_format=target_format,
+            special_tokens=special_tokens,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            max_bad_share=max_bad_share,
+        )
+        self._seq_len, self._packed, self._length_multiple = seq_len, packed, length_multiple
+        self._batch_size, self._num_workers = batch_size, num_workers
+        self._validation_rows = validation_rows
+        self._seed = seed
+        self._cache_dir = Path(cache_dir)
+        self._opened: TaskStore | None = None
+
+    # What others ask for.
+
+    @property
+    def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerFast
+        """The tokenizer of the data; asking for it before `setup` prepares the data."""
+        return self._store.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, as trained; asking for it before `setup` prepares the data."""
+        return len(self.tokenizer)
+
+    @property
+    def seq_len(self) -> int:
+        """Longest row in tokens."""
+        return self._seq_len
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The domains; `batch["source"]` indexes them."""
+        return self._settings.domains
+
+    @property
+    def target_format(self) -> TargetFormat:
+        """How targets are written."""
+        return self._settings.target_format
+
+    def validation_prompts(self, count: int, length: int) -> list[list[int]]:
+        """`count` whole prompts of at most `length` token ids, of shuffled evaluation rows; the same at every call.
+
+        Raises:
+            DataError: None is that short.
+        """
+        examples = self._store.examples["eval"]
+        prompts = [
+            examples.prompt(row) for row in shuffled_examples(examples) if examples.prompt_lengths[row] <= length
+        ]
+        if not prompts:
+            shortest = examples.prompt_lengths.min()
+            raise DataError(f"no prompt of at most {length} tokens; the shortest has {shortest}: raise prompt_length")
+        if len(prompts) < count:
+            log.warning("%d prompts asked for, %d have at most %d tokens", count, len(prompts), length)
+        return prompts[:count]
+
+    def generation_examples(self, stage: str, count: int) -> list[GenerationExample]:
+        """`count` shuffled rows of stage `validate` or `test`, fewer if there are fewer; the same at every call.
+
+        Long rows are among them: a model that cannot finish them has them wrong.
+        """
+        check_choice("stage", stage, _SPLITS)
+        examples = self._store.examples[_SPLITS[stage]]
+        return [
+            GenerationExample(examples.prompt(row), examples.references[row], self.source_names[examples.sources[row]])
+            for row in shuffled_examples(examples)[:count]
+        ]
+
+    def answer(self, tokens: Sequence[int]) -> str:
+        """The text of generated token ids up to the end-of-text token."""
+        end = self.tokenizer.eos_token_id
+        written = list(tokens[: tokens.index(end)] if end in tokens else tokens)
+        return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
+
+    # What Lightning asks for.
+
+    def prepare_data(self) -> None:
+        """Fill the cache, on one process of each node."""
+        open_store(self._settings, cache_dir=self._cache_dir)
+
+    def setup(self, stage: str) -> None:
+        """Load the data.
+
+        Raises:
+            ConfigError: The trainer would shard or repeat batches that already have their place.
+        """
+        if self.trainer is not None:
+            check_trainer(self.trainer)
+        _ = self._store
+
+    def train_dataloader(self) -> StepLoader:
+        """Batches from the current optimizer step on; `len` is an epoch.
+
+        Raises:
+            DataError: There are too few rows.
+        """
+        examples, place = self._store.examples["train"], Placement.of(self.trainer)
+        rows = training_rows(examples, seq_len=self._seq_len, packed=self._packed)
+        data = ExampleRows(examples, rows, length_multiple=self._length_multiple)
+        sampler = BucketSampler(
+            data.lengths,
+            batch_size=self._batch_size,
+            seed=self._seed,
+            place=place,
+            position=lambda: 0 if self.trainer is None else self.trainer.global_step * place.accumulate,
+        )
+        return StepLoader(
+            data,  # type: ignore[arg-type]  # its items become batches in collate
+            batch_sampler=sampler,
+            collate_fn=data.collate,
+            num_workers=self._num_workers,
+            generator=torch.Generator().manual_seed(self._seed),  # else every epoch draws from the global one
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Rows of the evaluation split in ascending order of length; every rank takes an equal part of all lengths.
+
+        Raises:
+            DataError: There are fewer rows than ranks.
+        """
+        return self._held_out_loader("eval")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """As val_dataloader, of the test split."""
+        return self._held_out_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test rows."""
+        return self.test_dataloader()
+
+    def state_dict(self) -> dict[str, int | str]:
+        """What the order of training rows depends on; the position in it is the trainer's step."""
+        place = Placement.of(self.trainer)
+        return {
+            "seed": self._seed,
+            "seq_len": self._seq_len,
+            "packed": self._packed,
+            "batch_size": self._batch_size,
+            "trainer.accumulate_grad_batches": place.accumulate,
+            "world_size": place.world_size,
+            "domains": ", ".join(self.source_names),
+            "corpus": self._store.key,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int | str]) -> None:
+        """Refuse to go on training in another order; Lightning calls it after `setup`, at every stage.
+
+        Raises:
+            ConfigError: In fit, a setting that the order depends on differs from the checkpoint's.
+        """
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        check_same_order(self.state_dict(), state_dict)
+
+    # Helpers.
+
+    @property
+    def _store(self) -> TaskStore:
+        if self._opened is None:
+            self._opened = open_store(self._settings, cache_dir=self._cache_dir)
+        return self._opened
+
+    def _held_out_loader(self, split: Split) -> DataLoader[Any]:
+        examples, place = self._store.examples[split], Placement.of(self.trainer)
+        rows = held_out_rows(examples, split=split, seq_len=self._seq_len, per_source=self._validation_rows)
+        share = len(rows) // place.world_size
+        if share == 0:
+            raise DataError(f"{len(rows)} rows to {split} on {place.world_size} devices; raise validation_rows")
+        own_rows = rows[place.rank : share * place.world_size : place.world_size]
+        data = ExampleRows(examples, own_rows, length_multiple=self._length_multiple)
+        return DataLoader(
+            data,
+            batch_size=self._batch_size,
+            collate_fn=data.collate,
+            num_workers=self._num_workers,
+            generator=torch.Generator().manual_seed(self._seed),
+        )
+
+
+def _choose(domains: list[str] | None, *, spis: int | None) -> tuple[str, ...]:
+    """The domains asked for, checked against what there is."""
+    if spis is not None and spis not in SPIS:
+        raise ConfigError("spis", got=spis, allowed=" | ".join(map(str, SPIS)))
+    available = DOMAINS if spis is None else LOW_RESOURCE_DOMAINS
+    chosen = tuple(available if domains is None else domains)
+    wrong = [domain for domain in chosen if domain not in available]
+    if wrong or not chosen or len(set(chosen)) < len(chosen):
+        fix = f"only these have low-resource splits (spis {spis})" if spis is not None else ""
+        raise ConfigError("domains", got=list(chosen), allowed=f"each once, of {', '.join(available)}", fix=fix)
+    return chosen

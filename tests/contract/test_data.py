@@ -1,0 +1,91 @@
+"""`layerskip data`: what the model will see, on stdout, with nothing left behind."""
+
+import json
+
+import pytest
+
+from tests.support.runs import cli, write_corpus
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch, capsys):
+    """Run the verb on a small corpus; its standard streams."""
+    (tmp_path / "notes.jsonl").write_text(
+        "".join(json.dumps({"text": f"note {number} says that blocks may be skipped"}) + "\n" for number in range(90))
+        + "{broken\n"
+    )
+    config = {
+        "model": {"config": {"class_path": "transformers.LlamaConfig", "init_args": {"vocab_size": 300}}},
+        "data": {
+            "class_path": "datamodules.TextCodeDataModule",
+            "init_args": {
+                "sources": {
+                    "code": {"kind": "files", "path": str(write_corpus(tmp_path / "corpus")), "weight": 3.0},
+                    "notes": {"kind": "jsonl", "path": str(tmp_path / "notes.jsonl")},
+                },
+                "seq_len": 32,
+                "batch_size": 4,
+                "vocab_size": 300,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+        },
+        "trainer": {"max_steps": 10, "val_check_interval": 5, "num_nodes": 8, "devices": 8, "precision": "bf16-mixed"},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, status=0):
+        assert cli(monkeypatch, "data", "--config", "config.yaml", *arguments) == status
+        return capsys.readouterr()
+
+    return run
+
+
+def test_it_counts_what_the_stream_delivers(data, tmp_path):
+    found = json.loads(data("--json", "--num_batches", "50").out)
+    code, notes = found["sources"]["code"], found["sources"]["notes"]
+    assert (code["asked"], notes["asked"]) == (0.75, 0.25)
+    assert code["rows"] + notes["rows"] == 200
+    assert code["rows"] == pytest.approx(150, abs=2)
+    assert found["positions"] == 200 * 32
+    assert found["packing_efficiency"] == pytest.approx(1.0, abs=0.02)
+    assert (notes["skipped"], code["skipped"]) == (notes["seen"] // 91, 0)  # one in each pass
+    assert notes["skipped"] > 0
+    assert notes["tokens"] / notes["documents"] < 32 < code["tokens"] / code["documents"]
+    assert notes["bytes"] > notes["tokens"]
+    assert found["peak_memory_mib"] > 50
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "config.yaml", "corpus", "notes.jsonl"}
+
+
+def test_it_shows_shares_speed_and_a_row_with_its_boundaries(data):
+    shown = data().out
+    assert "asked" in shown
+    assert "75.0%" in shown
+    assert "packing efficiency" in shown
+    assert "--- tokens 0.." in shown
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_shows_that_the_stream_resumes_exactly(data, workers):
+    found = json.loads(data("--json", "--check_resume", "--num_batches", "30", f"--data.num_workers={workers}").out)
+    assert found["resumed"]["identical"]
+    assert 0 < found["resumed"]["seconds"] < 60
+    assert "the same batches" in data("--check_resume", "--num_batches", "3").out
+
+
+def test_packing_can_be_compared_before_training(data):
+    found = json.loads(data("--json", "--data.packing", "best_fit").out)
+    assert 0.5 < found["packing_efficiency"] < 0.98
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_batches", "0"], "num_batches: got 0, allowed [1, inf)"),
+        (["--data.seq_len", "1"], "data.init_args.seq_len: got 1, allowed [2, inf)"),
+        (["--data.sources.notes.field", "body"], "source 'notes'"),
+        (["--data.max_bad_share", "0.001"], "source 'notes': 1 of 91 records are bad"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message(data, arguments, message):
+    assert message in data(*arguments, status=2).err

@@ -1,0 +1,125 @@
+"""TOPv2 through the real module, callbacks and command line: resuming, scoring, and the experiment's configs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks import ParseValidation
+from tests.support.runs import Recorder, cli, curricula, make_module, make_trainer
+from tests.support.tiny_models import tiny_config
+from tests.support.topv2_folders import DOMAINS, small_topv2, write_folder
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "experiment"
+STEPS, SAVED_AT = 30, 17  # of 12 an epoch
+
+
+def train(root: Path, *, resume: Path | None = None, **data: Any) -> tuple[list[Any], LightningModule]:
+    recorder = Recorder()
+    saver = ModelCheckpoint(dirpath=root / "checkpoints", every_n_train_steps=SAVED_AT, save_top_k=-1, filename="saved")
+    trainer = make_trainer(root, max_steps=STEPS, callbacks=[*curricula(), recorder, saver])
+    module = make_module(config=tiny_config(num_layers=4, vocab_size=330, max_length=256))
+    trainer.fit(module, datamodule=small_topv2(root, **data), ckpt_path=resume)
+    return recorder.steps, module
+
+
+@pytest.mark.parametrize("data", [{"batch_size": 16}, {"batch_size": 4, "packed": True, "num_workers": 2}])
+def test_a_resumed_run_sees_the_same_batches_and_ends_with_the_same_weights(
+    tmp_path: Path, data: dict[str, Any]
+) -> None:
+    whole, module = train(tmp_path, **data)
+    resumed, other = train(tmp_path, resume=tmp_path / "checkpoints" / "saved.ckpt", **data)
+    assert resumed == whole[SAVED_AT:]
+    assert all(map(torch.equal, module.parameters(), other.parameters()))
+    assert whole[-1] != whole[SAVED_AT]
+
+
+def test_what_the_model_writes_is_scored_by_domain(tmp_path: Path) -> None:
+    scorer = ParseValidation(exit_layers=[2], num_draft_tokens=[3], num_examples=10, max_new_tokens=40)
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[scorer], limit_val_batches=1, val_check_interval=2)
+    module = make_module(config=tiny_config(num_layers=4, vocab_size=330, max_length=256))
+    trainer.fit(module, datamodule=small_topv2(tmp_path))
+    scored = [name for name in trainer.callback_metrics if any(domain in name for domain in DOMAINS)]
+    assert scored
+    assert trainer.callback_metrics["val/loss/weather"] > 0
+    table = scorer.report()
+    assert table is not None
+    assert table.rows
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The experiment's config in miniature, and its data where the config says."""
+    write_folder(tmp_path / "topv2")
+    settings = yaml.safe_load((CONFIGS / "topv2_small.yaml").read_text())
+    settings["model"]["config"]["init_args"] |= {"hidden_size": 12, "intermediate_size": 24}
+    settings["data"]["init_args"] |= {"domains": list(DOMAINS), "validation_rows": 8}
+    settings["trainer"] |= {"max_steps": 3, "val_check_interval": 3, "accelerator": "cpu", "log_every_n_steps": 1}
+    for callback in settings["trainer"]["callbacks"]:
+        if callback["class_path"] == "callbacks.ParseValidation":
+            callback["init_args"] |= {"num_examples": 4, "num_speed_examples": 1, "max_new_tokens": 8}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "small.yaml"
+
+
+@pytest.mark.parametrize(
+    ("variant", "run", "has_dropout", "has_exits"),
+    [
+        (None, "topv2-layerskip", True, True),
+        ("baseline", "topv2-baseline", False, False),
+        ("layer_dropout", "topv2-layer-dropout", True, False),
+        ("early_exit", "topv2-early-exit", False, True),
+    ],
+)
+def test_the_experiment_and_its_variants_train(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, variant: str | None, run: str, has_dropout: bool, has_exits: bool
+) -> None:
+    stacked = [] if variant is None else ["--config", str(CONFIGS / f"topv2_small_{variant}.yaml")]
+    assert cli(monkeypatch, "fit", "--config", str(experiment), *stacked) == 0
+    resolved = yaml.safe_load(Path(f"runs/{run}/config.yaml").read_text())
+    assert (resolved["layer_dropout"]["max_dropout_rate"] > 0) == has_dropout
+    assert (resolved["early_exit"]["curriculum"] != "none") == has_exits
+    checkpoint = torch.load(f"runs/{run}/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    assert checkpoint["TOPv2DataModule"]["domains"] == "reminder, weather"
+
+
+def test_a_trained_model_generates_from_its_own_checkpoint(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(monkeypatch, "fit", "--config", str(experiment), "--data.init_args.special_tokens=true") == 0
+    capsys.readouterr()
+    arguments = ["--prompt", "weather in rome =>", "--strategy", "autoregressive", "--max_new_tokens", "5", "--json"]
+    assert cli(monkeypatch, "generate", "--model", "runs/topv2-layerskip/checkpoints/last.ckpt", *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["num_tokens"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.init_args.spis=10", "--data.init_args.domains=[alarm]"], "data.init_args.domains: got ['alarm']"),
+        (["--data.init_args.path=elsewhere"], "no folder 'elsewhere'"),
+        (["--data.init_args.domains=[alarm]"], "no file 'topv2/alarm_train.tsv'"),
+        (["--data.init_args.target_format=xml"], "data.init_args.target_format"),
+        (["--model.config.init_args.vocab_size=300"], "vocab_size: got 300, allowed >= "),
+    ],
+)
+def test_a_mistake_ends_with_status_2_and_one_message(
+    experiment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert cli(monkeypatch, "fit", "--config", str(experiment), *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error.replace("data.target_format", "data.init_args.target_format")
+    assert "Traceback" not in error

@@ -1,0 +1,35 @@
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch import LightningDataModule
+
+from app.errors import ConfigError
+from callbacks import DataMonitor
+from tests.support.runs import make_data, make_module, make_trainer
+
+
+def test_shares_epochs_and_skipped_records_are_logged(tmp_path):
+    monitor = DataMonitor()
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[monitor], log_every_n_steps=2, accumulate_grad_batches=2)
+    data = make_data(tmp_path)
+    (tmp_path / "corpus" / "empty.py").write_text("")
+    data._settings = data._settings.__class__(**{**vars(data._settings), "max_bad_share": 0.5})
+    trainer.fit(make_module(), datamodule=data)
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("data/")}
+    delivered = data.source_statistics()["code"]
+    assert metrics == pytest.approx(
+        {
+            "data/padding_share": 0.0,
+            "data/token_share/code": 1.0,
+            "data/epochs/code": delivered.epochs,
+            "data/skipped_records/code": 1.0,
+        }
+    )
+    assert delivered.rows == 4 * 2 * 4
+    assert delivered.epochs > 0
+
+
+def test_a_datamodule_without_sources_is_refused():
+    trainer = SimpleNamespace(datamodule=LightningDataModule())
+    with pytest.raises(ConfigError, match="allowed a datamodule that streams sources"):
+        DataMonitor().setup(trainer, make_module(), "fit")

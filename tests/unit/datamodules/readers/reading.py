@@ -1,0 +1,32 @@
+"""What all tests of readers do: read everything, and tell good from bad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datamodules.readers import BadRecord, Reader, Record, open_reader
+from datamodules.sources import Source
+
+
+def open_path(path: object, *, min_chunks: int = 1, seed: int = 0, **settings: Any) -> Reader:
+    return open_reader(Source(name="notes", path=str(path), **settings), min_chunks=min_chunks, seed=seed)
+
+
+def read_all(reader: Reader) -> list[Record]:
+    return [record for chunk in range(reader.num_chunks) for record in reader.read(chunk)]
+
+
+def texts(reader: Reader) -> list[str]:
+    return sorted(record.text for record in read_all(reader) if not isinstance(record, BadRecord))
+
+
+def bad(reader: Reader) -> list[tuple[str, str]]:
+    return sorted(tuple(record) for record in read_all(reader) if isinstance(record, BadRecord))
+
+
+def assert_any_start_reads_on(reader: Reader) -> None:
+    """Reading from the middle gives what reading from the beginning gives there."""
+    for chunk in range(reader.num_chunks):
+        whole = list(reader.read(chunk))
+        for start in {0, 1, 2, len(whole) // 2, len(whole), len(whole) + 1}:
+            assert list(reader.read(chunk, start=start)) == whole[start:]

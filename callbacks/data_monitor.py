@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app import metric_names
-from app.errors import ConfigError
 from app.protocols import StreamOwner
+
+log = logging.getLogger(__name__)
 
 
 class DataMonitor(Callback):
@@ -18,11 +20,10 @@ class DataMonitor(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a datamodule without sources."""
+        """Warn where there is nothing to log: recipes are shared among datamodules."""
         datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
         if stage == "fit" and not isinstance(datamodule, StreamOwner):
-            got = type(datamodule).__name__
-            raise ConfigError("data", got=got, allowed="a datamodule that streams sources, such as TextCodeDataModule")
+            log.warning("DataMonitor has no effect: %s does not mix sources", type(datamodule).__name__)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -31,6 +32,8 @@ class DataMonitor(Callback):
         if (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches):  # type: ignore[attr-defined]
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(datamodule, StreamOwner):
+            return
         statistics = datamodule.source_statistics()
         tokens = sum(source.tokens for source in statistics.values())
         rows = sum(source.rows for source in statistics.values())

@@ -29,8 +29,8 @@ from app.evaluation.benchmark_report import (
 from app.evaluation.benchmark_result import benchmark_results
 from app.evaluation.prompts import read_prompts, tokenize_prompts
 from app.evaluation.step_costs import costs_line
-from app.model.spans import SpanDecoder
 from app.model.tokenizer_files import check_same_tokens
+from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def benchmark(
 
 def _draft_decoder(
     path: str | None, settings: BenchmarkSettings, target: LoadedModel, *, dtype: Dtype
-) -> SpanDecoder | None:
+) -> ExitableDecoder | None:
     if "draft_model" not in settings.strategies:
         if path is not None:
             _log.warning("draft_model=%s has no effect with these strategies", path)

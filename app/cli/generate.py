@@ -30,8 +30,8 @@ from app.decoding.stopping import StopStrings
 from app.decoding.strategies import STRATEGIES, Strategy
 from app.errors import ConfigError, check_range
 from app.evaluation.prompts import read_prompts
-from app.model.spans import SpanDecoder
 from app.model.tokenizer_files import check_same_tokens
+from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def _texts(prompt: str | None, prompts: str | None) -> list[str]:
     return [prompt]
 
 
-def _draft_decoder(path: str | None, strategy: Strategy, target: LoadedModel, *, dtype: str) -> SpanDecoder | None:
+def _draft_decoder(path: str | None, strategy: Strategy, target: LoadedModel, *, dtype: str) -> ExitableDecoder | None:
     if "draft_decoder" not in STRATEGIES[strategy].needs:
         if path is not None:
             _log.warning("draft_model=%s has no effect with strategy %s", path, strategy)

@@ -6,9 +6,9 @@ import errno
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from app.errors import ConfigError, UserError
+
+_LIGHTNINGS = "MisconfigurationException"  # by name: verbs that decode do without loading Lightning
 
 
 class LocatedError(UserError):
@@ -17,7 +17,7 @@ class LocatedError(UserError):
 
 def user_message(error: BaseException) -> str | None:
     """The message for an error the user can mend, or None if it is a bug of ours."""
-    if isinstance(error, (UserError, MisconfigurationException)):
+    if isinstance(error, UserError) or type(error).__name__ == _LIGHTNINGS:
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{error}; files written before are whole: make room and repeat (fit resumes with --ckpt_path last)"

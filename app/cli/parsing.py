@@ -6,12 +6,13 @@ import sys
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser
 
 from app.cli.parser_messages import one_line
 
 
-class _OneLineErrors(ArgumentParser):
+class OneLineErrors(ArgumentParser):
+    """A parser that says what is wrong in one line, and where help is."""
+
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse's, which takes every file of settings for UTF-8."""
         try:
@@ -37,9 +38,5 @@ class _OneLineErrors(ArgumentParser):
         return self
 
 
-class VerbParser(_OneLineErrors):
+class VerbParser(OneLineErrors):
     """For our own verbs."""
-
-
-class TrainingParser(_OneLineErrors, LightningArgumentParser):
-    """For Lightning's verbs."""

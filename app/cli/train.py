@@ -13,13 +13,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 import datamodules  # noqa: F401  # its classes can then be named without their module, and suggested
 from app.cli.messages import locate
-from app.cli.parsing import TrainingParser
+from app.cli.parsing import OneLineErrors
 from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
+
+
+class TrainingParser(OneLineErrors, LightningArgumentParser):
+    """For Lightning's verbs."""
 
 
 class SaveFitConfig(SaveConfigCallback):

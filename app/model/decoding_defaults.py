@@ -11,13 +11,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from app.errors import CheckpointError, ConfigError, check_choice, check_range
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # loading all of transformers' models takes seconds
 
 DefaultStrategy = Literal["self_speculative", "autoregressive"]
 

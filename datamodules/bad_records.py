@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from app.errors import DataError
-from datamodules.readers.records import BadRecord
+from datamodules.readers import BadRecord, LostRecords
 
 log = logging.getLogger(__name__)
 
-_MIN_RECORDS = 500  # before a share means anything
 _SHOWN = 20
 
 
 class BadRecords:
     """The records of one source as one process reads them.
 
+    What is bad often comes together: a shard with the wrong field is several chunks. So as long as not everything has
+    been seen, bad records are judged as if they came by whole chunks, and only more than chance explains stops a run.
+
     Args:
         source: Name of the source.
-        max_share: Share of records that may be bad, in [0, 1].
-        seen: Records read so far, by an earlier process.
-        skipped: Those of them that were bad.
+        max_share: Share of records that may be bad, in [0, 1]; those without any text are skipped, but not held
+            against it: they are common (`__init__.py`) and no damage.
         quiet: Log nothing.
+
+    Attributes:
+        chunks: Read to their end so far.
+        seen: Records read so far; of what was lost, as many as a chunk has on average.
+        skipped: Records skipped so far.
+        failed: Those of `seen` that count against the share.
     """
 
-    def __init__(self, source: str, *, max_share: float, seen: int = 0, skipped: int = 0, quiet: bool = False) -> None:
+    def __init__(self, source: str, *, max_share: float, quiet: bool = False) -> None:
         self._source, self._max_share, self._level = source, max_share, logging.DEBUG if quiet else logging.INFO
-        self.seen, self.skipped = seen, skipped
+        self.chunks = self.seen = self.skipped = self.failed = 0
         self._examples: list[BadRecord] = []
 
     def good(self) -> None:
@@ -35,7 +43,9 @@ class BadRecords:
 
     def bad(self, record: BadRecord) -> None:
         """Count a record that was skipped; the first ones are logged one by one."""
-        self.seen, self.skipped = self.seen + 1, self.skipped + 1
+        weight = max(1, self.seen // max(1, self.chunks)) if isinstance(record, LostRecords) else 1
+        self.seen, self.skipped = self.seen + weight, self.skipped + 1
+        self.failed += 0 if record.is_empty else weight
         if len(self._examples) < _SHOWN and record not in self._examples:  # it comes again in every epoch
             self._examples.append(record)
             log.log(self._level, "source %r: skipped %s: %s", self._source, record.place, record.reason)
@@ -43,18 +53,22 @@ class BadRecords:
                 log.log(self._level, "source %r: further skipped records are only counted", self._source)
 
     def check(self, *, complete: bool) -> None:
-        """Stop when too much is bad; `complete`: all there is was read, so that even a few records are a share.
+        """Stop when too much is bad; `complete`: all there is was read, so that the share is what it is.
 
         Raises:
-            DataError: More than `max_share` of the records had to be skipped.
+            DataError: More than `max_share` of the records are bad.
         """
-        if self.skipped <= self._max_share * self.seen or (self.seen < _MIN_RECORDS and not complete):
+        allowed = self._max_share * self.seen
+        if not complete:  # chance may bring three standard deviations more of bad chunks, and three chunks at once
+            expected = self._max_share * self.chunks
+            allowed += (3 * math.sqrt(expected) + 3) * self.seen / max(1, self.chunks)
+        if self.failed <= allowed:
             return
         raise DataError(
-            f"source {self._source!r}: {self.skipped} of {self.seen} records are bad, more than max_bad_share"
-            f" {self._max_share}; mend or exclude them, or raise max_bad_share{self.examples()}"
+            f"source {self._source!r}: {self.failed} of {self.seen} records are bad, more than max_bad_share"
+            f" {self._max_share}; mend or exclude them, give a glob, or raise max_bad_share{self.examples()}"
         )
 
     def examples(self) -> str:
         """The first bad records, a line each."""
-        return "".join(f"\n  {place}: {reason}" for place, reason in self._examples)
+        return "".join(f"\n  {record.place}: {record.reason}" for record in self._examples)

@@ -94,10 +94,10 @@ def check_same_order(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         ConfigError: Naming the first setting that differs.
     """
     for field, value in now.items():
-        if value != saved[field]:
+        if value != saved.get(field):
             raise ConfigError(
                 field,
                 got=value,
-                allowed=f"{saved[field]!r}, as in the checkpoint",
+                allowed=f"{saved.get(field)!r}, as in the checkpoint",
                 fix="the order of training rows depends on it: restore it, or start a new run from the weights",
             )

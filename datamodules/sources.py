@@ -52,7 +52,8 @@ class Source:
         path: A folder or a file; for kind `hub` the dataset's id or folder.
         glob: Which files of the folder, `**` for any depth; by default all, or those named like the kind. Folders
             behind symbolic links are not entered.
-        exclude: Files and folders to leave out, as lines of a .gitignore (which itself is not read).
+        exclude: Files and folders to leave out, as lines of a .gitignore (which itself is not read); by default those
+            of git and Python's caches.
         field: Name of the JSON field or column that holds the text; `a.b` for `b` inside of `a`.
         max_document_megabytes: Longer documents and lines are skipped and counted, in 10^6 bytes; in (0, 1000]. It
             also bounds the memory that reading takes.
@@ -69,7 +70,7 @@ class Source:
     weight: float = 1.0
     path: str | None = None
     glob: str | None = None
-    exclude: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = (".git/", "__pycache__/")
     field: str = "text"
     max_document_megabytes: float = 10.0
     config_name: str | None = None

@@ -7,7 +7,7 @@ one lane, whatever V, and no lane waits for another.
 
 Documents are shuffled in blocks: a lane reads about `shuffle_megabytes` of a source, from chunks that lie anywhere
 in the corpus, and goes through them in random order. Everything is a function of the seed and of the place, so a place
-is all that a checkpoint needs: seven integers for each source of a lane. A lane set to a place reads one block again
+is all that a checkpoint needs: eight integers for each source of a lane. A lane set to a place reads one block again
 and tokenises one document (or, with best fit, one group of documents) again.
 """
 
@@ -41,7 +41,8 @@ class Place(NamedTuple):
         record: Records of the next chunk read when the block began.
         block: Blocks before this one.
         seen: Records read before this block.
-        skipped: Bad ones among those.
+        skipped: Of those, the ones that were skipped.
+        failed: Of those, the ones that count as bad.
         taken: Documents of the block that are used up, in shuffled order.
         within: What is used up beyond them, in the packing's own unit.
     """
@@ -51,6 +52,7 @@ class Place(NamedTuple):
     block: int = 0
     seen: int = 0
     skipped: int = 0
+    failed: int = 0
     taken: int = 0
     within: int = 0
 
@@ -148,9 +150,7 @@ class SourceStream:
         self._following, self._block_documents = place, 0  # of the block that is read: what comes next, and its size
         self._last = place  # document given to the packing
         self._finished = 0  # documents that the packing has finished
-        self._records = BadRecords(
-            source.name, max_share=settings.max_bad_share, seen=place.seen, skipped=place.skipped
-        )
+        self._records = BadRecords(source.name, max_share=settings.max_bad_share)
         self._open: Iterator[Any] = iter(())  # the chunk that is being read
         self._open_at: tuple[int, int] | None = None  # ordinal and record that it stands at
         rows = PACKINGS[settings.packing]
@@ -206,15 +206,16 @@ class SourceStream:
         limit = self._settings.shuffle_megabytes * 1e6
         texts: list[str] = []
         size, ordinal, record, barren = 0, place.ordinal, place.record, 0
-        self._records.seen, self._records.skipped = place.seen, place.skipped
+        records = self._records
+        records.chunks, records.seen, records.skipped, records.failed = ordinal, place.seen, place.skipped, place.failed
         while True:
             complete = True
             for item in self._chunk_from(ordinal, record):
                 record += 1
                 if isinstance(item, BadRecord):
-                    self._records.bad(item)
+                    records.bad(item)
                     continue
-                self._records.good()
+                records.good()
                 if item.is_held_out(share=self._settings.validation_share):
                     continue
                 texts.append(item.text)
@@ -225,14 +226,15 @@ class SourceStream:
             self._open_at = (ordinal, record)
             if complete:
                 ordinal, record, barren = ordinal + 1, 0, barren + 1
-            self._records.check(complete=ordinal >= self._reader.num_chunks)
+                records.chunks = ordinal
+            records.check(complete=ordinal >= self._reader.num_chunks)
             if texts and (not complete or self._epoch(ordinal) > self._epoch(ordinal - 1)):
-                seen, skipped = self._records.seen, self._records.skipped
-                return texts, Place(ordinal, record, place.block + 1, seen, skipped)
+                counts = (records.seen, records.skipped, records.failed)
+                return texts, Place(ordinal, record, place.block + 1, *counts)
             if not texts and barren > _PATIENCE * self._reader.num_chunks:
                 raise DataError(
-                    f"source {self._source.name!r}: no usable training document in {self._records.seen} records;"
-                    f" add documents or lower validation_share{self._records.examples()}"
+                    f"source {self._source.name!r}: no usable training document in {records.seen} records;"
+                    f" add documents or lower validation_share{records.examples()}"
                 )
 
     def _chunk_from(self, ordinal: int, record: int) -> Iterator[Any]:

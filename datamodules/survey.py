@@ -20,7 +20,6 @@ from datamodules.sources import Source
 
 log = logging.getLogger(__name__)
 
-_CHUNKS = 64
 _MAX_BYTES = 2_000_000_000  # read of a source in search of held-out documents
 _MIN_DOCUMENTS = {"training": 4, "held_out": 64}  # lest a long one be all there is, none counts for more than its share
 _MAX_ROWS_A_DOCUMENT = 4
@@ -49,7 +48,7 @@ def survey(
     Raises:
         DataError: There is no training document, or more than `max_bad_share` of the records are bad.
     """
-    reader, found = open_reader(source, min_chunks=_CHUNKS), Survey([], [])
+    reader, found = open_reader(source, min_chunks=1), Survey([], [])
     records = BadRecords(source.name, max_share=max_bad_share, quiet=True)  # the stream will log them
     missing, read = {"training": max(1, training_bytes), "held_out": held_out_bytes}, 0
     most = {side: 1 + count // _MIN_DOCUMENTS[side] for side, count in missing.items()}
@@ -66,17 +65,15 @@ def survey(
                 missing[side] -= min(len(item.text.encode()), most[side])
             if max(missing.values()) <= 0:
                 return found
+        records.chunks += 1
         records.check(complete=False)
         if read > _MAX_BYTES:
             log.warning("source %r: few of its documents are held out; raise validation_share", source.name)
             return found
     records.check(complete=True)
     if not found.training:
-        why = "all of them fell to validation" if found.held_out else "none could be read"
-        raise DataError(
-            f"source {source.name!r}: no training document, {why}; add documents or lower validation_share"
-            f"{records.examples()}"
-        )
+        why = "all fell to validation; lower validation_share or" if found.held_out else "none could be read;"
+        raise DataError(f"source {source.name!r}: no training document, {why} add documents{records.examples()}")
     return found
 
 

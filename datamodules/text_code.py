@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, replace
 from functools import cached_property
-from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +26,15 @@ from datamodules.stream import StreamSettings
 from datamodules.stream_loader import STATE_KEY, LaneBatches, StreamLoader, stack
 from datamodules.stream_position import PositionKeeper
 from datamodules.survey import Survey, spread_rows, survey
-from datamodules.tokenizers import MIN_VOCAB_SIZE, Encoder, load_tokenizer, trained_tokenizer
+from datamodules.tokenizers import (
+    MIN_VOCAB_SIZE,
+    TOKENIZER,
+    Encoder,
+    check_same_tokenizer,
+    fingerprint,
+    load_tokenizer,
+    trained_tokenizer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +43,6 @@ _TRAINING_BYTES = 4_000_000  # enough for the merges of a small vocabulary, in a
 _HELD_OUT_BYTES_A_TOKEN = (
     16  # several times what a token takes: validation rows come from more documents than they hold
 )
-_CHUNKS_A_LANE = 4  # at least, where the corpus allows: else lanes are in different epochs
 
 
 class TextCodeDataModule(LightningDataModule):
@@ -263,20 +269,22 @@ class TextCodeDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, of all ranks, and what it is a place in; all ranks must ask together."""
-        return self._identity() | self._keeper.state(self._steps_taken, place=Placement.of(self.trainer))
+        tokenizer = {TOKENIZER: fingerprint(self.tokenizer)}
+        return self._identity() | tokenizer | self._keeper.state(self._steps_taken, place=Placement.of(self.trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the saved place; of a trainer's stages in fit alone. Lightning calls it after `setup`, at every stage.
 
         Raises:
-            ConfigError: A setting that the stream depends on differs from the checkpoint's.
+            ConfigError: A setting that the stream depends on differs from the checkpoint's; or, at any stage, the
+                tokenizer does.
         """
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        if self._num_lanes is None:
-            self._num_lanes = state_dict["num_lanes"]
-        check_same_order(self._identity(), state_dict)
-        self._keeper.restore(state_dict, place=Placement.of(self.trainer))
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            if self._num_lanes is None:
+                self._num_lanes = state_dict["num_lanes"]
+            check_same_order(self._identity(), state_dict)
+            self._keeper.restore(state_dict, place=Placement.of(self.trainer))
+        check_same_tokenizer(self.tokenizer, state_dict)
 
     # Helpers.
 
@@ -309,33 +317,34 @@ class TextCodeDataModule(LightningDataModule):
         ranks, workers = Placement.of(self.trainer).world_size, max(1, self._num_workers)
         if self._num_lanes is None:
             self._num_lanes = ranks * workers
-        if self._num_lanes % (ranks * workers):
+        if self._num_lanes % ranks:
             raise ConfigError(
                 "num_lanes",
                 got=self._num_lanes,
-                allowed=f"a multiple of {ranks * workers}: {ranks} ranks x {workers} workers",
-                fix="a resumed run keeps its lanes: change num_workers or the number of devices",
+                allowed=f"a multiple of {ranks}, the number of ranks",
+                fix="a resumed run keeps its lanes: change the number of devices",
             )
+        if (own := self._num_lanes // ranks) % workers:
+            allowed = f"a divisor of {own}: each of {ranks} ranks has {own} of the {self._num_lanes} lanes"
+            raise ConfigError("num_workers", got=workers, allowed=allowed)
         return replace(self._settings, num_lanes=self._num_lanes)
 
     def _readers(self, num_lanes: int) -> list[Reader]:
         if self._opened is None or self._opened[0] != num_lanes:
-            readers = [open_reader(source, min_chunks=_CHUNKS_A_LANE * num_lanes) for source in self._sources]
+            readers = [open_reader(source, min_chunks=num_lanes) for source in self._sources]
             self._opened = (num_lanes, readers)
         return self._opened[1]
 
     def _identity(self) -> dict[str, int | float | str]:
         """All that the stream of training batches depends on."""
         settings, place = self._stream_settings(), Placement.of(self.trainer)
-        fingerprints = "".join(reader.fingerprint for reader in self._readers(settings.num_lanes))
-        backend = self.tokenizer.backend_tokenizer.to_str()
-        return asdict(settings) | {
+        readers = zip(self.source_names, self._readers(settings.num_lanes), strict=True)
+        own = {
             "batch_size": self._batch_size,
             "batches_per_step": place.world_size * place.accumulate,
             "sources": ", ".join(f"{source.name}={source.weight}" for source in self._sources),
-            "tokenizer": sha256(backend.encode()).hexdigest()[:16],
-            "corpus": sha256(fingerprints.encode()).hexdigest()[:16],
         }
+        return asdict(settings) | own | {f"files of source {name}": reader.fingerprint[:16] for name, reader in readers}
 
     def _nothing_held_out(self) -> str:
         return f"no held-out rows in {', '.join(self.source_names)}; raise validation_share or add documents"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,29 @@ def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
             "tokenizer", got=path, allowed="a fast tokenizer with an eos_token", fix="choose another tokenizer"
         )
     return tokenizer
+
+
+TOKENIZER = "tokenizer"  # what a datamodule saves its tokenizer's fingerprint under
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of all that decides which ids a text gets."""
+    return sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def check_same_tokenizer(tokenizer: Any, saved: Mapping[str, Any]) -> None:
+    """Refuse to feed a model ids of another tokenizer than its own.
+
+    Raises:
+        ConfigError: It is not the one that a datamodule saved with the checkpoint.
+    """
+    if (now := fingerprint(tokenizer)) != saved[TOKENIZER]:
+        raise ConfigError(
+            "tokenizer",
+            got=now,
+            allowed=f"{saved[TOKENIZER]!r}, the checkpoint's own",
+            fix="the text it is trained on changed: name the folder to which `layerskip export` wrote the checkpoint's",
+        )
 
 
 def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:

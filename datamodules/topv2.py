@@ -18,7 +18,7 @@ from app.protocols import GenerationExample
 from datamodules.length_buckets import BucketSampler
 from datamodules.placement import Placement, check_same_order, check_trainer
 from datamodules.step_loader import StepLoader
-from datamodules.tokenizers import MIN_VOCAB_SIZE
+from datamodules.tokenizers import MIN_VOCAB_SIZE, TOKENIZER, check_same_tokenizer, fingerprint
 from datamodules.topv2_batches import ExampleRows
 from datamodules.topv2_files import DOMAINS, LOW_RESOURCE_DOMAINS, SPIS, Split
 from datamodules.topv2_rows import held_out_rows, shuffled_examples, training_rows
@@ -250,6 +250,7 @@ class TOPv2DataModule(LightningDataModule):
             "world_size": place.world_size,
             "domains": ", ".join(self.source_names),
             "corpus": self._store.key,
+            TOKENIZER: fingerprint(self.tokenizer),
         }
 
     def load_state_dict(self, state_dict: dict[str, int | str]) -> None:
@@ -259,6 +260,7 @@ class TOPv2DataModule(LightningDataModule):
             ConfigError: In fit, a setting that the order depends on differs from the checkpoint's.
         """
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            check_same_tokenizer(self.tokenizer, state_dict)
             return
         check_same_order(self.state_dict(), state_dict)
 

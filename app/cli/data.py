@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from app.cli.tables import print_table
 from app.cli.train import LayerSkipCLI, make_cli
@@ -96,9 +96,16 @@ def _table(found: Preview) -> Table:
     return Table("Training stream, by source", columns, rows)
 
 
+class _OptionParser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In one line, as every verb's."""
+        self.exit(2, f"error: {message}\n(options: {self.prog} --help)\n")
+
+
 def run() -> None:
     """Parse and run the verb."""
-    own = ArgumentParser(
+    own = _OptionParser(
+        allow_abbrev=False,
         prog="layerskip data",
         description="Stream a little of a config's training data and show what the model will see.",
         epilog="All options of `layerskip fit` are taken too: --config FILE, --data.init_args.KEY VALUE, ...",

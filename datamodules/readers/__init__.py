@@ -1,6 +1,6 @@
 """Reading sources: records in chunks, in any order, in constant memory."""
 
 from datamodules.readers.opening import open_reader
-from datamodules.readers.records import BadRecord, Reader, Record
+from datamodules.readers.records import BadRecord, LostRecords, Reader, Record
 
-__all__ = ["BadRecord", "Reader", "Record", "open_reader"]
+__all__ = ["BadRecord", "LostRecords", "Reader", "Record", "open_reader"]

@@ -87,6 +87,6 @@ def stride(num_units: int, *, min_chunks: int, source: str, unit: str) -> int:
     """Chunks that each of too few units is dealt to, record by record: 1 if there are enough units, or none."""
     every = -(-min_chunks // num_units) if num_units else 1
     if every > 1:
-        message = "source %r: %d %s(s) for %d readers: each is read %d times over; more, smaller ones would read faster"
+        message = "source %r: %d %s(s) for %d lanes: each is read %d times over; more, smaller ones would read faster"
         log.warning(message, source, num_units, unit, min_chunks, every)
     return every

@@ -10,7 +10,7 @@ from app.errors import DataError
 from datamodules.readers.chunks import stride
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.json_field import JsonField
-from datamodules.readers.records import BadRecord, Record
+from datamodules.readers.records import BadRecord, LostRecords, Record
 from datamodules.sources import Document, Source
 
 _BATCH_ROWS = 16  # several times as fast as one, and as few are lost with a damaged one
@@ -44,7 +44,7 @@ class HubReader:
                     number += 1
                     yield _Row(f"{place}, record {number}", value)
         except Exception as error:  # any format, codec or network library may have raised it
-            yield BadRecord(place, f"cannot be read on behind record {number}: {_reason(error)}")
+            yield LostRecords(place, f"cannot be read on behind record {number}: {_reason(error)}")
 
     def _record(self, row: _Row | BadRecord) -> Record:
         if isinstance(row, BadRecord):

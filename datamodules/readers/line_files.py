@@ -19,7 +19,7 @@ from datamodules.readers.chunks import ByteRanges, Groups, Piece, stride
 from datamodules.readers.files import FileList
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.json_field import JsonField
-from datamodules.readers.records import BadRecord, Record
+from datamodules.readers.records import BadRecord, LostRecords, Record
 from datamodules.readers.streams import READ_ERRORS, decode, is_compressed, open_bytes, size_change, why
 from datamodules.sources import Document, Source
 
@@ -67,7 +67,8 @@ class LineReader:
 
     def _record(self, line: _Line) -> Record:
         if isinstance(line.content, str):
-            return BadRecord(line.piece.place(line), line.content)
+            kind = LostRecords if line.number < 0 else BadRecord
+            return kind(line.piece.place(line), line.content)
         text, problem = self._text(line.content)
         if problem:
             return BadRecord(line.piece.place(line), problem)
@@ -75,7 +76,10 @@ class LineReader:
 
 
 class _Line(NamedTuple):
-    """One line, not decoded; a str says what is wrong. `number` is counted from 1 in its piece; 0: not in any line."""
+    """One line, not decoded; a str says what is wrong.
+
+    `number` is counted from 1 in its piece; 0: the whole piece is meant; -1: what could not be read of it.
+    """
 
     piece: _Piece
     number: int
@@ -92,15 +96,15 @@ class _Piece:
 
     def lines(self, max_bytes: int) -> Iterator[_Line]:
         """The lines without their ends; at most `max_bytes` of one are ever in memory."""
-        problem = ""
+        problem, number = "", 0
         try:
             with open_bytes(self._path) as stream:
                 yield from self._lines_of(stream, max_bytes)
             problem = size_change(self._path, self._size)
         except READ_ERRORS as error:
-            problem = why(error)
+            problem, number = why(error), -1
         if problem:
-            yield _Line(self, 0, self._begin, problem)
+            yield _Line(self, number, self._begin, problem)
 
     def _lines_of(self, stream: BinaryIO, max_bytes: int) -> Iterator[_Line]:
         offset = number = 0
@@ -131,7 +135,7 @@ class _Piece:
 
     def place(self, line: _Line) -> str:
         """Where a line is, for a message."""
-        if line.number == 0:
+        if line.number <= 0:
             return self.name
         if self._lines_before is None:
             return f"{self.name}:byte {line.offset}"

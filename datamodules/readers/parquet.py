@@ -16,7 +16,7 @@ from datamodules.readers.chunks import Groups, stride
 from datamodules.readers.files import FileList
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.parquet_column import ColumnError, TextColumn
-from datamodules.readers.records import BadRecord, Record
+from datamodules.readers.records import BadRecord, LostRecords, Record
 from datamodules.readers.streams import READ_ERRORS, decode, size_change, why
 from datamodules.sources import Document, Source
 
@@ -74,7 +74,7 @@ class ParquetReader:
     def _rows(self, file: int, group: int) -> Iterator[_Row | BadRecord]:
         name = self._files.name(file)
         if group == _WHOLE_FILE:
-            yield BadRecord(name, self._problem(file))
+            yield LostRecords(name, self._problem(file))
             return
         try:
             problem = size_change(self._files.path(file), int(self._files.sizes[file]))
@@ -84,7 +84,7 @@ class ParquetReader:
         except _ERRORS as error:
             problem = why(error)
         if problem:
-            yield BadRecord(name, f"row group {group + 1}: {problem}")
+            yield LostRecords(name, f"row group {group + 1}: {problem}")
 
     def _problem(self, file: int) -> str:
         try:

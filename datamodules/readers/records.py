@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 from datamodules.sources import Document
 
+EMPTY = "empty"
+
 
 class BadRecord(NamedTuple):
     """What stands in the place of a document that could not be read.
@@ -18,6 +20,15 @@ class BadRecord(NamedTuple):
 
     place: str
     reason: str
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was just no text, which is common (`__init__.py`) and no sign of damage."""
+        return self.reason == EMPTY
+
+
+class LostRecords(BadRecord):
+    """All that was left of a file or a part of one, however many records those were."""
 
 
 Record = Document | BadRecord

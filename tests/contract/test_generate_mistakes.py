@@ -52,7 +52,10 @@ MISTAKES = {
     "no numbers": (["--skipped_layers", "[1, a]"], "skipped_layers: got a, allowed int"),
     "policy": (["--draft_policy", "some"], "draft_policy: got some, allowed fixed | adaptive | off"),
     "no blocks": (["--strategy", "layer_skip"], "skipped_layers: got None, allowed a value, with strategy layer_skip"),
-    "all blocks": (["--strategy", "layer_skip", "--skipped_layers", "[0,1,2,3]"], "allowed between 1 and 3 block indices, each 0..3"),
+    "all blocks": (
+        ["--strategy", "layer_skip", "--skipped_layers", "[0,1,2,3]"],
+        "allowed between 1 and 3 block indices, each 0..3",
+    ),
     "no draft model": (["--strategy", "draft_model"], "draft_model: got None, allowed a model, with strategy draft_m"),
     "draft model": (["--strategy", "draft_model", "--draft_model", "/no/such"], "draft_model: got '/no/such'"),
     "seed": (["--seed", "-1"], "seed: got -1, allowed [0,"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.errors import DataError
 from datamodules.packing import Row, Tokens
-from datamodules.readers.records import BadRecord, Record
+from datamodules.readers.records import EMPTY, BadRecord, LostRecords, Record
 from datamodules.sources import Document, Source
 from datamodules.stream import Lane, LaneState, StreamSettings
 
@@ -210,6 +210,42 @@ def test_bad_records_are_skipped_counted_and_too_many_stop_the_stream() -> None:
     assert lane.state.places[0].skipped == pytest.approx(lane.state.places[0].seen * 0.4, abs=2)
     with pytest.raises(DataError, match=r"'source0': 2 of 5 records are bad, more than max_bad_share 0.3[^$]*0:1: bad"):
         take(make_lane(ListReader(texts), max_bad_share=0.3), 6)
+
+
+def test_a_bad_shard_is_no_bad_corpus_but_a_bad_corpus_is_found_early() -> None:
+    """40 chunks, one or half of them bad: judged by chunks until everything was seen."""
+    good = chunks(*[40] * 40, length=7)
+    for seed in range(20):
+        one: list[list[str | None]] = [[None] * 40, *good[1:]]
+        take(make_lane(ListReader(one), max_bad_share=0.05, seed=seed), 1500)  # nearly an epoch
+        half: list[list[str | None]] = [*[[None] * 40] * 20, *good[20:]]
+        with pytest.raises(DataError, match=r"more than max_bad_share 0\.05"):
+            take(make_lane(ListReader(half), max_bad_share=0.05, seed=seed), 1000)
+
+
+def test_empty_records_are_counted_but_not_held_against_a_source() -> None:
+    class Empties(ListReader):
+        def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
+            return (
+                item._replace(reason=EMPTY) if isinstance(item, BadRecord) else item
+                for item in super().read(chunk, start=start)
+            )
+
+    texts: list[list[str | None]] = [["a" * 7, None], ["b" * 7, None]]
+    lane = make_lane(Empties(texts), max_bad_share=0.0)
+    take(lane, 8)
+    assert lane.state.skipped[0] == lane.state.seen[0] / 2
+    with pytest.raises(DataError):
+        take(make_lane(ListReader(texts), max_bad_share=0.0), 8)
+
+
+def test_a_lost_file_counts_as_what_it_held() -> None:
+    class Lossy(ListReader):
+        def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
+            return super().read(chunk, start=start) if chunk % 2 else iter([LostRecords(f"{chunk}", "gone")])
+
+    with pytest.raises(DataError, match=r"more than max_bad_share 0\.2"):
+        take(make_lane(Lossy(chunks(*[30] * 60, length=7)), max_bad_share=0.2), 900)
 
 
 def test_a_source_that_ends_up_empty_is_named() -> None:

@@ -60,7 +60,7 @@ def test_a_long_document_does_not_stand_for_all(tmp_path: Path) -> None:
 
 def test_a_source_without_training_documents_or_with_bad_ones_is_named(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "a", count=3, seed=1)
-    with pytest.raises(DataError, match="source 'code': no training document, all of them fell to validation"):
+    with pytest.raises(DataError, match="source 'code': no training document, all fell to validation; lower"):
         look(folder, validation_share=1 - 1e-9)
     for index in range(2):
         (folder / f"bad{index}.txt").write_bytes(b"\xff")

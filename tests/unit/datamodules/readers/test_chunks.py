@@ -80,4 +80,4 @@ def test_too_few_units_are_dealt_out_with_a_warning(caplog: pytest.LogCaptureFix
     assert stride(8, min_chunks=8, source="notes", unit="shard") == 1
     assert not caplog.text
     assert stride(3, min_chunks=8, source="notes", unit="shard") == 3
-    assert "source 'notes': 3 shard(s) for 8 readers: each is read 3 times over" in caplog.text
+    assert "source 'notes': 3 shard(s) for 8 lanes: each is read 3 times over" in caplog.text

@@ -32,7 +32,7 @@ def test_every_row_is_in_exactly_one_chunk(folder: Path, min_chunks: int, caplog
     reader = open_path(folder, kind="hub", min_chunks=min_chunks)
     assert texts(reader) == sorted(ROWS)
     assert reader.num_chunks == {1: 3, 3: 3, 7: 9}[min_chunks]
-    assert ("3 shard(s) for 7 readers" in caplog.text) == (min_chunks == 7)
+    assert ("3 shard(s) for 7 lanes" in caplog.text) == (min_chunks == 7)
     assert_any_start_reads_on(reader)
 
 

@@ -35,7 +35,8 @@ class BadRecords:
     def __init__(self, source: str, *, max_share: float, quiet: bool = False) -> None:
         self._source, self._max_share, self._level = source, max_share, logging.DEBUG if quiet else logging.INFO
         self.chunks = self.seen = self.skipped = self.failed = 0
-        self._examples: list[BadRecord] = []
+        self._logged: set[BadRecord] = set()
+        self._reasons: dict[str, tuple[str, int]] = {}  # first place and number of records
 
     def good(self) -> None:
         """Count a document."""
@@ -46,10 +47,13 @@ class BadRecords:
         weight = max(1, self.seen // max(1, self.chunks)) if isinstance(record, LostRecords) else 1
         self.seen, self.skipped = self.seen + weight, self.skipped + 1
         self.failed += 0 if record.is_empty else weight
-        if len(self._examples) < _SHOWN and record not in self._examples:  # it comes again in every epoch
-            self._examples.append(record)
+        first, count = self._reasons.get(record.reason, (record.place, 0))
+        if count or len(self._reasons) < _SHOWN:
+            self._reasons[record.reason] = first, count + 1
+        if len(self._logged) < _SHOWN and record not in self._logged:  # it comes again in every epoch
+            self._logged.add(record)
             log.log(self._level, "source %r: skipped %s: %s", self._source, record.place, record.reason)
-            if len(self._examples) == _SHOWN:
+            if len(self._logged) == _SHOWN:
                 log.log(self._level, "source %r: further skipped records are only counted", self._source)
 
     def check(self, *, complete: bool) -> None:
@@ -70,5 +74,8 @@ class BadRecords:
         )
 
     def examples(self) -> str:
-        """The first bad records, a line each."""
-        return "".join(f"\n  {record.place}: {record.reason}" for record in self._examples)
+        """The first record skipped for each reason, a line each."""
+        return "".join(
+            f"\n  {place}: {reason}" + (f" (and {count - 1} more)" if count > 1 else "")
+            for reason, (place, count) in self._reasons.items()
+        )

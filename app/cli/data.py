@@ -19,6 +19,7 @@ from datamodules.preview import Preview, check_resume, preview
 
 # Whatever the config says about machines: data are looked at here.
 _HERE = ("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1")
+_ENOUGH = 10  # documents for a mean length
 _ALONE = ("--trainer.strategy", "auto", "--trainer.precision", "32-true")
 
 
@@ -86,7 +87,7 @@ def _table(found: Preview) -> Table:
             f"{source.tokens / max(1, found.tokens):.1%}",
             "-" if source.asked is None else f"{source.asked:.1%}",
             f"{source.documents:,}",
-            f"{source.tokens / source.documents:,.0f}" if source.documents else "-",
+            f"{source.tokens / source.documents:,.0f}" if source.documents >= _ENOUGH else "-",
             f"{source.bytes / source.tokens:.2f}" if source.tokens else "-",
             "-" if source.seen is None else f"{source.seen:,}",
             "-" if source.skipped is None else f"{source.skipped:,}",

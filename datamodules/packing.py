@@ -62,11 +62,11 @@ class _Piece(NamedTuple):
     stop: int
 
 
-def split_rows(documents: Iterator[Tokens], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
+def split_rows(documents: Iterator[Tokens | None], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
     """Cut the stream of documents into rows: no token is dropped, a document may go on in the next row.
 
     Args:
-        documents: Token ids of each, ending with the end-of-text token; the row they end in is padded.
+        documents: Token ids of each, ending with the end-of-text token; the row they end in is padded. None is skipped.
         seq_len: S, at least 2.
         within: Tokens of the first document that earlier rows took.
 
@@ -76,6 +76,8 @@ def split_rows(documents: Iterator[Tokens], *, seq_len: int, within: int = 0) ->
     pieces: list[_Piece] = []
     room, finished = seq_len, 0
     for document in documents:
+        if document is None:
+            continue
         while within < len(document):
             stop = min(len(document), within + room)
             pieces.append(_Piece(document, within, stop))
@@ -90,14 +92,14 @@ def split_rows(documents: Iterator[Tokens], *, seq_len: int, within: int = 0) ->
         yield PackedRow(_row(pieces, seq_len), finished, 0)
 
 
-def best_fit_rows(documents: Iterator[Tokens], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
+def best_fit_rows(documents: Iterator[Tokens | None], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
     """Put whole documents into rows: of the rows begun, the fullest with room; a document longer than a row is cut.
 
     Documents are packed in groups of about 32 rows of tokens, the longest first (best fit decreasing, Ding et al. 2024,
     arXiv 2404.10830); rows are padded.
 
     Args:
-        documents: Token ids of each, ending with the end-of-text token.
+        documents: Token ids of each, ending with the end-of-text token; None ends a group before it is full.
         seq_len: S, at least 2.
         within: Rows of the first group that were given out already.
 
@@ -117,13 +119,14 @@ def best_fit_rows(documents: Iterator[Tokens], *, seq_len: int, within: int = 0)
 PACKINGS: dict[Packing, Callable[..., Iterator[PackedRow]]] = {"split": split_rows, "best_fit": best_fit_rows}
 
 
-def _group(documents: Iterator[Tokens], *, at_least: int) -> list[Tokens]:
+def _group(documents: Iterator[Tokens | None], *, at_least: int) -> list[Tokens]:
     group: list[Tokens] = []
     total = 0
     for document in documents:
-        group.append(document)
-        total += len(document)
-        if total >= at_least:
+        if document is not None:
+            group.append(document)
+            total += len(document)
+        if group and (document is None or total >= at_least):
             break
     return group
 

@@ -6,9 +6,10 @@ permutation of them, and lane l reads n = l, l + V, l + 2V, ... So every chunk i
 one lane, whatever V, and no lane waits for another.
 
 Documents are shuffled in blocks: a lane reads about `shuffle_megabytes` of a source, from chunks that lie anywhere
-in the corpus, and goes through them in random order. Everything is a function of the seed and of the place, so a place
-is all that a checkpoint needs: eight integers for each source of a lane. A lane set to a place reads one block again
-and tokenises one document (or, with best fit, one group of documents) again.
+in the corpus, and goes through them in random order; what they are packed into is shuffled once more, in windows of
+half a million tokens, since a long document gives many rows. Everything is a function of the seed and of the place, so
+a place is all that a checkpoint needs: ten integers for each source of a lane. A lane set to a place reads one block
+and packs one window again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from datamodules.readers.records import BadRecord, Reader
 from datamodules.sources import Source
 from datamodules.tokenizers import Encoder
 
-_CHUNK_KEY, _DOCUMENT_KEY, _CREDIT_KEY = 0, 1, 2  # keep the three kinds of randomness independent
+_CHUNK_KEY, _DOCUMENT_KEY, _ROW_KEY, _CREDIT_KEY = 0, 1, 2, 3  # keep the kinds of randomness independent
+_WINDOW_TOKENS = 2**19  # that rows are shuffled among
 _DOCUMENTS_A_CALL = 64  # of the tokenizer
 _PATIENCE = 20  # passes without a document before a source counts as empty: a lane may meet the same chunks repeatedly
 
@@ -45,6 +47,8 @@ class Place(NamedTuple):
         failed: Of those, the ones that count as bad.
         taken: Documents of the block that are used up, in shuffled order.
         within: What is used up beyond them, in the packing's own unit.
+        window: Windows of rows before this one.
+        drawn: Rows of the window that were given out, in shuffled order; all else tells where the window begins.
     """
 
     ordinal: int = 0
@@ -55,6 +59,8 @@ class Place(NamedTuple):
     failed: int = 0
     taken: int = 0
     within: int = 0
+    window: int = 0
+    drawn: int = 0
 
 
 class LaneState(NamedTuple):
@@ -145,7 +151,9 @@ class SourceStream:
         self._source, self._reader, self._index, self._lane = source, reader, index, lane
         self._encode, self._settings = encode, settings
         self._chunks = lru_cache(maxsize=2)(self._draw_chunks)
-        self.place = place
+        self._start = self._next_start = place  # of the window, and of the row after the latest that was packed
+        self._window: list[Row] = []
+        self._drawn = place.drawn
         self._places: list[Place] = []  # of the documents that the packing was given and has not finished
         self._following, self._block_documents = place, 0  # of the block that is read: what comes next, and its size
         self._last = place  # document given to the packing
@@ -158,10 +166,11 @@ class SourceStream:
 
     @property
     def epochs(self) -> float:
-        """Passes over the lane's part of the source; within a block, in proportion to its documents."""
-        begun, ended = self.place.ordinal, self._following.ordinal if self._following.block > self.place.block else None
-        through = 0.0 if ended is None else (ended - begun) * self.place.taken / self._block_documents
-        return (begun + through) * self._settings.num_lanes / self._reader.num_chunks
+        """Passes over the lane's part of the source so far; within a block, in proportion to its documents."""
+        at, following = self._next_start, self._following
+        through = at.taken / self._block_documents if following.block > at.block else 0.0
+        ordinal = at.ordinal + through * (following.ordinal - at.ordinal)
+        return ordinal * self._settings.num_lanes / self._reader.num_chunks
 
     @property
     def records(self) -> tuple[int, int]:
@@ -174,18 +183,46 @@ class SourceStream:
         Raises:
             DataError: Nothing usable is left in the source, or too much of it is bad.
         """
+        if not self._window:
+            self._fill_window()
+        row = self._window[self._drawn]
+        self._drawn += 1
+        if self._drawn == len(self._window):
+            self._start, self._window, self._drawn = self._next_start._replace(window=self._start.window + 1), [], 0
+        return row
+
+    @property
+    def place(self) -> Place:
+        """Where the next row comes from."""
+        return self._start._replace(drawn=self._drawn)
+
+    def _fill_window(self) -> None:
+        """Pack the rows of a window, of one block alone, and shuffle them: a long document gives many in a row."""
+        size = max(1, _WINDOW_TOKENS // self._settings.seq_len)
+        row, block = self._pack_row()
+        rows = [row]
+        while len(rows) < size and self._next_start.block == block and self._next_start.taken < self._block_documents:
+            rows.append(self._pack_row()[0])
+        if self._settings.shuffle_megabytes > 0:
+            order = self._generator(_ROW_KEY, self._lane, self._start.window).permutation(len(rows))
+            rows = [rows[index] for index in order]
+        self._window = rows
+
+    def _pack_row(self) -> tuple[Row, int]:
+        """The next row in order, and the block in which it begins."""
         packed = next(self._rows)
+        begins_in = self._places[0].block
         del self._places[: packed.finished - self._finished]
         self._finished = packed.finished
         if self._places:
-            self.place = self._places[0]._replace(within=packed.within)
+            self._next_start = self._places[0]._replace(within=packed.within)
         else:
-            self.place = self._last._replace(taken=self._last.taken + 1, within=0)
-        return packed.row
+            self._next_start = self._last._replace(taken=self._last.taken + 1, within=0)
+        return packed.row, begins_in
 
-    def _documents(self) -> Iterator[Tokens]:
-        """Token ids of the documents from `place` on."""
-        place = self.place
+    def _documents(self) -> Iterator[Tokens | None]:
+        """Token ids of the documents from `place` on, and None at the end of each block."""
+        place = self._start._replace(drawn=0)
         while True:
             texts, following = self._read_block(place)
             self._following, self._block_documents = following, len(texts)
@@ -196,6 +233,7 @@ class SourceStream:
                     self._last = place._replace(taken=taken, within=0)
                     self._places.append(self._last)
                     yield ids[: self._settings.seq_len] if self._settings.long_documents == "truncate" else ids
+            yield None
             place = following
 
     def _read_block(self, place: Place) -> tuple[list[str], Place]:

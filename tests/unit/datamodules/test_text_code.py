@@ -109,7 +109,8 @@ def test_weights_are_shares_of_tokens_and_what_was_delivered_is_counted(corpus: 
     code, text = datamodule.source_statistics().values()
     assert (code.rows, text.rows) == ((sources == 0).sum().item(), (sources == 1).sum().item())
     assert code.tokens == 16 * code.rows
-    assert (code.seen, code.skipped) == (60, 0)
+    assert (code.seen % 60, code.skipped) == (0, 0)  # whole epochs, read ahead
+    assert code.seen > 0
     assert code.epochs == pytest.approx(0.7, abs=0.3)
 
 

@@ -166,7 +166,7 @@ class SourceStream:
 
     @property
     def epochs(self) -> float:
-        """Passes over the lane's part of the source so far; within a block, in proportion to its documents."""
+        """Passes over the lane's part of the source that are packed; within a block, in proportion to its documents."""
         at, following = self._next_start, self._following
         through = at.taken / self._block_documents if following.block > at.block else 0.0
         ordinal = at.ordinal + through * (following.ordinal - at.ordinal)

@@ -208,7 +208,8 @@ def test_bad_records_are_skipped_counted_and_too_many_stop_the_stream() -> None:
     lane = make_lane(ListReader(texts), max_bad_share=0.5)
     assert {chr(row.input_ids[0]) for _, row in take(lane, 6)} == {"a", "b", "c"}
     assert lane.state.places[0].skipped == pytest.approx(lane.state.places[0].seen * 0.4, abs=2)
-    with pytest.raises(DataError, match=r"'source0': 2 of 5 records are bad, more than max_bad_share 0.3[^$]*: bad \(and 1 more\)"):
+    why = r"'source0': 2 of 5 records are bad, more than max_bad_share 0.3[^$]*: bad \(and 1 more\)"
+    with pytest.raises(DataError, match=why):
         take(make_lane(ListReader(texts), max_bad_share=0.3), 6)
 
 

@@ -111,7 +111,7 @@ def test_weights_are_shares_of_tokens_and_what_was_delivered_is_counted(corpus: 
     assert code.tokens == 16 * code.rows
     assert (code.seen % 60, code.skipped) == (0, 0)  # whole epochs, read ahead
     assert code.seen > 0
-    assert code.epochs == pytest.approx(0.7, abs=0.3)
+    assert 0.3 < code.epochs <= 1  # packed so far, a window ahead
 
 
 def test_packing_is_a_choice(corpus: Path) -> None:

@@ -50,14 +50,14 @@ class Preview:
         sources: By name.
         positions: Of all rows, padding included.
         seconds_to_first: Until the first batch.
-        tokens_per_second: After the first batch; None if there was just one.
+        tokens_per_second: From the start to the last batch.
         sample: Documents of the first row, as (first token, last token, targets, text).
     """
 
     sources: dict[str, SourcePreview]
     positions: int = 0
     seconds_to_first: float = 0.0
-    tokens_per_second: float | None = None
+    tokens_per_second: float = 0.0
     sample: list[tuple[int, int, int, str]] = field(default_factory=list)
 
     @property
@@ -89,19 +89,14 @@ def preview(datamodule: LightningDataModule, *, num_batches: int) -> Preview:
     weights = datamodule.source_weights if isinstance(datamodule, StreamOwner) else {}
     result = Preview({name: SourcePreview(weights.get(name)) for name in datamodule.source_names})
     started = time.perf_counter()
-    first_at, first_positions = started, 0
     for batch in islice(datamodule.train_dataloader(), num_batches):
         batch = datamodule.on_before_batch_transfer(batch, 0)
-        arrived = time.perf_counter()
         if not result.positions:
-            first_at, result.seconds_to_first = arrived, arrived - started
-            first_positions = batch["input_ids"].numel()
+            result.seconds_to_first = time.perf_counter() - started
         result.positions += batch["input_ids"].numel()
         for row in range(len(batch["input_ids"])):
             _count_row(result, {name: column[row] for name, column in batch.items()}, datamodule)
-    elapsed = time.perf_counter() - first_at
-    if result.positions > first_positions:
-        result.tokens_per_second = (result.positions - first_positions) / elapsed
+    result.tokens_per_second = result.positions / (time.perf_counter() - started)  # rows come in windows: no part of it
     if isinstance(datamodule, StreamOwner):
         for name, counts in datamodule.source_statistics().items():
             result.sources[name].seen, result.sources[name].skipped = counts.seen, counts.skipped

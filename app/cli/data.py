@@ -56,10 +56,10 @@ def peak_memory_mib() -> float:
 
 def _print(found: Preview) -> None:
     print_table(_table(found))
-    speed = "" if found.tokens_per_second is None else f", then {found.tokens_per_second:,.0f} tokens/s"
     print(
         f"{found.tokens:,} tokens in {found.positions:,} positions (packing efficiency {found.packing_efficiency:.1%});"
-        f" first batch after {found.seconds_to_first:.1f} s{speed}; peak memory {peak_memory_mib():,.0f} MiB\n"
+        f" first batch after {found.seconds_to_first:.1f} s, {found.tokens_per_second:,.0f} tokens/s in all;"
+        f" peak memory {peak_memory_mib():,.0f} MiB\n"
     )
     print("The first row, document by document:")
     for start, stop, targets, text in found.sample:

@@ -141,7 +141,7 @@ def compare_decoding(
         repeats=repeats,
         time_limit_seconds=time_limit_seconds,
     )
-    return [_compare(candidate, baseline) for candidate in candidates]
+    return [measured_against(candidate, baseline) for candidate in candidates]
 
 
 def best_by_speedup(comparisons: Sequence[DecodingComparison]) -> DecodingComparison:
@@ -175,7 +175,8 @@ def table_as_markdown(table: Table) -> str:
     return f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _compare(candidate: Measurement, baseline: Measurement) -> DecodingComparison:
+def measured_against(candidate: Measurement, baseline: Measurement) -> DecodingComparison:
+    """What self-speculative decoding did, beside autoregressive decoding of the same prompts in turn with it."""
     contender = candidate.contender
     assert contender.exit_layer is not None
     assert contender.num_draft_tokens is not None

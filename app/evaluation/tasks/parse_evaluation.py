@@ -10,7 +10,7 @@ from typing import NamedTuple
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
 from app.evaluation.alternation import Measurement, alternate, engine_contender
-from app.evaluation.decoding_comparison import DecodingComparison
+from app.evaluation.decoding_comparison import DecodingComparison, measured_against
 from app.evaluation.tasks.parse_metrics import ParseExactMatch, ParseScores
 from app.protocols import ExitableDecoder, GenerationExample
 
@@ -120,7 +120,7 @@ def evaluate_parses(
     if not timed:
         return []
     baseline, *drafting = timed.values()
-    return [_compare(candidate, baseline) for candidate in drafting]
+    return [measured_against(candidate, baseline) for candidate in drafting]
 
 
 def collect_results(metrics: Mapping[Way, ParseExactMatch], speeds: Sequence[DecodingComparison]) -> list[ParseResult]:
@@ -164,22 +164,3 @@ def _decode(
         time_limit_seconds=plan.time_limit_seconds,
     )
     return dict(zip(ways, measurements, strict=True))
-
-
-def _compare(candidate: Measurement, baseline: Measurement) -> DecodingComparison:
-    contender = candidate.contender
-    assert contender.exit_layer is not None
-    assert contender.num_draft_tokens is not None
-    return DecodingComparison(
-        exit_layer=contender.exit_layer,
-        num_draft_tokens=contender.num_draft_tokens,
-        num_prompts=len(candidate.results),
-        identical=sum(candidate.identical_to(baseline)),
-        drafted=candidate.drafted,
-        accepted=candidate.accepted,
-        rounds=candidate.rounds,
-        decoded=candidate.num_decoded,
-        seconds=candidate.seconds,
-        baseline_decoded=baseline.num_decoded,
-        baseline_seconds=baseline.seconds,
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app import metric_names
@@ -15,11 +17,13 @@ class EarlyExitCurriculum(Callback):
     """Sets the exits C(t, l) and weights w(t, l) before every training batch; nothing to save.
 
     Args:
-        curriculum: rotational, gradual (needs trainer.max_steps) or none (the full model alone).
+        curriculum: rotational, gradual (needs trainer.max_steps), fixed (`exit_layers` at every step; not the paper's) or
+            none (the full model alone).
         rotation_interval: R of the rotational curriculum, in 1..num_layers.
         early_exit_scale: e_scale in [0, 1]; 0 leaves the full model alone.
         exit_weights: e(l): quadratic (the paper's), linear or uniform.
         always_on_last: Keep the full model in every step's loss (rotational).
+        exit_layers: The early exits of the curriculum `fixed`, in blocks run: 1..num_layers - 1.
 
     Raises:
         ConfigError: On a value out of range, or a step that would have no exit of positive weight.
@@ -33,6 +37,7 @@ class EarlyExitCurriculum(Callback):
         early_exit_scale: float = 0.2,
         exit_weights: ExitWeights = "quadratic",
         always_on_last: bool = True,
+        exit_layers: Sequence[int] = (),
     ) -> None:
         check_choice("curriculum", curriculum, EXIT_CURRICULA)
         check_choice("exit_weights", exit_weights, EXIT_WEIGHTS)
@@ -40,7 +45,10 @@ class EarlyExitCurriculum(Callback):
         check_range("early_exit_scale", early_exit_scale, low=0, high=1)
         self.curriculum, self.rotation_interval = curriculum, rotation_interval
         self.early_exit_scale, self.exit_weights = early_exit_scale, exit_weights
-        self.always_on_last = always_on_last
+        self.always_on_last, self.exit_layers = always_on_last, tuple(exit_layers)
+        if (curriculum == "fixed") != bool(self.exit_layers):
+            allowed = "some layers with curriculum fixed, none with any other"
+            raise ConfigError("exit_layers", got=f"{list(self.exit_layers)} with {curriculum}", allowed=allowed)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module, the run's length, and every step of one rotation."""
@@ -50,6 +58,8 @@ class EarlyExitCurriculum(Callback):
             return
         if self.curriculum == "gradual":
             require_total_steps(trainer.max_steps, field="curriculum", got=self.curriculum)
+        for exit_layer in self.exit_layers:
+            check_range("exit_layers", exit_layer, low=1, high=pl_module.num_layers - 1)
         if self.curriculum == "rotational":
             if not self.always_on_last and trainer.world_size > 1:  # blocks above the highest exit have no gradient
                 raise ConfigError("always_on_last", got=False, allowed="true on more than one device")
@@ -70,6 +80,7 @@ class EarlyExitCurriculum(Callback):
             rotation_interval=self.rotation_interval,
             always_on_last=self.always_on_last,
             total_steps=trainer.max_steps if trainer.max_steps > 0 else None,
+            exit_layers=self.exit_layers,
         )
         return normalised_exit_weights(
             exit_layers, num_layers=num_layers, early_exit_scale=self.early_exit_scale, kind=self.exit_weights

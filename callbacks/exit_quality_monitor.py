@@ -19,7 +19,8 @@ from app.protocols import ExitMonitorHost, Table
 class ExitQualityMonitor(Callback):
     """Scores exits on the validation (or test) rows with torchmetrics and keeps their history.
 
-    The history is a part of the checkpoint, so that the heat map of a resumed run is whole.
+    The history is a part of the checkpoint, so that the heat map of a resumed run is whole. It starts before the first
+    step with trainer.num_sanity_val_steps -1, which validates all rows first: what a pretrained model's exits know.
 
     Args:
         exit_layers: Exits to score, in blocks run; all of them by default. Cost: one unembedding each.
@@ -65,7 +66,8 @@ class ExitQualityMonitor(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log every exit's scalars; in a fit also keep them, and draw the figure if TensorBoard is there."""
         scores = self._log_scores(pl_module, "val")
-        if trainer.sanity_checking or not scores:
+        in_part = trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")
+        if in_part or not scores:
             return
         self._latest = {trainer.global_step: scores}
         if trainer.state.fn != TrainerFn.FITTING:

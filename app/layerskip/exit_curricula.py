@@ -6,10 +6,11 @@ full model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-ExitCurriculum = Literal["rotational", "gradual", "none"]
-EXIT_CURRICULA: tuple[ExitCurriculum, ...] = ("rotational", "gradual", "none")
+ExitCurriculum = Literal["rotational", "gradual", "fixed", "none"]
+EXIT_CURRICULA: tuple[ExitCurriculum, ...] = ("rotational", "gradual", "fixed", "none")
 
 
 def rotational_exits(step: int, *, num_layers: int, interval: int, always_on_last: bool = True) -> tuple[int, ...]:
@@ -45,12 +46,17 @@ def exits_on(
     rotation_interval: int,
     always_on_last: bool,
     total_steps: int | None,
+    exit_layers: Sequence[int] = (),
 ) -> tuple[int, ...]:
-    """The exits that are on at `step` under the named curriculum; `none` is the full model alone."""
+    """The exits that are on at `step` under the named curriculum.
+
+    `fixed` is the same `exit_layers` and the full model at every step: not the paper's, for budgets too small to train
+    every exit. `none` is the full model alone.
+    """
     if curriculum == "rotational":
         return rotational_exits(step, num_layers=num_layers, interval=rotation_interval, always_on_last=always_on_last)
     if curriculum == "gradual":
         if total_steps is None:
             raise ValueError("curriculum 'gradual' needs total_steps")
         return gradual_exits(step, num_layers=num_layers, total_steps=total_steps)
-    return (num_layers,)
+    return tuple(sorted({*exit_layers, num_layers})) if curriculum == "fixed" else (num_layers,)

@@ -14,6 +14,7 @@ from app.model.float32_products import fast_float32
 
 _IGNORE_INDEX = -100  # as in F.cross_entropy
 _MIN_LOGITS, _MAX_LOGITS = 2**20, 2**26  # of a chunk, where the vocabulary leaves a choice
+_ADDED_ROWS = 1024  # of the head's gradient at a time
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
@@ -103,7 +104,13 @@ def cross_entropies(
             gradients[0][rows] = (errors_NV @ head_VD) * scale_N1
             for grad_weight_VD in gradients[1:]:
                 if mixed:
-                    grad_weight_VD.add_(torch.mm(errors_NV.t(), scaled_ND, out=product_VD))
+                    _add(grad_weight_VD, torch.mm(errors_NV.t(), scaled_ND, out=product_VD))
                 else:
                     grad_weight_VD.addmm_(errors_NV.t(), scaled_ND)
     return [losses_N, *gradients]
+
+
+def _add(total_VD: Tensor, product_VD: Tensor) -> None:
+    """Add in slices: for a sum of two dtypes torch makes a float32 copy of the whole product, paged in anew each time."""
+    for total, product in zip(total_VD.split(_ADDED_ROWS), product_VD.split(_ADDED_ROWS), strict=True):
+        total.add_(product)

@@ -259,10 +259,10 @@ class LayerSkipModule(LightningModule):
         undo = _NOMINAL_TOKENS * self.trainer.accumulate_grad_batches * self.trainer.world_size
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(grads, undo / max(1.0, num_tokens))
-        norm = float(torch.nn.utils.get_total_norm(grads))  # of the whole, also where it is sharded
-        if not math.isfinite(norm):
+        self._grad_norm = torch.nn.utils.get_total_norm(grads)  # of the whole, also where it is sharded
+        if not math.isfinite(float(self._grad_norm)):
             raise DivergenceError(
-                f"gradient norm is {norm} at step {self.trainer.global_step} with exits {sorted(self._exit_weights)}"
+                f"gradient norm is {float(self._grad_norm)} at step {self.trainer.global_step} with exits {sorted(self._exit_weights)}"
                 " on; the step was not taken, the last checkpoint is good: resume it with a lower learning rate"
             )
         weighted = sum(self._exit_weights[layer] * value for layer, value in losses.items())
@@ -270,6 +270,27 @@ class LayerSkipModule(LightningModule):
         self.log(metric_names.TRAIN_LABEL_TOKENS, num_tokens)
         for exit_layer, value in losses.items():
             self.log(metric_names.train_exit_loss(exit_layer), value)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that is known already; Lightning refuses fused optimizers here even where nothing is scaled.
+
+        Raises:
+            ConfigError: With a fused optimizer under fp16 loss scaling, which unscales after the clipping.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            if gradient_clip_val and getattr(optimizer, "_step_supports_amp_scaling", False):
+                allowed = "false with trainer.gradient_clip_val and precision 16-mixed"
+                raise ConfigError("optimizer.init_args.fused", got=True, allowed=allowed)
+        elif gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._grad_norm)
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- evaluation: dropout off, every exit that is monitored -----------------------------------------------------
 

@@ -126,6 +126,19 @@ def test_history_survives_a_checkpoint(watched_run):
     assert sorted(copy.history) == [2, 4, 6, 8]
 
 
+@pytest.mark.parametrize(("sanity_steps", "first_step"), [(-1, 0), (1, 2)])
+def test_history_starts_before_training_when_all_rows_are_validated_first(tmp_path, sanity_steps, first_step):
+    monitor, module = ExitQualityMonitor(), make_module()
+    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
+    trainer = make_trainer(
+        tmp_path, max_steps=2, callbacks=[*curricula(), monitor], num_sanity_val_steps=sanity_steps, **settings
+    )
+    trainer.fit(module, datamodule=make_data(tmp_path))
+    assert min(monitor.history) == first_step
+    if first_step == 0:
+        assert monitor.history[0][NUM_LAYERS].loss > monitor.history[2][NUM_LAYERS].loss
+
+
 def test_validate_test_and_predict_work_on_the_trained_module(watched_run, tmp_path):
     module, monitor, *_ = watched_run
     callbacks = [ExitQualityMonitor(), decoding(), PredictionWriter()]

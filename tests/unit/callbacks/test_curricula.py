@@ -84,7 +84,30 @@ def test_every_dropout_table_entry_is_a_setting(kind, time):
 @pytest.mark.parametrize("curriculum", EXIT_CURRICULA)
 @pytest.mark.parametrize("kind", EXIT_WEIGHTS)
 def test_every_exit_table_entry_is_a_setting(curriculum, kind):
-    start(EarlyExitCurriculum(curriculum=curriculum, rotation_interval=3, exit_weights=kind), Host(), at(3))
+    settings = {"exit_layers": [2]} if curriculum == "fixed" else {}
+    start(EarlyExitCurriculum(curriculum=curriculum, rotation_interval=3, exit_weights=kind, **settings), Host(), at(3))
+
+
+def test_fixed_exits_are_on_at_every_step_beside_the_last():
+    host = Host()
+    callback = EarlyExitCurriculum(
+        curriculum="fixed", exit_layers=[4, 2], early_exit_scale=0.5, exit_weights="uniform", rotation_interval=8
+    )
+    for step in range(7):
+        start(callback, host, at(step))
+        assert host.exit_weights == {2: 0.25, 4: 0.25, 6: 0.5}
+
+
+@pytest.mark.parametrize("exit_layers", [[0], [6], [3, 7]])
+def test_fixed_exits_that_the_model_does_not_have_are_refused(exit_layers):
+    with pytest.raises(ConfigError, match=r"exit_layers: got .*, allowed \[1, 5\]"):
+        start(EarlyExitCurriculum(curriculum="fixed", exit_layers=exit_layers), Host(), at(0))
+
+
+@pytest.mark.parametrize(("curriculum", "exit_layers"), [("fixed", []), ("rotational", [2]), ("none", [2])])
+def test_exit_layers_belong_to_the_fixed_curriculum_alone(curriculum, exit_layers):
+    with pytest.raises(ConfigError, match="exit_layers: got .*, allowed some layers with curriculum fixed"):
+        EarlyExitCurriculum(curriculum=curriculum, exit_layers=exit_layers)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
@@ -98,7 +121,7 @@ def test_dropout_rate_out_of_range_is_refused(rate):
     [
         ({"rotation_interval": 0}, r"rotation_interval: got 0, allowed \[1"),
         ({"early_exit_scale": 1.5}, r"early_exit_scale: got 1.5, allowed \[0, 1\]"),
-        ({"curriculum": "spiral"}, "curriculum: got 'spiral', allowed rotational | gradual | none"),
+        ({"curriculum": "spiral"}, "curriculum: got 'spiral', allowed rotational | gradual | fixed | none"),
         ({"exit_weights": "cubic"}, "exit_weights: got 'cubic'"),
     ],
 )

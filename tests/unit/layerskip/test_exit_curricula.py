@@ -62,3 +62,17 @@ def test_none_is_the_full_model_alone():
 def test_gradual_without_a_known_length_is_an_error():
     with pytest.raises(ValueError, match="gradual"):
         exits_on(0, curriculum="gradual", num_layers=6, rotation_interval=2, always_on_last=True, total_steps=None)
+
+
+def test_fixed_is_the_given_exits_and_the_last_at_every_step():
+    for step in range(5):
+        exits = exits_on(
+            step,
+            curriculum="fixed",
+            num_layers=6,
+            rotation_interval=2,
+            always_on_last=True,
+            total_steps=None,
+            exit_layers=(4, 2),
+        )
+        assert exits == (2, 4, 6)

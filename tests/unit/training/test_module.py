@@ -69,6 +69,56 @@ def test_baseline_gradients_equal_transformers_own_loss(tmp_path, prompt):
         assert torch.allclose(module.model.get_parameter(name), moved, atol=1e-6), name
 
 
+class MoveOf(Callback):
+    """How far the first parameters of the run are from where they were, as one norm."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.before = [p.detach().clone() for p in pl_module.model.parameters()]
+
+    def on_train_end(self, trainer, pl_module):
+        moves = [p.detach() - old for p, old in zip(pl_module.model.parameters(), self.before, strict=True)]
+        self.norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(move) for move in moves])))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path, accumulated):
+    norms = {}
+    for clip in (None, 0.25, 1e9):
+        move = MoveOf()
+        module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+        settings = {"gradient_clip_val": clip, "accumulate_grad_batches": accumulated}
+        trainer = make_trainer(tmp_path, max_steps=1, callbacks=[*curricula(), move], **settings)
+        trainer.fit(module, datamodule=make_data(tmp_path))
+        norms[clip] = move.norm
+    assert norms[None] > 0.5  # there is something to clip
+    assert norms[1e9] == pytest.approx(norms[None], rel=1e-5)
+    assert norms[0.25] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_clipping_by_value_is_lightning_s(tmp_path):
+    module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    move, settings = MoveOf(), {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[move], **settings)
+    trainer.fit(module, datamodule=make_data(tmp_path))
+    for parameter, old in zip(module.model.parameters(), move.before, strict=True):
+        assert (parameter - old).abs().max() <= 1e-3 + 1e-6
+
+
+def test_a_fused_optimizer_is_clipped_under_bf16_mixed_too(tmp_path):
+    module = make_module(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True))
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[], precision="bf16-mixed", gradient_clip_val=0.5)
+    trainer.fit(module, datamodule=make_data(tmp_path))
+    assert trainer.global_step == 2
+
+
+def test_a_fused_optimizer_is_refused_where_it_would_be_clipped_before_it_unscales(tmp_path):
+    module = make_module(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True))
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[], gradient_clip_val=0.5)
+    trainer.precision_plugin.scaler = object()  # of precision 16-mixed, which needs a GPU
+    with pytest.raises(ConfigError, match="fused: got True, allowed false with trainer.gradient_clip_val"):
+        trainer.fit(module, datamodule=make_data(tmp_path))
+
+
 def test_batch_without_any_label_moves_nothing(tmp_path):
     module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[*curricula(), MaskLabels(24)])

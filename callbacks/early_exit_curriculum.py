@@ -17,8 +17,8 @@ class EarlyExitCurriculum(Callback):
     """Sets the exits C(t, l) and weights w(t, l) before every training batch; nothing to save.
 
     Args:
-        curriculum: rotational, gradual (needs trainer.max_steps), fixed (`exit_layers` at every step; not the paper's) or
-            none (the full model alone).
+        curriculum: rotational, gradual (needs trainer.max_steps), fixed (`exit_layers` at every step; not the
+            paper's) or none (the full model alone).
         rotation_interval: R of the rotational curriculum, in 1..num_layers.
         early_exit_scale: e_scale in [0, 1]; 0 leaves the full model alone.
         exit_weights: e(l): quadratic (the paper's), linear or uniform.

@@ -111,6 +111,6 @@ def cross_entropies(
 
 
 def _add(total_VD: Tensor, product_VD: Tensor) -> None:
-    """Add in slices: for a sum of two dtypes torch makes a float32 copy of the whole product, paged in anew each time."""
+    """Add in slices: torch turns the whole of a bfloat16 product into float32 first, in memory paged in anew."""
     for total, product in zip(total_VD.split(_ADDED_ROWS), product_VD.split(_ADDED_ROWS), strict=True):
         total.add_(product)

@@ -262,8 +262,9 @@ class LayerSkipModule(LightningModule):
         self._grad_norm = torch.nn.utils.get_total_norm(grads)  # of the whole, also where it is sharded
         if not math.isfinite(float(self._grad_norm)):
             raise DivergenceError(
-                f"gradient norm is {float(self._grad_norm)} at step {self.trainer.global_step} with exits {sorted(self._exit_weights)}"
-                " on; the step was not taken, the last checkpoint is good: resume it with a lower learning rate"
+                f"gradient norm is {float(self._grad_norm)} at step {self.trainer.global_step} with exits"
+                f" {sorted(self._exit_weights)} on; the step was not taken, the last checkpoint is good: resume it with"
+                " a lower learning rate"
             )
         weighted = sum(self._exit_weights[layer] * value for layer, value in losses.items())
         self.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)

@@ -106,7 +106,7 @@ def test_fixed_exits_that_the_model_does_not_have_are_refused(exit_layers):
 
 @pytest.mark.parametrize(("curriculum", "exit_layers"), [("fixed", []), ("rotational", [2]), ("none", [2])])
 def test_exit_layers_belong_to_the_fixed_curriculum_alone(curriculum, exit_layers):
-    with pytest.raises(ConfigError, match="exit_layers: got .*, allowed some layers with curriculum fixed"):
+    with pytest.raises(ConfigError, match=r"exit_layers: got .*, allowed some layers with curriculum fixed"):
         EarlyExitCurriculum(curriculum=curriculum, exit_layers=exit_layers)
 
 

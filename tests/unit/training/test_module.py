@@ -115,7 +115,7 @@ def test_a_fused_optimizer_is_refused_where_it_would_be_clipped_before_it_unscal
     module = make_module(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True))
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[], gradient_clip_val=0.5)
     trainer.precision_plugin.scaler = object()  # of precision 16-mixed, which needs a GPU
-    with pytest.raises(ConfigError, match="fused: got True, allowed false with trainer.gradient_clip_val"):
+    with pytest.raises(ConfigError, match=r"fused: got True, allowed false with trainer\.gradient_clip_val"):
         trainer.fit(module, datamodule=make_data(tmp_path))
 
 

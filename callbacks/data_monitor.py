@@ -14,9 +14,15 @@ log = logging.getLogger(__name__)
 
 
 class DataMonitor(Callback):
-    """At every logging step, each source's share of the tokens so far, beside the share that was asked for.
+    """At every logging step, of each source its share of the tokens so far, epochs and skipped records; and padding.
 
-    Over ranks the mean is logged; each counts what it trained on itself, since the run began.
+    Shares and padding are of the rows that were trained on. `epochs` are passes over what was packed for those, which
+    is ahead of them: a lane packs a window of 2**19 tokens at a time to shuffle its rows, and no window goes beyond the
+    pass it began in. So the figure is exact where a window ends, and elsewhere too large by what is left of the window:
+    by little for a large source; by up to one pass for one that is smaller than a window, which shows 1 from its first
+    row to the end of its first pass. `skipped_records` is ahead by up to `shuffle_megabytes` of text.
+
+    Over ranks the mean is logged; each counts for its own rows, since the run began.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -39,7 +39,7 @@ class ExitQualityMonitor(Callback):
         """Ask the module for the exits' hidden states."""
         if not isinstance(pl_module, ExitMonitorHost):
             raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.ExitMonitorHost")
-        num_layers = pl_module.num_layers
+        num_layers = self._num_layers = pl_module.num_layers
         exit_layers: Sequence[int] = self._wanted or range(1, num_layers + 1)
         if wrong := [layer for layer in exit_layers if not 1 <= layer <= num_layers]:
             raise ConfigError("exit_layers", got=wrong, allowed=f"1..{num_layers} for a {num_layers}-layer model")
@@ -108,4 +108,4 @@ class ExitQualityMonitor(Callback):
         if not self._latest:
             return None
         (step,) = self._latest
-        return exit_table(self.history if step in self.history else self._latest)
+        return exit_table(self.history if step in self.history else self._latest, num_layers=self._num_layers)

@@ -59,6 +59,8 @@ class Source:
             also bounds the memory that reading takes.
         config_name: Which configuration (subset) of a hub dataset.
         split: Which split of a hub dataset.
+        revision: Which commit, branch or tag of a hub dataset's repository; by default the newest commit. A resumed run
+            must find the same commit.
         data_files: Which files of a hub dataset's repository, by name or glob.
         name: What logs and metrics call it; the datamodule takes it from the source's key.
 
@@ -75,6 +77,7 @@ class Source:
     max_document_megabytes: float = 10.0
     config_name: str | None = None
     split: str = "train"
+    revision: str | None = None
     data_files: tuple[str, ...] = ()
     name: str = ""
 
@@ -136,5 +139,5 @@ KINDS: dict[SourceKind, _Kind] = {
     "lines": _Kind(_FOLDER),
     "jsonl": _Kind(_FOLDER | {"field"}, glob="**/*.jsonl*"),
     "parquet": _Kind(_FOLDER | {"field"}, glob="**/*.parquet"),
-    "hub": _Kind(frozenset({"path", "field", "config_name", "split", "data_files"})),
+    "hub": _Kind(frozenset({"path", "field", "config_name", "split", "revision", "data_files"})),
 }

@@ -22,8 +22,9 @@ from app.errors import DataError
 from datamodules.packing import Row
 from datamodules.placement import Placement
 from datamodules.readers.records import Reader
+from datamodules.source_blocks import StreamSettings
 from datamodules.sources import Source
-from datamodules.stream import Lane, LaneState, StreamSettings
+from datamodules.stream import Lane, LaneState
 from datamodules.stream_position import StreamPosition
 from datamodules.tokenizers import Encoder
 

@@ -59,7 +59,6 @@ class PositionKeeper:
         """Go on from what `state` gave, on any number of ranks."""
         lanes = {int(number): LaneState.of(plain) for number, plain in state["lanes"].items()}
         self._now = self._step_start = StreamPosition(state["global_batches"] // place.world_size, lanes)
-        self._step = None
 
 
 def _from_all_ranks(lanes: dict[int, LaneState], *, place: Placement) -> dict[int, LaneState]:

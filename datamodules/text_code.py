@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, replace
-from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,35 +11,22 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from app.errors import ConfigError, DataError, check_choice, check_range
+from app.errors import ConfigError, check_choice, check_range
 from app.protocols import SourceStatistics
-from datamodules.packing import PACKINGS, LongDocuments, Packing, Tokens
+from datamodules.lanes import check_lanes, delivered
+from datamodules.packing import PACKINGS, LongDocuments, Packing
 from datamodules.placement import Placement, check_end, check_same_order, check_trainer
-from datamodules.prompts import held_out_prompts
 from datamodules.readers import open_reader
 from datamodules.readers.records import Reader
+from datamodules.row_settings import RowSettings
 from datamodules.sources import Source
 from datamodules.stream import StreamSettings
 from datamodules.stream_loader import STATE_KEY, LaneBatches, StreamLoader, stack
 from datamodules.stream_position import PositionKeeper
-from datamodules.survey import Survey, spread_rows, survey
-from datamodules.tokenizers import (
-    MIN_VOCAB_SIZE,
-    TOKENIZER,
-    Encoder,
-    check_same_tokenizer,
-    fingerprint,
-    load_tokenizer,
-    trained_tokenizer,
-)
-
-log = logging.getLogger(__name__)
+from datamodules.surveyed_corpus import SurveyedCorpus
+from datamodules.tokenizers import TOKENIZER, Encoder, check_same_tokenizer, fingerprint
 
 _DEFAULT_VOCAB_SIZE = 4096
-_TRAINING_BYTES = 4_000_000  # enough for the merges of a small vocabulary, in about a second
-_HELD_OUT_BYTES_A_TOKEN = (
-    16  # several times what a token takes: validation rows come from more documents than they hold
-)
 
 
 class TextCodeDataModule(LightningDataModule):
@@ -101,23 +85,24 @@ class TextCodeDataModule(LightningDataModule):
         super().__init__()
         if not sources:
             raise ConfigError("sources", got=sources, allowed="one or more, each under a name of its own")
-        check_range("seq_len", seq_len, low=2)
-        check_range("batch_size", batch_size, low=1)
         check_choice("packing", packing, PACKINGS)
         check_choice("long_documents", long_documents, get_args(LongDocuments))
         check_range("shuffle_megabytes", shuffle_megabytes, low=0, high=float("inf"), high_open=True)
         check_range("num_lanes", 1 if num_lanes is None else num_lanes, low=1)
         if not 0 < validation_share < 1:
             raise ConfigError("validation_share", got=validation_share, allowed="(0, 1)")
-        check_range("validation_rows", validation_rows, low=1)
-        check_range("vocab_size", vocab_size, low=MIN_VOCAB_SIZE, fix="every byte needs a token")
-        check_range("num_workers", num_workers, low=0)
-        check_range("seed", seed, low=0)
-        check_range("max_bad_share", max_bad_share, low=0, high=1)
-        if tokenizer is not None and vocab_size != _DEFAULT_VOCAB_SIZE:
-            log.warning("vocab_size has no effect: the tokenizer in %s is used", tokenizer)
-        self._sources = tuple(replace(source, name=name) for name, source in sources.items())
-        self._settings = StreamSettings(
+        self._settings = RowSettings(
+            seq_len=seq_len,
+            batch_size=batch_size,
+            validation_rows=validation_rows,
+            num_workers=num_workers,
+            seed=seed,
+            vocab_size=vocab_size,
+            default_vocab_size=_DEFAULT_VOCAB_SIZE,
+            tokenizer=tokenizer,
+            max_bad_share=max_bad_share,
+        )
+        self._stream = StreamSettings(
             seq_len=seq_len,
             packing=packing,
             long_documents=long_documents,
@@ -127,21 +112,20 @@ class TextCodeDataModule(LightningDataModule):
             seed=seed,
             num_lanes=0,  # known when the trainer is
         )
-        self._batch_size, self._num_workers, self._num_lanes = batch_size, num_workers, num_lanes
-        self._validation_rows = validation_rows
-        self._vocab_size, self._tokenizer_folder, self._cache_dir = vocab_size, tokenizer, Path(cache_dir)
+        self._sources = tuple(replace(source, name=name) for name, source in sources.items())
+        self._corpus = SurveyedCorpus(
+            self._sources, settings=self._settings, validation_share=validation_share, cache_dir=Path(cache_dir)
+        )
+        self._num_lanes = num_lanes
         self._keeper = PositionKeeper()
-        self._opened: tuple[int, list[Reader]] | None = None  # for a number of lanes
+        self._opened: dict[int, list[Reader]] = {}  # for a number of lanes
 
     # What others ask for.
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerFast
         """The tokenizer of the data; asking for it before `setup` trains it if need be."""
-        if self._tokenizer_folder is not None:
-            return load_tokenizer(self._tokenizer_folder)
-        sample = [text for found in self._surveys for text in found.training]
-        return trained_tokenizer(sample, vocab_size=self._vocab_size, cache_dir=self._cache_dir)
+        return self._corpus.tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -165,20 +149,8 @@ class TextCodeDataModule(LightningDataModule):
         return {source.name: source.weight / total for source in self._sources}
 
     def source_statistics(self) -> dict[str, SourceStatistics]:
-        """What each source delivered to training on this rank so far."""
-        place = Placement.of(self.trainer)
-        states = self._keeper.latest().lanes
-        own = [state for number, state in states.items() if number % place.world_size == place.rank]
-        return {
-            name: SourceStatistics(
-                tokens=sum(state.tokens[index] for state in own),
-                rows=sum(state.rows[index] for state in own),
-                epochs=sum(state.epochs[index] for state in own) / max(1, len(own)),
-                seen=sum(state.seen[index] for state in own),
-                skipped=sum(state.skipped[index] for state in own),
-            )
-            for index, name in enumerate(self.source_names)
-        }
+        """What each source delivered to training on this rank so far; of epochs and records, what was read for it."""
+        return delivered(self._keeper.latest().lanes, self.source_names, place=Placement.of(self.trainer))
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
         """`count` prompts of `length` token ids: the beginnings of held-out documents, alternating between sources.
@@ -189,12 +161,7 @@ class TextCodeDataModule(LightningDataModule):
         Raises:
             DataError: Nothing is held out.
         """
-        prompts = held_out_prompts(self._held_out, count=count, length=length)
-        if not prompts:
-            raise DataError(self._nothing_held_out())
-        if len(prompts) < count:
-            log.warning("%d prompts asked for, %d documents held out", count, len(prompts))
-        return prompts
+        return self._corpus.prompts(count, length)
 
     # What Lightning asks for.
 
@@ -219,24 +186,23 @@ class TextCodeDataModule(LightningDataModule):
         Raises:
             ConfigError: `num_lanes` does not fit the ranks and workers.
         """
-        place, settings = Placement.of(self.trainer), self._stream_settings()
+        settings, stream = self._settings, self._stream_settings()
         batches = LaneBatches(
-            list(zip(self._sources, self._readers(settings.num_lanes), strict=True)),
+            list(zip(self._sources, self._readers(stream.num_lanes), strict=True)),
             encode=Encoder(self.tokenizer),
-            settings=settings,
-            batch_size=self._batch_size,
-            place=place,
+            settings=stream,
+            batch_size=settings.batch_size,
+            place=Placement.of(self.trainer),
         )
-        return StreamLoader(batches, position=self._keeper.latest, num_workers=self._num_workers, seed=settings.seed)
+        return StreamLoader(batches, position=self._keeper.latest, num_workers=settings.num_workers, seed=settings.seed)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take note of a training batch's place in the stream: it is about to be trained on."""
         if STATE_KEY not in batch:
             return batch
-        batch = dict(batch)
-        number, state = batch.pop(STATE_KEY)
+        number, state = batch[STATE_KEY]
         self._keeper.hand_over(number, state, step=self._steps_taken)
-        return batch
+        return {name: column for name, column in batch.items() if name != STATE_KEY}
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Held-out rows spread evenly over each source's documents, sources in turn; every rank takes an equal part.
@@ -244,33 +210,19 @@ class TextCodeDataModule(LightningDataModule):
         Raises:
             DataError: Fewer rows are held out than there are ranks.
         """
-        place = Placement.of(self.trainer)
-        limit = self._validation_rows
-        turns = zip_longest(*(spread_rows(part, seq_len=self.seq_len, num_rows=limit) for part in self._held_out))
-        rows = [(source, row) for turn in turns for source, row in enumerate(turn) if row is not None]
-        share = len(rows) // place.world_size
-        if share == 0:
-            raise DataError(self._nothing_held_out())
-        part = rows[place.rank * share : (place.rank + 1) * share]
         return DataLoader(
-            part,  # type: ignore[arg-type]  # a list is a dataset
-            batch_size=self._batch_size,
+            self._corpus.validation_rows(Placement.of(self.trainer)),  # type: ignore[arg-type]  # a list is a dataset
+            batch_size=self._settings.batch_size,
             collate_fn=stack,
             generator=torch.Generator().manual_seed(self._settings.seed),
         )
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The validation rows."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The validation rows."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, of all ranks, and what it is a place in; all ranks must ask together."""
-        tokenizer = {TOKENIZER: fingerprint(self.tokenizer)}
-        return self._identity() | tokenizer | self._keeper.state(self._steps_taken, place=Placement.of(self.trainer))
+        position = self._keeper.state(self._steps_taken, place=Placement.of(self.trainer))
+        return self._identity() | {TOKENIZER: fingerprint(self.tokenizer)} | position
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the saved place; of a trainer's stages in fit alone. Lightning calls it after `setup`, at every stage.
@@ -293,58 +245,26 @@ class TextCodeDataModule(LightningDataModule):
         """Optimizer steps; without a trainer, every batch is a step of its own."""
         return self._keeper.latest().batches if self.trainer is None else self.trainer.global_step
 
-    @cached_property
-    def _surveys(self) -> list[Survey]:
-        wanted = 0 if self._tokenizer_folder else _TRAINING_BYTES // len(self._sources)
-        return [
-            survey(
-                source,
-                training_bytes=wanted,
-                held_out_bytes=_HELD_OUT_BYTES_A_TOKEN * self._validation_rows * self.seq_len,
-                validation_share=self._settings.validation_share,
-                max_bad_share=self._settings.max_bad_share,
-            )
-            for source in self._sources
-        ]
-
-    @cached_property
-    def _held_out(self) -> list[list[Tokens]]:
-        encode = Encoder(self.tokenizer)
-        return [encode(found.held_out) for found in self._surveys]
-
     def _stream_settings(self) -> StreamSettings:
         """With the number of lanes, which the trainer and the checkpoint have a say in."""
-        ranks, workers = Placement.of(self.trainer).world_size, max(1, self._num_workers)
+        ranks, workers = Placement.of(self.trainer).world_size, max(1, self._settings.num_workers)
         if self._num_lanes is None:
             self._num_lanes = ranks * workers
-        if self._num_lanes % ranks:
-            raise ConfigError(
-                "num_lanes",
-                got=self._num_lanes,
-                allowed=f"a multiple of {ranks}, the number of ranks",
-                fix="a resumed run keeps its lanes: change the number of devices",
-            )
-        if (own := self._num_lanes // ranks) % workers:
-            allowed = f"a divisor of {own}: each of {ranks} ranks has {own} of the {self._num_lanes} lanes"
-            raise ConfigError("num_workers", got=workers, allowed=allowed)
-        return replace(self._settings, num_lanes=self._num_lanes)
+        check_lanes(self._num_lanes, ranks=ranks, workers=workers)
+        return replace(self._stream, num_lanes=self._num_lanes)
 
     def _readers(self, num_lanes: int) -> list[Reader]:
-        if self._opened is None or self._opened[0] != num_lanes:
-            readers = [open_reader(source, min_chunks=num_lanes) for source in self._sources]
-            self._opened = (num_lanes, readers)
-        return self._opened[1]
+        if num_lanes not in self._opened:
+            self._opened = {num_lanes: [open_reader(source, min_chunks=num_lanes) for source in self._sources]}
+        return self._opened[num_lanes]
 
     def _identity(self) -> dict[str, int | float | str]:
         """All that the stream of training batches depends on."""
         settings, place = self._stream_settings(), Placement.of(self.trainer)
         readers = zip(self.source_names, self._readers(settings.num_lanes), strict=True)
         own = {
-            "batch_size": self._batch_size,
+            "batch_size": self._settings.batch_size,
             "batches_per_step": place.world_size * place.accumulate,
             "sources": ", ".join(f"{source.name}={source.weight}" for source in self._sources),
         }
         return asdict(settings) | own | {f"files of source {name}": reader.fingerprint[:16] for name, reader in readers}
-
-    def _nothing_held_out(self) -> str:
-        return f"no held-out rows in {', '.join(self.source_names)}; raise validation_share or add documents"

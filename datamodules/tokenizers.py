@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -98,9 +99,26 @@ def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
 TOKENIZER = "tokenizer"  # what a datamodule saves its tokenizer's fingerprint under
 
 
+_fingerprints: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()  # with the number of tokens it had then
+
+
 def fingerprint(tokenizer: Any) -> str:
-    """A hash of all that decides which ids a text gets."""
-    return sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    """A hash of all that decides which ids a text gets; taken once of a tokenizer, and again if it gets more tokens.
+
+    Whether it cuts and pads, which any call may change, is left out.
+    """
+    size, found = _fingerprints.get(tokenizer, (-1, ""))
+    if size != len(tokenizer):
+        found = sha256(_serialized(tokenizer).encode()).hexdigest()[:16]
+        _fingerprints[tokenizer] = len(tokenizer), found
+    return found
+
+
+def _serialized(tokenizer: Any) -> str:
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is None and backend.padding is None:
+        return str(backend.to_str())
+    return _uncut(tokenizer).to_str()
 
 
 def check_same_tokenizer(tokenizer: Any, saved: Mapping[str, Any]) -> None:
@@ -132,10 +150,16 @@ def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[n
 
 def plain_backend(tokenizer: Any) -> Tokenizer:
     """A copy of the tokenizer's backend that neither cuts nor pads, and takes special tokens for ordinary text."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # the caller's keeps its settings
+    backend = _uncut(tokenizer)
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _uncut(tokenizer: Any) -> Tokenizer:
+    """A copy of the backend that neither cuts nor pads; the tokenizer keeps its own settings."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True
     return backend
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +17,14 @@ from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
 from app.protocols import GenerationExample
 from datamodules.length_buckets import BucketSampler
 from datamodules.placement import Placement, check_same_order, check_trainer
+from datamodules.row_settings import RowSettings
 from datamodules.step_loader import StepLoader
-from datamodules.tokenizers import MIN_VOCAB_SIZE, TOKENIZER, check_same_tokenizer, fingerprint
+from datamodules.tokenizers import TOKENIZER, check_same_tokenizer, fingerprint
 from datamodules.topv2_batches import ExampleRows
-from datamodules.topv2_files import DOMAINS, LOW_RESOURCE_DOMAINS, SPIS, Split
-from datamodules.topv2_rows import held_out_rows, shuffled_examples, training_rows
+from datamodules.topv2_files import Split, choose_domains
+from datamodules.topv2_prompts import generation_examples, short_prompts
+from datamodules.topv2_rows import held_out_rows, training_rows
 from datamodules.topv2_store import StoreSettings, TaskStore, open_store
-
-log = logging.getLogger(__name__)
 
 _DEFAULT_VOCAB_SIZE = 2048
 _SPLITS: dict[str, Split] = {"validate": "eval", "test": "test"}  # by stage
@@ -92,19 +92,21 @@ class TOPv2DataModule(LightningDataModule):
         if prompt_template.count(_UTTERANCE) != 1:
             raise ConfigError("prompt_template", got=prompt_template, allowed=f"a text with {_UTTERANCE} in it once")
         check_choice("target_format", target_format, TARGET_FORMATS)
-        check_range("seq_len", seq_len, low=2)
         check_range("length_multiple", length_multiple, low=1)
-        check_range("batch_size", batch_size, low=1)
-        check_range("validation_rows", validation_rows, low=1)
-        check_range("vocab_size", vocab_size, low=MIN_VOCAB_SIZE, fix="every byte needs a token")
-        check_range("num_workers", num_workers, low=0)
-        check_range("seed", seed, low=0)
-        check_range("max_bad_share", max_bad_share, low=0, high=1)
-        if tokenizer is not None and vocab_size != _DEFAULT_VOCAB_SIZE:
-            log.warning("vocab_size has no effect: the tokenizer in %s is used", tokenizer)
-        self._settings = StoreSettings(
+        self._settings = RowSettings(
+            seq_len=seq_len,
+            batch_size=batch_size,
+            validation_rows=validation_rows,
+            vocab_size=vocab_size,
+            default_vocab_size=_DEFAULT_VOCAB_SIZE,
+            tokenizer=tokenizer,
+            num_workers=num_workers,
+            seed=seed,
+            max_bad_share=max_bad_share,
+        )
+        self._content = StoreSettings(
             path=path,
-            domains=_choose(domains, spis=spis),
+            domains=choose_domains(domains, spis=spis),
             spis=spis,
             prompt_template=prompt_template,
             target_format=target_format,
@@ -113,12 +115,8 @@ class TOPv2DataModule(LightningDataModule):
             vocab_size=vocab_size,
             max_bad_share=max_bad_share,
         )
-        self._seq_len, self._packed, self._length_multiple = seq_len, packed, length_multiple
-        self._batch_size, self._num_workers = batch_size, num_workers
-        self._validation_rows = validation_rows
-        self._seed = seed
+        self._packed, self._length_multiple = packed, length_multiple
         self._cache_dir = Path(cache_dir)
-        self._opened: TaskStore | None = None
 
     # What others ask for.
 
@@ -135,17 +133,17 @@ class TOPv2DataModule(LightningDataModule):
     @property
     def seq_len(self) -> int:
         """Longest row in tokens."""
-        return self._seq_len
+        return self._settings.seq_len
 
     @property
     def source_names(self) -> tuple[str, ...]:
         """The domains; `batch["source"]` indexes them."""
-        return self._settings.domains
+        return self._content.domains
 
     @property
     def target_format(self) -> TargetFormat:
         """How targets are written."""
-        return self._settings.target_format
+        return self._content.target_format
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
         """`count` whole prompts of at most `length` token ids, of shuffled evaluation rows; the same at every call.
@@ -153,16 +151,7 @@ class TOPv2DataModule(LightningDataModule):
         Raises:
             DataError: None is that short.
         """
-        examples = self._store.examples["eval"]
-        prompts = [
-            examples.prompt(row) for row in shuffled_examples(examples) if examples.prompt_lengths[row] <= length
-        ]
-        if not prompts:
-            shortest = examples.prompt_lengths.min()
-            raise DataError(f"no prompt of at most {length} tokens; the shortest has {shortest}: raise prompt_length")
-        if len(prompts) < count:
-            log.warning("%d prompts asked for, %d have at most %d tokens", count, len(prompts), length)
-        return prompts[:count]
+        return short_prompts(self._store.examples["eval"], count=count, length=length)
 
     def generation_examples(self, stage: str, count: int) -> list[GenerationExample]:
         """`count` shuffled rows of stage `validate` or `test`, fewer if there are fewer; the same at every call.
@@ -170,11 +159,7 @@ class TOPv2DataModule(LightningDataModule):
         Long rows are among them: a model that cannot finish them has them wrong.
         """
         check_choice("stage", stage, _SPLITS)
-        examples = self._store.examples[_SPLITS[stage]]
-        return [
-            GenerationExample(examples.prompt(row), examples.references[row], self.source_names[examples.sources[row]])
-            for row in shuffled_examples(examples)[:count]
-        ]
+        return generation_examples(self._store.examples[_SPLITS[stage]], count=count, domains=self.source_names)
 
     def answer(self, tokens: Sequence[int]) -> str:
         """The text of generated token ids up to the end-of-text token."""
@@ -186,7 +171,7 @@ class TOPv2DataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the cache, on one process of each node."""
-        open_store(self._settings, cache_dir=self._cache_dir)
+        open_store(self._content, cache_dir=self._cache_dir)
 
     def setup(self, stage: str) -> None:
         """Load the data.
@@ -204,13 +189,13 @@ class TOPv2DataModule(LightningDataModule):
         Raises:
             DataError: There are too few rows.
         """
-        examples, place = self._store.examples["train"], Placement.of(self.trainer)
-        rows = training_rows(examples, seq_len=self._seq_len, packed=self._packed)
+        settings, place, examples = self._settings, Placement.of(self.trainer), self._store.examples["train"]
+        rows = training_rows(examples, seq_len=settings.seq_len, packed=self._packed)
         data = ExampleRows(examples, rows, length_multiple=self._length_multiple)
         sampler = BucketSampler(
             data.lengths,
-            batch_size=self._batch_size,
-            seed=self._seed,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
             place=place,
             position=lambda: 0 if self.trainer is None else self.trainer.global_step * place.accumulate,
         )
@@ -218,8 +203,8 @@ class TOPv2DataModule(LightningDataModule):
             data,  # type: ignore[arg-type]  # its items become batches in collate
             batch_sampler=sampler,
             collate_fn=data.collate,
-            num_workers=self._num_workers,
-            generator=torch.Generator().manual_seed(self._seed),  # else every epoch draws from the global one
+            num_workers=settings.num_workers,
+            generator=torch.Generator().manual_seed(settings.seed),  # else every epoch draws from the global one
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -234,18 +219,16 @@ class TOPv2DataModule(LightningDataModule):
         """As val_dataloader, of the test split."""
         return self._held_out_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test rows."""
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
     def state_dict(self) -> dict[str, int | str]:
         """What the order of training rows depends on; the position in it is the trainer's step."""
         place = Placement.of(self.trainer)
         return {
-            "seed": self._seed,
-            "seq_len": self._seq_len,
+            "seed": self._settings.seed,
+            "seq_len": self._settings.seq_len,
             "packed": self._packed,
-            "batch_size": self._batch_size,
+            "batch_size": self._settings.batch_size,
             "trainer.accumulate_grad_batches": place.accumulate,
             "world_size": place.world_size,
             "domains": ", ".join(self.source_names),
@@ -257,24 +240,22 @@ class TOPv2DataModule(LightningDataModule):
         """Refuse to go on training in another order; Lightning calls it after `setup`, at every stage.
 
         Raises:
-            ConfigError: In fit, a setting that the order depends on differs from the checkpoint's.
+            ConfigError: In fit, a setting that the order depends on differs from the checkpoint's; or, at any stage,
+                the tokenizer does.
         """
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            check_same_tokenizer(self.tokenizer, state_dict)
-            return
-        check_same_order(self.state_dict(), state_dict)
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            check_same_order(self.state_dict(), state_dict)
+        check_same_tokenizer(self.tokenizer, state_dict)
 
     # Helpers.
 
-    @property
+    @cached_property
     def _store(self) -> TaskStore:
-        if self._opened is None:
-            self._opened = open_store(self._settings, cache_dir=self._cache_dir)
-        return self._opened
+        return open_store(self._content, cache_dir=self._cache_dir)
 
     def _held_out_loader(self, split: Split) -> DataLoader[Any]:
-        examples, place = self._store.examples[split], Placement.of(self.trainer)
-        rows = held_out_rows(examples, split=split, seq_len=self._seq_len, per_source=self._validation_rows)
+        settings, place, examples = self._settings, Placement.of(self.trainer), self._store.examples[split]
+        rows = held_out_rows(examples, split=split, seq_len=settings.seq_len, per_source=settings.validation_rows)
         share = len(rows) // place.world_size
         if share == 0:
             raise DataError(f"{len(rows)} rows to {split} on {place.world_size} devices; raise validation_rows")
@@ -282,21 +263,8 @@ class TOPv2DataModule(LightningDataModule):
         data = ExampleRows(examples, own_rows, length_multiple=self._length_multiple)
         return DataLoader(
             data,
-            batch_size=self._batch_size,
+            batch_size=settings.batch_size,
             collate_fn=data.collate,
-            num_workers=self._num_workers,
-            generator=torch.Generator().manual_seed(self._seed),
+            num_workers=settings.num_workers,
+            generator=torch.Generator().manual_seed(settings.seed),
         )
-
-
-def _choose(domains: list[str] | None, *, spis: int | None) -> tuple[str, ...]:
-    """The domains asked for, checked against what there is."""
-    if spis is not None and spis not in SPIS:
-        raise ConfigError("spis", got=spis, allowed=" | ".join(map(str, SPIS)))
-    available = DOMAINS if spis is None else LOW_RESOURCE_DOMAINS
-    chosen = tuple(available if domains is None else domains)
-    wrong = [domain for domain in chosen if domain not in available]
-    if wrong or not chosen or len(set(chosen)) < len(chosen):
-        fix = f"only these have low-resource splits (spis {spis})" if spis is not None else ""
-        raise ConfigError("domains", got=list(chosen), allowed=f"each once, of {', '.join(available)}", fix=fix)
-    return chosen

@@ -35,6 +35,27 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SHOWN = 20  # bad rows in an error; the log has all
 
 
+def choose_domains(domains: Sequence[str] | None, *, spis: int | None) -> tuple[str, ...]:
+    """The domains asked for; all that there are if none are.
+
+    Args:
+        domains: Each once, of `DOMAINS`; of `LOW_RESOURCE_DOMAINS` if `spis` is given.
+        spis: One of `SPIS`, or None.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+    if spis is not None and spis not in SPIS:
+        raise ConfigError("spis", got=spis, allowed=" | ".join(map(str, SPIS)))
+    available = DOMAINS if spis is None else LOW_RESOURCE_DOMAINS
+    chosen = tuple(available if domains is None else domains)
+    wrong = [domain for domain in chosen if domain not in available]
+    if wrong or not chosen or len(set(chosen)) < len(chosen):
+        fix = f"only these have low-resource splits (spis {spis})" if spis is not None else ""
+        raise ConfigError("domains", got=list(chosen), allowed=f"each once, of {', '.join(available)}", fix=fix)
+    return chosen
+
+
 class Row(NamedTuple):
     """One annotated utterance; `target` is the parse in the format the model is to write."""
 

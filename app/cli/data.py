@@ -30,6 +30,11 @@ class DataCLI(LayerSkipCLI):
         self._options = options
         super().__init__(*args, **kwargs)
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Its errors point to this verb's help, not to that of `fit`."""
+        super().setup_parser(*args, **kwargs)
+        self._subcommand_parsers["fit"].prog = "layerskip data"
+
     def _check_checkpoints(self) -> None:
         """Nothing is written: an earlier run is safe."""
 

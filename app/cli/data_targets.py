@@ -42,15 +42,15 @@ def measure_data_targets(folder: Path, *, config: str) -> dict[str, dict[str, An
     data = ["--config", config, f"--data.seq_len={_SEQ_LEN}", f"--data.batch_size={_ROWS}"]
     data += [f"--data.vocab_size={_MODEL['vocab_size']}"]
     batches = _BEFORE_RESUMING // (_ROWS * _SEQ_LEN)
-    command, streamed = _run("data", *data, "--num_batches", str(batches), "--check_resume", "--json")
+    command, streamed = run_verb("data", *data, "--num_batches", str(batches), "--check_resume", "--json")
     found = json.loads(streamed)
     trained, tokens_per_second = _training_rate(folder / "data-rate", *data)
     resumed = found["resumed"]
     return {
-        "data_rate_ratio": _result(
+        "data_rate_ratio": target_result(
             found["tokens_per_second"] / tokens_per_second, RATE_THRESHOLD, f"{command}; {trained}", at_most=False
         ),
-        "resume_seconds": _result(
+        "resume_seconds": target_result(
             resumed["seconds"] if resumed["identical"] else float("inf"), RESUME_THRESHOLD, command, at_most=True
         ),
     }
@@ -60,7 +60,7 @@ def _training_rate(folder: Path, *data: str) -> tuple[str, float]:
     """Tokens a second of a few training steps, the first one not counted."""
     shutil.rmtree(folder, ignore_errors=True)
     monitor = [{"class_path": "callbacks.ThroughputMonitor", "init_args": {"every_n_steps": 1}}]
-    command, _ = _run(
+    command, _ = run_verb(
         *("fit", *data, "--early_exit.rotation_interval=8", "--trainer.precision=bf16-mixed"),
         "--model.optimizer.init_args.fused=false",  # Lightning clips no gradients of a fused one in mixed precision
         *(f"--model.config.init_args.{name}={value}" for name, value in _MODEL.items()),
@@ -75,7 +75,7 @@ def _training_rate(folder: Path, *data: str) -> tuple[str, float]:
     return command, statistics.median(rates)
 
 
-def _run(*arguments: str) -> tuple[str, str]:
+def run_verb(*arguments: str) -> tuple[str, str]:
     """Run a verb in a process of its own; the command as one would type it, and what it printed."""
     command = shlex.join(["layerskip", *arguments])
     print(f"\n$ {command}", flush=True)
@@ -85,7 +85,8 @@ def _run(*arguments: str) -> tuple[str, str]:
     return command, done.stdout
 
 
-def _result(value: float, threshold: float, command: str, *, at_most: bool) -> dict[str, Any]:
+def target_result(value: float, threshold: float, command: str, *, at_most: bool) -> dict[str, Any]:
+    """A target as it is written down: whether `value` is at most, or at least, `threshold`."""
     passed = value <= threshold if at_most else value >= threshold
     here = environment(device=torch.device("cpu"), dtype=torch.float32)
     return {"value": value, "target": threshold, "passed": passed, "command": command, "environment": here}

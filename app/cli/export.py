@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
+from transformers import PreTrainedModel
 
 from app.cli.models import DTYPES, Dtype
 from app.cli.parsing import VerbParser
-from app.errors import ConfigError
+from app.errors import ConfigError, check_choice
+from app.model.carried_over import carried_defaults, carried_license
 from app.model.checkpoint import load_for_decoding
-from app.model.export import check_output_dir, write_pretrained
+from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults
+from app.model.export import ExportSettings, InMemory, Weights, architecture, exported_dtype, write_pretrained
+from app.model.model_card import UNKNOWN_LICENSE, CardSettings, model_card, relabelled
+from app.model.output_directory import README, check_output_dir, unsigned
+from app.model.run_record import GENERATION_CONFIG_KEY, RunRecord
+from app.model.tokenizer_files import check_fits
+from app.model.trained_weights import is_trained_weights, open_trained_weights
+
+_log = logging.getLogger(__name__)
 
 
 def export(
@@ -19,24 +34,114 @@ def export(
     model: str | None = None,
     ckpt_path: str | None = None,
     dtype: Dtype = "auto",
+    max_shard_size: str = "5GB",
+    license: str | None = None,  # noqa: A002  # the hub's name for it
+    base_model: str | None = None,
+    generation_defaults: str | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write a model as a Hugging Face directory, which plain transformers loads: config, safetensors, tokenizer.
+    """Write a model as a Hugging Face directory, which plain transformers loads: config, safetensors, tokenizer, card.
 
     Args:
-        output_dir: Directory to make; it must be new or empty.
-        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
+        output_dir: Directory to make; it must be new, empty, or an export that nobody added to since. Of the latter,
+            what `layerskip tune` stored is kept.
+        model: Lightning checkpoint of a run (file or directory), Hugging Face directory, hub id or .gguf file.
         ckpt_path: The same by another name; exactly one of the two is given.
         dtype: Of the weights; auto keeps those of the checkpoint (float32 for .gguf).
+        max_shard_size: Of a file of weights, such as 5GB or 500MB; also about the memory that exporting takes.
+        license: For the model card, as the hub names licences: apache-2.0, llama2, other, ...
+        base_model: For the model card, the hub id of the model it was trained from; by default model.pretrained.
+        generation_defaults: What `layerskip tune` found: a directory that it tuned, a generation_config.json, or a file
+            with the output of `layerskip tune --json`.
+        overwrite: Replace whatever model directory there is, all of it.
     """
     field, path = ("model", model) if ckpt_path is None else ("ckpt_path", ckpt_path)
     if path is None or (model is not None and ckpt_path is not None):
         got = "neither" if path is None else "both"
         raise ConfigError("model", got=got, allowed="exactly one of model and ckpt_path, two names for the same")
-    directory = check_output_dir(output_dir)
-    weights, tokenizer = load_for_decoding(path, dtype=DTYPES[dtype], field=field)
-    write_pretrained(weights, tokenizer, directory)
-    size = sum(parameter.numel() for parameter in weights.parameters())
-    print(f"{directory}: {type(weights).__name__}, {size:,} parameters, {str(weights.dtype).removeprefix('torch.')}")
+    check_choice("dtype", dtype, DTYPES)
+    directory = check_output_dir(output_dir, overwrite=overwrite)
+    card = CardSettings(title=directory.name, license=_license(license, directory), base_model=base_model)
+    chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # wrong settings before any reading
+    loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
+    decoding = _decoding(loaded, generation_defaults, directory)
+    name = _name(exported_dtype(weights or InMemory(loaded), chosen.dtype))
+    readme = _readme_of(path, card) or model_card(loaded, record, decoding, dtype=name, card=card)
+    settings = replace(chosen, decoding=decoding, readme=readme)
+    num_files = write_pretrained(loaded, tokenizer, directory, weights=weights, settings=settings)
+    files = "1 file" if num_files == 1 else f"{num_files} files"
+    print(f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {files}")
+    said = _name(loaded.config.dtype)
+    if weights is not None and dtype == "auto" and said in DTYPES and said != name:
+        print(
+            f"its weights are {name}, as they were trained; it started from {said}: --dtype {said} makes them so again"
+        )
+    print(_next_step(decoding, directory))
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _open(
+    path: str, *, dtype: torch.dtype | None, field: str
+) -> tuple[PreTrainedModel, Any, Weights | None, RunRecord | None]:
+    """Model, tokenizer, where its weights are read if not from the model itself, and the run that made them."""
+    if not is_trained_weights(path):
+        return *load_for_decoding(path, dtype=dtype, field=field), None, None
+    trained = open_trained_weights(path)
+    model = architecture(trained.config, trained.metadata.get(GENERATION_CONFIG_KEY))
+    if trained.tokenizer is None:
+        _log.warning("%s holds no tokenizer: copy its files into the directory", path)
+    else:
+        vocab_size = trained.config.get_text_config().vocab_size
+        check_fits(trained.tokenizer, vocab_size=vocab_size, field=field, got=path)
+    return model, trained.tokenizer, trained, RunRecord.of(Path(path), trained.metadata)
+
+
+def _readme_of(path: str, card: CardSettings) -> str:
+    """Of a model directory that has one: a copy needs no other words; empty where there is none."""
+    readme = Path(path) / README
+    return relabelled(unsigned(readme.read_text("utf-8", errors="replace")), card) if readme.is_file() else ""
+
+
+def _license(given: str | None, directory: Path) -> str | None:
+    """As given, or as the card says that is replaced."""
+    if given is not None or (kept := carried_license(directory)) in (None, UNKNOWN_LICENSE):
+        return given
+    _log.info("kept from the card that was there: license %s", kept)
+    return kept
+
+
+def _decoding(model: PreTrainedModel, given: str | None, directory: Path) -> DecodingDefaults | None:
+    """What `layerskip tune` chose: as given, as the model brings it, or as the directory that is replaced held it."""
+    if given is not None:
+        if (defaults := carried_defaults(model, Path(given), field="generation_defaults")) is None:
+            fix = "nothing of the kind is in it"
+            raise ConfigError("generation_defaults", got=given, allowed="what layerskip tune stored", fix=fix)
+        return defaults
+    if (own := read_decoding_defaults(model)) is not None or not directory.exists():
+        return own
+    try:
+        kept = carried_defaults(model, directory, field="output_dir")
+    except ConfigError as error:
+        _log.warning("what layerskip tune stored in %s does not fit this model and is not kept: %s", directory, error)
+        return None
+    if kept is not None:
+        _log.info("kept from the directory that was there: %s; layerskip tune measures this model", _said(kept))
+    return kept
+
+
+def _said(decoding: DecodingDefaults) -> str:
+    if decoding.strategy == "autoregressive":
+        return "autoregressive, no setting being faster"
+    return f"exit_layer {decoding.exit_layer}, num_draft_tokens {decoding.num_draft_tokens}"
+
+
+def _next_step(decoding: DecodingDefaults | None, directory: Path) -> str:
+    if decoding is None:
+        return f"not tuned: layerskip tune --model {directory} --prompts FILE.jsonl finds the fastest exit and drafts"
+    return f"decoding, as layerskip tune chose: {_said(decoding)}"
 
 
 def run() -> None:

@@ -14,6 +14,7 @@ VERBS = {
     "test": ("app.cli.train", "Measure every exit on the test rows."),
     "predict": ("app.cli.train", "Write each row's loss at every exit to predictions.jsonl."),
     "data": ("app.cli.data", "Show what a config's training data look like to the model, before training."),
+    "plan": ("app.cli.plan", "Say what a config's run will take: memory, tokens, FLOPs, hours; touches no weights."),
     "generate": ("app.cli.generate", "Continue a prompt: autoregressively, from an early exit, or self-speculatively."),
     "benchmark": ("app.cli.benchmark", "Time every way to decode the same prompts, transformers' own included."),
     "export": ("app.cli.export", "Write a model as a Hugging Face directory, which plain transformers loads."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import datamodules  # noqa: F401  # its classes can then be named without their module, and suggested
+from app.cli.included_configs import with_included
 from app.cli.messages import locate
 from app.cli.parsing import OneLineErrors
 from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range
+from app.model.run_record import RUN_CONFIG_KEY
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.module import LayerSkipModule
@@ -24,6 +27,11 @@ from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
     """For Lightning's verbs."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's; a config file may be stacked on others (`app.cli.included_configs`)."""
+        given, *rest = args or (None,)
+        return super().parse_args(with_included(sys.argv[1:] if given is None else given), *rest, **kwargs)
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -41,6 +49,10 @@ class SaveFitConfig(SaveConfigCallback):
         self.config = self.config.clone()
         self.config["ckpt_path"] = None
         super().setup(trainer, pl_module, "fit")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint tells how it was made, wherever it is moved to."""
+        checkpoint[RUN_CONFIG_KEY] = self.parser.dump(self.config, skip_none=False)
 
 
 class LayerSkipCLI(LightningCLI):
@@ -74,6 +86,7 @@ class LayerSkipCLI(LightningCLI):
         check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1)
         check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
         check_range("trainer.log_every_n_steps", trainer["log_every_n_steps"] or 0, low=0)
+        _shard_over_all_devices(trainer)
 
     def instantiate_classes(self) -> None:
         """Build everything; an error in a constructor is told with the path of its field."""
@@ -115,6 +128,16 @@ class LayerSkipCLI(LightningCLI):
     def _plain_config(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()
         return plain
+
+
+def _shard_over_all_devices(trainer: Namespace) -> None:
+    """Without tensor parallelism FSDP2's group is all devices; what Lightning calls auto is the number of nodes."""
+    strategy, devices = trainer["strategy"], trainer["devices"]
+    if not (isinstance(strategy, Namespace) and strategy["class_path"].endswith(".ModelParallelStrategy")):
+        return
+    count = str(len(devices) if isinstance(devices, list) else devices)  # the command line gives digits as text
+    if strategy["init_args"]["tensor_parallel_size"] == 1 and count.isdigit():
+        strategy["init_args"]["data_parallel_size"] = trainer["num_nodes"] * int(count)
 
 
 def make_cli(kind: Callable[..., LayerSkipCLI]) -> LayerSkipCLI:

@@ -12,14 +12,14 @@ from app.protocols import Table
 History = Mapping[int, Mapping[int, ExitScore]]  # step -> exit_layer -> score
 
 
-def exit_table(history: History) -> Table:
+def exit_table(history: History, *, num_layers: int) -> Table:
     """Held-out loss of every exit at the first and the last measurement (one column if it is one), and agreement."""
     (first_step, first), (last_step, last) = min(history.items()), max(history.items())
     trend = first_step < last_step
     rows = []
     for layer, score in sorted(last.items()):
         before = (f"{first[layer].loss:.3f}" if layer in first else "-",) if trend else ()
-        name = f"{layer} (full)" if layer == max(last) else str(layer)
+        name = f"{layer} (full)" if layer == num_layers else str(layer)
         rows.append((name, *before, f"{score.loss:.3f}", f"{score.perplexity:.1f}", f"{score.agreement:.1%}"))
     return Table(
         title=f"Exits on held-out tokens after {last_step} steps" if trend else "Exits on held-out tokens",

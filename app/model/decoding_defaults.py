@@ -223,3 +223,9 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: damaged, not a JSON object")
     return content
+
+
+def untuned_generation_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's generation config as plain values, without what was tuned: weights that are trained want it anew."""
+    stored = json.loads(model.generation_config.to_json_string(use_diff=True))
+    return {name: value for name, value in stored.items() if name not in (_FIELD, _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE)}

@@ -20,10 +20,8 @@ from transformers import PreTrainedModel
 
 from app.errors import ConfigError
 from app.model.float32_products import speed_up_training
+from app.model.head_check import check_plain_head
 from app.model.head_loss import WeightedCrossEntropy, cross_entropies
-
-# Heads that do more than multiply: their logits are not hidden @ weight.T, so the chunked loss would be wrong.
-_HEAD_POST_PROCESSING = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @dataclass
@@ -140,9 +138,9 @@ class EarlyExitModel:
             raise ConfigError(
                 "model", got=config.model_type, allowed="a decoder with `layers` and `norm`, such as llama"
             )
-        post = [name for name in _HEAD_POST_PROCESSING if getattr(config, name, None) not in (None, 1.0)]
-        if post or type(head) not in (nn.Linear, LossHead):
-            got = f"{config.model_type} with {', '.join(post) or type(head).__name__}"
+        check_plain_head(config, field="model")
+        if type(head) not in (nn.Linear, LossHead):
+            got = f"{config.model_type} with {type(head).__name__}"
             raise ConfigError("model", got=got, allowed="a plain linear LM head")
         self._decoder, self._head, self._plan = decoder, head, ForwardPlan()
         for block_idx, block in enumerate(decoder.layers):

@@ -1,57 +1,186 @@
-"""Models out: a Hugging Face directory that plain transformers loads."""
+"""Models out: a Hugging Face directory that plain transformers loads, written shard by shard."""
 
 from __future__ import annotations
 
 import copy
-import shutil
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from app.errors import CheckpointError, ConfigError
+from app.model.decoding_defaults import DecodingDefaults, write_decoding_defaults
+from app.model.mapped_memory import file_mappings, page_out
+from app.model.output_directory import whole_or_absent
+
+_SHARD_NAMES = "model{suffix}.safetensors"
 
 
-def check_output_dir(output_dir: str) -> Path:
-    """The directory to write to, absolute.
+class Weights(Protocol):
+    """Tensors by Hugging Face name, one at a time; a `trained_weights.TrainedWeights` is one."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of each."""
+
+    @property
+    def read(self) -> Callable[[str], Tensor]:
+        """Gives one."""
+
+
+class InMemory:
+    """The weights of a model that was loaded."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        state = model.state_dict()
+        self.shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+        self.read: Callable[[str], Tensor] = state.__getitem__
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What a user chooses.
+
+    Attributes:
+        dtype: Of the floating-point weights; None keeps each as it is.
+        max_shard_size: Of a file of weights; digits and KB, MB, GB or TB. A single weight may be larger.
+        decoding: What `layerskip tune` chose, for generation_config.json; None leaves what the model brings.
+        readme: Text of README.md.
 
     Raises:
-        ConfigError: If it holds anything already, or is a file.
+        ConfigError: The size cannot be read.
     """
-    directory = Path(output_dir).resolve()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        fix = "choose another, or remove this one first"
-        raise ConfigError("output_dir", got=output_dir, allowed="a directory that is new or empty", fix=fix)
-    return directory
+
+    dtype: torch.dtype | None = None
+    max_shard_size: str = "5GB"
+    decoding: DecodingDefaults | None = None
+    readme: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*[KMGT]B", self.max_shard_size, re.IGNORECASE):
+            allowed = "digits and a unit, such as 5GB or 500MB"
+            raise ConfigError("max_shard_size", got=self.max_shard_size, allowed=allowed)
 
 
-def write_pretrained(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
-    """Write configuration, generation configuration, safetensors and tokenizer: all of them or, failing that, nothing.
+def architecture(config: PreTrainedConfig, generation: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A model without weights, on the meta device.
 
     Args:
-        model: If its generation config has no end of text, the tokenizer's is written.
-        tokenizer: The model's.
-        directory: New or empty.
+        config: Of the model.
+        generation: Fields of its generation config; by default those that `config` implies.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)
+    if generation is not None:
+        model.generation_config = GenerationConfig.from_dict(dict(generation))
+    return model
+
+
+def write_pretrained(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    weights: Weights | None = None,
+    settings: ExportSettings | None = None,
+) -> int:
+    """Write configuration, generation configuration, safetensors, tokenizer and README.md: all of it, or nothing.
+
+    Names, files and their bytes are those that `save_pretrained` would write. No more than one file of weights is in
+    memory at a time, beside what `weights` itself holds.
+
+    Args:
+        model: If its generation config has no end of text, the tokenizer's is written. With `weights` it may be on the
+            meta device.
+        tokenizer: The model's; None writes none.
+        directory: From `output_directory.check_output_dir`.
+        weights: Where tensors are read; by default the model's own.
+        settings: The user's choices.
+
+    Returns:
+        Number of files of weights.
 
     Raises:
-        CheckpointError: If it cannot be written, for instance because the disk is full.
+        CheckpointError: If it cannot be written, for instance because the disk is full; or if `weights` are not those
+            of the model.
     """
-    generation = copy.deepcopy(model.generation_config)
-    if generation.eos_token_id is None:
+    settings, weights = settings or ExportSettings(), weights or InMemory(model)
+    names = _stored_names(model, weights)
+    config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(exported_dtype(weights, settings.dtype)).removeprefix("torch.")
+    if tokenizer is not None and generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
-    partial = directory.with_name(f".{directory.name}.partial")  # a rename needs the same disk
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        generation.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for weights in partial.glob("*.safetensors"):  # written for their owner's eyes only
-            weights.chmod((partial / CONFIG_NAME).stat().st_mode)
-        partial.replace(directory)
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a generation config that contradicts itself
-        raise CheckpointError(f"cannot write {directory}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_or_absent(directory, readme=settings.readme) as folder:
+        num_files = _write_shards(names, weights, folder, settings=settings, num_parameters=model.num_parameters())
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        if settings.decoding is not None:
+            write_decoding_defaults(folder, settings.decoding)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return num_files
+
+
+def exported_dtype(weights: Weights, dtype: torch.dtype | None) -> torch.dtype:
+    """What `write_pretrained` makes of weights: `dtype`, or that of the first of them where it is None."""
+    own = (own for _, own in weights.shapes.values() if own.is_floating_point)
+    return dtype or next(own, torch.float32)
+
+
+def _stored_names(model: PreTrainedModel, weights: Weights) -> list[str]:
+    """The weights of the model in its order, those that are tied to another left out."""
+    own, shapes = model.state_dict(), weights.shapes
+    tied = model.all_tied_weights_keys
+    names = [name for name in own if name not in tied]
+    if unknown := sorted(shapes.keys() - own.keys()):
+        raise CheckpointError(f"{len(unknown)} weights are not of a {type(model).__name__}, the first is {unknown[0]}")
+    for name in names:
+        if name not in shapes:
+            raise CheckpointError(f"the weights of a {type(model).__name__} are not all there: {name} is missing")
+        if shapes[name][0] != own[name].shape:
+            raise CheckpointError(f"{name} has shape {[*shapes[name][0]]}, config.json says {[*own[name].shape]}")
+    return names
+
+
+def _write_shards(
+    names: list[str], weights: Weights, folder: Path, *, settings: ExportSettings, num_parameters: int
+) -> int:
+    shapes, read = weights.shapes, weights.read
+    dtypes = {
+        name: (settings.dtype if shapes[name][1].is_floating_point else None) or shapes[name][1] for name in names
+    }
+    planned = {name: torch.empty(shapes[name][0], dtype=dtypes[name], device="meta") for name in names}
+    shards = split_torch_state_dict_into_shards(
+        planned, filename_pattern=_SHARD_NAMES, max_shard_size=settings.max_shard_size
+    )
+    for file, members in shards.filename_to_tensors.items():
+        _write_shard({name: _converted(read(name), dtypes[name]) for name in members}, folder / file)
+    if shards.is_sharded:
+        metadata = {"total_parameters": num_parameters, **shards.metadata}
+        index = json.dumps({"metadata": metadata, "weight_map": shards.tensor_to_filename}, indent=2, sort_keys=True)
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index + "\n", "utf-8")
+    return len(shards.filename_to_tensors)
+
+
+def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    mappings = file_mappings()
+    for tensor in tensors.values():
+        page_out(tensor, mappings)
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    converted = tensor.detach().to(dtype).contiguous()
+    if converted.data_ptr() != tensor.data_ptr():
+        page_out(tensor, file_mappings())
+    return converted

@@ -16,16 +16,18 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     modeling_gguf_pytorch_utils,
 )
 from transformers.utils import is_accelerate_available, is_gguf_available
 from transformers.utils import logging as transformers_logging
 
 from app.errors import CheckpointError, ConfigError
+from app.model.loading import check_complete
 
 
-def open_gguf(path: Path, *, field: str) -> tuple[PreTrainedConfig, Any]:
-    """Architecture and tokenizer, from the file's metadata.
+def read_gguf_config(path: Path, *, field: str) -> PreTrainedConfig:
+    """Architecture, from the file's metadata.
 
     Raises:
         ConfigError: If the packages that read GGUF are not installed.
@@ -36,19 +38,36 @@ def open_gguf(path: Path, *, field: str) -> tuple[PreTrainedConfig, Any]:
         raise ConfigError(field, got=str(path), allowed=allowed, fix='pip install "layerskip-lightning[gguf]"')
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        return config, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the readers unpack structs and shape arrays: anything can come out of damaged bytes
+        raise _unreadable(path, error) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights will not be quantized
+    return config
+
+
+def read_gguf_tokenizer(path: Path) -> Any:
+    """Tokenizer, from the file's metadata.
+
+    Raises:
+        CheckpointError: If it is damaged, or of a kind that transformers cannot read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
         raise _unreadable(path, error) from error
 
 
-def read_gguf_weights(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
-    """Model and loading info; the weights are unpacked to `dtype`, by default to float32.
+def read_gguf_weights(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model; its weights are unpacked to `dtype`, by default to float32.
 
     `dequantize` also keeps the model free of a `quantization_config`, with which it could not be saved.
+
+    Raises:
+        CheckpointError: If the file is truncated or damaged, or weights are missing.
     """
     try:
         with _progress_on_terminals_only():
-            return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+            model, info = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 config=config,
@@ -59,6 +78,8 @@ def read_gguf_weights(path: Path, config: PreTrainedConfig, *, dtype: torch.dtyp
             )
     except Exception as error:
         raise _unreadable(path, error) from error
+    check_complete(str(path), info)
+    return model
 
 
 @contextmanager

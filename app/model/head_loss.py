@@ -112,5 +112,6 @@ def cross_entropies(
 
 def _add(total_VD: Tensor, product_VD: Tensor) -> None:
     """Add in slices: torch turns the whole of a bfloat16 product into float32 first, in memory paged in anew."""
-    for total, product in zip(total_VD.split(_ADDED_ROWS), product_VD.split(_ADDED_ROWS), strict=True):
+    slices = zip(torch.split(total_VD, _ADDED_ROWS), torch.split(product_VD, _ADDED_ROWS), strict=True)
+    for total, product in slices:
         total.add_(product)

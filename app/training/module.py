@@ -26,17 +26,18 @@ from app.evaluation.exit_quality import GroupedTokenLoss
 from app.layerskip.early_exit_loss import IGNORE_INDEX, EarlyExitLoss, early_exit_loss
 from app.layerskip.layer_dropout import draw_kept_samples, keep_scales
 from app.model.checkpoint import (
-    HF_CONFIG_KEY,
-    TOKENIZER_KEY,
     build_model,
     check_compatible,
     load_config,
     load_pretrained,
     tokenizer_to_files,
 )
+from app.model.decoding_defaults import untuned_generation_config
 from app.model.early_exit import EarlyExitModel
 from app.model.parallel import shard
+from app.model.run_record import GENERATION_CONFIG_KEY
 from app.model.spans import SpanDecoder
+from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
 from app.training.optim import LR_SCHEDULES, LRSchedule, lr_factor, parameter_groups
 
@@ -56,11 +57,14 @@ class LayerSkipModule(LightningModule):
     Args:
         config: Architecture to initialise at random, e.g. a transformers.LlamaConfig. Exactly one of `config` and
             `pretrained` is given.
-        pretrained: Directory (or hub id) of a Hugging Face checkpoint to continue from; safetensors only.
+        pretrained: What to continue from: a Hugging Face directory or hub id (safetensors only), a .gguf file, or the
+            weights of another run's checkpoint, a .ckpt file or a directory of FSDP2.
         optimizer: Called with the parameter groups; AdamW (3e-4, betas 0.9/0.95, decay 0.1) by default.
         lr_schedule: constant, linear or cosine, after the warmup; all but constant need trainer.max_steps.
         warmup_steps: Optimizer steps of linear warmup, >= 0.
         final_lr_ratio: Learning rate at the last step over the peak, in [0, 1].
+        activation_checkpointing: Keep a block's input alone and compute the block again in the backward: memory for a
+            third more time.
         seed: Of the random initialisation and the dropout masks; the command line links it to seed_everything.
 
     Raises:
@@ -76,6 +80,7 @@ class LayerSkipModule(LightningModule):
         lr_schedule: LRSchedule = "cosine",
         warmup_steps: int = 0,
         final_lr_ratio: float = 0.1,
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -87,6 +92,7 @@ class LayerSkipModule(LightningModule):
         check_range("final_lr_ratio", final_lr_ratio, low=0, high=1)
         self.config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
         self.pretrained, self.seed = pretrained, seed
+        self.activation_checkpointing = activation_checkpointing
         self._optimizer, self._lr_schedule = optimizer, lr_schedule
         self._warmup_steps, self._final_lr_ratio = warmup_steps, final_lr_ratio
         self._dropout_rates: tuple[float, ...] = (0.0,) * self.num_layers
@@ -170,6 +176,8 @@ class LayerSkipModule(LightningModule):
         self.model = load_pretrained(self.pretrained) if self.pretrained else build_model(self.config, seed=self.seed)
         self.model.train()  # transformers loads in eval mode and Lightning keeps that: no block would ever drop
         self._network = EarlyExitModel(self.model)
+        if self.activation_checkpointing:  # masks are drawn outside the blocks, so that both computations use the same
+            self.model.activation_checkpointing_enable()
         if self.device_mesh is not None:  # of ModelParallelStrategy
             shard(self, blocks=self.model.get_decoder().layers, mesh=self.device_mesh["data_parallel"])
 
@@ -348,6 +356,8 @@ class LayerSkipModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the architecture and the tokenizer, as plain values."""
         checkpoint[HF_CONFIG_KEY] = json.loads(self.config.to_json_string(use_diff=False))
+        if self.pretrained and self.model is not None:  # where a text ends, how it is sampled
+            checkpoint[GENERATION_CONFIG_KEY] = untuned_generation_config(self.model)
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, TokenizerOwner):
             checkpoint[TOKENIZER_KEY] = tokenizer_to_files(datamodule.tokenizer)

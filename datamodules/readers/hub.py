@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
 
 from app.errors import DataError
 from datamodules.readers.chunks import stride
+from datamodules.readers.files import FileList
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.json_field import JsonField
 from datamodules.readers.records import BadRecord, LostRecords, Record
 from datamodules.sources import Document, Source
+
+log = logging.getLogger(__name__)
 
 _BATCH_ROWS = 16  # several times as fast as one, and as few are lost with a damaged one
 
@@ -22,12 +31,13 @@ class HubReader:
     def __init__(self, source: Source, *, min_chunks: int) -> None:
         self._name, self._max_bytes = f"{source.path}[{source.split}]", source.max_bytes
         self._field = JsonField(source.field)
-        self._dataset, self._column = _open(source)
+        builder, self._dataset, self._column = _open(source)
         num_shards = int(self._dataset.num_shards)
         self._stride = stride(num_shards, min_chunks=min_chunks, source=source.name, unit="shard")
         self.num_chunks = num_shards * self._stride
-        parts = [repr((source.path, source.config_name, source.split, source.data_files)).encode()]
-        self.fingerprint = fingerprint(source, parts, num_shards, self._stride)
+        chosen = repr((source.path, source.config_name, source.split, source.data_files)).encode()
+        prefix, parts = _identity(source, builder)
+        self.fingerprint = prefix + fingerprint(source, [chosen, *parts], num_shards, self._stride)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
         """The records of `chunk` from index `start` on."""
@@ -60,29 +70,41 @@ class _Row(NamedTuple):
     value: object
 
 
-def _open(source: Source) -> tuple[Any, str]:
-    """The datasets.IterableDataset with only the column that is needed, and its name."""
+def _identity(source: Source, builder: Any) -> tuple[str, Iterable[bytes]]:
+    """What tells the dataset from a later state of it: a prefix for people to read, and what to hash."""
+    root = Path(source.path or "")
+    if not root.is_dir():
+        commit = str(builder.hash)  # to which `datasets` resolved the revision
+        log.info("source %r: dataset %r at revision %s", source.name, source.path, commit)
+        return f"{commit[:7]}-", [commit.encode()]
+    found = {Path(file) for part in (builder.config.data_files or {}).values() for file in part}
+    files = sorted(file for file in found if file.is_file())
+    names = [os.fsencode(os.path.relpath(file, root)) for file in files]
+    sizes = np.array([file.stat().st_size for file in files], dtype=np.int64)
+    return "", FileList(root, pa.array(names, pa.large_binary()), sizes).digest_parts()
+
+
+def _open(source: Source) -> tuple[Any, Any, str]:
+    """The dataset's builder, the datasets.IterableDataset with only the column that is needed, and its name."""
     import datasets  # takes a second, which runs without a hub source need not wait
 
     where = f"source {source.name!r}: dataset {source.path!r}"
     try:
-        dataset = datasets.load_dataset(
-            source.path,
-            source.config_name,
-            split=source.split,
-            data_files=list(source.data_files) or None,
-            streaming=True,
+        # As load_dataset(streaming=True) does, which keeps to itself which commit it found.
+        builder = datasets.load_dataset_builder(
+            source.path, source.config_name, data_files=list(source.data_files) or None, revision=source.revision
         )
+        dataset = builder.as_streaming_dataset(split=source.split)
         columns = None if dataset.features is None else list(dataset.features)
     except Exception as error:  # whatever the library or the network may raise
         raise DataError(
-            f"{where} cannot be opened: {_reason(error)}; check path, config_name, split and data_files, the network,"
-            " and for private or gated ones `hf auth login`"
+            f"{where} cannot be opened: {_reason(error)}; check path, config_name, split, revision and data_files,"
+            " the network, and for private or gated ones `hf auth login`"
         ) from error
     column = source.field if columns and source.field in columns else source.field.split(".")[0]
     if columns is not None and column not in columns:
         raise DataError(f"{where} has no column {source.field!r}; it has {', '.join(columns)}; correct field")
-    return dataset.select_columns([column]), column
+    return builder, dataset.select_columns([column]), column
 
 
 def _reason(error: Exception) -> str:

@@ -33,7 +33,7 @@ class LineReader:
 
     def __init__(self, source: Source, files: FileList, *, min_chunks: int, seed: int) -> None:
         self._text = JsonField(source.field).read if source.kind == "jsonl" else decode
-        self._max_bytes = source.max_bytes
+        self._source, self._max_bytes = source, source.max_bytes
         compressed = np.array([is_compressed(files.name(file)) for file in range(len(files))])
         self._plain, self._compressed = files.take(np.flatnonzero(~compressed)), files.take(np.flatnonzero(compressed))
         self._ranges = ByteRanges(self._plain.sizes, min_chunks=min_chunks, seed=seed)
@@ -42,14 +42,14 @@ class LineReader:
             self._groups.num_chunks, min_chunks=min_chunks, source=source.name, unit="compressed file"
         )
         self.num_chunks = self._ranges.num_chunks + self._groups.num_chunks * self._stride
-        layout = (
-            self._ranges.num_chunks,
-            self._ranges.order,
-            self._groups.num_chunks,
-            self._groups.order,
-            self._stride,
-        )
-        self.fingerprint = fingerprint(source, files.digest_parts(), *layout)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the source; see `datamodules.readers.records.Reader`."""
+        ranges, groups = self._ranges, self._groups
+        layout = (ranges.num_chunks, ranges.order, groups.num_chunks, groups.order, self._stride)
+        parts = chain(self._plain.digest_parts(), self._compressed.digest_parts())
+        return fingerprint(self._source, parts, *layout)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
         """The records of `chunk` from index `start` on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class ParquetReader:
     """Chunks are groups of row groups, or every m-th row of one; see `datamodules.readers.records.Reader`."""
 
     def __init__(self, source: Source, files: FileList, *, min_chunks: int, seed: int) -> None:
-        self._files, self._field, self._max_bytes = files, source.field, source.max_bytes
+        self._source, self._files, self._field, self._max_bytes = source, files, source.field, source.max_bytes
         # [num_units, 3]: file, row group, bytes
         units = np.array([unit for file in range(len(files)) for unit in self._units_of(file)], np.int64).reshape(-1, 3)
         if (units[:, 1] == _WHOLE_FILE).all():
@@ -40,8 +41,12 @@ class ParquetReader:
         self._groups = Groups(units[:, 2], min_chunks=min_chunks, seed=seed)
         self._stride = stride(self._groups.num_chunks, min_chunks=min_chunks, source=source.name, unit="row group")
         self.num_chunks = self._groups.num_chunks * self._stride
-        layout = (units, self._groups.num_chunks, self._groups.order, self._stride)
-        self.fingerprint = fingerprint(source, files.digest_parts(), *layout)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the source; see `datamodules.readers.records.Reader`."""
+        layout = (self._units, self._groups.num_chunks, self._groups.order, self._stride)
+        return fingerprint(self._source, self._files.digest_parts(), *layout)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
         """The records of `chunk` from index `start` on."""

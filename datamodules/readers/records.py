@@ -47,7 +47,7 @@ class Reader(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of names, sizes and chunk layout; no content is read for it."""
+        """A hash of names, sizes, a little of the content and chunk layout."""
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
         """The records of `chunk` from index `start` on; a bad record counts like a good one.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
 
 from datamodules.readers.chunks import Groups
+from datamodules.readers.docstrings import docstrings
 from datamodules.readers.files import TOPICS, FileList
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.records import BadRecord, Record
@@ -26,7 +28,11 @@ class WholeFileReader:
         self._source, self._files = source, files
         self._groups = Groups(files.sizes + np.int64(_FILE_COST), min_chunks=min_chunks, seed=seed)
         self.num_chunks = self._groups.num_chunks
-        self.fingerprint = fingerprint(source, files.digest_parts(), self.num_chunks, self._groups.order)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the source; see `datamodules.readers.records.Reader`."""
+        return fingerprint(self._source, self._files.digest_parts(), self.num_chunks, self._groups.order)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
         """The records of `chunk` from index `start` on."""
@@ -56,25 +62,21 @@ class WholeFileReader:
             yield module
             return
         try:
-            tree = ast.parse(module.text)
-        except (SyntaxError, ValueError, RecursionError) as error:
+            yield from _topics(module) if module.name == TOPICS else _docstrings(module)
+        except (SyntaxError, ValueError) as error:
             yield BadRecord(module.name, f"not Python: {error}")
-            return
-        yield from _topics(module.name, tree) if module.name == TOPICS else _docstrings(module, tree)
 
 
-def _topics(name: str, tree: ast.Module) -> Iterator[Document]:
+def _topics(module: Document) -> Iterator[Document]:
     """The documentation topics, each a document."""
-    table = next(node.value for node in tree.body if isinstance(node, ast.Assign))
+    (table,) = (node.value for node in ast.parse(module.text).body if isinstance(node, ast.Assign))
     for topic, body in ast.literal_eval(table).items():
-        yield Document(f"{name}:{topic}", body, origin=body)
+        yield Document(f"{module.name}:{topic}", body, origin=body)
 
 
-def _docstrings(module: Document, tree: ast.Module) -> Iterator[Document]:
+def _docstrings(module: Document) -> Iterator[Document]:
     """All long docstrings of a module as one document."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
-    prose = [docstring for docstring in found if len(docstring) >= _MIN_DOCSTRING_CHARS]
-    if prose:  # headed by the module's name, so that no two modules give the same document
+    if prose := docstrings(module.text, min_chars=_MIN_DOCSTRING_CHARS):
+        # headed by the module's name, so that no two modules give the same document
         text = "\n\n".join([module.name.removesuffix(".py"), *prose]) + "\n"
         yield Document(module.name, text, origin=module.text)

@@ -85,7 +85,15 @@ def test_packing_can_be_compared_before_training(data):
         (["--data.seq_len", "1"], "data.init_args.seq_len: got 1, allowed [2, inf)"),
         (["--data.sources.notes.field", "body"], "source 'notes'"),
         (["--data.max_bad_share", "0.001"], "source 'notes': 1 of 91 records are bad"),
+        (
+            ["--data.seq_len", "x"],
+            "data.seq_len: got x, allowed int (a whole number)\n(options: layerskip data --help)",
+        ),
+        (["--seq_len", "8"], "seq_len: unknown key"),
+        (["--num_batches", "x"], "argument --num_batches: invalid int value: 'x'\n(options: layerskip data --help)"),
     ],
 )
 def test_a_mistake_is_told_in_one_message(data, arguments, message):
-    assert message in data(*arguments, status=2).err
+    err = data(*arguments, status=2).err
+    assert message in err
+    assert "layerskip fit" not in err

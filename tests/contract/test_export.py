@@ -2,18 +2,26 @@
 
 import errno
 import json
-import multiprocessing
-import os
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.model.checkpoint import load_for_decoding
+from app.model.decoding_defaults import Conditions, DecodingDefaults, read_decoding_defaults, write_decoding_defaults
 from tests.support.runs import cli, make_data, make_module, make_trainer
 from tests.support.tiny_models import tiny_llama
 
-FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,9 @@ def test_checkpoint_becomes_a_directory_that_plain_transformers_loads(run, tmp_p
     out = tmp_path / "new" / "out"
     assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(out)) == 0
     size = sum(parameter.numel() for parameter in load_for_decoding(run, dtype=None)[0].parameters())
-    assert capsys.readouterr().out == f"{out}: LlamaForCausalLM, {size:,} parameters, float32\n"
+    told, next_step = capsys.readouterr().out.splitlines()  # nothing of another dtype that it started from
+    assert told == f"{out}: LlamaForCausalLM, {size:,} parameters, float32, in 1 file"
+    assert next_step.startswith(f"not tuned: layerskip tune --model {out} ")
     assert {file.name for file in out.iterdir()} == FILES
     assert len({file.stat().st_mode for file in out.iterdir()}) == 1  # readable for whom the others are
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
@@ -64,7 +74,7 @@ def test_directory_becomes_one_of_the_dtype_asked_for(directory, tmp_path, monke
     assert (
         cli(monkeypatch, "export", "--model", directory, "--output_dir", str(tmp_path / "out"), "--dtype", dtype) == 0
     )
-    assert capsys.readouterr().out.endswith(f" parameters, {expected}\n")
+    assert f" parameters, {expected}, in 1 file\n" in capsys.readouterr().out
     assert_same_model(directory, tmp_path / "out", dtype=getattr(torch, expected))
 
 
@@ -81,8 +91,15 @@ MISTAKES = [
     (["--output_dir", "out"], f"model: got 'neither', {ONE_OF}"),
     (["--model", "a", "--ckpt_path", "b", "--output_dir", "out"], f"model: got 'both', {ONE_OF}"),
     (["--ckpt_path", "absent.ckpt", "--output_dir", "out"], "ckpt_path: got 'absent.ckpt', allowed a Hugging Face"),
-    (["--model", "RUN", "--output_dir", "full"], "output_dir: got 'full', allowed a directory that is new or empty"),
+    (["--model", "RUN", "--output_dir", "full"], "output_dir: got 'full', allowed a directory that is new, empty or"),
+    (["--model", "RUN", "--output_dir", "full", "--overwrite", "true"], "it holds something else: choose another"),
     (["--model", "RUN", "--output_dir", "full/kept"], "output_dir: got 'full/kept', allowed a directory that is new"),
+    (["--model", "RUN", "--output_dir", "out", "--license", "Apache 2"], "license: got 'Apache 2', allowed an identif"),
+    (["--model", "RUN", "--output_dir", "out", "--max_shard_size", "5"], "max_shard_size: got '5', allowed digits and"),
+    (
+        ["--model", "RUN", "--output_dir", "out", "--generation_defaults", "no"],
+        "generation_defaults: got 'no', allowed",
+    ),
     (["--model", "RUN", "--output_dir", "full/kept/out"], "cannot write"),
     (["--model", "RUN", "--output_dir", "out", "--dtype", "int8"], "dtype: got int8, allowed auto | float32 | "),
     (["--model", "RUN", "--output_dir", "out", "--foo", "1"], "foo: unknown key"),
@@ -107,23 +124,194 @@ def test_a_full_disk_ends_with_status_2_and_leaves_nothing(run, tmp_path, monkey
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)  # after the weights
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", fail)  # after the weights
     assert cli(monkeypatch, "export", "--model", run, "--output_dir", str(tmp_path / "out")) == 2
     assert "out: [Errno 28] No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_export_leaves_no_output_and_the_next_one_clears_up(run, tmp_path, monkeypatch):
-    def export_and_die():
-        patch = pytest.MonkeyPatch()
-        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", lambda *args, **kwargs: os._exit(9))
-        cli(patch, "export", "--model", run, "--output_dir", str(tmp_path / "out"))
+# -- what a user gets out of it ----------------------------------------------------------------------------------------
 
-    child = multiprocessing.get_context("fork").Process(target=export_and_die)
-    child.start()
-    child.join(timeout=60)
-    assert child.exitcode == 9
-    assert [entry.name for entry in tmp_path.iterdir()] == [".out.partial"]
-    assert cli(monkeypatch, "export", "--model", run, "--output_dir", str(tmp_path / "out")) == 0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-    assert {file.name for file in (tmp_path / "out").iterdir()} == FILES
+
+def test_transformers_drafts_from_an_exit_of_it_and_writes_what_it_writes_without(run, tmp_path, monkeypatch):
+    assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(tmp_path / "out")) == 0
+    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    inputs, depths = tokenizer("def function(x):", return_tensors="pt"), []
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    model.lm_head.register_forward_pre_hook(lambda *_: depths.append(model.config.num_hidden_layers))
+    for exit_layer in (1, 3):
+        drafted = model.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_early_exit=exit_layer)
+        assert torch.equal(drafted, expected)
+    assert set(depths) == {1, 3, 4}  # it did draft
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_goes_in_and_is_not_trained_comes_out_bit_by_bit(tied, run, tmp_path, monkeypatch, capsys):
+    model = tiny_llama(vocab_size=300, tied=tied, num_layers=4).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "in")
+    trainer = make_trainer(tmp_path, max_steps=1, limit_train_batches=0, callbacks=[])
+    trainer.fit(make_module(config=None, pretrained=str(tmp_path / "in")), datamodule=make_data(tmp_path))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    arguments = ["--ckpt_path", str(tmp_path / "run.ckpt"), "--output_dir"]
+    assert cli(monkeypatch, "export", *arguments, str(tmp_path / "out"), "--dtype", "bfloat16") == 0
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "in" / file).read_bytes()
+    capsys.readouterr()
+    assert cli(monkeypatch, "export", *arguments, str(tmp_path / "as_trained")) == 0
+    assert "its weights are float32, as they were trained; it started from bfloat16: --dtype" in capsys.readouterr().out
+
+
+def test_many_files_of_weights_are_one_model(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(out), "--max_shard_size", "50KB") == 0
+    number = len([*out.glob("model-*.safetensors")])
+    assert f"float32, in {number} files\n" in capsys.readouterr().out
+    assert number > 1
+    assert_same_model(run, out, dtype=torch.float32)
+
+
+# -- tuned -------------------------------------------------------------------------------------------------------------
+
+TUNED = DecodingDefaults(
+    strategy="self_speculative",
+    exit_layer=2,
+    num_draft_tokens=3,
+    measured_speedup=1.5,
+    conditions=Conditions(dtype="float32", device_type="cpu", threads=1),
+)
+
+
+def defaults_of(directory):
+    return read_decoding_defaults(AutoModelForCausalLM.from_pretrained(directory))
+
+
+def test_exporting_again_over_a_tuned_directory_keeps_what_was_tuned_and_the_licence(
+    run, tmp_path, monkeypatch, capsys
+):
+    export = ["export", "--ckpt_path", run, "--output_dir", str(tmp_path / "out")]
+    assert cli(monkeypatch, *export, "--license", "mit") == 0
+    assert defaults_of(tmp_path / "out") is None
+    write_decoding_defaults(tmp_path / "out", TUNED)
+    assert cli(monkeypatch, *export, "--dtype", "bfloat16") == 0
+    assert defaults_of(tmp_path / "out") == TUNED
+    content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (content["assistant_early_exit"], content["num_assistant_tokens"]) == (2, 3)
+    readme = ModelCard.load(tmp_path / "out" / "README.md")
+    assert readme.data.license == "mit"
+    assert "chose drafts of 3 tokens from exit 2" in readme.text
+    printed = capsys.readouterr()
+    assert "kept from the directory that was there: exit_layer 2, num_draft_tokens 3" in printed.err
+    assert "kept from the card that was there: license mit" in printed.err
+    assert "decoding, as layerskip tune chose: exit_layer 2, num_draft_tokens 3" in printed.out
+
+
+def test_what_was_tuned_for_more_blocks_is_not_kept_and_that_is_said(run, tmp_path, monkeypatch, capsys):
+    export = ["export", "--ckpt_path", run, "--output_dir", str(tmp_path / "out")]
+    assert cli(monkeypatch, *export) == 0
+    write_decoding_defaults(tmp_path / "out", replace(TUNED, exit_layer=7))
+    assert cli(monkeypatch, *export) == 0
+    assert defaults_of(tmp_path / "out") is None
+    assert "does not fit this model and is not kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["directory", "its file", "tune --json"])
+def test_what_tune_found_can_be_given(form, run, directory, tmp_path, monkeypatch):
+    assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(tmp_path / "tuned")) == 0
+    write_decoding_defaults(tmp_path / "tuned", TUNED)
+    (tmp_path / "tune.json").write_text(json.dumps(asdict(TUNED) | {"reason": "fastest", "stored": None}))
+    given = {"directory": "tuned", "its file": "tuned/generation_config.json", "tune --json": "tune.json"}[form]
+    arguments = ["--output_dir", str(tmp_path / "out"), "--generation_defaults", str(tmp_path / given)]
+    assert cli(monkeypatch, "export", "--ckpt_path", run, *arguments) == 0
+    assert defaults_of(tmp_path / "out") == TUNED
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "allowed what layerskip tune stored; nothing of the kind is in it"),
+        ("[1]", "allowed a tuned model directory, a generation_config.json, or the output of layerskip tune --json"),
+        ("{", "allowed a tuned model directory"),
+        (json.dumps({"strategy": "self_speculative", "exit_layer": 4, "num_draft_tokens": 1}), "exit_layer: got 4"),
+    ],
+)
+def test_defaults_that_are_none_or_do_not_fit_are_refused(content, message, run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tune.json").write_text(content)
+    given = ["--generation_defaults", str(tmp_path / "tune.json")]
+    assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(tmp_path / "out"), *given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tuned_directory_exported_elsewhere_is_tuned_and_has_its_card(run, tmp_path, monkeypatch):
+    assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(tmp_path / "first")) == 0
+    write_decoding_defaults(tmp_path / "first", TUNED)
+    arguments = ["--model", str(tmp_path / "first"), "--output_dir", str(tmp_path / "second"), "--license", "mit"]
+    assert cli(monkeypatch, "export", *arguments) == 0
+    assert defaults_of(tmp_path / "second") == TUNED
+    first, second = (ModelCard.load(tmp_path / name / "README.md") for name in ("first", "second"))
+    assert (first.data.license, second.data.license) == ("unknown", "mit")
+    assert second.text.split("<!--")[0] == first.text.split("<!--")[0]
+    assert cli(monkeypatch, "export", *arguments) == 0  # its signature is its own
+
+
+# -- the card of a run -------------------------------------------------------------------------------------------------
+
+FIT = {
+    "trainer.max_steps": "2",
+    "trainer.limit_val_batches": "1",
+    "trainer.val_check_interval": "2",
+    "trainer.check_val_every_n_epoch": "null",
+    "trainer.enable_progress_bar": "false",
+    "trainer.callbacks": '[{"class_path": "callbacks.ExitQualityMonitor"}, {"class_path":'
+    ' "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": true}}]',
+    "model.lr_schedule": "constant",
+    "layer_dropout.max_dropout_rate": "0.25",
+    "early_exit.curriculum": "rotational",
+    "early_exit.rotation_interval": "3",
+    "data": "datamodules.TextCodeDataModule",
+    "data.seq_len": "24",
+    "data.batch_size": "4",
+    "data.validation_share": "0.2",
+    "data.vocab_size": "300",
+}
+
+
+def test_the_card_of_a_run_tells_its_recipe_data_and_exits(directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpus = str(make_data(tmp_path)._sources[0].path)
+    sources = json.dumps({"mine": {"kind": "files", "path": corpus}})
+    options = FIT | {"model.pretrained": directory, "data.sources": sources, "data.tokenizer": directory}
+    assert cli(monkeypatch, "fit", *[f"--{name}={value}" for name, value in options.items()]) == 0
+    checkpoint = next(tmp_path.rglob("last.ckpt")).rename(tmp_path / "moved.ckpt")
+    assert cli(monkeypatch, "export", "--ckpt_path", str(checkpoint), "--output_dir", "out") == 0
+    readme = ModelCard.load(tmp_path / "out" / "README.md")
+    assert readme.data.base_model == "hf"
+    assert str(tmp_path) not in readme.content  # no path of this machine, nor of the corpus
+    for line in (
+        "| started from | hf |",
+        "| optimizer steps | 2 of 2 |",
+        "| tokens seen | 192 |",
+        "| layer dropout | max_dropout_rate 0.25, depth_scale exponential, time_scale constant |",
+        "| mine | files | 100.0% | 100.0% | 192 |",
+        "after 2 steps; loss in nats",
+    ):
+        assert line in readme.text
+    assert len([line for line in readme.text.splitlines() if line.endswith("% |")]) == 4  # exits
+
+
+def test_what_a_pretrained_model_says_of_generation_comes_out_but_not_what_was_tuned_for_it(tmp_path, monkeypatch):
+    model = tiny_llama(vocab_size=300, max_length=128)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[0, 7], temperature=0.6, do_sample=True, assistant_early_exit=2, num_assistant_tokens=3
+    )
+    model.generation_config.layerskip = {"strategy": "autoregressive"}
+    model.save_pretrained(tmp_path / "hf")
+    trainer = make_trainer(tmp_path, max_steps=1, limit_train_batches=0, callbacks=[])
+    trainer.fit(make_module(config=None, pretrained=str(tmp_path / "hf")), datamodule=make_data(tmp_path))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    arguments = ["--ckpt_path", str(tmp_path / "run.ckpt"), "--output_dir", str(tmp_path / "out")]
+    assert cli(monkeypatch, "export", *arguments) == 0
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.eos_token_id, generation.temperature, generation.do_sample) == ([0, 7], 0.6, True)
+    assert generation.assistant_early_exit is None
+    assert not hasattr(generation, "layerskip")

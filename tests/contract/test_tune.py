@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from app.evaluation import tuning
-from app.model.checkpoint import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
 from app.model.decoding_defaults import Conditions, read_decoding_defaults
 from app.model.tokenizer_files import tokenizer_to_files
+from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
 from tests.support.runs import cli
 from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level

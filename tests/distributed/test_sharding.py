@@ -28,7 +28,7 @@ from tests.support.tiny_models import tiny_config
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def train(root, *, ranks, extra=()):
+def train(root, *, ranks, extra=(), **settings):
     recorder = Recorder()
     trainer = make_trainer(
         root,
@@ -47,7 +47,7 @@ def train(root, *, ranks, extra=()):
         accumulate_grad_batches=2 // ranks,  # the same global batch
     )
     # SGD, since Adam's first steps are signs: they would blow rounding up
-    module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=0.3))
+    module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=0.3), **settings)
     trainer.fit(module, datamodule=make_data(root, num_lanes=2))
     return {
         "sharded": sum(map(is_sharded, module.parameters())),
@@ -76,6 +76,20 @@ def test_two_sharded_ranks_train_as_one_process_with_the_same_global_batch(tmp_p
             assert first["metrics"][name] == pytest.approx(expected, abs=1e-5), name
     assert first["dropped"] == second["dropped"]
     assert any(1.0 in shares for shares in first["dropped"])  # a block that nobody went through
+
+
+def train_sharded_and_checkpointed(root):
+    return train(root, ranks=2, activation_checkpointing=True)
+
+
+@pytest.mark.distributed
+def test_two_sharded_ranks_train_the_same_with_activation_checkpointing(tmp_path):
+    make_data(tmp_path).prepare_data()
+    plain, checkpointed = (
+        run_ranks(function, tmp_path)[0] for function in (train_sharded, train_sharded_and_checkpointed)
+    )
+    for name, expected in plain["weights"].items():
+        assert abs(checkpointed["weights"][name] - expected).max() < 1e-6, name
 
 
 class Poison(Callback):

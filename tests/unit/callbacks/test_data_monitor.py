@@ -10,9 +10,8 @@ from tests.support.runs import make_data, make_module, make_trainer
 def test_shares_epochs_and_skipped_records_are_logged(tmp_path):
     monitor = DataMonitor()
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[monitor], log_every_n_steps=2, accumulate_grad_batches=2)
-    data = make_data(tmp_path)
+    data = make_data(tmp_path, max_bad_share=0.5)
     (tmp_path / "corpus" / "empty.py").write_text("")
-    data._settings = data._settings.__class__(**{**vars(data._settings), "max_bad_share": 0.5})
     trainer.fit(make_module(), datamodule=data)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("data/")}
     delivered = data.source_statistics()["code"]

@@ -51,8 +51,13 @@ def test_every_row_comes_exactly_once_an_epoch_whatever_the_ranks(
     assert min(sizes) >= 1
     assert max(sizes) <= 8
     assert max(sizes) - min(sizes) <= 2  # no small remainder
-    assert {len(batches) for batches in ranks} == {len(ranks[0])}
-    assert len(ranks[0]) % accumulate == 0
+    steps = -(-num_rows // (8 * world_size * accumulate))  # as few as batches of 8 allow
+    assert [len(batches) for batches in ranks] == [steps * accumulate] * world_size
+
+
+@pytest.mark.parametrize(("position", "limit", "left"), [(0, 1.0, 125), (100, 1.0, 25), (125, 1.0, 125), (3, 10, 7)])
+def test_an_iteration_ends_with_the_epoch_wherever_it_begins(position: int, limit: float, left: int) -> None:
+    assert len(list(sampler(position=lambda: position, limit=limit))) == left
 
 
 def test_the_second_epoch_has_the_same_rows_in_other_batches() -> None:
@@ -82,6 +87,20 @@ def test_a_batch_is_the_same_whenever_it_is_asked_for() -> None:
     forth = [buckets.batch(k).tolist() for k in range(400)]
     back = [buckets.batch(k).tolist() for k in reversed(range(400))]
     assert forth == back[::-1]
+
+
+def test_an_epoch_is_drawn_once_also_where_two_meet() -> None:
+    buckets = LengthBuckets(LENGTHS, num_batches=125, seed=0)
+    first, second = buckets.batch(124), buckets.batch(125)
+    assert buckets.batch(124) is first
+    assert buckets.batch(125) is second
+
+
+def test_no_more_than_64_batches_are_sorted_together() -> None:
+    lengths = np.random.default_rng(0).permutation(8192)
+    buckets = LengthBuckets(lengths, num_batches=1024, seed=0)
+    spreads = [int(np.ptp(lengths[buckets.batch(k)])) for k in range(1024)]
+    assert 7 / 9 < np.mean(spreads) / (8192 / 64 * 7 / 8) < 9 / 7  # 7 of the gaps between 512 rows
 
 
 def padding(batches: list[list[int]]) -> float:
@@ -120,6 +139,8 @@ def test_too_few_rows_for_a_step_are_refused_with_the_numbers() -> None:
     assert len(sampler(num_rows=8, world_size=2, accumulate=4)) == 4
     with pytest.raises(DataError, match="7 training rows are fewer than one for each of 2 devices and 4 micro-batches"):
         sampler(num_rows=7, world_size=2, accumulate=4)
+    with pytest.raises(DataError, match="0 training rows are fewer than one for each of 1 devices"):
+        sampler(num_rows=0)
 
 
 def best_fit(lengths: list[int], *, capacity: int) -> list[list[int]]:

@@ -53,6 +53,29 @@ def test_best_fit_by_hand() -> None:
     ]
 
 
+def test_the_end_of_a_block_is_nothing_to_split_and_the_end_of_a_group_to_best_fit() -> None:
+    first, second = arrays([[1], [2, 3]])
+    split, best_fit = (list(pack(iter([first, None, None, second, None]), seq_len=6)) for pack in PACKINGS.values())
+    assert [packed.row.input_ids[: packed.row.num_tokens].tolist() for packed in split] == [[1, EOS, 2, 3, EOS]]
+    assert [packed.row.input_ids[: packed.row.num_tokens].tolist() for packed in best_fit] == [[1, EOS], [2, 3, EOS]]
+    assert [(packed.finished, packed.within) for packed in best_fit] == [(1, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_each_row_tells_where_the_next_begins(packing: Packing) -> None:
+    documents = iter(arrays([[1] * 5, [2] * 11, [3] * 2]))
+    places = [(packed.finished, packed.within) for packed in PACKINGS[packing](documents, seq_len=6)]
+    assert (
+        places
+        == {
+            "split": [(1, 0), (1, 6), (2, 0), (3, 0)],  # documents, and tokens of the next one
+            "best_fit": [(0, 1), (0, 2), (0, 3), (3, 0)],  # documents of whole groups, and rows of the next one
+        }[packing]
+    )
+    groups = PACKINGS["best_fit"](iter(arrays([[7] * 23] * 40)), seq_len=24)  # 32 rows of tokens are a group
+    assert [packed.finished for packed in groups] == [0] * 31 + [32] + [32] * 7 + [40]
+
+
 @given(some_documents, st.integers(2, 9))
 def test_splitting_against_a_loop_over_documents(documents: Documents, seq_len: int) -> None:
     inputs, labels, positions = [], [], []

@@ -15,7 +15,14 @@ EFFECTIVE: dict[SourceKind, dict[str, Any]] = {
     "lines": {"path": "a", "glob": "*.txt", "exclude": ("b/",)},
     "jsonl": {"path": "a", "glob": "*.json", "exclude": ("b/",), "field": "content"},
     "parquet": {"path": "a", "glob": "*.pq", "exclude": ("b/",), "field": "content"},
-    "hub": {"path": "a/b", "field": "content", "config_name": "en", "split": "test", "data_files": ("a.json",)},
+    "hub": {
+        "path": "a/b",
+        "field": "content",
+        "config_name": "en",
+        "split": "test",
+        "revision": "v1",
+        "data_files": ("a.json",),
+    },
 }
 ALL_FIELDS = EFFECTIVE["hub"] | EFFECTIVE["files"]
 

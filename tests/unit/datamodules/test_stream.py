@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,56 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import DataError
-from datamodules.packing import Row, Tokens
+from datamodules import source_stream
+from datamodules.packing import Row
 from datamodules.readers.records import EMPTY, BadRecord, LostRecords, Record
+from datamodules.source_blocks import Place
 from datamodules.sources import Document, Source
-from datamodules.stream import Lane, LaneState, StreamSettings
-
-SEQ_LEN = 8
-
-
-class ListReader:
-    """Chunks given as lists of texts; None is a bad record."""
-
-    fingerprint = "lists"
-
-    def __init__(self, chunks: Sequence[Sequence[str | None]]) -> None:
-        self._chunks, self.num_chunks = chunks, len(chunks)
-        self.opened: list[tuple[int, int]] = []
-
-    def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
-        self.opened.append((chunk, start))
-        for index, text in enumerate(self._chunks[chunk][start:], start):
-            place = f"{chunk}:{index}"
-            yield BadRecord(place, "bad") if text is None else Document(place, text, origin=text)
-
-
-def chunks(*sizes: int, length: int = 5, first: int = 1) -> list[list[str | None]]:
-    """Documents of `length` equal characters; each its own character."""
-    numbers = iter(range(first, 10_000))
-    return [[chr(next(numbers)) * length for _ in range(size)] for size in sizes]
-
-
-def encode(texts: Sequence[str]) -> list[Tokens]:
-    return [np.array([*map(ord, text), 0], dtype=np.int32) for text in texts]
-
-
-def make_settings(**changes: Any) -> StreamSettings:
-    defaults: dict[str, Any] = {
-        "seq_len": SEQ_LEN,
-        "packing": "split",
-        "long_documents": "split",
-        "shuffle_megabytes": 40e-6,
-        "validation_share": 0.0,
-        "max_bad_share": 0.5,
-        "seed": 3,
-        "num_lanes": 1,
-    }
-    return StreamSettings(**(defaults | changes))
+from datamodules.stream import Lane, LaneState
+from tests.unit.datamodules.list_reader import SEQ_LEN, ListReader, chunks, encode, make_settings
 
 
 def make_lane(
-    *readers: ListReader, lane: int = 0, weights: Sequence[float] = (), state: LaneState | None = None, **changes: Any
+    *readers: ListReader,
+    lane: int = 0,
+    weights: Sequence[float] = (),
+    state: LaneState | None = None,
+    encode: Any = encode,
+    **changes: Any,
 ) -> Lane:
     weights = weights or [1.0] * len(readers)
     sources = [
@@ -70,7 +37,7 @@ def make_lane(
         for index, (reader, weight) in enumerate(zip(readers, weights, strict=True))
     ]
     state = state or LaneState.start(len(readers))
-    return Lane(sources, lane=lane, encode=encode, settings=make_settings(**changes), state=state)  # type: ignore[arg-type]
+    return Lane(sources, lane=lane, encode=encode, settings=make_settings(**changes), state=state)
 
 
 def take(lane: Lane, count: int) -> list[tuple[int, Row]]:
@@ -88,19 +55,17 @@ def characters(rows: Sequence[tuple[int, Row]]) -> Counter[int]:
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 3, 8])
 def test_lanes_share_every_epoch_without_loss_or_repetition(num_lanes: int) -> None:
-    texts = chunks(3, 1, 0, 4, 2, 6, 1, length=7)
-    lanes = [make_lane(ListReader(texts), lane=lane, num_lanes=num_lanes) for lane in range(num_lanes)]
-    # documents of 8 tokens are rows of 8: the records read are the rows given
-    streams = [lane._streams[0] for lane in lanes]
-    counts = Counter[str]()
-    epochs = 8  # every lane has had the same number of chunks after these
-    for stream, lane in zip(streams, range(num_lanes), strict=True):
-        numbers = range(lane, epochs * 7, num_lanes)
-        for number in numbers:
-            entry = stream._chunks(number // 7)[number % 7]
-            counts.update(text for text in texts[entry] if text)
-    assert set(counts.values()) == {epochs}
-    assert len(counts) == 17
+    texts, epochs = chunks(3, 1, 0, 4, 2, 6, 1, length=7), 3
+    read: dict[int, tuple[int, int]] = {}
+    for number in range(num_lanes):
+        reader, turns = ListReader(texts), range(number, epochs * 7, num_lanes)
+        lane = make_lane(reader, lane=number, num_lanes=num_lanes)
+        while len(reader.opened) < len(turns):
+            lane.next_row()
+        read |= dict(zip(turns, reader.opened, strict=False))
+    orders = [[read[7 * epoch + turn] for turn in range(7)] for epoch in range(epochs)]
+    assert all(sorted(order) == [(chunk, 0) for chunk in range(7)] for order in orders)
+    assert len({tuple(order) for order in orders}) == epochs
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
@@ -124,6 +89,94 @@ def test_documents_of_a_block_are_shuffled_and_without_a_buffer_they_are_not() -
     assert sorted(shuffled) == in_order
 
 
+def test_a_window_s_rows_are_shuffled_among_one_another_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_stream, "_WINDOW_TOKENS", 4 * SEQ_LEN + 1)
+    texts: list[list[str | None]] = [[chr(number) + "x" * 6 for number in range(65, 95)]]  # a document a row
+    in_order = make_lane(ListReader(texts), shuffle_megabytes=0.0)  # 1 block, 1 window and 1 row a document
+    assert [row.input_ids[0] for _, row in take(in_order, 30)] == list(range(65, 95))
+    assert in_order.state.places[0][2:] == (29, 29, 0, 0, 1, 0, 30, 0)
+    one_block = make_lane(ListReader([["x" * 239]]), shuffle_megabytes=1.0)  # 30 rows of one document
+    for window in range(7):
+        for drawn in range(4):
+            place = one_block.state.places[0]
+            assert (place.window, place.drawn) == (window, drawn)
+            assert (place.taken, place.within) == (0, 4 * SEQ_LEN * window)
+            one_block.next_row()
+    assert [one_block.state.places[0].window, one_block.state.places[0].within] == [7, 28 * SEQ_LEN]
+    take(one_block, 2)  # a block's last window ends with it
+    assert one_block.state.places[0] == Place(taken=1, window=8)
+
+
+def test_rows_of_a_long_document_come_in_another_order_in_each_window_lane_and_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(source_stream, "_WINDOW_TOKENS", 10 * SEQ_LEN)
+    text = "".join(chr(number // SEQ_LEN + 65) for number in range(20 * SEQ_LEN - 1))  # its rows are AAA.., BBB.., ...
+
+    def windows(**where: Any) -> list[tuple[int, ...]]:
+        lane = make_lane(*[ListReader([[text]])] * 2, shuffle_megabytes=1.0, **where)
+        streams = [stream for stream in lane._streams for _ in range(2)]
+        return [tuple(int(stream.next_row().input_ids[0]) - 65 for _ in range(10)) for stream in streams]
+
+    one, other = windows(num_lanes=2), windows(num_lanes=2, lane=1)
+    assert [sorted(window) for window in one] == [list(range(10)), list(range(10, 20))] * 2
+    orders = [tuple(number % 10 for number in window) for window in one + other]
+    assert len(set(orders)) == len(orders)
+
+
+def test_without_a_buffer_the_rows_of_a_long_document_keep_their_order() -> None:
+    text = "".join(chr(number // SEQ_LEN + 65) for number in range(20 * SEQ_LEN - 1))
+    rows = take(make_lane(ListReader([[text]]), shuffle_megabytes=0.0), 20)
+    assert [row.input_ids[0] for _, row in rows] == list(range(65, 85))
+
+
+def test_the_smallest_window_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_stream, "_WINDOW_TOKENS", SEQ_LEN - 1)
+    lane = make_lane(ListReader([["a" * 8 + "b" * 8 + "c" * 7]]), shuffle_megabytes=1.0)
+    assert [row.input_ids[0] for _, row in take(lane, 6)] == [*map(ord, "abcabc")]
+    assert lane.state.places[0].window == 6
+
+
+def test_a_window_keeps_to_the_block_it_begins_in() -> None:
+    lane = make_lane(ListReader(chunks(4, length=7)), shuffle_megabytes=14e-6)  # 2 documents a block, 1 row each
+    windows = []
+    for _ in range(8):
+        windows.append(lane.state.places[0].window)
+        lane.next_row()
+    assert windows == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_epochs_and_records_are_told_as_far_as_they_were_packed_and_read() -> None:
+    lane = make_lane(ListReader([["a" * 7, None], ["b" * 7] * 3]), shuffle_megabytes=0.0)  # a block a document
+    assert (lane.state.epochs, lane.state.seen, lane.state.skipped) == ((0.0,), (0,), (0,))
+    passed = []
+    for _ in range(8):
+        lane.next_row()
+        passed.append(lane.state.epochs[0])
+    assert passed == sorted(passed)
+    assert passed[-1] in {1.5, 2.0}  # whole chunks, but for the last one's end
+    assert (lane.state.seen, lane.state.skipped) in {((10,), (2,)), ((9,), (1,))}
+    whole = make_lane(ListReader([["a" * 15, "b" * 15]] * 2), shuffle_megabytes=1.0)  # an epoch a block, of 8 rows
+    monitored = [whole.state.epochs[0]]
+    for _ in range(8):
+        whole.next_row()
+        monitored.append(whole.state.epochs[0])
+    assert monitored[0] == 0.0
+    assert monitored[-1] == 1.0
+
+
+def test_texts_are_tokenised_a_few_at_a_time() -> None:
+    calls: list[int] = []
+
+    def counting(texts: Sequence[str]) -> list[Any]:
+        calls.append(len(texts))
+        return encode(texts)
+
+    lane = make_lane(ListReader(chunks(150, length=7)), shuffle_megabytes=1.0, encode=counting)
+    take(lane, 150)
+    assert calls == [64, 64, 22]
+
+
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_a_lane_goes_on_from_any_place_as_if_it_had_not_stopped(data: st.DataObject) -> None:
@@ -144,14 +197,16 @@ def test_a_lane_goes_on_from_any_place_as_if_it_had_not_stopped(data: st.DataObj
     }
     changes["lane"] = data.draw(st.integers(0, changes["num_lanes"] - 1))
     before = data.draw(st.integers(0, 60))
-    whole = make_lane(ListReader(texts), ListReader(other), **changes)
-    take(whole, before)
-    state = LaneState.of(whole.state.plain())
-    assert state == whole.state
-    expected = take(whole, 25)
-    resumed = make_lane(ListReader(texts), ListReader(other), state=state, **changes)
-    assert plain(take(resumed, 25)) == plain(expected)
-    assert resumed.state == whole.state
+    window = data.draw(st.sampled_from([1, 3, 1000]))
+    with patch.object(source_stream, "_WINDOW_TOKENS", window * SEQ_LEN):
+        whole = make_lane(ListReader(texts), ListReader(other), **changes)
+        take(whole, before)
+        state = LaneState.of(whole.state.plain())
+        assert state == whole.state
+        expected = take(whole, 25)
+        resumed = make_lane(ListReader(texts), ListReader(other), state=state, **changes)
+        assert plain(take(resumed, 25)) == plain(expected)
+        assert resumed.state == whole.state
 
 
 def test_another_place_is_another_stream() -> None:
@@ -216,7 +271,7 @@ def test_bad_records_are_skipped_counted_and_too_many_stop_the_stream() -> None:
 def test_a_bad_shard_is_no_bad_corpus_but_a_bad_corpus_is_found_early() -> None:
     """40 chunks, one or half of them bad: judged by chunks until everything was seen."""
     good = chunks(*[40] * 40, length=7)
-    for seed in range(20):
+    for seed in range(6):
         one: list[list[str | None]] = [[None] * 40, *good[1:]]
         take(make_lane(ListReader(one), max_bad_share=0.05, seed=seed), 1500)  # nearly an epoch
         half: list[list[str | None]] = [*[[None] * 40] * 20, *good[20:]]

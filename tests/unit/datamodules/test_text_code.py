@@ -88,8 +88,10 @@ def test_sources_are_named_by_their_keys(tmp_path: Path) -> None:
 
 
 def test_a_vocab_size_without_effect_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small_datamodule(tmp_path, tokenizer="somewhere", vocab_size=4096)  # the default: nothing was asked for
+    assert not caplog.records
     small_datamodule(tmp_path, tokenizer="somewhere")
-    assert "vocab_size has no effect" in caplog.text
+    assert "vocab_size has no effect: the tokenizer in somewhere is used" in caplog.text
 
 
 def test_batches_have_the_promised_form(corpus: Path) -> None:
@@ -112,6 +114,22 @@ def test_weights_are_shares_of_tokens_and_what_was_delivered_is_counted(corpus: 
     assert (code.seen % 60, code.skipped) == (0, 0)  # whole epochs, read ahead
     assert code.seen > 0
     assert 0.3 < code.epochs <= 1  # packed so far, a window ahead
+
+
+def test_epochs_count_what_is_packed_less_than_a_pass_ahead_of_what_was_delivered(corpus: Path) -> None:
+    datamodule = small_datamodule(corpus, sources={"code": Source(kind="files", path=str(corpus / "code"))})
+    datamodule.trainer = fake_trainer()
+    rows, epochs = [], []
+    for batch in islice(datamodule.train_dataloader(), 600):
+        datamodule.on_before_batch_transfer(batch, 0)
+        code = datamodule.source_statistics()["code"]
+        rows.append(code.rows)
+        epochs.append(code.epochs)
+    assert epochs[0] == 1  # the source is smaller than a window
+    assert 2 < epochs[-1] < 10
+    assert epochs == sorted(epochs)
+    pass_rows = rows[epochs.index(next(epoch for epoch in epochs if epoch > 1.5)) - 1]
+    assert all(-0.05 < epoch - row / pass_rows < 1.05 for row, epoch in zip(rows, epochs, strict=True))
 
 
 def test_packing_is_a_choice(corpus: Path) -> None:

@@ -1,18 +1,26 @@
 from __future__ import annotations
 
+import copy
+import hashlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from app.errors import ConfigError
+from datamodules import tokenizers
 from datamodules.tokenizers import (
     END_OF_TEXT,
     MIN_VOCAB_SIZE,
     Encoder,
+    check_same_tokenizer,
     encode_documents,
+    fingerprint,
     load_tokenizer,
     train_byte_level_bpe,
     trained_tokenizer,
@@ -34,7 +42,10 @@ def test_training_is_deterministic_and_bounded() -> None:
     assert again.backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
     assert MIN_VOCAB_SIZE < len(TOKENIZER) <= 300
     assert len(train_byte_level_bpe([], vocab_size=300)) == MIN_VOCAB_SIZE
-    assert TOKENIZER.eos_token == END_OF_TEXT
+    assert (TOKENIZER.eos_token, TOKENIZER.eos_token_id) == (END_OF_TEXT, 0)
+    rich = train_byte_level_bpe([f"word{number} layer{number}" for number in range(999)], vocab_size=300)
+    assert len(rich) == 300
+    assert rich.decode(rich("it is n't , or is it ?")["input_ids"]) == "it is n't , or is it ?"
 
 
 def test_end_of_text_spelled_out_in_a_document_is_ordinary_text() -> None:
@@ -59,8 +70,21 @@ def test_a_saved_tokenizer_is_loaded_unchanged(tmp_path: Path) -> None:
 
 
 def test_a_missing_tokenizer_names_field_and_fix(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer: got .*nowhere.*save_pretrained"):
-        load_tokenizer(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    for folder in ("nowhere", "empty"):
+        with pytest.raises(ConfigError, match=rf"tokenizer: got .*{folder}.*save_pretrained"):
+            load_tokenizer(str(tmp_path / folder))
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(path: str, *, local_files_only: bool) -> SimpleNamespace:
+        assert (path, local_files_only) == (str(tmp_path), True)
+        return SimpleNamespace(is_fast=False, eos_token_id=0)
+
+    (tmp_path / "tokenizer_config.json").touch()
+    monkeypatch.setattr("datamodules.tokenizers.AutoTokenizer.from_pretrained", slow)
+    with pytest.raises(ConfigError, match="a fast tokenizer"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
@@ -78,6 +102,29 @@ def test_an_encoder_ends_every_text_and_takes_special_tokens_for_text() -> None:
     assert encode(texts)[2].tolist().count(eos) == 1
 
 
+def test_a_tokenizer_that_adds_cuts_and_pads_by_itself_does_none_of_it_here() -> None:
+    tokenizer = train_byte_level_bpe(TEXTS, vocab_size=300)
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    backend.enable_truncation(3)
+    backend.enable_padding(length=5)
+    assert [len(encoding.ids) for encoding in backend.encode_batch(TEXTS[:2])] == [5, 5]  # the negative control
+    expected = [ids.tolist() for ids in encode_documents(TOKENIZER, TEXTS)]
+    assert [ids.tolist() for ids in encode_documents(tokenizer, TEXTS)] == expected
+    assert [ids.tolist() for ids in Encoder(tokenizer)(TEXTS)] == [[*ids, 0] for ids in expected]
+    assert (backend.truncation["max_length"], backend.padding["length"], backend.encode_special_tokens) == (3, 5, False)
+
+
+def test_the_cache_is_made_and_written_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only within a folder a file can appear all at once; and where texts are cut matters."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    for texts in (["ab", "c"], ["a", "bc"]):
+        trained_tokenizer(texts, vocab_size=300, cache_dir=tmp_path / "a" / "b")
+    assert len(list((tmp_path / "a" / "b").iterdir())) == 2
+
+
 def test_the_same_texts_are_trained_on_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "datamodules")
     first = trained_tokenizer(TEXTS, vocab_size=300, cache_dir=tmp_path)
@@ -93,3 +140,43 @@ def test_the_same_texts_are_trained_on_once(tmp_path: Path, caplog: pytest.LogCa
     mended = trained_tokenizer(TEXTS, vocab_size=300, cache_dir=tmp_path)
     assert mended.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
     assert "is damaged" in caplog.text
+
+
+def test_a_fingerprint_is_of_the_ids_alone() -> None:
+    again = train_byte_level_bpe(TEXTS, vocab_size=300)
+    first = fingerprint(again)
+    assert first == fingerprint(TOKENIZER) == fingerprint(copy.deepcopy(again))
+    assert len(first) == 16
+    assert fingerprint(train_byte_level_bpe(TEXTS, vocab_size=270)) != first
+
+
+def test_cutting_and_padding_are_not_part_of_a_fingerprint() -> None:
+    for change in ("enable_truncation", "enable_padding"):
+        again = train_byte_level_bpe(TEXTS, vocab_size=300)
+        getattr(again.backend_tokenizer, change)(**({"max_length": 4} if change == "enable_truncation" else {}))
+        assert again.backend_tokenizer.to_str() != TOKENIZER.backend_tokenizer.to_str()
+        assert fingerprint(again) == fingerprint(TOKENIZER)
+
+
+def test_a_tokenizer_is_hashed_once_and_again_when_it_gets_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[bytes] = []
+
+    def counted(raw: bytes) -> Any:
+        hashed.append(raw)
+        return hashlib.sha256(raw)
+
+    monkeypatch.setattr(tokenizers, "sha256", counted)
+    tokenizer = train_byte_level_bpe(TEXTS, vocab_size=300)
+    first = fingerprint(tokenizer)
+    assert (fingerprint(tokenizer), len(hashed)) == (first, 1)
+    tokenizer.add_tokens(["[IN:GET_WEATHER"])
+    assert fingerprint(tokenizer) != first
+    fingerprint(tokenizer)
+    assert len(hashed) == 2
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused() -> None:
+    check_same_tokenizer(TOKENIZER, {"tokenizer": fingerprint(TOKENIZER)})
+    other = train_byte_level_bpe(TEXTS, vocab_size=270)
+    with pytest.raises(ConfigError, match=f"tokenizer: got '{fingerprint(other)}'.*{fingerprint(TOKENIZER)}.*export"):
+        check_same_tokenizer(other, {"tokenizer": fingerprint(TOKENIZER)})

@@ -103,8 +103,10 @@ def test_only_two_domains_have_low_resource_splits(root: Path) -> None:
 
 
 def test_a_vocab_size_without_effect_warns(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small_topv2(root, tokenizer="somewhere", vocab_size=2048)  # the default: nothing was asked for
+    assert not caplog.records
     small_topv2(root, tokenizer="somewhere")
-    assert "vocab_size has no effect" in caplog.text
+    assert "vocab_size has no effect: the tokenizer in somewhere is used" in caplog.text
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -8,7 +8,7 @@ import pytest
 
 from app.errors import ConfigError, DataError
 from app.evaluation.tasks.semantic_parse import TARGET_FORMATS
-from datamodules.topv2_files import Row, Split, find_tables, read_rows
+from datamodules.topv2_files import Row, Split, Table, find_tables, read_rows
 from tests.support.topv2_folders import DOMAINS, HEADER, rows_of, write_folder, write_tsv
 
 GOOD = "weather\tis it hot\t[IN:GET_WEATHER is it [SL:WEATHER_ATTRIBUTE hot ] ]"
@@ -50,13 +50,16 @@ def test_low_resource_splits_are_for_training_and_evaluation_and_name_their_colu
 
 
 def test_quotes_carriage_returns_and_odd_spaces_are_data_not_syntax(tmp_path: Path) -> None:
-    lines = ['weather\t"is it\x0b hot\t[IN:GET_WEATHER " is it ]', "weather\tso\u2028hot\t[IN:GET_WEATHER so ]"]
+    lines = ['weather\t"is it\x0b hot\t[IN:GET_WEATHER " is it ]', "weather\t so\u2028\rhot \t[IN:GET_WEATHER so ]"]
     plain, windows = tmp_path / "plain", tmp_path / "windows"
     for folder in (plain, windows):
         folder.mkdir()
     rows = read(folder_of(plain, *lines))
-    assert [row.utterance for row in rows] == ['"is it\x0b hot', "so\u2028hot"]
+    assert [row.utterance for row in rows] == ['"is it\x0b hot', " so\u2028\rhot "]
     assert read(folder_of(windows, *lines, end=b"\r\n")) == rows
+    file = plain / "weather_train.tsv"
+    file.write_bytes("\ufeff".encode() + file.read_bytes())
+    assert read(plain) == rows
 
 
 @pytest.mark.parametrize(
@@ -64,13 +67,14 @@ def test_quotes_carriage_returns_and_odd_spaces_are_data_not_syntax(tmp_path: Pa
     [
         ("weather\tis it hot", "2 columns, not 3"),
         (f"{GOOD}\tmore", "4 columns, not 3"),
+        (f"{GOOD}\t", "4 columns, not 3"),
         ("", "1 columns, not 3"),
         (GOOD.replace("weather\t", "alarm\t"), "domain 'alarm', not 'weather'"),
         (GOOD.replace("\tis it hot\t", "\t \t"), "no utterance"),
         (GOOD[:-2], r"no \] for IN:GET_WEATHER"),
         (GOOD + " ]", "the parse has ended"),
         (GOOD.replace("IN:", "XX:"), "'XX:GET_WEATHER' is no label"),
-        (GOOD.encode() + b" \xff", "not UTF-8 at byte"),
+        (GOOD.encode() + b" \xff", f"not UTF-8 at byte {len(GOOD) + 1}"),
     ],
 )
 def test_a_bad_row_is_skipped_and_told_with_file_and_line(
@@ -85,6 +89,15 @@ def test_a_bad_row_is_skipped_and_told_with_file_and_line(
         read(tmp_path, max_bad_share=0.3)
 
 
+def test_a_report_shows_twenty_bad_rows_and_the_log_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder_of(tmp_path, GOOD, *["weather"] * 30)
+    with caplog.at_level(logging.INFO), pytest.raises(DataError, match="30 of 31 rows skipped") as caught:
+        read(tmp_path)
+    assert str(caught.value).count("1 columns, not 3") == 20
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 30
+    assert caplog.text.count("1 columns, not 3") == 30
+
+
 def test_a_file_without_a_usable_row_is_an_error_whatever_the_share(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no usable row; 1 of 1 rows skipped"):
         read(folder_of(tmp_path, "weather"), max_bad_share=1.0)
@@ -93,12 +106,15 @@ def test_a_file_without_a_usable_row_is_an_error_whatever_the_share(tmp_path: Pa
 
 
 def test_another_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weather_train.tsv").write_bytes(b"\x80\x02pickle")
+    with pytest.raises(DataError, match=r"weather_train.tsv:1: got columns \['\ufffd\\x02pickle'\]"):
+        read(tmp_path)
     write_tsv(tmp_path / "weather_train.tsv", [GOOD.split("\t")], header="domain\tutterance\tparse")
     with pytest.raises(DataError, match=r"weather_train.tsv:1: got columns \['domain', 'utterance', 'parse'\]"):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "/nowhere/topv2", "../nowhere/topv2"])
+@pytest.mark.parametrize("path", ["nowhere", "/nowhere/topv2", "../nowhere/topv2", "no/where/topv2"])
 def test_a_folder_that_is_not_there_is_named_without_asking_a_hub(path: str) -> None:
     with pytest.raises(DataError, match=f"no folder '{path}'"):
         read(path)
@@ -153,6 +169,9 @@ def test_what_a_dataset_lacks_is_named(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": small_dataset().remove_columns("utterance")}).save_to_disk(tmp_path / "a")
     with pytest.raises(DataError, match=r"a \(train\): no column utterance in domain, semantic_parse"):
         read(tmp_path / "a")
+    datasets.DatasetDict({"train": small_dataset().remove_columns("domain")}).save_to_disk(tmp_path / "b")
+    with pytest.raises(DataError, match=r"b \(train\): no column domain in utterance, semantic_parse"):
+        read(tmp_path / "b")
     with pytest.raises(DataError, match="no split eval or validation in train"):
         read(tmp_path / "a", split="eval")
     with pytest.raises(ConfigError, match="spis: got 10, allowed null"):
@@ -163,6 +182,21 @@ def test_what_a_dataset_lacks_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("dataset_cache")
+def test_tables_of_a_dataset_keep_the_order_asked_for_and_know_their_content(tmp_path: Path) -> None:
+    def tables(name: str, rows: datasets.Dataset) -> list[Table]:
+        datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / name)
+        return find_tables(str(tmp_path / name), split="train", domains=["weather", "reminder"], spis=None)
+
+    one, same = tables("one", small_dataset()), tables("same", small_dataset())
+    assert [table.domain for table in one] == ["weather", "reminder"]
+    assert [table.fingerprint for table in one] == [table.fingerprint for table in same]
+    other = tables("other", small_dataset(utterance=[*["text"] * 9, "texts"]))  # of the second domain
+    assert one[0].fingerprint != other[0].fingerprint
+    changed = tables("changed", small_dataset(utterance=["text"] * 10))
+    assert (changed[1].fingerprint == other[1].fingerprint, changed[0] == other[0]) == (True, False)
+
+
+@pytest.mark.usefixtures("dataset_cache")
 def test_bad_rows_of_a_dataset_are_told_by_their_number(tmp_path: Path) -> None:
     utterances: list[str | None] = ["text"] * 8 + [None, "text"]
     domains: list[str | None] = ["reminder"] * 5 + ["weather"] * 4 + [None]
@@ -170,3 +204,7 @@ def test_bad_rows_of_a_dataset_are_told_by_their_number(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "a")
     with pytest.raises(DataError, match=r"2 of 5 rows skipped\n.*:8: no text in utterance\n.*:9: no text in domain"):
         read(tmp_path / "a")
+    numbers = small_dataset().remove_columns("utterance").add_column("utterance", [7] * 10)
+    datasets.DatasetDict({"train": numbers}).save_to_disk(tmp_path / "b")
+    with pytest.raises(DataError, match=r"5 of 5 rows skipped\n.*:5: no text in utterance"):
+        read(tmp_path / "b")

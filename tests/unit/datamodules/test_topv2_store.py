@@ -11,6 +11,7 @@ from tokenizers import processors
 
 from app.errors import ConfigError, DataError
 from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
+from datamodules import topv2_store
 from datamodules.tokenizers import load_tokenizer
 from datamodules.topv2_store import StoreSettings, TaskStore, open_store
 from tests.support.tokenizers import byte_fallback
@@ -94,6 +95,10 @@ def test_special_tokens_are_the_labels_of_the_training_rows_and_the_closing_brac
     added = {token.content for token in store.tokenizer.added_tokens_decoder.values() if not token.special}
     assert added == expected
     assert len(store.tokenizer) <= DEFAULTS.vocab_size
+    in_order = [store.tokenizer.convert_tokens_to_ids(token) for token in sorted(expected - {"}"})]  # } is a byte
+    assert in_order == sorted(in_order)  # the same in every process
+    bracket = "[" if target_format == "parse" else "{"
+    assert not any(bracket in token[1:] or token == f"Ġ{bracket}" for token in set(store.tokenizer.get_vocab()) - added)
     examples, ids = store.examples["train"], {store.tokenizer.convert_tokens_to_ids(token) for token in expected}
     num_nodes = len(re.findall("IN:|SL:", examples.references[0]))
     assert sum(token in ids for token in examples.example(0)) == 2 * num_nodes
@@ -104,15 +109,52 @@ def test_special_tokens_are_the_labels_of_the_training_rows_and_the_closing_brac
 def test_a_vocabulary_without_room_for_the_special_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"vocab_size: got 263, allowed >= 264: every byte, and 7 special tokens"):
         build(folder, tmp_path, special_tokens=True, vocab_size=263)
+    assert len(build(folder, tmp_path, special_tokens=True, vocab_size=264).tokenizer) == 264
+
+
+@pytest.mark.parametrize(("target_format", "token"), [("parse", " [SL:PLACE2"), ("json", '{"SL:PLACE2":')])
+def test_held_out_rows_give_the_tokenizer_nothing(
+    folder: Path, tmp_path: Path, target_format: TargetFormat, token: str
+) -> None:
+    def vocabulary(path: Path) -> dict[str, int]:
+        store = build(path, tmp_path, special_tokens=True, target_format=target_format)
+        return dict(store.tokenizer.get_vocab())
+
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    for split in ("eval", "test"):
+        file = changed / f"weather_{split}.tsv"
+        file.write_text(file.read_text("utf-8").replace("SL:LOCATION", "SL:PLACE2"), "utf-8")
+    assert vocabulary(changed) == vocabulary(folder)
+    (changed / "weather_train.tsv").write_bytes((changed / "weather_test.tsv").read_bytes())  # negative control
+    assert token in vocabulary(changed)
+
+
+def test_the_prompt_is_what_the_template_makes_of_the_utterance(folder: Path, tmp_path: Path) -> None:
+    store = build(folder, tmp_path, prompt_template="parse: {utterance} ->")
+    utterance = rows_of(DOMAINS[0], count=1, seed=2)[0][1]
+    assert store.tokenizer.decode(store.examples["test"].prompt(0)) == f"parse: {utterance} ->"
+    assert "parse" in store.tokenizer.get_vocab()  # learnt from the prompts
 
 
 def test_building_twice_gives_the_same_and_so_does_the_cache(folder: Path, tmp_path: Path) -> None:
-    one = build(folder, tmp_path / "one", special_tokens=True)
-    (file,) = (tmp_path / "one").iterdir()
+    one = build(folder, tmp_path / "caches" / "one", special_tokens=True)
+    (file,) = (tmp_path / "caches" / "one").iterdir()
     written = file.stat().st_mtime_ns
-    assert plain(build(folder, tmp_path / "one", special_tokens=True)) == plain(one)
+    assert plain(build(folder, tmp_path / "caches" / "one", special_tokens=True)) == plain(one)
     assert file.stat().st_mtime_ns == written
     assert plain(build(folder, tmp_path / "two", special_tokens=True)) == plain(one)
+
+
+def test_an_interrupted_build_leaves_no_store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Path, content: Any) -> int:
+        self.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("position", [0, 100, 5_000, -100])
@@ -146,6 +188,12 @@ def test_the_key_is_of_all_that_the_content_depends_on(folder: Path, tmp_path: P
     assert build(folder, tmp_path, **change).key != build(folder, tmp_path).key
 
 
+def test_another_version_of_the_code_builds_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = build(folder, tmp_path).key
+    monkeypatch.setattr(topv2_store, "_CODE_VERSION", topv2_store._CODE_VERSION + 1)
+    assert build(folder, tmp_path).key != key
+
+
 def test_the_key_is_of_the_files_not_of_their_place(folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -171,19 +219,27 @@ def test_a_given_tokenizer_is_used_and_gets_the_special_tokens(folder: Path, tmp
     given.save_pretrained(tmp_path / "given")
     store = build(folder, tmp_path, tokenizer=str(tmp_path / "given"))
     assert plain(store) | {"key": 0} == plain(build(folder, tmp_path)) | {"key": 0}
+    assert build(folder, tmp_path, tokenizer=str(tmp_path / "given"), vocab_size=320).key == store.key
+    given.save_pretrained(tmp_path / "moved")
+    assert build(folder, tmp_path, tokenizer=str(tmp_path / "moved")).key == store.key
+    build(folder, tmp_path, vocab_size=320).tokenizer.save_pretrained(tmp_path / "other")
+    assert build(folder, tmp_path, tokenizer=str(tmp_path / "other")).key != store.key
     with_labels = build(folder, tmp_path, tokenizer=str(tmp_path / "given"), special_tokens=True)
     assert len(with_labels.tokenizer) == len(given) + 7
     assert len(load_tokenizer(str(tmp_path / "given"))) == len(given)
 
 
-def test_a_prompt_begins_as_the_tokenizer_begins_a_text(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("begins_text", [True, False])
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(folder: Path, tmp_path: Path, begins_text: bool) -> None:
     tokenizer = byte_fallback()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    start = [("<s>", tokenizer.bos_token_id)]
+    if not begins_text:  # what it puts before a text is not the beginning of one
+        tokenizer.add_special_tokens({"bos_token": "<t>", "cls_token": "<s>"})
+    start = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=start)
     tokenizer.save_pretrained(tmp_path / "given")
     loaded = load_tokenizer(str(tmp_path / "given"))
-    assert loaded("a")["input_ids"][0] == loaded.bos_token_id
+    assert (loaded("a")["input_ids"][0] == loaded.bos_token_id) == begins_text
     examples = build(folder, tmp_path, tokenizer=str(tmp_path / "given")).examples["test"]
     for index, (_, utterance, _) in enumerate(rows_of(DOMAINS[0], count=20, seed=2)):
-        assert examples.prompt(index) == loaded(f"{utterance} =>")["input_ids"]
+        assert examples.prompt(index) == loaded(f"{utterance} =>")["input_ids"][0 if begins_text else 1 :]

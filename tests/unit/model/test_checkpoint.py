@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from app.errors import CheckpointError, ConfigError, UserError
-from app.model import checkpoint
-from app.model.checkpoint import HF_CONFIG_KEY, TOKENIZER_KEY, load_for_decoding, load_pretrained
+from app.model import loading, model_sources
+from app.model.checkpoint import load_config, load_for_decoding, load_pretrained
 from app.model.tokenizer_files import check_same_tokens, tokenizer_to_files
+from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY
 from datamodules.tokenizers import train_byte_level_bpe
 from tests.support.tiny_models import tiny_llama
 
@@ -96,6 +100,11 @@ def test_weights_trained_in_another_dtype_than_the_config_says_keep_theirs(tmp_p
     assert load_for_decoding(write_lightning(tmp_path / "run.ckpt", model), dtype=None)[0].dtype == torch.float32
 
 
+def test_the_files_decide_on_the_dtype_and_not_the_config(directory):
+    set_config(directory, dtype="bfloat16")
+    assert load_for_decoding(str(directory), dtype=None)[0].dtype == torch.float32
+
+
 def remove(*patterns):
     return lambda directory: [file.unlink() for pattern in patterns for file in directory.glob(pattern)]
 
@@ -122,13 +131,24 @@ BROKEN_DIRECTORIES = {
     "not a decoder": (lambda d: set_config(d, model_type="t5"), ConfigError, "T5Config"),
     "no weights": (remove("*.safetensors*"), ConfigError, "safetensors weights; there are none"),
     "pickled weights": (pickle_weights, ConfigError, "safetensors weights; there are pickled ones only"),
+    "adapter": (lambda d: (d / "adapter_config.json").touch(), ConfigError, "merge the adapter into its model first"),
+    "quantized": (
+        lambda d: set_config(d, quantization_config={"quant_method": "gptq", "bits": 4}),
+        ConfigError,
+        "allowed a model whose weights are not quantized",
+    ),
+    "block too many": (
+        lambda d: set_config(d, num_hidden_layers=3),
+        CheckpointError,
+        r"9 weights of blocks have no place .*model\.layers\.3\.",
+    ),
     "shard missing": (remove("*-00002-of-*"), CheckpointError, r"1 of \d+ weight files are missing: \['model-00002-of"),
     "index cut": (truncate("*.index.json"), CheckpointError, r"index\.json: damaged"),
     "shard cut": (truncate("*.safetensors"), CheckpointError, "copy: the weights are damaged"),
     "other shapes": (
         lambda d: set_config(d, hidden_size=48),
         CheckpointError,
-        "of another shape than config.json says",
+        "of another shape than its configuration says",
     ),
     "block missing": (lambda d: set_config(d, num_hidden_layers=5), CheckpointError, r"9 weights .*model\.layers\.4\."),
     "no tokenizer": (remove("tokenizer*"), ConfigError, NO_TOKENIZER),
@@ -147,11 +167,74 @@ def test_broken_directory_ends_in_one_error(directory, case):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("given", ["directory", "file"])
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(directory, given):
+    pickle_weights(directory)
+    weights = tiny_llama(vocab_size=300).state_dict()
+    torch.save(weights, directory / "pytorch_model.bin")
+    with pytest.raises(ConfigError) as caught:
+        load_for_decoding(str(directory if given == "directory" else directory / "pytorch_model.bin"), dtype=None)
+    assert "can run code; where you trust them, convert them: python -c '" in str(caught.value)
+    python, option, code = shlex.split(str(caught.value).partition("convert them: ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(code, {})  # noqa: S102  # what a user would run
+    loaded, _ = load_for_decoding(f"{directory}-safetensors", dtype=None)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+def test_weights_beside_the_model_are_left_out_with_a_warning(directory, model, caplog):
+    save_file({"v_head.weight": torch.ones(2)}, directory / "model-00000-of-00001.safetensors")
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["v_head.weight"] = "model-00000-of-00001.safetensors"
+    index.write_text(json.dumps(content))
+    assert torch.equal(logits(load_for_decoding(str(directory), dtype=None)[0]), logits(model))
+    assert "1 weights have no place in the model and are left out: ['v_head.weight']" in caplog.text
+
+
+def test_weights_of_several_dtypes_are_converted_from_their_own(tmp_path):
+    model = tiny_llama(vocab_size=300).bfloat16()
+    model.model.norm.weight.data = torch.rand(32)  # in float32
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(str(tmp_path))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+
+
+def test_generation_settings_come_with_a_directory(directory):
+    settings = GenerationConfig(eos_token_id=[3, 5], assistant_early_exit=2, num_assistant_tokens=7)
+    settings.save_pretrained(directory)
+    loaded = load_pretrained(str(directory)).generation_config
+    assert (loaded.eos_token_id, loaded.assistant_early_exit, loaded.num_assistant_tokens) == ([3, 5], 2, 7)
+
+
+def test_hub_id_is_found_in_the_local_cache(whole, model, tmp_path, monkeypatch):
+    commit = "0" * 40
+    repository = tmp_path / "models--owner--tiny"
+    shutil.copytree(whole, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    loaded, tokenizer = load_for_decoding("owner/tiny", dtype=None)
+    assert torch.equal(logits(loaded), logits(model))
+    assert tokenizer(TEXT)["input_ids"] == make_tokenizer()(TEXT)["input_ids"]
+    sorted((repository / "snapshots" / commit).glob("*.safetensors"))[1].unlink()
+    with pytest.raises(CheckpointError, match="weight files are missing"):
+        load_pretrained("owner/tiny")
+
+
 def test_directory_whose_tokenizer_class_needs_no_files_is_refused_without_them(directory):
     remove("tokenizer*")(directory)
     set_config(directory, model_type="qwen2")  # transformers makes a tokenizer of one token of nothing
     with pytest.raises(ConfigError, match=NO_TOKENIZER):
         load_for_decoding(str(directory), dtype=None)
+
+
+def test_an_architecture_needs_no_weights(directory, model):
+    remove("*.safetensors*")(directory)
+    loaded, saved = load_config(str(directory)).to_dict(), model.config.to_dict()
+    assert [name for name in saved if loaded[name] != saved[name]] == ["_name_or_path"]
 
 
 def test_training_refuses_missing_weights_too(directory):
@@ -185,7 +268,7 @@ def test_hub_id_that_cannot_be_had_says_that_there_is_no_such_directory_either(m
     def refuse(*args, **kwargs):
         raise OSError("We couldn't connect\nto the hub")
 
-    monkeypatch.setattr(checkpoint.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(model_sources.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ConfigError, match="no such directory here, nor on the hub: We couldn't connect to the hub"):
         load_for_decoding("owner/absent", dtype=None)
 
@@ -206,8 +289,7 @@ def test_tokenizer_with_ids_beyond_the_model_is_refused_with_both_numbers_before
         if fits:
             load_for_decoding(str(path), dtype=None)
             continue
-        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-        monkeypatch.setattr(checkpoint, "MODEL_FOR_CAUSAL_LM_MAPPING", None)
+        monkeypatch.setattr(loading, "MODEL_FOR_CAUSAL_LM_MAPPING", None)
         with pytest.raises(ConfigError, match=rf"vocab_size \({largest}\); this tokenizer has ids up to {largest}:"):
             load_for_decoding(str(path), dtype=None)
 

@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from app.errors import CheckpointError, ConfigError
 from app.model import gguf as gguf_files
-from app.model.checkpoint import load_for_decoding
+from app.model.checkpoint import load_config, load_for_decoding, load_pretrained
 from app.model.export import write_pretrained
-from app.model.gguf import open_gguf, read_gguf_weights
+from app.model.gguf import read_gguf_config, read_gguf_weights
 from datamodules.tokenizers import train_byte_level_bpe
 from tests.support.tiny_models import tiny_llama
 
@@ -122,9 +122,17 @@ def test_progress_bars_are_as_before_also_after_an_error(file, tmp_path):
     half.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert logging.is_progress_bar_enabled()
     with pytest.raises(CheckpointError):
-        read_gguf_weights(half, open_gguf(file, field="model")[0], dtype=None)
+        read_gguf_weights(half, read_gguf_config(file, field="model"), dtype=None)
     assert modeling_gguf_pytorch_utils.tqdm is before
     assert logging.is_progress_bar_enabled()
+
+
+def test_training_starts_from_a_gguf_and_its_config_is_that_of_a_plain_model(parts, file):
+    loaded, config = load_pretrained(str(file)), load_config(str(file))
+    ids = parts[1](TEXT)["input_ids"]
+    torch.testing.assert_close(logits(loaded.eval(), ids), logits(parts[0], ids))
+    assert not hasattr(config, "quantization_config")
+    assert config.num_hidden_layers == loaded.config.num_hidden_layers == 4
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])

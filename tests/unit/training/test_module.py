@@ -10,7 +10,7 @@ from app.model.checkpoint import build_model
 from app.protocols import DecodingHost, EarlyExitHost, ExitMonitorHost, LayerDropoutHost
 from app.training.module import LayerSkipModule
 from app.training.optim import LR_SCHEDULES, lr_factor, parameter_groups
-from tests.support.runs import NUM_LAYERS, curricula, make_data, make_module, make_trainer
+from tests.support.runs import NUM_LAYERS, Recorder, curricula, make_data, make_module, make_trainer
 from tests.support.tiny_models import tiny_config
 
 
@@ -117,6 +117,29 @@ def test_a_fused_optimizer_is_refused_where_it_would_be_clipped_before_it_unscal
     trainer.precision_plugin.scaler = object()  # of precision 16-mixed, which needs a GPU
     with pytest.raises(ConfigError, match=r"fused: got True, allowed false with trainer\.gradient_clip_val"):
         trainer.fit(module, datamodule=make_data(tmp_path))
+
+
+class CountForwards(Callback):
+    """How often the first block computes in a step."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.calls = 0
+        pl_module.model.get_decoder().layers[0].mlp.register_forward_pre_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+
+def test_activation_checkpointing_computes_blocks_twice_and_trains_the_same(tmp_path):
+    runs = {}
+    for checkpointing in (False, True):
+        recorder, forwards, module = Recorder(), CountForwards(), make_module(activation_checkpointing=checkpointing)
+        trainer = make_trainer(tmp_path, max_steps=4, callbacks=[*curricula(), recorder, forwards])
+        trainer.fit(module, datamodule=make_data(tmp_path))
+        runs[checkpointing] = recorder.steps, forwards.calls, list(module.model.parameters())
+    assert runs[True][0] == runs[False][0]
+    assert (runs[False][1], runs[True][1]) == (4, 8)
+    assert all(torch.equal(a, b) for a, b in zip(runs[True][2], runs[False][2], strict=True))
 
 
 def test_batch_without_any_label_moves_nothing(tmp_path):

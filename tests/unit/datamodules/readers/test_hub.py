@@ -100,9 +100,18 @@ def test_a_dataset_that_cannot_be_opened_says_why(folder: Path, settings: dict[s
 
 def test_a_hub_out_of_reach_is_an_error_with_reason_and_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any, **settings: Any) -> None:
-        assert (args, settings["split"], settings["streaming"]) == (("some/set", "en"), "train", True)
+        assert (args, settings) == (("some/set", "en"), {"data_files": None, "revision": "v1"})
         raise ConnectionError("Couldn't reach 'some/set' on the Hub") from OSError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(DataError, match=r"'notes'.*'some/set'.*Couldn't reach.*no route.*the network.*hf auth login"):
-        open_path("some/set", kind="hub", config_name="en")
+        open_path("some/set", kind="hub", config_name="en", revision="v1")
+
+
+def test_what_is_read_of_a_folder_is_in_its_fingerprint(folder: Path) -> None:
+    first = open_path(folder, kind="hub", data_files=("0.jsonl", "1.jsonl")).fingerprint
+    rewritten = folder / "1.jsonl"
+    (folder / "2.jsonl").write_text("")
+    assert open_path(folder, kind="hub", data_files=("0.jsonl", "1.jsonl")).fingerprint == first
+    rewritten.write_text(rewritten.read_text().replace("1 49", "1 94"))
+    assert open_path(folder, kind="hub", data_files=("0.jsonl", "1.jsonl")).fingerprint != first

@@ -80,6 +80,7 @@ def test_a_library_gives_code_and_prose_whose_side_follows_the_code(
         "deep/tests/test_loud.py": "assert True",
         "site-packages/other.py": "assert True",
         "broken.py": "def",
+        "escape.py": '"\\x' + "x" * 80 + '"',
         "loud.py": module,
         "loud.txt": "no module",
     }
@@ -89,15 +90,21 @@ def test_a_library_gives_code_and_prose_whose_side_follows_the_code(
     monkeypatch.setattr("sysconfig.get_path", lambda _name: str(tmp_path))
 
     code = open_reader(Source(name="code", kind="stdlib_code"), min_chunks=1)
-    assert sorted(read_all(code)) == [Document("broken.py", "def", "def"), Document("loud.py", module, module)]
+    assert sorted(read_all(code)) == [
+        Document(name, files[name], files[name]) for name in ("broken.py", "escape.py", "loud.py")
+    ]
     text = open_reader(Source(name="text", kind="stdlib_text"), min_chunks=1)
     assert sorted(record for record in read_all(text) if isinstance(record, Document)) == [
         Document("loud.py", f"loud\n\n{prose}\n", origin=module),
         Document("pydoc_data/topics.py:assert", "The assert statement", "The assert statement"),
         Document("pydoc_data/topics.py:if", "An if", "An if"),
     ]
-    assert [(place, reason[:10]) for place, reason in bad(text)] == [("broken.py", "not Python")]
+    assert [(place, reason[:10]) for place, reason in bad(text)] == [("escape.py", "not Python")]
     assert_any_start_reads_on(text)
+    for broken in ("topics = {", "pass", "topics = open"):
+        (tmp_path / "pydoc_data" / "topics.py").write_text(broken)
+        text = open_reader(Source(name="text", kind="stdlib_text"), min_chunks=1)
+        assert ("pydoc_data/topics.py", "not Python") in [(place, reason[:10]) for place, reason in bad(text)]
 
 
 def test_the_real_standard_library_is_listed() -> None:

@@ -1,0 +1,215 @@
+"""The recipe of a run as numbers: what it drops and unembeds on average, and which of the paper's rules it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from app.layerskip.exit_curricula import ExitCurriculum, exits_on
+from app.layerskip.exit_weights import ExitWeights, normalised_exit_weights
+from app.layerskip.schedules import DepthScale, TimeScale, dropout_rates, time_scale
+
+_PAPER = "arXiv 2404.16710"
+_SCRATCH_LR = 8e-4  # of the paper's models trained from scratch with layer dropout
+_SMALL_BUDGET, _LARGE_BUDGET = 5.3e9, 26e9  # tokens: the paper's runs below have e_scale 1.0, those above 0.2 or less
+_TINY_BUDGET = 5e7  # tokens
+_OFTEN = 0.01  # of steps
+_GRADUAL_SAMPLES = 1000  # steps at which the gradual curriculum is looked at
+
+
+class Departure(NamedTuple):
+    """A rule that a recipe breaks.
+
+    Attributes:
+        field: The setting, by its path.
+        message: What is so, and what the rule is.
+        source: Who says so.
+    """
+
+    field: str
+    message: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a configuration says of a run.
+
+    Attributes:
+        num_layers: L.
+        from_scratch: Random weights at the start.
+        batch_size: Rows of a micro-batch on one device.
+        seq_len: Tokens a row.
+        accumulate: Micro-batches a step.
+        world_size: Devices.
+        max_steps: T, or None if the run has no fixed length.
+        learning_rate: At its peak.
+        small_weights: Weights of 16 bits without a float32 copy.
+
+    The others are named as in `LayerDropoutCurriculum` and `EarlyExitCurriculum`.
+    """
+
+    num_layers: int
+    from_scratch: bool
+    batch_size: int
+    seq_len: int
+    accumulate: int = 1
+    world_size: int = 1
+    max_steps: int | None = None
+    learning_rate: float = 0.0
+    small_weights: bool = False
+    max_dropout_rate: float = 0.0
+    depth_scale: DepthScale = "exponential"
+    time_scale: TimeScale = "constant"
+    curriculum: ExitCurriculum = "none"
+    rotation_interval: int = 8
+    early_exit_scale: float = 0.2
+    exit_weights: ExitWeights = "quadratic"
+    always_on_last: bool = True
+    exit_layers: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all devices."""
+        return self.batch_size * self.seq_len * self.accumulate * self.world_size
+
+    @property
+    def tokens(self) -> int | None:
+        """Of the run."""
+        return None if self.max_steps is None else self.tokens_per_step * self.max_steps
+
+    @cached_property
+    def mean_dropout_rates(self) -> tuple[float, ...]:
+        """p(l, t) of every block, the mean over all steps."""
+        steps = range(self.max_steps or 1)
+        mean = sum(time_scale(step, total_steps=self.max_steps, kind=self.time_scale) for step in steps) / len(steps)
+        return tuple(mean * rate for rate in self.last_dropout_rates)
+
+    @property
+    def last_dropout_rates(self) -> tuple[float, ...]:
+        """p(l, t) where S(t) = 1."""
+        return dropout_rates(
+            0, num_layers=self.num_layers, max_dropout_rate=self.max_dropout_rate, depth=self.depth_scale
+        )
+
+    @cached_property
+    def exits_by_step(self) -> tuple[int, ...]:
+        """How many exits are on, at steps that stand for all."""
+        every = max(1, (self.max_steps or 1) // _GRADUAL_SAMPLES)
+        periods = {"rotational": range(self.rotation_interval), "gradual": range(0, self.max_steps or 1, every)}
+        return tuple(len(self._weights(step)) for step in periods.get(self.curriculum, range(1)))
+
+    @property
+    def mean_exits(self) -> float:
+        """Exits in the loss of a step, on average."""
+        return sum(self.exits_by_step) / len(self.exits_by_step)
+
+    def _weights(self, step: int) -> dict[int, float]:
+        exits = exits_on(
+            step,
+            curriculum=self.curriculum,
+            num_layers=self.num_layers,
+            rotation_interval=self.rotation_interval,
+            always_on_last=self.always_on_last,
+            total_steps=self.max_steps,
+            exit_layers=self.exit_layers,
+        )
+        return normalised_exit_weights(
+            exits, num_layers=self.num_layers, early_exit_scale=self.early_exit_scale, kind=self.exit_weights
+        )
+
+
+def departures(recipe: Recipe) -> list[Departure]:
+    """Rules that the recipe breaks; `fit` runs it all the same."""
+    return [departure for rule in _RULES for departure in rule(recipe)]
+
+
+def _time_scale(recipe: Recipe) -> Iterator[Departure]:
+    if not recipe.max_dropout_rate:
+        return
+    if recipe.from_scratch and recipe.time_scale != "exponential":
+        message = (
+            f"{recipe.time_scale}: from scratch the rate rises with the steps, S(t) = 2^(t/(T-1)) - 1: exponential"
+        )
+        yield Departure("layer_dropout.time_scale", message, f"{_PAPER} section 4.1.1")
+    if not recipe.from_scratch and recipe.time_scale != "constant":
+        message = f"{recipe.time_scale}: a pretrained model is trained at one rate, S(t) = 1: constant"
+        yield Departure("layer_dropout.time_scale", message, f"{_PAPER} section 4.1.1")
+
+
+def _learning_rate(recipe: Recipe) -> Iterator[Departure]:
+    if recipe.from_scratch and recipe.max_dropout_rate and recipe.learning_rate < _SCRATCH_LR:
+        message = (
+            f"{recipe.learning_rate:g}: layer dropout from scratch wants a higher one;"
+            f" it was raised from 4e-4 (1.5B) and 3e-4 (7B) to {_SCRATCH_LR:g}"
+        )
+        yield Departure("model.optimizer.lr", message, f"{_PAPER} section 5, table of hyperparameters")
+
+
+def _rotation(recipe: Recipe) -> Iterator[Departure]:
+    interval, num_layers = recipe.rotation_interval, recipe.num_layers
+    if recipe.curriculum != "rotational" or not recipe.early_exit_scale:
+        return
+    if interval >= num_layers:
+        message = f"{interval} for {num_layers} blocks: the longest of the paper is L - 1, one early exit at every step"
+        yield Departure(
+            "early_exit.rotation_interval", message, f"{_PAPER} section 5: R = 23, 31, 39 of L = 24, 32, 40"
+        )
+    elif num_layers % interval and (num_layers - 1) % interval:
+        counts = " to ".join(map(str, sorted({min(recipe.exits_by_step), max(recipe.exits_by_step)})))
+        message = (
+            f"{interval} divides neither {num_layers} nor {num_layers - 1}: {counts} exits are on,"
+            " so steps differ in cost; the paper's R divides L, or is L - 1"
+        )
+        yield Departure("early_exit.rotation_interval", message, f"{_PAPER} section 5: R = 8, 16, L - 1")
+
+
+def _scale(recipe: Recipe) -> Iterator[Departure]:
+    tokens, scale = recipe.tokens, recipe.early_exit_scale
+    if recipe.curriculum == "none" or not scale or tokens is None:
+        return
+    if tokens < _TINY_BUDGET and recipe.exit_weights == "quadratic":
+        message = f"quadratic for {tokens:.2g} tokens: early exits stay too weak to draft; uniform suits few tokens"
+        yield Departure("early_exit.exit_weights", message, "method card (app/layerskip/README.md), when not to use it")
+    if tokens <= _SMALL_BUDGET and scale < 1.0:
+        message = f"{scale:g} for {tokens:.2g} tokens: runs of 5.2 billion tokens and fewer have 1.0"
+        yield Departure("early_exit.early_exit_scale", message, f"{_PAPER} section 5: code fine-tuning and TOPv2")
+    if tokens >= _LARGE_BUDGET and scale > 0.2:
+        message = f"{scale:g} for {tokens:.2g} tokens: runs of 26 billion tokens and more have 0.1 to 0.2"
+        yield Departure(
+            "early_exit.early_exit_scale", message, f"{_PAPER} section 5: the last layer pays for the exits"
+        )
+
+
+def _whole_blocks(recipe: Recipe) -> Iterator[Departure]:
+    deepest = max(recipe.last_dropout_rates)
+    chance = deepest**recipe.batch_size
+    if chance >= _OFTEN:
+        message = (
+            f"{recipe.batch_size}: a block of rate {deepest:g} is dropped for all rows, on all devices, in"
+            f" {chance:.0%} of micro-batches (p^B), which then do not train it"
+        )
+        yield Departure(
+            "data.batch_size", message, f"{_PAPER} section 4.1.1: dropped per sample, alike on every device"
+        )
+
+
+def _precision(recipe: Recipe) -> Iterator[Departure]:
+    if recipe.small_weights:
+        message = (
+            "16-bit weights without a float32 copy: an update below 1/256 of a weight is rounded away, as most are"
+            f" at a learning rate of {recipe.learning_rate:g}; bf16-mixed keeps float32 weights"
+        )
+        yield Departure("trainer.precision", message, "arXiv 1710.03740 section 3.1 (master copy of weights)")
+
+
+_RULES: tuple[Callable[[Recipe], Iterator[Departure]], ...] = (
+    _time_scale,
+    _learning_rate,
+    _rotation,
+    _scale,
+    _whole_blocks,
+    _precision,
+)

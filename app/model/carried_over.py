@@ -1,0 +1,73 @@
+"""What an export takes from elsewhere: decoding defaults that `layerskip tune` stored, and a card's licence."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
+
+from app.errors import ConfigError
+from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults, read_generation_config
+from app.model.output_directory import README
+
+_FIELD = "layerskip"  # of generation_config.json
+_ALLOWED = "a tuned model directory, a generation_config.json, or the output of layerskip tune --json"
+
+
+def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> DecodingDefaults | None:
+    """The defaults that were stored in a model directory or a file, as those of this model.
+
+    Args:
+        model: Of the same shape; may be on the meta device.
+        path: A directory, its generation_config.json, or the output of `layerskip tune --json`.
+        field: The setting that `path` comes from, for error messages.
+
+    Returns:
+        The defaults; None if nothing was stored there.
+
+    Raises:
+        ConfigError: They do not fit this model, or there is no such file.
+        CheckpointError: The directory's generation_config.json is damaged.
+    """
+    stored = _stored(path, field=field)
+    if stored is None:
+        return None
+    probe = copy.copy(model)  # shares everything but what is set here
+    probe.generation_config = copy.deepcopy(model.generation_config)
+    setattr(probe.generation_config, _FIELD, stored)
+    try:
+        return read_decoding_defaults(probe)
+    except ConfigError as error:
+        allowed = "what layerskip tune stored for a model like this"
+        raise ConfigError(field, got=str(path), allowed=allowed, fix=str(error)) from error
+
+
+def _stored(path: Path, *, field: str) -> Any:
+    if path.is_dir():
+        return read_generation_config(path).get(_FIELD) if any(path.iterdir()) else None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(field, got=str(path), allowed=_ALLOWED, fix=str(error)) from error
+    if not isinstance(content, dict):
+        raise ConfigError(field, got=str(path), allowed=_ALLOWED)
+    if _FIELD in content or "strategy" not in content:
+        return content.get(_FIELD)
+    known = {field.name for field in fields(DecodingDefaults)}
+    return {name: value for name, value in content.items() if name in known}
+
+
+def carried_license(directory: Path) -> str | None:
+    """What the card in a model directory says; None if there is none, or it says nothing."""
+    readme = directory / README
+    if not readme.is_file():
+        return None
+    license: str | None = getattr(  # noqa: A001  # the hub's name for it
+        ModelCard(readme.read_text("utf-8", errors="replace"), ignore_metadata_errors=True).data, "license", None
+    )
+    return license

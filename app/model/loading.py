@@ -1,0 +1,92 @@
+"""A model filled from weights on disk: built without memory or initial values, then loaded weight by weight."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from app.errors import CheckpointError, ConfigError
+from app.model.weight_files import StoredWeights
+
+logger = logging.getLogger(__name__)
+
+
+def fill_model(
+    config: PreTrainedConfig,
+    stored: StoredWeights,
+    *,
+    dtype: torch.dtype | None,
+    own: bool,
+    field: str,
+    generation_config: GenerationConfig | None = None,
+) -> PreTrainedModel:
+    """The causal LM of `config` with these weights.
+
+    Args:
+        config: Architecture.
+        stored: Its weights; names that older versions of transformers used are known, too.
+        dtype: To load them in; None for that of the first one.
+        own: Whether every weight shall have memory of its own, or may be a map of its file.
+        field: The setting that the model comes from, for error messages.
+        generation_config: None derives it from `config`.
+
+    Raises:
+        ConfigError: If transformers cannot build such a model.
+        CheckpointError: If weights are damaged, missing, of another shape, or have no place.
+    """
+    try:
+        with _quiet_transformers():
+            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict=stored.state_dict(dtype=dtype, own=own),
+                dtype=dtype or stored.dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                generation_config=generation_config,
+            )
+    except (ValueError, TypeError, ImportError, ZeroDivisionError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise ConfigError(field, got=stored.path, allowed="a model that can be built", fix=reason) from error
+    except (OSError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise CheckpointError(
+            f"{stored.path}: the weights are damaged or of another shape than its configuration says ({reason})"
+        ) from error
+    check_complete(stored.path, info)
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Switch its progress bars off, and its report of what `check_complete` says."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def check_complete(path: str, info: dict[str, Any]) -> None:
+    """Raise CheckpointError unless all weights found their place: transformers draws missing ones at random."""
+    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise CheckpointError(f"{path}: {len(missing)} weights of the model are missing, the first is {missing[0]}")
+    if in_blocks := [name for name in surplus if ".layers." in name]:
+        raise CheckpointError(
+            f"{path}: {len(in_blocks)} weights of blocks have no place in a model of its configuration, "
+            f"the first is {in_blocks[0]}"
+        )
+    if surplus:
+        logger.warning("%s: %d weights have no place in the model and are left out: %s", path, len(surplus), surplus)

@@ -1,0 +1,153 @@
+"""Where models come from: each kind of place found and checked before any weight is read."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
+
+from app.errors import CheckpointError, ConfigError
+from app.model.decoding_defaults import read_generation_config
+from app.model.gguf import read_gguf_config, read_gguf_tokenizer, read_gguf_weights
+from app.model.head_check import check_plain_head
+from app.model.loading import fill_model
+from app.model.tokenizer_files import load_tokenizer
+from app.model.trained_weights import TOKENIZER_KEY, is_trained_weights, open_trained_weights
+from app.model.weight_files import check_weight_files, conversion, from_checkpoint, from_safetensors, is_pickle
+
+SOURCES = (
+    "a Hugging Face directory (or hub id) with config.json and safetensors weights, a .gguf file, "
+    "or a checkpoint of layerskip fit (a .ckpt file or a directory)"
+)
+_FILES = (".gguf", ".ckpt")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+class Source(NamedTuple):
+    """A model that was found, and checked as far as is cheap.
+
+    Attributes:
+        config: Architecture.
+        tokenizer: Reads it.
+        weights: Reads them in a dtype (None: their own), into memory of their own if that is asked for.
+    """
+
+    config: PreTrainedConfig
+    tokenizer: Callable[[], Any]
+    weights: Callable[[torch.dtype | None, bool], PreTrainedModel]
+
+
+def open_source(path: str, *, field: str) -> Source:
+    """Find a model and check it as far as that is possible without its weights.
+
+    Args:
+        path: Hugging Face directory or hub id, `.gguf` file, or checkpoint of ours.
+        field: The setting that `path` comes from, for error messages.
+
+    Raises:
+        ConfigError: If there is no model there that can be used.
+        CheckpointError: If a file is damaged or incomplete.
+    """
+    file = Path(path)
+    if is_trained_weights(file):
+        source = _open_checkpoint(file, field=field)
+    elif file.suffix == ".gguf" and file.is_file():
+        source = _open_gguf(file, field=field)
+    else:
+        source = _open_pretrained(path, field=field)
+    if type(source.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(field, got=type(source.config).__name__, allowed="a causal LM", fix="this is none")
+    check_plain_head(source.config, field=field)
+    if getattr(source.config, "quantization_config", None) is not None:
+        fix = "dequantize it with transformers and save_pretrained it first"
+        raise ConfigError(field, got=path, allowed="a model whose weights are not quantized", fix=fix)
+    return source
+
+
+def _open_checkpoint(path: Path, *, field: str) -> Source:
+    trained = open_trained_weights(path)
+
+    def tokenizer() -> Any:
+        if trained.tokenizer is None:
+            raise CheckpointError(
+                f"checkpoint {path}: holds no tokenizer ({TOKENIZER_KEY!r}), so it cannot read a prompt"
+            )
+        return trained.tokenizer
+
+    return Source(
+        trained.config,
+        tokenizer,
+        lambda dtype, own: fill_model(trained.config, from_checkpoint(trained), dtype=dtype, own=own, field=field),
+    )
+
+
+def _open_gguf(path: Path, *, field: str) -> Source:
+    config = read_gguf_config(path, field=field)
+
+    def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:  # noqa: ARG001  # unpacked: always its own
+        return read_gguf_weights(path, config, dtype=dtype)
+
+    return Source(config, lambda: read_gguf_tokenizer(path), weights)
+
+
+def _open_pretrained(path: str, *, field: str) -> Source:
+    config = _read_config(path, field=field)
+
+    def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:
+        directory = Path(path) if Path(path).is_dir() else _download(path, field=field)
+        check_weight_files(directory, field=field)
+        if (directory / GENERATION_CONFIG_NAME).is_file():
+            read_generation_config(directory)  # transformers passes over a damaged one, and over where a text ends
+        has_generation = (directory / GENERATION_CONFIG_NAME).is_file()
+        generation = GenerationConfig.from_pretrained(directory) if has_generation else None
+        stored = from_safetensors(directory)
+        return fill_model(config, stored, dtype=dtype, own=own, field=field, generation_config=generation)
+
+    return Source(config, lambda: load_tokenizer(path, field=field), weights)
+
+
+def _read_config(path: str, *, field: str) -> PreTrainedConfig:
+    directory = Path(path)
+    if directory.is_dir():
+        if not (directory / CONFIG_NAME).is_file():
+            raise ConfigError(field, got=path, allowed=SOURCES, fix="there is no config.json in this directory")
+        if (directory / ADAPTER_CONFIG_NAME).is_file():
+            fix = "merge the adapter into its model first: peft's merge_and_unload, then save_pretrained"
+            raise ConfigError(field, got=path, allowed=SOURCES, fix=fix)
+    elif directory.exists():
+        if is_pickle(directory):
+            fix = f"pickled weights can run code; {conversion(directory.parent)}"
+            raise ConfigError(field, got=path, allowed=SOURCES, fix=fix)
+        kind = f"ending in {directory.suffix!r}" if directory.suffix else "without an ending"
+        raise ConfigError(field, got=path, allowed=SOURCES, fix=f"files {kind} are not known")
+    elif directory.suffix in _FILES or not _HUB_ID.fullmatch(path):
+        raise ConfigError(field, got=path, allowed=SOURCES, fix="no such file or directory")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of a file that comes from anywhere, or of the network
+        absent = "" if directory.is_dir() else "no such directory here, nor on the hub: "
+        fix = absent + textwrap.shorten(str(error), 300)
+        raise ConfigError(field, got=path, allowed=SOURCES, fix=fix) from error
+
+
+def _download(hub_id: str, *, field: str) -> Path:
+    """The hub's safetensors of a model and how it generates, in the local cache."""
+    patterns = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*.safetensors", GENERATION_CONFIG_NAME]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # of the network, or of the hub
+        fix = f"it cannot be downloaded: {textwrap.shorten(str(error), 300)}"
+        raise ConfigError(field, got=hub_id, allowed=SOURCES, fix=fix) from error

@@ -1,0 +1,165 @@
+"""Weights on disk as transformers' loader takes them: read one by one, in the wanted dtype, each held once.
+
+transformers itself maps safetensors into memory and converts from there: weights of another dtype than the wanted
+one would then be counted twice, in the file's and in their own.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from app.errors import CheckpointError, ConfigError
+from app.model.mapped_memory import file_mappings, page_out
+from app.model.trained_weights import TrainedWeights
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
+_PIECE_BYTES = 4 * 2**20  # small beside any model worth measuring, large beside a call
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Weights that are still on the disk.
+
+    Attributes:
+        path: Where, for error messages.
+        dtypes: By name; None for what is no plain floating-point number.
+        map: A tensor as a private map of its file where there can be one: memory counts as it is looked at, and the
+            file must stay as it is.
+        copy: A tensor in memory of its own and in this dtype; None keeps its own.
+    """
+
+    path: str
+    dtypes: Mapping[str, torch.dtype | None]
+    map: Callable[[str], Tensor]
+    copy: Callable[[str, torch.dtype | None], Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the first floating-point weight."""
+        return next((dtype for dtype in self.dtypes.values() if dtype), None)
+
+    def state_dict(self, *, dtype: torch.dtype | None, own: bool) -> dict[str, LazyTensor]:
+        """What transformers can load from.
+
+        Args:
+            dtype: To convert floating-point numbers to; None for no conversion.
+            own: Whether weights that need no conversion shall have memory of their own, too.
+        """
+        lock = Lock()  # transformers reads in several threads, and each would take memory for what is on its way
+
+        def lazy(name: str, stored: torch.dtype | None) -> LazyTensor:
+            wanted = stored and dtype
+            in_place = not own and wanted in (None, stored)
+            return LazyTensor(lambda: self.map(name) if in_place else self.copy(name, wanted), lock)
+
+        return {name: lazy(name, stored) for name, stored in self.dtypes.items()}
+
+
+class LazyTensor:
+    """Stands for a tensor, which `[...]` reads: transformers' loader asks for no more."""
+
+    def __init__(self, read: Callable[[], Tensor], lock: Any) -> None:
+        self._read, self._lock = read, lock
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with self._lock:
+            return self._read()[index]
+
+
+def from_checkpoint(weights: TrainedWeights) -> StoredWeights:
+    """Those of a checkpoint of ours."""
+
+    def copy(name: str, dtype: torch.dtype | None) -> Tensor:
+        if weights.path.is_dir():
+            return weights.read(name, dtype)
+        return _copied(weights.read(name), dtype)
+
+    dtypes = {name: dtype if dtype.is_floating_point else None for name, (_, dtype) in weights.shapes.items()}
+    return StoredWeights(str(weights.path), dtypes, weights.read, copy)
+
+
+def from_safetensors(directory: Path) -> StoredWeights:
+    """Those of a Hugging Face directory, which `check_weight_files` has passed.
+
+    Raises:
+        CheckpointError: If a file is damaged.
+    """
+    slices: dict[str, Any] = {}
+    for file in _weight_files(directory):
+        try:
+            handle: Any = safe_open(file, framework="pt")
+            slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  # it is no mapping
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{directory}: the weights are damaged ({file.name}: {error})") from error
+    dtypes = {name: _DTYPES.get(stored.get_dtype()) for name, stored in slices.items()}
+
+    def read(name: str) -> Tensor:
+        return slices[name][...]  # type: ignore[no-any-return]
+
+    return StoredWeights(str(directory), dtypes, read, lambda name, dtype: _copied(read(name), dtype))
+
+
+def _copied(stored: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy of a tensor that is mapped from a file, piece by piece: no more than a piece of it is in memory twice.
+
+    Where the file is another user's and read-only, the kernel takes no advice: then all of it counts twice.
+    """
+    mappings, whole = file_mappings(), torch.empty_like(stored, dtype=dtype)
+    if whole.dim() == 0:
+        return whole.copy_(stored)
+    rows = max(1, _PIECE_BYTES // max(1, stored[:1].nbytes))
+    for target, piece in zip(torch.split(whole, rows), torch.split(stored, rows), strict=True):
+        target.copy_(piece)
+        page_out(piece, mappings)
+    return whole
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / SAFE_WEIGHTS_NAME).is_file():
+        return [directory / SAFE_WEIGHTS_NAME]
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        return [directory / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: damaged, not an index of safetensors files ({error})") from error
+
+
+def check_weight_files(directory: Path, *, field: str) -> None:
+    """Raise ConfigError if a local directory holds no safetensors weights, CheckpointError if not all of them."""
+    if not any((directory / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        fix = "there are none"
+        if any(file.suffix in _PICKLES for file in directory.iterdir()):
+            fix = f"there are pickled ones only, which can run code; {conversion(directory)}"
+        raise ConfigError(field, got=str(directory), allowed="a directory with safetensors weights", fix=fix)
+    files = _weight_files(directory)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{directory}: {len(missing)} of {len(files)} weight files are missing: {missing}")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether the file is named like pickled weights."""
+    return path.suffix in _PICKLES
+
+
+def conversion(directory: Path) -> str:
+    """What to do about a directory with pickled weights only."""
+    source, target = json.dumps(str(directory)), json.dumps(f"{directory}-safetensors")
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f'M.from_pretrained({source}, dtype="auto").save_pretrained({target}); '
+        f"T.from_pretrained({source}).save_pretrained({target})"
+    )
+    return f"where you trust them, convert them: python -c {shlex.quote(code)}"

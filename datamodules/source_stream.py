@@ -110,11 +110,11 @@ class SourceStream:
 
     def _documents(self, place: Place) -> Iterator[Tokens | None]:
         """Token ids of the documents from `place` on, and None at the end of each block."""
-        for start, texts, following in self._blocks.read(place._replace(drawn=0)):
+        for start, texts, following in self._blocks.read(place):
             self._following, self._block_documents = following, len(texts)
             for first in range(start.taken, len(texts), _DOCUMENTS_A_CALL):
                 for taken, ids in enumerate(self._encode(texts[first : first + _DOCUMENTS_A_CALL]), first):
-                    self._last = start._replace(taken=taken, within=0)
+                    self._last = start._replace(taken=taken)
                     self._places.append(self._last)
                     yield ids[: self._settings.seq_len] if self._settings.long_documents == "truncate" else ids
             yield None

@@ -1,37 +1,78 @@
-"""`layerskip plot`: exact match over exits of several runs in one picture."""
+"""`layerskip plot`: runs in one picture, by what exits score on generated parses, or by what training taught them."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from app.cli.parsing import VerbParser
-from app.errors import ConfigError
+from app.errors import CheckpointError, ConfigError
+from app.evaluation.exit_curves_figure import MOST_RUNS, Curve, exit_curves_figure
+from app.evaluation.exit_quality import ExitScore
 from app.evaluation.tasks.exact_match_figure import Metric, exact_match_figure
 from app.evaluation.tasks.parse_report import read_report
+from app.model.run_record import RunRecord
+from app.model.trained_weights import open_trained_weights
+
+_T = TypeVar("_T")
 
 
-def plot(*, results: list[str], output: str, metric: Metric = "exact_match") -> None:
-    """Draw how exact match of generated semantic parses falls from the full model to early exits, a line for each run.
+def plot(
+    *,
+    output: str,
+    results: list[str] | None = None,
+    checkpoints: list[str] | None = None,
+    metric: Metric = "exact_match",
+) -> None:
+    """Draw several runs in one picture: exact match of generated parses over exits, or what training taught every exit.
 
     Args:
+        output: PNG file to write.
         results: One or several LABEL=FILE, each file written by callbacks.ParseValidation into a run's folder
             (parse_test.json or parse_validate.json).
-        output: PNG file to write.
-        metric: What to draw.
+        checkpoints: Instead, one to four LABEL=CHECKPOINT of runs with callbacks.ExitQualityMonitor: agreement of early
+            exits and loss of the full model over tokens, a line style for each run.
+        metric: What is drawn of `results`.
     """
     path = _check_output(output)
-    runs = {}
-    for named in results:
+    if (results is None) == (checkpoints is None):
+        raise ConfigError("results", got="both" if results else "neither", allowed="either results or checkpoints")
+    if results is not None:
+        figure = exact_match_figure(_read("results", results, read_report), metric=metric)
+    else:
+        if len(checkpoints or ()) > MOST_RUNS:
+            raise ConfigError("checkpoints", got=len(checkpoints or ()), allowed=f"1..{MOST_RUNS}")
+        figure = exit_curves_figure(_read("checkpoints", checkpoints or [], _read_curve))
+    figure.savefig(path, dpi=150)
+    print(f"figure: {path}")
+
+
+def _read(field: str, given: list[str], read: Callable[[Path], _T]) -> dict[str, _T]:
+    """What is in the file of each label."""
+    runs: dict[str, _T] = {}
+    for named in given:
         label, equals, file = named.partition("=")
         if not (label and equals and file):
-            raise ConfigError("results", got=named, allowed="LABEL=FILE")
+            raise ConfigError(field, got=named, allowed="LABEL=FILE")
         if label in runs:
-            raise ConfigError("results", got=results, allowed="each label once", fix=f"{label} is there twice")
-        runs[label] = read_report(Path(file))
-    exact_match_figure(runs, metric=metric).savefig(path, dpi=150)
-    print(f"figure: {path}")
+            raise ConfigError(field, got=given, allowed="each label once", fix=f"{label} is there twice")
+        runs[label] = read(Path(file))
+    return runs
+
+
+def _read_curve(path: Path) -> Curve:
+    """What validations of a run measured, by tokens: those of the whole run, shared among its steps alike."""
+    record = RunRecord.of(path, open_trained_weights(path).metadata)
+    if not record.history or not record.tokens:
+        what = "no counted tokens" if record.history else "no measurement of callbacks.ExitQualityMonitor"
+        raise CheckpointError(f"checkpoint {path}: there is {what} in it to be drawn")
+    return {
+        round(step * record.tokens / record.steps): {layer: ExitScore(*score) for layer, score in scores.items()}
+        for step, scores in record.history.items()
+    }
 
 
 def _check_output(output: str) -> Path:
@@ -44,6 +85,7 @@ def _check_output(output: str) -> Path:
 def run() -> None:
     """Parse and run the verb."""
     parser = VerbParser(prog="layerskip plot", description=(plot.__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=str, nargs="+", required=True, help="One or several LABEL=FILE.")
-    parser.add_function_arguments(plot, as_group=False, skip={"results"})
+    parser.add_argument("--results", type=str, nargs="+", help="LABEL=FILE of callbacks.ParseValidation, several.")
+    parser.add_argument("--checkpoints", type=str, nargs="+", help="Instead LABEL=CHECKPOINT, one to four.")
+    parser.add_function_arguments(plot, as_group=False, skip={"results", "checkpoints"})
     plot(**parser.parse_args(sys.argv[2:]).as_dict())

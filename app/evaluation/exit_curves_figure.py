@@ -15,19 +15,15 @@ from app.evaluation.exit_quality import ExitScore
 # tokens trained on -> exit_layer -> score
 Curve = Mapping[int, Mapping[int, ExitScore]]
 _STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+MOST_RUNS = len(_STYLES)
 
 
 def exit_curves_figure(runs: Mapping[str, Curve]) -> Figure:
     """Agreement with the full model of every early exit, and the loss of the full model, over tokens trained on.
 
     Args:
-        runs: Label -> curve, at most four; the deepest exit of a curve is the full model.
-
-    Raises:
-        ValueError: With more runs than there are line styles.
+        runs: Label -> curve, at most MOST_RUNS; the deepest exit of a curve is the full model.
     """
-    if len(runs) > len(_STYLES):
-        raise ValueError(f"{len(runs)} runs in one picture, at most {len(_STYLES)}")
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
     agreement_axes, loss_axes = figure.subplots(1, 2, width_ratios=(3, 2))
     full = {label: max(max(scores) for scores in curve.values()) for label, curve in runs.items()}

@@ -118,8 +118,14 @@ class RunRecord:
     @property
     def exits(self) -> tuple[int, Mapping[int, tuple[float, float]]] | None:
         """The latest measurement: its step, and (loss in nats a token, agreement) by exit; None if there is none."""
-        history = (self.metadata.get("callbacks") or {}).get("ExitQualityMonitor", {}).get("history")
-        if not history:
-            return None
-        step = max(history)
-        return step, {exit_layer: tuple(score) for exit_layer, score in sorted(history[step].items())}
+        history = self.history
+        return (max(history), history[max(history)]) if history else None
+
+    @property
+    def history(self) -> Mapping[int, Mapping[int, tuple[float, float]]]:
+        """Every measurement: (loss in nats a token, agreement) by step and exit; empty if there is none."""
+        history = (self.metadata.get("callbacks") or {}).get("ExitQualityMonitor", {}).get("history") or {}
+        return {
+            step: {exit_layer: tuple(score) for exit_layer, score in sorted(scores.items())}
+            for step, scores in sorted(history.items())
+        }

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from app.cli.plot import run
-from app.errors import ConfigError, DataError
+from app.errors import CheckpointError, ConfigError, DataError
+from app.evaluation.exit_curves_figure import exit_curves_figure
+from app.evaluation.exit_quality import ExitScore
+from callbacks import ExitQualityMonitor
+from tests.support.runs import curricula, make_data, make_module, make_trainer
 
 
 @pytest.fixture
@@ -69,3 +73,53 @@ def test_results_must_be_given(
     with pytest.raises(SystemExit, match="2"):
         _plot(monkeypatch, "--output", str(tmp_path / "em.png"))
     assert "error: results: required" in capsys.readouterr().err
+
+
+def test_curves_of_checkpoints_are_drawn_with_tokens_from_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+    monkeypatch.setattr("app.cli.plot.exit_curves_figure", lambda runs: drawn.update(runs) or exit_curves_figure(runs))
+    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[*curricula(), ExitQualityMonitor()], **settings)
+    trainer.fit(make_module(), datamodule=make_data(tmp_path))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    output = tmp_path / "curves.png"
+    _plot(monkeypatch, "--checkpoints", f"a={tmp_path}/run.ckpt", f"b={tmp_path}/run.ckpt", "--output", str(output))
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert set(drawn) == {"a", "b"}
+    assert list(drawn["a"]) == pytest.approx([2 * 4 * 24, 4 * 4 * 24])  # steps, rows, tokens of a row
+    assert set(drawn["a"][2 * 4 * 24]) == {1, 2, 3, 4}
+
+
+def test_a_checkpoint_without_measurements_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[])
+    trainer.fit(make_module(), datamodule=make_data(tmp_path))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(CheckpointError, match=r"run\.ckpt: there is no measurement of callbacks\.ExitQualityMonitor"):
+        _plot(monkeypatch, "--checkpoints", f"a={tmp_path}/run.ckpt", "--output", str(tmp_path / "curves.png"))
+
+
+@pytest.mark.parametrize("given", [["--results", "a=b", "--checkpoints", "a=b"], []])
+def test_one_kind_of_picture_at_a_time(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="allowed either results or checkpoints"):
+        _plot(monkeypatch, *given, "--output", str(tmp_path / "curves.png"))
+
+
+def test_more_runs_than_line_styles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoints: got 5, allowed 1\.\.4"):
+        _plot(monkeypatch, "--checkpoints", *[f"{i}=x" for i in range(5)], "--output", str(tmp_path / "curves.png"))
+
+
+def test_every_early_exit_is_a_line_of_the_runs_style_and_the_full_model_is_beside_them() -> None:
+    curve = {
+        100: {1: ExitScore(5.0, 0.1), 4: ExitScore(3.0, 1.0)},
+        200: {1: ExitScore(4.0, 0.3), 4: ExitScore(2.5, 1.0)},
+    }
+    exits, full = exit_curves_figure({"ours": curve, "control": {100: curve[100]}}).axes
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in exits.lines] == [
+        ([0.1, 0.2], pytest.approx([10.0, 30.0])),
+        ([0.1], [10.0]),
+    ]
+    assert [line.get_linestyle() for line in exits.lines] == ["-", "--"]
+    assert [list(line.get_ydata()) for line in full.lines] == [[3.0, 2.5], [3.0]]

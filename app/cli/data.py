@@ -9,12 +9,13 @@ import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from app.cli.tables import print_table
 from app.cli.train import LayerSkipCLI, make_cli
-from app.errors import check_range
-from app.protocols import Table
+from app.errors import ConfigError, check_range
+from app.protocols import PromptOwner, Table
 from datamodules.preview import Preview, check_resume, preview
 
 # Whatever the config says about machines: data are looked at here.
@@ -41,6 +42,9 @@ class DataCLI(LayerSkipCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         fresh = copy.deepcopy(self.datamodule)
         self.datamodule.prepare_data()
+        if self._options.prompts is not None:
+            self._write_prompts(self._options.prompts)
+            return
         found = preview(self.datamodule, num_batches=self._options.num_batches)
         resumed = check_resume(self.datamodule, fresh) if self._options.check_resume else None
         if self._options.json:
@@ -51,6 +55,19 @@ class DataCLI(LayerSkipCLI):
         if resumed is not None:
             same = "the same batches" if resumed.identical else "OTHER BATCHES: this data cannot be resumed exactly"
             print(f"\nresumed after {found.tokens:,} tokens: first batch after {resumed.seconds:.1f} s, {same}")
+
+    def _write_prompts(self, path: Path) -> None:
+        """Held-out prompts for `tune` and `benchmark`."""
+        data, options = self.datamodule, self._options
+        if not isinstance(data, PromptOwner):
+            raise ConfigError("prompts", got=type(data).__name__, allowed="a datamodule with validation_prompts")
+        prompts = data.validation_prompts(options.num_prompts, options.prompt_length)
+        lines = [json.dumps({"prompt": data.tokenizer.decode(ids, skip_special_tokens=True)}) for ids in prompts]
+        try:
+            path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        except OSError as error:
+            raise ConfigError("prompts", got=str(path), allowed="a file that can be written", fix=str(error)) from error
+        print(f"{len(lines)} held-out prompts of {options.prompt_length} tokens: {path}")
 
 
 def peak_memory_mib() -> float:
@@ -118,8 +135,14 @@ def run() -> None:
     )
     own.add_argument("--num_batches", type=int, default=64, help="training batches to look at")
     own.add_argument("--check_resume", action="store_true", help="go to the same place in a fresh stream, and compare")
+    own.add_argument(
+        "--prompts", type=Path, help="write held-out prompts here, for tune and benchmark, and nothing else"
+    )
+    own.add_argument("--num_prompts", type=int, default=16, help="how many")
+    own.add_argument("--prompt_length", type=int, default=64, help="tokens of each")
     own.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options, rest = own.parse_known_args(sys.argv[2:])
-    check_range("num_batches", options.num_batches, low=1)
+    for name in ("num_batches", "num_prompts", "prompt_length"):
+        check_range(name, getattr(options, name), low=1)
     sys.argv[1:] = ["fit", *rest, *_HERE, *_ALONE]
     make_cli(partial(DataCLI, options=options))

@@ -97,3 +97,18 @@ def test_a_mistake_is_told_in_one_message(data, arguments, message):
     err = data(*arguments, status=2).err
     assert message in err
     assert "layerskip fit" not in err
+
+
+def test_held_out_prompts_are_written_for_tuning_and_benchmarking(data, tmp_path):
+    options = ("--num_prompts", "4", "--prompt_length", "6", "--data.validation_share", "0.3")
+    said = data("--prompts", "prompts.jsonl", *options)
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == 4 < 2 * len(set(prompts))  # of two sources
+    held_out = [path.read_text() for path in (tmp_path / "corpus").rglob("*.py")]
+    held_out += [f"note {number} says that blocks may be skipped" for number in range(90)]
+    assert all(any(text.startswith(prompt) for text in held_out) for prompt in prompts)
+    assert said.out == "4 held-out prompts of 6 tokens: prompts.jsonl\n"
+
+
+def test_prompts_that_cannot_be_written_are_told(data):
+    assert "prompts: got 'nowhere/prompts.jsonl'" in data("--prompts", "nowhere/prompts.jsonl", status=2).err

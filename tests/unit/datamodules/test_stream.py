@@ -209,6 +209,10 @@ def test_a_lane_goes_on_from_any_place_as_if_it_had_not_stopped(data: st.DataObj
         assert resumed.state == whole.state
 
 
+def test_a_new_lane_is_at_the_start() -> None:
+    assert make_lane(ListReader(chunks(3)), ListReader(chunks(3))).state == LaneState.start(2)
+
+
 def test_another_place_is_another_stream() -> None:
     lane = make_lane(ListReader(chunks(9, 9)))
     rows = plain(take(lane, 6))

@@ -3,6 +3,7 @@
 from callbacks.data_monitor import DataMonitor
 from callbacks.early_exit_curriculum import EarlyExitCurriculum
 from callbacks.exit_quality_monitor import ExitQualityMonitor
+from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.layer_dropout_curriculum import LayerDropoutCurriculum
 from callbacks.parse_validation import ParseValidation
 from callbacks.prediction_writer import PredictionWriter
@@ -14,6 +15,7 @@ __all__ = [
     "DataMonitor",
     "EarlyExitCurriculum",
     "ExitQualityMonitor",
+    "LastCheckpoint",
     "LayerDropoutCurriculum",
     "LayerSkipProgressBar",
     "ParseValidation",

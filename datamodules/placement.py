@@ -78,9 +78,9 @@ def check_end(trainer: Trainer) -> None:
         return
     if trainer.max_steps < 1 and not any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigError("trainer.max_steps", got=trainer.max_steps, allowed=">= 1: the stream of batches has no end")
-    if trainer.val_check_interval == 1.0 and trainer.limit_val_batches:
+    if isinstance(trainer.val_check_interval, float) and trainer.limit_val_batches:  # a share of an epoch
         allowed = "a number of batches: the stream of batches has no epochs"
-        raise ConfigError("trainer.val_check_interval", got=1.0, allowed=allowed)
+        raise ConfigError("trainer.val_check_interval", got=trainer.val_check_interval, allowed=allowed)
 
 
 def check_same_order(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from app.cli.tables import print_table
 from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
-from app.protocols import PromptOwner, Table
+from app.protocols import PromptOwner, Table, TokenizerOwner
 from datamodules.preview import Preview, check_resume, preview
 
 # Whatever the config says about machines: data are looked at here.
@@ -59,7 +59,7 @@ class DataCLI(LayerSkipCLI):
     def _write_prompts(self, path: Path) -> None:
         """Held-out prompts for `tune` and `benchmark`."""
         data, options = self.datamodule, self._options
-        if not isinstance(data, PromptOwner):
+        if not (isinstance(data, PromptOwner) and isinstance(data, TokenizerOwner)):
             raise ConfigError("prompts", got=type(data).__name__, allowed="a datamodule with validation_prompts")
         prompts = data.validation_prompts(options.num_prompts, options.prompt_length)
         lines = [json.dumps({"prompt": data.tokenizer.decode(ids, skip_special_tokens=True)}) for ids in prompts]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
+from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LastCheckpoint, LayerDropoutCurriculum
 from tests.support.runs import Recorder, curricula, make_data, make_module, make_trainer
 
 N = 5
@@ -52,6 +52,26 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, curriculum, workers)
     assert len({step["exits"] for step in whole}) > 1  # the comparison has something to miss
     assert any(any(step["dropped"]) for step in whole)
     assert any(a["rows"] != b["rows"] for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("stop", [4, 5, 7])  # at a multiple of every_n_train_steps, and not
+def test_the_end_of_training_is_the_last_checkpoint_and_is_gone_on_from(tmp_path, stop):
+    def part(name, *extra, ckpt_path=None):
+        recorder = Recorder()
+        saver = LastCheckpoint(dirpath=str(tmp_path / name), every_n_train_steps=4)
+        callbacks = [*curricula(), recorder, ExitQualityMonitor(), saver, *extra]
+        settings = {"val_check_interval": 1, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
+        trainer = make_trainer(tmp_path, max_steps=2 * N, callbacks=callbacks, **settings)
+        trainer.fit(make_module(), datamodule=make_data(tmp_path), ckpt_path=ckpt_path)
+        (saved,) = (tmp_path / name).iterdir()
+        assert saved.name == "last.ckpt"
+        checkpoint = torch.load(saved, weights_only=True)
+        assert checkpoint["global_step"] == trainer.global_step
+        assert max(checkpoint["callbacks"]["ExitQualityMonitor"]["history"]) == trainer.global_step
+        return recorder.steps
+
+    whole = part("whole")
+    assert part("parts", StopAfter(stop)) + part("parts", ckpt_path=str(tmp_path / "parts" / "last.ckpt")) == whole
 
 
 def test_another_seed_is_another_run(tmp_path):

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart baseline adapt bench test check format clean
+.PHONY: quickstart baseline adapt bench bench-memory test check format clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ runs/quickstart/checkpoints/last.ckpt:
 bench: $(INSTALLED) runs/quickstart/checkpoints/last.ckpt
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/layerskip targets --trained_model runs/quickstart/checkpoints/last.ckpt --output build/bench.json
+
+# That the memory of streaming does not grow with the corpus, from 10 MB to 2 GB (written to a temporary folder).
+bench-memory: $(INSTALLED)
+	$(BIN)/python -m app.cli.data_memory --output build/data_memory.json
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2

@@ -16,8 +16,7 @@ import numpy as np
 
 from datamodules.packing import Row
 from datamodules.readers.records import Reader
-from datamodules.source_blocks import Place
-from datamodules.source_blocks import StreamSettings as StreamSettings  # part of what a stream is made of
+from datamodules.source_blocks import Place, StreamSettings
 from datamodules.source_stream import SourceStream
 from datamodules.sources import Source
 from datamodules.tokenizers import Encoder

@@ -19,8 +19,8 @@ from datamodules.placement import Placement, check_end, check_same_order, check_
 from datamodules.readers import open_reader
 from datamodules.readers.records import Reader
 from datamodules.row_settings import RowSettings
+from datamodules.source_blocks import StreamSettings
 from datamodules.sources import Source
-from datamodules.stream import StreamSettings
 from datamodules.stream_loader import STATE_KEY, LaneBatches, StreamLoader, stack
 from datamodules.stream_position import PositionKeeper
 from datamodules.surveyed_corpus import SurveyedCorpus

@@ -7,6 +7,7 @@ a process of its own that reports its peak resident memory.
 from __future__ import annotations
 
 import json
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,9 +52,11 @@ def measure_data_memory(
         corpus.mkdir()
         for before, size in pairwise((0.0, *megabytes)):  # the corpus grows: the disk holds no more than the last one
             documents += write_shards(corpus, num_bytes=int((size - before) * 1e6))
-            command, streamed = run_verb("data", *_options(corpus, config=config, num_batches=num_batches))
+            _, streamed = run_verb("data", *_options(corpus, config=config, num_batches=num_batches))
             measured.append({"megabytes": size, "documents": documents} | _figures(json.loads(streamed)))
     peaks = [figures["peak_memory_mib"] for figures in measured]
+    options = [f"--megabytes={list(megabytes)}", f"--num_batches={num_batches}", f"--config={config}"]
+    command = shlex.join(["python", "-m", "app.cli.data_memory", *options])
     result = target_result(max(peaks) / min(peaks), THRESHOLD, command, at_most=True)
     Path(output).write_text(json.dumps({"data_memory_ratio": result, "measured": measured}, indent=2) + "\n", "utf-8")
     columns = ("corpus (MB)", "documents", "tokens streamed", "tokens/s", "peak memory (MiB)")

@@ -53,6 +53,7 @@ def test_the_greatest_peak_is_compared_with_the_least(peaks, tmp_path, capsys, r
     ]
     found = json.loads(output.read_text())
     assert set(found["data_memory_ratio"]) == {"value", "target", "passed", "command", "environment"}
+    assert "data_memory '--megabytes=[0.05, 0.1, 0.4]' --num_batches=3" in found["data_memory_ratio"]["command"]
     assert found["data_memory_ratio"]["value"] == pytest.approx(ratio)
     assert found["data_memory_ratio"]["passed"] == (verdict == "passed")
     assert [figures["peak_memory_mib"] for figures in found["measured"]] == reported

@@ -53,6 +53,12 @@ def test_best_fit_by_hand() -> None:
     ]
 
 
+def test_best_fit_fills_the_first_row_to_its_end_and_orders_rows_by_their_first_documents() -> None:
+    assert len(pack([[1] * 3, [2]], seq_len=6, packing="best_fit")) == 1
+    rows = pack([[1] * 3, [2] * 4, [3]], seq_len=6, packing="best_fit")
+    assert [[ids[0] for ids, _ in parts(row)] for row in rows] == [[1, 3], [2]]
+
+
 def test_the_end_of_a_block_is_nothing_to_split_and_the_end_of_a_group_to_best_fit() -> None:
     first, second = arrays([[1], [2, 3]])
     split, best_fit = (list(pack(iter([first, None, None, second, None]), seq_len=6)) for pack in PACKINGS.values())

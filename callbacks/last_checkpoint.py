@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class LastCheckpoint(ModelCheckpoint):
     """Keeps `last.ckpt`, written every so many steps and when training ends.
 
-    Lightning's ModelCheckpoint leaves out the end of a run whose length is no multiple of `every_n_train_steps`: its last
-    steps would be lost, and what the validation after the last step found.
+    Lightning's ModelCheckpoint leaves out the end of a run whose length is no multiple of its interval, and what
+    the validation after the last step found.
 
     Args:
         every_n_train_steps: Optimizer steps between two checkpoints, >= 1.

@@ -82,6 +82,7 @@ def _print(found: Preview) -> None:
         f"{found.tokens:,} tokens in {found.positions:,} positions (packing efficiency {found.packing_efficiency:.1%});"
         f" first batch after {found.seconds_to_first:.1f} s, {found.tokens_per_second:,.0f} tokens/s in all;"
         f" peak memory {peak_memory_mib():,.0f} MiB\n"
+        "Read and skipped count what was read so far, ahead of the rows, and a record again in every pass.\n"
     )
     print("The first row, document by document:")
     for start, stop, targets, text in found.sample:

@@ -42,7 +42,7 @@ class TOPv2DataModule(LightningDataModule):
     Args:
         path: The official folder of TSV files, a local dataset folder, or a hub id, with the columns `domain`,
             `utterance`, `semantic_parse`.
-        domains: Which, in the order in which a batch's `source` counts them; all eight by default, or the two that `spis` has.
+        domains: Which, in the order in which a batch's `source` counts them; all by default (two with `spis`).
         spis: Train and evaluate on the low-resource splits of this many samples per intent and slot, one of 10, 25,
             50, 100, 250, 500, 1000; only in the official folder, and for reminder and weather.
         prompt_template: The prompt, with {utterance} in it once; ends without a space, which the target brings.

@@ -6,12 +6,13 @@ import copy
 import json
 import resource
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from app.cli.option_parser import OptionParser
 from app.cli.tables import print_table
 from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
@@ -120,15 +121,9 @@ def _table(found: Preview) -> Table:
     return Table("Training stream, by source", columns, rows)
 
 
-class _OptionParser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """In one line, as every verb's."""
-        self.exit(2, f"error: {message}\n(options: {self.prog} --help)\n")
-
-
 def run() -> None:
     """Parse and run the verb."""
-    own = _OptionParser(
+    own = OptionParser(
         allow_abbrev=False,
         prog="layerskip data",
         description="Stream a little of a config's training data and show what the model will see.",

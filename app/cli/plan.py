@@ -6,12 +6,11 @@ import json
 import logging
 import re
 import sys
-from argparse import ArgumentParser
 from argparse import Namespace as Options
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig
 
 from app.cli.messages import locate
+from app.cli.option_parser import OptionParser
 from app.cli.plan_report import plan_tables
 from app.cli.tables import print_table
 from app.cli.train import LayerSkipCLI, make_cli
@@ -215,15 +215,9 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
     return asdict(plan) | said | {"memory": memory, "recipe": recipe, "flops": plan.flops, "hours": plan.hours}
 
 
-class _OptionParser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """In one line, as every verb's."""
-        self.exit(2, f"error: {message}\n(options: {self.prog} --help)\n")
-
-
 def run() -> None:
     """Parse and run the verb."""
-    own = _OptionParser(
+    own = OptionParser(
         allow_abbrev=False,
         prog="layerskip plan",
         description="Say what a config's run will take: memory, tokens, FLOPs, hours; needs no weights, data or GPU.",

@@ -62,7 +62,6 @@ def _training_rate(folder: Path, *data: str) -> tuple[str, float]:
     monitor = [{"class_path": "callbacks.ThroughputMonitor", "init_args": {"every_n_steps": 1}}]
     command, _ = run_verb(
         *("fit", *data, "--early_exit.rotation_interval=8", "--trainer.precision=bf16-mixed"),
-        "--model.optimizer.init_args.fused=false",  # Lightning clips no gradients of a fused one in mixed precision
         *(f"--model.config.init_args.{name}={value}" for name, value in _MODEL.items()),
         *(f"--trainer.max_steps={_STEPS}", "--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=1"),
         *(f"--trainer.callbacks={json.dumps(monitor)}", "--trainer.enable_checkpointing=false"),

@@ -87,7 +87,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """As the project trains: without activation checkpointing."""
+        """Without activation checkpointing."""
         return self._peak(self.activations + self.weight_copies + self.exit_loss)
 
     @property

@@ -12,10 +12,9 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from app.errors import ConfigError
-from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults, read_generation_config
+from app.model.decoding_defaults import DEFAULTS_FIELD, DecodingDefaults, read_decoding_defaults, read_generation_config
 from app.model.output_directory import README
 
-_FIELD = "layerskip"  # of generation_config.json
 _ALLOWED = "a tuned model directory, a generation_config.json, or the output of layerskip tune --json"
 
 
@@ -39,7 +38,7 @@ def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> Decod
         return None
     probe = copy.copy(model)  # shares everything but what is set here
     probe.generation_config = copy.deepcopy(model.generation_config)
-    setattr(probe.generation_config, _FIELD, stored)
+    setattr(probe.generation_config, DEFAULTS_FIELD, stored)
     try:
         return read_decoding_defaults(probe)
     except ConfigError as error:
@@ -49,15 +48,15 @@ def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> Decod
 
 def _stored(path: Path, *, field: str) -> Any:
     if path.is_dir():
-        return read_generation_config(path).get(_FIELD) if any(path.iterdir()) else None
+        return read_generation_config(path).get(DEFAULTS_FIELD) if any(path.iterdir()) else None
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(field, got=str(path), allowed=_ALLOWED, fix=str(error)) from error
     if not isinstance(content, dict):
         raise ConfigError(field, got=str(path), allowed=_ALLOWED)
-    if _FIELD in content or "strategy" not in content:
-        return content.get(_FIELD)
+    if DEFAULTS_FIELD in content or "strategy" not in content:
+        return content.get(DEFAULTS_FIELD)
     known = {field.name for field in fields(DecodingDefaults)}
     return {name: value for name, value in content.items() if name in known}
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DefaultStrategy = Literal["self_speculative", "autoregressive"]
 
 _FILE: str = GENERATION_CONFIG_NAME
-_FIELD = "layerskip"
+DEFAULTS_FIELD = "layerskip"
 _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
 _DERIVED = "_from_model_config"  # while it is set, transformers drops every field that it does not know
 
@@ -134,19 +134,19 @@ def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
     Raises:
         ConfigError: What is stored does not fit this model, or is not what `layerskip tune` writes.
     """
-    stored = getattr(model.generation_config, _FIELD, None)
+    stored = getattr(model.generation_config, DEFAULTS_FIELD, None)
     if stored is None:
         return None
-    fix = f"run layerskip tune again, or take {_FIELD!r} out of {_FILE}"
+    fix = f"run layerskip tune again, or take {DEFAULTS_FIELD!r} out of {_FILE}"
     if not isinstance(stored, Mapping) or "strategy" not in stored:
-        raise ConfigError(f"{_FILE}: {_FIELD}", got=stored, allowed="an object with a strategy", fix=fix)
+        raise ConfigError(f"{_FILE}: {DEFAULTS_FIELD}", got=stored, allowed="an object with a strategy", fix=fix)
     try:
         defaults = DecodingDefaults(**_known(stored, DecodingDefaults))
         num_layers = model.config.get_text_config().num_hidden_layers
         if defaults.exit_layer is not None:
             check_range("exit_layer", defaults.exit_layer, low=1, high=num_layers - 1)
     except ConfigError as error:
-        field = f"{_FILE}: {_FIELD}.{error.field}"
+        field = f"{_FILE}: {DEFAULTS_FIELD}.{error.field}"
         raise ConfigError(field, got=error.got, allowed=error.allowed, fix=fix) from error
     return defaults
 
@@ -188,7 +188,7 @@ def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path
     elif content.pop(_EARLY_EXIT, None) is not None:
         content.pop(_NUM_TOKENS, None)
         content.pop(_SCHEDULE, None)
-    content[_FIELD] = asdict(defaults)
+    content[DEFAULTS_FIELD] = asdict(defaults)
     file = directory / _FILE
     partial = file.with_name(f".{file.name}.partial")  # a rename needs the same disk
     try:
@@ -228,4 +228,8 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
 def untuned_generation_config(model: PreTrainedModel) -> dict[str, Any]:
     """The model's generation config as plain values, without what was tuned: weights that are trained want it anew."""
     stored = json.loads(model.generation_config.to_json_string(use_diff=True))
-    return {name: value for name, value in stored.items() if name not in (_FIELD, _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE)}
+    return {
+        name: value
+        for name, value in stored.items()
+        if name not in (DEFAULTS_FIELD, _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE)
+    }

@@ -109,10 +109,10 @@ def _open_pretrained(path: str, *, field: str) -> Source:
     def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:
         directory = Path(path) if Path(path).is_dir() else _download(path, field=field)
         check_weight_files(directory, field=field)
+        generation = None
         if (directory / GENERATION_CONFIG_NAME).is_file():
             read_generation_config(directory)  # transformers passes over a damaged one, and over where a text ends
-        has_generation = (directory / GENERATION_CONFIG_NAME).is_file()
-        generation = GenerationConfig.from_pretrained(directory) if has_generation else None
+            generation = GenerationConfig.from_pretrained(directory)
         stored = from_safetensors(directory)
         return fill_model(config, stored, dtype=dtype, own=own, field=field, generation_config=generation)
 

@@ -233,8 +233,7 @@ class LayerSkipModule(LightningModule):
             batch_size=batch_size,
             seed=self.seed,
             step=self.trainer.global_step,
-            micro_step=micro_step,
-            rank=self.trainer.global_rank,
+            micro_batch=micro_step * self.trainer.world_size + self.trainer.global_rank,
         )
         self._dropped_shares = tuple(1 - len(samples) / batch_size for samples in kept)
         return [samples.to(self.device, non_blocking=True) for samples in kept]

@@ -5,8 +5,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-import app.training.module as module_under_test
-from app.layerskip.layer_dropout import draw_kept_samples
 from callbacks import ExitQualityMonitor
 from tests.support.processes import run_ranks
 from tests.support.runs import Recorder, curricula, make_data, make_module, make_trainer
@@ -38,17 +36,11 @@ def train(root, *, ranks, batch_size, accumulate=1, ckpt_path=None, steps=STEPS,
     return {"steps": recorder.steps, "weights": weights, "metrics": metrics}
 
 
-def draw_for_both_ranks(rates, *, micro_step, rank, **key):
-    """What rank 0, then rank 1 draws: one process takes their micro-batches in turn."""
-    return draw_kept_samples(rates, micro_step=micro_step // 2, rank=micro_step % 2, **key)
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path, monkeypatch, accumulate):
+def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path, accumulate):
     make_data(tmp_path).prepare_data()
     first, second = run_ranks(_train_ddp, tmp_path, accumulate)
-    monkeypatch.setattr(module_under_test, "draw_kept_samples", draw_for_both_ranks)
     single = train(tmp_path, ranks=1, batch_size=BATCH, accumulate=2 * accumulate)
     for name, expected in single["weights"].items():
         assert abs(first["weights"][name] - expected).max() < 1e-6, name

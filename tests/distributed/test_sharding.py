@@ -13,13 +13,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, Olmo2Config
 
-import app.training.module as module_under_test
 from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError, DivergenceError
 from app.model.parallel import unsharded
 from app.model.spans import SpanDecoder
-from tests.distributed.test_ddp import draw_for_both_ranks
 from tests.support.distributed import Collectives, is_sharded, whole_weights
 from tests.support.processes import run_ranks
 from tests.support.runs import Recorder, curricula, make_data, make_module, make_trainer
@@ -62,10 +60,9 @@ def train_sharded(root):
 
 
 @pytest.mark.distributed
-def test_two_sharded_ranks_train_as_one_process_with_the_same_global_batch(tmp_path, monkeypatch):
+def test_two_sharded_ranks_train_as_one_process_with_the_same_global_batch(tmp_path):
     make_data(tmp_path).prepare_data()
     first, second = run_ranks(train_sharded, tmp_path)
-    monkeypatch.setattr(module_under_test, "draw_kept_samples", draw_for_both_ranks)
     single = train(tmp_path, ranks=1)
     assert 0 == single["sharded"] < first["sharded"]
     for name, expected in single["weights"].items():

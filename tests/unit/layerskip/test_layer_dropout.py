@@ -6,8 +6,8 @@ import torch
 from app.layerskip.layer_dropout import draw_kept_samples, keep_scales, keyed_generator
 
 
-def draw(rates, *, batch_size=8, seed=0, step=0, micro_step=0, rank=0):
-    return draw_kept_samples(rates, batch_size=batch_size, seed=seed, step=step, micro_step=micro_step, rank=rank)
+def draw(rates, *, batch_size=8, seed=0, step=0, micro_batch=0):
+    return draw_kept_samples(rates, batch_size=batch_size, seed=seed, step=step, micro_batch=micro_batch)
 
 
 def same(first, second):
@@ -26,7 +26,7 @@ def test_masks_depend_on_the_key_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("key", [{"seed": 1}, {"step": 1}, {"micro_step": 1}, {"rank": 1}])
+@pytest.mark.parametrize("key", [{"seed": 1}, {"step": 1}, {"micro_batch": 1}])
 def test_every_part_of_the_key_changes_the_masks(key):
     assert not same(draw([0.5] * 6, **key), draw([0.5] * 6))
 
@@ -36,10 +36,10 @@ def test_keys_that_add_up_alike_do_not_collide():
     assert len(seeds) == 1000
 
 
-def test_ranks_keep_equally_many_but_not_the_same_samples():
+def test_micro_batches_of_a_step_keep_equally_many_but_not_the_same_samples():
     differing = 0
     for step in range(50):
-        first, second = draw([0.3] * 4, step=step, rank=0), draw([0.3] * 4, step=step, rank=1)
+        first, second = draw([0.3] * 4, step=step, micro_batch=0), draw([0.3] * 4, step=step, micro_batch=1)
         assert [len(kept) for kept in first] == [len(kept) for kept in second]
         differing += not same(first, second)
     assert differing > 25
@@ -49,7 +49,7 @@ def test_keep_frequency_of_every_sample_is_within_a_binomial_bound():
     rates, draws, batch_size = [0.1, 0.5, 0.9], 4000, 5
     counts = torch.zeros(len(rates), batch_size)
     for step in range(draws):
-        for idx, kept in enumerate(draw(rates, batch_size=batch_size, step=step, rank=step % 3)):
+        for idx, kept in enumerate(draw(rates, batch_size=batch_size, step=step, micro_batch=step % 3)):
             counts[idx, kept] += 1
     for idx, rate in enumerate(rates):
         bound = 5 * math.sqrt(rate * (1 - rate) / draws)

@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart baseline adapt bench bench-memory test check format clean
+.PHONY: quickstart baseline adapt bench bench-memory test test-nodes check format clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ bench-memory: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
+
+# Two network namespaces as two hosts, real launches: 2 x 1 and 2 x 2 processes, every strategy, against one process.
+test-nodes: $(INSTALLED)
+	$(BIN)/pytest -m slow tests/distributed/test_two_nodes.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,65 @@
+"""Two hosts with a network of their own between them, launched by torchrun: the run of one process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.model.trained_weights import open_trained_weights
+from tests.integration.test_kill import losses, write_config
+from tests.support.two_hosts import available, torchrun, two_hosts
+
+STEPS, GLOBAL_BATCHES = 6, 4
+SETTINGS = (
+    f"--trainer.max_steps={STEPS}",
+    "--model.optimizer=torch.optim.SGD",  # Adam's first steps are signs: they would blow rounding up
+    "--model.optimizer.lr=0.3",
+    "--data.num_lanes=4",
+)
+STRATEGIES = {
+    "ddp": ["--trainer.strategy=ddp"],
+    "fsdp2": ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.tensor_parallel_size=1"],
+}
+
+
+def fit(root: Path, *extra: str) -> list[str]:
+    root.mkdir()
+    return ["-m", "app", "fit", "--config", str(write_config(root)), *SETTINGS, *extra]
+
+
+def weights(root: Path) -> dict[str, object]:
+    saved = open_trained_weights(root / "run" / "checkpoints" / "last.ckpt")
+    return {name: saved.read(name) for name in saved.shapes}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    root = tmp_path_factory.mktemp("run") / "alone"
+    command = fit(root, f"--trainer.accumulate_grad_batches={GLOBAL_BATCHES}")
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(not available(), reason="this machine makes no network namespaces")
+@pytest.mark.parametrize("ranks_per_host", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_nodes_train_as_one_process_with_the_same_global_batch(tmp_path, alone, strategy, ranks_per_host):
+    command = fit(
+        tmp_path / "spread",
+        f"--trainer.accumulate_grad_batches={GLOBAL_BATCHES // (2 * ranks_per_host)}",
+        "--trainer.num_nodes=2",
+        f"--trainer.devices={ranks_per_host}",
+        *STRATEGIES[strategy],
+    )
+    with two_hosts() as hosts:
+        torchrun(hosts, *command, ranks_per_host=ranks_per_host, limit_seconds=200)
+    expected = losses(alone)
+    assert len(expected) == STEPS
+    assert losses(tmp_path / "spread") == pytest.approx(expected, abs=1e-6)
+    after = weights(tmp_path / "spread")
+    for name, weight in weights(alone).items():
+        assert (after[name] - weight).abs().max() < 1e-6, name

@@ -30,7 +30,7 @@ class Hosts:
 def available() -> bool:
     """Whether this machine lets us make network namespaces."""
     with suppress(FileNotFoundError):
-        return subprocess.run(["unshare", "-Urn", "ip", "link"], capture_output=True).returncode == 0
+        return subprocess.run(["unshare", "-Urn", "ip", "link"], check=False, capture_output=True).returncode == 0
     return False
 
 
@@ -80,7 +80,8 @@ def torchrun(hosts: Hosts, *command: str, ranks_per_host: int, limit_seconds: fl
             "rdzv-conf": f"is_host={int(host == 0)}",
             "local-addr": address,
         }
-        options = {"nnodes": "2", "nproc-per-node": str(ranks_per_host)} | rendezvous
+        options = {"nnodes": 2, "nproc-per-node": ranks_per_host} | rendezvous
+        flags = [f"--{key}={value}" for key, value in options.items()]
         launch = [
             sys.executable,
             "-m",

@@ -82,12 +82,7 @@ def torchrun(hosts: Hosts, *command: str, ranks_per_host: int, limit_seconds: fl
         }
         options = {"nnodes": 2, "nproc-per-node": ranks_per_host} | rendezvous
         flags = [f"--{key}={value}" for key, value in options.items()]
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *(f"--{key}={value}" for key, value in options.items()),
-        ]
+        launch = [sys.executable, "-m", "torch.distributed.run", *flags]
         running.append(
             subprocess.Popen(
                 hosts.on(host, *launch, *command),

@@ -5,17 +5,16 @@ Shape legend: `E` exits that are on, `D` model width; `...` any shape of positio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 
-# (normed hidden states [E, ..., D], labels [E, ...], weights [E, ...]) -> the weighted sum of cross entropies, with
-# gradient, and the cross entropies [E, ...], 0 where ignored, without.
-WeightedLosses = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (normed hidden states [..., D] of each exit, labels [...], weights of the exits) -> the weighted sum of cross
+# entropies, with gradient, and the cross entropies [E, ...], 0 where ignored, without.
+WeightedLosses = Callable[[Sequence[Tensor], Tensor, Sequence[float]], tuple[Tensor, Tensor]]
 
 
 class EarlyExitLoss(NamedTuple):
@@ -46,11 +45,8 @@ def early_exit_loss(
         Sums over this micro-batch; J is `weighted_sum` / (label tokens of the whole step on all ranks).
     """
     exits = sorted(weights)
-    hidden = torch.stack([hidden_by_exit[exit_layer] for exit_layer in exits])
-    shape = (len(exits), *labels.shape)
-    weight_E = torch.tensor([weights[exit_layer] for exit_layer in exits], device=hidden.device)
-    weight = weight_E.view(-1, *[1] * labels.dim()).expand(shape)
-    weighted_sum, losses = weighted_losses(hidden, labels.expand(shape), weight)
+    hidden = [hidden_by_exit[exit_layer] for exit_layer in exits]  # not stacked: that would copy all of them
+    weighted_sum, losses = weighted_losses(hidden, labels, [weights[exit_layer] for exit_layer in exits])
     return EarlyExitLoss(
         weighted_sum=weighted_sum,
         exit_sums=losses.flatten(1).sum(dim=1),

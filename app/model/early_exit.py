@@ -61,6 +61,7 @@ class DroppableBlock(nn.Module):
 
     plan: ForwardPlan
     block_idx: int
+    compiled: Callable[..., Tensor] | None = None  # its arithmetic (app.model.compiled_blocks)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Skip before the hooks of FSDP when nobody goes through, and tap the state that leaves the block."""
@@ -75,7 +76,7 @@ class DroppableBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block on the kept samples alone, [B, T, D] -> [B, T, D]; the others pass by unchanged."""
-        run: Callable[..., Tensor] = super().forward
+        run: Callable[..., Tensor] = self.compiled or super().forward
         if not self.training or self.plan.kept is None:
             return run(hidden_states, *args, **kwargs)
         kept, scale = self.plan.kept[self.block_idx], self.plan.scales[self.block_idx]
@@ -98,27 +99,31 @@ class DroppableBlock(nn.Module):
 class LossHead(nn.Linear):
     """LM head whose forward also computes the chunked cross entropy, so that FSDP's hooks surround both."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, scale: Tensor | None = None) -> Any:
+    def forward(
+        self, hidden: Tensor | Sequence[Tensor], labels: Tensor | None = None, weights: Sequence[float] | None = None
+    ) -> Any:
         """Normed hidden states [..., D] -> logits [..., V].
 
-        With labels [...] -> cross entropies [...], without gradient. With scale [...] too -> their scaled sum, and
-        they.
+        With labels [...] -> cross entropies [...], without gradient. With the hidden states of several exits and their
+        weights -> the weighted sum of their cross entropies, and these [E, ...].
         """
         if labels is None:
             return super().forward(hidden)
-        weight, dtype, device = self.weight, hidden.dtype, hidden.device.type
+        exits = [hidden] if isinstance(hidden, Tensor) else hidden
+        rows, weight = [each.flatten(0, -2) for each in exits], self.weight
+        dtype, device = rows[0].dtype, labels.device
         if self.bias is not None:
-            hidden, weight = F.pad(hidden, (0, 1), value=1.0), torch.cat([weight, self.bias[:, None]], dim=1)
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            if scale is None:
-                (losses,) = cross_entropies(hidden.flatten(0, -2), weight, labels.flatten(), dtype=dtype)
+            rows, weight = [F.pad(each, (0, 1), value=1.0) for each in rows], torch.cat([weight, self.bias[:, None]], 1)
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        with torch.autocast(device.type, enabled=False):
+            if weights is None:
+                (losses,) = cross_entropies(rows, weight, labels.flatten(), dtype=dtype)
                 return losses.view(labels.shape)
             total, losses = WeightedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                hidden.flatten(0, -2), weight, labels.flatten(), scale.flatten(), dtype
+                weight, labels.flatten(), weights, dtype, *rows
             )
-        return total, losses.view(labels.shape)
+        return total, losses.view(len(exits), *labels.shape)
 
 
 class EarlyExitModel:
@@ -181,7 +186,7 @@ class EarlyExitModel:
         try:
             # use_cache=False and no mask: otherwise transformers would not see the documents in position_ids.
             out = self._decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
-            hidden = self._norm_all({layer: _pick(tap, positions) for layer, tap in plan.taps.items()})
+            hidden = {layer: self._decoder.norm(_pick(tap, positions)) for layer, tap in plan.taps.items()}
         finally:
             plan.exit_layers, plan.taps = frozenset(), {}
             # `kept` stays until the next forward: activation checkpointing reads it again in the backward.
@@ -189,20 +194,16 @@ class EarlyExitModel:
             hidden[self.num_layers] = _pick(out.last_hidden_state, positions)  # already normed: never norm twice
         return hidden
 
-    def _norm_all(self, taps: dict[int, Tensor]) -> dict[int, Tensor]:
-        if not taps:
-            return {}
-        normed = self._decoder.norm(torch.stack(list(taps.values())))  # one call of the shared norm
-        return dict(zip(taps, normed.unbind(), strict=True))
-
     def token_losses(self, normed: Tensor, labels: Tensor) -> Tensor:
         """Cross entropies [...] in nats of normed hidden states [..., D], 0 where the label is ignored; no gradient."""
         losses: Tensor = self._head(normed, labels)
         return losses
 
-    def weighted_losses(self, normed: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of `scale` [...] times token_losses, with gradient, and token_losses: one call of the head."""
-        total, losses = self._head(normed, labels, scale)
+    def weighted_losses(
+        self, normed: Sequence[Tensor], labels: Tensor, weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Of each exit's states [..., D]: the sum of `weights` times token_losses, with gradient; these [E, ...]."""
+        total, losses = self._head(normed, labels, weights)
         return total, losses
 
     def head(self, normed: Tensor) -> Tensor:

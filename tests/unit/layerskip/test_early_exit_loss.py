@@ -17,8 +17,9 @@ def problem():
 
 def weighted_losses(head):
     def losses(hidden, labels, weights):
-        flat = F.cross_entropy((hidden @ head.T).flatten(0, -2), labels.flatten(), reduction="none")
-        return (weights * flat.view(labels.shape)).sum(), flat.view(labels.shape).detach()
+        flat = [F.cross_entropy((h @ head.T).flatten(0, -2), labels.flatten(), reduction="none") for h in hidden]
+        total = sum(weight * losses.sum() for weight, losses in zip(weights, flat, strict=True))
+        return total, torch.stack(flat).view(-1, *labels.shape).detach()
 
     return losses
 

@@ -151,7 +151,7 @@ def test_an_exit_trains_every_block_below_it_and_none_above(exit_layer, batch):
     model, early = swapped()
     model.train()
     hidden = early.hidden_by_exit(ids, positions, [exit_layer])
-    early.weighted_losses(hidden[exit_layer], ids, torch.ones(ids.shape))[0].backward()
+    early.weighted_losses([hidden[exit_layer]], ids, [1.0])[0].backward()
     for idx, block in enumerate(model.model.layers):
         grad = block.mlp.up_proj.weight.grad
         reached = grad is not None and bool(grad.abs().sum() > 0)
@@ -223,9 +223,9 @@ def test_head_with_a_bias_trains_it(batch):
     ids, _ = batch
     _, early = swapped()
     early._head.bias = torch.nn.Parameter(torch.linspace(-3, 3, 61))
-    hidden, scale = torch.randn(B, T, 32), torch.rand(B, T)
-    got = torch.autograd.grad(early.weighted_losses(hidden, ids, scale)[0], early._head.bias)
-    twin = F.cross_entropy(early.head(hidden).flatten(0, 1), ids.flatten(), reduction="none") @ scale.flatten()
+    hidden = torch.randn(B, T, 32)
+    got = torch.autograd.grad(early.weighted_losses([hidden], ids, [0.7])[0], early._head.bias)
+    twin = 0.7 * F.cross_entropy(early.head(hidden).flatten(0, 1), ids.flatten(), reduction="sum")
     assert torch.allclose(got[0], torch.autograd.grad(twin, early._head.bias)[0], atol=1e-5)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from app.cli.data_targets import run_verb, target_result
 from app.cli.parsing import VerbParser
 from app.cli.tables import print_table
+from app.cli.target_results import run_verb, target_result
 from app.errors import ConfigError, check_range
 from app.protocols import Table
 

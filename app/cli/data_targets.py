@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app import metric_names
-from app.evaluation.benchmark_report import environment
+from app.cli.target_results import run_verb, target_result
 
 RATE_THRESHOLD = 20.0  # times the tokens a second that training consumes
 RESUME_THRESHOLD = 5.0  # seconds to the first batch
@@ -72,20 +68,3 @@ def _training_rate(folder: Path, *data: str) -> tuple[str, float]:
     rates = [event.value for event in events.Scalars(metric_names.TOKENS_PER_SECOND)][1:]
     shutil.rmtree(folder)
     return command, statistics.median(rates)
-
-
-def run_verb(*arguments: str) -> tuple[str, str]:
-    """Run a verb in a process of its own; the command as one would type it, and what it printed."""
-    command = shlex.join(["layerskip", *arguments])
-    print(f"\n$ {command}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "app", *arguments], check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603
-    if done.returncode:
-        sys.exit(done.returncode)
-    return command, done.stdout
-
-
-def target_result(value: float, threshold: float, command: str, *, at_most: bool) -> dict[str, Any]:
-    """A target as it is written down: whether `value` is at most, or at least, `threshold`."""
-    passed = value <= threshold if at_most else value >= threshold
-    here = environment(device=torch.device("cpu"), dtype=torch.float32)
-    return {"value": value, "target": threshold, "passed": passed, "command": command, "environment": here}

@@ -18,6 +18,8 @@ import yaml
 
 from app.cli.data_targets import measure_data_targets
 from app.cli.parsing import VerbParser
+from app.cli.target_results import write_results
+from app.cli.training_targets import measure_training_targets
 from app.errors import ConfigError
 from app.evaluation.alternation import CONFIRMING_REPEATS
 from app.evaluation.targets import TARGETS, Run, winners
@@ -63,12 +65,8 @@ def measure_targets(
     if (pretrained := _pretrained_model()) is not None:
         measured |= _measure("pretrained", folder, str(pretrained), held_out, "--limit", "6", "--dtype", "bfloat16")
     measured |= measure_data_targets(folder, config=config)
-    Path(output).write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
-    for name, result in measured.items():
-        verdict = "passed" if result["passed"] else "missed"
-        at_most = name == "resume_seconds" or (name in TARGETS and TARGETS[name].at_most)
-        bound = "at most" if at_most else "at least"
-        print(f"{name}: {result['value']:.2f}, target {bound} {result['target']:.2f}: {verdict}")
+    measured |= measure_training_targets()
+    write_results(measured, Path(output))
 
 
 def _measure(run: Run, folder: Path, model: str, prompts: str, *options: str) -> dict[str, dict[str, Any]]:

@@ -108,7 +108,7 @@ class LossHead(nn.Linear):
         weights -> the weighted sum of their cross entropies, and these [E, ...].
         """
         if labels is None:
-            return super().forward(hidden)
+            return super().forward(hidden)  # type: ignore[arg-type]  # a single exit's
         exits = [hidden] if isinstance(hidden, Tensor) else hidden
         rows, weight = [each.flatten(0, -2) for each in exits], self.weight
         dtype, device = rows[0].dtype, labels.device

@@ -29,6 +29,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(targets, "_write_prompts", lambda path, config: tmp_path / "prompts.jsonl")
     monkeypatch.setattr(targets, "_pretrained_model", lambda: None)
     monkeypatch.setattr(targets, "measure_data_targets", lambda folder, config: {})
+    monkeypatch.setattr(targets, "measure_training_targets", dict)
     return tmp_path
 
 

@@ -1,0 +1,42 @@
+"""A performance target as it is measured by a command, written down and told."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.evaluation.benchmark_report import environment
+
+
+def run_verb(*arguments: str) -> tuple[str, str]:
+    """Run a verb in a process of its own; the command as one would type it, and what it printed."""
+    command = shlex.join(["layerskip", *arguments])
+    print(f"\n$ {command}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "app", *arguments], check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    if done.returncode:
+        sys.exit(done.returncode)
+    return command, done.stdout
+
+
+def target_result(value: float, threshold: float, command: str, *, at_most: bool) -> dict[str, Any]:
+    """A target as it is written down: whether `value` is at most, or at least, `threshold`."""
+    passed = value <= threshold if at_most else value >= threshold
+    here = environment(device=torch.device("cpu"), dtype=torch.float32)
+    return {"value": value, "target": threshold, "passed": passed, "command": command, "environment": here}
+
+
+def write_results(measured: Mapping[str, Mapping[str, Any]], output: Path) -> None:
+    """The results as JSON, and a line for each on the terminal."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
+    for name, result in measured.items():
+        at_most = (result["value"] <= result["target"]) == result["passed"]
+        bound, verdict = "at most" if at_most else "at least", "passed" if result["passed"] else "missed"
+        print(f"{name}: {result['value']:.3f}, target {bound} {result['target']:.2f}: {verdict}")

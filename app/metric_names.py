@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TRAIN_LOSS = "train/loss"
 TRAIN_LABEL_TOKENS = "train/label_tokens_per_step"
+SKIPPED_STEPS = "train/skipped_steps"
 NUM_EXITS_ON = "train/num_exits_on"
 DROPOUT_MEAN_RATE = "train/dropout_rate/mean"
 DROPOUT_LAST_RATE = "train/dropout_rate/last_layer"
@@ -12,6 +13,8 @@ TEST_LOSS = "test/loss"
 
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
 BLOCKS_SAVED_SHARE = "throughput/blocks_saved_share"
+BLOCKS_SKIPPED_SHARE = "throughput/blocks_skipped_share"  # nobody went through them: FSDP2 gathered nothing for them
+MODEL_FLOPS_UTILISATION = "throughput/model_flops_utilisation"
 MEMORY_GIB = "memory/peak_gib"
 
 DECODE_ACCEPTANCE_RATE = "decode/acceptance_rate"

@@ -6,7 +6,7 @@ An `exit_layer` counts blocks RUN before unembedding: 1..num_layers; num_layers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, device
@@ -54,6 +54,39 @@ class EarlyExitHost(Protocol):
 
     def set_exit_weights(self, weights: Mapping[int, float]) -> None:
         """Use these exits and weights from the next forward on; the weights sum to 1."""
+
+
+@runtime_checkable
+class ArchitectureOwner(Protocol):
+    """Who knows the architecture that is trained."""
+
+    @property
+    def config(self) -> Any:
+        """transformers' configuration of it."""
+
+
+class StepPlan(NamedTuple):
+    """What a training micro-batch is about to compute on this rank.
+
+    Attributes:
+        batch_size: Samples in it.
+        dropout_rates: p(l, t), one for each block.
+        kept_samples: For each block the samples that go through it; None when nothing can be dropped.
+        exit_weights: (exit_layer, w(t, l)) of the exits that are on, ascending.
+    """
+
+    batch_size: int
+    dropout_rates: tuple[float, ...]
+    kept_samples: tuple[tuple[int, ...], ...] | None
+    exit_weights: tuple[tuple[int, float], ...]
+
+
+@runtime_checkable
+class PlanHost(Protocol):
+    """A model in training that shows what it is about to compute."""
+
+    def watch_plans(self, watcher: Callable[[StepPlan], None]) -> None:
+        """Call `watcher` with the plan of every later training micro-batch, before its forward."""
 
 
 class DecoderCache(Protocol):
@@ -245,3 +278,11 @@ class Reportable(Protocol):
 
     def report(self) -> Table | None:
         """A table of results, or None when nothing was measured."""
+
+
+@runtime_checkable
+class SavesInBackground(Protocol):
+    """A strategy that may still be writing a checkpoint when saving has returned."""
+
+    def finish_saving(self) -> None:
+        """Wait until it is written; all ranks together."""

@@ -1,4 +1,4 @@
-"""Tokens a second, share of block computations saved by layer dropout, and peak memory, while training."""
+"""Tokens a second, model FLOPs utilisation, block computations saved by layer dropout, and peak memory, in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app import metric_names
 from app.errors import check_range
-from app.protocols import LayerDropoutHost
+from app.evaluation.training_plan_step import Micro, StepCosts, build_fake, measure_step
+from app.protocols import ArchitectureOwner, EarlyExitHost, LayerDropoutHost
 
 
 class ThroughputMonitor(Callback):
@@ -20,18 +21,33 @@ class ThroughputMonitor(Callback):
 
     Args:
         every_n_steps: Window in optimizer steps, >= 1.
+        peak_flops: What one device can do at best in the precision of the run, FLOP/s (an H100's bf16: 989e12); the
+            share of it that the model's forward and backward got is then logged. Blocks that were dropped and exits
+            that were off do not count; what activation checkpointing computes again does not either.
     """
 
-    def __init__(self, *, every_n_steps: int = 10) -> None:
+    def __init__(self, *, every_n_steps: int = 10, peak_flops: float | None = None) -> None:
         check_range("every_n_steps", every_n_steps, low=1)
-        self.every_n_steps = every_n_steps
+        if peak_flops is not None:
+            check_range("peak_flops", peak_flops, low=1)
+        self.every_n_steps, self.peak_flops = every_n_steps, peak_flops
+        self._costs: StepCosts | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._tokens, self._seconds, self._saved, self._batches = 0, 0.0, 0.0, 0
+        self._tokens, self._flops, self._seconds, self._batches = 0, 0.0, 0.0, 0
+        self._saved = self._skipped = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock of this micro-batch."""
+        if self.peak_flops is not None and self._costs is None:
+            assert isinstance(pl_module, ArchitectureOwner)
+            rows, length = batch["input_ids"].shape
+            micro = Micro(batch_size=rows, seq_len=length, num_exits=2)
+            self._costs, self._measured_tokens = (
+                measure_step(*build_fake(pl_module.config, dtype=torch.float32), micro),
+                rows * length,
+            )
         self._start = time.perf_counter()
 
     def on_train_batch_end(
@@ -41,16 +57,29 @@ class ThroughputMonitor(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         self._seconds += time.perf_counter() - self._start
-        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        tokens = batch["input_ids"].numel()
+        self._tokens += tokens
         self._batches += 1
+        kept_shares = [1.0]
         if isinstance(pl_module, LayerDropoutHost):
-            self._saved += sum(pl_module.dropped_shares) / pl_module.num_layers
+            dropped = pl_module.dropped_shares
+            kept_shares = [1.0 - share for share in dropped]
+            self._saved += sum(dropped) / len(dropped)
+            self._skipped += dropped.count(1.0) / len(dropped)
+        if self._costs is not None and isinstance(pl_module, EarlyExitHost):
+            flops = self._costs.flops(num_exits=len(pl_module.exit_weights), kept_shares=kept_shares)
+            self._flops += flops * tokens / self._measured_tokens
         window = self.every_n_steps * trainer.accumulate_grad_batches
         if self._batches % window:
             return
-        pl_module.log(metric_names.TOKENS_PER_SECOND, self._tokens / self._seconds)
+        replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)  # tensor-parallel ranks share data
+        pl_module.log(metric_names.TOKENS_PER_SECOND, self._tokens * replicas / self._seconds)
         pl_module.log(metric_names.BLOCKS_SAVED_SHARE, self._saved / self._batches)
+        pl_module.log(metric_names.BLOCKS_SKIPPED_SHARE, self._skipped / self._batches)
         pl_module.log(metric_names.MEMORY_GIB, _peak_memory_gib(pl_module.device))
+        if self.peak_flops is not None:
+            per_device = self._flops * replicas / trainer.world_size / self._seconds
+            pl_module.log(metric_names.MODEL_FLOPS_UTILISATION, per_device / self.peak_flops)
         self._reset()
 
 

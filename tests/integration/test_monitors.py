@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -178,3 +179,38 @@ def test_progress_bar_shows_loss_exits_and_throughput(tmp_path):
     trainer.fit(make_module(), datamodule=make_data(tmp_path))
     assert {"train/loss", "exits", "tok/s"} <= set(seen[-1])
     assert seen[-1]["exits"].endswith(str(NUM_LAYERS))
+
+
+def flops_per_token(root, *, max_dropout_rate):
+    logged = []
+
+    class Read(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+    callbacks = [*curricula(curriculum="none", max_dropout_rate=max_dropout_rate)]
+    callbacks += [ThroughputMonitor(every_n_steps=1, peak_flops=1e9), Read()]
+    trainer = make_trainer(root, max_steps=6, callbacks=callbacks)
+    trainer.fit(make_module(), datamodule=make_data(root))
+    last = logged[-1]
+    return (
+        last["throughput/model_flops_utilisation"] * 1e9 / last["throughput/tokens_per_second"],
+        last["throughput/blocks_saved_share"],
+        [metrics["throughput/blocks_skipped_share"] for metrics in logged],
+    )
+
+
+def test_model_flops_utilisation_counts_what_was_computed(tmp_path):
+    whole, saved, skipped = flops_per_token(tmp_path, max_dropout_rate=0.0)
+    module = make_module()
+    module.configure_model()
+    matrices = sum(p.numel() for p in module.parameters() if p.dim() > 1)  # the embedding counts as the tied head
+    attention = (
+        4 * 24 * 32 * NUM_LAYERS
+    )  # two products of 24 positions and width 32; their backward takes 2.5 times that
+    assert whole == pytest.approx(6 * matrices + 3.5 * attention, rel=1e-4)
+    assert saved == max(skipped) == 0
+    less, saved, skipped = flops_per_token(tmp_path, max_dropout_rate=0.9)
+    assert 0 < saved < 1
+    assert less < whole * (1 - 0.5 * saved)
+    assert max(skipped) >= 1 / NUM_LAYERS

@@ -38,6 +38,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read, written or used with this model; the message names file and reason."""
 
 
+class DisagreementError(UserError):
+    """Ranks were about to compute different things; the message names the first difference and what each rank had."""
+
+
 class DivergenceError(UserError):
     """Training produced a loss or gradient that is not finite; the message names step and exit."""
 

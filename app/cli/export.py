@@ -15,13 +15,15 @@ from transformers import PreTrainedModel
 from app.cli.models import DTYPES, Dtype
 from app.cli.parsing import VerbParser
 from app.errors import ConfigError, check_choice
-from app.model.carried_over import carried_defaults, carried_license
+from app.model.carried_over import carried_defaults, from_card
 from app.model.checkpoint import load_for_decoding
 from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults
 from app.model.export import ExportSettings, InMemory, Weights, architecture, exported_dtype, write_pretrained
+from app.model.gguf import read_gguf_origin
 from app.model.model_card import UNKNOWN_LICENSE, CardSettings, model_card, relabelled
 from app.model.output_directory import README, check_output_dir, unsigned
 from app.model.run_record import GENERATION_CONFIG_KEY, RunRecord
+from app.model.spans import SUPPORTED_MODEL_TYPES
 from app.model.tokenizer_files import check_fits
 from app.model.trained_weights import is_trained_weights, open_trained_weights
 
@@ -50,7 +52,8 @@ def export(
         dtype: Of the weights; auto keeps those of the checkpoint (float32 for .gguf).
         max_shard_size: Of a file of weights, such as 5GB or 500MB; also about the memory that exporting takes.
         license: For the model card, as the hub names licences: apache-2.0, llama2, other, ...
-        base_model: For the model card, the hub id of the model it was trained from; by default model.pretrained.
+        base_model: For the model card, the hub id of the model it was trained from; by default as the card says that is
+            replaced, or else model.pretrained.
         generation_defaults: What `layerskip tune` found: a directory that it tuned, a generation_config.json, or a file
             with the output of `layerskip tune --json`.
         overwrite: Replace whatever model directory there is, all of it.
@@ -61,11 +64,14 @@ def export(
         raise ConfigError("model", got=got, allowed="exactly one of model and ckpt_path, two names for the same")
     check_choice("dtype", dtype, DTYPES)
     directory = check_output_dir(output_dir, overwrite=overwrite)
-    card = CardSettings(title=directory.name, license=_license(license, directory), base_model=base_model)
+    licence, base = _kept("license", license, directory), _kept("base_model", base_model, directory)
+    card = CardSettings(title=directory.name, license=licence, base_model=base)
     chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # wrong settings before any reading
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
     decoding = _decoding(loaded, generation_defaults, directory)
     name = _name(exported_dtype(weights or InMemory(loaded), chosen.dtype))
+    if Path(path).suffix == ".gguf":
+        card = _of_gguf(path, card)
     readme = _readme_of(path, card) or model_card(loaded, record, decoding, dtype=name, card=card)
     settings = replace(chosen, decoding=decoding, readme=readme)
     num_files = write_pretrained(loaded, tokenizer, directory, weights=weights, settings=settings)
@@ -76,7 +82,7 @@ def export(
         print(
             f"its weights are {name}, as they were trained; it started from {said}: --dtype {said} makes them so again"
         )
-    print(_next_step(decoding, directory))
+    print(_next_step(decoding, directory, model_type=loaded.config.model_type))
 
 
 def _name(dtype: Any) -> str:
@@ -105,12 +111,22 @@ def _readme_of(path: str, card: CardSettings) -> str:
     return relabelled(unsigned(readme.read_text("utf-8", errors="replace")), card) if readme.is_file() else ""
 
 
-def _license(given: str | None, directory: Path) -> str | None:
+def _kept(name: str, given: str | None, directory: Path) -> str | None:
     """As given, or as the card says that is replaced."""
-    if given is not None or (kept := carried_license(directory)) in (None, UNKNOWN_LICENSE):
+    if given is not None or (kept := from_card(directory, name)) in (None, UNKNOWN_LICENSE):
         return given
-    _log.info("kept from the card that was there: license %s", kept)
+    _log.info("kept from the card that was there: %s %s", name, kept)
     return kept
+
+
+def _of_gguf(path: str, card: CardSettings) -> CardSettings:
+    """What the file's metadata say, where neither the user nor the card that is replaced does."""
+    origin = read_gguf_origin(Path(path))
+    try:
+        named = replace(card, license=card.license or origin.license)
+    except ConfigError:  # the file has words for it, and no name of the hub's
+        named = card
+    return replace(named, base_model=card.base_model or origin.base_model, origin=str(origin))
 
 
 def _decoding(model: PreTrainedModel, given: str | None, directory: Path) -> DecodingDefaults | None:
@@ -138,7 +154,9 @@ def _said(decoding: DecodingDefaults) -> str:
     return f"exit_layer {decoding.exit_layer}, num_draft_tokens {decoding.num_draft_tokens}"
 
 
-def _next_step(decoding: DecodingDefaults | None, directory: Path) -> str:
+def _next_step(decoding: DecodingDefaults | None, directory: Path, *, model_type: str) -> str:
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        return f"transformers decodes it; layerskip generate and tune know no {model_type}"
     if decoding is None:
         return f"not tuned: layerskip tune --model {directory} --prompts FILE.jsonl finds the fastest exit and drafts"
     return f"decoding, as layerskip tune chose: {_said(decoding)}"

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 from typing import Any
 
+from app.cli.faults import fault_message
 from app.errors import ConfigError, UserError
 
 _LIGHTNINGS = "MisconfigurationException"  # by name: verbs that decode do without loading Lightning
@@ -21,7 +22,7 @@ def user_message(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{error}; files written before are whole: make room and repeat (fit resumes with --ckpt_path last)"
-    return None
+    return fault_message(error)
 
 
 def locate(error: Exception, config: Any) -> LocatedError:

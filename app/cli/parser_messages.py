@@ -108,6 +108,13 @@ def _no_class(found: re.Match[str], message: _Message) -> str:
     return f"{message.path()}: got {_shown(got)}, allowed the class path of {of}{near}"
 
 
+def _not_allowed(found: re.Match[str], message: _Message) -> str:
+    allowed = "a class of this application or one it knows to be harmless (app/cli/allowed_classes.py)"
+    package = found[1].partition(".")[0]
+    fix = f"if you trust {package}, add --allowed_classes+ {package} to the command line"
+    return f"{message.path()}: got {found[1]}, allowed {allowed}; {fix}"
+
+
 def _subclasses(base: str) -> Iterator[type]:
     """Every subclass imported so far of a class named with its module."""
     module, _, name = base.rpartition(".")
@@ -139,6 +146,7 @@ def _plain(types: str) -> str:
 
 # Patterns in the order of their trial.
 _RULES: dict[str, Callable[[re.Match[str], _Message], str]] = {
+    r"Importing '([^']+)' is not allowed": _not_allowed,
     r"Option '([^']+)' is not accepted": _unknown,
     r"^Subcommand '\w+' does not accept option '([^']+)'": _unknown,
     r"^unrecognized arguments: --([^\s=]+)": _unknown,

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
-from argparse import Namespace as Options
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 from torch import nn
 from torch.optim import Optimizer
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
 from app.cli.messages import locate
-from app.cli.option_parser import OptionParser
-from app.cli.plan_report import plan_tables
+from app.cli.plan_changes import Change, changes_that_fit, fits
+from app.cli.plan_options import PROG, PlanOptions, parse_options
+from app.cli.plan_report import advice, plan_tables
+from app.cli.strategies import mesh_of, name_of, settings_of
 from app.cli.tables import print_table
 from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
-from app.evaluation.training_plan import Machine, Plan, plan_training
+from app.evaluation.training_plan import Plan, plan_training
 from app.evaluation.training_plan_memory import Layout
 from app.evaluation.training_plan_recipe import Recipe
 from app.model.checkpoint import load_config
@@ -40,7 +39,10 @@ _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "16-true": (torch.float16, None),
 }
 _SHORT = {"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "None": "32-true"}
-_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_ARCHITECTURE_FIRST = (
+    "give its architecture before the file that continues it: --config configs/model/NAME.yaml --config ...;"
+    " in that order it is planned as a model that is continued (fit takes one or the other)"
+)
 # Nothing is trained, so it is planned wherever one is.
 _HERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
 
@@ -48,14 +50,14 @@ _HERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto",
 class PlanCLI(LayerSkipCLI):
     """`fit` up to the point where model and data would be made."""
 
-    def __init__(self, *args: Any, options: Options, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, options: PlanOptions, **kwargs: Any) -> None:
         self._options = options
-        self._machine = Machine(
-            device_memory=None if options.device_memory is None else parse_bytes(options.device_memory),
-            peak_flops=options.peak_flops,
-            utilisation=options.utilisation,
-        )
         super().__init__(*args, **kwargs)
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """As `fit`'s, but that what is wrong with an option is said by this verb's name."""
+        super().setup_parser(*args, **kwargs)
+        self._subcommand_parsers["fit"].prog = PROG
 
     def before_instantiate_classes(self) -> None:
         """Note what the config says of machines, data and model, and make none of them."""
@@ -89,28 +91,33 @@ class PlanCLI(LayerSkipCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            plan = self._plan()
+            plan = self._plan(self._recipe(), self._layout)
+            is_short = fits(plan, checkpointing=plan.checkpointing) is False
+            changes = changes_that_fit(plan, self._plan) if is_short else []
         except ConfigError as error:
             raise locate(error, self._plain_config()) from error
         if self._options.json:
-            print(json.dumps(_as_dict(plan)))
+            print(json.dumps(_as_dict(plan, changes)))
             return
-        for table in plan_tables(plan, self._machine):
+        for table in plan_tables(plan, self._options.machine):
             print_table(table)
+        if is_short:
+            print(f"\n{advice(changes)}")
         for departure in plan.departures:
             print(f"\nwarning: {departure.field}: {departure.message} ({departure.source})")
 
-    def _plan(self) -> Plan:
+    def _recipe(self) -> Recipe:
         module, trainer = self.model, self.trainer
         module.trainer = trainer
-        longest = module.config.get_text_config().max_position_embeddings
-        if self._data["seq_len"] > longest:
+        _check_dense(module.config)
+        longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and self._data["seq_len"] > longest:
             allowed = f"1..{longest}, the model's max_position_embeddings"
             raise ConfigError("data.init_args.seq_len", got=self._data["seq_len"], allowed=allowed)
         dropout, exits = (self._get(self.config_init, name) for name in ("layer_dropout", "early_exit"))
         for curriculum in (dropout, exits):
             curriculum.setup(trainer, module, "fit")
-        recipe = Recipe(
+        return Recipe(
             num_layers=module.num_layers,
             from_scratch=self._from_scratch,
             batch_size=self._data["batch_size"],
@@ -129,6 +136,9 @@ class PlanCLI(LayerSkipCLI):
             exit_layers=exits.exit_layers,
         )
 
+    def _plan(self, recipe: Recipe, layout: Layout) -> Plan:
+        module = self.model
+
         def configure(stand_in: nn.Module) -> Optimizer:
             module.model = stand_in
             optimizer: Optimizer = module.configure_optimizers()["optimizer"]
@@ -138,24 +148,32 @@ class PlanCLI(LayerSkipCLI):
             module.config,
             recipe,
             configure,
-            layout=self._layout,
+            layout=layout,
             dtype=self._dtype,
             autocast=self._autocast,
             checkpointing=module.activation_checkpointing,
-            machine=self._machine,
+            machine=self._options.machine,
         )
 
 
-def _read_architecture(path: str) -> Any:
-    """From config.json alone, where there is one: weights need not be there yet."""
+def _read_architecture(path: str) -> PreTrainedConfig:
+    """As `fit` reads and refuses it: weights need not be there yet."""
     try:
-        if not (Path(path) / "config.json").is_file():
-            return load_config(path, field="model.pretrained")
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:  # a ConfigError is a ValueError
-        allowed = "a model's directory with its config.json, a hub id, or a file that fit takes"
-        fix = "if it is not here yet, give model.config as well (configs/model), which then says what it is"
-        raise ConfigError("model.pretrained", got=path, allowed=allowed, fix=fix) from error
+        return load_config(path, field="model.pretrained")
+    except ConfigError as error:
+        if Path(path).exists():
+            raise
+        fix = f"{error.fix}; if it is not here yet, {_ARCHITECTURE_FIRST}"
+        raise ConfigError(error.field, got=error.got, allowed=error.allowed, fix=fix) from error
+
+
+def _check_dense(config: PreTrainedConfig) -> None:
+    """Refuse a mixture of experts, whose FLOPs torch does not count either."""
+    for name, value in config.get_text_config().to_dict().items():
+        if name.endswith("experts") and type(value) is int and value > 1:
+            fix = "which experts a token takes depends on values, and plan counts without any"
+            got = f"{config.model_type} with {name} {value}"
+            raise ConfigError("model", got=got, allowed="a model without experts", fix=fix)
 
 
 def _count(name: str, given: Any) -> int:
@@ -178,63 +196,36 @@ def read_layout(strategy: Any, *, num_nodes: int, world_size: int) -> Layout:
     Raises:
         ConfigError: A strategy that the module does not train with, or whose mesh is not of this size.
     """
-    arguments: dict[str, Any] = dict(strategy.get("init_args") or {}) if isinstance(strategy, Namespace) else {}
-    name = str(strategy["class_path"] if isinstance(strategy, Namespace) else strategy).rpartition(".")[2].lower()
-    if name == "modelparallelstrategy":
-        mesh = {"data_parallel_size": num_nodes, "tensor_parallel_size": world_size // num_nodes}  # Lightning's auto
-        mesh |= {key: int(arguments[key]) for key in mesh if arguments.get(key, "auto") != "auto"}
-        for key, allowed in (("tensor_parallel_size", 1), ("data_parallel_size", world_size)):
-            if mesh[key] != allowed:
-                path = f"trainer.strategy.init_args.{key}"
-                raise ConfigError(path, got=mesh[key], allowed=f"{allowed} for {world_size} devices")
-        return Layout(strategy="fsdp2", shards=world_size)
+    name, arguments = name_of(strategy), settings_of(strategy)
+    if name in ("MeshStrategy", "ModelParallelStrategy"):
+        shards = world_size
+        if name == "MeshStrategy":
+            _, shards, parts = mesh_of(arguments, num_nodes=num_nodes, world_size=world_size)
+        else:  # Lightning's auto
+            parts = arguments["tensor_parallel_size"]
+            parts = world_size // num_nodes if parts == "auto" else int(parts)
+        if parts != 1:
+            path = "trainer.strategy.init_args.tensor_parallel_size"
+            raise ConfigError(path, got=parts, allowed="1: plan does not count tensor parallelism")
+        return Layout(strategy="fsdp2", shards=shards, gathers_cast=name == "MeshStrategy")
     if world_size == 1 and (name == "auto" or name.startswith("single")):
         return Layout()
-    if name == "auto" or name.startswith("ddp"):
+    if name == "auto" or name.startswith("ddp") or name == "DDPStrategy":
         return Layout(strategy="ddp", bucket_views=bool(arguments.get("gradient_as_bucket_view")))
-    raise ConfigError("trainer.strategy", got=name, allowed="auto | ddp | ModelParallelStrategy")
+    raise ConfigError("trainer.strategy", got=name, allowed="auto | ddp | MeshStrategy")
 
 
-def parse_bytes(text: str) -> float:
-    """`80GB` (10^9) or `80GiB` (2^30) as bytes.
-
-    Raises:
-        ConfigError: It is neither.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text.upper())
-    if not found or not float(found[1]):
-        raise ConfigError("device_memory", got=text, allowed="a size, such as 80GB or 80GiB")
-    return float(found[1]) * _UNITS[found[2] or ""]
-
-
-def _as_dict(plan: Plan) -> dict[str, Any]:
+def _as_dict(plan: Plan, changes: list[Change]) -> dict[str, Any]:
     memory = asdict(plan.memory) | {"peak": plan.memory.peak, "peak_checkpointed": plan.memory.peak_checkpointed}
     recipe = asdict(plan.recipe) | {"tokens_per_step": plan.recipe.tokens_per_step, "tokens": plan.recipe.tokens}
     recipe["mean_exits"], recipe["mean_dropout_rates"] = plan.recipe.mean_exits, plan.recipe.mean_dropout_rates
-    said = {"departures": [departure._asdict() for departure in plan.departures]}
+    said: dict[str, Any] = {"departures": [departure._asdict() for departure in plan.departures]}
+    said["changes_that_fit"] = [change._asdict() for change in changes]
     return asdict(plan) | said | {"memory": memory, "recipe": recipe, "flops": plan.flops, "hours": plan.hours}
 
 
 def run() -> None:
     """Parse and run the verb."""
-    own = OptionParser(
-        allow_abbrev=False,
-        prog="layerskip plan",
-        description="Say what a config's run will take: memory, tokens, FLOPs, hours; needs no weights, data or GPU.",
-        epilog="All options of `layerskip fit` are taken too: --config FILE, --trainer.max_steps N, ...",
-    )
-    own.add_argument("--num_nodes", type=int, help="machines, instead of trainer.num_nodes")
-    own.add_argument("--devices", type=int, help="devices of each, instead of trainer.devices")
-    own.add_argument("--device_memory", help="of one device, such as 80GB (10^9) or 80GiB (2^30)")
-    own.add_argument("--peak_flops", type=float, help="of one device, a second, in the run's precision, such as 989e12")
-    own.add_argument("--utilisation", type=float, default=0.4, help="share of those that a run reaches")
-    own.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    options, rest = own.parse_known_args(sys.argv[2:])
-    check_range("num_nodes", options.num_nodes or 1, low=1)
-    check_range("devices", 1 if options.devices is None else options.devices, low=1)
-    if options.peak_flops is not None and not 0 < options.peak_flops < float("inf"):
-        raise ConfigError("peak_flops", got=options.peak_flops, allowed="(0, inf)")
-    if not 0 < options.utilisation <= 1:
-        raise ConfigError("utilisation", got=options.utilisation, allowed="(0, 1]")
+    options, rest = parse_options(sys.argv[2:])
     sys.argv[1:] = ["fit", *rest]
     make_cli(partial(PlanCLI, options=options))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from app.cli.plan_changes import Change
 from app.evaluation.training_plan import RESERVE, Machine, Plan
 from app.protocols import Table
 
-_LARGE = 2e9  # bytes, to be shown as GB
+_SIZES = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("bytes", 1))
+_SPANS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 def plan_tables(plan: Plan, machine: Machine) -> Iterator[Table]:
     """Parameters, memory, and work."""
-    yield Table("Parameters", ("part", "parameters"), list(_parameters(plan)))
+    start = "drawn at random" if plan.recipe.from_scratch else "pretrained"
+    yield Table(f"Parameters, {start}", ("part", "parameters"), list(_parameters(plan)))
     shared = f", {plan.layout.strategy} on {plan.recipe.world_size} devices" if plan.recipe.world_size > 1 else ""
     products = f", products in {plan.autocast}" if plan.autocast else ""
     title = f"Memory of a device, weights in {plan.dtype}{products}{shared}"
-    unit = _unit(plan)[1]
-    yield Table(title, ("part", unit, f"{unit} with activation\ncheckpointing"), list(_memory(plan, machine)))
+    columns = ["blocks kept\nfor the backward", "with activation\ncheckpointing"]
+    columns[plan.checkpointing] += "\n= this run"
+    yield Table(title, ("part", *columns), list(_memory(plan, machine)))
     yield Table("Work", ("what", "figure"), list(_work(plan, machine)))
 
 
@@ -32,7 +36,7 @@ def _parameters(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _memory(plan: Plan, machine: Machine) -> Iterator[tuple[str, str, str]]:
-    memory, unit = plan.memory, _unit(plan)[0]
+    memory = plan.memory
     for name, size, checkpointed in (
         ("weights", memory.weights, memory.weights),
         ("gradients", memory.gradients, memory.gradients),
@@ -46,14 +50,29 @@ def _memory(plan: Plan, machine: Machine) -> Iterator[tuple[str, str, str]]:
         ("peak", memory.peak, memory.peak_checkpointed),
     ):
         if size or checkpointed:
-            yield name, f"{size / unit:,.2f}" if size else "-", f"{checkpointed / unit:,.2f}"
+            yield name, shown_bytes(size) if size else "-", shown_bytes(checkpointed)
     if machine.device_memory:
-        room = f"{machine.device_memory / unit:,.1f}, of which {RESERVE:.0%} stay free"
+        room = f"{shown_bytes(machine.device_memory)}, of which {RESERVE:.0%} stay free"
         yield f"fits in {room}", "yes" if plan.fits else "NO", "yes" if plan.fits_checkpointed else "NO"
 
 
-def _unit(plan: Plan) -> tuple[float, str]:
-    return (1e9, "GB") if plan.memory.peak >= _LARGE else (1e6, "MB")
+def shown_bytes(size: float) -> str:
+    """In the largest unit of which there is one."""
+    return _shown(size, _SIZES)
+
+
+def _shown(value: float, units: Sequence[tuple[str, float]]) -> str:
+    name, unit = next((entry for entry in units if value >= entry[1]), units[-1])
+    number = value / unit
+    return f"{number:,.0f} {name}" if number >= 999.5 or number == int(number) else f"{number:.3g} {name}"
+
+
+def advice(changes: Sequence[Change]) -> str:
+    """What to do about a run that does not fit."""
+    if not changes:
+        return "It does not fit, nor with a smaller batch, checkpointing or FSDP2: take larger devices, or more of them"
+    lines = [f"    {change.options}    ({shown_bytes(change.peak)})" for change in changes]
+    return "\n".join(["It does not fit. It does with any one of these, given last (their peak in brackets):", *lines])
 
 
 def _work(plan: Plan, machine: Machine) -> Iterator[tuple[str, str]]:
@@ -67,21 +86,21 @@ def _work(plan: Plan, machine: Machine) -> Iterator[tuple[str, str]]:
         yield "steps, tokens", "no fixed number (trainer.max_steps)"
     else:
         yield "steps, tokens", f"{recipe.max_steps:,}, {recipe.tokens:,}"
+    again, share = (", with recomputation", 1 + plan.recomputation_cost) if plan.checkpointing else ("", 1.0)
     yield "FLOPs a step, mean", f"{plan.step_flops:.3e}"
+    if again:
+        yield f"FLOPs a step{again}", f"{share * plan.step_flops:.3e}"
     yield "exits on: mean, most", f"{recipe.mean_exits:.2f}, {max(recipe.exits_by_step)}"
     yield "cost of the exits", f"+{plan.exits_cost:.1%}"
     yield "saved by layer dropout", f"-{plan.dropout_saving:.1%}"
     state = "which is on" if plan.checkpointing else "which is off (model.activation_checkpointing)"
     yield "cost of activation checkpointing", f"+{plan.recomputation_cost:.1%}, {state}"
     if plan.flops is not None:
-        yield "FLOPs in all", f"{plan.flops:.3e}"
+        yield f"FLOPs in all{again}", f"{share * plan.flops:.3e}"
     if plan.seconds_per_step and machine.peak_flops:
-        rate = f"{machine.peak_flops:.3g} FLOP/s a device, {machine.utilisation:.0%} of it used"
-        yield f"seconds a step at {rate}", f"{plan.seconds_per_step:,.3g}"
+        rate = f"{machine.utilisation:.0%} of {machine.peak_flops:.3g} FLOP/s a device"
+        yield f"seconds a step{again}", f"{plan.seconds_per_step:,.3g} at {rate}"
     if plan.hours is not None:
-        yield "hours, device-hours", f"{plan.hours:,.1f}, {plan.hours * recipe.world_size:,.0f}"
-    unit, name = _unit(plan)
-    yield (
-        "a checkpoint, an export",
-        f"{plan.checkpoint_bytes / unit:,.2f} {name}, {plan.export_bytes / unit:,.2f} {name}",
-    )
+        seconds = plan.hours * 3600
+        yield "time, time x devices", f"{_shown(seconds, _SPANS)}, {_shown(seconds * recipe.world_size, _SPANS)}"
+    yield "a checkpoint, an export", f"{shown_bytes(plan.checkpoint_bytes)}, {shown_bytes(plan.export_bytes)}"

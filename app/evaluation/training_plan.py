@@ -127,15 +127,17 @@ def plan_training(
     optimizer = ask_optimizer(configure, model.parameters())
     small = dtype.itemsize < torch.float32.itemsize and not optimizer.has_master_weights
     recipe = replace(recipe, learning_rate=optimizer.learning_rate, small_weights=small)
+    gathered = autocast if layout.gathers_cast else None
     micro = Micro(
         batch_size=recipe.batch_size,
         seq_len=recipe.seq_len,
         num_exits=max(recipe.exits_by_step),
-        dtype=dtype,
-        autocast=autocast,
+        dtype=gathered or dtype,
+        autocast=None if gathered else autocast,
     )
-    costs = measure_step(model, mode, micro)
-    memory = plan_memory(model, costs, optimizer, layout)
+    running, mode = (model, mode) if gathered is None else build_fake(config, dtype=gathered)
+    costs = measure_step(running, mode, micro)
+    memory = plan_memory(model, costs, optimizer, layout, gathered=gathered)
     whole = plan_memory(model, costs, optimizer, Layout())
     all_kept = [1.0] * recipe.num_layers
     plain = costs.flops(num_exits=1, kept_shares=all_kept)

@@ -25,14 +25,17 @@ class Layout:
     """Where parameters lie.
 
     Attributes:
-        strategy: single, ddp (a whole model on each device) or fsdp2 (ModelParallelStrategy; each holds a part).
+        strategy: single, ddp (a whole model on each device) or fsdp2 (each holds a part).
         shards: Devices that one model is spread over.
+        gathers_cast: In mixed precision FSDP2 gathers weights in the type of the products and all else follows it
+            (MeshStrategy), instead of autocast's copies of weights gathered in their own.
         bucket_views: DDP's gradients are views of its buckets, not copies.
     """
 
     strategy: Strategy = "single"
     shards: int = 1
     bucket_views: bool = False
+    gathers_cast: bool = False
 
     def local_numel(self, parameter: Tensor) -> int:
         """Elements on the fullest device: FSDP2 splits the first dimension."""
@@ -140,8 +143,23 @@ def _is_master(state: Tensor, parameter: Tensor) -> bool:
     return finer and state.shape == parameter.shape and torch.equal(state.to(parameter.dtype), parameter)
 
 
-def plan_memory(model: PreTrainedModel, costs: StepCosts, optimizer: OptimizerFacts, layout: Layout) -> Memory:
-    """Add up what one device holds; nothing of `model` but shapes and types is read."""
+def plan_memory(
+    model: PreTrainedModel,
+    costs: StepCosts,
+    optimizer: OptimizerFacts,
+    layout: Layout,
+    *,
+    gathered: torch.dtype | None = None,
+) -> Memory:
+    """Add up what one device holds; nothing of `model` but shapes and types is read.
+
+    Args:
+        model: In the type its weights are kept in.
+        costs: Of the step.
+        optimizer: What it keeps.
+        layout: Where parameters lie.
+        gathered: What FSDP2 gathers weights in, if not in their own type.
+    """
     parameters = list(model.parameters())
     numels = [layout.local_numel(parameter) for parameter in parameters]
     weights = sum(numel * parameter.dtype.itemsize for numel, parameter in zip(numels, parameters, strict=True))
@@ -155,20 +173,23 @@ def plan_memory(model: PreTrainedModel, costs: StepCosts, optimizer: OptimizerFa
         activations_checkpointed=costs.checkpointed_bytes,
         recomputed_block=costs.recomputed_bytes,
         exit_loss=costs.exit_loss_bytes,
-        communication=_communication(model, layout, gradients=weights),
+        communication=_communication(model, layout, gradients=weights, gathered=gathered),
         optimizer_step=sum(numels) * optimizer.step_bytes,
     )
 
 
-def _communication(model: PreTrainedModel, layout: Layout, *, gradients: int) -> int:
+def _communication(model: PreTrainedModel, layout: Layout, *, gradients: int, gathered: torch.dtype | None) -> int:
     if layout.strategy == "ddp":
         return 0 if layout.bucket_views else gradients
     if layout.strategy == "single" or layout.shards == 1:
         return 0
+    parameters: int = sum(parameter.numel() for parameter in model.parameters())
     blocks: list[int] = [
-        sum(parameter.nbytes for parameter in block.parameters()) for block in model.get_decoder().layers
+        sum(parameter.numel() for parameter in block.parameters()) for block in model.get_decoder().layers
     ]
-    rest: int = sum(parameter.nbytes for parameter in model.parameters()) - sum(blocks)
+    own: int = next(model.parameters()).dtype.itemsize
+    itemsize = own if gathered is None else gathered.itemsize
     # Everything outside the blocks is one group, gathered for the whole step (app.model.parallel.shard); a block's
-    # gradients are there once as they are made, once as they are sent.
-    return 2 * (rest + _GATHERED_BLOCKS * max(blocks))
+    # gradients are there once as they are made, once as they are sent, in the weights' own type.
+    outside = 2 * itemsize * (parameters - sum(blocks))
+    return outside + (_GATHERED_BLOCKS * itemsize + itemsize + own) * max(blocks)

@@ -1,4 +1,4 @@
-"""What an export takes from elsewhere: decoding defaults that `layerskip tune` stored, and a card's licence."""
+"""What an export takes from elsewhere: decoding defaults that `layerskip tune` stored, and a card's front matter."""
 
 from __future__ import annotations
 
@@ -61,12 +61,11 @@ def _stored(path: Path, *, field: str) -> Any:
     return {name: value for name, value in content.items() if name in known}
 
 
-def carried_license(directory: Path) -> str | None:
-    """What the card in a model directory says; None if there is none, or it says nothing."""
+def from_card(directory: Path, name: str) -> str | None:
+    """What the card in a model directory says of `license` or `base_model`; None if it says nothing."""
     readme = directory / README
     if not readme.is_file():
         return None
-    license: str | None = getattr(  # noqa: A001  # the hub's name for it
-        ModelCard(readme.read_text("utf-8", errors="replace"), ignore_metadata_errors=True).data, "license", None
-    )
-    return license
+    card = ModelCard(readme.read_text("utf-8", errors="replace"), ignore_metadata_errors=True)
+    said: str | None = getattr(card.data, name, None)
+    return said

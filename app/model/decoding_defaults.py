@@ -6,8 +6,12 @@ takes one prompt at a time; for a batch pass it `assistant_early_exit=None`.
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import os
+import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,12 +26,15 @@ from app.errors import CheckpointError, ConfigError, check_choice, check_range
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # loading all of transformers' models takes seconds
 
+_log = logging.getLogger(__name__)
+
 DefaultStrategy = Literal["self_speculative", "autoregressive"]
 
 _FILE: str = GENERATION_CONFIG_NAME
 DEFAULTS_FIELD = "layerskip"
 _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
 _DERIVED = "_from_model_config"  # while it is set, transformers drops every field that it does not know
+_IDLE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)  # in what transformers says of a config that it does not save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +220,7 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     file = directory / _FILE
     if not file.exists():
         implied: dict[str, Any] = GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(directory)
+            AutoConfig.from_pretrained(directory, trust_remote_code=False)
         ).to_diff_dict()
         return implied
     try:
@@ -223,6 +230,29 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: damaged, not a JSON object")
     return content
+
+
+def saveable(generation: GenerationConfig) -> GenerationConfig:
+    """A copy that transformers agrees to save: it refuses, for instance, a temperature without do_sample.
+
+    Fields that it calls of no effect are dropped, with a warning; so generation stays what it was.
+
+    Raises:
+        CheckpointError: It contradicts itself in another way.
+    """
+    kept = copy.deepcopy(generation)
+    try:
+        kept.validate(strict=True)
+    except ValueError as error:
+        dropped = {name: getattr(kept, name) for name in _IDLE.findall(str(error))}
+        if not dropped:
+            reason = textwrap.shorten(str(error), 300)
+            raise CheckpointError(f"the model's {_FILE} contradicts itself, mend it there: {reason}") from error
+        for name in dropped:
+            setattr(kept, name, None)
+        said = ", ".join(f"{name} {value}" for name, value in dropped.items())
+        _log.warning("%s: dropped, since they have no effect as it is: %s", _FILE, said)
+    return kept
 
 
 def untuned_generation_config(model: PreTrainedModel) -> dict[str, Any]:

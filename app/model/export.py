@@ -18,7 +18,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrain
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from app.errors import CheckpointError, ConfigError
-from app.model.decoding_defaults import DecodingDefaults, write_decoding_defaults
+from app.model.decoding_defaults import DecodingDefaults, saveable, write_decoding_defaults
+from app.model.loading import quiet_transformers
 from app.model.mapped_memory import file_mappings, page_out
 from app.model.output_directory import whole_or_absent
 
@@ -81,7 +82,8 @@ def architecture(config: PreTrainedConfig, generation: Mapping[str, Any] | None 
     with torch.device("meta"):
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)
     if generation is not None:
-        model.generation_config = GenerationConfig.from_dict(dict(generation))
+        with quiet_transformers():  # of what `saveable` mends
+            model.generation_config = GenerationConfig.from_dict(dict(generation))
     return model
 
 
@@ -110,12 +112,12 @@ def write_pretrained(
         Number of files of weights.
 
     Raises:
-        CheckpointError: If it cannot be written, for instance because the disk is full; or if `weights` are not those
-            of the model.
+        CheckpointError: If it cannot be written, for instance because the disk is full; if `weights` are not those of
+            the model; or if its generation config contradicts itself.
     """
     settings, weights = settings or ExportSettings(), weights or InMemory(model)
     names = _stored_names(model, weights)
-    config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    config, generation = copy.deepcopy(model.config), saveable(model.generation_config)
     config.architectures = [type(model).__name__]
     config.dtype = str(exported_dtype(weights, settings.dtype)).removeprefix("torch.")
     if tokenizer is not None and generation.eos_token_id is None:

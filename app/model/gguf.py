@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -25,6 +26,50 @@ from transformers.utils import logging as transformers_logging
 from app.errors import CheckpointError, ConfigError
 from app.model.loading import check_complete
 
+_HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
+
+
+class GgufOrigin(NamedTuple):
+    """What a file's metadata tell of where its weights come from; None where they do not.
+
+    Attributes:
+        file_type: How most weights are stored, as llama.cpp calls it, such as Q4_1 or F16.
+        name: Organization and name.
+        license: As the hub names it.
+        base_model: Hub id of the model it was made from.
+    """
+
+    file_type: str | None
+    name: str | None
+    license: str | None
+    base_model: str | None
+
+    def __str__(self) -> str:
+        stored = f" of type {self.file_type}" if self.file_type else ""
+        plain = self.file_type in (None, "F32", "F16", "BF16")
+        rounded = "" if plain else ", so its weights keep the rounding of that quantization"
+        return f"unpacked from a GGUF file{stored}{f' ({self.name})' if self.name else ''}{rounded}"
+
+
+def read_gguf_origin(path: Path) -> GgufOrigin:
+    """Origin, from the metadata of a file that `read_gguf_config` has read."""
+    from gguf import GGUFReader, LlamaFileType  # of an extra
+
+    fields = GGUFReader(path).fields
+
+    def said(name: str) -> Any:
+        return fields[name].contents() if (name := f"general.{name}") in fields else None
+
+    file_type = said("file_type")
+    known = file_type in set(LlamaFileType)
+    found = _HUB_URL.fullmatch(str(said("base_model.0.repo_url")))
+    return GgufOrigin(
+        file_type=re.sub("^(ALL|MOSTLY)_", "", LlamaFileType(file_type).name) if known else None,
+        name=" ".join(part for part in (said("organization"), said("name")) if part) or None,
+        license=said("license"),
+        base_model=found and found[1],
+    )
+
 
 def read_gguf_config(path: Path, *, field: str) -> PreTrainedConfig:
     """Architecture, from the file's metadata.
@@ -37,7 +82,7 @@ def read_gguf_config(path: Path, *, field: str) -> PreTrainedConfig:
         allowed = "a .gguf file only where the packages gguf and accelerate are installed"
         raise ConfigError(field, got=str(path), allowed=allowed, fix='pip install "layerskip-lightning[gguf]"')
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # the readers unpack structs and shape arrays: anything can come out of damaged bytes
         raise _unreadable(path, error) from error
     if hasattr(config, "quantization_config"):
@@ -52,7 +97,7 @@ def read_gguf_tokenizer(path: Path) -> Any:
         CheckpointError: If it is damaged, or of a kind that transformers cannot read.
     """
     try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:
         raise _unreadable(path, error) from error
 
@@ -75,6 +120,7 @@ def read_gguf_weights(path: Path, config: PreTrainedConfig, *, dtype: torch.dtyp
                 attn_implementation="sdpa",
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_complete` names them
             )
     except Exception as error:
         raise _unreadable(path, error) from error

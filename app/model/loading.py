@@ -42,7 +42,7 @@ def fill_model(
         CheckpointError: If weights are damaged, missing, of another shape, or have no place.
     """
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None,
                 config=config,
@@ -50,6 +50,7 @@ def fill_model(
                 dtype=dtype or stored.dtype,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_complete` names them
                 generation_config=generation_config,
             )
     except (ValueError, TypeError, ImportError, ZeroDivisionError) as error:
@@ -57,16 +58,14 @@ def fill_model(
         raise ConfigError(field, got=stored.path, allowed="a model that can be built", fix=reason) from error
     except (OSError, RuntimeError) as error:
         reason = textwrap.shorten(str(error), 300)
-        raise CheckpointError(
-            f"{stored.path}: the weights are damaged or of another shape than its configuration says ({reason})"
-        ) from error
+        raise CheckpointError(f"{stored.path}: the weights are damaged ({reason})") from error
     check_complete(stored.path, info)
     return model
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Switch its progress bars off, and its report of what `check_complete` says."""
+def quiet_transformers() -> Iterator[None]:
+    """Switch its progress bars off, and its warnings of what we say ourselves."""
     was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -79,8 +78,12 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def check_complete(path: str, info: dict[str, Any]) -> None:
-    """Raise CheckpointError unless all weights found their place: transformers draws missing ones at random."""
+    """Raise CheckpointError unless all weights found their place: transformers draws the others at random."""
     missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if misfits := sorted(info["mismatched_keys"]):
+        name, stored, wanted = misfits[0]
+        first = f"the first is {name}: it has shape {[*stored]}, the configuration says {[*wanted]}"
+        raise CheckpointError(f"{path}: {len(misfits)} weights do not fit, {first}")
     if missing:
         raise CheckpointError(f"{path}: {len(missing)} weights of the model are missing, the first is {missing[0]}")
     if in_blocks := [name for name in surplus if ".layers." in name]:

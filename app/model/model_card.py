@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from app.errors import ConfigError
 from app.model.decoding_defaults import DecodingDefaults
 from app.model.run_record import RunRecord
+from app.model.spans import SUPPORTED_MODEL_TYPES
 
 PAPER = "https://arxiv.org/abs/2404.16710"
 UNKNOWN_LICENSE = "unknown"  # the hub's own word
@@ -29,6 +30,7 @@ class CardSettings:
         title: Its name.
         license: As the hub names licences, such as apache-2.0 or llama2; None if nobody chose one yet.
         base_model: Hub id of the model it was trained from; None takes what the run was given.
+        origin: Where its weights come from, in words, if no run made them and that is known.
 
     Raises:
         ConfigError: The licence is no such name.
@@ -37,6 +39,7 @@ class CardSettings:
     title: str
     license: str | None = None
     base_model: str | None = None
+    origin: str = ""
 
     def __post_init__(self) -> None:
         if self.license is not None and not _LICENSE.fullmatch(self.license):
@@ -61,12 +64,14 @@ def model_card(
         dtype: Of its weights.
         card: The user's words.
     """
-    sections = [f"# {card.title}", _summary(model, record, dtype=dtype)]
+    sections = [f"# {card.title}", _summary(model, record, dtype=dtype, origin=card.origin)]
     if record is not None:
         num_layers = model.config.get_text_config().num_hidden_layers
         sections += ["## How it was trained", _recipe(record), *_exits(record, num_layers), "## Data", *_data(record)]
-    sections += ["## How to decode with it", _decoding(model, decoding, card.title)]
-    sections += ["## What it is not", _limits(record)]
+    drafts = decoding is not None or (_has_exits(record) and model.config.model_type in SUPPORTED_MODEL_TYPES)
+    plainly = f"One token at a time: no exit of it is known to draft.\n\n{_code(card.title)}"
+    sections += ["## How to decode with it", _decoding(model, decoding, card.title) if drafts else plainly]
+    sections += ["## What it is not", _limits(record, drafts=drafts)]
     if card.license is None:
         sections += ["## Licence", "None was chosen yet. Data and base model may leave you less choice than you think."]
     return "\n\n".join([f"---\n{_front_matter(record, card).to_yaml()}\n---", *sections]) + "\n"
@@ -85,14 +90,18 @@ def relabelled(text: str, card: CardSettings) -> str:
 
 def _front_matter(record: RunRecord | None, card: CardSettings) -> ModelCardData:
     layerskip = ["layerskip", "early-exit", "self-speculative-decoding"]
-    trained = record is None or not record.config or _is_layerskip(record.config)
     return ModelCardData(
         license=card.license or UNKNOWN_LICENSE,
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=card.base_model or (record.base_model if record else None),
-        tags=layerskip if trained else ["baseline"],
+        tags=layerskip if _has_exits(record) else None if record is None else ["baseline"],
     )
+
+
+def _has_exits(record: RunRecord | None) -> bool:
+    """Whether a run taught them: of a model that comes from elsewhere nobody knows, so nothing is claimed."""
+    return record is not None and (not record.config or _is_layerskip(record.config))
 
 
 def _is_layerskip(config: Mapping[str, Any]) -> bool:
@@ -107,13 +116,13 @@ def _exits_early(config: Mapping[str, Any]) -> bool:
     return config["early_exit"]["curriculum"] != "none" and bool(config["early_exit"]["early_exit_scale"])
 
 
-def _summary(model: PreTrainedModel, record: RunRecord | None, *, dtype: str) -> str:
+def _summary(model: PreTrainedModel, record: RunRecord | None, *, dtype: str, origin: str) -> str:
     shape = (
         f"A `{type(model).__name__}` of {model.config.get_text_config().num_hidden_layers} blocks,"
         f" {model.num_parameters():,} parameters, {dtype}"
     )
     if record is None:
-        return f"{shape}."
+        return f"{shape}, {origin}." if origin else f"{shape}."
     if not record.config:
         return f"{shape}, trained with `layerskip fit`."
     origin = f"continued from {record.pretrained}" if record.pretrained else "trained from random weights"
@@ -161,12 +170,7 @@ def _exits(record: RunRecord, num_layers: int) -> list[str]:
         return []
     step, scores = record.exits
     rows = [
-        (
-            f"{layer} (full)" if layer == num_layers else str(layer),
-            f"{loss:.3f}",
-            f"{math.exp(loss):.1f}",
-            f"{agreement:.1%}",
-        )
+        (f"{layer}{' (full)' * (layer == num_layers)}", f"{loss:.3f}", f"{math.exp(loss):.1f}", f"{agreement:.1%}")
         for layer, (loss, agreement) in scores.items()
     ]
     return [
@@ -202,10 +206,8 @@ def _decoding(model: PreTrainedModel, decoding: DecodingDefaults | None, title: 
     num_layers = model.config.get_text_config().num_hidden_layers
     exit_layer = max(1, num_layers // _UNTUNED_SHARE) if decoding is None else decoding.exit_layer
     if decoding is None:
-        told = (
-            f"`layerskip tune --model {title} --prompts FILE.jsonl` measures which exit drafts best, and stores it in"
-        )
-        told += f" `generation_config.json`. Until then, {exit_layer} of {num_layers} blocks is a guess."
+        told = f"`layerskip tune --model {title} --prompts FILE.jsonl` measures which exit drafts best, and stores it"
+        told += f" in `generation_config.json`. Until then, {exit_layer} of {num_layers} blocks is a guess."
     elif decoding.strategy == "autoregressive":
         told = "`layerskip tune` found no setting that was faster than one token at a time."
     else:
@@ -213,8 +215,12 @@ def _decoding(model: PreTrainedModel, decoding: DecodingDefaults | None, title: 
         told += f", measured on {decoding.conditions}" if decoding.conditions else ""
         told += f": {decoding.measured_speedup:.2f}x" if decoding.measured_speedup else ""
         told += ". It is in `generation_config.json`; for batches pass `assistant_early_exit=None` to transformers."
-    early = f", assistant_early_exit={exit_layer}" if exit_layer else ""
-    code = (
+    code = _code(title, f", assistant_early_exit={exit_layer}" if exit_layer else "")
+    return f"{told} Greedy output is that of the full model: drafts change when a token comes, not which.\n\n{code}"
+
+
+def _code(title: str, early: str = "") -> str:
+    return (
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model, tokenizer = (kind.from_pretrained("{title}") for kind in (AutoModelForCausalLM, AutoTokenizer))\n'
@@ -222,16 +228,18 @@ def _decoding(model: PreTrainedModel, decoding: DecodingDefaults | None, title: 
         f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64, do_sample=False{early})[0]))\n"
         "```"
     )
-    return f"{told} Greedy output is that of the full model: drafts change when a token comes, not which.\n\n{code}"
 
 
-def _limits(record: RunRecord | None) -> str:
+def _limits(record: RunRecord | None, *, drafts: bool) -> str:
     lines = [
         "Not measured beyond what is above: no benchmark of knowledge, reasoning or safety was run for this card.",
         "Not aligned: unless the model it started from was, it follows no instructions and declines nothing.",
-        "An early exit alone is a draft, not a smaller model of the same quality: let the full model verify.",
-        "Lossless drafting is exact in float32; in bfloat16 and float16 two nearly equal tokens can change places.",
     ]
+    if drafts:
+        lines += [
+            "An early exit alone is a draft, not a smaller model of the same quality: let the full model verify.",
+            "Lossless drafting is exact in float32; in bfloat16 and float16 two nearly equal tokens can change places.",
+        ]
     if record is not None and record.exits is not None:
         lines.insert(1, "The exits' figures are of held-out parts of its own training data, not of yours.")
     return "\n".join(f"- {line}" for line in lines)

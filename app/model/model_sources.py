@@ -23,7 +23,7 @@ from app.errors import CheckpointError, ConfigError
 from app.model.decoding_defaults import read_generation_config
 from app.model.gguf import read_gguf_config, read_gguf_tokenizer, read_gguf_weights
 from app.model.head_check import check_plain_head
-from app.model.loading import fill_model
+from app.model.loading import fill_model, quiet_transformers
 from app.model.tokenizer_files import load_tokenizer
 from app.model.trained_weights import TOKENIZER_KEY, is_trained_weights, open_trained_weights
 from app.model.weight_files import check_weight_files, conversion, from_checkpoint, from_safetensors, is_pickle
@@ -33,6 +33,11 @@ SOURCES = (
     "or a checkpoint of layerskip fit (a .ckpt file or a directory)"
 )
 _FILES = (".gguf", ".ckpt")
+_FOLDERS = ("models", "runs")  # where the configs here have theirs; they are nobody's names on the hub
+_OWN_CODE = (
+    "it brings Python code of its own (auto_map in config.json), which could do anything and is never run: "
+    "take a model of an architecture that transformers has itself"
+)
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -112,7 +117,12 @@ def _open_pretrained(path: str, *, field: str) -> Source:
         generation = None
         if (directory / GENERATION_CONFIG_NAME).is_file():
             read_generation_config(directory)  # transformers passes over a damaged one, and over where a text ends
-            generation = GenerationConfig.from_pretrained(directory)
+            try:
+                with quiet_transformers():  # of what `saveable` mends
+                    generation = GenerationConfig.from_pretrained(directory)
+            except ValueError as error:
+                reason = textwrap.shorten(str(error), 300)
+                raise CheckpointError(f"{directory / GENERATION_CONFIG_NAME}: contradicts itself ({reason})") from error
         stored = from_safetensors(directory)
         return fill_model(config, stored, dtype=dtype, own=own, field=field, generation_config=generation)
 
@@ -131,16 +141,25 @@ def _read_config(path: str, *, field: str) -> PreTrainedConfig:
         if is_pickle(directory):
             fix = f"pickled weights can run code; {conversion(directory.parent)}"
             raise ConfigError(field, got=path, allowed=SOURCES, fix=fix)
+        if directory.suffix == ".safetensors":
+            fix = f"give its directory, where config.json is: {directory.parent}"
+            raise ConfigError(field, got=path, allowed=SOURCES, fix=fix)
         kind = f"ending in {directory.suffix!r}" if directory.suffix else "without an ending"
         raise ConfigError(field, got=path, allowed=SOURCES, fix=f"files {kind} are not known")
-    elif directory.suffix in _FILES or not _HUB_ID.fullmatch(path):
+    elif directory.suffix in _FILES or not _HUB_ID.fullmatch(path) or _is_local(path):
         raise ConfigError(field, got=path, allowed=SOURCES, fix="no such file or directory")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of a file that comes from anywhere, or of the network
         absent = "" if directory.is_dir() else "no such directory here, nor on the hub: "
-        fix = absent + textwrap.shorten(str(error), 300)
+        fix = absent + (_OWN_CODE if "trust_remote_code" in str(error) else textwrap.shorten(str(error), 300))
         raise ConfigError(field, got=path, allowed=SOURCES, fix=fix) from error
+
+
+def _is_local(path: str) -> bool:
+    """Whether something of the form of a hub id is in a folder of this machine's instead: the hub need not be asked."""
+    first, slash, _ = path.partition("/")
+    return bool(slash) and (first in _FOLDERS or Path(first).is_dir())
 
 
 def _download(hub_id: str, *, field: str) -> Path:

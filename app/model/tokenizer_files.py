@@ -25,11 +25,17 @@ def tokenizer_to_files(tokenizer: Any) -> dict[str, str]:
 
 
 def tokenizer_from_files(files: Mapping[str, str]) -> Any:
-    """The inverse of `tokenizer_to_files`."""
+    """The inverse of `tokenizer_to_files`; the files may come from anywhere.
+
+    Raises:
+        ValueError: A name leads out of the folder.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is not the name of a file")
             (Path(folder) / name).write_text(text, "utf-8")
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_tokenizer(path: str, *, field: str) -> Any:

@@ -248,6 +248,36 @@ def test_runs_from_scratch_without_dropout_have_the_papers_rate_for_that(setting
     assert f"{rate:.0e}".replace("e-0", "e-") in experiment(name).read_text()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_of_the_small_topv2_run_is_one_file_alone_or_stacked_on_it(build, variant):
+    parser = build("topv2_1_5b").parser
+
+    def parse(*names):
+        files = [word for name in names for word in ("--config", str(experiment(name)))]
+        return parser.parse_args(["fit", *files]).fit
+
+    own = f"topv2_small_{variant}"
+    full, alone, stacked_on_it = parse("topv2_small"), parse(own), parse("topv2_small", own)
+    assert (alone.layer_dropout.max_dropout_rate > 0, alone.early_exit.curriculum != "none") == VARIANTS[variant]
+    assert alone.trainer.logger.init_args.name == f"topv2-{variant.replace('_', '-')}"
+    for found in (alone, stacked_on_it, full):
+        found.config = None
+    assert alone == stacked_on_it
+    for found in (alone, full):  # beside method and name, nothing differs
+        found.early_exit = found.layer_dropout = found.trainer.logger.init_args.name = None
+    assert alone == full
+
+
+def test_the_evaluation_of_a_topv2_run_is_stacked_on_its_config(build):
+    files = [experiment("topv2_small_baseline"), CONFIGS / "variant/topv2_evaluation.yaml"]
+    parsed = build("topv2_1_5b").parser.parse_args(
+        ["test", *[word for file in files for word in ("--config", str(file))]]
+    )
+    (scoring,) = parsed.test.trainer.callbacks
+    assert (scoring.class_path, scoring.init_args.num_examples) == ("callbacks.ParseValidation", 500)
+    assert parsed.test.trainer.logger.init_args.name == "topv2-baseline"
+
+
 @pytest.mark.parametrize("name", BILLION_PARAMETERS)
 def test_models_have_the_known_sizes(name):
     with torch.device("meta"):

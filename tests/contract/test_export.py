@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -170,6 +171,24 @@ def test_many_files_of_weights_are_one_model(run, tmp_path, monkeypatch, capsys)
     assert_same_model(run, out, dtype=torch.float32)
 
 
+def test_a_model_whose_generation_config_transformers_would_not_save_can_be_trained_from_and_exported(
+    directory, tmp_path, monkeypatch, capsys
+):
+    source = shutil.copytree(directory, tmp_path / "source")
+    (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "top_p": 0.9}')
+    trainer = make_trainer(tmp_path, max_steps=1, limit_train_batches=0, callbacks=[])
+    trainer.fit(make_module(config=None, pretrained=str(source)), datamodule=make_data(tmp_path))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    for name in ("source", "run.ckpt"):
+        capsys.readouterr()
+        out = tmp_path / f"out of {name}"
+        assert cli(monkeypatch, "export", "--model", str(tmp_path / name), "--output_dir", str(out)) == 0
+        err = capsys.readouterr().err
+        assert err.count("dropped, since they have no effect as it is: temperature 0.6, top_p 0.9") == 1
+        assert "not valid" not in err  # transformers' own words
+        assert GenerationConfig.from_pretrained(out).temperature is None
+
+
 # -- tuned -------------------------------------------------------------------------------------------------------------
 
 TUNED = DecodingDefaults(
@@ -185,11 +204,11 @@ def defaults_of(directory):
     return read_decoding_defaults(AutoModelForCausalLM.from_pretrained(directory))
 
 
-def test_exporting_again_over_a_tuned_directory_keeps_what_was_tuned_and_the_licence(
+def test_exporting_again_over_a_tuned_directory_keeps_what_was_tuned_the_licence_and_the_base_model(
     run, tmp_path, monkeypatch, capsys
 ):
     export = ["export", "--ckpt_path", run, "--output_dir", str(tmp_path / "out")]
-    assert cli(monkeypatch, *export, "--license", "mit") == 0
+    assert cli(monkeypatch, *export, "--license", "mit", "--base_model", "org/base") == 0
     assert defaults_of(tmp_path / "out") is None
     write_decoding_defaults(tmp_path / "out", TUNED)
     assert cli(monkeypatch, *export, "--dtype", "bfloat16") == 0
@@ -197,11 +216,12 @@ def test_exporting_again_over_a_tuned_directory_keeps_what_was_tuned_and_the_lic
     content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (content["assistant_early_exit"], content["num_assistant_tokens"]) == (2, 3)
     readme = ModelCard.load(tmp_path / "out" / "README.md")
-    assert readme.data.license == "mit"
+    assert (readme.data.license, readme.data.base_model) == ("mit", "org/base")
     assert "chose drafts of 3 tokens from exit 2" in readme.text
     printed = capsys.readouterr()
     assert "kept from the directory that was there: exit_layer 2, num_draft_tokens 3" in printed.err
     assert "kept from the card that was there: license mit" in printed.err
+    assert "kept from the card that was there: base_model org/base" in printed.err
     assert "decoding, as layerskip tune chose: exit_layer 2, num_draft_tokens 3" in printed.out
 
 

@@ -1,6 +1,7 @@
 """`layerskip plan`: any config of `fit`, without weights, data or GPU."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_the_machines_and_any_setting_of_fit_can_be_given(plan_json):
 
 def test_fsdp2_spreads_weights_over_all_devices(plan_json):
     whole, spread = plan_json("--devices", "4"), plan_json("--devices", "4", *FSDP2)
-    assert spread["layout"] == {"strategy": "fsdp2", "shards": 8, "bucket_views": False}
+    assert spread["layout"] == {"strategy": "fsdp2", "shards": 8, "bucket_views": False, "gathers_cast": False}
     assert spread["memory"]["weights"] < 0.15 * whole["memory"]["weights"]
     assert spread["memory"]["activations"] == whole["memory"]["activations"]
     assert spread["checkpoint_bytes"] == whole["checkpoint_bytes"]
@@ -120,16 +121,106 @@ def test_of_a_pretrained_model_config_json_alone_is_read(plan_json, plan, tmp_pa
     described = plan_json("--model.pretrained", "not/here/yet")
     assert len(described["parameters"]["blocks"]) == 4
     assert "time_scale" not in str(described["departures"])
+    assert "error: model.pretrained: got 'models/not', allowed a Hugging Face" in (
+        plan("--model.config=null", "--model.pretrained", "models/not", status=2).err
+    )
     (tmp_path / "my_llama" / "config.json").write_text("{")
     assert "error: model.pretrained: got 'my_llama', allowed" in plan(*pretrained, status=2).err
 
 
+def test_the_order_that_the_message_recommends_plans_a_model_that_is_continued(plan, plan_json, tmp_path):
+    given = json.loads((tmp_path / "config.yaml").read_text())
+    architecture = {"model": {"pretrained": None, "config": given["model"].pop("config")}}
+    given["model"]["pretrained"] = "models/not_here_yet"
+    (tmp_path / "architecture.yaml").write_text(json.dumps(architecture))
+    (tmp_path / "experiment.yaml").write_text(json.dumps(given))
+    told = "give its architecture before the file that continues it: --config configs/model/NAME.yaml --config ..."
+    assert told in plan(config="experiment.yaml", status=2).err
+    found = plan_json("--config", "experiment.yaml", config="architecture.yaml")
+    assert not found["recipe"]["from_scratch"]
+    assert "time_scale" not in str(found["departures"])
+    swapped = plan("--config", "architecture.yaml", config="experiment.yaml").out  # as fit, from scratch
+    assert "Parameters, drawn at random" in swapped
+    continued = plan("--config", "experiment.yaml", config="architecture.yaml").out
+    assert "Parameters, pretrained" in continued
+
+
+def write_config(folder, **settings):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    return ("--model.config=null", "--model.pretrained", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "t5"}, "got 'T5Config', allowed a causal LM; this is none"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}, "dequantize it with"),
+        ({"model_type": "its_own", "auto_map": {"AutoConfig": "its.Config"}}, "it brings Python code of its own"),
+        ({"model_type": "mixtral"}, "got 'mixtral with num_local_experts 8', allowed a model without experts"),
+    ],
+)
+def test_a_model_that_fit_refuses_or_plan_cannot_count_is_refused_in_one_line(plan, tmp_path, settings, message):
+    error = plan(*write_config(tmp_path / "odd", **settings), status=2).err.split("error: ")[1]
+    assert message in error
+    assert "yet" not in error  # it is here
+    assert error.count("\n") == 1
+
+
 def test_a_person_reads_tables_and_warnings(plan):
-    shown = plan("--device_memory", "1MB", "--peak_flops", "1e12").out
-    for text in ("4 blocks, each", "tied to the embeddings", "optimizer states", "NO", "hours", "bfloat16 copies"):
+    shown = plan("--device_memory", "10KB", "--peak_flops", "1e12").out
+    for text in (
+        "4 blocks, each",
+        "tied to the embeddings",
+        "optimizer states",
+        "NO",
+        "time x devices",
+        "bfloat16 cop",
+    ):
         assert text in shown
+    assert "It does not fit, nor with a smaller batch, checkpointing or FSDP2: take larger devices" in shown
+    assert not re.search(r"\b0(\.0+)? (KB|MB|GB|hours)", shown)
     assert "warning: layer_dropout.time_scale: constant: from scratch the rate rises" in shown
     assert "(arXiv 2404.16710 section 4.1.1)" in shown
+
+
+def peaks(found):
+    return found["memory"]["peak"], found["memory"]["peak_checkpointed"]
+
+
+def test_what_would_fit_is_told_and_does(plan, plan_json):
+    options = ("--num_nodes", "1", "--devices", "2", "--data.seq_len", "512")
+    plain, checkpointed = peaks(plan_json(*options))
+    assert plan_json(*options, "--device_memory", "1GB")["changes_that_fit"] == []
+    assert "this run" in plan(*options).out
+    memory = ("--device_memory", f"{0.6 * plain / 1e3 / 0.9:.3f}KB")  # a tenth stays free
+    found = plan_json(*options, *memory)
+    assert not found["fits"]
+    ways = {change["options"]: change["peak"] for change in found["changes_that_fit"]}
+    assert len(ways) == 3
+    assert any(way.startswith("--data.batch_size") for way in ways)
+    assert any(way.startswith("--model.activation_checkpointing true") for way in ways)
+    for way, peak in ways.items():
+        given = way.replace("configs/", f"{CONFIGS}/").split()
+        changed = plan_json(*options, *memory, *given)
+        checkpointing = changed["checkpointing"]
+        assert peaks(changed)[checkpointing] == peak <= 0.6 * plain
+        assert changed["recipe"]["tokens_per_step"] == found["recipe"]["tokens_per_step"]
+        assert way in plan(*options, *memory).out
+    assert checkpointed < plain
+
+
+def test_flops_and_seconds_are_told_of_the_same_work(plan, plan_json):
+    options = ("--model.activation_checkpointing=true", "--peak_flops", "1e12", "--utilisation", "1")
+    found, shown = plan_json(*options), plan(*options).out
+    computed = found["step_flops"] * (1 + found["recomputation_cost"])
+    assert found["seconds_per_step"] == pytest.approx(computed / 1e12 / 16)
+    rows = dict(re.findall(r"│ +(\S[^│]*?) │ +([^│ ]+)", shown.split("Work")[1]))
+    assert rows["FLOPs a step, mean"] == f"{found['step_flops']:.3e}"
+    assert rows["FLOPs a step, with recomputation"] == f"{computed:.3e}"
+    assert rows["FLOPs in all, with recomputation"] == f"{1000 * computed:.3e}"
+    assert rows["seconds a step, with recomputation"] == f"{found['seconds_per_step']:.3g}"
+    assert "with recomputation" not in plan("--peak_flops", "1e12").out
 
 
 @pytest.mark.parametrize(
@@ -137,8 +228,11 @@ def test_a_person_reads_tables_and_warnings(plan):
     [
         (["--model.config=null"], "model.pretrained: got None, allowed a model's directory, or model.config"),
         (["--model.config=null", "--model.pretrained", "no/such/model"], "model.pretrained: got 'no/such/model'"),
-        (["--trainer.strategy=fsdp"], "trainer.strategy: got 'fsdp', allowed auto | ddp | ModelParallelStrategy"),
-        ([*FSDP2[:1]], "trainer.strategy.init_args.tensor_parallel_size: got 8, allowed 1 for 16 devices"),
+        (["--trainer.strategy=fsdp"], "trainer.strategy: got 'fsdp', allowed auto | ddp | MeshStrategy"),
+        (
+            [*FSDP2, "--trainer.strategy.init_args.tensor_parallel_size=8"],
+            "trainer.strategy.init_args.tensor_parallel_size: got 8, allowed 1",
+        ),
         (["--data.seq_len", "1024"], "data.init_args.seq_len: got 1024, allowed 1..512"),
         (["--early_exit.rotation_interval", "5"], "early_exit.rotation_interval: got 5, allowed [1, 4]"),
         (["--trainer.max_steps", "-1"], "model.lr_schedule: got 'cosine', allowed only in a run of known length"),
@@ -148,7 +242,13 @@ def test_a_person_reads_tables_and_warnings(plan):
         (["--device_memory", "80 gigs"], "device_memory: got '80 gigs', allowed a size, such as 80GB"),
         (["--utilisation", "1.5"], "utilisation: got 1.5, allowed (0, 1]"),
         (["--devices", "0"], "devices: got 0, allowed [1, inf)"),
+        (["--devices", "two"], "error: devices: got 'two', allowed number of devices"),
+        (["--peak_flops", "312T"], "error: peak_flops: got '312T', allowed number of one device's a second"),
+        (["--peak_flops=312T"], "error: peak_flops: got '312T', allowed number of one device's a second"),
+        (["--device_memory", "-5GB"], "error: device_memory: got '-5GB', allowed size of one device's, such as 80GB"),
+        (["--device_memory"], "error: device_memory: got None, allowed size of one device's, such as 80GB"),
         (["--data.foo", "1"], "data.foo: unknown key"),
+        (["--foo", "1"], "(options: layerskip plan --help)"),
     ],
 )
 def test_a_mistake_is_told_in_one_message(plan, arguments, message):

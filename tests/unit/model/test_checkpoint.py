@@ -132,6 +132,16 @@ BROKEN_DIRECTORIES = {
     "no weights": (remove("*.safetensors*"), ConfigError, "safetensors weights; there are none"),
     "pickled weights": (pickle_weights, ConfigError, "safetensors weights; there are pickled ones only"),
     "adapter": (lambda d: (d / "adapter_config.json").touch(), ConfigError, "merge the adapter into its model first"),
+    "code of its own": (
+        lambda d: set_config(d, model_type="its_own", auto_map={"AutoConfig": "its.Config"}),
+        ConfigError,
+        r"it brings Python code of its own \(auto_map in config\.json\), .* never run: take a model of an architecture",
+    ),
+    "generation that cannot be": (
+        lambda d: (d / "generation_config.json").write_text('{"max_new_tokens": 0}'),
+        CheckpointError,
+        r"generation_config\.json: contradicts itself \(.max_new_tokens. must be greater than 0",
+    ),
     "quantized": (
         lambda d: set_config(d, quantization_config={"quant_method": "gptq", "bits": 4}),
         ConfigError,
@@ -148,7 +158,7 @@ BROKEN_DIRECTORIES = {
     "other shapes": (
         lambda d: set_config(d, hidden_size=48),
         CheckpointError,
-        "of another shape than its configuration says",
+        r"38 weights do not fit, the first is model\.embed_tokens.* has shape \[300, 32\], the .* says \[300, 48\]",
     ),
     "block missing": (lambda d: set_config(d, num_hidden_layers=5), CheckpointError, r"9 weights .*model\.layers\.4\."),
     "no tokenizer": (remove("tokenizer*"), ConfigError, NO_TOKENIZER),
@@ -251,13 +261,17 @@ def test_training_refuses_missing_weights_too(directory):
         ("runs/absent/last.ckpt", "no such file or directory"),
         ("absent.ckpt", "no such file or directory"),
         ("absent.gguf", "no such file or directory"),
-        ("weights.safetensors", "files ending in '.safetensors' are not known"),
+        ("models/absent", "no such file or directory"),  # as configs/experiment have it
+        ("here/absent", "no such file or directory"),
+        ("weights.safetensors", r"give its directory, where config\.json is: \."),
         ("weights.onnx", "files ending in '.onnx' are not known"),
         ("weights", "files without an ending are not known"),
     ],
 )
 def test_what_is_no_model_is_refused_with_what_is_allowed(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_sources.AutoConfig, "from_pretrained", None)  # the hub is not asked
+    (tmp_path / "here").mkdir()
     for file in ("weights.safetensors", "weights.onnx", "weights"):
         (tmp_path / file).touch()
     with pytest.raises(ConfigError, match=f"^draft_model: got '{name}', allowed a Hugging Face .*; {message}"):

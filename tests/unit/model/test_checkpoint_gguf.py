@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter, LlamaFileType, TokenType
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
@@ -16,8 +17,9 @@ from app.errors import CheckpointError, ConfigError
 from app.model import gguf as gguf_files
 from app.model.checkpoint import load_config, load_for_decoding, load_pretrained
 from app.model.export import write_pretrained
-from app.model.gguf import read_gguf_config, read_gguf_weights
+from app.model.gguf import read_gguf_config, read_gguf_origin, read_gguf_weights
 from datamodules.tokenizers import train_byte_level_bpe
+from tests.support.runs import cli
 from tests.support.tiny_models import tiny_llama
 
 TEXT = "def double(x): return 2 * x"
@@ -29,8 +31,9 @@ NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(path, model, tokenizer):
+def write_gguf(path, model, tokenizer, describe=lambda writer: None):
     config, writer = model.config, GGUFWriter(path, "llama")
+    describe(writer)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -133,6 +136,34 @@ def test_training_starts_from_a_gguf_and_its_config_is_that_of_a_plain_model(par
     torch.testing.assert_close(logits(loaded.eval(), ids), logits(parts[0], ids))
     assert not hasattr(config, "quantization_config")
     assert config.num_hidden_layers == loaded.config.num_hidden_layers == 4
+
+
+def describe(writer):
+    writer.add_file_type(LlamaFileType.MOSTLY_Q4_1)
+    writer.add_organization("Makers")
+    writer.add_name("Tiny 1")
+    writer.add_license("apache-2.0")
+    writer.add_base_model_count(1)
+    writer.add_base_model_repo_url(0, "https://huggingface.co/makers/tiny-1")
+
+
+def test_what_a_gguf_says_of_its_origin_is_on_the_card_of_its_export(parts, file, tmp_path, monkeypatch):
+    described = write_gguf(tmp_path / "described.gguf", *parts, describe)
+    export = ["export", "--output_dir", str(tmp_path / "out"), "--model"]
+    assert cli(monkeypatch, *export, str(described)) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.base_model, card.data.tags) == ("apache-2.0", "makers/tiny-1", None)
+    told = "float32, unpacked from a GGUF file of type Q4_1 (Makers Tiny 1), so its weights keep the rounding of that"
+    assert f"{told} quantization." in card.text
+    assert "assistant_early_exit" not in card.text
+    given = ["--license", "other", "--base_model", "org/mine"]
+    assert cli(monkeypatch, *export, str(described), *given) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("other", "org/mine")
+    assert read_gguf_origin(file) == (None, None, None, None)
+    described = write_gguf(tmp_path / "words.gguf", *parts, lambda writer: writer.add_license("Ask us"))
+    assert cli(monkeypatch, "export", "--output_dir", str(tmp_path / "words"), "--model", str(described)) == 0
+    assert ModelCard.load(tmp_path / "words" / "README.md").data.license == "unknown"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])

@@ -14,7 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 import app.model.export as module
 from app.errors import CheckpointError, ConfigError
@@ -144,6 +151,52 @@ def test_weights_of_another_model_are_refused_and_nothing_is_written(weights, me
 def test_a_size_that_cannot_be_read_is_refused(size):
     with pytest.raises(ConfigError, match="max_shard_size: got"):
         ExportSettings(max_shard_size=size)
+
+
+# -- what it says of generation ----------------------------------------------------------------------------------------
+
+
+def generating(**fields):
+    model = new_model(CONFIGS["qwen3"])
+    model.generation_config = GenerationConfig(**fields)
+    return model
+
+
+IDLE = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "length_penalty": 2.0, "pad_token_id": -1}
+
+
+def test_fields_without_effect_with_which_transformers_saves_nothing_are_dropped_and_named(tmp_path, caplog):
+    model = generating(**IDLE, max_new_tokens=7)
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.generation_config.save_pretrained(tmp_path)
+    write_pretrained(model, None, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written.keys().isdisjoint(IDLE.keys() - {"do_sample"})
+    assert written["max_new_tokens"] == 7
+    assert model.generation_config.temperature == 0.6
+    (record,) = [record for record in caplog.records if record.name.startswith("app.")]
+    for said in ("temperature 0.6", "top_p 0.9", "length_penalty 2.0", "pad_token_id -1"):
+        assert said in record.message
+
+
+@pytest.mark.parametrize("fields", [{}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"num_beams": 2}])
+def test_what_transformers_saves_stays(fields, tmp_path, caplog):
+    model = generating(**fields)
+    model.generation_config.save_pretrained(tmp_path)
+    write_pretrained(model, None, tmp_path / "out")
+    assert (tmp_path / "out/generation_config.json").read_text() == (tmp_path / "generation_config.json").read_text()
+    assert not caplog.records
+
+
+def test_a_generation_config_that_contradicts_itself_is_refused_in_one_line_before_weights_are_written(
+    tmp_path, monkeypatch
+):
+    model = generating()
+    model.generation_config.max_new_tokens = 0
+    monkeypatch.setattr(module, "save_file", None)
+    with pytest.raises(CheckpointError, match=r"config\.json contradicts itself, .* greater than 0") as caught:
+        write_pretrained(model, None, tmp_path / "out")
+    assert "\n" not in str(caught.value)
 
 
 # -- whole or absent ---------------------------------------------------------------------------------------------------

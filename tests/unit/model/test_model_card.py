@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers import GPTNeoXConfig
 
 from app.errors import CheckpointError, ConfigError
 from app.model.decoding_defaults import Conditions, DecodingDefaults
@@ -173,11 +174,31 @@ def test_what_nobody_recorded_is_said_to_be_unknown():
     assert "What it was trained on, the checkpoint does not say." in card.text
 
 
-def test_a_model_without_a_run_has_no_recipe():
-    text = model_card(MODEL, None, None, dtype="bfloat16", card=CardSettings(title="mine"))
-    assert "A `LlamaForCausalLM` of 4 blocks, 39,104 parameters, bfloat16." in text
-    assert "How it was trained" not in text
-    assert "assistant_early_exit=1" in text
+def test_a_model_without_a_run_has_no_recipe_and_is_not_said_to_exit_early():
+    card = ModelCard(model_card(MODEL, None, None, dtype="bfloat16", card=CardSettings(title="mine")))
+    assert "A `LlamaForCausalLM` of 4 blocks, 39,104 parameters, bfloat16." in card.text
+    assert "How it was trained" not in card.text
+    assert "do_sample=False)[0]" in section(card, "How to decode with it")
+    for claim in ("layerskip", "early", "draft, not a smaller"):
+        assert claim not in card.content.lower()
+    tuned = model_card(MODEL, None, TUNED, dtype="bfloat16", card=CardSettings(title="mine"))
+    assert "assistant_early_exit=3" in tuned  # that was measured
+
+
+def test_drafting_is_told_of_exits_that_were_trained_in_architectures_that_are_known():
+    baseline = card_of(changed(early_exit={"curriculum": "none"}, layer_dropout={"max_dropout_rate": 0.0}))
+    assert "assistant_early_exit=1" in section(card_of(), "How to decode with it")
+    assert "assistant_early_exit" not in section(baseline, "How to decode with it")
+    other = architecture(GPTNeoXConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=4, vocab_size=61))
+    text = model_card(other, RunRecord(METADATA, CONFIG), None, dtype="float32", card=CardSettings(title="mine"))
+    assert "draft what all of them verify" in text
+    assert "assistant_early_exit" not in text
+
+
+def test_the_origin_of_a_model_that_no_run_made_is_told():
+    card = CardSettings(title="mine", origin="unpacked from a file of type Q4_1")
+    text = model_card(MODEL, None, None, dtype="bfloat16", card=card)
+    assert "39,104 parameters, bfloat16, unpacked from a file of type Q4_1." in text
 
 
 TUNED = DecodingDefaults(

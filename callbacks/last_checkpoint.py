@@ -5,6 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from app.model.checkpoint_integrity import KEEP_PREVIOUS
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps `last.ckpt`, written every so many steps and when training ends.
@@ -15,9 +17,13 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         every_n_train_steps: Optimizer steps between two checkpoints, >= 1.
         dirpath: Folder; `checkpoints` beside the logs by default.
+        keep_previous: Keep the one before it, too, as `before_last.ckpt`: twice the disk, and something to fall back
+            on where the last one is damaged (`--fall_back_to_previous true`).
     """
 
-    def __init__(self, *, every_n_train_steps: int = 1000, dirpath: str | None = None) -> None:
+    def __init__(
+        self, *, every_n_train_steps: int = 1000, dirpath: str | None = None, keep_previous: bool = False
+    ) -> None:
         super().__init__(
             dirpath=dirpath,
             save_top_k=0,
@@ -25,8 +31,17 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
         )
+        self._keep_previous = keep_previous
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save once more, if there was a step at all."""
         if trainer.global_step > 0:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """As ModelCheckpoint's, which knows no options of storage."""
+        if not self._keep_previous or self._last_global_step_saved == trainer.global_step:  # saved again at the end
+            super()._save_checkpoint(trainer, filepath)
+            return
+        trainer.save_checkpoint(filepath, storage_options={KEEP_PREVIOUS: True})
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath

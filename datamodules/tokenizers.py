@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,9 +60,9 @@ def trained_tokenizer(texts: Sequence[str], *, vocab_size: int, cache_dir: Path)
         key.update(sha256(text.encode()).digest())
     file = cache_dir / f"tokenizer-{key.hexdigest()[:16]}.json"
     if file.exists():
-        digest, _, backend = file.read_text("utf-8").partition("\n")
-        if digest == sha256(backend.encode()).hexdigest():
-            return _wrapped(Tokenizer.from_str(backend))
+        digest, _, backend = file.read_bytes().partition(b"\n")
+        if digest == sha256(backend).hexdigest().encode():
+            return _wrapped(Tokenizer.from_str(backend.decode("utf-8")))
         log.warning("%s is damaged: training the tokenizer again", file)
     log.info("training a tokenizer of %d tokens, kept in %s", vocab_size, file)
     tokenizer = train_byte_level_bpe(texts, vocab_size=vocab_size)
@@ -88,7 +89,11 @@ def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
             allowed="a folder with tokenizer_config.json",
             fix="save one there with tokenizer.save_pretrained, or leave tokenizer out to train one",
         )
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:  # its code is its own, or it is damaged
+        allowed = "a folder with a tokenizer of transformers"
+        raise ConfigError("tokenizer", got=path, allowed=allowed, fix=shorten(str(error), 300)) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ConfigError(
             "tokenizer", got=path, allowed="a fast tokenizer with an eos_token", fix="choose another tokenizer"

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 VERBS = {
     "fit": ("app.cli.train", "Train a model with layer dropout and early-exit loss."),
@@ -18,6 +19,7 @@ VERBS = {
     "generate": ("app.cli.generate", "Continue a prompt: autoregressively, from an early exit, or self-speculatively."),
     "benchmark": ("app.cli.benchmark", "Time every way to decode the same prompts, transformers' own included."),
     "export": ("app.cli.export", "Write a model as a Hugging Face directory, which plain transformers loads."),
+    "consolidate": ("app.cli.consolidate", "Write a checkpoint directory of several ranks as one file to resume from."),
     "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with a model."),
     "plot": ("app.cli.plot", "Draw exact match over exits, from the results of several runs."),
     "targets": ("app.cli.targets", "Measure the performance targets this project sets itself (make bench)."),
@@ -33,7 +35,7 @@ def main() -> int:
     """
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
-        lines = [f"  {verb:10} {summary}" for verb, (_, summary) in VERBS.items()]
+        lines = [f"  {verb:11} {summary}" for verb, (_, summary) in VERBS.items()]
         print(
             "usage: layerskip VERB [options]\n\nverbs:",
             *lines,
@@ -44,6 +46,7 @@ def main() -> int:
     if args[0] not in VERBS:
         return _fail(f"verb: got {args[0]!r}, allowed {' | '.join(VERBS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the data workers' forks do not mix
+    _keep_compiled_code_private()
     _log_to_stderr()
     # Said at every run, about nothing a user could mend: lightning 2.6 with torch 2.13, and resuming into a folder.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
@@ -71,6 +74,16 @@ def _run(module: str) -> int:
             raise
         return _fail(message)
     return 0
+
+
+def _keep_compiled_code_private() -> None:
+    """torch.compile runs what is in its cache, by default a folder of guessable name where all users may write."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchinductor")
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none to write to
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def _log_to_stderr() -> None:

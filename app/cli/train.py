@@ -7,22 +7,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 
 import datamodules  # noqa: F401  # its classes can then be named without their module, and suggested
+from app.cli.allowed_classes import restrict_classes
 from app.cli.included_configs import with_included
 from app.cli.messages import locate
 from app.cli.parsing import OneLineErrors
+from app.cli.resume import check_resume, take_optimizer_settings
+from app.cli.strategies import check_strategy
 from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range
 from app.model.run_record import RUN_CONFIG_KEY
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
+from app.training.checkpoint_places import clear_leftovers, restore_interrupted, standing
 from app.training.module import LayerSkipModule
-from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
+from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
+
+_LAST, _AUTO = "last", "auto"  # values of ckpt_path
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
@@ -31,7 +39,8 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse's; a config file may be stacked on others (`app.cli.included_configs`)."""
         given, *rest = args or (None,)
-        return super().parse_args(with_included(sys.argv[1:] if given is None else given), *rest, **kwargs)
+        own = restrict_classes(sys.argv[1:] if given is None else given)
+        return super().parse_args(with_included(own), *rest, **kwargs)
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -41,14 +50,28 @@ class SaveFitConfig(SaveConfigCallback):
     saved config starts what it is told to, it does not silently resume.
     """
 
+    _optimizer_changes = False
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for on_train_start."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
+        if self._optimizer_changes:
+            take_optimizer_settings(trainer)
         self.config = self.config.clone()
-        self.config["ckpt_path"] = None
+        for name, value in (("ckpt_path", None), ("allow_changes", []), ("fall_back_to_previous", False)):
+            self.config[name] = value
         super().setup(trainer, pl_module, "fit")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run that is resumed is the one that was saved, unless its user insists."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            allow_changes: list[str] = self.config["allow_changes"]
+            changed = [name.split(".")[:2] for name in allow_changes]
+            self._optimizer_changes = ["model"] in changed or ["model", "optimizer"] in changed
+            given = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            check_resume(checkpoint, given, allow_changes=allow_changes)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint tells how it was made, wherever it is moved to."""
@@ -59,9 +82,22 @@ class LayerSkipCLI(LightningCLI):
     """The module's and the curricula's settings are groups of their own: model, layer_dropout, early_exit."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the method's two callbacks as groups, and hand the run's seed to everything that draws."""
+        """Add what every run has as groups, how to resume, and hand the run's seed to everything that draws."""
         parser.add_lightning_class_args(LayerDropoutCurriculum, "layer_dropout")
         parser.add_lightning_class_args(EarlyExitCurriculum, "early_exit")
+        parser.add_lightning_class_args(Preemption, "preemption")
+        parser.add_argument(
+            "--allow_changes",
+            type=list[str],
+            default=[],
+            help="Settings, or groups of them, that may differ from those of the run that ckpt_path resumes.",
+        )
+        parser.add_argument(
+            "--fall_back_to_previous",
+            type=bool,
+            default=False,
+            help="Where ckpt_path is damaged, take the one before it (callbacks.LastCheckpoint: keep_previous).",
+        )
         for target in ("model.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
@@ -73,8 +109,9 @@ class LayerSkipCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would read the whole checkpoint here for hyperparameters; ours come from the config alone."""
         ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
-        if ckpt_path and ckpt_path != "last" and not Path(ckpt_path).exists():
-            raise ConfigError("ckpt_path", got=ckpt_path, allowed="an existing checkpoint, or last")
+        if ckpt_path and ckpt_path not in (_LAST, _AUTO) and not standing(Path(ckpt_path)).exists():
+            allowed = "an existing checkpoint; last; or auto: last if there is one, else none"
+            raise ConfigError("ckpt_path", got=ckpt_path, allowed=allowed)
 
     def before_instantiate_classes(self) -> None:
         """Refuse trainer settings that Lightning would divide by, or take silently."""
@@ -86,7 +123,7 @@ class LayerSkipCLI(LightningCLI):
         check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1)
         check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
         check_range("trainer.log_every_n_steps", trainer["log_every_n_steps"] or 0, low=0)
-        _shard_over_all_devices(trainer)
+        check_strategy(trainer)
 
     def instantiate_classes(self) -> None:
         """Build everything; an error in a constructor is told with the path of its field."""
@@ -100,7 +137,8 @@ class LayerSkipCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")["plugins"] or []
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins = [*plugins, AtomicCheckpointIO()]
+            fall_back = self.config[self.config.subcommand]["fall_back_to_previous"]
+            plugins = [*plugins, AtomicCheckpointIO(fall_back=fall_back)]
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -112,12 +150,18 @@ class LayerSkipCLI(LightningCLI):
 
     def _check_checkpoints(self) -> None:
         """Asked to resume from nothing, Lightning only warns; asked to start, it writes over an earlier run."""
-        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
+        options = self.config_init[self.config.subcommand]  # what the trainer's method is called with
+        ckpt_path = options.get("ckpt_path")
         beside_logs = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
         savers: list[Any] = self.trainer.checkpoint_callbacks
         folders = sorted({Path(getattr(saver, "dirpath", None) or beside_logs) for saver in savers})
+        if self.subcommand == "fit":
+            for folder in folders:  # what killed processes left
+                clear_leftovers(folder) if self.trainer.is_global_zero else restore_interrupted(folder)
         found = [path for folder in folders for path in folder.glob("last*.ckpt")]
-        if ckpt_path == "last" and not found:
+        if ckpt_path == _AUTO:
+            ckpt_path = options["ckpt_path"] = _LAST if found or self.subcommand != "fit" else None
+        if ckpt_path == _LAST and not found:
             raise CheckpointError(f"ckpt_path: got 'last', but there is no last.ckpt in {', '.join(map(str, folders))}")
         if self.subcommand == "fit" and ckpt_path is None and found:
             raise CheckpointError(
@@ -128,16 +172,6 @@ class LayerSkipCLI(LightningCLI):
     def _plain_config(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()
         return plain
-
-
-def _shard_over_all_devices(trainer: Namespace) -> None:
-    """Without tensor parallelism FSDP2's group is all devices; what Lightning calls auto is the number of nodes."""
-    strategy, devices = trainer["strategy"], trainer["devices"]
-    if not (isinstance(strategy, Namespace) and strategy["class_path"].endswith(".ModelParallelStrategy")):
-        return
-    count = str(len(devices) if isinstance(devices, list) else devices)  # the command line gives digits as text
-    if strategy["init_args"]["tensor_parallel_size"] == 1 and count.isdigit():
-        strategy["init_args"]["data_parallel_size"] = trainer["num_nodes"] * int(count)
 
 
 def make_cli(kind: Callable[..., LayerSkipCLI]) -> LayerSkipCLI:

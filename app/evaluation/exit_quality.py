@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
 from app.layerskip.early_exit_loss import IGNORE_INDEX
+from app.model.exact_tables import Conversion, moving_only
 
 _TOKENS_PER_CHUNK = 512  # logits of one chunk: 64 MiB in fp32 at a vocabulary of 32k
 
@@ -37,6 +38,9 @@ class GroupedTokenLoss(Metric):
     def compute(self) -> tuple[Tensor, Tensor]:
         """(mean over all tokens, mean of each group [G]; NaN for a group without tokens)."""
         return self.loss_sum_G.sum() / self.count_G.sum(), self.loss_sum_G / self.count_G
+
+    def _apply(self, fn: Conversion, exclude_state: Sequence[str] = ()) -> nn.Module:
+        return super()._apply(moving_only(fn), exclude_state)  # bf16-true converts the model it is part of
 
 
 class ExitScore(NamedTuple):

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from app.errors import ConfigError
+from app.model.cpu_attention import fast_attention
 from app.model.float32_products import speed_up_training
 from app.model.head_check import check_plain_head
 from app.model.head_loss import WeightedCrossEntropy, cross_entropies
@@ -61,7 +62,7 @@ class DroppableBlock(nn.Module):
 
     plan: ForwardPlan
     block_idx: int
-    compiled: Callable[..., Tensor] | None = None  # its arithmetic (app.model.compiled_blocks)
+    compiled: Callable[..., Tensor] | None = None  # for training (app.model.compiled_blocks)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Skip before the hooks of FSDP when nobody goes through, and tap the state that leaves the block."""
@@ -76,7 +77,9 @@ class DroppableBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block on the kept samples alone, [B, T, D] -> [B, T, D]; the others pass by unchanged."""
-        run: Callable[..., Tensor] = self.compiled or super().forward
+        run: Callable[..., Tensor] = super().forward
+        if self.training:
+            run = self.compiled or fast_attention(run, hidden_states)
         if not self.training or self.plan.kept is None:
             return run(hidden_states, *args, **kwargs)
         kept, scale = self.plan.kept[self.block_idx], self.plan.scales[self.block_idx]

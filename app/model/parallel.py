@@ -1,21 +1,58 @@
-"""Weights spread over ranks by FSDP2: shard a training module, and gather the whole once for free use in between."""
+"""Weights spread over ranks by FSDP2 and tensor parallelism: shard a training module, and gather the whole once.
+
+Legend of a mesh: `replicate` copies of the sharded model (HSDP), `data_parallel` shards, `tensor_parallel` parts of a
+block.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from app.errors import ConfigError
+from app.model.tensor_parallel import LocalParameters, split
 
+REPLICATE, DATA_PARALLEL, TENSOR_PARALLEL = "replicate", "data_parallel", "tensor_parallel"
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-def shard(module: nn.Module, *, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+def parallelize(
+    module: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None = None
+) -> None:
+    """Spread a model over a mesh in place, with or without memory: split its blocks, then shard what is left.
+
+    Args:
+        module: Lightning's, with the model in it.
+        model: A Llama-shaped causal LM.
+        mesh: With the dimensions `data_parallel`, `tensor_parallel` and, if wanted, `replicate`.
+        compute_dtype: As for `shard`.
+
+    Raises:
+        ConfigError: The blocks cannot be split over that many tensor-parallel ranks.
+    """
+    names = mesh.mesh_dim_names or ()
+    if TENSOR_PARALLEL in names and mesh[TENSOR_PARALLEL].size() > 1:
+        split(model, mesh[TENSOR_PARALLEL])
+    replicated = REPLICATE in names and mesh[REPLICATE].size() > 1
+    data_mesh = mesh[REPLICATE, DATA_PARALLEL] if replicated else mesh[DATA_PARALLEL]
+    shard(module, blocks=model.get_decoder().layers, mesh=data_mesh, compute_dtype=compute_dtype)
+
+
+def shard(
+    module: nn.Module, *, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype | None = None
+) -> None:
     """Spread the parameters over the mesh in place: each block is gathered when it runs, all others for a whole step.
 
     The root is the module whose methods are the steps, not the model in it: a step calls parts of the model, and only
@@ -24,11 +61,16 @@ def shard(module: nn.Module, *, blocks: Iterable[nn.Module], mesh: DeviceMesh) -
     Args:
         module: Lightning's, with the model in it.
         blocks: The model's decoder blocks.
-        mesh: Data-parallel ranks, one-dimensional.
+        mesh: Data-parallel ranks: shards, or copies by shards.
+        compute_dtype: What parameters are gathered in and computed with; shards keep theirs, and gradients are summed
+            over ranks in float32. None: that of the shards.
     """
+    policy = MixedPrecisionPolicy()
+    if compute_dtype is not None:
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
     for step in _STEPS:
         register_fsdp_forward_method(module, step)
 
@@ -44,9 +86,6 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: FSDP's root, or what holds it.
-
-    Raises:
-        ConfigError: Weights are split by tensor parallelism too; its ranks could only run together.
     """
     sharded = [submodule for submodule in module.modules() if isinstance(submodule, FSDPModule)]
     states = [submodule._get_fsdp_state() for submodule in sharded]
@@ -59,13 +98,33 @@ def unsharded(module: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = None
         for submodule in sharded:
             submodule.unshard()
-        if split := sum(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            got = f"{split} split parameters"
-            raise ConfigError("tensor_parallel_size", got=got, allowed="1 where single ranks use the weights")
-        yield
+        with _unsplit(module):
+            yield
     finally:
         for group, mesh_info in zip(groups, resharding, strict=True):
             group.post_forward_mesh_info = mesh_info
         for submodule, state in zip(sharded, states, strict=True):
             if state._is_root:
                 submodule.reset_iter_state()  # reshards all, even if an exception cut a block's forward short
+
+
+@contextmanager
+def _unsplit(module: nn.Module) -> Iterator[None]:
+    """Whole parameters on every tensor-parallel rank inside the block."""
+    split_here = [submodule for submodule in module.modules() if isinstance(submodule, LocalParameters)]
+    before = [dict(submodule._parameters) for submodule in split_here]
+    whole: dict[DTensor, nn.Parameter] = {}  # tied ones once
+    try:
+        for submodule in split_here:
+            submodule.ranks.on = False
+            own: dict[str, Any] = submodule._parameters
+            for name, parameter in own.items():
+                if isinstance(parameter, DTensor):
+                    if parameter not in whole:
+                        whole[parameter] = nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)
+                    own[name] = whole[parameter]
+        yield
+    finally:
+        for submodule, parameters in zip(split_here, before, strict=True):
+            submodule.ranks.on = True
+            submodule._parameters.update(parameters)

@@ -56,7 +56,7 @@ class Shards:
     def __init__(self, directory: Path, *, prefix: str) -> None:
         self._directory, self._prefix = directory, prefix
         saved = read_metadata(directory / METADATA_FILE)
-        self._reader = _Reader(directory, saved)
+        self._reader = ShardReader(directory, saved)
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         for key, entry in saved.state_dict_metadata.items():
             if key.startswith(prefix) and isinstance(entry, metadata.TensorStorageMetadata):
@@ -71,17 +71,32 @@ class Shards:
         """
         shape, own_dtype = self.shapes[name]
         whole = torch.empty(shape, dtype=dtype or own_dtype)
-        try:
-            with warnings.catch_warnings(action="ignore"):  # that there is no process group, as is meant here
-                load({self._prefix + name: whole}, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:  # no subclass of Exception; it wraps whatever came out of the bytes
-            reasons = [textwrap.shorten(str(reason), 200) for reason, _ in error.failures.values()]
-            raise CheckpointError(f"checkpoint {self._directory}: {name} is damaged ({'; '.join(reasons)})") from error
+        self.read_into({name: whole})
         return whole
 
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors by name; of a DTensor, this rank's part is read and nothing else. Ranks need not do it together.
 
-class _Reader(filesystem.FileSystemReader):
-    """torch's reader of shards, without its unguarded unpickling of the metadata."""
+        Raises:
+            CheckpointError: If a part is damaged.
+        """
+        wanted = {self._prefix + name: tensor.detach() for name, tensor in tensors.items()}
+        try:
+            with warnings.catch_warnings(action="ignore"):  # that there is no process group, as is meant here
+                load(wanted, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:  # no subclass of Exception; it wraps whatever came out of the bytes
+            reasons = [textwrap.shorten(str(reason), 200) for reason, _ in error.failures.values()]
+            names = next(iter(tensors)) if len(tensors) == 1 else f"one of {len(tensors)} weights"
+            raise CheckpointError(f"checkpoint {self._directory}: {names} is damaged ({'; '.join(reasons)})") from error
+
+
+class ShardReader(filesystem.FileSystemReader):
+    """torch's reader of shards, without its unguarded unpickling of the metadata.
+
+    Args:
+        path: The directory.
+        saved: What `read_metadata` found in it.
+    """
 
     def __init__(self, path: Path, saved: metadata.Metadata) -> None:
         super().__init__(path)

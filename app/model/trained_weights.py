@@ -151,5 +151,10 @@ def _open_directory(path: Path) -> _Opened:
         if not (path / name).is_file():
             raise CheckpointError(f"checkpoint {path}: not all there ({name} is missing); use an earlier one")
     content = _load_plain(path / _LIGHTNING_METADATA, mmap=False)
-    shards = Shards(path, prefix=f"{_STATE_DICT}.{STATE_DICT_PREFIX}")
+    shards = open_shards(path)
     return content, shards.shapes, shards.read
+
+
+def open_shards(path: Path) -> Shards:
+    """The weights in a checkpoint directory, by Hugging Face name, to be read by parts."""
+    return Shards(path, prefix=f"{_STATE_DICT}.{STATE_DICT_PREFIX}")

@@ -1,19 +1,25 @@
-"""Checkpoints that are whole or absent: written beside their name, flushed, then renamed over it."""
+"""Checkpoints that are whole or absent: written beside their name, flushed, renamed; checked when they are read."""
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
 from app.errors import CheckpointError
+from app.model.checkpoint_integrity import KEEP_PREVIOUS, check_bytes, saved_step
+from app.training.checkpoint_contents import read_file, read_whole
+from app.training.checkpoint_places import kept_previous, partial_of, put_in_place, remove, standing
+
+_log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -21,7 +27,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning's own writer buffers the file in memory and goes through the temporary folder, from where the last
     step is a copy if that is another disk: a full disk would then leave half a file under the final name.
+
+    Args:
+        fall_back: Where a checkpoint is damaged, load the one before it, if that was kept, and say so.
     """
+
+    def __init__(self, *, fall_back: bool = False) -> None:
+        super().__init__()
+        self._fall_back = fall_back
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
@@ -31,14 +44,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If the file cannot be written, for instance because the disk is full.
         """
         target = Path(path)
-        partial = target.with_name(f".{target.name}.partial")
+        partial = partial_of(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(target)
+            put_in_place(target, keep_previous=bool((storage_options or {}).get(KEEP_PREVIOUS)))
         except (
             OSError,
             RuntimeError,
@@ -56,17 +69,74 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,  # noqa: ARG005
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        """Read a checkpoint as tensors and plain values; never unpickles anything else.
+        """Read a checkpoint as tensors and plain values; never unpickles anything else. All ranks must ask together.
+
+        Args:
+            path: A single file, or a directory that FSDP2 wrote.
+            map_location: As torch.load's.
+            weights_only: Always.
 
         Raises:
-            CheckpointError: If the file is missing, truncated, damaged, or holds anything but plain values.
+            CheckpointError: If it is missing, truncated, damaged, or holds anything but plain values.
         """
-        if not Path(path).is_file():
+        whole = self.whole(Path(path))
+        return read_whole(whole) if whole.is_dir() else read_file(whole, map_location=map_location)
+
+    def whole(self, path: Path) -> Path:
+        """The checkpoint to read, its bytes compared with their checksums: `path`, or one to fall back on.
+
+        All ranks must ask together; they share the reading, and get the same answer.
+
+        Raises:
+            CheckpointError: If it is missing or damaged, and there is nothing to fall back on or that is not wanted.
+        """
+        path = standing(path)
+        if (error := _damage(path)) is None:
+            return path
+        before = kept_previous(path)
+        if not before.exists():
+            raise CheckpointError(error)
+        if not self._fall_back:
+            raise CheckpointError(f"{error}: the one before it is {before} (--fall_back_to_previous true takes it)")
+        if (again := _damage(before)) is not None:
+            raise CheckpointError(f"{error}; {again}")
+        _log.warning("%s. Falling back to %s: %s", error, before, _lost_steps(path, before))
+        return before
+
+    @override
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Remove a file or directory; one that is half removed is not taken for a checkpoint."""
+        remove(Path(path))
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, as some rank found; the same on all."""
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    found: str | None = None
+    try:
+        if not path.exists():
             raise CheckpointError(f"checkpoint {path}: no such file")
-        try:
-            checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"checkpoint {path}: holds objects that are not plain tensors and values") from error
-        except (RuntimeError, EOFError, OSError) as error:
-            raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error}); use an earlier one") from error
-        return checkpoint
+        check_bytes(path, part=dist.get_rank() if num_ranks > 1 else 0, num_parts=num_ranks)
+    except CheckpointError as error:
+        found = str(error)
+    if num_ranks == 1:
+        return found
+    of_ranks: list[str | None] = [None] * num_ranks
+    dist.all_gather_object(of_ranks, found)
+    return next((error for error in of_ranks if error is not None), None)
+
+
+def _lost_steps(damaged: Path, before: Path) -> str:
+    steps = [_step(path) for path in (damaged, before)]
+    if None in steps:
+        return "how many steps are lost cannot be told from the damaged one"
+    return f"{steps[0] - steps[1]} steps are lost, training goes on after step {steps[1]}"  # type: ignore[operator]
+
+
+def _step(path: Path) -> int | None:
+    if path.is_dir():
+        return saved_step(path)
+    try:
+        return int(read_file(path, mmap=True)["global_step"])
+    except (CheckpointError, KeyError, TypeError, ValueError):  # of a damaged file
+        return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,10 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from app import metric_names
-from app.errors import ConfigError, DivergenceError, check_choice, check_range, require_total_steps
+from app.errors import ConfigError, check_choice, check_range, require_total_steps
 from app.evaluation.exit_quality import GroupedTokenLoss
-from app.layerskip.early_exit_loss import IGNORE_INDEX, EarlyExitLoss, early_exit_loss
-from app.layerskip.layer_dropout import draw_kept_samples, keep_scales
+from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
+from app.layerskip.layer_dropout import keep_scales
 from app.model.checkpoint import (
     build_model,
     check_compatible,
@@ -32,19 +31,22 @@ from app.model.checkpoint import (
     load_pretrained,
     tokenizer_to_files,
 )
+from app.model.compiled_blocks import compile_blocks
 from app.model.decoding_defaults import untuned_generation_config
 from app.model.early_exit import EarlyExitModel
-from app.model.parallel import shard
+from app.model.exact_tables import keep_tables_exact
+from app.model.parallel import parallelize
 from app.model.run_record import GENERATION_CONFIG_KEY
+from app.model.sharded_loading import build_without_memory, fill
 from app.model.spans import SpanDecoder
 from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
+from app.training.divergence import SKIPPED_STEPS_KEY, DivergenceGuard, OnDivergence
 from app.training.optim import LR_SCHEDULES, LRSchedule, lr_factor, parameter_groups
+from app.training.step_plan import PlanWatcher, draw_for, show
+from app.training.token_mean import TokenMeanStep
 
 Batch = dict[str, Tensor]  # input_ids, labels, position_ids [B, T], source [B]
-# Any constant would do: gradients are brought to the exact mean before the optimizer sees them. One near a
-# batch's token count keeps them near their final size meanwhile, so that fp16 loss scaling is not upset.
-_NOMINAL_TOKENS = 4096.0
 
 
 def _default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -65,6 +67,9 @@ class LayerSkipModule(LightningModule):
         final_lr_ratio: Learning rate at the last step over the peak, in [0, 1].
         activation_checkpointing: Keep a block's input alone and compute the block again in the backward: memory for a
             third more time.
+        compile_blocks: Compile the blocks (torch.compile, inductor): needs a compiler, and not tensor parallelism.
+        on_divergence: At a loss or gradient that is not finite: stop, or skip the step (app.training.divergence).
+        max_skipped_steps: How many steps of the whole run may be skipped, >= 1.
         seed: Of the random initialisation and the dropout masks; the command line links it to seed_everything.
 
     Raises:
@@ -81,6 +86,9 @@ class LayerSkipModule(LightningModule):
         warmup_steps: int = 0,
         final_lr_ratio: float = 0.1,
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
+        on_divergence: OnDivergence = "stop",
+        max_skipped_steps: int = 10,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -92,7 +100,7 @@ class LayerSkipModule(LightningModule):
         check_range("final_lr_ratio", final_lr_ratio, low=0, high=1)
         self.config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
         self.pretrained, self.seed = pretrained, seed
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self._optimizer, self._lr_schedule = optimizer, lr_schedule
         self._warmup_steps, self._final_lr_ratio = warmup_steps, final_lr_ratio
         self._dropout_rates: tuple[float, ...] = (0.0,) * self.num_layers
@@ -100,7 +108,8 @@ class LayerSkipModule(LightningModule):
         self._rescale = False
         self._exit_weights: dict[int, float] = {self.num_layers: 1.0}
         self._monitored: tuple[int, ...] = ()
-        self._step_sums: Tensor | None = None  # label tokens, then the loss sum of each exit that is on
+        self._plan_watchers: list[PlanWatcher] = []
+        self._step = TokenMeanStep(DivergenceGuard(on_divergence, max_skipped_steps))
         self.model: PreTrainedModel | None = None
         self.source_loss: GroupedTokenLoss | None = None
 
@@ -138,6 +147,10 @@ class LayerSkipModule(LightningModule):
         """Return these exits' hidden states from every evaluation step (protocols.ExitMonitorHost)."""
         self._monitored = tuple(exit_layers)
 
+    def watch_plans(self, watcher: PlanWatcher) -> None:
+        """Show the plan of every later training micro-batch, before its forward (protocols.PlanHost)."""
+        self._plan_watchers.append(watcher)
+
     def head(self, normed_BTD: Tensor) -> Tensor:
         """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""
         return self._network.head(normed_BTD)
@@ -173,13 +186,23 @@ class LayerSkipModule(LightningModule):
         """Build the model and swap in droppable blocks; called by Lightning once a stage, acts once."""
         if self.model is not None:
             return
-        self.model = load_pretrained(self.pretrained) if self.pretrained else build_model(self.config, seed=self.seed)
+        if (mesh := self.device_mesh) is not None:  # of MeshStrategy or Lightning's ModelParallelStrategy
+            self.model = build_without_memory(self.config, dtype=torch.get_default_dtype())
+        else:
+            self.model = (
+                load_pretrained(self.pretrained) if self.pretrained else build_model(self.config, seed=self.seed)
+            )
         self.model.train()  # transformers loads in eval mode and Lightning keeps that: no block would ever drop
+        keep_tables_exact(self.model)
         self._network = EarlyExitModel(self.model)
         if self.activation_checkpointing:  # masks are drawn outside the blocks, so that both computations use the same
             self.model.activation_checkpointing_enable()
-        if self.device_mesh is not None:  # of ModelParallelStrategy
-            shard(self, blocks=self.model.get_decoder().layers, mesh=self.device_mesh["data_parallel"])
+        if mesh is not None:
+            strategy = self.trainer.strategy
+            parallelize(self, self.model, mesh, compute_dtype=getattr(strategy, "compute_dtype", None))
+            fill(self.model, strategy.root_device, pretrained=self.pretrained, seed=self.seed)
+        if self.compile_blocks:
+            compile_blocks(self.model)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over two parameter groups, and the schedule of its learning rate by step."""
@@ -205,42 +228,30 @@ class LayerSkipModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Forget the sums of a step that an earlier fit left unfinished."""
-        self._step_sums = None
+        self._step.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Early-exit loss of one micro-batch under layer dropout, unnormalised (see on_before_optimizer_step)."""
+        """Early-exit loss of one micro-batch under layer dropout, unnormalised (app.training.token_mean)."""
         labels = batch["labels"].flatten()
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
         hidden = self._network.hidden_by_exit(
             batch["input_ids"],
             batch["position_ids"],
             self._exit_weights,
-            kept=self._draw_kept(len(batch["input_ids"]), batch_idx % self.trainer.accumulate_grad_batches),
+            kept=self._draw_kept(len(batch["input_ids"]), batch_idx),
             scales=keep_scales(self._dropout_rates, rescale=self._rescale),
             positions=targets,
         )
         loss = early_exit_loss(hidden, labels[targets], self._exit_weights, self._network.weighted_losses)
-        self._add_to_step(loss)
-        return loss.weighted_sum / _NOMINAL_TOKENS
+        return self._step.add(loss)
 
-    def _draw_kept(self, batch_size: int, micro_step: int) -> list[Tensor] | None:
+    def _draw_kept(self, batch_size: int, batch_idx: int) -> list[Tensor] | None:
         """The samples each block keeps, drawn outside the blocks; None when nothing can be dropped."""
-        if not any(self._dropout_rates):
-            self._dropped_shares = self._dropout_rates
-            return None
-        kept = draw_kept_samples(
-            self._dropout_rates,
-            batch_size=batch_size,
-            seed=self.seed,
-            step=self.trainer.global_step,
-            micro_batch=micro_step * self.trainer.world_size + self.trainer.global_rank,
-        )
-        self._dropped_shares = tuple(1 - len(samples) / batch_size for samples in kept)
-        return [samples.to(self.device, non_blocking=True) for samples in kept]
-
-    def _add_to_step(self, loss: EarlyExitLoss) -> None:
-        sums = torch.cat([loss.num_label_tokens.double().view(1), loss.exit_sums.double()])
-        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
+        rates = self._dropout_rates
+        kept = draw_for(self.trainer, rates, batch_size=batch_size, batch_idx=batch_idx, seed=self.seed)
+        show(self._plan_watchers, kept, batch_size=batch_size, rates=rates, exit_weights=self._exit_weights)
+        self._dropped_shares = rates if kept is None else tuple(1 - len(samples) / batch_size for samples in kept)
+        return None if kept is None else [samples.to(self.device, non_blocking=True) for samples in kept]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide once by the global count of label tokens: over micro-batches, over ranks.
@@ -248,36 +259,7 @@ class LayerSkipModule(LightningModule):
         Raises:
             DivergenceError: If an exit's loss or the gradient is not finite, before it reaches the weights.
         """
-        assert self._step_sums is not None
-        summed = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
-        self._step_sums = None
-        num_tokens, *exit_sums = summed.tolist()  # waits for the device, as the gradient norm below does
-        losses = {
-            layer: total / max(1.0, num_tokens)
-            for layer, total in zip(sorted(self._exit_weights), exit_sums, strict=True)
-        }
-        for exit_layer, value in losses.items():
-            if not math.isfinite(value):
-                raise DivergenceError(
-                    f"loss at exit {exit_layer} is {value} at step {self.trainer.global_step}; the step was not"
-                    " taken, the last checkpoint is good: resume it with a lower learning rate"
-                )
-        # Lightning divided by the micro-batches, DDP and FSDP by the ranks; undo both.
-        undo = _NOMINAL_TOKENS * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(grads, undo / max(1.0, num_tokens))
-        self._grad_norm = torch.nn.utils.get_total_norm(grads)  # of the whole, also where it is sharded
-        if not math.isfinite(float(self._grad_norm)):
-            raise DivergenceError(
-                f"gradient norm is {float(self._grad_norm)} at step {self.trainer.global_step} with exits"
-                f" {sorted(self._exit_weights)} on; the step was not taken, the last checkpoint is good: resume it with"
-                " a lower learning rate"
-            )
-        weighted = sum(self._exit_weights[layer] * value for layer, value in losses.items())
-        self.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
-        self.log(metric_names.TRAIN_LABEL_TOKENS, num_tokens)
-        for exit_layer, value in losses.items():
-            self.log(metric_names.train_exit_loss(exit_layer), value)
+        self._step.finish(self, optimizer, self._exit_weights)
 
     def configure_gradient_clipping(
         self,
@@ -285,20 +267,8 @@ class LayerSkipModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm that is known already; Lightning refuses fused optimizers here even where nothing is scaled.
-
-        Raises:
-            ConfigError: With a fused optimizer under fp16 loss scaling, which unscales after the clipping.
-        """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            if gradient_clip_val and getattr(optimizer, "_step_supports_amp_scaling", False):
-                allowed = "false with trainer.gradient_clip_val and precision 16-mixed"
-                raise ConfigError("optimizer.init_args.fused", got=True, allowed=allowed)
-        elif gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._grad_norm)
-            return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clip by the norm that is known already."""
+        self._step.clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- evaluation: dropout off, every exit that is monitored -----------------------------------------------------
 
@@ -354,6 +324,7 @@ class LayerSkipModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the architecture and the tokenizer, as plain values."""
+        checkpoint[SKIPPED_STEPS_KEY] = self._step.guard.skipped_steps
         checkpoint[HF_CONFIG_KEY] = json.loads(self.config.to_json_string(use_diff=False))
         if self.pretrained and self.model is not None:  # where a text ends, how it is sampled
             checkpoint[GENERATION_CONFIG_KEY] = untuned_generation_config(self.model)
@@ -368,3 +339,4 @@ class LayerSkipModule(LightningModule):
             CheckpointError: Naming the settings that differ.
         """
         check_compatible(self.config, checkpoint)
+        self._step.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)

@@ -10,12 +10,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, Olmo2Config
 
 from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
-from app.errors import ConfigError, DivergenceError
+from app.errors import DivergenceError
 from app.model.parallel import unsharded
 from app.model.spans import SpanDecoder
 from tests.support.distributed import Collectives, is_sharded, whole_weights
@@ -268,23 +267,6 @@ def decode_in_bf16():
     for parameter in reference.parameters():  # not the rotary frequencies
         parameter.data = parameter.data.bfloat16()
     return tokens, decoded(reference, num_tokens=12), inside, {parameter.dtype for parameter in model.parameters()}
-
-
-@pytest.mark.distributed
-def test_weights_split_by_tensor_parallelism_are_refused():
-    for message, kept in run_ranks(refuse_tensor_parallelism):
-        assert message.startswith("tensor_parallel_size: got '1 split parameters', allowed 1")
-        assert kept
-
-
-def refuse_tensor_parallelism():
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    layer = torch.nn.Linear(4, 4)
-    layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh["tensor_parallel"], [Shard(0)]))
-    fully_shard(layer, mesh=mesh["data_parallel"])
-    with pytest.raises(ConfigError) as caught, unsharded(layer):
-        pass
-    return str(caught.value), is_sharded(layer.bias)
 
 
 def test_a_module_without_fsdp_is_left_alone():

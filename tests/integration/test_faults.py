@@ -1,5 +1,9 @@
 """What can go wrong with a run, and what is left afterwards."""
 
+import multiprocessing
+import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -9,57 +13,32 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from app.errors import CheckpointError, DivergenceError
+from app.errors import CheckpointError
 from app.training.checkpoint_io import AtomicCheckpointIO
-from tests.support.runs import curricula, make_data, make_module, make_trainer
+from tests.support.runs import cli, make_data, make_module, make_trainer
+from tests.support.stream_runs import write_config, write_sources
 from tests.support.tiny_models import tiny_config
 
 
-class PoisonAt(Callback):
-    """Makes one block's weights NaN before a step."""
+class KillWorker(Callback):
+    """Kill -9 of a data worker at step 3."""
 
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, *_):
-        if trainer.global_step == self.step:
-            with torch.no_grad():
-                pl_module.model.model.layers[2].mlp.up_proj.weight.fill_(float("nan"))
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        if trainer.global_step == 3:
+            os.kill(workers[0].pid, signal.SIGKILL)
 
 
-def test_nan_loss_stops_naming_step_and_exit_and_keeps_the_last_checkpoint(tmp_path):
-    saver = ModelCheckpoint(dirpath=tmp_path / "ckpt", every_n_train_steps=2, save_top_k=-1)
-    module = make_module()
-    trainer = make_trainer(tmp_path, max_steps=10, callbacks=[*curricula(max_dropout_rate=0.0), PoisonAt(5), saver])
-    with pytest.raises(DivergenceError, match=r"loss at exit 3 is nan at step 5"):
-        trainer.fit(module, datamodule=make_data(tmp_path))
-    saved = sorted((tmp_path / "ckpt").glob("*.ckpt"))
-    assert [path.stem.split("step=")[1] for path in saved] == ["2", "4"]
-    weights = torch.load(saved[-1], weights_only=True)["state_dict"]
-    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
-
-
-class PoisonGradientAt(Callback):
-    """Makes one gradient infinite after the backward of a step; the loss stays finite."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_after_backward(self, trainer, pl_module):
-        if trainer.global_step == self.step:
-            pl_module.model.lm_head.weight.grad.fill_(float("inf"))
-
-
-def test_infinite_gradient_stops_before_it_reaches_the_weights(tmp_path):
-    module = make_module()
-    saver = ModelCheckpoint(dirpath=tmp_path / "ckpt", every_n_train_steps=1, save_top_k=-1)
-    trainer = make_trainer(
-        tmp_path, max_steps=6, callbacks=[*curricula(), PoisonGradientAt(3), saver], gradient_clip_val=1.0
-    )
-    with pytest.raises(DivergenceError, match=r"gradient norm is inf at step 3 with exits \["):
-        trainer.fit(module, datamodule=make_data(tmp_path))
-    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
-    assert len(list((tmp_path / "ckpt").glob("*.ckpt"))) == 3
+def test_a_data_worker_that_dies_ends_the_run_with_what_to_do(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path, write_sources(tmp_path), max_steps=500, checkpoint_every=2, num_workers=2)
+    callback = f"{KillWorker.__module__}.KillWorker"
+    options = ["--allowed_classes+", "tests", f"--trainer.callbacks+={callback}"]
+    assert cli(monkeypatch, "fit", "--config", str(config), *options) == 2
+    message = capsys.readouterr().err
+    assert re.search(r"error: data worker process \d+ died \(.*\); .*--data\.num_workers.*--ckpt_path last\n$", message)
+    assert "Traceback" not in message
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_truncated_checkpoint_is_refused_with_its_name(tmp_path):

@@ -18,7 +18,7 @@ class Collectives(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function.namespace == "c10d"
+        self.count += function.namespace in ("c10d", "_c10d_functional") and "wait" not in function.__name__
         return function(*args, **(kwargs or {}))
 
 
@@ -29,6 +29,6 @@ def is_sharded(parameter: torch.Tensor) -> bool:
 def whole_weights(module: torch.nn.Module) -> dict[str, np.ndarray]:
     """Every parameter by name, gathered where it is sharded; all ranks ask together."""
     return {
-        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().numpy().copy()
+        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().float().numpy().copy()
         for name, parameter in module.named_parameters()
     }

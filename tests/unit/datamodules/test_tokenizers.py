@@ -77,8 +77,8 @@ def test_a_missing_tokenizer_names_field_and_fix(tmp_path: Path) -> None:
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(path: str, *, local_files_only: bool) -> SimpleNamespace:
-        assert (path, local_files_only) == (str(tmp_path), True)
+    def slow(path: str, **settings: bool) -> SimpleNamespace:
+        assert (path, settings) == (str(tmp_path), {"local_files_only": True, "trust_remote_code": False})
         return SimpleNamespace(is_fast=False, eos_token_id=0)
 
     (tmp_path / "tokenizer_config.json").touch()

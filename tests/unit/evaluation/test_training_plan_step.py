@@ -12,11 +12,18 @@ from transformers import MistralConfig, MixtralConfig, Qwen3Config
 
 from app.errors import ConfigError
 from app.evaluation.training_plan_step import FLOP_FORMULAS, Micro, build_fake, measure_step
+from app.model import cpu_attention
 from app.training.module import LayerSkipModule
 from tests.support.tiny_models import tiny_config
 
 ROWS, LENGTH, LAYERS = 4, 96, 4
 PRECISIONS = [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None)]
+
+
+@pytest.fixture(autouse=True)
+def as_on_other_devices(monkeypatch):
+    """Plans are of torch's own attention, which keeps no scores."""
+    monkeypatch.setattr(cpu_attention, "_MAX_LENGTH", 0)
 
 
 def config_of(kind="llama", **settings):
@@ -43,7 +50,9 @@ class RealStep:
         self.module = LayerSkipModule(config=config)
         self.module.configure_model()
         self.module.model.to(dtype)
-        self.module.trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=3, global_rank=0)
+        self.module.trainer = SimpleNamespace(
+            accumulate_grad_batches=1, global_step=3, global_rank=0, distributed_sampler_kwargs=None
+        )
         self.module.set_exit_weights(dict.fromkeys(exits, 1 / len(exits)))
         rates = [max_dropout_rate * idx / (LAYERS - 1) for idx in range(LAYERS)]
         self.module.set_dropout_rates(rates)

@@ -1,0 +1,64 @@
+"""`layerskip consolidate`: a directory of shards as the single file that DDP and one device resume from."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
+from torch import Tensor
+
+from app.cli.parsing import VerbParser
+from app.errors import ConfigError
+from app.model.checkpoint_integrity import check_bytes
+from app.training.checkpoint_contents import read_whole
+from app.training.checkpoint_io import AtomicCheckpointIO
+from app.training.checkpoint_places import standing
+
+_SMALL = 1 << 20  # bytes that are not worth a file
+
+
+def consolidate(*, ckpt_path: str, output: str) -> None:
+    """Write a checkpoint directory of several ranks as one file, which resumes on one device and under DDP exactly.
+
+    Memory is that of the largest tensor: the others wait in files that are mapped, beside the output, so that for a
+    moment the disk holds them twice.
+
+    Args:
+        ckpt_path: The directory, as `fit` writes it under MeshStrategy.
+        output: The file to make, or to replace.
+    """
+    directory, target = standing(Path(ckpt_path)), Path(output)
+    if not directory.is_dir():
+        raise ConfigError("ckpt_path", got=ckpt_path, allowed="a checkpoint directory; a single file is whole already")
+    if target.is_dir() or target.suffix != ".ckpt":
+        raise ConfigError("output", got=output, allowed="the name of a file that ends in .ckpt")
+    check_bytes(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        content = read_whole(directory, keep=lambda tensor: _mapped(tensor, Path(scratch)))
+        AtomicCheckpointIO().save_checkpoint(content, target)
+    num_tensors = len(content["state_dict"])
+    print(f"{target}: step {content['global_step']}, {num_tensors} tensors of the model, its optimizer, data position")
+
+
+def _mapped(tensor: Tensor, folder: Path) -> Tensor:
+    """A copy that the kernel may move to the disk; its file has no name any more and goes with it."""
+    if tensor.nbytes < _SMALL:
+        return tensor
+    file = folder / "tensor"
+    copy = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    file.unlink()
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+def run() -> None:
+    """Parse and run the verb."""
+    parser = VerbParser(prog="layerskip consolidate", description=(consolidate.__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
+    parser.add_function_arguments(consolidate, as_group=False)
+    options = parser.parse_args(sys.argv[2:]).as_dict()
+    options.pop("config")
+    consolidate(**options)

@@ -1,0 +1,71 @@
+"""Which of Lightning's strategies train this model, said before processes start, and what their "auto" means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import Namespace
+
+from app.errors import ConfigError
+from app.training.strategy import MeshStrategy, mesh_sizes
+
+_PATH = "trainer.strategy"
+_SHARDED = f"app.training.strategy.{MeshStrategy.__name__}"  # imported here, so that its name alone will do
+
+
+def check_strategy(trainer: Namespace) -> None:
+    """Refuse a strategy that cannot train here, or a mesh that its devices do not fill; complete Lightning's own.
+
+    Args:
+        trainer: The parsed settings; ModelParallelStrategy's group becomes all devices if it is not tensor parallel.
+
+    Raises:
+        ConfigError: Naming what to use instead, or both numbers.
+    """
+    name, settings = name_of(trainer["strategy"]), settings_of(trainer["strategy"])
+    if name.lower().startswith("fsdp"):
+        fix = f"FSDP1 renames the classes that layer dropout swaps; configs/trainer/fsdp2.yaml has {_SHARDED}"
+        raise ConfigError(_PATH, got=name, allowed="auto | ddp | MeshStrategy", fix=fix)
+    world_size = world_size_of(trainer)
+    if world_size is None:
+        return
+    if name == MeshStrategy.__name__:
+        mesh_of(settings, num_nodes=trainer["num_nodes"], world_size=world_size)
+    elif name == "ModelParallelStrategy" and settings["tensor_parallel_size"] == 1:
+        settings["data_parallel_size"] = world_size  # what Lightning calls auto is the number of nodes
+
+
+def name_of(strategy: Any) -> str:
+    """A strategy's name as the user gave it, without the modules of a class."""
+    return str(strategy["class_path"] if isinstance(strategy, Namespace) else strategy).rpartition(".")[2]
+
+
+def settings_of(strategy: Any) -> Any:
+    """Its arguments, the parsed ones themselves."""
+    return (isinstance(strategy, Namespace) and strategy.get("init_args")) or {}
+
+
+def mesh_of(settings: Any, *, num_nodes: int, world_size: int) -> tuple[int, int, int]:
+    """MeshStrategy's copies, shards and tensor-parallel ranks.
+
+    Raises:
+        ConfigError: They do not multiply to the number of devices.
+    """
+    try:
+        return mesh_sizes(
+            world_size,
+            num_nodes=num_nodes,
+            replicate=settings["replicate_size"],
+            data_parallel=settings["data_parallel_size"],
+            tensor_parallel=settings["tensor_parallel_size"],
+        )
+    except ConfigError as error:
+        path = f"{_PATH}.init_args.{error.field}"
+        raise ConfigError(path, got=error.got, allowed=error.allowed, fix=error.fix) from error
+
+
+def world_size_of(trainer: Namespace) -> int | None:
+    """Devices of all nodes; None where only the machines know."""
+    devices = trainer["devices"]
+    count = str(len(devices) if isinstance(devices, list) else devices)  # the command line gives digits as text
+    return trainer["num_nodes"] * int(count) if count.isdigit() else None

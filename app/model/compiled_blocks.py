@@ -1,0 +1,51 @@
+"""Each block's arithmetic compiled by itself: which samples enter it, and whether any, stays outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from app.errors import ConfigError
+from app.model.early_exit import DroppableBlock
+from app.model.tensor_parallel import SplitInside
+
+
+def compile_blocks(model: PreTrainedModel, *, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile what blocks do in training, lazily; blocks are alike, so that one compilation serves them all.
+
+    The number of samples is symbolic, so other masks need no other code, but for a single sample. The whole model would
+    be compiled anew for each pattern of skipped blocks.
+
+    Args:
+        model: Whose blocks are droppable (`EarlyExitModel`).
+        backend: Of torch.compile.
+
+    Raises:
+        ConfigError: The blocks are split by tensor parallelism.
+    """
+    for block in model.get_decoder().layers:
+        assert isinstance(block, DroppableBlock)
+        if any(isinstance(module, SplitInside) for module in block.modules()):
+            raise ConfigError("compile_blocks", got=True, allowed="false with tensor_parallel_size > 1")
+        for module in block.modules():
+            module.__dict__.pop("forward", None)  # float32 products by hand, which a compiler does its own way
+        plain = super(DroppableBlock, block).forward
+        block.compiled = _for_any_batch(torch.compile(plain, fullgraph=True, backend=backend))
+
+
+def _for_any_batch(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Symbolic from the first call on; not all else, as `dynamic=True` would have it: its symbols take minutes."""
+
+    def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for value in tree_leaves((hidden_states, args, kwargs)):
+            if isinstance(value, Tensor) and value.dim() > 1 and len(value) == len(hidden_states):
+                maybe_mark_dynamic(value, 0)
+        return run(hidden_states, *args, **kwargs)
+
+    return call

@@ -1,0 +1,37 @@
+"""Numbers that a conversion of the model to bfloat16 must leave alone: rotary frequencies, sums of losses.
+
+A rounded frequency would turn far positions by whole radians, and a rounded sum would stop growing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+Conversion = Callable[[Tensor], Tensor]  # what nn.Module._apply takes
+
+
+def moving_only(fn: Conversion) -> Conversion:
+    """The same to where, but not to which type."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return fn(tensor) if tensor.is_meta else tensor.to(fn(tensor.new_empty(0)).device)
+
+    return move
+
+
+class ExactTables(nn.Module):
+    """Mixin over a module with buffers and no parameters: they are moved, but keep their type."""
+
+    def _apply(self, fn: Conversion, recurse: bool = True) -> nn.Module:
+        super()._apply(moving_only(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def keep_tables_exact(model: nn.Module) -> None:
+    """Let `model.to(dtype)` pass over the modules in it that hold nothing but tables."""
+    for module in model.modules():
+        if module._buffers and not module._parameters and not isinstance(module, ExactTables):
+            base = type(module)
+            module.__class__ = type(base.__name__, (ExactTables, base), {"__module__": base.__module__})

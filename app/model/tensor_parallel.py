@@ -1,0 +1,181 @@
+"""Blocks split over tensor-parallel ranks: each holds some attention heads and some of the MLP's width.
+
+Queries, keys, values, gate and up are split by outputs, o_proj and down_proj by inputs (arXiv 1909.08053 section 3); so
+two sums over the ranks a block. Everything else is on every rank, and every rank sees whole rows and whole sequences.
+Parameters are DTensors, so that optimizers, gradient norms and checkpoints see one model; what runs are their local
+parts, in plain tensors. As FSDP2 does it, classes are swapped and names stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from transformers import PreTrainedModel
+
+from app.errors import ConfigError
+
+_FIELD = "tensor_parallel_size"
+_BY_OUTPUTS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+_BY_INPUTS = frozenset({"o_proj", "down_proj"})
+_OF_ONE_HEAD = frozenset({"q_norm", "k_norm"})  # over the width of a head, the same for all heads
+
+
+class Ranks:
+    """The tensor-parallel ranks of a model; off while whole weights are lent to each of them."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh, self.on = mesh, True
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """What every rank has, into work that is split: its gradients are added up."""
+        whole = DTensor.from_local(hidden, self.mesh, [Replicate()], run_check=False)
+        return whole.to_local(grad_placements=[Partial()])
+
+    def add_up(self, part: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        summed = DTensor.from_local(part, self.mesh, [Partial()], run_check=False).redistribute(
+            placements=[Replicate()]
+        )
+        return summed.to_local()
+
+
+class LocalParameters(nn.Module):
+    """Mixin: while it runs, its parameters are this rank's parts, with gradients for the whole."""
+
+    ranks: Ranks
+    gradients: Placement | None  # of the replicated parameters' gradients; None: as the parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the local parts."""
+        own: dict[str, Any] = self._parameters
+        split = {name: value for name, value in own.items() if isinstance(value, DTensor)}
+        gradients = None if self.gradients is None else [self.gradients]
+        try:
+            for name, parameter in split.items():
+                own[name] = parameter.to_local(grad_placements=gradients)
+            return super().__call__(*args, **kwargs)
+        finally:
+            own.update(split)
+
+
+class SplitByInputs(LocalParameters):
+    """Mixin over a linear layer that sees a part of its inputs."""
+
+    def __call__(self, hidden: Tensor) -> Any:
+        """The whole layer's outputs, on every rank."""
+        if not self.ranks.on:
+            return super().__call__(hidden)
+        bias, self._parameters["bias"] = self._parameters["bias"], None  # added once, not by every rank
+        try:
+            out = self.ranks.add_up(super().__call__(hidden))
+        finally:
+            self._parameters["bias"] = bias
+        return out if bias is None else out + (bias.to_local() if isinstance(bias, DTensor) else bias)
+
+
+class SplitInside(nn.Module):
+    """Mixin over the attention or the MLP: hidden states [B, T, D] come in whole."""
+
+    ranks: Ranks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand each rank the hidden states, the first argument."""
+        if self.ranks.on and args:
+            args = (self.ranks.spread(args[0]), *args[1:])
+        elif self.ranks.on:
+            kwargs["hidden_states"] = self.ranks.spread(kwargs["hidden_states"])
+        return super().__call__(*args, **kwargs)
+
+
+def split(model: PreTrainedModel, mesh: DeviceMesh) -> Ranks:
+    """Split the blocks of a model over the ranks of a mesh, in place; before FSDP2, with or without memory.
+
+    Args:
+        model: A Llama-shaped causal LM, the same on all ranks.
+        mesh: Tensor-parallel ranks, one-dimensional.
+
+    Raises:
+        ConfigError: The sizes are no multiples of the number of ranks, or a module has no place in the plan.
+    """
+    _check_sizes(model, mesh.size())
+    ranks = Ranks(mesh)
+    tied: dict[nn.Parameter, nn.Parameter] = {}
+    for block in model.get_decoder().layers:
+        _check_modules(model, block, mesh.size())
+        for name, module in block.named_modules():
+            leaf = name.rpartition(".")[2]
+            if leaf in _BY_OUTPUTS:
+                _place(module, LocalParameters, ranks, {"weight": Shard(0), "bias": Shard(0)}, tied)
+            elif leaf in _BY_INPUTS:
+                _place(module, SplitByInputs, ranks, {"weight": Shard(1), "bias": Replicate()}, tied)
+            elif leaf in _OF_ONE_HEAD:
+                _place(module, LocalParameters, ranks, {}, tied, gradients=Partial())
+            elif module._parameters:
+                _place(module, LocalParameters, ranks, {}, tied)
+        for parent in (block.self_attn, block.mlp):
+            _swap(parent, SplitInside, ranks)
+    for module in model.modules():
+        if not isinstance(module, LocalParameters) and any(p is not None for p in module._parameters.values()):
+            _place(module, LocalParameters, ranks, {}, tied)
+    return ranks
+
+
+def _check_sizes(model: PreTrainedModel, size: int) -> None:
+    config = model.config.get_text_config()
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = {name: getattr(config, name, None) or config.num_attention_heads for name in names}
+    if any(value % size for value in sizes.values()):
+        told = ", ".join(f"{name} {value}" for name, value in sizes.items())
+        raise ConfigError(_FIELD, got=size, allowed=f"a divisor of the model's {told}")
+
+
+def _check_modules(model: PreTrainedModel, block: nn.Module, size: int) -> None:
+    head_dim = getattr(block.self_attn, "head_dim", None) if hasattr(block, "self_attn") else None
+    for name, module in block.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+        fits = (
+            not parameters
+            or (leaf in _BY_OUTPUTS | _BY_INPUTS and parent in ("self_attn", "mlp") and type(module) is nn.Linear)
+            or (leaf in _OF_ONE_HEAD and [tuple(parameter.shape) for parameter in parameters] == [(head_dim,)])
+            or (parent == "" and isinstance(parameters[0], nn.Parameter) and parameters[0].dim() == 1)  # a norm
+        )
+        if not fits:
+            allowed = f"1 for {model.config.model_type}"
+            fix = f"its {name} ({type(module).__name__}) is not split"
+            raise ConfigError(_FIELD, got=size, allowed=allowed, fix=fix)
+
+
+def _place(
+    module: nn.Module,
+    mixin: type[LocalParameters],
+    ranks: Ranks,
+    placements: dict[str, Placement],
+    tied: dict[nn.Parameter, nn.Parameter],
+    *,
+    gradients: Placement | None = None,
+) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if parameter not in tied:
+            placement = placements.get(name, Replicate())
+            whole = distribute_tensor(parameter.detach(), ranks.mesh, [placement], src_data_rank=None)
+            tied[parameter] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        module._parameters[name] = tied[parameter]
+    _swap(module, mixin, ranks)
+    module.gradients = gradients  # type: ignore[assignment]
+
+
+def _swap(module: nn.Module, mixin: type[nn.Module], ranks: Ranks) -> None:
+    base = type(module)
+    if (mixin, base) not in _SWAPPED:
+        _SWAPPED[mixin, base] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": base.__module__})
+    module.__class__ = _SWAPPED[mixin, base]
+    module.ranks = ranks  # type: ignore[assignment]
+
+
+_SWAPPED: dict[tuple[type, type], type] = {}

@@ -1,0 +1,117 @@
+"""FSDP2, HSDP and tensor parallelism in one strategy: all devices in a mesh of copies, shards and parts of a block."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from torch.distributed.device_mesh import init_device_mesh
+
+from app.errors import ConfigError
+from app.model.parallel import DATA_PARALLEL, REPLICATE, TENSOR_PARALLEL
+from app.training.sharded_checkpoints import ShardedCheckpoints
+
+
+class ShardPrecision(Precision):
+    """bf16-mixed without autocast: FSDP2 gathers parameters in bfloat16, and no copies of them outlive a block."""
+
+    precision = "bf16-mixed"
+    compute_dtype = torch.bfloat16
+
+
+class MeshStrategy(ShardedCheckpoints):
+    """Weights, gradients and optimizer states spread over the devices; `save_distributed_checkpoint` as Lightning's.
+
+    Devices = replicate_size x data_parallel_size x tensor_parallel_size; neighbours are tensor parallel.
+
+    Args:
+        data_parallel_size: Devices that share one copy of the model by FSDP2, each with its own rows; "auto" is all
+            that the other two leave.
+        tensor_parallel_size: Devices that share each block and the same rows; within a node, for models or rows that
+            are too large for a block on one device.
+        replicate_size: Copies of the sharded model (HSDP): gradients alone go between them. "auto" is one a node.
+        **settings: As for Lightning's ModelParallelStrategy.
+
+    Raises:
+        ConfigError: When processes start, if the sizes are not those of the devices.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
+        replicate_size: Literal["auto"] | int = 1,
+        **settings: Any,
+    ) -> None:
+        super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size, **settings)
+        self._replicate_size = replicate_size
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """bf16-mixed is FSDP2's own."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = ShardPrecision() if isinstance(plugin, MixedPrecision) else plugin
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """What parameters are gathered in, where it is not their own type."""
+        plugin = self.precision_plugin
+        return plugin.compute_dtype if isinstance(plugin, ShardPrecision) else None
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which rows a rank gets: those of its data-parallel rank; tensor-parallel ranks share theirs."""
+        mesh = self.device_mesh
+        shards = mesh[DATA_PARALLEL].size()
+        rank = mesh.get_local_rank(REPLICATE) * shards + mesh.get_local_rank(DATA_PARALLEL)
+        return {"num_replicas": mesh[REPLICATE].size() * shards, "rank": rank}
+
+    def setup_environment(self) -> None:
+        """Start the processes' group and lay the mesh over them."""
+        self._setup_distributed()
+        sizes = mesh_sizes(
+            self.world_size,
+            num_nodes=self.num_nodes,
+            replicate=self._replicate_size,
+            data_parallel=self._data_parallel_size,
+            tensor_parallel=self._tensor_parallel_size,
+        )
+        names = (REPLICATE, DATA_PARALLEL, TENSOR_PARALLEL)
+        self._device_mesh = mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+        used = tuple(name for name, size in zip(names, sizes, strict=True) if size > 1 or name == DATA_PARALLEL)
+        if len(used) > 1:
+            mesh[used]._flatten("_".join(used))  # DTensor then sums over all of them in one collective
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+
+def mesh_sizes(
+    world_size: int,
+    *,
+    num_nodes: int,
+    replicate: Literal["auto"] | int = 1,
+    data_parallel: Literal["auto"] | int = "auto",
+    tensor_parallel: Literal["auto"] | int = 1,
+) -> tuple[int, int, int]:
+    """Copies, shards and tensor-parallel ranks, as MeshStrategy lays them over `world_size` devices.
+
+    Raises:
+        ConfigError: They do not multiply to it.
+    """
+    copies = num_nodes if replicate == "auto" else replicate
+    parts = 1 if tensor_parallel == "auto" else tensor_parallel
+    for field, size in (("replicate_size", copies), ("tensor_parallel_size", parts)):
+        if size < 1 or world_size % size:
+            raise ConfigError(field, got=size, allowed=f"a divisor of {world_size}, the number of devices")
+    left = world_size // (copies * parts)
+    shards = left if data_parallel == "auto" else data_parallel
+    if copies * shards * parts != world_size:
+        product = f"{copies} x {shards} x {parts} = {copies * shards * parts}"
+        allowed = f"replicate_size x data_parallel_size x tensor_parallel_size = {world_size}, the number of devices"
+        raise ConfigError("data_parallel_size", got=product, allowed=allowed)
+    return copies, shards, parts

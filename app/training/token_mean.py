@@ -1,0 +1,86 @@
+"""One optimizer step: gradients become those of the mean over all label tokens, over micro-batches and over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from app import metric_names
+from app.errors import ConfigError
+from app.layerskip.early_exit_loss import EarlyExitLoss
+from app.training.divergence import DivergenceGuard
+from app.training.step_sums import StepSums
+
+# Any constant would do: gradients are brought to the exact mean before the optimizer sees them. One near a
+# batch's token count keeps them near their final size meanwhile, so that fp16 loss scaling is not upset.
+_NOMINAL_TOKENS = 4096.0
+
+
+class TokenMeanStep:
+    """Collects a step's micro-batches, divides once by their label tokens, and clips by the norm it knows then.
+
+    Args:
+        guard: What is done about a step that is not finite.
+    """
+
+    def __init__(self, guard: DivergenceGuard) -> None:
+        self.guard = guard
+        self._sums = StepSums()
+        self._grad_norm: Tensor = torch.zeros(())
+
+    def clear(self) -> None:
+        """Forget a step that was left unfinished."""
+        self._sums.clear()
+
+    def add(self, loss: EarlyExitLoss) -> Tensor:
+        """Take in a micro-batch; what its backward starts from, unnormalised."""
+        self._sums.add(loss)
+        return loss.weighted_sum / _NOMINAL_TOKENS
+
+    def finish(
+        self, module: LightningModule, optimizer: torch.optim.Optimizer, exit_weights: Mapping[int, float]
+    ) -> None:
+        """Divide by the global count of label tokens, and log; in Lightning's on_before_optimizer_step.
+
+        Raises:
+            DivergenceError: If an exit's loss or the gradient is not finite, before it reaches the weights.
+        """
+        trainer = module.trainer
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)  # of the whole, also where it is sharded
+        totals = self._sums.total(trainer.strategy, sorted(exit_weights), norm)
+        if self.guard.accepts(module, optimizer, sums=self._sums, totals=totals, grad_norm=norm):
+            # Lightning divided by the micro-batches, DDP and FSDP by the ranks; undo both.
+            undo = _NOMINAL_TOKENS * trainer.accumulate_grad_batches * trainer.world_size
+            factor = undo / max(1.0, totals.num_label_tokens)
+            torch._foreach_mul_(grads, factor)
+            self._grad_norm = norm * factor
+            weighted = sum(exit_weights[layer] * value for layer, value in totals.exit_losses.items())
+            module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
+            module.log(metric_names.TRAIN_LABEL_TOKENS, totals.num_label_tokens)
+            for exit_layer, value in totals.exit_losses.items():
+                module.log(metric_names.train_exit_loss(exit_layer), value)
+        if self.guard.skips:
+            module.log(metric_names.SKIPPED_STEPS, float(self.guard.skipped_steps))
+        self._sums.clear()
+
+    def clip(
+        self, module: LightningModule, optimizer: torch.optim.Optimizer, clip_val: float | None, algorithm: str | None
+    ) -> None:
+        """Clip by the known norm; Lightning refuses fused optimizers here even where nothing is scaled.
+
+        Raises:
+            ConfigError: With a fused optimizer under fp16 loss scaling, which unscales after the clipping.
+        """
+        if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+            if clip_val and getattr(optimizer, "_step_supports_amp_scaling", False):
+                allowed = "false with trainer.gradient_clip_val and precision 16-mixed"
+                raise ConfigError("optimizer.init_args.fused", got=True, allowed=allowed)
+        elif clip_val and algorithm in (None, "norm"):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, self._grad_norm)
+            return
+        module.clip_gradients(optimizer, clip_val, algorithm)

@@ -1,0 +1,115 @@
+"""A debug check: before each forward, all ranks must be about to run the same blocks, exits and numbers of samples.
+
+Nothing else notices it under FSDP2. Ranks that skip equally many, but different blocks pair one block's weights with
+another's and train on without an error; ranks that skip different numbers of blocks wait for each other forever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from app.errors import ConfigError, DisagreementError, check_range
+from app.protocols import PlanHost, StepPlan
+
+
+class _RankPlan(NamedTuple):
+    """What one rank has: of step (t, micro-batch), with the data of `data_rank`."""
+
+    step: int
+    micro_batch: int
+    data_rank: int
+    plan: StepPlan
+
+    def shared(self) -> tuple[object, ...]:
+        """What all ranks must have alike."""
+        plan = self.plan
+        counts = plan.kept_samples and [len(samples) for samples in plan.kept_samples]
+        return (self.step, self.micro_batch, plan.batch_size, plan.dropout_rates, plan.exit_weights, counts)
+
+
+class DropoutAgreementCheck(Callback):
+    """Compares hashes of the ranks' plans before the forward: one collective of 24 bytes a rank, and a wait for it.
+
+    Equal on all ranks: the step, the number of samples, every block's rate and number of kept samples (so which blocks
+    are skipped whole), exits and their weights. Equal on ranks that share rows (tensor parallelism): which samples each
+    block keeps.
+
+    Args:
+        every_n_steps: Optimizer steps between two checks, >= 1; all micro-batches of such a step are checked.
+
+    Raises:
+        ConfigError: On a value out of range, or a module that does not show its plans.
+    """
+
+    def __init__(self, *, every_n_steps: int = 1) -> None:
+        check_range("every_n_steps", every_n_steps, low=1)
+        self.every_n_steps = every_n_steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask the module for its plans."""
+        if not isinstance(pl_module, PlanHost):
+            raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.PlanHost")
+        if stage == "fit":
+            pl_module.watch_plans(lambda plan: self._check(trainer, pl_module, plan))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Note which micro-batch it is."""
+        self._micro_batch = batch_idx % trainer.accumulate_grad_batches
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule, plan: StepPlan) -> None:
+        if trainer.world_size == 1 or trainer.global_step % self.every_n_steps:
+            return
+        sampler = trainer.distributed_sampler_kwargs
+        assert sampler is not None
+        own = _RankPlan(trainer.global_step, self._micro_batch, int(sampler["rank"]), plan)
+        hashes = torch.tensor([_hash(own.shared()), _hash(plan.kept_samples), own.data_rank], device=pl_module.device)
+        everyones = [torch.empty_like(hashes) for _ in range(trainer.world_size)]
+        dist.all_gather(everyones, hashes)
+        gathered = [of_rank.tolist() for of_rank in everyones]
+        kept_by_data_rank: dict[int, set[int]] = {}
+        for _, kept, data_rank in gathered:
+            kept_by_data_rank.setdefault(data_rank, set()).add(kept)
+        if len({shared for shared, *_ in gathered}) == 1 and all(len(kept) == 1 for kept in kept_by_data_rank.values()):
+            return
+        plans: list[_RankPlan] = [own] * trainer.world_size
+        dist.all_gather_object(plans, own)  # all ranks come to the same verdict, so all of them are here
+        raise DisagreementError(
+            f"ranks were about to compute different things at step {own.step}, micro-batch {own.micro_batch}:"
+            f" {next(_differences(plans))}; no forward was run. Give all nodes the same config, seed, code and"
+            " package versions"
+        )
+
+
+def _hash(value: object) -> int:
+    """Of 63 bits, the same in every process."""
+    return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _differences(plans: list[_RankPlan]) -> Iterator[str]:
+    """What differs, and what each rank has, the most telling first."""
+    yield from _differing("step and micro-batch", {rank: (p.step, p.micro_batch) for rank, p in enumerate(plans)})
+    yield from _differing("samples in the batch", {rank: p.plan.batch_size for rank, p in enumerate(plans)})
+    yield from _differing("exits and weights", {rank: p.plan.exit_weights for rank, p in enumerate(plans)})
+    for block in range(min(len(p.plan.dropout_rates) for p in plans)):
+        yield from _differing(f"block {block}: rate", {r: p.plan.dropout_rates[block] for r, p in enumerate(plans)})
+        kept = {rank: _kept(p.plan, block) for rank, p in enumerate(plans)}
+        yield from _differing(f"block {block}: samples kept", {rank: len(own) for rank, own in kept.items()})
+        for data_rank in sorted({p.data_rank for p in plans}):
+            alike = {rank: own for rank, own in kept.items() if plans[rank].data_rank == data_rank}
+            yield from _differing(f"block {block}: which samples are kept of the same rows", alike)
+    yield "number of blocks"
+
+
+def _kept(plan: StepPlan, block: int) -> tuple[int, ...]:
+    return tuple(range(plan.batch_size)) if plan.kept_samples is None else plan.kept_samples[block]
+
+
+def _differing(what: str, values: Mapping[int, object]) -> Iterator[str]:
+    if len({repr(value) for value in values.values()}) > 1:
+        yield f"{what}: " + ", ".join(f"{value} on rank {rank}" for rank, value in values.items())

@@ -1,0 +1,140 @@
+"""A run that is told to stop finishes its step, saves, and says how it goes on; under SLURM it queues itself again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import Optimizer
+
+from app.protocols import SavesInBackground
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# One event may reach a process twice: from whoever sends it, and passed on by torchrun or srun.
+_ONE_EVENT_SECONDS = 3.0
+
+_log = logging.getLogger(__name__)
+
+
+class Preemption(Callback):
+    """On SIGTERM or SIGUSR1 at any rank, all ranks take the step they are in, save `last.ckpt` and exit with status 0.
+
+    Ranks agree where the losses of a step are summed anyway, by one more integer: nothing waits that did not wait
+    there. A validation is finished first. A second signal, more than three seconds later, ends the process at once.
+
+    SIGUSR1, which SLURM sends before a job's time is up (`--signal`), queues the job again. SIGTERM does not: SLURM
+    does that itself for a job that it preempts (`--requeue`), and one that its user cancels is to stay away.
+
+    Args:
+        requeue: Of a SLURM job, on SIGUSR1.
+    """
+
+    def __init__(self, *, requeue: bool = True) -> None:
+        self._requeue = requeue
+        self._received: int | None = None
+        self._received_at = 0.0
+        self._stop_by: int | None = None  # the signal, as agreed by all ranks
+
+    # -- signals -----------------------------------------------------------------------------------------------------
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As on_train_start, which comes later."""
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning has set its own handlers by now, which communicate from inside them; it takes ours back later."""
+        self._listen(trainer)
+
+    def _listen(self, trainer: Trainer) -> None:
+        if trainer.training or trainer.sanity_checking:
+            for signum in _SIGNALS:
+                signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._received is None:
+            self._received, self._received_at = signum, time.monotonic()
+        elif time.monotonic() - self._received_at > _ONE_EVENT_SECONDS:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    # -- stopping ----------------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Agree whether this step is the last."""
+        self._agree(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop after the step that was agreed on."""
+        if self._stop_by is not None:
+            trainer._logger_connector.update_train_step_metrics()  # after this hook; its losses would be missing
+            self._save_and_exit(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A signal that came during a validation needs no further step."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._agree(trainer)
+        if self._stop_by is not None:
+            self._save_and_exit(trainer)
+
+    def _agree(self, trainer: Trainer) -> None:
+        received = torch.tensor(int(self._received or 0), device=trainer.strategy.root_device)
+        self._stop_by = int(trainer.strategy.reduce(received, reduce_op="max")) or None
+
+    def _save_and_exit(self, trainer: Trainer) -> None:
+        assert self._stop_by is not None
+        name, saved = signal.Signals(self._stop_by).name, _save_last(trainer)
+        if isinstance(trainer.strategy, SavesInBackground):
+            trainer.strategy.finish_saving()
+        if trainer.is_global_zero:
+            resume = f"{saved} is whole: go on with --ckpt_path last (or auto)" if saved else "nothing was saved"
+            _log.warning("%s: stopped after step %d; %s", name, trainer.global_step, resume)
+            if saved and self._requeue and self._stop_by == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+                _requeue_job()
+        raise SystemExit(0)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ctrl-C ends at once, as Lightning has it; what was saved before is what there is to go on from."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            step = trainer.global_step
+            _log.warning("interrupted after step %d; --ckpt_path last goes on from the last checkpoint", step)
+
+
+def _save_last(trainer: Trainer) -> str | None:
+    """Where the run's own `last.ckpt` is, or would be; None for a run without checkpoints."""
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    if not savers:
+        return None
+    saver = next((saver for saver in savers if saver.save_last), savers[0])
+    if saver.save_last:
+        saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
+        return saver.last_model_path
+    path = str(Path(saver.dirpath or ".") / "last.ckpt")
+    trainer.save_checkpoint(path)
+    return path
+
+
+def _requeue_job() -> None:
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    except OSError as error:
+        _log.error("cannot queue SLURM job %s again: %s", job, error)  # nothing of ours to trace
+        return
+    if done.returncode:
+        _log.error("cannot queue SLURM job %s again: %s", job, done.stderr.strip() or f"status {done.returncode}")
+    else:
+        _log.warning("queued SLURM job %s again", job)

@@ -1,0 +1,43 @@
+"""Strategies on the command line: what cannot train here is refused before a process starts; plan knows the others."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.contract.test_plan import plan, plan_json  # noqa: F401  # fixtures
+
+TRAINER = Path(__file__).parents[2] / "configs" / "trainer"
+MESH = "--trainer.strategy=MeshStrategy"
+SIZES = "trainer.strategy.init_args"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.strategy=fsdp"], "trainer.strategy: got 'fsdp', allowed auto | ddp | MeshStrategy"),
+        (["--trainer.strategy=fsdp_cpu_offload"], "configs/trainer/fsdp2.yaml has app.training.strategy.MeshStrategy"),
+        (
+            ["--trainer.strategy=FSDPStrategy"],
+            "trainer.strategy: got 'FSDPStrategy', allowed auto | ddp | MeshStrategy",
+        ),
+        ([MESH, f"--{SIZES}.tensor_parallel_size=3"], f"{SIZES}.tensor_parallel_size: got 3, allowed a divisor of 16"),
+        ([MESH, f"--{SIZES}.data_parallel_size=4"], f"{SIZES}.data_parallel_size: got '1 x 4 x 1 = 4', allowed"),
+        ([MESH, f"--{SIZES}.data_parallel_size=few"], "data_parallel_size"),
+        ([MESH, f"--{SIZES}.tensor_parallel_size=2"], "got 2, allowed 1: plan does not count tensor parallelism"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_message(plan, arguments, message):  # noqa: F811
+    error = plan(*arguments, status=2).err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("config", "shards"), [("fsdp2", 16), ("hsdp", 8)])
+def test_plan_counts_shards_and_weights_gathered_in_the_type_of_the_products(plan_json, config, shards):  # noqa: F811
+    given = ("--config", str(TRAINER / f"{config}.yaml"))
+    found, exact = plan_json(*given), plan_json(*given, "--trainer.precision=32-true")
+    assert found["layout"]["shards"] == shards
+    assert found["memory"]["weights"] == exact["memory"]["weights"]  # the shards stay float32
+    assert found["memory"]["weight_copies"] == 0 < found["memory"]["communication"]
+    assert found["memory"]["communication"] < 0.7 * exact["memory"]["communication"]
+    assert found["memory"]["activations"] < 0.7 * exact["memory"]["activations"]

@@ -1,0 +1,295 @@
+"""Directories that two ranks write together: whole or absent, resumed from by any strategy, damage noticed."""
+
+import errno
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from app.cli import consolidate
+from app.errors import CheckpointError
+from app.model.trained_weights import open_trained_weights
+from app.training import checkpoint_writer
+from app.training.checkpoint_io import AtomicCheckpointIO
+from app.training.sharded_checkpoints import ShardedCheckpoints
+from callbacks import LastCheckpoint
+from tests.support.processes import run_ranks
+from tests.support.runs import cli, curricula, make_data, make_module, make_trainer
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),  # resumed runs save elsewhere
+]
+
+HALF, STEPS = 3, 6
+
+
+class Losses(Callback):
+    """The global loss of every step."""
+
+    def __init__(self):
+        self.by_step = {}
+
+    def on_train_batch_end(self, trainer, *_):
+        if "train/loss" in trainer.callback_metrics:
+            self.by_step[trainer.global_step] = trainer.callback_metrics["train/loss"].item()
+
+
+def fit(root, strategy, *, name, resume=None, until=STEPS, extra=(), keep_previous=False, fall_back=False, every=HALF):
+    """A run on one or two ranks with the same global batch; its losses by step."""
+    ranks = 1 if strategy == "auto" else 2
+    losses = Losses()
+    saver = LastCheckpoint(dirpath=str(root / name), every_n_train_steps=every, keep_previous=keep_previous)
+    trainer = make_trainer(
+        root,
+        max_steps=until,
+        callbacks=[*curricula(max_dropout_rate=0.0), losses, *extra, saver],
+        devices=ranks,
+        strategy=strategy,
+        gradient_clip_val=0.5,
+        accumulate_grad_batches=2 // ranks,
+        plugins=[AtomicCheckpointIO(fall_back=fall_back)],
+    )
+    module = make_module(lr_schedule="constant", warmup_steps=4)
+    trainer.fit(module, datamodule=make_data(root, num_lanes=2), ckpt_path=resume and str(root / resume / "last.ckpt"))
+    return losses.by_step
+
+
+def mesh(**settings):
+    return ShardedCheckpoints(data_parallel_size=2, tensor_parallel_size=1, **settings)
+
+
+def second_half(losses):
+    return {step: loss for step, loss in losses.items() if step > HALF}
+
+
+# -- resumed by the same strategy, and by others -----------------------------------------------------------------------
+
+
+def resume_everywhere(root):
+    runs = {"mesh": fit(root, mesh(), name="mesh", keep_previous=True), "ddp": fit(root, "ddp", name="ddp")}
+    for kind, strategy in (("mesh", mesh), ("ddp", lambda: "ddp")):
+        fit(root, strategy(), name=f"{kind}_half", until=HALF)
+    for kind, strategy in (("mesh", mesh), ("ddp", lambda: "ddp")):
+        for saved in ("mesh", "ddp"):
+            runs[f"{kind} from {saved}"] = fit(root, strategy(), name="resumed", resume=f"{saved}_half")
+    runs["background"] = fit(
+        root, mesh(asynchronous=True), name="background", extra=[SaveInBackground(root)], every=1000
+    )
+    runs["mesh from background"] = fit(root, mesh(), name="resumed", resume="slow", every=1000)
+    return runs
+
+
+class SaveInBackground(Callback):
+    """Saves at half of the run with a writer that is not done before the run is two steps further."""
+
+    def __init__(self, root):
+        self.path, self.further = root / "slow" / "last.ckpt", threading.Event()
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == HALF:
+            original, further = checkpoint_writer.CheckpointWriter.write_data, self.further
+
+            def write_data(writer, plan, planner):
+                if "slow" in str(writer.path):
+                    assert further.wait(timeout=60)
+                return original(writer, plan, planner)
+
+            checkpoint_writer.CheckpointWriter.write_data = write_data
+            trainer.save_checkpoint(self.path)
+        elif trainer.global_step == HALF + 2:
+            assert not self.path.exists()
+            self.further.set()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    make_data(root).prepare_data()
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(root):
+    """Losses of every run, by rank."""
+    return run_ranks(resume_everywhere, root)
+
+
+def test_a_run_goes_on_from_what_either_strategy_saved_as_if_nothing_had_been(runs, root):
+    for of_rank in runs:
+        assert len(of_rank["mesh"]) == STEPS
+        assert len(set(of_rank["mesh"].values())) == STEPS  # so equality says something
+        for kind, other in (("mesh", "ddp"), ("ddp", "mesh")):
+            assert of_rank[f"{kind} from {kind}"] == second_half(of_rank[kind])
+            assert of_rank[f"{kind} from {other}"] == pytest.approx(second_half(of_rank[kind]), abs=2e-6)
+    assert (root / "mesh_half" / "last.ckpt").is_dir()
+    assert (root / "ddp_half" / "last.ckpt").is_file()
+    assert open_trained_weights(root / "mesh_half" / "last.ckpt").metadata["global_step"] == HALF
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_does_not_notice(runs, root):
+    for of_rank in runs:
+        assert of_rank["background"] == of_rank["mesh"]
+        assert of_rank["mesh from background"] == second_half(of_rank["mesh"])
+    assert [path.name for path in (root / "slow").iterdir()] == ["last.ckpt"]
+
+
+def test_nothing_is_left_beside_checkpoints(runs, root):
+    assert sorted(path.name for path in (root / "mesh").iterdir()) == ["before_last.ckpt", "last.ckpt"]
+    assert [path.name for path in (root / "mesh_half").iterdir()] == ["last.ckpt"]
+
+
+# -- consolidated ------------------------------------------------------------------------------------------------------
+
+
+def test_consolidated_it_is_the_single_file_of_the_same_step(runs, root, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "whole.ckpt"
+    monkeypatch.setattr(consolidate, "_SMALL", 1 << 10)
+    arguments = ["--ckpt_path", str(root / "mesh_half" / "last.ckpt"), "--output", str(output)]
+    assert cli(monkeypatch, "consolidate", *arguments) == 0
+    assert f"{output}: step {HALF}, " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.ckpt"]
+    ours, ddps = (torch.load(path, weights_only=True) for path in (output, root / "ddp_half" / "last.ckpt"))
+    assert ours.keys() == ddps.keys()
+    assert same(ours, ddps, skip={"callbacks"}), "differ"
+    assert not same(ours, torch.load(root / "ddp" / "last.ckpt", weights_only=True), skip={"callbacks"})  # it can tell
+
+
+def same(one, other, *, skip=frozenset()):
+    if isinstance(one, torch.Tensor):
+        return torch.allclose(one.double(), other.double(), atol=1e-5)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one.keys() - skip)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt_path", "FILE", "--output", "out.ckpt"], "allowed a checkpoint directory; a single file is whole"),
+        (["--ckpt_path", "absent", "--output", "out.ckpt"], "ckpt_path: got 'absent', allowed a checkpoint directory"),
+        (["--ckpt_path", "DIRECTORY", "--output", "out"], "output: got 'out', allowed the name of a file that ends in"),
+        (
+            ["--ckpt_path", "DAMAGED", "--output", "out.ckpt"],
+            "is damaged: the bytes of __1_0.distcp are not",
+        ),
+    ],
+)
+def test_what_cannot_be_consolidated_is_refused_and_nothing_is_written(
+    arguments, message, runs, root, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    directory = root / "mesh_half" / "last.ckpt"
+    places = {"FILE": root / "ddp_half" / "last.ckpt", "DIRECTORY": directory}
+    if "DAMAGED" in arguments:
+        places["DAMAGED"] = damaged_copy(directory, tmp_path, "__1_0.distcp")
+    before = set(tmp_path.rglob("*"))
+    assert cli(monkeypatch, "consolidate", *[str(places.get(each, each)) for each in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert set(tmp_path.rglob("*")) == before
+
+
+# -- damaged -----------------------------------------------------------------------------------------------------------
+
+
+def damaged_copy(directory, folder, name):
+    copy = folder / "copy" / "last.ckpt"
+    shutil.copytree(directory, copy)
+    shutil.copytree(
+        directory.with_name("before_last.ckpt"), copy.with_name("before_last.ckpt"), dirs_exist_ok=True
+    ) if (directory.with_name("before_last.ckpt").exists()) else None
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    return copy
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "meta.pt", "manifest.json"])
+def test_one_flipped_bit_in_any_file_of_a_directory_is_noticed(name, runs, root, tmp_path):
+    copy = damaged_copy(root / "mesh_half" / "last.ckpt", tmp_path, name)
+    with pytest.raises(CheckpointError, match="damaged") as caught:
+        AtomicCheckpointIO().load_checkpoint(copy)
+    assert "\n" not in str(caught.value)
+    assert AtomicCheckpointIO().load_checkpoint(root / "mesh_half" / "last.ckpt")["global_step"] == HALF
+
+
+def test_the_one_before_is_named_and_taken_if_that_is_allowed(runs, root, tmp_path, caplog):
+    copy = damaged_copy(root / "mesh" / "last.ckpt", tmp_path, "__1_0.distcp")
+    with pytest.raises(CheckpointError, match=r"before_last.ckpt \(--fall_back_to_previous true takes it\)"):
+        AtomicCheckpointIO().load_checkpoint(copy)
+    assert AtomicCheckpointIO(fall_back=True).load_checkpoint(copy)["global_step"] == HALF
+    assert f"{STEPS - HALF} steps are lost, training goes on after step {HALF}" in caplog.text
+
+
+def refuse_on_both_ranks(root, copy):
+    with pytest.raises(CheckpointError) as caught:
+        fit(root, mesh(), name="resumed", resume=copy)
+    return str(caught.value), fit(root, mesh(), name="resumed", resume=copy, fall_back=True)
+
+
+def test_damage_that_one_rank_finds_is_told_by_both_and_both_fall_back(runs, root, tmp_path):
+    copy = damaged_copy(root / "mesh" / "last.ckpt", tmp_path, "__1_0.distcp")
+    for (message, losses), of_rank in zip(run_ranks(refuse_on_both_ranks, root, copy.parent), runs, strict=True):
+        assert "the bytes of __1_0.distcp are not those that were written" in message
+        assert losses == second_half(of_rank["mesh"])
+
+
+# -- killed, and full disks --------------------------------------------------------------------------------------------
+
+
+def die_in_the_second_save(root):
+    original = checkpoint_writer.CheckpointWriter.write_data
+
+    def write_data(writer, plan, planner):
+        written = original(writer, plan, planner)
+        if writer._step > HALF:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
+
+    checkpoint_writer.CheckpointWriter.write_data = write_data
+    fit(root, mesh(), name="killed")
+
+
+def go_on(root):
+    return fit(root, mesh(), name="killed", resume="killed")
+
+
+def test_ranks_killed_while_they_write_leave_the_checkpoint_before(runs, root):
+    with pytest.raises(pytest.fail.Exception, match="crashed"):
+        run_ranks(die_in_the_second_save, root)
+    assert sorted(path.name for path in (root / "killed").iterdir()) == [".last.ckpt.partial", "last.ckpt"]
+    assert list((root / "killed" / ".last.ckpt.partial").glob("*.distcp"))  # it was in the middle
+    for losses, of_rank in zip(run_ranks(go_on, root), runs, strict=True):
+        assert losses == second_half(of_rank["mesh"])
+    assert [path.name for path in (root / "killed").iterdir()] == ["last.ckpt"]
+
+
+def fill_the_disk_of_rank_1(root, asynchronous):
+    original = checkpoint_writer.CheckpointWriter.write_data
+
+    def write_data(writer, plan, planner):
+        if writer._step > HALF and os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(writer, plan, planner)
+
+    checkpoint_writer.CheckpointWriter.write_data = write_data
+    with pytest.raises(CheckpointError) as caught:
+        fit(root, mesh(asynchronous=asynchronous), name=f"full{asynchronous}")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_of_one_rank_is_told_by_both_and_the_checkpoint_before_stands(asynchronous, root):
+    for message in run_ranks(fill_the_disk_of_rank_1, root, asynchronous):
+        assert "cannot write checkpoint" in message
+        assert "rank 1: [Errno 28] No space left on device; earlier checkpoints are untouched" in message
+    folder = root / f"full{asynchronous}"
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+    assert AtomicCheckpointIO().load_checkpoint(folder / "last.ckpt")["global_step"] == HALF

@@ -1,0 +1,143 @@
+"""SIGTERM and SIGUSR1 at one rank: all take the step they are in, save, exit well, and go on as if nothing had been."""
+
+import os
+import signal
+import stat
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from app.training.module import LayerSkipModule
+from callbacks import Preemption
+from tests.support.processes import run_ranks
+from tests.support.runs import cli
+from tests.support.stream_runs import losses, write_config, write_sources
+
+STEPS = 8
+OPTIONS = ("--trainer.accumulate_grad_batches=2", "--model.optimizer=torch.optim.AdamW")
+
+
+def signalled_in(step, signums, *, rank=0):
+    """LayerSkipModule.training_step that gets signals in its first micro-batch of a step."""
+    original, pending = LayerSkipModule.training_step, list(signums)
+
+    def training_step(self, batch, batch_idx):
+        while pending and self.trainer.global_step == step and self.trainer.global_rank == rank:
+            os.kill(os.getpid(), pending.pop(0))
+        return original(self, batch, batch_idx)
+
+    return training_step
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path, write_sources(tmp_path), max_steps=STEPS, checkpoint_every=100, num_lanes=2)
+
+
+def fit(monkeypatch, config, name, *options):
+    arguments = ["--config", str(config), "--trainer.logger.init_args.name", name, *OPTIONS, *options]
+    return cli(monkeypatch, "fit", *arguments)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_behind_its_step_and_auto_goes_on_to_the_same_losses(
+    config, tmp_path, monkeypatch, capsys, signum
+):
+    assert fit(monkeypatch, config, "whole", "--ckpt_path", "auto") == 0  # nothing to go on from: it starts
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerSkipModule, "training_step", signalled_in(3, [signum]))
+        handler = signal.getsignal(signum)
+        assert fit(monkeypatch, config, "stopped") == 0
+        assert signal.getsignal(signum) == handler
+    saved = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    assert (
+        f"{signum.name}: stopped after step 4; {saved} is whole: go on with --ckpt_path last" in capsys.readouterr().err
+    )
+    assert torch.load(saved, weights_only=True)["global_step"] == 4
+    stopped = losses(tmp_path / "stopped")
+    assert fit(monkeypatch, config, "stopped", "--ckpt_path", "auto") == 0
+    expected = losses(tmp_path / "whole")
+    assert stopped.keys() == {0, 1, 2, 3}
+    assert len(expected) == STEPS
+    assert losses(tmp_path / "stopped") == expected
+
+
+def stop_rank_1(config, strategy):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LayerSkipModule, "training_step", signalled_in(3, [signal.SIGTERM], rank=1))
+        options = ("--trainer.devices=2", *strategy)
+        arguments = ["--config", str(config), "--trainer.logger.init_args.name", "stopped", *OPTIONS, *options]
+        status = cli(patched, "fit", *arguments)
+    return status, cli(pytest.MonkeyPatch(), "fit", *arguments, "--ckpt_path", "auto")
+
+
+MESH = '{"class_path": "app.training.strategy.MeshStrategy", "init_args": {"asynchronous": true}}'
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", [("--trainer.strategy", "ddp"), ("--trainer.strategy", MESH)], ids=["ddp", "mesh"])
+def test_a_signal_at_one_rank_alone_stops_both_behind_the_same_step(config, tmp_path, strategy):
+    assert run_ranks(stop_rank_1, config, strategy) == [(0, 0), (0, 0)]
+    events = losses(tmp_path / "stopped")
+    assert len(events) == STEPS
+
+
+# -- what the signals mean ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A SLURM job whose scontrol notes what it is called with; its notes."""
+    notes, program = tmp_path / "scontrol.txt", tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {notes}\nexit "${{SCONTROL_STATUS:-0}}"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    return notes
+
+
+@pytest.mark.parametrize(
+    ("signum", "environment", "options", "called"),
+    [
+        (signal.SIGUSR1, {}, (), "requeue 4711\n"),
+        (signal.SIGUSR1, {"SLURM_ARRAY_JOB_ID": "47", "SLURM_ARRAY_TASK_ID": "2"}, (), "requeue 47_2\n"),
+        (signal.SIGUSR1, {}, ("--preemption.requeue", "false"), None),
+        (signal.SIGTERM, {}, (), None),  # by whoever cancels the job
+    ],
+    ids=["time is up", "of an array", "not wanted", "cancelled"],
+)
+def test_a_slurm_job_queues_itself_again_when_its_time_is_up_alone(
+    config, tmp_path, monkeypatch, scontrol, signum, environment, options, called
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(LayerSkipModule, "training_step", signalled_in(1, [signum]))
+    assert fit(monkeypatch, config, "run", *options) == 0
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    assert (scontrol.read_text() if scontrol.exists() else None) == called
+
+
+def test_a_job_that_cannot_be_queued_again_says_so(config, monkeypatch, scontrol, capsys):
+    monkeypatch.setenv("SCONTROL_STATUS", "1")
+    monkeypatch.setattr(LayerSkipModule, "training_step", signalled_in(1, [signal.SIGUSR1]))
+    assert fit(monkeypatch, config, "run") == 0
+    assert "ERROR: cannot queue SLURM job 4711 again: status 1" in capsys.readouterr().err
+
+
+def end_at_once(later):
+    preemption = Preemption()
+    preemption._note(signal.SIGTERM, None)
+    preemption._received_at -= later
+    signal.signal(signal.SIGTERM, preemption._note)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return os._exit(7)
+
+
+@pytest.mark.parametrize(("later", "status"), [(0.0, 7), (10.0, -signal.SIGTERM)], ids=["passed on", "again"])
+def test_a_second_signal_ends_at_once_unless_it_is_the_first_passed_on(later, status):
+    child = mp.get_context("fork").Process(target=end_at_once, args=(later,))
+    child.start()
+    child.join(timeout=20)
+    assert child.exitcode == status

@@ -62,7 +62,7 @@ class ArchitectureOwner(Protocol):
 
     @property
     def config(self) -> Any:
-        """transformers' configuration of it."""
+        """Transformers' configuration of it."""
 
 
 class StepPlan(NamedTuple):

@@ -18,7 +18,8 @@ class PredictionWriter(BasePredictionWriter):
     """Appends predictions to `filename` in the run's folder while they are made, one file for each rank.
 
     Args:
-        filename: Name of the file; ranks above 0 add their number.
+        filename: Name of the file; ranks above 0 add their number. Ranks without rows of their own (tensor parallelism)
+            write none.
     """
 
     def __init__(self, *, filename: str = "predictions.jsonl") -> None:
@@ -33,6 +34,9 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new file."""
+        self._writes = _has_own_rows(trainer)
+        if not self._writes:
+            return
         path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
@@ -49,6 +53,8 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append one line for each row of the batch."""
+        if not self._writes:
+            return
         sources = prediction["source"].tolist()
         losses = {layer: values.tolist() for layer, values in sorted(prediction["loss_by_exit"].items())}
         with self._path(trainer).open("a") as file:
@@ -57,3 +63,9 @@ class PredictionWriter(BasePredictionWriter):
                 file.write(
                     json.dumps({"batch": batch_idx, "row": idx, "source": source, "loss_by_exit": by_exit}) + "\n"
                 )
+
+
+def _has_own_rows(trainer: Trainer) -> bool:
+    """Whether this is the first of the ranks that share its rows; they are neighbours."""
+    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+    return bool(trainer.global_rank % (trainer.world_size // replicas) == 0)

@@ -19,7 +19,7 @@ from app.cli.messages import locate
 from app.cli.plan_changes import Change, changes_that_fit, fits
 from app.cli.plan_options import PROG, PlanOptions, parse_options
 from app.cli.plan_report import advice, plan_tables
-from app.cli.strategies import mesh_of, name_of, settings_of
+from app.cli.strategies import mesh_of, mesh_settings, name_of, settings_of
 from app.cli.tables import print_table
 from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
@@ -197,17 +197,12 @@ def read_layout(strategy: Any, *, num_nodes: int, world_size: int) -> Layout:
         ConfigError: A strategy that the module does not train with, or whose mesh is not of this size.
     """
     name, arguments = name_of(strategy), settings_of(strategy)
-    if name in ("MeshStrategy", "ModelParallelStrategy"):
-        shards = world_size
-        if name == "MeshStrategy":
-            _, shards, parts = mesh_of(arguments, num_nodes=num_nodes, world_size=world_size)
-        else:  # Lightning's auto
-            parts = arguments["tensor_parallel_size"]
-            parts = world_size // num_nodes if parts == "auto" else int(parts)
+    if (settings := mesh_settings(strategy)) is not None:
+        _, shards, parts = mesh_of(settings, num_nodes=num_nodes, world_size=world_size)
         if parts != 1:
             path = "trainer.strategy.init_args.tensor_parallel_size"
             raise ConfigError(path, got=parts, allowed="1: plan does not count tensor parallelism")
-        return Layout(strategy="fsdp2", shards=shards, gathers_cast=name == "MeshStrategy")
+        return Layout(strategy="fsdp2", shards=shards, gathers_cast=True)
     if world_size == 1 and (name == "auto" or name.startswith("single")):
         return Layout()
     if name == "auto" or name.startswith("ddp") or name == "DDPStrategy":

@@ -58,7 +58,7 @@ def check_resume(checkpoint: dict[str, Any], given: Mapping[str, Any], *, allow_
 
 
 def refuse_changes(saved: Mapping[str, Any], given: Mapping[str, Any], *, allowed: Sequence[str]) -> None:
-    """Raise CheckpointError if settings differ that make a run what it is, and are not allowed to; of its length, warn."""
+    """Raise CheckpointError where settings differ that make a run what it is and may not; of its length, warn."""
     before, now = dict(_flat(saved)), dict(_flat(given))
     stretched = [name for name, values in _OF_LENGTH if now.get(name) not in values]
     if stretched and before.get(_LENGTH) != now.get(_LENGTH):  # a longer run is a thing to want

@@ -4,35 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 
 from app.errors import ConfigError
 from app.training.strategy import MeshStrategy, mesh_sizes
 
 _PATH = "trainer.strategy"
 _SHARDED = f"app.training.strategy.{MeshStrategy.__name__}"  # imported here, so that its name alone will do
+_REFUSED = {
+    "fsdp": "FSDP1 renames the classes that layer dropout swaps",
+    "deepspeed": "it takes the step over from the module, and its checkpoints are pickles",
+}
 
 
 def check_strategy(trainer: Namespace) -> None:
-    """Refuse a strategy that cannot train here, or a mesh that its devices do not fill; complete Lightning's own.
+    """Refuse a strategy that cannot train here, or a mesh that its devices do not fill.
 
     Args:
-        trainer: The parsed settings; ModelParallelStrategy's group becomes all devices if it is not tensor parallel.
+        trainer: The parsed settings. In the place of Lightning's ModelParallelStrategy comes MeshStrategy: it takes the
+            same settings, and its checkpoints are whole or absent and hold nothing that a reader would unpickle.
 
     Raises:
         ConfigError: Naming what to use instead, or both numbers.
     """
-    name, settings = name_of(trainer["strategy"]), settings_of(trainer["strategy"])
-    if name.lower().startswith("fsdp"):
-        fix = f"FSDP1 renames the classes that layer dropout swaps; configs/trainer/fsdp2.yaml has {_SHARDED}"
-        raise ConfigError(_PATH, got=name, allowed="auto | ddp | MeshStrategy", fix=fix)
-    world_size = world_size_of(trainer)
-    if world_size is None:
+    name = name_of(trainer["strategy"])
+    for kind, reason in _REFUSED.items():
+        if name.lower().startswith(kind):
+            fix = f"{reason}; configs/trainer/fsdp2.yaml has {_SHARDED}"
+            raise ConfigError(_PATH, got=name, allowed="auto | ddp | MeshStrategy", fix=fix)
+    settings = mesh_settings(trainer["strategy"])
+    if settings is None:
         return
-    if name == MeshStrategy.__name__:
+    if name != MeshStrategy.__name__:
+        trainer["strategy"] = dict_to_namespace({"class_path": _SHARDED, "init_args": settings})
+    if (world_size := world_size_of(trainer)) is not None:
         mesh_of(settings, num_nodes=trainer["num_nodes"], world_size=world_size)
-    elif name == "ModelParallelStrategy" and settings["tensor_parallel_size"] == 1:
-        settings["data_parallel_size"] = world_size  # what Lightning calls auto is the number of nodes
 
 
 def name_of(strategy: Any) -> str:
@@ -43,6 +49,18 @@ def name_of(strategy: Any) -> str:
 def settings_of(strategy: Any) -> Any:
     """Its arguments, the parsed ones themselves."""
     return (isinstance(strategy, Namespace) and strategy.get("init_args")) or {}
+
+
+def mesh_settings(strategy: Any) -> dict[str, Any] | None:
+    """MeshStrategy's arguments, also in the words of Lightning's ModelParallelStrategy; None of any other's."""
+    if name_of(strategy) not in (MeshStrategy.__name__, "ModelParallelStrategy"):
+        return None
+    settings = {"replicate_size": 1, "data_parallel_size": "auto", "tensor_parallel_size": 1} | dict(
+        settings_of(strategy)
+    )
+    if settings["tensor_parallel_size"] == "auto":  # Lightning's default; ours is to split no block unasked
+        settings["tensor_parallel_size"] = 1
+    return settings
 
 
 def mesh_of(settings: Any, *, num_nodes: int, world_size: int) -> tuple[int, int, int]:

@@ -60,7 +60,9 @@ class TokenMeanStep:
             self._grad_norm = norm * factor
             weighted = sum(exit_weights[layer] * value for layer, value in totals.exit_losses.items())
             module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
-            module.log(metric_names.TRAIN_LABEL_TOKENS, totals.num_label_tokens)
+            replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+            own_share = replicas / trainer.world_size  # tensor-parallel ranks count the same rows
+            module.log(metric_names.TRAIN_LABEL_TOKENS, totals.num_label_tokens * own_share)
             for exit_layer, value in totals.exit_losses.items():
                 module.log(metric_names.train_exit_loss(exit_layer), value)
         if self.guard.skips:

@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import Namespace
 from transformers import LlamaConfig
 
+from app.cli.strategies import mesh_of
 from app.cli.train import LayerSkipCLI, make_cli
 from app.model.checkpoint import build_model
 from app.model.early_exit import EarlyExitModel
@@ -190,9 +191,8 @@ def test_models_of_seven_billion_and_more_are_sharded_over_all_devices(build, na
     strategy = built.config.fit.trainer.strategy
     assert isinstance(strategy, Namespace) == (name in SHARDED)
     if name in SHARDED:
-        devices = built.trainer.num_nodes * built.trainer.num_devices
-        assert strategy.init_args.data_parallel_size == devices
-        assert strategy.init_args.tensor_parallel_size == 1
+        nodes, devices = built.trainer.num_nodes, built.trainer.num_nodes * built.trainer.num_devices
+        assert mesh_of(strategy.init_args, num_nodes=nodes, world_size=devices) == (1, devices, 1)
     else:
         assert strategy == "ddp"
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,9 +18,22 @@ SETTINGS = (
     "--model.optimizer.lr=0.3",
     "--data.num_lanes=4",
 )
-STRATEGIES = {
-    "ddp": ["--trainer.strategy=ddp"],
-    "fsdp2": ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.tensor_parallel_size=1"],
+MESH = "--trainer.strategy=app.training.strategy.MeshStrategy"
+
+
+class Case(NamedTuple):
+    ranks_per_host: int
+    replicas: int  # ranks with rows of their own
+    options: list[str]
+
+
+CASES = {
+    "ddp 2 x 1": Case(1, 2, ["--trainer.strategy=ddp"]),
+    "ddp 2 x 2": Case(2, 4, ["--trainer.strategy=ddp"]),
+    "fsdp2 2 x 1": Case(1, 2, [MESH]),
+    "fsdp2 2 x 2": Case(2, 4, [MESH]),
+    "a copy a host, sharded within it": Case(2, 4, [MESH, "--trainer.strategy.replicate_size=auto"]),
+    "blocks split within a host": Case(2, 2, [MESH, "--trainer.strategy.tensor_parallel_size=2"]),
 }
 
 
@@ -45,15 +59,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not available(), reason="this machine makes no network namespaces")
-@pytest.mark.parametrize("ranks_per_host", [1, 2])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_nodes_train_as_one_process_with_the_same_global_batch(tmp_path, alone, strategy, ranks_per_host):
+@pytest.mark.parametrize("case", CASES)
+def test_two_nodes_train_as_one_process_with_the_same_global_batch(tmp_path, alone, case):
+    ranks_per_host, replicas, options = CASES[case]
     command = fit(
         tmp_path / "spread",
-        f"--trainer.accumulate_grad_batches={GLOBAL_BATCHES // (2 * ranks_per_host)}",
+        f"--trainer.accumulate_grad_batches={GLOBAL_BATCHES // replicas}",
         "--trainer.num_nodes=2",
         f"--trainer.devices={ranks_per_host}",
-        *STRATEGIES[strategy],
+        *options,
     )
     with two_hosts() as hosts:
         torchrun(hosts, *command, ranks_per_host=ranks_per_host, limit_seconds=200)

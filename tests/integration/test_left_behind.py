@@ -34,6 +34,7 @@ def test_nothing_is_left_at_home_in_the_temporary_folder_or_where_the_command_wa
     done = subprocess.run(
         [sys.executable, "-m", "app", "fit", "--config", str(config)],
         check=False,
+        timeout=200,
         env=kept | folders,
         cwd=elsewhere,
         capture_output=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import resource
 import signal
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from app.errors import CheckpointError, ConfigError
 from app.model.export import ExportSettings, architecture, write_pretrained
 from app.model.output_directory import check_output_dir
 from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, open_trained_weights
+from tests.support import memory
 
 SHAPE = {
     "vocab_size": 61,
@@ -322,17 +322,11 @@ def added_megabytes(checkpoint: Path, directory: Path, **settings) -> int:
     """Peak memory of a process that exports, above what it had before."""
 
     def measure() -> int:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = peak_kilobytes()
+        before = memory.begin()
         export(checkpoint, directory, **settings)
-        return (peak_kilobytes() - before) // 1024
+        return (memory.peak() - before) // MEGABYTE
 
     return in_a_child(measure)
-
-
-def peak_kilobytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from app.model.checkpoint import load_for_decoding, load_pretrained
+from tests.support import memory
 from tests.support.checkpoints import write_checkpoint
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import tiny_config, tiny_llama
@@ -60,19 +60,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _memory(name: str) -> int:
-    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    assert match is not None
-    return 1024 * int(match[1])
-
-
 def _growth(load: Callable[..., Any], path: str, dtype: torch.dtype | None) -> tuple[int, int]:
     """Bytes by which this process was at most larger than at its start, and bytes of the weights."""
     load_pretrained(str(Path(path).parent / "tiny"))  # a fork maps its libraries as it comes to them
-    before = _memory("VmRSS")
+    before = memory.begin()
     loaded = load(path, dtype=dtype)
     weights = size(loaded[0] if isinstance(loaded, tuple) else loaded)
-    return _memory("VmHWM") - before, weights
+    return memory.peak() - before, weights
 
 
 def ratio(load: Callable[..., Any], path: Path, dtype: torch.dtype | None = None) -> float:

@@ -35,7 +35,9 @@ def check_strategy(trainer: Namespace) -> None:
     settings = mesh_settings(trainer["strategy"])
     if settings is None:
         return
-    if name != MeshStrategy.__name__:
+    if name != MeshStrategy.__name__ or isinstance(
+        trainer["strategy"], str
+    ):  # a name alone is parsed as a name of Lightning's
         trainer["strategy"] = dict_to_namespace({"class_path": _SHARDED, "init_args": settings})
     if (world_size := world_size_of(trainer)) is not None:
         mesh_of(settings, num_nodes=trainer["num_nodes"], world_size=world_size)

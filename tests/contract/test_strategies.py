@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
+from app.cli.strategies import check_strategy
 from tests.contract.test_plan import plan, plan_json  # noqa: F401  # fixtures
 
 TRAINER = Path(__file__).parents[2] / "configs" / "trainer"
@@ -30,6 +32,24 @@ def test_what_cannot_be_is_told_in_one_message(plan, arguments, message):  # noq
     error = plan(*arguments, status=2).err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "MeshStrategy",
+        "app.training.strategy.MeshStrategy",
+        Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy", init_args=Namespace(timeout=None)),
+        Namespace(class_path="app.training.strategy.MeshStrategy"),
+    ],
+)
+def test_the_mesh_is_what_every_way_to_name_it_gives(given):
+    trainer = Namespace(strategy=given, devices="2", num_nodes=2)
+    check_strategy(trainer)
+    assert trainer.strategy.class_path == "app.training.strategy.MeshStrategy"
+    if "init_args" in trainer.strategy:
+        settings = trainer.strategy.init_args
+        assert (settings.replicate_size, settings.data_parallel_size, settings.tensor_parallel_size) == (1, "auto", 1)
 
 
 @pytest.mark.parametrize(("config", "shards"), [("fsdp2", 16), ("hsdp", 8)])

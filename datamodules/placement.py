@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
-from app.errors import ConfigError
+from app.errors import ConfigError, check_range
+
+# Of a socket's path the kernel takes 107 bytes; multiprocessing appends a folder and a name, of 14 and 18.
+_LONGEST_TEMPORARY_FOLDER = 107 - 14 - 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,24 @@ class Placement:
         """Micro-batches an epoch advances by: the limit applied, its last optimizer step counted as a whole one."""
         limited = min(num_batches, self.limit) if isinstance(self.limit, int) else num_batches * self.limit
         return max(1, math.ceil(int(limited) / self.accumulate)) * self.accumulate
+
+
+def check_workers(num_workers: int) -> None:
+    """Refuse a number of data workers out of range, and workers that would wait for sockets they cannot open.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    check_range("num_workers", num_workers, low=0)
+    folder = tempfile.gettempdir()
+    if num_workers and len(folder.encode()) > _LONGEST_TEMPORARY_FOLDER:
+        got = f"{folder} ({len(folder.encode())} bytes)"
+        raise ConfigError(
+            "TMPDIR",
+            got=got,
+            allowed=f"at most {_LONGEST_TEMPORARY_FOLDER} bytes with data workers, whose sockets lie in there",
+            fix="set a shorter one, or data.num_workers 0",
+        )
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import InitVar, dataclass
 
 from app.errors import check_range
+from datamodules.placement import check_workers
 from datamodules.tokenizers import MIN_VOCAB_SIZE
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class RowSettings:
         check_range("batch_size", self.batch_size, low=1)
         check_range("validation_rows", self.validation_rows, low=1)
         check_range("vocab_size", self.vocab_size, low=MIN_VOCAB_SIZE, fix="every byte needs a token")
-        check_range("num_workers", self.num_workers, low=0)
+        check_workers(self.num_workers)
         check_range("seed", self.seed, low=0)
         check_range("max_bad_share", self.max_bad_share, low=0, high=1)
         if self.tokenizer is not None and self.vocab_size != default_vocab_size:

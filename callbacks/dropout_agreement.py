@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from app.data_ranks import data_ranks
 from app.errors import ConfigError, DisagreementError, check_range
 from app.protocols import PlanHost, StepPlan
 
@@ -65,9 +66,7 @@ class DropoutAgreementCheck(Callback):
     def _check(self, trainer: Trainer, pl_module: LightningModule, plan: StepPlan) -> None:
         if trainer.world_size == 1 or trainer.global_step % self.every_n_steps:
             return
-        sampler = trainer.distributed_sampler_kwargs
-        assert sampler is not None
-        own = _RankPlan(trainer.global_step, self._micro_batch, int(sampler["rank"]), plan)
+        own = _RankPlan(trainer.global_step, self._micro_batch, data_ranks(trainer).rank, plan)
         hashes = torch.tensor([_hash(own.shared()), _hash(plan.kept_samples), own.data_rank], device=pl_module.device)
         everyones = [torch.empty_like(hashes) for _ in range(trainer.world_size)]
         dist.all_gather(everyones, hashes)

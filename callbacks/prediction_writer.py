@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from app.data_ranks import data_ranks
+
 log = logging.getLogger(__name__)
 
 
@@ -67,5 +69,4 @@ class PredictionWriter(BasePredictionWriter):
 
 def _has_own_rows(trainer: Trainer) -> bool:
     """Whether this is the first of the ranks that share its rows; they are neighbours."""
-    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
-    return bool(trainer.global_rank % (trainer.world_size // replicas) == 0)
+    return trainer.global_rank % (trainer.world_size // data_ranks(trainer).size) == 0

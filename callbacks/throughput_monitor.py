@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app import metric_names
+from app.data_ranks import data_ranks
 from app.errors import check_range
 from app.evaluation.training_plan_step import Micro, StepCosts, build_fake, measure_step
 from app.protocols import ArchitectureOwner, EarlyExitHost, LayerDropoutHost
@@ -72,7 +73,7 @@ class ThroughputMonitor(Callback):
         window = self.every_n_steps * trainer.accumulate_grad_batches
         if self._batches % window:
             return
-        replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)  # tensor-parallel ranks share data
+        replicas = data_ranks(trainer).size
         pl_module.log(metric_names.TOKENS_PER_SECOND, self._tokens * replicas / self._seconds)
         pl_module.log(metric_names.BLOCKS_SAVED_SHARE, self._saved / self._batches)
         pl_module.log(metric_names.BLOCKS_SKIPPED_SHARE, self._skipped / self._batches)

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
+from app.data_ranks import data_ranks
 from app.errors import ConfigError, check_range
 
 # Of a socket's path the kernel takes 107 bytes; multiprocessing appends a folder and a name, of 14 and 18.
@@ -38,11 +39,10 @@ class Placement:
         """Read from `trainer`; one process without accumulation if there is none."""
         if trainer is None:
             return cls()
-        # not trainer.global_rank: tensor-parallel ranks share their data
-        replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        ranks = data_ranks(trainer)
         return cls(
-            rank=replicas["rank"],
-            world_size=replicas["num_replicas"],
+            rank=ranks.rank,
+            world_size=ranks.size,
             accumulate=trainer.accumulate_grad_batches,
             limit=trainer.limit_train_batches,
         )

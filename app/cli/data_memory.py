@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from app.cli.parsing import VerbParser
 from app.cli.tables import print_table
-from app.cli.target_results import run_verb, target_result
+from app.cli.target_results import run_measurement, run_verb, target_result
 from app.errors import ConfigError, check_range
 from app.protocols import Table
 
@@ -106,14 +105,7 @@ def _figures(found: dict[str, Any]) -> dict[str, Any]:
 
 def run() -> None:
     """Parse and run."""
-    description = (measure_data_memory.__doc__ or "").splitlines()[0]
-    parser = VerbParser(prog="python -m app.cli.data_memory", description=description)
-    parser.add_function_arguments(measure_data_memory, as_group=False)
-    arguments = parser.parse_args().as_dict()
-    try:
-        measure_data_memory(**arguments)
-    except ConfigError as error:
-        parser.error(str(error))
+    run_measurement(measure_data_memory, module="data_memory")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from app.cli.parsing import VerbParser
 from app.cli.tables import print_table
-from app.cli.target_results import run_verb, target_result, write_results
+from app.cli.target_results import run_measurement, run_verb, target_result, write_results
 from app.errors import ConfigError, check_range
+from app.evaluation.peak_memory import process_status
 from app.protocols import Table
 
 MEMORY_THRESHOLD = 1.05  # resident memory at the last mark over that at the first
@@ -59,11 +59,10 @@ class HoldingsLog(Callback):
 def holdings() -> dict[str, float]:
     """Resident MiB, open file handles and threads of this process and all below it."""
     processes = list(_family(_PROC / "self"))
-    statuses = [(process / "status").read_text() for process in processes]
     return {
-        "rss_mib": sum(_field(status, "VmRSS") for status in statuses) / 2**10,
+        "rss_mib": sum(process_status("VmRSS", process) for process in processes) / 2**10,
         "handles": sum(len(list((process / "fd").iterdir())) for process in processes),
-        "threads": sum(_field(status, "Threads") for status in statuses),
+        "threads": sum(process_status("Threads", process) for process in processes),
     }
 
 
@@ -72,10 +71,6 @@ def _family(process: Path) -> Iterator[Path]:
     for task in (process / "task").iterdir():
         for child in (task / "children").read_text().split():
             yield from _family(_PROC / child)
-
-
-def _field(status: str, name: str) -> int:
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{name}:"))
 
 
 def measure_soak(
@@ -147,14 +142,7 @@ def _options(folder: Path, marks: Path, *, config: str, num_steps: int) -> list[
 
 def run() -> None:
     """Parse and run."""
-    description = (measure_soak.__doc__ or "").splitlines()[0]
-    parser = VerbParser(prog="python -m app.cli.soak", description=description)
-    parser.add_function_arguments(measure_soak, as_group=False)
-    arguments = parser.parse_args().as_dict()
-    try:
-        measure_soak(**arguments)
-    except ConfigError as error:
-        parser.error(str(error))
+    run_measurement(measure_soak, module="soak")
 
 
 if __name__ == "__main__":

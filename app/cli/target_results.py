@@ -6,12 +6,14 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from app.cli.parsing import VerbParser
+from app.errors import ConfigError
 from app.evaluation.benchmark_report import environment
 
 
@@ -23,6 +25,18 @@ def run_verb(*arguments: str) -> tuple[str, str]:
     if done.returncode:
         sys.exit(done.returncode)
     return command, done.stdout
+
+
+def run_measurement(measure: Callable[..., None], *, module: str) -> None:
+    """Parse the options of `python -m app.cli.MODULE` and measure; a setting out of range is told in one line."""
+    description = (measure.__doc__ or "").splitlines()[0]
+    parser = VerbParser(prog=f"python -m app.cli.{module}", description=description)
+    parser.add_function_arguments(measure, as_group=False)
+    arguments = parser.parse_args().as_dict()
+    try:
+        measure(**arguments)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 def target_result(value: float, threshold: float, command: str, *, at_most: bool) -> dict[str, Any]:

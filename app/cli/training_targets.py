@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from app.cli.parsing import VerbParser
 from app.cli.tables import print_table
-from app.cli.target_results import target_result, write_results
+from app.cli.target_results import run_measurement, target_result, write_results
 from app.errors import check_range
 from app.evaluation.peak_memory import peak_memory
 from app.evaluation.training_steps import StepSettings, exit_loss, one_step, our_steps, recipe_steps, time_steps
@@ -100,15 +99,19 @@ def _print(
     print_table(Table(f"{title}: {settings.batch_size} x {settings.seq_len} tokens, {settings.dtype}", columns, rows))
 
 
+def write_training_targets(*, repeats: int = 5, output: str = "build/training_targets.json") -> None:
+    """Measure what a training step costs, saves and holds, and write it down.
+
+    Args:
+        repeats: Times each step is timed; the steps take turns.
+        output: The JSON object to write.
+    """
+    write_results(measure_training_targets(repeats=repeats), Path(output))
+
+
 def run() -> None:
-    """Parse, measure and write down."""
-    description = (measure_training_targets.__doc__ or "").splitlines()[0]
-    parser = VerbParser(prog="python -m app.cli.training_targets", description=description)
-    parser.add_function_arguments(measure_training_targets, as_group=False)
-    parser.add_argument("--output", type=str, default="build/training_targets.json", help="the JSON object to write")
-    arguments = parser.parse_args().as_dict()
-    output = Path(arguments.pop("output"))
-    write_results(measure_training_targets(**arguments), output)
+    """Parse and run."""
+    run_measurement(write_training_targets, module="training_targets")
 
 
 if __name__ == "__main__":

@@ -32,11 +32,12 @@ def _measure(prepare: Callable[..., Work], args: tuple[Any, ...], num_threads: i
     torch.set_num_threads(num_threads)
     work = prepare(*args)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is resident now
-    before = _status("VmRSS")
+    before = process_status("VmRSS")
     work()
-    return _status("VmHWM") - before
+    return 1024 * (process_status("VmHWM") - before)
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+def process_status(field: str, process: Path = Path("/proc/self")) -> int:
+    """A number of a process's status on Linux; memory is in KiB."""
+    lines = (process / "status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

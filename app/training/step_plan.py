@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from app.data_ranks import data_ranks
 from app.layerskip.layer_dropout import draw_kept_samples
 from app.protocols import StepPlan
 
@@ -27,14 +28,14 @@ def draw_for(
     """
     if not any(rates):
         return None
-    replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}  # ranks with rows of their own
+    ranks = data_ranks(trainer)
     micro_step = batch_idx % trainer.accumulate_grad_batches
     return draw_kept_samples(
         rates,
         batch_size=batch_size,
         seed=seed,
         step=trainer.global_step,
-        micro_batch=micro_step * replicas["num_replicas"] + replicas["rank"],
+        micro_batch=micro_step * ranks.size + ranks.rank,
     )
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from app import metric_names
+from app.data_ranks import data_ranks
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import EarlyExitLoss
 from app.training.divergence import DivergenceGuard
@@ -60,8 +61,7 @@ class TokenMeanStep:
             self._grad_norm = norm * factor
             weighted = sum(exit_weights[layer] * value for layer, value in totals.exit_losses.items())
             module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
-            replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
-            own_share = replicas / trainer.world_size  # tensor-parallel ranks count the same rows
+            own_share = data_ranks(trainer).size / trainer.world_size  # tensor-parallel ranks count the same rows
             module.log(metric_names.TRAIN_LABEL_TOKENS, totals.num_label_tokens * own_share)
             for exit_layer, value in totals.exit_losses.items():
                 module.log(metric_names.train_exit_loss(exit_layer), value)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+from app.evaluation.peak_memory import process_status
+
 
 def begin() -> int:
     """Bytes held now; the peak begins anew. What was freed is given back first: reused, it would hide what is added."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return 1024 * process_status("VmRSS")
 
 
 def peak() -> int:
     """Most bytes held since `begin`."""
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return 1024 * process_status("VmHWM")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -52,9 +53,11 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+    if (module := VERBS[args[0]][0]) != "app.cli.train":  # Lightning's trainer sees to its own signals
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written is cleared away
     try:
-        return _run(VERBS[args[0]][0])
-    except KeyboardInterrupt:  # of a verb of ours; Lightning's trainer sees to its own
+        return _run(module)
+    except KeyboardInterrupt:  # likewise of a verb of ours
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `layerskip generate | head`: the reader has what it wants

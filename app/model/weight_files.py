@@ -131,7 +131,10 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / SAFE_WEIGHTS_NAME]
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     try:
-        return [directory / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if elsewhere := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{elsewhere[0]!r} is no file of this directory")
+        return [directory / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: damaged, not an index of safetensors files ({error})") from error
 

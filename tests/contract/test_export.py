@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 from dataclasses import asdict, replace
 
 import pytest
@@ -128,6 +130,12 @@ def test_a_full_disk_ends_with_status_2_and_leaves_nothing(run, tmp_path, monkey
     monkeypatch.setattr(GenerationConfig, "save_pretrained", fail)  # after the weights
     assert cli(monkeypatch, "export", "--model", run, "--output_dir", str(tmp_path / "out")) == 2
     assert "out: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_is_told_to_end_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli(monkeypatch, "export", "--model", run, "--output_dir", str(tmp_path / "out")) == 143
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,13 @@ def make_trainer(root: Path, *, max_steps: int, callbacks: list[Callback], **set
 def cli(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     """Run the command line in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["layerskip", *args])
+    previous = signal.getsignal(signal.SIGTERM)
     try:
         return main()
     except SystemExit as stop:
         return int(stop.code or 0)
-    finally:  # its handlers hold this test's stderr
+    finally:
+        signal.signal(signal.SIGTERM, previous)  # and its logging holds this test's stderr
         for name in ("app", "callbacks", "datamodules"):
             logging.getLogger(name).handlers.clear()
             logging.getLogger(name).propagate = True

@@ -49,6 +49,13 @@ def set_config(directory, **settings):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
+def set_index(directory, file):
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] |= dict.fromkeys(list(content["weight_map"])[:1], file)
+    index.write_text(json.dumps(content))
+
+
 def write_lightning(path, model, **other):
     content = {
         HF_CONFIG_KEY: json.loads(model.config.to_json_string(use_diff=False)),
@@ -154,6 +161,11 @@ BROKEN_DIRECTORIES = {
     ),
     "shard missing": (remove("*-00002-of-*"), CheckpointError, r"1 of \d+ weight files are missing: \['model-00002-of"),
     "index cut": (truncate("*.index.json"), CheckpointError, r"index\.json: damaged"),
+    "index pointing elsewhere": (
+        lambda d: set_index(d, "../copy/model-00001-of-00004.safetensors"),
+        CheckpointError,
+        r"index\.json: .*'\.\./copy/model-.*' is no file of this directory",
+    ),
     "shard cut": (truncate("*.safetensors"), CheckpointError, "copy: the weights are damaged"),
     "other shapes": (
         lambda d: set_config(d, hidden_size=48),

@@ -73,6 +73,8 @@ def read_whole(path: Path, *, keep: Callable[[Tensor], Tensor] = lambda tensor: 
     content[STATE_DICT] = {
         key.removeprefix(prefix): keep(shards.read(key)) for key in shards.shapes if key.startswith(prefix)
     }
+    if not content[STATE_DICT]:
+        raise CheckpointError(f"checkpoint {path}: no weights are in its shards; use an earlier one")
     content[OPTIMIZER_STATES] = [
         by_position(filled(state, {key: keep(shards.read(key)) for key in state_keys(shards.shapes, index)}, index))
         for index, state in enumerate(content[OPTIMIZER_STATES])

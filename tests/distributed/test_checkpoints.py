@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Callback
 
 from app.cli import consolidate
@@ -170,6 +171,7 @@ def same(one, other, *, skip=frozenset()):
     return one == other
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -180,6 +182,7 @@ def same(one, other, *, skip=frozenset()):
             ["--ckpt_path", "DAMAGED", "--output", "out.ckpt"],
             "is damaged: the bytes of __1_0.distcp are not",
         ),
+        (["--ckpt_path", "EMPTY", "--output", "out.ckpt"], "EMPTY: no weights are in its shards"),
     ],
 )
 def test_what_cannot_be_consolidated_is_refused_and_nothing_is_written(
@@ -190,6 +193,9 @@ def test_what_cannot_be_consolidated_is_refused_and_nothing_is_written(
     places = {"FILE": root / "ddp_half" / "last.ckpt", "DIRECTORY": directory}
     if "DAMAGED" in arguments:
         places["DAMAGED"] = damaged_copy(directory, tmp_path, "__1_0.distcp")
+    if "EMPTY" in arguments:
+        dcp.save({"unrelated": torch.zeros(1)}, checkpoint_id=tmp_path / "EMPTY")
+        shutil.copy(directory / "meta.pt", tmp_path / "EMPTY")
     before = set(tmp_path.rglob("*"))
     assert cli(monkeypatch, "consolidate", *[str(places.get(each, each)) for each in arguments]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Giving back memory that is mapped from a checkpoint file and was copied elsewhere."""
+"""Giving back memory that is not needed any more: mapped from a checkpoint file and copied elsewhere, or freed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ def page_out(tensor: Tensor, mappings: Sequence[range]) -> None:
     stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if tensor.device.type == "cpu" and start < stop and any(start in m and stop <= m.stop for m in mappings):
         _advise(start, stop - start)
+
+
+def give_back_freed() -> None:
+    """Tell glibc to give back what was freed: pieces between those in use would count as this process's for ever."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none, and need none
+        trim(0)
 
 
 def _advise(start: int, length: int) -> None:

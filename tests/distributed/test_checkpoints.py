@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import threading
 
 import pytest
@@ -13,11 +14,13 @@ from lightning.pytorch import Callback
 
 from app.cli import consolidate
 from app.errors import CheckpointError
+from app.evaluation.peak_memory import process_status
 from app.model.trained_weights import open_trained_weights
 from app.training import checkpoint_writer
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.sharded_checkpoints import ShardedCheckpoints
 from callbacks import LastCheckpoint
+from tests.support import memory
 from tests.support.processes import run_ranks
 from tests.support.runs import cli, curricula, make_data, make_module, make_trainer
 
@@ -200,6 +203,25 @@ def test_what_cannot_be_consolidated_is_refused_and_nothing_is_written(
     assert cli(monkeypatch, "consolidate", *[str(places.get(each, each)) for each in arguments]) == 2
     assert message in capsys.readouterr().err
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells what memory is a process's own")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_consolidating_takes_the_memory_of_a_few_tensors(tmp_path, monkeypatch):
+    tensors = {f"state_dict.{i}": torch.full((1 << 19,), float(i)) for i in range(50)}
+    dcp.save(tensors, checkpoint_id=tmp_path / "directory")
+    torch.save({"global_step": 1, "optimizer_states": []}, tmp_path / "directory" / "meta.pt")
+    del tensors
+    seen, mapped = [], consolidate._mapped
+    monkeypatch.setattr(
+        consolidate, "_mapped", lambda *given: (mapped(*given), seen.append(1024 * process_status("RssAnon")))[0]
+    )
+    memory.begin()
+    output = tmp_path / "whole.ckpt"
+    assert cli(monkeypatch, "consolidate", "--ckpt_path", str(tmp_path / "directory"), "--output", str(output)) == 0
+    assert max(seen) - seen[0] < 10 * 4 * (1 << 19) < len(seen) * 4 * (1 << 19)
+    weights = torch.load(output, weights_only=True, mmap=True)["state_dict"]
+    assert all(weights[str(i)].unique().tolist() == [i] for i in range(50))
 
 
 # -- damaged -----------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ _Opened = tuple[dict[str, Any], Shapes, ReadWeight]
 
 
 def _open_file(path: Path) -> _Opened:
-    content = _load_plain(path, mmap=True)
+    content = read_plain(path, mmap=True)
     state_dict = content.pop(_STATE_DICT, None)
     content.pop("optimizer_states", None)
     if not isinstance(state_dict, dict):
@@ -129,9 +129,19 @@ def _open_file(path: Path) -> _Opened:
     return content, {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}, read
 
 
-def _load_plain(path: Path, *, mmap: bool) -> dict[str, Any]:
+def read_plain(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """A file that Lightning wrote, as tensors and plain values: nothing in it is run.
+
+    Args:
+        path: The file.
+        map_location: As torch.load's.
+        mmap: Whether tensors stay in the file until they are looked at.
+
+    Raises:
+        CheckpointError: If it is truncated, damaged, or holds anything else.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged, or holds objects that are not plain tensors and values"
@@ -139,7 +149,7 @@ def _load_plain(path: Path, *, mmap: bool) -> dict[str, Any]:
     except Exception as error:  # anything can come out of damaged bytes
         reason = textwrap.shorten(str(error), 300)
         raise CheckpointError(
-            f"checkpoint {path} is truncated, damaged or not a Lightning checkpoint ({reason})"
+            f"checkpoint {path} is truncated, damaged or not a Lightning checkpoint ({reason}); use an earlier one"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint")
@@ -150,7 +160,7 @@ def _open_directory(path: Path) -> _Opened:
     for name in (METADATA_FILE, _LIGHTNING_METADATA):
         if not (path / name).is_file():
             raise CheckpointError(f"checkpoint {path}: not all there ({name} is missing); use an earlier one")
-    content = _load_plain(path / _LIGHTNING_METADATA, mmap=False)
+    content = read_plain(path / _LIGHTNING_METADATA)
     shards = open_shards(path)
     return content, shards.shapes, shards.read
 

@@ -7,7 +7,6 @@ else in CONTENT_FILE, `optimizer_states` without their tensors included: nothing
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,13 @@ from torch import Tensor, nn
 
 from app.errors import CheckpointError
 from app.model.shards import Shards
+from app.model.trained_weights import read_plain
 
 CONTENT_FILE = "meta.pt"  # Lightning's name for it
 STATE_DICT = "state_dict"
 OPTIMIZER_STATES = "optimizer_states"
 
 OptimizerState = dict[str, Any]  # {"state": {parameter: {key: value}}, "param_groups": [{"params": [parameter]}]}
-
-
-def read_file(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """A single file's content, as tensors and plain values.
-
-    Raises:
-        CheckpointError: If it is truncated, damaged, or holds anything else.
-    """
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"checkpoint {path}: holds objects that are not plain tensors and values") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error}); use an earlier one") from error
-    return checkpoint
 
 
 def read_directory(path: Path) -> tuple[dict[str, Any], Shards]:
@@ -48,7 +33,7 @@ def read_directory(path: Path) -> tuple[dict[str, Any], Shards]:
     """
     if not (path / CONTENT_FILE).is_file():
         raise CheckpointError(f"checkpoint {path}: not all there ({CONTENT_FILE} is missing); use an earlier one")
-    content = read_file(path / CONTENT_FILE)
+    content = read_plain(path / CONTENT_FILE)
     shards = Shards(path, prefix="")
     if OPTIMIZER_STATES not in content:
         raise CheckpointError(

@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from app.errors import CheckpointError
 from app.model.checkpoint_integrity import KEEP_PREVIOUS, check_bytes, saved_step
-from app.training.checkpoint_contents import read_file, read_whole
+from app.model.trained_weights import read_plain
+from app.training.checkpoint_contents import read_whole
 from app.training.checkpoint_places import kept_previous, partial_of, put_in_place, remove, standing
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it is missing, truncated, damaged, or holds anything but plain values.
         """
         whole = self.whole(Path(path))
-        return read_whole(whole) if whole.is_dir() else read_file(whole, map_location=map_location)
+        return read_whole(whole) if whole.is_dir() else read_plain(whole, map_location=map_location)
 
     def whole(self, path: Path) -> Path:
         """The checkpoint to read, its bytes compared with their checksums: `path`, or one to fall back on.
@@ -137,6 +138,6 @@ def _step(path: Path) -> int | None:
     if path.is_dir():
         return saved_step(path)
     try:
-        return int(read_file(path, mmap=True)["global_step"])
+        return int(read_plain(path, mmap=True)["global_step"])
     except (CheckpointError, KeyError, TypeError, ValueError):  # of a damaged file
         return None

@@ -31,6 +31,7 @@ from typing_extensions import override
 from app.errors import CheckpointError
 from app.model.checkpoint_integrity import KEEP_PREVIOUS
 from app.model.shards import METADATA_FILE, ShardReader, read_metadata
+from app.model.trained_weights import read_plain
 from app.training.checkpoint_contents import (
     OPTIMIZER_STATES,
     STATE_DICT,
@@ -41,7 +42,6 @@ from app.training.checkpoint_contents import (
     parameter_names,
     parameter_of,
     read_directory,
-    read_file,
     state_keys,
     without_tensors,
 )
@@ -216,7 +216,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
             shapes: Shapes = shards.shapes
             reader = ShardReader(path, read_metadata(path / METADATA_FILE))
         else:
-            content = read_file(path, mmap=True)
+            content = read_plain(path, mmap=True)
             whole = self._take_tensors(content)
             shapes, reader = {key: (tensor.shape, tensor.dtype) for key, tensor in whole.items()}, WholeReader(whole)
         assert self.lightning_module is not None

@@ -34,6 +34,7 @@ FSDP2 = Mesh(2, settings={})
 HSDP = Mesh(4, settings={"replicate_size": 2})
 TENSOR_PARALLEL = Mesh(1, parts=2, settings={"tensor_parallel_size": 2})
 BOTH = Mesh(2, parts=2, settings={"tensor_parallel_size": 2, "data_parallel_size": 2})
+COPIES = Mesh(2, parts=2, settings={"tensor_parallel_size": 2, "replicate_size": 2})
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +57,19 @@ def spread(root, mesh, settings):
 @pytest.mark.parametrize(
     ("mesh", "reference", "own"),
     [
+        (DDP, {"curriculum": "rotational"}, {}),
         (DDP, {"curriculum": "gradual"}, {}),
         (DDP, {"curriculum": "fixed"}, {"activation_checkpointing": True}),
         (FSDP2, {"curriculum": "rotational"}, {}),
         (FSDP2, {"curriculum": "gradual"}, {"activation_checkpointing": True}),
         (FSDP2, {"curriculum": "fixed"}, {}),
         (HSDP, {"curriculum": "rotational"}, {}),
+        (HSDP, {"curriculum": "gradual"}, {}),
         (TENSOR_PARALLEL, {"curriculum": "gradual"}, {}),
         (TENSOR_PARALLEL, {"curriculum": "rotational", "tied": False}, {"activation_checkpointing": True}),
+        (TENSOR_PARALLEL, {"curriculum": "fixed"}, {}),
         (BOTH, {"curriculum": "fixed"}, {}),
+        (COPIES, {"curriculum": "rotational"}, {}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

@@ -33,9 +33,12 @@ def data_source(name: str, source: str) -> str:
     return f"data/{name}/{source}"
 
 
+TRAIN_EXIT_LOSS = "train/exit_loss/"
+
+
 def train_exit_loss(exit_layer: int) -> str:
-    """Training loss of one exit, in nats a token, at the last step at which it was on."""
-    return f"train/exit_loss/exit_{exit_layer:02d}"
+    """Training loss of one exit, in nats a token; only of steps at which it is on."""
+    return f"{TRAIN_EXIT_LOSS}exit_{exit_layer:02d}"
 
 
 def train_exit_weight(exit_layer: int) -> str:

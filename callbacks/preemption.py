@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
 from app.protocols import SavesInBackground
+from app.startup_signals import take_startup_signal
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # One event may reach a process twice: from whoever sends it, and passed on by torchrun or srun.
@@ -30,6 +31,7 @@ class Preemption(Callback):
 
     Ranks agree where the losses of a step are summed anyway, by one more integer: nothing waits that did not wait
     there. A validation is finished first. A second signal, more than three seconds later, ends the process at once.
+    SIGUSR1 that came before training began (under `layerskip fit`) ends it there; SIGTERM then ends a process as ever.
 
     SIGUSR1, which SLURM sends before a job's time is up (`--signal`), queues the job again. SIGTERM does not: SLURM
     does that itself for a job that it preempts (`--requeue`), and one that its user cancels is to stay away.
@@ -58,6 +60,11 @@ class Preemption(Callback):
         if trainer.training or trainer.sanity_checking:
             for signum in _SIGNALS:
                 signal.signal(signum, self._note)
+            if (earlier := take_startup_signal()) is not None:
+                self._note(earlier, None)
+            self._agree(trainer)
+            if self._stop_by is not None:
+                self._exit(trainer, "nothing to save yet", requeue=True)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._received is None:
@@ -93,14 +100,18 @@ class Preemption(Callback):
         self._stop_by = int(trainer.strategy.reduce(received, reduce_op="max")) or None
 
     def _save_and_exit(self, trainer: Trainer) -> None:
-        assert self._stop_by is not None
-        name, saved = signal.Signals(self._stop_by).name, _save_last(trainer)
+        saved = _save_last(trainer)
         if isinstance(trainer.strategy, SavesInBackground):
             trainer.strategy.finish_saving()
+        resume = f"{saved} is whole: go on with --ckpt_path last (or auto)" if saved else "nothing was saved"
+        self._exit(trainer, resume, requeue=saved is not None)
+
+    def _exit(self, trainer: Trainer, resume: str, *, requeue: bool) -> None:
+        assert self._stop_by is not None
         if trainer.is_global_zero:
-            resume = f"{saved} is whole: go on with --ckpt_path last (or auto)" if saved else "nothing was saved"
+            name = signal.Signals(self._stop_by).name
             _log.warning("%s: stopped after step %d; %s", name, trainer.global_step, resume)
-            if saved and self._requeue and self._stop_by == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+            if requeue and self._requeue and self._stop_by == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
                 _requeue_job()
         raise SystemExit(0)
 

@@ -10,7 +10,6 @@ not of those that workers have prepared already; no loader has to be asked, stop
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from app.errors import DataError
+from datamodules.data_workers import prepare_worker
 from datamodules.packing import Row
 from datamodules.placement import Placement
 from datamodules.readers.records import Reader
@@ -103,7 +103,7 @@ class StreamLoader(DataLoader[Any]):
             batch_size=None,
             num_workers=num_workers,
             generator=torch.Generator().manual_seed(seed),
-            worker_init_fn=_one_thread_each,
+            worker_init_fn=prepare_worker,
         )
         self._batches, self._position = batches, position
 
@@ -127,8 +127,3 @@ class StreamLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore; with `state_dict` it tells Lightning that stopping inside an epoch is fine."""
-
-
-def _one_thread_each(worker: int) -> None:  # noqa: ARG001  # torch's signature
-    """Workers share the machine with training; and tokenizers warn if threads were used before the fork."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from app.errors import ConfigError, DataError, check_choice, check_range
 from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
 from app.protocols import GenerationExample
+from datamodules.data_workers import prepare_worker
 from datamodules.length_buckets import BucketSampler
 from datamodules.placement import Placement, check_same_order, check_trainer
 from datamodules.row_settings import RowSettings
@@ -204,6 +205,7 @@ class TOPv2DataModule(LightningDataModule):
             batch_sampler=sampler,
             collate_fn=data.collate,
             num_workers=settings.num_workers,
+            worker_init_fn=prepare_worker,
             generator=torch.Generator().manual_seed(settings.seed),  # else every epoch draws from the global one
         )
 
@@ -266,5 +268,6 @@ class TOPv2DataModule(LightningDataModule):
             batch_size=settings.batch_size,
             collate_fn=data.collate,
             num_workers=settings.num_workers,
+            worker_init_fn=prepare_worker,
             generator=torch.Generator().manual_seed(settings.seed),
         )

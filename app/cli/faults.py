@@ -1,4 +1,4 @@
-"""What torch says when another process is slow or has died, in words of what to do."""
+"""What torch says when another process is slow or has died, or weights are sharded, in words of what to do."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ _RULES = {
         " that is stuck or gone; if one is only slow, raise the strategy's timeout"
         f" (--trainer.strategy.init_args.timeout 1:00:00); then {_RESUME}"
     ),
+    r"Operator (\S+) does not have a sharding strategy": (
+        "{0} does not work on sharded weights: most often it is a fused optimizer's; give"
+        " --model.optimizer.init_args.fused false, or torch.optim.AdamW"
+    ),
     r"Connection (?:closed|reset) by peer|Broken pipe|Socket closed": (
         f"rank {{rank}} lost another rank, which died: its own output says why; mend that, and {_RESUME}"
     ),
@@ -25,7 +29,7 @@ _RULES = {
 
 
 def fault_message(error: BaseException) -> str | None:
-    """The message for an error of torch's that is another process's fault, or None if it is not.
+    """The message for an error of torch's that is another process's or the config's fault, or None if it is not.
 
     Args:
         error: What ended the run; others that it was raised from count as well.

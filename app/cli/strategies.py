@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 from jsonargparse import Namespace, dict_to_namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from app.errors import ConfigError
 from app.training.strategy import MeshStrategy, mesh_sizes
@@ -15,6 +18,8 @@ _REFUSED = {
     "fsdp": "FSDP1 renames the classes that layer dropout swaps",
     "deepspeed": "it takes the step over from the module, and its checkpoints are pickles",
 }
+
+_log = logging.getLogger(__name__)
 
 
 def check_strategy(trainer: Namespace) -> None:
@@ -41,6 +46,36 @@ def check_strategy(trainer: Namespace) -> None:
         trainer["strategy"] = dict_to_namespace({"class_path": _SHARDED, "init_args": settings})
     if (world_size := world_size_of(trainer)) is not None:
         mesh_of(settings, num_nodes=trainer["num_nodes"], world_size=world_size)
+
+
+def check_launch(trainer: Namespace) -> None:
+    """Refuse another number of processes than torchrun or srun started.
+
+    Args:
+        trainer: The parsed settings.
+
+    Raises:
+        ConfigError: With both numbers.
+    """
+    devices, num_nodes = world_size_of(trainer, num_nodes=1), trainer["num_nodes"]
+    if devices is None:
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ and (started := int(os.environ["WORLD_SIZE"])) != devices * num_nodes:
+        got = f"{devices} with trainer.num_nodes {num_nodes}"
+        fix = "--nnodes and --nproc-per-node of torchrun are to be trainer.num_nodes and trainer.devices"
+        raise ConfigError("trainer.devices", got=got, allowed=f"{started} in all, as torchrun started", fix=fix)
+    if not SLURMEnvironment.detect():
+        cores = os.cpu_count() or devices
+        if trainer["accelerator"] == "cpu" and devices > cores:
+            _log.warning("trainer.devices: %d processes on %d CPU cores will wait for one another", devices, cores)
+        return
+    for field, ours, variable in (
+        ("devices", devices, "SLURM_NTASKS_PER_NODE"),
+        ("num_nodes", num_nodes, "SLURM_NNODES"),
+    ):
+        if (started := int(os.environ.get(variable, ours))) != ours:
+            fix = "--ntasks-per-node and --nodes of the job are to be trainer.devices and trainer.num_nodes"
+            raise ConfigError(f"trainer.{field}", got=ours, allowed=f"{started}, as {variable} says", fix=fix)
 
 
 def name_of(strategy: Any) -> str:
@@ -84,8 +119,8 @@ def mesh_of(settings: Any, *, num_nodes: int, world_size: int) -> tuple[int, int
         raise ConfigError(path, got=error.got, allowed=error.allowed, fix=error.fix) from error
 
 
-def world_size_of(trainer: Namespace) -> int | None:
-    """Devices of all nodes; None where only the machines know."""
+def world_size_of(trainer: Namespace, *, num_nodes: int | None = None) -> int | None:
+    """Devices of all nodes, or of so many; None where only the machines know."""
     devices = trainer["devices"]
     count = str(len(devices) if isinstance(devices, list) else devices)  # the command line gives digits as text
-    return trainer["num_nodes"] * int(count) if count.isdigit() else None
+    return (num_nodes or trainer["num_nodes"]) * int(count) if count.isdigit() else None

@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from app.errors import CheckpointError, ConfigError
 from app.model.decoding_defaults import DecodingDefaults, saveable, write_decoding_defaults
 from app.model.loading import quiet_transformers
-from app.model.mapped_memory import file_mappings, page_out
+from app.model.mapped_memory import file_mappings, give_back_freed, page_out
 from app.model.output_directory import whole_or_absent
 
 _SHARD_NAMES = "model{suffix}.safetensors"
@@ -167,6 +167,7 @@ def _write_shards(
     )
     for file, members in shards.filename_to_tensors.items():
         _write_shard({name: _converted(read(name), dtypes[name]) for name in members}, folder / file)
+        give_back_freed()
     if shards.is_sharded:
         metadata = {"total_parameters": num_parameters, **shards.metadata}
         index = json.dumps({"metadata": metadata, "weight_map": shards.tensor_to_filename}, indent=2, sort_keys=True)

@@ -63,6 +63,9 @@ class TokenMeanStep:
             module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
             own_share = data_ranks(trainer).size / trainer.world_size  # tensor-parallel ranks count the same rows
             module.log(metric_names.TRAIN_LABEL_TOKENS, totals.num_label_tokens * own_share)
+            for name, logged in (trainer._results or {}).items():
+                if metric_names.TRAIN_EXIT_LOSS in name:  # Lightning would repeat what was logged of exits now off
+                    logged.reset()
             for exit_layer, value in totals.exit_losses.items():
                 module.log(metric_names.train_exit_loss(exit_layer), value)
         if self.guard.skips:

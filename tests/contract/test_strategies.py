@@ -1,11 +1,13 @@
 """Strategies on the command line: what cannot train here is refused before a process starts; plan knows the others."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from jsonargparse import Namespace
 
-from app.cli.strategies import check_strategy
+from app.cli.strategies import check_launch, check_strategy
+from app.errors import ConfigError
 from tests.contract.test_plan import plan, plan_json  # noqa: F401  # fixtures
 
 TRAINER = Path(__file__).parents[2] / "configs" / "trainer"
@@ -50,6 +52,36 @@ def test_the_mesh_is_what_every_way_to_name_it_gives(given):
     if "init_args" in trainer.strategy:
         settings = trainer.strategy.init_args
         assert (settings.replicate_size, settings.data_parallel_size, settings.tensor_parallel_size) == (1, "auto", 1)
+
+
+SLURM = {"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "job", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2"}
+
+
+@pytest.mark.filterwarnings("ignore:The `srun` command is available")
+@pytest.mark.parametrize(
+    ("environment", "devices", "num_nodes", "message"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"}, 1, 2, "allowed 4 in all, as torchrun started"),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"}, "2", 2, None),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"}, "auto", 1, None),  # Lightning knows
+        (SLURM, 8, 1, "trainer.devices: got 8, allowed 4, as SLURM_NTASKS_PER_NODE says"),
+        (SLURM, [0, 1, 2, 3], 1, "trainer.num_nodes: got 1, allowed 2, as SLURM_NNODES says"),
+        (SLURM, 4, 2, None),
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, 1, 1, None),
+    ],
+)
+def test_as_many_processes_train_as_were_started(environment, devices, num_nodes, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    trainer = Namespace(strategy="ddp", devices=devices, num_nodes=num_nodes, accelerator="auto")
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        check_launch(trainer)
+
+
+def test_more_processes_than_cores_are_remarked_on(caplog):
+    for devices in (1, 10_000):
+        check_launch(Namespace(strategy="ddp", devices=devices, num_nodes=1, accelerator="cpu"))
+    assert [record.getMessage().split(" on ")[0] for record in caplog.records] == ["trainer.devices: 10000 processes"]
 
 
 @pytest.mark.parametrize(("config", "shards"), [("fsdp2", 16), ("hsdp", 8)])

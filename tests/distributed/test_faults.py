@@ -118,6 +118,20 @@ def test_a_gradient_that_is_damaged_on_one_rank_stops_both_naming_it(tmp_path, s
     assert "in model.model.embed_tokens.weight on rank 1;" in first["message"]
 
 
+# -- an optimizer that knows no shards ---------------------------------------------------------------------------------
+
+
+def with_fused_sgd(root):
+    return train(root, "fsdp2", settings={"optimizer": lambda params: torch.optim.SGD(params, lr=0.1, fused=True)})
+
+
+def test_an_optimizer_that_cannot_take_shards_is_told_from_a_bug(tmp_path):
+    make_data(tmp_path).prepare_data()
+    for of_rank in run_ranks(with_fused_sgd, tmp_path, limit_seconds=60):
+        assert of_rank["message"].startswith("aten._fused_sgd_.default does not work on sharded weights")
+        assert "--model.optimizer.init_args.fused false" in of_rank["message"]
+
+
 # -- a slow rank -------------------------------------------------------------------------------------------------------
 
 

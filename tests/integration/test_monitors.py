@@ -91,6 +91,18 @@ def test_every_exit_has_loss_perplexity_and_agreement_in_tensorboard(watched_run
     )
 
 
+def test_an_exits_training_loss_is_told_of_the_steps_at_which_it_was_on_alone(watched_run):
+    *_, events = watched_run
+    on = {
+        layer: [event.step for event in events.Scalars(f"train/exit_weight/exit_{layer:02d}") if event.value]
+        for layer in range(1, NUM_LAYERS + 1)
+    }
+    assert len({len(steps) for steps in on.values() if steps}) > 1
+    for layer, steps in on.items():
+        tag = f"train/exit_loss/exit_{layer:02d}"
+        assert ([event.step for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []) == steps
+
+
 def test_figure_and_decoding_table_are_in_tensorboard(watched_run):
     *_, events = watched_run
     assert "val/exits" in events.Tags()["images"]

@@ -3,6 +3,8 @@
 import os
 import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -72,6 +74,28 @@ def stop_rank_1(config, strategy):
     return status, cli(pytest.MonkeyPatch(), "fit", *arguments, "--ckpt_path", "auto")
 
 
+def signal_the_group(config, signum, num_workers):
+    os.setpgrp()  # this process and its data workers, as SLURM has them
+    original, pending = LayerSkipModule.training_step, [signum]
+
+    def training_step(self, batch, batch_idx):
+        while pending and self.trainer.global_step == 3:
+            subprocess.run(["kill", f"-{pending.pop()}", "--", f"-{os.getpgrp()}"], check=False)  # itself, too
+        return original(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LayerSkipModule, "training_step", training_step)
+        return fit(patched, config, "stopped", "--data.num_workers", str(num_workers))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells who sent a signal")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_job_leaves_data_workers_to_finish_the_step(config, tmp_path, signum):
+    assert run_ranks(signal_the_group, config, int(signum), 2, world_size=1) == [0]
+    saved = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 4
+
+
 MESH = '{"class_path": "app.training.strategy.MeshStrategy", "init_args": {"asynchronous": true}}'
 
 
@@ -117,6 +141,25 @@ def test_a_slurm_job_queues_itself_again_when_its_time_is_up_alone(
     assert fit(monkeypatch, config, "run", *options) == 0
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     assert (scontrol.read_text() if scontrol.exists() else None) == called
+
+
+def test_a_job_whose_time_is_up_before_it_trains_queues_itself_again(config, tmp_path, monkeypatch, scontrol, capsys):
+    build = LayerSkipModule.configure_model
+
+    def configure_model(self):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        build(self)
+
+    handler = signal.getsignal(signal.SIGUSR1)
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerSkipModule, "configure_model", configure_model)
+        assert fit(patched, config, "run") == 0
+    assert signal.getsignal(signal.SIGUSR1) == handler
+    assert "SIGUSR1: stopped after step 0; nothing to save yet" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert scontrol.read_text() == "requeue 4711\n"
+    assert fit(monkeypatch, config, "run", "--ckpt_path", "auto") == 0  # it is told once
+    assert len(losses(tmp_path / "run")) == STEPS
 
 
 def test_a_job_that_cannot_be_queued_again_says_so(config, monkeypatch, scontrol, capsys):

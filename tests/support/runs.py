@@ -100,13 +100,14 @@ def make_trainer(root: Path, *, max_steps: int, callbacks: list[Callback], **set
 def cli(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     """Run the command line in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["layerskip", *args])
-    previous = signal.getsignal(signal.SIGTERM)
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         return main()
     except SystemExit as stop:
         return int(stop.code or 0)
     finally:
-        signal.signal(signal.SIGTERM, previous)  # and its logging holds this test's stderr
-        for name in ("app", "callbacks", "datamodules"):
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        for name in ("app", "callbacks", "datamodules"):  # their handlers hold this test's stderr
             logging.getLogger(name).handlers.clear()
             logging.getLogger(name).propagate = True

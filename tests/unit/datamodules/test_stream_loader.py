@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import islice
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import torch
 
 from app.errors import DataError
 from datamodules import stream_loader
+from datamodules.data_workers import prepare_worker
 from datamodules.packing import Row
 from datamodules.placement import Placement
 from datamodules.sources import Source
@@ -132,14 +132,11 @@ def test_lightning_finds_a_loader_that_can_stop_anywhere_and_has_no_state() -> N
     assert loader.batch_size is None  # batches come whole
 
 
-def test_workers_draw_from_a_generator_of_their_own_and_tokenise_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+def test_workers_draw_from_a_generator_of_their_own() -> None:
     loader = StreamLoader(make_batches(), position=lambda: StreamPosition(0, {}), num_workers=1, seed=5)
     assert loader.num_workers == 1
     assert loader.generator.initial_seed() == 5
     state = torch.get_rng_state()
     next(iter(loader))
     assert torch.equal(torch.get_rng_state(), state)
-    assert loader.worker_init_fn is not None
-    loader.worker_init_fn(0)
-    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    assert loader.worker_init_fn is prepare_worker

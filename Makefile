@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart baseline adapt bench bench-memory test test-nodes soak check format clean
+.PHONY: quickstart baseline adapt bench bench-training bench-memory test test-nodes soak check format clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ runs/quickstart/checkpoints/last.ckpt:
 bench: $(INSTALLED) runs/quickstart/checkpoints/last.ckpt
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/layerskip targets --trained_model runs/quickstart/checkpoints/last.ckpt --output build/bench.json
+
+# Of these, what a training step costs, saves and holds: a few minutes.
+bench-training: $(INSTALLED)
+	$(BIN)/python -m app.cli.training_targets --output build/training_targets.json
 
 # That the memory of streaming does not grow with the corpus, from 10 MB to 2 GB (written to a temporary folder).
 bench-memory: $(INSTALLED)

@@ -43,5 +43,5 @@ class LastCheckpoint(ModelCheckpoint):
         if not self._keep_previous or self._last_global_step_saved == trainer.global_step:  # saved again at the end
             super()._save_checkpoint(trainer, filepath)
             return
-        trainer.save_checkpoint(filepath, storage_options={KEEP_PREVIOUS: True})
+        trainer.save_checkpoint(filepath, weights_only=False, storage_options={KEEP_PREVIOUS: True})
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath

@@ -55,12 +55,13 @@ class ThroughputMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the micro-batch; at the end of a window, log."""
-        if pl_module.device.type == "cuda":
+        window = self.every_n_steps * trainer.accumulate_grad_batches
+        self._batches += 1
+        if pl_module.device.type == "cuda" and self._batches % window == 0:  # steps wait for the device themselves
             torch.cuda.current_stream().synchronize()
         self._seconds += time.perf_counter() - self._start
         tokens = batch["input_ids"].numel()
         self._tokens += tokens
-        self._batches += 1
         kept_shares = [1.0]
         if isinstance(pl_module, LayerDropoutHost):
             dropped = pl_module.dropped_shares
@@ -70,7 +71,6 @@ class ThroughputMonitor(Callback):
         if self._costs is not None and isinstance(pl_module, EarlyExitHost):
             flops = self._costs.flops(num_exits=len(pl_module.exit_weights), kept_shares=kept_shares)
             self._flops += flops * tokens / self._measured_tokens
-        window = self.every_n_steps * trainer.accumulate_grad_batches
         if self._batches % window:
             return
         replicas = data_ranks(trainer).size

@@ -105,21 +105,30 @@ def check_end(trainer: Trainer) -> None:
         raise ConfigError("trainer.val_check_interval", got=trainer.val_check_interval, allowed=allowed)
 
 
-def check_same_order(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+BATCHES_PER_STEP = "batches_per_step"  # of all ranks: as checkpoints have it, no user sets it by that name
+
+
+def check_same_order(now: Mapping[str, Any], saved: Mapping[str, Any], *, num_ranks: int = 1) -> None:
     """Refuse to go on in another order of training rows.
 
     Args:
         now: All that the order depends on.
         saved: The same, as a checkpoint has it.
+        num_ranks: With different data.
 
     Raises:
         ConfigError: Naming the first setting that differs.
     """
     for field, value in now.items():
         if value != saved.get(field):
+            name, restore = field, "restore it"
+            if field == BATCHES_PER_STEP:
+                name = "trainer.accumulate_grad_batches times devices"
+                if (wanted := saved.get(field)) and wanted % num_ranks == 0:
+                    restore += f" (--trainer.accumulate_grad_batches {wanted // num_ranks})"
             raise ConfigError(
-                field,
+                name,
                 got=value,
                 allowed=f"{saved.get(field)!r}, as in the checkpoint",
-                fix="the order of training rows depends on it: restore it, or start a new run from the weights",
+                fix=f"the order of training rows depends on it: {restore}, or start a new run from the weights",
             )

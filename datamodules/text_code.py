@@ -15,7 +15,7 @@ from app.errors import ConfigError, check_choice, check_range
 from app.protocols import SourceStatistics
 from datamodules.lanes import check_lanes, delivered
 from datamodules.packing import PACKINGS, LongDocuments, Packing
-from datamodules.placement import Placement, check_end, check_same_order, check_trainer
+from datamodules.placement import BATCHES_PER_STEP, Placement, check_end, check_same_order, check_trainer
 from datamodules.readers import open_reader
 from datamodules.readers.records import Reader
 from datamodules.row_settings import RowSettings
@@ -234,8 +234,9 @@ class TextCodeDataModule(LightningDataModule):
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             if self._num_lanes is None:
                 self._num_lanes = state_dict["num_lanes"]
-            check_same_order(self._identity(), state_dict)
-            self._keeper.restore(state_dict, place=Placement.of(self.trainer))
+            place = Placement.of(self.trainer)
+            check_same_order(self._identity(), state_dict, num_ranks=place.world_size)
+            self._keeper.restore(state_dict, place=place)
         check_same_tokenizer(self.tokenizer, state_dict)
 
     # Helpers.
@@ -264,7 +265,7 @@ class TextCodeDataModule(LightningDataModule):
         readers = zip(self.source_names, self._readers(settings.num_lanes), strict=True)
         own = {
             "batch_size": self._settings.batch_size,
-            "batches_per_step": place.world_size * place.accumulate,
+            BATCHES_PER_STEP: place.world_size * place.accumulate,
             "sources": ", ".join(f"{source.name}={source.weight}" for source in self._sources),
         }
         return asdict(settings) | own | {f"files of source {name}": reader.fingerprint[:16] for name, reader in readers}

@@ -17,6 +17,7 @@ from app.cli.parsing import VerbParser
 from app.errors import ConfigError, check_choice
 from app.model.carried_over import carried_defaults, from_card
 from app.model.checkpoint import load_for_decoding
+from app.model.checkpoint_integrity import check_bytes
 from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults
 from app.model.export import ExportSettings, InMemory, Weights, architecture, exported_dtype, write_pretrained
 from app.model.gguf import read_gguf_origin
@@ -102,6 +103,7 @@ def _open(
     else:
         vocab_size = trained.config.get_text_config().vocab_size
         check_fits(trained.tokenizer, vocab_size=vocab_size, field=field, got=path)
+    check_bytes(trained.path)
     return model, trained.tokenizer, trained, RunRecord.of(Path(path), trained.metadata)
 
 

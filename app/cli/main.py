@@ -10,6 +10,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from app.startup_signals import note_startup_signals
+
 VERBS = {
     "fit": ("app.cli.train", "Train a model with layer dropout and early-exit loss."),
     "validate": ("app.cli.train", "Measure every exit on the validation rows, and self-speculative decoding."),
@@ -55,6 +57,8 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
     if (module := VERBS[args[0]][0]) != "app.cli.train":  # Lightning's trainer sees to its own signals
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written is cleared away
+    elif args[0] == "fit":
+        note_startup_signals()
     try:
         return _run(module)
     except KeyboardInterrupt:  # likewise of a verb of ours

@@ -18,6 +18,10 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _BASE = re.compile(r"<class '(\w+\.[\w.]+)'>|Callable\[\[.*?\], ([\w.]+)\]")
 _NONE = "<class 'NoneType'>"
 _UNION = re.compile(r"(?s:.*)Subtypes: \[(.+)\]\n(?s:.*?)Given value: (.*)")  # of nested ones the innermost
+# Of an optimizer, which would take a tensor, too; no config holds one. What surrounds it adds its own 'Got value'.
+_NUMBER = re.compile(
+    r"Subtypes: \[(<class 'float'>), <class 'torch\.Tensor'>\]\n(?s:.*?)Given value: (.+?)(?:\. Got|\n|$)"
+)
 _MEANINGS = {"int": "int (a whole number)", "float": "float (a finite number)", "bool": "true | false"}
 
 
@@ -159,6 +163,7 @@ _RULES: dict[str, Callable[[re.Match[str], _Message], str]] = {
     r"(?s)^Problems parsing config: (.*)": _no_yaml,
     r"^'str' object does not support item assignment": _no_list,
     r"Unable to load config '(.*)'": _no_group,
+    _NUMBER.pattern: _wrong_type,
     r"Expected a dot import path string: (.*)": _no_class,
     r"Problem with given class_path '([^']+)':\s+(?:module \S+ has no attribute|No module named)": _no_class,
     r"expects a function or a callable class: (?:.*class_path='([^']+)'|.*Got value: (.*))": _no_class,

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
-from app.errors import CheckpointError
+from app.errors import CheckpointError, ConfigError
 from app.model.run_record import RUN_CONFIG_KEY
+from app.model.trained_weights import read_plain
+from app.training.checkpoint_contents import CONTENT_FILE
 
 logger = logging.getLogger(__name__)
 
-# What a run is. The data's order and tokenizer are the datamodule's to compare, the shape of the model the module's.
+# What a run is, and its user may insist on changing. The data's order and tokenizer are the datamodule's to compare,
+# the shape of the model the module's.
 _SAME = (
-    "seed_everything",
     "model.optimizer",
     "model.lr_schedule",
     "model.warmup_steps",
@@ -28,12 +32,44 @@ _SAME = (
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
 )
+_SEED = "seed_everything"
+_TOKENIZER, _VOCAB_SIZE = "data.init_args.tokenizer", "data.init_args.vocab_size"
+_OPTIMIZER = "model.optimizer"
+_DEFAULT_OPTIMIZER, _ITS_CLASS = "app.training.module._default_optimizer", "torch.optim.AdamW"
+_WITH_STATES = ("amsgrad", "centered", "momentum")  # an optimizer's settings that need states of their own
+_NEW_RUN = "start a new run from the weights (--model.pretrained CHECKPOINT)"
 _LENGTH = "trainer.max_steps"
 _OF_LENGTH = (  # settings that make a run's course a function of its length, and their values that do not
     ("model.lr_schedule", ("constant",)),
     ("layer_dropout.time_scale", ("constant",)),
     ("early_exit.curriculum", ("rotational", "fixed", "none")),
 )
+
+
+def check_before(path: Path, given: Mapping[str, Any], *, fit: bool, allow_changes: Sequence[str]) -> None:
+    """Refuse what the checkpoint's small values tell, before a trainer opens files for a run that is refused.
+
+    A checkpoint that cannot be read is left to who reads all of it, compares its checksums and may fall back.
+
+    Args:
+        path: A single file, or a directory.
+        given: Config of the verb, as nested plain values.
+        fit: Whether it goes on with training; otherwise it only takes the weights and the data.
+        allow_changes: Settings that may differ: names, or groups of them.
+
+    Raises:
+        ConfigError, CheckpointError: Naming what differs.
+    """
+    try:
+        saved = _run_config(read_plain(path / CONTENT_FILE if path.is_dir() else path, mmap=True))
+    except CheckpointError:
+        return
+    if saved is None:
+        check_names(allow_changes, given)
+        return
+    _refuse_another_tokenizer(saved, given)
+    if fit:
+        refuse_changes(saved, given, allowed=allow_changes)
 
 
 def check_resume(checkpoint: dict[str, Any], given: Mapping[str, Any], *, allow_changes: Sequence[str]) -> None:
@@ -47,26 +83,70 @@ def check_resume(checkpoint: dict[str, Any], given: Mapping[str, Any], *, allow_
         allow_changes: Settings that may differ: names, or groups of them.
 
     Raises:
-        CheckpointError: Naming what differs, and how to insist.
+        ConfigError, CheckpointError: Naming what differs, and how to insist.
     """
-    if RUN_CONFIG_KEY not in checkpoint:
+    saved = _run_config(checkpoint)
+    if saved is None:
+        check_names(allow_changes, given)
         return
-    saved = yaml.safe_load(checkpoint[RUN_CONFIG_KEY])
     refuse_changes(saved, given, allowed=allow_changes)
+    _warn_of_length(saved, given, step=checkpoint["global_step"])
     accumulate = (config["trainer"]["accumulate_grad_batches"] for config in (saved, given))
     count_micro_batches(checkpoint, *accumulate)
 
 
+def _run_config(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config of the run that wrote it; None where none was written.
+
+    Raises:
+        CheckpointError: It is not one.
+    """
+    if RUN_CONFIG_KEY not in checkpoint:
+        return None
+    text = checkpoint[RUN_CONFIG_KEY]
+    try:
+        config = yaml.safe_load(text) if isinstance(text, str) else text
+    except Exception as error:  # PyYAML's constructors raise anything at values that are not what their tags say
+        reason = textwrap.shorten(str(error), 200)
+        raise CheckpointError(f"the checkpoint's {RUN_CONFIG_KEY!r} is damaged: not plain YAML ({reason})") from error
+    match config:
+        case {"trainer": {"accumulate_grad_batches": int(number)}} if number > 0:
+            return config  # type: ignore[no-any-return]
+    got = textwrap.shorten(repr(text), 100)
+    raise CheckpointError(f"the checkpoint's {RUN_CONFIG_KEY!r} is damaged: got {got}, allowed a run's config as YAML")
+
+
+def check_names(names: Sequence[str], *configs: Mapping[str, Any]) -> None:
+    """Refuse names of settings that no user can insist on.
+
+    Args:
+        names: Given as --allow_changes.
+        configs: Of the runs, whose settings a name below a group has to be among.
+
+    Raises:
+        ConfigError: Naming the first, and what is allowed.
+    """
+    known = [name for config in configs for name, _ in _flat(config)]
+    for name in names:
+        below = any(_within(name, group) for group in _SAME) and any(_within(key, name) for key in known)
+        if not below and not any(_within(group, name) for group in _SAME):
+            fix = "all others may differ anyway, or may not at all"
+            raise ConfigError("allow_changes", got=name, allowed=f"{' | '.join(_SAME)}, or parts of them", fix=fix)
+
+
 def refuse_changes(saved: Mapping[str, Any], given: Mapping[str, Any], *, allowed: Sequence[str]) -> None:
-    """Raise CheckpointError where settings differ that make a run what it is and may not; of its length, warn."""
+    """Raise where settings differ that make a run what it is and may not.
+
+    Raises:
+        ConfigError: A setting differs that must not, or a name of `allowed` is not one that may.
+        CheckpointError: Settings differ that may, if their user insists.
+    """
+    check_names(allowed, saved, given)
     before, now = dict(_flat(saved)), dict(_flat(given))
-    stretched = [name for name, values in _OF_LENGTH if now.get(name) not in values]
-    if stretched and before.get(_LENGTH) != now.get(_LENGTH):  # a longer run is a thing to want
-        logger.warning(
-            "%s %s (given: %s): %s stretched with it, so that this run is no longer the one it would have been",
-            *(_LENGTH, before.get(_LENGTH), now.get(_LENGTH)),
-            ", ".join(stretched) + (" is" if len(stretched) == 1 else " are"),
-        )
+    if before.get(_SEED) != now.get(_SEED):
+        fix = f"batches and dropout masks are drawn from it: restore it, or {_NEW_RUN}"
+        raise ConfigError(_SEED, got=now.get(_SEED), allowed=f"{before.get(_SEED)!r}, as in the checkpoint", fix=fix)
+    _refuse_other_states(before, now)
     differing = [
         f"{name} {before.get(name)!r} (given: {now.get(name)!r})"
         for name in sorted(before.keys() | now.keys())
@@ -79,6 +159,48 @@ def refuse_changes(saved: Mapping[str, Any], given: Mapping[str, Any], *, allowe
         raise CheckpointError(
             f"the checkpoint is of a run with other settings: {', '.join(differing)}. Resume it with its own, or insist"
             f" with --allow_changes '[{names}]'"
+        )
+
+
+def _refuse_other_states(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """An optimizer's states are of no use to one of another class, and no others are in the checkpoint."""
+    saved, given = _optimizer(before), _optimizer(now)
+    if saved != given:
+        fix = f"its states are of no use to another: restore it, or {_NEW_RUN}"
+        raise ConfigError(_OPTIMIZER, got=given, allowed=f"{saved!r}, as in the checkpoint", fix=fix)
+    for name in (f"{_OPTIMIZER}.init_args.{setting}" for setting in _WITH_STATES):
+        if now.get(name) and not before.get(name):
+            fix = f"the states that it needs are not in there: restore it, or {_NEW_RUN}"
+            raise ConfigError(name, got=now[name], allowed=f"{before.get(name)!r}, as in the checkpoint", fix=fix)
+
+
+def _optimizer(flat: Mapping[str, Any]) -> str:
+    """The path of its class."""
+    path = str(flat.get(f"{_OPTIMIZER}.class_path") or flat.get(_OPTIMIZER))
+    return _ITS_CLASS if path == _DEFAULT_OPTIMIZER else path
+
+
+def _refuse_another_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """One that is trained to another size is another; all else that it depends on, the datamodule compares."""
+    before, now = dict(_flat(saved)), dict(_flat(given))
+    sizes = before.get(_VOCAB_SIZE), now.get(_VOCAB_SIZE)
+    trained = before.get(_TOKENIZER) is now.get(_TOKENIZER) is None
+    if trained and None not in sizes and sizes[0] != sizes[1]:
+        fix = "the model knows the tokenizer that was trained to this size, and no other: restore it"
+        raise ConfigError(_VOCAB_SIZE, got=sizes[1], allowed=f"{sizes[0]}, as in the checkpoint", fix=fix)
+
+
+def _warn_of_length(saved: Mapping[str, Any], given: Mapping[str, Any], *, step: int) -> None:
+    before, now = dict(_flat(saved)), dict(_flat(given))
+    length = now.get(_LENGTH)
+    if length is not None and 0 <= length <= step:
+        logger.warning("%s %s: the checkpoint is of step %d, nothing is left to train", _LENGTH, length, step)
+    stretched = [name for name, values in _OF_LENGTH if now.get(name) not in values]
+    if stretched and before.get(_LENGTH) != length:  # a longer run is a thing to want
+        logger.warning(
+            "%s %s (given: %s): %s stretched with it, so that this run is no longer the one it would have been",
+            *(_LENGTH, before.get(_LENGTH), length),
+            ", ".join(stretched) + (" is" if len(stretched) == 1 else " are"),
         )
 
 
@@ -110,8 +232,8 @@ def take_optimizer_settings(trainer: Trainer) -> None:
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             given = {key: value for key, value in optimizer.defaults.items() if key in group}
-            if not group["weight_decay"]:  # of vectors, whatever the setting for matrices is
-                given.pop("weight_decay")
+            if all(parameter.dim() <= 1 for parameter in group["params"]):  # whatever the setting for matrices is
+                given.pop("weight_decay", None)
             group.update(given, initial_lr=given["lr"])
     for entry in trainer.lr_scheduler_configs:
         scheduler = entry.scheduler

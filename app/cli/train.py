@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
@@ -19,18 +22,24 @@ from app.cli.allowed_classes import restrict_classes
 from app.cli.included_configs import with_included
 from app.cli.messages import locate
 from app.cli.parsing import OneLineErrors
-from app.cli.resume import check_resume, take_optimizer_settings
-from app.cli.strategies import check_strategy
+from app.cli.resume import check_before, check_names, check_resume, take_optimizer_settings
+from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range
+from app.metric_names import TEST_LOSS, VAL_LOSS
 from app.model.run_record import RUN_CONFIG_KEY
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
-from app.training.checkpoint_places import clear_leftovers, restore_interrupted, standing
+from app.training.checkpoint_places import clear_leftovers, kept_previous, restore_interrupted, standing
+from app.training.divergence import not_finite_weights
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 
+logger = logging.getLogger(__name__)
+
 _LAST, _AUTO = "last", "auto"  # values of ckpt_path
+_FALL_BACK = "--fall_back_to_previous true"
+_NAME_OR_CLASS = re.compile(r"--(trainer)\.(strategy|accelerator|profiler|plugins)")
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
@@ -40,7 +49,25 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
         """As jsonargparse's; a config file may be stacked on others (`app.cli.included_configs`)."""
         given, *rest = args or (None,)
         own = restrict_classes(sys.argv[1:] if given is None else given)
-        return super().parse_args(with_included(own), *rest, **kwargs)
+        return super().parse_args(list(_classes_as_configs(with_included(own))), *rest, **kwargs)
+
+
+def _classes_as_configs(args: Sequence[str]) -> Iterator[str]:
+    """The arguments, with `--trainer.strategy '{class_path: ...}'` and its like written as configs.
+
+    jsonargparse takes what is no class for a name, which these settings may be too: Lightning then says that there is
+    no strategy of the name '{class_path: ...}'. Of a config, it says what is wrong with the class.
+    """
+    rest = iter(args)
+    for arg in rest:
+        option, equals, value = arg.partition("=")
+        found = _NAME_OR_CLASS.fullmatch(option)
+        if not found or (not equals and (value := next(rest, None)) is None):  # type: ignore[assignment]
+            yield arg
+        elif value.lstrip().startswith("{"):
+            yield f"--config={{{found[1]}: {{{found[2]}: {value}}}}}"
+        else:
+            yield from (arg,) if equals else (option, value)
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -68,8 +95,7 @@ class SaveFitConfig(SaveConfigCallback):
         """A run that is resumed is the one that was saved, unless its user insists."""
         if trainer.state.fn == TrainerFn.FITTING:
             allow_changes: list[str] = self.config["allow_changes"]
-            changed = [name.split(".")[:2] for name in allow_changes]
-            self._optimizer_changes = ["model"] in changed or ["model", "optimizer"] in changed
+            self._optimizer_changes = any(name.split(".")[0] == "model" for name in allow_changes)
             given = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
             check_resume(checkpoint, given, allow_changes=allow_changes)
 
@@ -108,10 +134,16 @@ class LayerSkipCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would read the whole checkpoint here for hyperparameters; ours come from the config alone."""
-        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
-        if ckpt_path and ckpt_path not in (_LAST, _AUTO) and not standing(Path(ckpt_path)).exists():
-            allowed = "an existing checkpoint; last; or auto: last if there is one, else none"
-            raise ConfigError("ckpt_path", got=ckpt_path, allowed=allowed)
+        options = self.config[self.config.subcommand]
+        ckpt_path = options.get("ckpt_path")
+        if ckpt_path in (None, _LAST, _AUTO) or (ckpt_path and standing(Path(ckpt_path)).exists()):
+            return
+        allowed, fix = "an existing checkpoint; last; or auto: last if there is one, else none", ""
+        if ckpt_path and (kept := kept_previous(Path(ckpt_path))).exists():
+            if options["fall_back_to_previous"]:  # the reader of checkpoints takes it, and says so
+                return
+            fix = f"the one before it is {kept} ({_FALL_BACK} takes it)"
+        raise ConfigError("ckpt_path", got=ckpt_path, allowed=allowed, fix=fix)
 
     def before_instantiate_classes(self) -> None:
         """Refuse trainer settings that Lightning would divide by, or take silently."""
@@ -142,11 +174,14 @@ class LayerSkipCLI(LightningCLI):
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        check_launch(self.config[subcommand]["trainer"])
         self._check_checkpoints()
         try:
             super()._run_subcommand(subcommand)
         except ConfigError as error:
             raise locate(error, self._plain_config()) from error
+        if subcommand in ("validate", "test"):
+            self._warn_of_poison()
 
     def _check_checkpoints(self) -> None:
         """Asked to resume from nothing, Lightning only warns; asked to start, it writes over an earlier run."""
@@ -159,19 +194,59 @@ class LayerSkipCLI(LightningCLI):
             for folder in folders:  # what killed processes left
                 clear_leftovers(folder) if self.trainer.is_global_zero else restore_interrupted(folder)
         found = [path for folder in folders for path in folder.glob("last*.ckpt")]
+        kept = [path for folder in folders for path in folder.glob(kept_previous(folder / "last*.ckpt").name)]
+        if ckpt_path in (_LAST, _AUTO) and kept and not found:
+            if not options["fall_back_to_previous"]:
+                raise CheckpointError(
+                    f"ckpt_path: got {ckpt_path!r}, but of last.ckpt there is only the one before it, {kept[0]}:"
+                    f" {_FALL_BACK} takes it; or remove it to start anew"
+                )
+            ckpt_path = options["ckpt_path"] = str(_latest(kept))
+            logger.warning("there is no last.ckpt: falling back to %s", ckpt_path)
         if ckpt_path == _AUTO:
             ckpt_path = options["ckpt_path"] = _LAST if found or self.subcommand != "fit" else None
         if ckpt_path == _LAST and not found:
             raise CheckpointError(f"ckpt_path: got 'last', but there is no last.ckpt in {', '.join(map(str, folders))}")
-        if self.subcommand == "fit" and ckpt_path is None and found:
+        if self.subcommand == "fit" and ckpt_path is None and (found or kept):
+            how = "" if found else f" {_FALL_BACK}"
             raise CheckpointError(
-                f"{found[0]} is the checkpoint of an earlier run that this one would overwrite: resume it with"
-                " --ckpt_path last, name this run with --trainer.logger.init_args.name, or remove its folder"
+                f"{(found or kept)[0]} is the checkpoint of an earlier run that this one would overwrite: resume it"
+                f" with --ckpt_path last{how}, name this run with --trainer.logger.init_args.name, or remove its folder"
             )
+        self._check_changes(found)
+
+    def _check_changes(self, found: Sequence[Path]) -> None:
+        """Refuse what a resumed run may not change before a logger opens its files, where the checkpoint tells."""
+        options = self.config_init[self.config.subcommand]
+        ckpt_path, allow_changes = options.get("ckpt_path"), self.config[self.config.subcommand]["allow_changes"]
+        parser, config = self._parser(self.subcommand), self.config[self.config.subcommand]
+        given = yaml.safe_load(parser.dump(config, skip_none=False))
+        if ckpt_path is None:
+            check_names(allow_changes, given)
+        elif not options["fall_back_to_previous"]:  # which one is taken is known when its bytes are compared
+            latest = _latest(found) if ckpt_path == _LAST else standing(Path(ckpt_path))
+            check_before(latest, given, fit=self.subcommand == "fit", allow_changes=allow_changes)
+
+    def _warn_of_poison(self) -> None:
+        """A loss that is not finite is no measurement; Lightning's table shows it as one."""
+        name = VAL_LOSS if self.subcommand == "validate" else TEST_LOSS
+        loss = self.trainer.callback_metrics.get(name)
+        if loss is None or torch.isfinite(loss) or not self.trainer.is_global_zero:
+            return
+        weights = not_finite_weights(self.model)
+        logger.warning(
+            "%s of %s is %s: %s",
+            *(name, self.trainer.ckpt_path or "this model", float(loss)),
+            f"its weights are not finite, in {weights}" if weights else "its weights are finite, what follows is not",
+        )
 
     def _plain_config(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()
         return plain
+
+
+def _latest(paths: Sequence[Path]) -> Path:
+    return max(map(standing, paths), key=lambda path: path.stat().st_mtime)  # one may be replaced by a run right now
 
 
 def make_cli(kind: Callable[..., LayerSkipCLI]) -> LayerSkipCLI:

@@ -60,7 +60,7 @@ def measure_training_targets(*, repeats: int = 5) -> dict[str, dict[str, Any]]:
     small = time_steps({name: steps[name] for name in _OURS}, repeats=repeats)
     _print("A model with the head's share of the paper's 1.5B", paper, small)
     steps = our_steps(smollm2)
-    names = ("plain", "two unembeddings", "LayerSkip")
+    names = ("plain", "two unembeddings", "LayerSkip", "LayerSkip, nothing dropped")
     wide = time_steps({name: steps[name] for name in names} | recipe_steps(smollm2), repeats=repeats)
     threads = torch.get_num_threads()
     peaks = {name: peak_memory(one_step, name, smollm2, num_threads=threads) for name in ("plain", *_COMPARED)}

@@ -81,7 +81,7 @@ class StepSettings:
 def our_steps(settings: StepSettings) -> dict[str, Step]:
     """Steps of this project, on one model: plain, with two unembeddings, LayerSkip's, and with blocks dropped.
 
-    "half the blocks' work" sends half of the rows through each block, "no block" sends none.
+    "half the blocks' work" sends half of the rows through each block, others through each, "no block" sends none.
     """
     model = build_model(settings.config, seed=0).train()
     network, batch, num_layers = EarlyExitModel(model), settings.batch(), settings.num_layers
@@ -113,16 +113,19 @@ def our_steps(settings: StepSettings) -> dict[str, Step]:
     def as_in_the_paper() -> Sequence[Tensor]:
         return draw_kept_samples(rates, batch_size=settings.batch_size, seed=0, step=next(steps), micro_batch=0)
 
-    def rows(number: int) -> Callable[[], Sequence[Tensor]]:
-        return lambda: [torch.arange(number)] * num_layers
+    def half() -> Sequence[Tensor]:
+        return [
+            torch.randperm(settings.batch_size)[: settings.batch_size // 2].sort().values for _ in range(num_layers)
+        ]
 
     full, two = (num_layers,), (num_layers // 2, num_layers)
     return {
         "plain": step(full, lambda: None),
         "two unembeddings": step(two, lambda: None),
         "LayerSkip": step(settings.exit_layers, as_in_the_paper),
-        "plain, half the blocks' work": step(full, rows(settings.batch_size // 2)),
-        "plain, no block": step(full, rows(0)),
+        "LayerSkip, nothing dropped": step(settings.exit_layers, lambda: None),
+        "plain, half the blocks' work": step(full, half),
+        "plain, no block": step(full, lambda: [torch.arange(0)] * num_layers),
     }
 
 

@@ -2,6 +2,7 @@
 
 A single file is a zip archive, which has a CRC-32 of every tensor; torch writes them but does not look at them when it
 loads. A directory gets a list of its files with their sizes and CRC-32s, written last: without it, it is not whole.
+Lightning's own directories have none, and are taken as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
+
 from app.errors import CheckpointError
+from app.model.trained_weights import CONTENT_FILE, OPTIMIZER_STATES, read_plain
 
 MANIFEST_FILE = "manifest.json"
 KEEP_PREVIOUS = "keep_previous"  # among Lightning's storage_options: what is replaced is kept as `before_NAME`
@@ -45,21 +49,38 @@ def manifest(step: int, checksums: Mapping[str, Checksum]) -> bytes:
     return json.dumps({"step": step, "files": files}, indent=1).encode()
 
 
-def check_bytes(path: Path, *, part: int = 0, num_parts: int = 1) -> None:
-    """Read a checkpoint once and compare it with its checksums.
-
-    Args:
-        path: A single file, or a directory; one without a manifest is not of ours, and taken as it is.
-        part: Of the files of a directory, which ones to read; that all are there is always checked.
-        num_parts: Processes that share the reading.
+def check_bytes(path: Path) -> None:
+    """Read a checkpoint once and compare it with its checksums; ranks do so together.
 
     Raises:
-        CheckpointError: Naming the file that is missing, truncated or damaged.
+        CheckpointError: As `damage` says.
     """
-    if path.is_dir():
-        _check_directory(path, part, num_parts)
-    elif part == 0:
-        _check_file(path)
+    if (found := damage(path)) is not None:
+        raise CheckpointError(found)
+
+
+def damage(path: Path) -> str | None:
+    """What is missing, truncated or damaged in a checkpoint, or None.
+
+    All ranks must ask together: they share the files of a directory, the first reads a single file, and all get the
+    same answer.
+
+    Args:
+        path: A single file, or a directory.
+    """
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    found: str | None = None
+    try:
+        _check(path, part=dist.get_rank() if num_ranks > 1 else 0, num_parts=num_ranks)
+    except CheckpointError as error:
+        found = str(error)
+    except OSError as error:  # of a failing disk; the other ranks wait for this one
+        found = f"checkpoint {path} cannot be read ({error}); use an earlier one"
+    if num_ranks == 1:
+        return found
+    of_ranks: list[str | None] = [None] * num_ranks
+    dist.all_gather_object(of_ranks, found)
+    return next((error for error in of_ranks if error is not None), None)
 
 
 def saved_step(path: Path) -> int | None:
@@ -68,6 +89,15 @@ def saved_step(path: Path) -> int | None:
         return int(_read_manifest(path)["step"])
     except CheckpointError:
         return None
+
+
+def _check(path: Path, *, part: int, num_parts: int) -> None:
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    if path.is_dir():
+        _check_directory(path, part, num_parts)
+    elif part == 0:
+        _check_file(path)
 
 
 def _check_file(path: Path) -> None:
@@ -86,6 +116,9 @@ def _check_file(path: Path) -> None:
 
 def _check_directory(path: Path, part: int, num_parts: int) -> None:
     if not (path / MANIFEST_FILE).is_file():
+        content = path / CONTENT_FILE
+        if content.is_file() and OPTIMIZER_STATES in read_plain(content):  # Lightning puts them into shards, whole
+            raise CheckpointError(f"checkpoint {path}: not all there ({MANIFEST_FILE} is missing); use an earlier one")
         return
     for place, (name, expected) in enumerate(sorted(_read_manifest(path)["files"].items())):
         file = path / name

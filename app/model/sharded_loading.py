@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from app.errors import CheckpointError, ConfigError
+from app.model.checkpoint_integrity import check_bytes
 from app.model.mapped_memory import file_mappings, page_out
 from app.model.model_sources import open_source
 from app.model.trained_weights import is_trained_weights, open_shards, open_trained_weights
@@ -89,7 +90,7 @@ def _as_built(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
 
 @torch.no_grad()
 def fill_from(model: PreTrainedModel, device: torch.device, path: str, *, field: str = "pretrained") -> None:
-    """The weights of a stored model.
+    """The weights of a stored model; ranks do this together.
 
     Args:
         model: From `build_without_memory` with that model's configuration, sharded.
@@ -106,6 +107,7 @@ def fill_from(model: PreTrainedModel, device: torch.device, path: str, *, field:
     parameters = dict(model.named_parameters())
     if is_trained_weights(path) and Path(path).is_dir():
         _check_complete(path, parameters, open_trained_weights(path).shapes)
+        check_bytes(Path(path))
         open_shards(Path(path)).read_into(parameters)
         return
     stored = open_source(path, field=field).weights(None, False)

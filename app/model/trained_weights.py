@@ -26,8 +26,9 @@ HF_CONFIG_KEY = "hf_config"
 TOKENIZER_KEY = "tokenizer_files"
 STATE_DICT_PREFIX = "model."  # LayerSkipModule.model
 
-_STATE_DICT = "state_dict"
-_LIGHTNING_METADATA = "meta.pt"  # of Lightning, written last
+STATE_DICT = "state_dict"
+OPTIMIZER_STATES = "optimizer_states"
+CONTENT_FILE = "meta.pt"  # of a directory, by Lightning's name for it: all but what is in shards
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 
@@ -80,12 +81,12 @@ def is_trained_weights(path: str | Path) -> bool:
     """Whether `path` is a checkpoint of `layerskip fit` by its looks: a `.ckpt` file, or a directory of shards."""
     path = Path(path)
     if path.is_dir():
-        return any((path / name).is_file() for name in (METADATA_FILE, _LIGHTNING_METADATA))
+        return any((path / name).is_file() for name in (METADATA_FILE, CONTENT_FILE))
     return path.suffix == ".ckpt" and path.is_file()
 
 
 def open_trained_weights(path: str | Path) -> TrainedWeights:
-    """Open a checkpoint that `layerskip fit` wrote, without reading its weights.
+    """Open a checkpoint that `layerskip fit` wrote, without reading its weights; who does, calls `check_bytes` first.
 
     Args:
         path: A `.ckpt` file, or the directory that ModelParallelStrategy writes.
@@ -113,10 +114,10 @@ _Opened = tuple[dict[str, Any], Shapes, ReadWeight]
 
 def _open_file(path: Path) -> _Opened:
     content = read_plain(path, mmap=True)
-    state_dict = content.pop(_STATE_DICT, None)
-    content.pop("optimizer_states", None)
+    state_dict = content.pop(STATE_DICT, None)
+    content.pop(OPTIMIZER_STATES, None)
     if not isinstance(state_dict, dict):
-        raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint (no {_STATE_DICT!r} in it)")
+        raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint (no {STATE_DICT!r} in it)")
     weights: dict[str, Tensor] = {
         name.removeprefix(STATE_DICT_PREFIX): tensor
         for name, tensor in state_dict.items()
@@ -157,14 +158,14 @@ def read_plain(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> 
 
 
 def _open_directory(path: Path) -> _Opened:
-    for name in (METADATA_FILE, _LIGHTNING_METADATA):
+    for name in (METADATA_FILE, CONTENT_FILE):
         if not (path / name).is_file():
             raise CheckpointError(f"checkpoint {path}: not all there ({name} is missing); use an earlier one")
-    content = read_plain(path / _LIGHTNING_METADATA)
+    content = read_plain(path / CONTENT_FILE)
     shards = open_shards(path)
     return content, shards.shapes, shards.read
 
 
 def open_shards(path: Path) -> Shards:
     """The weights in a checkpoint directory, by Hugging Face name, to be read by parts."""
-    return Shards(path, prefix=f"{_STATE_DICT}.{STATE_DICT_PREFIX}")
+    return Shards(path, prefix=f"{STATE_DICT}.{STATE_DICT_PREFIX}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from app.errors import CheckpointError, ConfigError
+from app.model.checkpoint_integrity import check_bytes
 from app.model.mapped_memory import file_mappings, page_out
 from app.model.trained_weights import TrainedWeights
 
@@ -79,7 +80,12 @@ class LazyTensor:
 
 
 def from_checkpoint(weights: TrainedWeights) -> StoredWeights:
-    """Those of a checkpoint of ours."""
+    """Those of a checkpoint of ours; ranks ask together.
+
+    Raises:
+        CheckpointError: If its bytes are damaged.
+    """
+    check_bytes(weights.path)
 
     def copy(name: str, dtype: torch.dtype | None) -> Tensor:
         if weights.path.is_dir():

@@ -16,13 +16,35 @@ from torch import Tensor, nn
 
 from app.errors import CheckpointError
 from app.model.shards import Shards
-from app.model.trained_weights import read_plain
+from app.model.trained_weights import CONTENT_FILE as CONTENT_FILE  # passed on
+from app.model.trained_weights import HF_CONFIG_KEY, OPTIMIZER_STATES, STATE_DICT, read_plain
 
-CONTENT_FILE = "meta.pt"  # Lightning's name for it
-STATE_DICT = "state_dict"
-OPTIMIZER_STATES = "optimizer_states"
+_VERSION, _STEP = "pytorch-lightning_version", "global_step"
+_LOOPS, _FIT_LOOP = "loops", "fit_loop"
+_LR_SCHEDULERS = "lr_schedulers"
+_KINDS: Mapping[str, type] = {  # of what Lightning and we take as it is
+    _VERSION: str,
+    _STEP: int,
+    STATE_DICT: dict,
+    OPTIMIZER_STATES: list,
+    _LR_SCHEDULERS: list,
+    _LOOPS: dict,
+    "callbacks": dict,
+    HF_CONFIG_KEY: dict,
+}
 
 OptimizerState = dict[str, Any]  # {"state": {parameter: {key: value}}, "param_groups": [{"params": [parameter]}]}
+
+
+def read_file(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """A single file's content; arguments as `read_plain`'s.
+
+    Raises:
+        CheckpointError: As `read_plain`; or it is no checkpoint that Lightning can read.
+    """
+    content = read_plain(path, map_location=map_location, mmap=mmap)
+    _check_kinds(path, content, needed=(_VERSION, _STEP, STATE_DICT))
+    return content
 
 
 def read_directory(path: Path) -> tuple[dict[str, Any], Shards]:
@@ -40,7 +62,49 @@ def read_directory(path: Path) -> tuple[dict[str, Any], Shards]:
             f"checkpoint {path}: its optimizer states are not as layerskip writes them; its weights alone can be used"
             " (--model.pretrained)"
         )
+    _check_kinds(path, content, needed=(_VERSION, _STEP))
     return content, shards
+
+
+def _check_kinds(path: Path, content: Mapping[str, Any], *, needed: Sequence[str]) -> None:
+    for key in needed:
+        if key not in content:
+            raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint (no {key!r} in it)")
+    for key, kind in _KINDS.items():
+        if key in content and not isinstance(content[key], kind):
+            raise CheckpointError(f"checkpoint {path} is damaged or foreign: its {key!r} is no {kind.__name__}")
+
+
+def refusing_fit(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as Lightning is to get it: one of weights alone tells `fit` what it is, and serves other verbs."""
+    held = {
+        OPTIMIZER_STATES: bool(content.get(OPTIMIZER_STATES)),  # a directory's are a list, if an empty one
+        _LR_SCHEDULERS: _LR_SCHEDULERS in content,
+        _LOOPS: isinstance(content.get(_LOOPS, {}).get(_FIT_LOOP), dict),
+    }
+    if missing := [key for key, there in held.items() if not there]:
+        content[_LOOPS] = _NoLoops(
+            f"checkpoint {path}: weights only, no run to go on with (no {', '.join(missing)} in it):"
+            f" --model.pretrained {path} starts a new run from them"
+        )
+    return content
+
+
+class _NoLoops(dict[str, Any]):
+    """Where no run can go on: whoever reads a checkpoint is not told the verb, but each asks for the loop of its own.
+
+    Args:
+        refusal: For fit.
+    """
+
+    def __init__(self, refusal: str) -> None:
+        super().__init__()
+        self._refusal = refusal
+
+    def __missing__(self, loop: str) -> dict[str, Any]:
+        if loop == _FIT_LOOP:
+            raise CheckpointError(self._refusal)
+        return {}  # its loop starts at its beginning
 
 
 def read_whole(path: Path, *, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Any]:

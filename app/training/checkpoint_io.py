@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
 from app.errors import CheckpointError
-from app.model.checkpoint_integrity import KEEP_PREVIOUS, check_bytes, saved_step
+from app.model.checkpoint_integrity import KEEP_PREVIOUS, damage, saved_step
 from app.model.trained_weights import read_plain
-from app.training.checkpoint_contents import read_whole
-from app.training.checkpoint_places import kept_previous, partial_of, put_in_place, remove, standing
+from app.training.checkpoint_contents import read_file, read_whole, refusing_fit
+from app.training.checkpoint_places import go_on_from, kept_previous, partial_of, put_in_place, remove, standing
 
 _log = logging.getLogger(__name__)
 
@@ -78,10 +77,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             weights_only: Always.
 
         Raises:
-            CheckpointError: If it is missing, truncated, damaged, or holds anything but plain values.
+            CheckpointError: If it is missing, truncated, damaged, foreign, or holds anything but plain values.
         """
         whole = self.whole(Path(path))
-        return read_whole(whole) if whole.is_dir() else read_plain(whole, map_location=map_location)
+        content = read_whole(whole) if whole.is_dir() else read_file(whole, map_location=map_location)
+        return refusing_fit(whole, content)
 
     def whole(self, path: Path) -> Path:
         """The checkpoint to read, its bytes compared with their checksums: `path`, or one to fall back on.
@@ -92,15 +92,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it is missing or damaged, and there is nothing to fall back on or that is not wanted.
         """
         path = standing(path)
-        if (error := _damage(path)) is None:
+        if (error := damage(path)) is None:
+            go_on_from(path)
             return path
         before = kept_previous(path)
         if not before.exists():
             raise CheckpointError(error)
         if not self._fall_back:
             raise CheckpointError(f"{error}: the one before it is {before} (--fall_back_to_previous true takes it)")
-        if (again := _damage(before)) is not None:
+        if (again := damage(before)) is not None:
             raise CheckpointError(f"{error}; {again}")
+        go_on_from(before)
         _log.warning("%s. Falling back to %s: %s", error, before, _lost_steps(path, before))
         return before
 
@@ -108,23 +110,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: _PATH) -> None:
         """Remove a file or directory; one that is half removed is not taken for a checkpoint."""
         remove(Path(path))
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as some rank found; the same on all."""
-    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-    found: str | None = None
-    try:
-        if not path.exists():
-            raise CheckpointError(f"checkpoint {path}: no such file")
-        check_bytes(path, part=dist.get_rank() if num_ranks > 1 else 0, num_parts=num_ranks)
-    except CheckpointError as error:
-        found = str(error)
-    if num_ranks == 1:
-        return found
-    of_ranks: list[str | None] = [None] * num_ranks
-    dist.all_gather_object(of_ranks, found)
-    return next((error for error in of_ranks if error is not None), None)
 
 
 def _lost_steps(damaged: Path, before: Path) -> str:

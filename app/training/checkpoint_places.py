@@ -13,6 +13,13 @@ import os
 import shutil
 from pathlib import Path
 
+_came_from: set[Path] = set()  # checkpoints that runs of this process go on from
+
+
+def go_on_from(path: Path) -> None:
+    """Remember what a run was read from; were it a kept one, what took its place is damaged or not wanted."""
+    _came_from.add(path.resolve())
+
 
 def partial_of(path: Path) -> Path:
     """Where `path` is written."""
@@ -55,9 +62,11 @@ def put_in_place(path: Path, *, keep_previous: bool = False) -> None:
 
     Args:
         path: Where it is to stand; what stood there survives until then.
-        keep_previous: Keep that as `kept_previous(path)`.
+        keep_previous: Keep that as `kept_previous(path)`; not in the place of the one that the run came from.
     """
     partial, previous = partial_of(path), _previous_of(path)
+    kept = kept_previous(path).resolve()
+    keep_previous = keep_previous and kept not in _came_from
     if path.is_file() and partial.is_file() and not keep_previous:
         partial.replace(path)
     else:
@@ -72,6 +81,7 @@ def put_in_place(path: Path, *, keep_previous: bool = False) -> None:
             previous.rename(kept_previous(path))
         else:
             _delete(previous)
+    _came_from.discard(kept)  # what stands now is whole, and may take its place
 
 
 def remove(path: Path) -> None:

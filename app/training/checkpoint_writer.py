@@ -19,7 +19,7 @@ from torch.futures import Future
 
 from app.model.checkpoint_integrity import MANIFEST_FILE, Checksum, manifest
 from app.model.shards import METADATA_FILE
-from app.training.checkpoint_contents import CONTENT_FILE
+from app.model.trained_weights import CONTENT_FILE
 from app.training.checkpoint_places import flush_folder, partial_of, put_in_place
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -42,6 +42,7 @@ class DivergenceGuard:
         check_range("max_skipped_steps", max_skipped_steps, low=1)
         self.skips, self._max_skipped_steps = on_divergence == "skip", max_skipped_steps
         self.skipped_steps = 0
+        self._steps_taken = 0  # by this process
 
     def accepts(
         self,
@@ -68,6 +69,7 @@ class DivergenceGuard:
         trainer = module.trainer
         losses_finite = all(map(math.isfinite, totals.exit_losses.values()))
         if losses_finite and (totals.grads_finite or _scaler_will_mend(trainer)):
+            self._steps_taken += 1
             return True
         at = f"at step {trainer.global_step} with exits {sorted(totals.exit_losses)} on"
         if losses_finite:
@@ -75,10 +77,7 @@ class DivergenceGuard:
         else:
             found = f"{_losses(totals.exit_losses)} {at}, {_losses_at(sums)}"
         if not self.skips:
-            raise DivergenceError(
-                f"{found}; the step was not taken, the last checkpoint is good: resume it with a lower learning rate,"
-                " or skip such steps with --model.on_divergence skip"
-            )
+            raise DivergenceError(f"{found}; the step was not taken: {self._advice(module)}")
         if self.skipped_steps == self._max_skipped_steps:
             raise DivergenceError(
                 f"{found}; {self._max_skipped_steps} steps of this run were skipped before, as many as"
@@ -89,6 +88,32 @@ class DivergenceGuard:
             log.warning("%s; skipped, %d of %d", found, self.skipped_steps, self._max_skipped_steps)
         _drop_gradients(trainer, optimizer)
         return False
+
+    def _advice(self, module: LightningModule) -> str:
+        """What helps, by what the weights are and whether a checkpoint has them. All ranks must ask together."""
+        trainer = module.trainer
+        resumed, skip = bool(trainer.ckpt_path), "or skip such steps with --model.on_divergence skip"
+        if poisoned := _places([(name, parameter) for name, parameter in module.named_parameters()], module):
+            if self._steps_taken:
+                return f"a step before left weights that are not finite in {poisoned}: {_EARLIER}, {_LOWER}"
+            return f"the weights that it began with are not finite in {poisoned}: {_EARLIER if resumed else _OTHERS}"
+        if not self._steps_taken and resumed:
+            return f"it is the first one after the checkpoint, whatever the learning rate: {_EARLIER}, {skip}"
+        if not self._steps_taken:
+            return f"it is the first one, whatever the learning rate: look at its data and the precision, {skip}"
+        if resumed or any(map(_has_saved, trainer.checkpoint_callbacks)):
+            return f"the last checkpoint is good: resume it {_LOWER}, {skip}"
+        return f"no checkpoint was saved yet: start anew {_LOWER}, {skip}"
+
+
+_LOWER = "with a lower learning rate"
+_EARLIER = "resume an earlier checkpoint (callbacks.LastCheckpoint: keep_previous keeps one)"
+_OTHERS = "start from others"
+
+
+def _has_saved(saver: Any) -> bool:
+    """Whether a callback, Lightning's or a user's, has written a checkpoint."""
+    return bool(getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", ""))
 
 
 def _scaler(trainer: Trainer) -> Any:  # torch.amp.GradScaler | None
@@ -128,12 +153,24 @@ def _losses_at(sums: StepSums) -> str:
 
 def _gradients_at(module: LightningModule) -> str:
     """Where the gradient is not finite, by parameter and rank; a gradient that was summed over ranks is so on all."""
-    parameters = [(name, p.grad) for name, p in module.named_parameters() if p.requires_grad]
-    flags = [grad is not None and not bool(torch.isfinite(_local(grad)).all()) for _, grad in parameters]
-    found_WN = gathered(torch.tensor(flags, device=module.device))
-    names = _listed([parameters[idx][0] for idx in found_WN.any(dim=0).nonzero().flatten().tolist()])
+    return f"in {_places([(name, p.grad) for name, p in module.named_parameters() if p.requires_grad], module)}"
+
+
+def _places(tensors: Sequence[tuple[str, Tensor | None]], module: LightningModule) -> str:
+    """Names and ranks of those that are not finite; empty if all are. All ranks must ask together."""
+    found_WN = gathered(torch.tensor([_not_finite(tensor) for _, tensor in tensors], device=module.device))
+    names = _listed([tensors[idx][0] for idx in found_WN.any(dim=0).nonzero().flatten().tolist()])
     ranks = _listed([str(rank) for rank in found_WN.any(dim=1).nonzero().flatten().tolist()])
-    return f"in {names} on rank {ranks}"
+    return names and f"{names} on rank {ranks}"
+
+
+def not_finite_weights(module: LightningModule) -> str:
+    """Names of this rank's parameters that are not finite; empty if all are."""
+    return _listed([name for name, parameter in module.named_parameters() if _not_finite(parameter)])
+
+
+def _not_finite(tensor: Tensor | None) -> bool:
+    return tensor is not None and not bool(torch.isfinite(_local(tensor)).all())
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -31,10 +31,8 @@ from typing_extensions import override
 from app.errors import CheckpointError
 from app.model.checkpoint_integrity import KEEP_PREVIOUS
 from app.model.shards import METADATA_FILE, ShardReader, read_metadata
-from app.model.trained_weights import read_plain
+from app.model.trained_weights import OPTIMIZER_STATES, STATE_DICT
 from app.training.checkpoint_contents import (
-    OPTIMIZER_STATES,
-    STATE_DICT,
     OptimizerState,
     by_name,
     by_position,
@@ -42,6 +40,8 @@ from app.training.checkpoint_contents import (
     parameter_names,
     parameter_of,
     read_directory,
+    read_file,
+    refusing_fit,
     state_keys,
     without_tensors,
 )
@@ -205,7 +205,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
         """Restore weights and optimizer states, and give back the rest; from a directory or a single file.
 
         Raises:
-            CheckpointError: If it is missing, damaged, or holds anything but tensors and plain values.
+            CheckpointError: If it is missing, damaged, foreign, or holds anything but tensors and plain values.
         """
         self.finish_saving()
         assert isinstance(self.checkpoint_io, AtomicCheckpointIO)
@@ -216,13 +216,13 @@ class ShardedCheckpoints(ModelParallelStrategy):
             shapes: Shapes = shards.shapes
             reader = ShardReader(path, read_metadata(path / METADATA_FILE))
         else:
-            content = read_plain(path, mmap=True)
+            content = read_file(path, mmap=True)
             whole = self._take_tensors(content)
             shapes, reader = {key: (tensor.shape, tensor.dtype) for key, tensor in whole.items()}, WholeReader(whole)
         assert self.lightning_module is not None
         self.lightning_module.on_load_checkpoint(content)  # so that another shape is told by its name
         self._restore(path, content[OPTIMIZER_STATES], shapes, reader)
-        return content
+        return refusing_fit(path, content)
 
     def _restore(self, path: Path, states: list[OptimizerState], shapes: Shapes, reader: StorageReader) -> None:
         """Read this rank's parts into the weights where they are, and into new optimizer states."""

@@ -1,10 +1,14 @@
 """`fit --ckpt_path` as its user meets it: a resumed run is the one that was saved, or its user says what is not."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 
+from app.cli.resume import refuse_changes
+from app.errors import CheckpointError
 from tests.support.processes import run_ranks
 from tests.support.runs import cli
 from tests.support.stream_runs import losses, write_config, write_sources
@@ -69,9 +73,99 @@ def test_another_run_is_refused_with_the_difference_and_how_to_insist(name, fold
     assert len(err[err.index("error:") :].strip().splitlines()) == 1
 
 
-def test_another_seed_is_another_order_of_data(folder, monkeypatch, capsys):
-    assert resume(monkeypatch, folder, "--seed_everything=4", "--allow_changes=[seed_everything]") == 2
-    assert "seed: got 4, allowed 3, as in the checkpoint; the order of training rows" in capsys.readouterr().err
+# None of these can be insisted on, by whatever name.
+NEVER = {
+    "seed_everything": (["--seed_everything=4"], "seed_everything: got 4, allowed 3, as in the checkpoint"),
+    "optimizer": (
+        ["--model.optimizer=torch.optim.SGD", "--allow_changes=[model.optimizer]"],
+        "model.optimizer: got 'torch.optim.SGD', allowed 'torch.optim.AdamW', as in the checkpoint; its states are",
+    ),
+    "amsgrad": (
+        ["--model.optimizer.amsgrad=true", "--allow_changes=[model]"],
+        "model.optimizer.init_args.amsgrad: got True, allowed False, as in the checkpoint; the states that it needs",
+    ),
+    "vocab_size": (["--data.init_args.vocab_size=280"], "data.init_args.vocab_size: got 280, allowed 300, as in the"),
+    "accumulate": (
+        ["--trainer.accumulate_grad_batches=4"],
+        "trainer.accumulate_grad_batches times devices: got 4, allowed 2, as in the checkpoint; the order of training"
+        " rows depends on it: restore it (--trainer.accumulate_grad_batches 2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_no_run_can_go_on_with_is_refused_by_the_users_name_for_it(name, folder, monkeypatch, capsys):
+    options, message = NEVER[name]
+    assert resume(monkeypatch, folder, *options) == 2
+    err = capsys.readouterr().err
+    assert f"error: {message}" in err
+    assert "insist" not in err
+
+
+@pytest.mark.parametrize("name", ["early_exti", "early_exit.curiculum", "seed_everything", "data"])
+@pytest.mark.parametrize("start", ["resumed", "anew"])
+def test_a_name_that_cannot_be_insisted_on_is_refused(name, start, folder, monkeypatch, capsys):
+    if start == "resumed":
+        assert resume(monkeypatch, folder, f"--allow_changes=[{name}]") == 2
+    else:
+        assert fit(monkeypatch, folder / "config.yaml", "anew", f"--allow_changes=[{name}]") == 2
+    assert f"error: allow_changes: got '{name}', allowed model.optimizer | " in capsys.readouterr().err
+
+
+def test_the_default_optimizer_is_adamw_and_may_be_named(monkeypatch, folder, capsys):
+    assert cli(monkeypatch, "fit", "--config", str(folder / "config.yaml"), "--print_config") == 0
+    default = yaml.safe_load(capsys.readouterr().out)
+    named = {"model": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}}}
+    saved = {"model": {"optimizer": default["model"]["optimizer"]}}
+    with pytest.raises(CheckpointError, match="insist with --allow_changes"):
+        refuse_changes(saved, named, allowed=[])
+    refuse_changes(saved, named, allowed=["model.optimizer"])
+
+
+def test_a_refused_resume_leaves_no_file(folder, monkeypatch):
+    assert resume(monkeypatch, folder, "--early_exit.rotation_interval=2", "--trainer.logger.init_args.name=no") == 2
+    assert not (folder / "no").exists()
+
+
+@pytest.mark.parametrize(
+    "value", [7, "text", "trainer: 7", "a: [", "!!python/object/apply:os.system [true]", "!!timestamp x", None]
+)
+def test_a_run_config_that_is_none_is_told_in_one_message(value, folder, monkeypatch, tmp_path, capsys):
+    checkpoint = torch.load(folder / "half" / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save(checkpoint | {"run_config": value}, tmp_path / "odd.ckpt")
+    assert resume(monkeypatch, folder, "--ckpt_path", str(tmp_path / "odd.ckpt")) == 2
+    assert "error: the checkpoint's 'run_config' is damaged: " in capsys.readouterr().err
+
+
+def test_a_checkpoint_behind_the_runs_end_is_told_to_leave_nothing_to_train(folder, monkeypatch, capsys):
+    assert resume(monkeypatch, folder, "--trainer.max_steps=2") == 0
+    said = capsys.readouterr().err
+    assert f"WARNING: trainer.max_steps 2: the checkpoint is of step {HALF}, nothing is left to train" in said
+    assert resume(monkeypatch, folder) == 0
+    assert "nothing is left" not in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_named_by_fit_and_validate(folder, monkeypatch, tmp_path, capsys):
+    poisoned, name = tmp_path / "poisoned.ckpt", "model.model.layers.2.mlp.up_proj.weight"
+    checkpoint = torch.load(folder / "half" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"][name].fill_(float("nan"))
+    torch.save(checkpoint, poisoned)
+    assert resume(monkeypatch, folder, "--ckpt_path", str(poisoned)) == 2
+    err = capsys.readouterr().err
+    assert f"the weights that it began with are not finite in {name} on rank 0: resume an earlier checkpoint" in err
+    common = ["--config", str(folder / "config.yaml"), "--trainer.limit_val_batches=1", "--ckpt_path"]
+    assert cli(monkeypatch, "validate", *common, str(poisoned)) == 0
+    said = capsys.readouterr().err
+    assert f"WARNING: val/loss of {poisoned} is nan: its weights are not finite, in {name}" in said
+    assert cli(monkeypatch, "validate", *common, str(folder / "half" / "checkpoints" / "last.ckpt")) == 0
+    assert "finite" not in capsys.readouterr().err
+
+
+def test_validate_of_another_tokenizers_size_is_refused_by_that(folder, monkeypatch, capsys):
+    options = ["--trainer.limit_val_batches=1", "--data.init_args.vocab_size=280", "--ckpt_path"]
+    checkpoint = str(folder / "half" / "checkpoints" / "last.ckpt")
+    assert cli(monkeypatch, "validate", "--config", str(folder / "config.yaml"), *options, checkpoint) == 2
+    assert "error: data.init_args.vocab_size: got 280, allowed 300" in capsys.readouterr().err
 
 
 def test_the_same_run_goes_on_and_may_log_and_validate_otherwise(folder, monkeypatch, capsys):
@@ -94,6 +188,25 @@ def test_a_learning_rate_that_is_insisted_on_is_the_one_used(allowed, folder, mo
     assert [group["weight_decay"] > 0 for group in saved["optimizer_states"][0]["param_groups"]] == [True, False]
     assert saved["lr_schedulers"][0]["base_lrs"] == [0.001, 0.001]
     assert "allow_changes: []" in saved["run_config"]
+
+
+def test_another_warmup_that_is_insisted_on_acts_from_the_first_step(folder, monkeypatch):
+    found = []
+    for allowed in ("model.warmup_steps", "model"):
+        assert resume(monkeypatch, folder, "--model.warmup_steps=0", "--allow_changes", f"[{allowed}]") == 0
+        found.append(losses(folder / "resumed"))
+    assert found[0] == found[1]
+    assert found[0][HALF + 1] != losses(folder / "whole")[HALF + 1]
+
+
+def test_a_weight_decay_acts_on_a_run_that_had_none(folder, monkeypatch):
+    decay = "--model.optimizer.weight_decay"
+    assert fit(monkeypatch, folder / "config.yaml", "plain", f"{decay}=0", f"--trainer.max_steps={HALF}") == 0
+    checkpoint = folder / "plain" / "checkpoints" / "last.ckpt"
+    options = (f"{decay}=0.1", "--ckpt_path", str(checkpoint), "--allow_changes=[model.optimizer]")
+    assert resume(monkeypatch, folder, *options) == 0
+    saved = torch.load(folder / "resumed" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert [group["weight_decay"] for group in saved["optimizer_states"][0]["param_groups"]] == [0.1, 0.0]
 
 
 def test_another_length_is_warned_of_where_the_runs_course_follows_from_it(folder, monkeypatch, capsys):
@@ -151,3 +264,23 @@ def test_one_flipped_bit_in_a_file_is_told_in_one_line_and_the_one_before_is_tak
     assert f"{HALF - 2} steps are lost, training goes on after step 2" in capsys.readouterr().err
     kept, whole = losses(folder / "kept"), losses(folder / "whole")
     assert kept == whole
+
+
+@pytest.mark.parametrize("given", ["last", "auto", "PATH", None])
+def test_where_only_the_checkpoint_before_the_last_is_left_it_is_named_and_taken_if_wanted(
+    given, folder, monkeypatch, capsys
+):
+    name = f"left_{given}"
+    saved = folder / name / "checkpoints"
+    saved.mkdir(parents=True)
+    shutil.copy(folder / "half" / "checkpoints" / "last.ckpt", saved / "before_last.ckpt")
+    value = str(saved / "last.ckpt") if given == "PATH" else given
+    options = [] if given is None else ["--ckpt_path", value]
+    assert fit(monkeypatch, folder / "config.yaml", name, *options) == 2
+    err = capsys.readouterr().err
+    assert str(saved / "before_last.ckpt") in err
+    assert "--fall_back_to_previous true" in err
+    assert [path.name for path in saved.iterdir()] == ["before_last.ckpt"]
+    if given is not None:
+        assert fit(monkeypatch, folder / "config.yaml", name, *options, "--fall_back_to_previous=true") == 0
+        assert min(losses(folder / name)) == HALF

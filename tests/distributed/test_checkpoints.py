@@ -11,16 +11,21 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.cli import consolidate
 from app.errors import CheckpointError
 from app.evaluation.peak_memory import process_status
+from app.model import checkpoint_integrity
+from app.model.checkpoint import load_pretrained
+from app.model.checkpoint_integrity import saved_step
 from app.model.trained_weights import open_trained_weights
 from app.training import checkpoint_writer
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.sharded_checkpoints import ShardedCheckpoints
 from callbacks import LastCheckpoint
 from tests.support import memory
+from tests.support.checkpoints import write_manifest
 from tests.support.processes import run_ranks
 from tests.support.runs import cli, curricula, make_data, make_module, make_trainer
 
@@ -43,7 +48,19 @@ class Losses(Callback):
             self.by_step[trainer.global_step] = trainer.callback_metrics["train/loss"].item()
 
 
-def fit(root, strategy, *, name, resume=None, until=STEPS, extra=(), keep_previous=False, fall_back=False, every=HALF):
+def fit(
+    root,
+    strategy,
+    *,
+    name,
+    resume=None,
+    until=STEPS,
+    extra=(),
+    keep_previous=False,
+    fall_back=False,
+    every=HALF,
+    **model,
+):
     """A run on one or two ranks with the same global batch; its losses by step."""
     ranks = 1 if strategy == "auto" else 2
     losses = Losses()
@@ -58,7 +75,7 @@ def fit(root, strategy, *, name, resume=None, until=STEPS, extra=(), keep_previo
         accumulate_grad_batches=2 // ranks,
         plugins=[AtomicCheckpointIO(fall_back=fall_back)],
     )
-    module = make_module(lr_schedule="constant", warmup_steps=4)
+    module = make_module(lr_schedule="constant", warmup_steps=4, **model)
     trainer.fit(module, datamodule=make_data(root, num_lanes=2), ckpt_path=resume and str(root / resume / "last.ckpt"))
     return losses.by_step
 
@@ -185,6 +202,7 @@ def same(one, other, *, skip=frozenset()):
             ["--ckpt_path", "DAMAGED", "--output", "out.ckpt"],
             "is damaged: the bytes of __1_0.distcp are not",
         ),
+        (["--ckpt_path", "COPIED", "--output", "out.ckpt"], "not all there (manifest.json is missing)"),
         (["--ckpt_path", "EMPTY", "--output", "out.ckpt"], "EMPTY: no weights are in its shards"),
     ],
 )
@@ -199,6 +217,10 @@ def test_what_cannot_be_consolidated_is_refused_and_nothing_is_written(
     if "EMPTY" in arguments:
         dcp.save({"unrelated": torch.zeros(1)}, checkpoint_id=tmp_path / "EMPTY")
         shutil.copy(directory / "meta.pt", tmp_path / "EMPTY")
+        write_manifest(tmp_path / "EMPTY")
+    if "COPIED" in arguments:
+        places["COPIED"] = damaged_copy(directory, tmp_path, "manifest.json")
+        (places["COPIED"] / "manifest.json").unlink()
     before = set(tmp_path.rglob("*"))
     assert cli(monkeypatch, "consolidate", *[str(places.get(each, each)) for each in arguments]) == 2
     assert message in capsys.readouterr().err
@@ -210,7 +232,9 @@ def test_what_cannot_be_consolidated_is_refused_and_nothing_is_written(
 def test_consolidating_takes_the_memory_of_a_few_tensors(tmp_path, monkeypatch):
     tensors = {f"state_dict.{i}": torch.full((1 << 19,), float(i)) for i in range(50)}
     dcp.save(tensors, checkpoint_id=tmp_path / "directory")
-    torch.save({"global_step": 1, "optimizer_states": []}, tmp_path / "directory" / "meta.pt")
+    content = {"pytorch-lightning_version": "2.6.0", "global_step": 1, "optimizer_states": []}
+    torch.save(content, tmp_path / "directory" / "meta.pt")
+    write_manifest(tmp_path / "directory")
     del tensors
     seen, mapped = [], consolidate._mapped
     monkeypatch.setattr(
@@ -248,6 +272,36 @@ def test_one_flipped_bit_in_any_file_of_a_directory_is_noticed(name, runs, root,
     assert AtomicCheckpointIO().load_checkpoint(root / "mesh_half" / "last.ckpt")["global_step"] == HALF
 
 
+def test_a_directory_that_is_not_copied_whole_is_refused_by_whoever_reads_it(runs, root, tmp_path):
+    copy = tmp_path / "copy.ckpt"
+    shutil.copytree(root / "mesh_half" / "last.ckpt", copy)
+    (copy / "manifest.json").unlink()
+    for read in (AtomicCheckpointIO().load_checkpoint, load_pretrained):
+        with pytest.raises(CheckpointError, match=r"not all there \(manifest.json is missing\)"):
+            read(str(copy))
+
+
+def test_a_disk_that_fails_is_told_in_one_line(runs, root, monkeypatch):
+    def fail(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_integrity, "_checksum", fail)
+    with pytest.raises(CheckpointError, match=r"last.ckpt cannot be read \(\[Errno 5\] Input/output error\)"):
+        AtomicCheckpointIO().load_checkpoint(root / "mesh_half" / "last.ckpt")
+
+
+def start_from(root, path):
+    with pytest.raises(CheckpointError) as caught:
+        fit(root, mesh(), name="started", config=None, pretrained=str(path))
+    return str(caught.value)
+
+
+def test_ranks_that_start_from_damaged_weights_all_say_so(runs, root, tmp_path):
+    copy = damaged_copy(root / "mesh_half" / "last.ckpt", tmp_path, "__1_0.distcp")
+    for message in run_ranks(start_from, root, copy):
+        assert "the bytes of __1_0.distcp are not those that were written" in message
+
+
 def test_the_one_before_is_named_and_taken_if_that_is_allowed(runs, root, tmp_path, caplog):
     copy = damaged_copy(root / "mesh" / "last.ckpt", tmp_path, "__1_0.distcp")
     with pytest.raises(CheckpointError, match=r"before_last.ckpt \(--fall_back_to_previous true takes it\)"):
@@ -259,7 +313,7 @@ def test_the_one_before_is_named_and_taken_if_that_is_allowed(runs, root, tmp_pa
 def refuse_on_both_ranks(root, copy):
     with pytest.raises(CheckpointError) as caught:
         fit(root, mesh(), name="resumed", resume=copy)
-    return str(caught.value), fit(root, mesh(), name="resumed", resume=copy, fall_back=True)
+    return str(caught.value), fit(root, mesh(), name=copy, resume=copy, fall_back=True, keep_previous=True)
 
 
 def test_damage_that_one_rank_finds_is_told_by_both_and_both_fall_back(runs, root, tmp_path):
@@ -267,6 +321,32 @@ def test_damage_that_one_rank_finds_is_told_by_both_and_both_fall_back(runs, roo
     for (message, losses), of_rank in zip(run_ranks(refuse_on_both_ranks, root, copy.parent), runs, strict=True):
         assert "the bytes of __1_0.distcp are not those that were written" in message
         assert losses == second_half(of_rank["mesh"])
+    steps = [saved_step(copy.with_name(name)) for name in ("before_last.ckpt", "last.ckpt")]
+    assert steps == [HALF, STEPS]
+    assert AtomicCheckpointIO().load_checkpoint(copy.with_name("before_last.ckpt"))["global_step"] == HALF
+
+
+def save_weights_only(root):
+    saver = ModelCheckpoint(dirpath=root / "weights", filename="last", save_weights_only=True, every_n_train_steps=1)
+    fit(root, mesh(), name="whole", until=1, extra=[saver])
+    with pytest.raises(CheckpointError) as caught:
+        fit(root, mesh(), name="resumed", resume="weights")
+    trainer = make_trainer(
+        root, max_steps=1, callbacks=[], devices=2, strategy=mesh(), limit_val_batches=1, logger=False
+    )
+    found = trainer.validate(
+        make_module(),
+        datamodule=make_data(root, num_lanes=2),
+        ckpt_path=str(root / "weights" / "last.ckpt"),
+        verbose=False,
+    )
+    return str(caught.value), found
+
+
+def test_a_directory_of_weights_alone_is_validated_and_not_resumed(root):
+    for message, [found] in run_ranks(save_weights_only, root):
+        assert "last.ckpt: weights only" in message
+        assert found["val/loss"] > 0
 
 
 # -- killed, and full disks --------------------------------------------------------------------------------------------

@@ -100,6 +100,61 @@ def test_infinite_gradient_stops_before_it_reaches_the_weights(tmp_path):
     assert len(list((tmp_path / "ckpt").glob("*.ckpt"))) == 3
 
 
+class PoisonUpdateAt(PoisonWeightsAt):
+    """Makes weights NaN behind a step, as an optimizer may."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pass
+
+
+def saver_in(folder):
+    return ModelCheckpoint(dirpath=folder, every_n_train_steps=2, save_top_k=-1)
+
+
+@pytest.mark.parametrize(
+    ("poison", "saves", "advice"),
+    [
+        (PoisonGradientAt(3), True, "the last checkpoint is good: resume it with a lower learning rate, or skip"),
+        (PoisonGradientAt(3), False, "no checkpoint was saved yet: start anew with a lower learning rate, or skip"),
+        (PoisonGradientAt(1), True, "no checkpoint was saved yet: start anew"),
+        (PoisonGradientAt(0), True, "it is the first one, whatever the learning rate: look at its data"),
+        (
+            PoisonWeightsAt(0),
+            True,
+            "the weights that it began with are not finite in .*up_proj.* rank 0: start from",
+        ),
+        (PoisonUpdateAt(3), True, "a step before left weights that are not finite in .*: resume an earlier checkpoint"),
+    ],
+)
+def test_the_advice_is_true_of_the_weights_and_of_what_was_saved(tmp_path, poison, saves, advice):
+    callbacks = [*curricula(max_dropout_rate=0.0), poison, *([saver_in(tmp_path / "ckpt")] if saves else [])]
+    with pytest.raises(DivergenceError, match=f"the step was not taken: {advice}"):
+        make_trainer(tmp_path, max_steps=6, callbacks=callbacks).fit(make_module(), datamodule=make_data(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    ("step", "advice"),
+    [
+        (2, "it is the first one after the checkpoint, whatever the learning rate: resume an earlier checkpoint"),
+        (3, "the last checkpoint is good"),
+    ],
+)
+def test_a_resumed_run_that_fails_at_once_is_not_sent_back_to_its_checkpoint(tmp_path, step, advice):
+    def fit(*callbacks, max_steps, ckpt_path=None):
+        callbacks = [*curricula(), saver_in(tmp_path / "ckpt"), *callbacks]
+        trainer = make_trainer(tmp_path, max_steps=max_steps, callbacks=callbacks)
+        trainer.fit(make_module(), datamodule=make_data(tmp_path), ckpt_path=ckpt_path)
+
+    fit(max_steps=2)
+    (saved,) = (tmp_path / "ckpt").iterdir()
+    with pytest.raises(DivergenceError, match=f"the step was not taken: {advice}"):
+        fit(PoisonGradientAt(step), max_steps=5, ckpt_path=saved)
+
+
 # -- skip ------------------------------------------------------------------------------------------------------------
 
 

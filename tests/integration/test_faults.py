@@ -1,8 +1,10 @@
 """What can go wrong with a run, and what is left afterwards."""
 
+import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.errors import CheckpointError
+from app.model.checkpoint_integrity import damage
+from app.model.trained_weights import open_trained_weights
 from app.training.checkpoint_io import AtomicCheckpointIO
+from callbacks import LastCheckpoint
+from tests.support.checkpoints import flip_bit
 from tests.support.runs import cli, make_data, make_module, make_trainer
 from tests.support.stream_runs import write_config, write_sources
 from tests.support.tiny_models import tiny_config
@@ -69,7 +75,8 @@ def test_full_disk_while_saving_leaves_the_previous_checkpoint_and_nothing_else(
         from app.errors import CheckpointError
         from app.training.checkpoint_io import AtomicCheckpointIO
         path = sys.argv[1]
-        AtomicCheckpointIO().save_checkpoint({"w": torch.ones(10)}, path)
+        content = {"pytorch-lightning_version": "2.6.0", "global_step": 1, "state_dict": {"w": torch.ones(10)}}
+        AtomicCheckpointIO().save_checkpoint(content, path)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
@@ -82,7 +89,7 @@ def test_full_disk_while_saving_leaves_the_previous_checkpoint_and_nothing_else(
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
     assert "cannot write checkpoint" in done.stdout
     assert "File too large" in done.stdout
-    assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["w"], torch.ones(10))
+    assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["w"], torch.ones(10))
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -94,3 +101,131 @@ def test_checkpoint_of_another_shape_is_refused_naming_the_difference(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, callbacks=[])
     with pytest.raises(CheckpointError, match=r"another shape: hidden_size 32 \(config: 64\)"):
         trainer.fit(wider, datamodule=make_data(tmp_path), ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
+
+
+# -- checkpoints that are damaged, partial or foreign ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the command line: its config, and what its two checkpoints hold."""
+    folder = tmp_path_factory.mktemp("run")
+    config = write_config(folder, write_sources(folder), max_steps=2, checkpoint_every=2)
+    saver = {"dirpath": str(folder / "run" / "weights"), "filename": "step", "save_weights_only": True}
+    content = json.loads(config.read_text())
+    content["trainer"]["callbacks"].append(
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver | {"every_n_train_steps": 1}}
+    )
+    content["trainer"] |= {"limit_val_batches": 1, "val_check_interval": 2}
+    config.write_text(json.dumps(content))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert cli(monkeypatch, "fit", "--config", str(config)) == 0
+    paths = {"whole": folder / "run" / "checkpoints" / "last.ckpt", "weights": folder / "run" / "weights" / "step.ckpt"}
+    return config, paths
+
+
+def verbs(config, path, folder):
+    """Every way to read weights."""
+    start = ["--config", str(config), "--trainer.logger.init_args.name", folder.name]
+    return {
+        "fit --ckpt_path": ["fit", *start[:2], "--ckpt_path", str(path)],
+        "validate": ["validate", *start, "--ckpt_path", str(path)],
+        "test": ["test", *start, "--ckpt_path", str(path)],
+        "predict": ["predict", *start, "--ckpt_path", str(path)],
+        "fit --model.pretrained": ["fit", *start, "--model.config", "null", "--model.pretrained", str(path)],
+        "export": ["export", "--model", str(path), "--output_dir", str(folder / "out")],
+        "generate": ["generate", "--model", str(path), "--prompt", "a", "--strategy", "autoregressive"],
+    }
+
+
+VERBS = ["fit --ckpt_path", "validate", "test", "predict", "fit --model.pretrained", "export", "generate"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_weights_with_a_flipped_bit_are_used_by_no_verb(run, tmp_path, monkeypatch, capsys, verb):
+    config, paths = run
+    path = tmp_path / "damaged.ckpt"
+    shutil.copy(paths["whole"], path)
+    flip_bit(path, open_trained_weights(path).read("lm_head.weight").numpy().tobytes())
+    assert cli(monkeypatch, *verbs(config, path, tmp_path)[verb]) == 2
+    message = capsys.readouterr().err
+    assert "damaged.ckpt is damaged: the bytes of data/" in message
+    assert "Traceback" not in message
+    assert [entry.name for entry in tmp_path.iterdir()] == ["damaged.ckpt"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_file_of_weights_alone_serves_every_verb_but_one_that_resumes(run, tmp_path, monkeypatch, capsys, verb):
+    config, paths = run
+    resumes = verb == "fit --ckpt_path"
+    assert cli(monkeypatch, *verbs(config, paths["weights"], tmp_path)[verb]) == (2 if resumes else 0)
+    assert resumes == (f"weights only, no run to go on with (no optimizer_states, lr_schedulers in it): "
+                       f"--model.pretrained {paths['weights']} starts" in capsys.readouterr().err)  # fmt: skip
+
+
+def without(key):
+    return lambda content: {name: value for name, value in content.items() if name != key}
+
+
+def with_number(key):
+    return lambda content: content | {key: 5}
+
+
+FOREIGN = {
+    "a list": (lambda content: [content], "not a Lightning checkpoint"),
+    "no weights": (without("state_dict"), "not a Lightning checkpoint (no 'state_dict' in it)"),
+    "no version": (
+        without("pytorch-lightning_version"),
+        "not a Lightning checkpoint (no 'pytorch-lightning_version' in it)",
+    ),
+    "no step": (without("global_step"), "not a Lightning checkpoint (no 'global_step' in it)"),
+    "no loops": (without("loops"), "weights only, no run to go on with (no loops in it)"),
+    "no loop of fit": (lambda content: content | {"loops": {}}, "no run to go on with (no loops in it)"),
+    "no schedulers": (without("lr_schedulers"), "no run to go on with (no lr_schedulers in it)"),
+    **{
+        f"a number for {key}": (with_number(key), f"is damaged or foreign: its '{key}' is no ")
+        for key in ("state_dict", "loops", "callbacks", "hf_config", "optimizer_states", "lr_schedulers")
+    },
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_file_that_no_run_can_go_on_from_ends_in_one_message(run, tmp_path, monkeypatch, capsys, case):
+    config, paths = run
+    change, expected = FOREIGN[case]
+    path = tmp_path / "foreign.ckpt"
+    torch.save(change(torch.load(paths["whole"], weights_only=True)), path)
+    assert cli(monkeypatch, *verbs(config, path, tmp_path)["fit --ckpt_path"]) == 2
+    error = capsys.readouterr().err.partition("error: ")[2]
+    assert "foreign.ckpt" in error
+    assert expected in error
+    assert len(error.splitlines()) == 1
+
+
+def fit_on(root, *, until, resume=None):
+    saver = LastCheckpoint(dirpath=str(root / "kept"), every_n_train_steps=1, keep_previous=True)
+    trainer = make_trainer(root, max_steps=until, callbacks=[saver], plugins=[AtomicCheckpointIO(fall_back=True)])
+    trainer.fit(make_module(), datamodule=make_data(root), ckpt_path=resume)
+
+
+def kept_steps(root):
+    paths = [root / "kept" / name for name in ("before_last.ckpt", "last.ckpt")]
+    assert [damage(path) for path in paths] == [None, None]
+    return [open_trained_weights(path).metadata["global_step"] for path in paths]
+
+
+@pytest.mark.parametrize("resume", ["last.ckpt", "before_last.ckpt"])
+def test_what_a_run_fell_back_on_stays_until_there_are_two_whole_ones_again(tmp_path, resume):
+    fit_on(tmp_path, until=2)
+    last = tmp_path / "kept" / "last.ckpt"
+    flip_bit(last, open_trained_weights(last).read("lm_head.weight").numpy().tobytes())
+    fit_on(tmp_path, until=2, resume=str(last.with_name(resume)))
+    assert kept_steps(tmp_path) == [1, 2]
+    fit_on(tmp_path, until=3, resume=str(last))
+    assert kept_steps(tmp_path) == [2, 3]
+
+
+def test_saving_says_nothing_of_loading_more_than_weights(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit_on(tmp_path, until=2)
+    assert "weights_only" not in caplog.text

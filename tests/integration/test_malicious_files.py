@@ -16,6 +16,7 @@ from app.errors import CheckpointError
 from app.model.shards import METADATA_FILE
 from app.model.tokenizer_files import tokenizer_from_files
 from app.training.strategy import MeshStrategy
+from tests.support.checkpoints import write_manifest
 from tests.support.processes import run_ranks
 from tests.support.runs import cli, make_data, make_module, make_trainer, write_corpus
 from tests.support.saved_models import save_model
@@ -92,6 +93,7 @@ def evil_directory(folder, touched, *, where):
     described = pickle.dumps(metadata.Metadata(entries, storage_data=places))
     (folder / METADATA_FILE).write_bytes(pickle.dumps(Payload(touched)) if where == METADATA_FILE else described)
     (folder / "meta.pt").write_bytes(as_torch_file(touched) if where == "meta.pt" else plain.getvalue())
+    write_manifest(folder)
     return folder
 
 

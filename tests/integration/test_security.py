@@ -68,6 +68,17 @@ def test_a_class_of_another_package_is_refused_before_it_is_imported(config, tra
     assert "Traceback" not in message
 
 
+@pytest.mark.parametrize("setting", ["strategy", "accelerator", "profiler", "plugins"])
+@pytest.mark.parametrize("form", ["--trainer.{}={}", "--trainer.{} {}"])
+def test_the_command_line_is_told_the_same_of_settings_that_may_be_names(
+    config, trap, monkeypatch, capsys, setting, form
+):
+    option = form.format(setting, '{"class_path":"trap_package.Trap"}').split(" ")
+    assert cli(monkeypatch, "fit", "--config", str(config), *option) == 2
+    assert not trap.exists()
+    assert f"error: trainer.{setting}: got trap_package.Trap, allowed a class of this app" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["validate", "test", "predict", "data", "plan"])
 def test_every_verb_that_takes_a_config_refuses_it(config, trap, monkeypatch, capsys, verb):
     status = cli(monkeypatch, verb, "--config", str(with_setting(config, "trainer.callbacks", TRAP)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from app.model.checkpoint_integrity import MANIFEST_FILE, Checksum, manifest
 from app.model.tokenizer_files import tokenizer_to_files
 from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
 
@@ -22,3 +24,17 @@ def write_checkpoint(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
     }
     torch.save(content | other, path)
     return str(path)
+
+
+def write_manifest(directory: Path) -> None:
+    """The checksums of a checkpoint directory as it is."""
+    contents = {file.name: file.read_bytes() for file in directory.iterdir() if file.name != MANIFEST_FILE}
+    checksums = {name: Checksum(len(content), zlib.crc32(content)) for name, content in contents.items()}
+    (directory / MANIFEST_FILE).write_bytes(manifest(1, checksums))
+
+
+def flip_bit(file: Path, within: bytes) -> None:
+    """Damage a file in the middle of what it holds `within`."""
+    content = bytearray(file.read_bytes())
+    content[content.index(within) + len(within) // 2] ^= 1
+    file.write_bytes(content)

@@ -328,7 +328,7 @@ def test_the_saved_state_is_plain_and_small(corpus: Path) -> None:
         ({"packing": "best_fit"}, {}, "packing"),
         ({"shuffle_megabytes": 1.0}, {}, "shuffle_megabytes"),
         ({"num_lanes": 2}, {}, "num_lanes"),
-        ({}, {"accumulate": 2}, "batches_per_step"),
+        ({}, {"accumulate": 2}, "trainer.accumulate_grad_batches times devices"),
         ({}, {"world_size": 2}, "num_lanes"),
     ],
 )

@@ -20,7 +20,7 @@ from app.errors import CheckpointError
 from app.model.checkpoint import load_config, load_for_decoding, load_pretrained
 from app.model.shards import read_metadata
 from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY, is_trained_weights, open_trained_weights
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import flip_bit, write_checkpoint, write_manifest
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level
@@ -176,6 +176,22 @@ def test_what_is_broken_ends_in_one_error(saved: Path, tmp_path: Path, case: str
     with pytest.raises(CheckpointError, match=message) as caught:
         load_for_decoding(str(path), dtype=None)
     assert "\n" not in str(caught.value)
+
+
+@FORMS
+def test_one_flipped_bit_of_a_weight_is_noticed_before_the_model_is_used(
+    saved: Path, form: str, tmp_path: Path
+) -> None:
+    path = tmp_path / form
+    (shutil.copytree if form == "shards" else shutil.copy)(saved / form, path)
+    if form == "shards":
+        write_manifest(path)
+    half = MODEL.lm_head.weight.detach().chunk(2)[1]  # what rank 1 wrote
+    flip_bit(path / "__1_0.distcp" if form == "shards" else path, half.numpy().tobytes())
+    open_trained_weights(path)  # reads no weights, whatever they are
+    for load in (load_pretrained, lambda path: load_for_decoding(path, dtype=None)):
+        with pytest.raises(CheckpointError, match=r"is damaged: the bytes of .* are not those that were written"):
+            load(str(path))
 
 
 class Attack:

@@ -13,6 +13,7 @@ from app.training import checkpoint_places
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.checkpoint_places import (
     clear_leftovers,
+    go_on_from,
     kept_previous,
     partial_of,
     put_in_place,
@@ -103,26 +104,43 @@ def test_half_removed_it_is_no_checkpoint(tmp_path, monkeypatch):
     assert not standing(tmp_path / "last.ckpt").exists()
 
 
+@pytest.mark.parametrize("directory", [False, True])
+def test_the_one_a_run_came_from_is_kept_until_another_whole_one_stands(tmp_path, directory):
+    path = tmp_path / "last.ckpt"
+    write(kept_previous(path), "good", directory=directory)
+    write(path, "damaged", directory=directory)
+    go_on_from(kept_previous(path))
+    for name, before in (("first", "good"), ("second", "first")):
+        write(partial_of(path), name, directory=directory)
+        put_in_place(path, keep_previous=True)
+        assert (read(path), read(kept_previous(path))) == (name, before)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["before_last.ckpt", "last.ckpt"]
+
+
+def content(weight):
+    return {"pytorch-lightning_version": "2.6.0", "global_step": 1, "state_dict": {"w": weight}}
+
+
 def die_within_the_file(path):
     whole = torch.save
 
-    def half(content, file):
-        whole(content, file)
+    def half(checkpoint, file):
+        whole(checkpoint, file)
         file.truncate(file.tell() // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = half
-    AtomicCheckpointIO().save_checkpoint({"w": torch.zeros(1000)}, path)
+    AtomicCheckpointIO().save_checkpoint(content(torch.zeros(1000)), path)
 
 
 def test_killed_within_a_single_file_the_one_before_stands(tmp_path):
     path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"w": torch.ones(1000)}, path)
+    AtomicCheckpointIO().save_checkpoint(content(torch.ones(1000)), path)
     child = mp.get_context("fork").Process(target=die_within_the_file, args=(path,))
     child.start()
     child.join(timeout=20)
     assert child.exitcode == -signal.SIGKILL
     assert partial_of(path).stat().st_size > 1000
-    assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["w"], torch.ones(1000))
-    AtomicCheckpointIO().save_checkpoint({"w": torch.zeros(1)}, path)
+    assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["w"], torch.ones(1000))
+    AtomicCheckpointIO().save_checkpoint(content(torch.zeros(1)), path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]

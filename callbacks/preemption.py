@@ -132,7 +132,7 @@ def _save_last(trainer: Trainer) -> str | None:
         saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
         return saver.last_model_path
     path = str(Path(saver.dirpath or ".") / "last.ckpt")
-    trainer.save_checkpoint(path)
+    trainer.save_checkpoint(path, weights_only=False)
     return path
 
 

@@ -137,7 +137,7 @@ def check_same_tokenizer(tokenizer: Any, saved: Mapping[str, Any]) -> None:
             "tokenizer",
             got=now,
             allowed=f"{saved[TOKENIZER]!r}, the checkpoint's own",
-            fix="the text it is trained on changed: name the folder to which `layerskip export` wrote the checkpoint's",
+            fix="it, or the text it is trained on, changed: name the folder to which `layerskip export` wrote that one",
         )
 
 

@@ -62,7 +62,8 @@ def load_pretrained(
 def load_for_decoding(path: str, *, dtype: torch.dtype | None, field: str = "model") -> tuple[PreTrainedModel, Any]:
     """Model in eval mode and tokenizer; whatever is cheap to check is checked before the weights are read.
 
-    Weights that need no conversion are maps of their files: the model is there at once, and takes memory as it runs.
+    Weights that need no conversion are maps of their files: the model is there once their bytes are checked, and takes
+    memory as it runs.
 
     Args:
         path: As for `load_pretrained`.

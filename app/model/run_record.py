@@ -61,7 +61,8 @@ class RunRecord:
                 config = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise CheckpointError(f"the config of checkpoint {path} is damaged ({error})") from error
-        return cls(metadata, config if isinstance(config, Mapping) and config.keys() >= _GROUPS else {})
+        whole = isinstance(config, Mapping) and config.keys() >= _GROUPS and "pretrained" in (config["model"] or ())
+        return cls(metadata, config if whole else {})  # one written by hand leaves out what has a default
 
     @property
     def steps(self) -> int:

@@ -234,8 +234,10 @@ def test_the_config_in_the_checkpoint_counts_and_without_one_that_beside_its_fol
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
     assert RunRecord.of(checkpoint, METADATA).config == {}
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    assert RunRecord.of(checkpoint, METADATA).config == CONFIG
+    by_hand = CONFIG | {"model": {"warmup_steps": 5}}  # what has a default is left out
+    for config, understood in ((by_hand, {}), (CONFIG | {"model": None}, {}), (CONFIG, CONFIG)):
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+        assert RunRecord.of(checkpoint, METADATA).config == understood
     own = changed(trainer={"max_steps": 7})
     held = METADATA | {RUN_CONFIG_KEY: yaml.safe_dump(own)}
     assert RunRecord.of(checkpoint, held).config == own

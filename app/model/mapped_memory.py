@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 _MADV_PAGEOUT = 21  # linux/mman.h; the mmap module does not name it
+_MADV_DONTNEED = 4
 
 
 def file_mappings() -> list[range]:
@@ -19,22 +20,24 @@ def file_mappings() -> list[range]:
     return [range(*(int(address, 16) for address in line[0].split("-"))) for line in lines if line[4] != "0"]
 
 
-def page_out(tensor: Tensor, mappings: Sequence[range]) -> None:
+def page_out(tensor: Tensor, mappings: Sequence[range], *, last_use: bool = False) -> None:
     """Tell the kernel that a tensor's memory, if mapped from a file, is no longer needed; it reads it again if it is.
 
     The mapping itself lives as long as any weight of the file does, and would count as the process's memory. Memory
     that is mapped from no file is left alone: it is freed with its tensor, and could only be swapped out. Nothing can
-    be lost: this advice, unlike MADV_DONTNEED, reclaims pages as a shortage of memory would. Clean ones are read from
+    be lost: this advice, unlike `last_use`, reclaims pages as a shortage of memory would. Clean ones are read from
     the file again; those written to, which belong to this process alone, go to swap or stay.
 
     Args:
         tensor: Any.
         mappings: From `file_mappings`, no older than the tensor.
+        last_use: Nobody reads the tensor again. Then pages go that another process maps at this moment too, which the
+            kernel otherwise leaves, with what was written to them.
     """
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if tensor.device.type == "cpu" and start < stop and any(start in m and stop <= m.stop for m in mappings):
-        _advise(start, stop - start)
+        _advise(start, stop - start, _MADV_DONTNEED if last_use else _MADV_PAGEOUT)
 
 
 def give_back_freed() -> None:
@@ -43,6 +46,6 @@ def give_back_freed() -> None:
         trim(0)
 
 
-def _advise(start: int, length: int) -> None:
-    """Kernels before 5.4 refuse the advice, and nothing changes."""
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
+def _advise(start: int, length: int, advice: int) -> None:
+    """Kernels before 5.4 refuse to page out, and nothing changes."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)

@@ -116,7 +116,7 @@ def fill_from(model: PreTrainedModel, device: torch.device, path: str, *, field:
     _check_complete(path, parameters, weights)
     for name, parameter in parameters.items():
         _keep_part(parameter, weights[name])
-        page_out(weights[name], mappings)
+        page_out(weights[name], mappings, last_use=True)  # ranks of a node map the same pages
 
 
 def _check_complete(path: str, wanted: Iterable[str], there: Container[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from app.evaluation.peak_memory import process_status
 from app.model import mapped_memory
 from app.model.functional_block import join_projections
 from app.model.mapped_memory import file_mappings, page_out
@@ -24,7 +26,9 @@ _EVERYTHING = [range(2**63)]
 def advised(monkeypatch: pytest.MonkeyPatch) -> list[range]:
     """The addresses that the kernel is advised of, from now on."""
     addresses: list[range] = []
-    monkeypatch.setattr(mapped_memory, "_advise", lambda start, length: addresses.append(range(start, start + length)))
+    monkeypatch.setattr(
+        mapped_memory, "_advise", lambda start, length, _: addresses.append(range(start, start + length))
+    )
     return addresses
 
 
@@ -79,6 +83,25 @@ def test_what_was_written_to_a_mapped_weight_survives(tmp_path: Path) -> None:
     page_out(weight, file_mappings())
     assert weight[::2].eq(7.0).all()
     assert weight[1::2].eq(0.0).all()
+
+
+@pytest.mark.parametrize("last_use", [False, True])
+def test_pages_that_another_process_maps_go_at_their_last_use(tmp_path: Path, last_use: bool) -> None:
+    """Ranks of one node copy the same tensors at the same time."""
+    save_file({"weight": torch.ones(2_048, 4_096)}, tmp_path / "x.safetensors")
+    weight = load_file(tmp_path / "x.safetensors")["weight"]
+    code = f"from safetensors.torch import load_file\nw = load_file({str(tmp_path / 'x.safetensors')!r})['weight']\n"
+    code += "print(w.sum().item(), flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert float(other.stdout.readline()) == weight.sum().item()
+        held = process_status("VmRSS")
+        page_out(weight, file_mappings(), last_use=last_use)
+        assert (process_status("VmRSS") < held - 0.9 * weight.nbytes / 1024) == last_use
+        other.communicate("\n")
+    assert weight.eq(1.0).all()
 
 
 def test_even_mistaken_advice_loses_nothing_of_memory_that_lies_in_no_file(monkeypatch: pytest.MonkeyPatch) -> None:

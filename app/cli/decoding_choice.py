@@ -105,6 +105,8 @@ def _costs(tuned: DecodingDefaults | None, num_layers: int, exit_layer: int) -> 
         num_layers=num_layers,
         exit_layer=exit_layer,
         head=tuned.head,
+        draft_head=tuned.draft_head,
+        first_extra=tuned.first_extra or 0.0,
         extra_token=tuned.extra_token,
         overhead=tuned.overhead or 0.0,
     )

@@ -6,8 +6,12 @@ One unit is one block over one token of one sequence. `d` drafts, acceptance `a`
     round              C(d)    = d * draft_step + draft_tail + verify * (1 + extra_token * d) + overhead
     speedup            T(a, d) * plain_step / C(d)
 
-Self-speculation from exit E of L blocks with a head that costs H: draft_step = E + H, draft_tail = E (the last draft
-runs through the first blocks for verification alone), verify = L - E + H, plain_step = L + H.
+Self-speculation from exit E of L blocks with a head that costs H in a step and H_d in a draft: draft_step = E + H_d,
+draft_tail = E (the last draft runs through the first blocks for verification alone), verify = L - E + H,
+plain_step = L + H.
+
+What a pass over several positions costs more than one over a single position, however many they are, is the same for
+every d: `first_extra`, a share of `verify`, counts as overhead. On a CPU, where other kernels take over, it is a fifth.
 """
 
 from __future__ import annotations
@@ -37,23 +41,48 @@ class CostModel:
 
     @classmethod
     def self_speculative(
-        cls, *, num_layers: int, exit_layer: int, head: float, extra_token: float, overhead: float = 0.0
+        cls,
+        *,
+        num_layers: int,
+        exit_layer: int,
+        head: float,
+        extra_token: float,
+        draft_head: float | None = None,
+        first_extra: float = 0.0,
+        overhead: float = 0.0,
     ) -> CostModel:
-        """Drafting with blocks 0..exit_layer-1 and the shared head, verifying with the rest."""
+        """Drafting with blocks 0..exit_layer-1 and the shared head, verifying with the rest; draft_head None: head."""
+        verify = num_layers - exit_layer + head
         return cls(
             plain_step=num_layers + head,
-            draft_step=exit_layer + head,
+            draft_step=exit_layer + (head if draft_head is None else draft_head),
             draft_tail=exit_layer,
-            verify=num_layers - exit_layer + head,
+            verify=verify,
             extra_token=extra_token,
-            overhead=overhead,
+            overhead=overhead + first_extra * verify,
         )
 
     @classmethod
-    def two_pass(cls, *, num_layers: int, head: float, draft_step: float, extra_token: float) -> CostModel:
+    def two_pass(
+        cls,
+        *,
+        num_layers: int,
+        head: float,
+        draft_step: float,
+        extra_token: float,
+        first_extra: float = 0.0,
+        overhead: float = 0.0,
+    ) -> CostModel:
         """Drafting by something that shares no computation: all blocks verify (draft_model, layer_skip)."""
         plain = num_layers + head
-        return cls(plain_step=plain, draft_step=draft_step, draft_tail=0.0, verify=plain, extra_token=extra_token)
+        return cls(
+            plain_step=plain,
+            draft_step=draft_step,
+            draft_tail=0.0,
+            verify=plain,
+            extra_token=extra_token,
+            overhead=overhead + first_extra * plain,
+        )
 
     def round_cost(self, num_draft_tokens: float) -> float:
         """C(d), in blocks; d may be a mean."""

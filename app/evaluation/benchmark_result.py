@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 
 from app.decoding.cost_model import CostModel, tokens_per_round
@@ -169,16 +169,20 @@ def round_costs(
             assert contender.exit_layer is not None
             return costs.model.cost_model(num_layers=num_layers, exit_layer=contender.exit_layer)
         case "layer_skip":
-            draft_step = num_layers - len(set(skipped_layers)) + head
+            draft_step = num_layers - len(set(skipped_layers)) + costs.model.draft_head
         case "draft_model" if costs.draft_model is not None and subject.draft_decoder is not None:
             seconds = costs.draft_model.block_seconds * (subject.draft_decoder.num_layers + costs.draft_model.head)
             draft_step = seconds / costs.model.block_seconds
         case _:
             return None
-    model = CostModel.two_pass(
-        num_layers=num_layers, head=head, draft_step=draft_step, extra_token=costs.model.extra_token
+    return CostModel.two_pass(
+        num_layers=num_layers,
+        head=head,
+        draft_step=draft_step,
+        first_extra=costs.model.first_extra,
+        extra_token=costs.model.extra_token,
+        overhead=costs.model.overhead,
     )
-    return replace(model, overhead=costs.model.overhead)
 
 
 def _predict(measurement: Measurement, costs: CostModel | None) -> float | None:

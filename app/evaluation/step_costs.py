@@ -1,7 +1,8 @@
 """What the cost model's symbols are worth on this machine: timed on a live decoder, alternating, medians.
 
-The method's cost model (`app.decoding.cost_model`) counts in blocks at one token: L blocks, a head of H, a share k for
-every further position of a pass, an overhead for every draft-and-verify round. Here is how each is measured.
+The method's cost model (`app.decoding.cost_model`) counts in blocks at one token: L blocks, a head of H in a step and
+H_d in a draft, a share k for every further position of a pass, an overhead for every draft-and-verify round, part of
+which, a share j of what verifies, is the price of several positions at all. Here is how each is measured.
 
 Shape legend: `B` sequences, `T` prompt tokens, `S` positions of a pass.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean, linear_regression, median
 from time import perf_counter
 from typing import TypeVar
 
@@ -39,12 +40,17 @@ class StepCosts:
     Attributes:
         block_seconds: One block over one token of each sequence.
         head: H, in blocks: what a step costs beside its blocks, that is embedding, final norm, LM head and choosing.
-        extra_token: k, what each further position costs in a pass, as a share of the pass over one.
+        draft_head: H_d, the same of a drafted token.
+        first_extra: j, what a pass over several positions costs more than one over a single position, however many they
+            are, as a share of that.
+        extra_token: k, what each further position costs beside j, as the same share.
         overhead: What a draft-and-verify round costs beside its passes, in blocks.
     """
 
     block_seconds: float
     head: float
+    draft_head: float
+    first_extra: float
     extra_token: float
     overhead: float
 
@@ -54,6 +60,8 @@ class StepCosts:
             num_layers=num_layers,
             exit_layer=exit_layer,
             head=self.head,
+            draft_head=self.draft_head,
+            first_extra=self.first_extra,
             extra_token=self.extra_token,
             overhead=self.overhead,
         )
@@ -74,11 +82,12 @@ def measure_step_costs(
 
         block_seconds = (t(L) - t(1)) / (L - 1)        what a step costs whatever its blocks cancels out
         H             = t(L) / block_seconds - L
-        k             = sum_S (S-1) (p(S)/p(1) - 1) / sum_S (S-1)^2     p(S): all blocks and the head over S positions
-        overhead      = mean over some (E, d) of round(E, d) / block_seconds - C(E, d), at least 0
+        j, k            of the least squares line p(S)/p(1) - 1 = j + k (S-1), S > 1
+                                                       p(S): all blocks and the head over S positions
+        H_d           = mean over E of (round(E, d') - round(E, d)) / (d' - d) / block_seconds - E - k (L - E + H)
+        overhead      = mean over (E, d) of round(E, d) / block_seconds - C(E, d)
 
-    where C(E, d) is the cost model's round without overhead. A pass over many positions that is not linear in them
-    therefore shows in the overhead, which makes the model right on average for the rounds that were timed.
+    where C(E, d) is the cost model's round without overhead. None of them is ever negative.
 
     Args:
         decoder: In eval mode, with at least two blocks.
@@ -136,8 +145,9 @@ def costs_line(costs: StepCosts) -> str:
 
     return (
         f"a block takes {costs.block_seconds * 1e6:.0f} us at one token; in blocks: the rest of a step (H)"
-        f" {figure(costs.head, '{:.2f}')}, a round's overhead {figure(costs.overhead, '{:.2f}')}; each further position"
-        f" adds to a pass (k) {figure(costs.extra_token, '{:.1%} of it')}"
+        f" {figure(costs.head, '{:.2f}')}, of a draft (H_d) {figure(costs.draft_head, '{:.2f}')}, a round's overhead"
+        f" {figure(costs.overhead, '{:.2f}')}; several positions add to a pass (j)"
+        f" {figure(costs.first_extra, '{:.1%} of it')}, each of them (k) {figure(costs.extra_token, '{:.1%}')}"
     )
 
 
@@ -148,8 +158,8 @@ def fit_step_costs(
 
     Args:
         steps: Blocks run -> seconds of a decoding step; of the first exit and of the full model.
-        passes: Positions -> seconds of a pass of the full model; more than one.
-        rounds: (exit_layer, num_draft_tokens) -> seconds of a draft-and-verify round; at least one.
+        passes: Positions -> seconds of a pass of the full model; of 1, 2 and 3 positions at least.
+        rounds: (exit_layer, num_draft_tokens) -> seconds of a draft-and-verify round; two lengths of every exit.
         head_by_size: H by parameter counts, for times so noisy that blocks seem to cost nothing.
     """
     num_layers, first = max(steps), min(steps)
@@ -157,14 +167,42 @@ def fit_step_costs(
     block = min((full - steps[first]) / (num_layers - first), full / num_layers)
     if block <= 0.0:
         block = full / (num_layers + head_by_size)
-    further = {positions - 1: seconds / passes[1] - 1.0 for positions, seconds in passes.items()}
-    slope = sum(more * share for more, share in further.items()) / sum(more**2 for more in further)
-    costs = StepCosts(block_seconds=block, head=full / block - num_layers, extra_token=max(0.0, slope), overhead=0.0)
+    head = full / block - num_layers
+    several = {positions - 1: seconds / passes[1] - 1.0 for positions, seconds in passes.items() if positions > 1}
+    first_extra, extra_token = _line(several)
+    drafts = [
+        _slope({drafts: seconds / block for (exit_layer, drafts), seconds in rounds.items() if exit_layer == chosen})
+        - chosen
+        - extra_token * (num_layers - chosen + head)
+        for chosen in {exit_layer for exit_layer, _ in rounds}
+    ]
+    costs = StepCosts(
+        block_seconds=block,
+        head=head,
+        draft_head=max(0.0, fmean(drafts)),
+        first_extra=first_extra,
+        extra_token=extra_token,
+        overhead=0.0,
+    )
     beyond = [
         seconds / block - costs.cost_model(num_layers=num_layers, exit_layer=exit_layer).round_cost(drafts)
         for (exit_layer, drafts), seconds in rounds.items()
     ]
     return replace(costs, overhead=max(0.0, fmean(beyond)))
+
+
+def _line(shares: Mapping[int, float]) -> tuple[float, float]:
+    """Start and slope of the least squares line; through 0 where it would start below, level where it would fall."""
+    slope, mean = _slope(shares), fmean(shares.values())
+    if slope <= 0.0:
+        return max(0.0, mean), 0.0
+    if (start := mean - slope * fmean(shares)) >= 0.0:
+        return start, slope
+    return 0.0, max(0.0, sum(x * share for x, share in shares.items()) / sum(x**2 for x in shares))
+
+
+def _slope(values: Mapping[int, float]) -> float:
+    return linear_regression(list(values), list(values.values())).slope
 
 
 class _Timer:

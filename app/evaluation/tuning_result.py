@@ -100,6 +100,8 @@ class Tuning:
         plain = DecodingDefaults(
             strategy="autoregressive",
             head=self.costs.head,
+            draft_head=self.costs.draft_head,
+            first_extra=self.costs.first_extra,
             extra_token=self.costs.extra_token,
             overhead=self.costs.overhead,
             conditions=self.conditions,

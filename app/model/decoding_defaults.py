@@ -105,7 +105,9 @@ class DecodingDefaults:
         exit_layer: Blocks run by a draft, 1..num_layers-1; None where nothing is drafted.
         num_draft_tokens: Drafts in a round, at least 1; None where nothing is drafted.
         head: H, a step's cost beside its blocks, in blocks; None if unknown.
-        extra_token: k, cost of a further position of a pass, as a share of the pass; None if unknown.
+        draft_head: H_d, the same of a draft; None: as `head`.
+        first_extra: j, cost of several positions in a pass at all, as a share of the pass over one; None if unknown.
+        extra_token: k, cost of each further position, as the same share; None if unknown.
         overhead: Of a round, in blocks; None if unknown.
         measured_speedup: Over autoregressive decoding, at least 1; None where nothing is drafted.
         conditions: Of the measurements; None in files written before they were noted.
@@ -115,6 +117,8 @@ class DecodingDefaults:
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     head: float | None = None
+    draft_head: float | None = None
+    first_extra: float | None = None
     extra_token: float | None = None
     overhead: float | None = None
     measured_speedup: float | None = None
@@ -128,7 +132,7 @@ class DecodingDefaults:
             if drafts != (type(value) is int and value >= 1):
                 allowed = "an integer, at least 1" if drafts else "null"
                 raise ConfigError(name, got=value, allowed=f"{allowed}, with strategy {self.strategy}")
-        for name in ("head", "extra_token", "overhead", "measured_speedup"):
+        for name in ("head", "draft_head", "first_extra", "extra_token", "overhead", "measured_speedup"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 raise ConfigError(name, got=value, allowed="a number or null")

@@ -111,7 +111,7 @@ def test_json_is_one_object_on_stdout_and_progress_goes_to_stderr(here, monkeypa
     assert report["stored"] == "model/generation_config.json"
     assert report["num_prompts"] == 2
     assert report["num_positions"] == 22
-    assert set(report["costs"]) == {"block_seconds", "head", "extra_token", "overhead"}
+    assert set(report["costs"]) == {"block_seconds", "head", "draft_head", "first_extra", "extra_token", "overhead"}
     assert [entry["exit_layer"] for entry in report["exits"]] == [1, 2, 3]
     assert report["exits"][2] == {"exit_layer": 3, "agreement": 1.0, "best": None}
     assert {entry["best"]["exit_layer"] for entry in report["exits"][:2]} == {1, 2}

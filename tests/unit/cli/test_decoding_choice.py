@@ -8,6 +8,7 @@ import torch
 
 from app.cli.decoding_choice import choose_decoding
 from app.cli.models import LoadedModel
+from app.decoding.cost_model import CostModel
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
 from app.model.decoding_defaults import Conditions, DecodingDefaults
@@ -21,6 +22,8 @@ TUNED = DecodingDefaults(
     exit_layer=3,
     num_draft_tokens=5,
     head=2.0,
+    draft_head=1.0,
+    first_extra=0.5,
     extra_token=0.5,
     overhead=0.25,
     measured_speedup=1.25,
@@ -54,7 +57,9 @@ def choose(caplog, monkeypatch):
 def test_under_the_conditions_of_tuning_all_of_it_is_used(choose):
     strategy, settings, said = choose()
     assert (strategy, settings.exit_layer, settings.num_draft_tokens) == ("self_speculative", 3, 5)
-    assert (settings.costs.extra_token, settings.costs.overhead) == (0.5, 0.25)
+    assert settings.costs == CostModel.self_speculative(
+        num_layers=8, exit_layer=3, head=2.0, draft_head=1.0, first_extra=0.5, extra_token=0.5, overhead=0.25
+    )
     assert f"(tuned); layerskip tune measured a speedup of 1.25 with {SETTING}" in said
     assert "here" not in said
 

@@ -30,6 +30,16 @@ def test_a_round_of_self_speculation_by_hand() -> None:
     assert costs.break_even(1.5) == pytest.approx(1.5 * (3 + 0.1 * 9) / 11)
 
 
+def test_a_drafts_own_head_and_the_price_of_several_positions_by_hand() -> None:
+    costs = _self_speculative(draft_head=0.25, first_extra=0.2)
+    # d (E + H_d) + E + (L - E + H)(1 + j + k d) + overhead, with d = 3
+    assert costs.round_cost(3) == pytest.approx(3 * (2 + 0.25) + 2 + (10 - 2 + 1) * 1.5 + 0.5)
+    assert costs.plain_step == 11.0
+    assert costs.break_even(1.5) == pytest.approx(1.5 * (2.25 + 0.1 * 9) / 11)  # j is paid by the first draft
+    anew = CostModel.two_pass(num_layers=10, head=1.0, draft_step=3.0, first_extra=0.2, extra_token=0.1, overhead=0.5)
+    assert anew.round_cost(3) == pytest.approx(3 * 3.0 + 11 * 1.5 + 0.5)
+
+
 def test_a_round_that_verifies_anew_by_hand() -> None:
     costs = CostModel.two_pass(num_layers=10, head=1.0, draft_step=3.0, extra_token=0.1)
     assert costs.round_cost(3) == pytest.approx(3 * 3.0 + 11 * 1.3)

@@ -24,7 +24,7 @@ from app.evaluation.step_costs import StepCosts
 from app.model.spans import SpanDecoder
 from tests.support.tiny_models import tiny_llama
 
-COSTS = StepCosts(block_seconds=1e-3, head=2.0, extra_token=0.05, overhead=0.5)
+COSTS = StepCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=0.0, extra_token=0.05, overhead=0.5)
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10, 11]]
 
 
@@ -177,7 +177,7 @@ def test_costs_are_fitted_to_the_batches_and_drafts_asked_for(subject: Subject, 
 def test_a_busy_moment_of_the_machine_does_not_decide_the_costs(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    busy = StepCosts(block_seconds=9.0, head=0.0, extra_token=0.9, overhead=90.0)
+    busy = StepCosts(block_seconds=9.0, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.9, overhead=90.0)
     moments = iter([COSTS, busy, replace(COSTS, head=2.5)])
     monkeypatch.setattr(benchmark, "measure_step_costs", lambda *_, **__: next(moments))
     settings = _settings("self_speculative", **SPECULATIVE)

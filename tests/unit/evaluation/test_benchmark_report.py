@@ -42,7 +42,7 @@ DRAFTS = replace(
     drafted=40, acceptance_by_position=[0.8, 0.75, 0.5],
     speedup_max=1.75,
 )  # fmt: skip
-COSTS = StepCosts(block_seconds=1e-3, head=2.0, extra_token=0.05, overhead=0.5)
+COSTS = StepCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=0.0, extra_token=0.05, overhead=0.5)
 
 
 def _sweep(exits: int, *, strategy: str = "self_speculative") -> list[BenchmarkResult]:
@@ -64,7 +64,9 @@ def test_the_document_holds_what_the_contract_says() -> None:
     document = json.loads(json.dumps(_document([PLAIN, DRAFTS]), allow_nan=False))
     assert document["environment"] == {"dtype": "float32"}
     assert document["settings"] == {"strategies": ["autoregressive"], "limit": None}
-    assert document["costs"] == {"block_seconds": 1e-3, "head": 2.0, "extra_token": 0.05, "overhead": 0.5}
+    assert document["costs"] == {
+        "block_seconds": 1e-3, "head": 2.0, "draft_head": 2.0, "first_extra": 0.0, "extra_token": 0.05, "overhead": 0.5,
+    }  # fmt: skip
     assert document["draft_model_costs"] is None
     assert document["notes"] == []
     assert {

@@ -14,8 +14,8 @@ from app.evaluation.output_differences import OutputDifferences
 from app.evaluation.step_costs import StepCosts
 from app.evaluation.transformers_baseline import GenerateResult
 
-COSTS = StepCosts(block_seconds=1e-3, head=2.0, extra_token=0.05, overhead=0.5)
-SMALL = StepCosts(block_seconds=5e-4, head=1.0, extra_token=0.01, overhead=9.0)
+COSTS = StepCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
+SMALL = StepCosts(block_seconds=5e-4, head=1.0, draft_head=1.0, first_extra=0.0, extra_token=0.01, overhead=9.0)
 SUBJECT: Any = Subject(*(SimpleNamespace(num_layers=layers) for layers in (0, 10, 4)))  # type: ignore[arg-type]
 TOKENS = list(range(9))
 KEPT, CUT = Step([1, 2, 3, 4], 3), Step([5], 0, (7, 7, 7))  # of three drafts: all kept, and none
@@ -68,7 +68,7 @@ def test_figures_by_hand() -> None:
 
 def test_predictions_are_the_cost_model_fed_with_what_was_measured() -> None:
     _, speculative = _results(PLAIN, SPECULATIVE, costs=Costs(COSTS, None))
-    round_cost = 3 * (3 + 2) + 3 + (10 - 3 + 2) * (1 + 0.05 * 3) + 0.5
+    round_cost = 3 * (3 + 1.5) + 3 + (10 - 3 + 2) * (1 + 0.25 + 0.05 * 3) + 0.5
     chance = 6 / 7  # of the drafts that were reached; 6 of 9 would take the unseen ones for rejected
     expected = (1 + chance + chance**2 + chance**3) * (10 + 2) / round_cost
     assert speculative.predicted_speedup == pytest.approx(expected)
@@ -91,8 +91,8 @@ def test_what_shares_no_computation_is_costed_as_two_passes() -> None:
         return round_costs(contender, costs, subject=SUBJECT, skipped_layers=(4, 5, 5, 6))
 
     skip = costs_of("layer_skip", Costs(COSTS, None))
-    assert (skip.draft_step, skip.draft_tail, skip.verify, skip.plain_step) == (10 - 3 + 2, 0.0, 12.0, 12.0)
-    assert (skip.extra_token, skip.overhead) == (0.05, 0.5)
+    assert (skip.draft_step, skip.draft_tail, skip.verify, skip.plain_step) == (10 - 3 + 1.5, 0.0, 12.0, 12.0)
+    assert (skip.extra_token, skip.overhead) == (0.05, 0.5 + 0.25 * 12)
     small = costs_of("draft_model", Costs(COSTS, SMALL))
     assert small.draft_step == pytest.approx((4 + 1) / 2)  # its blocks take half as long
     assert costs_of("draft_model", Costs(COSTS, None)) is None

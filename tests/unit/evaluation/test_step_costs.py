@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from app.model.spans import SpanDecoder
 from tests.support.fake_decoder import FakeCache, FakeDecoder
 from tests.support.tiny_models import tiny_llama
 
-_BLOCK, _HEAD, _EXTRA, _OVERHEAD = 0.25, 3.0, 0.04, 1.5  # seconds, blocks, share, blocks
+_BLOCK, _HEAD, _DRAFT_HEAD, _SEVERAL, _EXTRA, _OVERHEAD = 0.25, 3.0, 1.25, 0.2, 0.04, 1.5  # seconds, blocks, shares
+_COSTS = (_BLOCK, _HEAD, _DRAFT_HEAD, _SEVERAL, _EXTRA, _OVERHEAD)
 
 
 class CostlyDecoder(FakeDecoder):
     """Counts up every token; using a part moves `now` by what that part costs."""
 
-    num_layers = 6
+    num_layers = 8  # drafts come from exits 2 and 4, plain steps after 1 and 8 blocks
 
     def __init__(self, *, max_length: int = 512, hiccup: Callable[[int], float] = lambda _: 0.0) -> None:
         logits = torch.eye(50).roll(1, dims=1)
@@ -32,7 +34,8 @@ class CostlyDecoder(FakeDecoder):
     def _spend(self, blocks: float, positions: int) -> None:
         self.calls += 1
         self.longest = max(self.longest, positions)
-        self.now += _BLOCK * blocks * (1 + _EXTRA * (positions - 1)) + self._hiccup(self.calls)
+        further = _SEVERAL * (positions > 1) + _EXTRA * (positions - 1)
+        self.now += _BLOCK * blocks * (1 + further) + self._hiccup(self.calls)
 
     def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: FakeCache) -> Tensor:
         self._spend(stop - start, hidden_BTD.shape[1])
@@ -41,25 +44,26 @@ class CostlyDecoder(FakeDecoder):
         return super().run_blocks(hidden_BTD, start=start, stop=stop, cache=cache)
 
     def unembed(self, hidden_BTD: Tensor) -> Tensor:
-        self._spend(_HEAD, hidden_BTD.shape[1])
+        blocks_run = hidden_BTD[0, 0, 1]
+        self._spend(_DRAFT_HEAD if 1 < blocks_run < self.num_layers else _HEAD, hidden_BTD.shape[1])
         return super().unembed(hidden_BTD)
 
 
 def _as_tuple(costs: StepCosts) -> tuple[float, ...]:
-    return costs.block_seconds, costs.head, costs.extra_token, costs.overhead
+    return tuple(getattr(costs, field.name) for field in fields(StepCosts))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_known_costs_are_recovered_exactly(batch_size: int) -> None:
     decoder = CostlyDecoder()
     costs = measure_step_costs(decoder, batch_size=batch_size, clock=decoder.clock)
-    assert _as_tuple(costs) == pytest.approx((_BLOCK, _HEAD, _EXTRA, _OVERHEAD))
+    assert _as_tuple(costs) == pytest.approx(_COSTS)
 
 
 def test_a_machine_that_pauses_now_and_then_does_not_move_the_medians() -> None:
     decoder = CostlyDecoder(hiccup=lambda call: 1000.0 * (call % 97 == 0))
     costs = measure_step_costs(decoder, repeats=9, clock=decoder.clock)
-    assert _as_tuple(costs) == pytest.approx((_BLOCK, _HEAD, _EXTRA, _OVERHEAD))
+    assert _as_tuple(costs) == pytest.approx(_COSTS)
     slower = CostlyDecoder(hiccup=lambda _: 0.1)  # every part: this one must show
     assert measure_step_costs(slower, clock=slower.clock).head > 1.05 * _HEAD
 
@@ -70,7 +74,7 @@ def test_the_first_round_of_measurements_does_not_count() -> None:
     first_half = warm_up.calls // 2
     decoder = CostlyDecoder(hiccup=lambda call: 5.0 * (call <= first_half))
     costs = measure_step_costs(decoder, repeats=1, clock=decoder.clock)
-    assert _as_tuple(costs) == pytest.approx((_BLOCK, _HEAD, _EXTRA, _OVERHEAD))
+    assert _as_tuple(costs) == pytest.approx(_COSTS)
 
 
 def test_passes_are_measured_at_the_context_asked_for_or_as_far_as_the_model_goes() -> None:
@@ -82,37 +86,53 @@ def test_passes_are_measured_at_the_context_asked_for_or_as_far_as_the_model_goe
 
 def test_costs_are_never_negative_whatever_the_noise() -> None:
     steps, passes = {1: 2.0, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}
-    costs = fit_step_costs(steps, passes, {(2, 4): 1.0}, head_by_size=2.0)
-    assert (costs.extra_token, costs.overhead) == (0.0, 0.0)
-    nonsense = fit_step_costs({1: 5.0, 6: 4.0}, passes, {(2, 4): 1.0}, head_by_size=2.0)
+    costs = fit_step_costs(steps, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    assert _as_tuple(costs)[2:] == (0.0, 0.0, 0.0, 0.0)
+    nonsense = fit_step_costs({1: 5.0, 6: 4.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert (nonsense.block_seconds, nonsense.head) == pytest.approx((0.5, 2.0))
-    headless = fit_step_costs({1: 0.1, 6: 3.0}, passes, {(2, 4): 1.0}, head_by_size=2.0)
+    headless = fit_step_costs({1: 0.1, 6: 3.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert (headless.block_seconds, headless.head) == (0.5, 0.0)
 
 
 def test_a_cost_that_was_clipped_is_called_too_small_to_measure_and_not_free() -> None:
-    clipped = fit_step_costs({1: 0.1, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}, {(2, 4): 1.0}, head_by_size=2.0)
-    assert costs_line(clipped).count("too small to measure") == 3
+    clipped = fit_step_costs({1: 0.1, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    assert costs_line(clipped).count("too small to measure") == 5
     assert "0.0" not in costs_line(clipped)
-    assert costs_line(StepCosts(block_seconds=1e-4, head=1.5, extra_token=0.04, overhead=0.25)) == (
-        "a block takes 100 us at one token; in blocks: the rest of a step (H) 1.50, a round's overhead 0.25; each"
-        " further position adds to a pass (k) 4.0% of it"
+    costs = StepCosts(block_seconds=1e-4, head=1.5, draft_head=0.5, first_extra=0.2, extra_token=0.04, overhead=0.25)
+    assert costs_line(costs) == (
+        "a block takes 100 us at one token; in blocks: the rest of a step (H) 1.50, of a draft (H_d) 0.50, a round's"
+        " overhead 0.25; several positions add to a pass (j) 20.0% of it, each of them (k) 4.0%"
     )
+
+
+@pytest.mark.parametrize(
+    ("passes", "line"),
+    [
+        ({1: 2.0, 2: 2.6, 3: 2.8, 4: 3.0}, (0.2, 0.1)),
+        ({1: 2.0, 2: 2.0, 3: 2.4, 4: 2.8}, (0.0, 1.6 / 14)),  # would start below 0
+        ({1: 2.0, 2: 2.8, 3: 2.6, 4: 2.4}, (0.3, 0.0)),  # would fall
+    ],
+)
+def test_passes_over_several_positions_lie_on_a_line_that_neither_starts_below_one_nor_falls(
+    passes: dict[int, float], line: tuple[float, float]
+) -> None:
+    costs = fit_step_costs({1: 1.0, 6: 3.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    assert (costs.first_extra, costs.extra_token) == pytest.approx(line)
 
 
 def test_the_median_of_costs_is_of_each_figure() -> None:
-    figures = [(1.0, 9.0, 0.1, 0.0), (3.0, 1.0, 0.9, 0.5), (2.0, 2.0, 0.2, 9.0)]
-    names = ("block_seconds", "head", "extra_token", "overhead")
+    figures = [(1.0, 9.0, 2.0, 0.1, 0.3, 0.0), (3.0, 1.0, 7.0, 0.0, 0.9, 0.5), (2.0, 2.0, 1.0, 0.9, 0.2, 9.0)]
+    names = [field.name for field in fields(StepCosts)]
     costs = [StepCosts(**dict(zip(names, each, strict=True))) for each in figures]
-    assert _as_tuple(median_costs(costs)) == (2.0, 2.0, 0.2, 0.5)
+    assert _as_tuple(median_costs(costs)) == (2.0, 2.0, 2.0, 0.1, 0.3, 0.5)
 
 
 def test_the_cost_model_is_that_of_self_speculation_with_these_figures() -> None:
-    costs = StepCosts(block_seconds=_BLOCK, head=_HEAD, extra_token=_EXTRA, overhead=_OVERHEAD)
-    expected = CostModel.self_speculative(
-        num_layers=6, exit_layer=2, head=_HEAD, extra_token=_EXTRA, overhead=_OVERHEAD
+    costs = StepCosts(**dict(zip([field.name for field in fields(StepCosts)], _COSTS, strict=True)))
+    figures = {field.name: getattr(costs, field.name) for field in fields(StepCosts)[1:]}
+    assert costs.cost_model(num_layers=6, exit_layer=2) == CostModel.self_speculative(
+        num_layers=6, exit_layer=2, **figures
     )
-    assert costs.cost_model(num_layers=6, exit_layer=2) == expected
 
 
 def test_a_real_decoder_costs_something_and_is_left_as_it_was() -> None:

@@ -20,7 +20,7 @@ from app.model.spans import SpanDecoder
 from tests.support.fake_decoder import counting_decoder
 from tests.support.tiny_models import tiny_llama
 
-_COSTS = StepCosts(block_seconds=1e-3, head=2.0, extra_token=0.05, overhead=0.5)
+_COSTS = StepCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
 _SETTINGS = TuningSettings(max_new_tokens=16, max_draft_tokens=3, num_verified=2, repeats=2)
 _PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6]]
 
@@ -88,7 +88,7 @@ def test_a_prediction_is_tokens_per_round_over_the_cost_of_a_mean_round() -> Non
     found = predict(agreement, _COSTS, max_draft_tokens=2)
     assert [(p.exit_layer, p.num_draft_tokens) for p in found] == [(e, d) for e in (1, 2, 3) for d in (1, 2)]
     last = found[-1]
-    round_cost = 5 / 3 * (3 + 2) + 3 + (1 + 2) * (1 + 0.05 * 5 / 3) + 0.5
+    round_cost = 5 / 3 * (3 + 1.5) + 3 + (1 + 2) * (1 + 0.25 + 0.05 * 5 / 3) + 0.5
     assert last.speedup == pytest.approx((7 / 3) * (4 + 2) / round_cost)
     assert last.mean_tokens_per_round == pytest.approx(7 / 3)
     assert last.acceptance_rate == pytest.approx(4 / 5)
@@ -145,6 +145,8 @@ def test_what_was_confirmed_is_recommended_with_the_speedup_of_that_run() -> Non
         exit_layer=1,
         num_draft_tokens=2,
         head=2.0,
+        draft_head=1.5,
+        first_extra=0.25,
         extra_token=0.05,
         overhead=0.5,
         measured_speedup=1.25,
@@ -173,7 +175,9 @@ def test_the_second_fastest_is_recommended_where_only_it_was_confirmed() -> None
 
 def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:
     tuning = _tuning(1.003, 0.9, again=[(1, 1.01, 0.97)])
-    assert tuning.defaults == DecodingDefaults(strategy="autoregressive", head=2.0, extra_token=0.05, overhead=0.5)
+    assert tuning.defaults == DecodingDefaults(
+        strategy="autoregressive", head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5
+    )
     assert tuning.reason.startswith(
         "autoregressive: no setting kept its lead when it was run again; exit 1 with 1 draft"
     )
@@ -185,8 +189,10 @@ def test_nothing_measured_below_one_is_ever_recommended() -> None:
     tuning = _tuning(0.7, 0.999)
     assert tuning.defaults.strategy == "autoregressive"
     assert tuning.reason.startswith("autoregressive: even exit 1 with 2 drafts")
-    assert "agrees with the full model on 50% of the tokens, and one draft a round pays from 91% on" in tuning.reason
-    cheap = replace(tuning, costs=replace(_COSTS, head=0.0, extra_token=0.0, overhead=0.0))
+    assert "agrees with the full model on 50% of the tokens, and one draft a round pays from 98% on" in tuning.reason
+    cheap = replace(
+        tuning, costs=replace(_COSTS, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.0, overhead=0.0)
+    )
     assert needed_agreement(cheap.costs.cost_model(num_layers=2, exit_layer=1)) == 0.5
     assert "pays from" not in cheap.reason  # 50% would have been enough
 
@@ -243,7 +249,7 @@ def test_a_best_draft_length_at_the_edge_of_what_was_looked_at_is_told() -> None
 
 
 def test_costs_are_the_median_of_three_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    busy = StepCosts(block_seconds=9.0, head=0.0, extra_token=0.9, overhead=90.0)
+    busy = StepCosts(block_seconds=9.0, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.9, overhead=90.0)
     moments, asked = iter([busy, replace(_COSTS, head=1.5), _COSTS]), list[dict[str, int]]()
     monkeypatch.setattr(
         tuning_module, "measure_step_costs", lambda _, **options: (asked.append(options), next(moments))[1]

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import ceil
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -33,7 +34,7 @@ BENCHMARK_STRATEGIES: dict[BenchmarkStrategy, Strategy] = {
 # What a decoding's settings are called in the plural, or where a user gives them.
 _OPTIONS = {"exit_layer": "exit_layers", "draft_decoder": "draft_model"}
 _MIN_POSITIONS = 3  # that costs can be fitted to
-_COST_REPEATS = 3  # at each of the times they are measured
+_COST_MOMENTS, _COST_REPEATS = 4, 2  # spread over the batches, after a first one: machines change their speed
 
 
 class Subject(NamedTuple):
@@ -120,7 +121,7 @@ def run_benchmark(
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> Benchmark:
-    """Let everyone decode every prompt in turn; before, halfway and after it fit the cost model to this machine.
+    """Let everyone decode every prompt in turn; before, between and after it fit the cost model to this machine.
 
     Args:
         subject: The model, in eval mode.
@@ -135,7 +136,7 @@ def run_benchmark(
         raise ConfigError("prompts", got=[], allowed="at least one")
     build_contenders(subject, settings)  # refuses what is wrong before anything runs
     batches = [prompts[start : start + settings.batch_size] for start in range(0, len(prompts), settings.batch_size)]
-    moments = {max(1, len(batches) // 2), len(batches)}  # a busy moment of the machine must not decide the costs
+    moments = {ceil(len(batches) * moment / _COST_MOMENTS) for moment in range(1, _COST_MOMENTS + 1)}
     with torch.inference_mode():
         costs = [_measure_costs(subject, prompts, settings)]
 

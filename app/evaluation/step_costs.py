@@ -26,7 +26,7 @@ from app.decoding.strategies import Strategy
 from app.errors import check_range
 from app.protocols import ExitableDecoder
 
-_TIMED_TOKENS = 3  # of every decoding, after the first token: one to three rounds
+_TIMED_TOKENS = 8  # of every decoding, after the first token: the first of them find cold caches
 
 Clock = Callable[[], float]
 Setting = tuple[int, int]  # exit_layer, num_draft_tokens
@@ -112,7 +112,7 @@ def measure_step_costs(
         (batch_size, max(1, min(context_length, decoder.max_length - room))),
         generator=torch.Generator().manual_seed(0),
     )
-    exits = sorted({max(1, num_layers // 4), max(1, num_layers // 2)})
+    exits = sorted({max(1, num_layers // 8), max(1, num_layers // 4)})  # where drafts are worth it
     rounds = [(exit_layer, drafts) for exit_layer in exits for drafts in ((max_positions - 1) // 2, max_positions - 1)]
     timer = _Timer(decoder, prompts_BT.tolist(), clock)
     steps: dict[int, list[float]] = {1: [], num_layers: []}

@@ -170,15 +170,25 @@ def test_prompts_are_cut_into_batches_in_their_order_and_all_give_the_same_token
 def test_costs_are_fitted_to_the_batches_and_drafts_asked_for(subject: Subject, costs: list[dict[str, Any]]) -> None:
     settings = _settings("self_speculative", **SPECULATIVE | {"num_draft_tokens": (3, 9), "batch_size": 3})
     assert run_benchmark(subject, PROMPTS, settings).costs == (COSTS, COSTS)
-    asked = {"batch_size": 3, "context_length": 11 // 4 + 8 // 2, "max_positions": 10, "repeats": 3}
-    assert costs == [{"num_layers": layers, **asked} for layers in (4, 2)] * 3  # before, halfway, after
+    asked = {"batch_size": 3, "context_length": 11 // 4 + 8 // 2, "max_positions": 10, "repeats": 2}
+    assert costs == [{"num_layers": layers, **asked} for layers in (4, 2)] * 3  # before, and after each of two batches
+
+
+def test_costs_are_measured_before_and_four_times_between_batches(
+    subject: Subject, costs: list[dict[str, Any]]
+) -> None:
+    done: list[tuple[int, int]] = []
+    settings = _settings("self_speculative", **SPECULATIVE)
+    alone = subject._replace(draft_decoder=None)
+    run_benchmark(alone, PROMPTS * 2 + PROMPTS[:2], settings, on_batch=lambda batch: done.append((batch, len(costs))))
+    assert done == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3), (7, 3), (8, 4), (9, 4), (10, 5)]
 
 
 def test_a_busy_moment_of_the_machine_does_not_decide_the_costs(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy = StepCosts(block_seconds=9.0, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.9, overhead=90.0)
-    moments = iter([COSTS, busy, replace(COSTS, head=2.5)])
+    moments = iter([COSTS, busy, replace(COSTS, head=2.5), COSTS, COSTS])
     monkeypatch.setattr(benchmark, "measure_step_costs", lambda *_, **__: next(moments))
     settings = _settings("self_speculative", **SPECULATIVE)
     measured = run_benchmark(subject._replace(draft_decoder=None), PROMPTS, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,11 +24,15 @@ NUM_LAYERS = 4
 
 
 def write_corpus(folder: Path, *, files: int = 12) -> Path:
-    """Small files of code and prose under `folder`."""
+    """Small files of code and prose under `folder`; any number of ranks may write and read them at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
     for idx in range(files):
         lines = [f"def function_{idx}_{line}(x):\n    return x * {line} + {idx * line}\n" for line in range(12)]
-        (folder / f"module_{idx:02d}.py").write_text("\n".join(lines))
+        file = folder / f"module_{idx:02d}.py"
+        if not file.exists():  # to truncate it would change it under a rank that looks at sizes
+            unfinished = folder.with_name(f"{folder.name}-{os.getpid()}-{idx}")
+            unfinished.write_text("\n".join(lines))
+            unfinished.rename(file)
     return folder
 
 

@@ -7,24 +7,22 @@ restores `trainer.global_step`, and the loader asks for it whenever an iteration
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
+
+from datamodules.data_workers import WorkerLoader
 
 Batch = dict[str, Tensor]
 
 
-class StepLoader(DataLoader[Batch]):
-    """A DataLoader that asks for its position as late as possible, and that Lightning knows to be resumable.
+class StepLoader(WorkerLoader):
+    """A loader that asks for its position as late as possible, and that Lightning knows to be resumable.
 
     A schedule built on `trainer.estimated_stepping_batches` makes Lightning create the loader, and its iterator,
     before `global_step` is restored; worker processes would begin to fetch from step 0.
+    An iterator of a `WorkerLoader` begins when the first batch is asked for.
     """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the position follows from the step."""

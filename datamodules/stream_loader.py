@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from app.errors import DataError
-from datamodules.data_workers import prepare_worker
+from datamodules.data_workers import WorkerLoader, prepare_worker
 from datamodules.packing import Row
 from datamodules.placement import Placement
 from datamodules.readers.records import Reader
@@ -85,7 +85,7 @@ def stack(rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
     return batch | {"source": torch.tensor([source for source, _ in rows])}
 
 
-class StreamLoader(DataLoader[Any]):
+class StreamLoader(WorkerLoader):
     """A loader of `LaneBatches`, which Lightning knows to be resumable.
 
     Args:
@@ -114,6 +114,7 @@ class StreamLoader(DataLoader[Any]):
 
         Raises:
             DataError: A source has too many bad records, or no usable one.
+            RuntimeError: A worker died.
         """
         self._batches.position = self._position()
         for item in super().__iter__():

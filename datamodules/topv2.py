@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from app.errors import ConfigError, DataError, check_choice, check_range
 from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
 from app.protocols import GenerationExample
-from datamodules.data_workers import prepare_worker
+from datamodules.data_workers import WorkerLoader, prepare_worker
 from datamodules.length_buckets import BucketSampler
 from datamodules.placement import Placement, check_same_order, check_trainer
 from datamodules.row_settings import RowSettings
@@ -201,7 +201,7 @@ class TOPv2DataModule(LightningDataModule):
             position=lambda: 0 if self.trainer is None else self.trainer.global_step * place.accumulate,
         )
         return StepLoader(
-            data,  # type: ignore[arg-type]  # its items become batches in collate
+            data,
             batch_sampler=sampler,
             collate_fn=data.collate,
             num_workers=settings.num_workers,
@@ -263,7 +263,7 @@ class TOPv2DataModule(LightningDataModule):
             raise DataError(f"{len(rows)} rows to {split} on {place.world_size} devices; raise validation_rows")
         own_rows = rows[place.rank : share * place.world_size : place.world_size]
         data = ExampleRows(examples, own_rows, length_multiple=self._length_multiple)
-        return DataLoader(
+        return WorkerLoader(
             data,
             batch_size=settings.batch_size,
             collate_fn=data.collate,

@@ -1,14 +1,17 @@
-"""Data workers and signals: those of the run are not theirs, and their parent ends them."""
+"""Data workers: signals of the run are not theirs, their parent ends them, and one that died is told of."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from torch.utils.data import DataLoader
+from torch.utils.data import dataloader as torchs
 
-from datamodules.data_workers import prepare_worker
+from datamodules import data_workers
+from datamodules.data_workers import WorkerLoader, prepare_worker
 
 
 class WhoAndHow:
@@ -19,6 +22,13 @@ class WhoAndHow:
 
     def __getitem__(self, index: int) -> tuple[int, str]:
         return os.getpid(), os.environ["TOKENIZERS_PARALLELISM"]
+
+
+class Unreadable(WhoAndHow):
+    """Rows on a share that the network lost."""
+
+    def __getitem__(self, index: int) -> tuple[int, str]:
+        raise ConnectionError("the share is gone")
 
 
 def loader(monkeypatch: pytest.MonkeyPatch) -> DataLoader[tuple[int, str]]:
@@ -45,3 +55,25 @@ def test_its_parent_ends_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     os.kill(worker, signal.SIGTERM)
     process.join(timeout=20)
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("told", [ConnectionResetError("Connection reset by peer"), EOFError()])
+def test_a_worker_that_died_is_named_also_while_it_is_ending(told: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = iter(WorkerLoader(WhoAndHow(), batch_size=None, num_workers=1, worker_init_fn=prepare_worker))  # type: ignore[arg-type]
+    worker, _ = next(rows)
+
+    def receive(self: object) -> None:
+        threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
+        raise told
+
+    monkeypatch.setattr(torchs._MultiProcessingDataLoaderIter, "_get_data", receive)
+    with pytest.raises(RuntimeError, match=rf"DataLoader worker \(pid.* {worker}\) (exited|is killed)"):
+        next(rows)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_no_worker_died_of_is_said_as_it_is(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_workers, "_TO_END_SECONDS", 0.1)
+    rows = iter(WorkerLoader(Unreadable(), batch_size=None, num_workers=num_workers))  # type: ignore[arg-type]
+    with pytest.raises(ConnectionError, match="the share is gone"):
+        next(rows)

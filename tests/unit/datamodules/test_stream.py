@@ -177,7 +177,7 @@ def test_texts_are_tokenised_a_few_at_a_time() -> None:
     assert calls == [64, 64, 22]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_lane_goes_on_from_any_place_as_if_it_had_not_stopped(data: st.DataObject) -> None:
     """Mid-document, mid-block, mid-chunk, second epoch; with bad records, several sources, both packings."""

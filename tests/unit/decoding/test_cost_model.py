@@ -69,7 +69,7 @@ _COSTS = st.builds(
 )
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@settings(max_examples=200)
 @given(costs=_COSTS, settled=st.floats(1, 17), drafted=st.integers(0, 16))
 def test_one_more_draft_at_break_even_leaves_the_speedup_as_it_is(
     costs: CostModel, settled: float, drafted: int

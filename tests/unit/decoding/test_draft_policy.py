@@ -273,7 +273,7 @@ def test_drafting_that_measures_slower_is_given_up_also_where_verifying_takes_ma
 _TIMES = st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1), st.floats(0, 1)), min_size=10, max_size=40)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100)
 @given(rounds=_TIMES, plain=st.floats(0.01, 10))
 def test_nothing_is_given_up_that_is_faster_in_every_round(
     rounds: list[tuple[int, float, float]], plain: float
@@ -286,7 +286,7 @@ def test_nothing_is_given_up_that_is_faster_in_every_round(
     assert not pace.gave_up
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100)
 @given(rounds=_TIMES, plain=st.floats(0.01, 10))
 def test_everything_is_given_up_that_is_slower_in_every_round(
     rounds: list[tuple[int, float, float]], plain: float

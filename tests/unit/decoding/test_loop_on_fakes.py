@@ -117,7 +117,7 @@ def _fits(case: _Case) -> _Case:
     return case._replace(prompts=[prompt[: case.context] for prompt in case.prompts])
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@settings(max_examples=150)
 @given(case=_cases().map(_fits))
 def test_a_greedy_batch_gives_each_row_the_full_models_tokens_and_the_statistics_it_has_alone(case: _Case) -> None:
     together = _run(case, together=True)
@@ -127,14 +127,14 @@ def test_a_greedy_batch_gives_each_row_the_full_models_tokens_and_the_statistics
     assert _told(together) == _told(_run(case, together=False))
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100)
 @given(case=_cases(sampled=True).map(_fits), temperature=st.sampled_from((0.3, 1.0)), top_k=st.sampled_from((None, 3)))
 def test_a_sampled_batch_gives_each_row_what_it_gets_alone(case: _Case, temperature: float, top_k: int | None) -> None:
     sampling = SamplingSettings(temperature=temperature, top_k=top_k)
     assert _told(_run(case, sampling=sampling, together=True)) == _told(_run(case, sampling=sampling, together=False))
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=60)
 @given(case=_cases().map(_fits), ticks=st.lists(st.integers(1, 50), min_size=1, max_size=7))
 def test_no_clock_changes_what_a_greedy_batch_says(case: _Case, ticks: list[int]) -> None:
     case = case._replace(settings=case.settings | {"fall_back": True}, budget=40, context=400)
@@ -144,7 +144,7 @@ def test_no_clock_changes_what_a_greedy_batch_says(case: _Case, ticks: list[int]
     assert [result.tokens for result in results] == [_expected(case, prompt)[0] for prompt in case.prompts]
 
 
-@settings(max_examples=25, derandomize=True, deadline=None, database=None)
+@settings(max_examples=25)
 @given(case=_cases(sampled=True).map(_fits), ticks=st.lists(st.integers(1, 50), min_size=1, max_size=7))
 def test_no_clock_changes_what_a_seed_gives(case: _Case, ticks: list[int]) -> None:
     case = case._replace(settings=case.settings | {"fall_back": True}, budget=40, context=400)

@@ -120,7 +120,7 @@ def _by_sorting_everything(logits: Tensor, *, temperature: float, top_k: int | N
 _SPREADS = {"peaked": 4.0, "nearly flat": 0.3, "flat": 0.0}
 
 
-@given_settings(max_examples=120, derandomize=True, deadline=None, database=None)
+@given_settings(max_examples=120)
 @given(
     vocab=st.sampled_from((1, 2, 7, 1024, 1025, 1026, 5000)),
     spreads=st.lists(st.sampled_from(sorted(_SPREADS)), min_size=1, max_size=4),

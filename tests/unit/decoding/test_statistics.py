@@ -58,7 +58,7 @@ def test_nothing_drafted_is_nothing_divided() -> None:
     assert _result().mean_tokens_per_round is None
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100)
 @given(rounds=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=8))
 def test_positions_add_up_to_totals(rounds: list[tuple[int, int]]) -> None:
     result = _result(*(Step([7] * (accepted + 1), accepted, (8,) * rejected) for accepted, rejected in rounds))

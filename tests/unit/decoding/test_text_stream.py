@@ -18,7 +18,7 @@ def pushed(tokenizer, tokens) -> list[str]:
 
 @each_tokenizer
 @given(data=st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_pieces_make_up_the_decoded_text_of_any_tokens(kind, data):
     tokenizer = TOKENIZERS[kind]
     beyond_the_vocabulary = len(tokenizer) + 2
@@ -28,7 +28,7 @@ def test_pieces_make_up_the_decoded_text_of_any_tokens(kind, data):
 
 @each_tokenizer
 @given(text=st.text(alphabet="the nd😀🙈你é\n•", max_size=20))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_pieces_of_a_text_never_hold_a_half_character(kind, text):
     tokenizer = TOKENIZERS[kind]
     pieces = pushed(tokenizer, tokenizer(text)["input_ids"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import DataError
@@ -50,7 +50,6 @@ GLOB_PARTS = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(GLOB_PARTS, min_size=1, max_size=4))
 def test_a_glob_chooses_what_pathlib_would(tree: Path, parts: list[str]) -> None:
     pattern = "/".join(parts)

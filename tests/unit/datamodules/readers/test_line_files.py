@@ -34,7 +34,7 @@ LINE = st.one_of(st.just(b""), st.just(b" \t"), st.integers(0, 9).map(lambda n: 
 FILE = st.tuples(st.booleans(), st.lists(st.tuples(LINE, st.sampled_from([b"\n", b"\r\n"])), max_size=8), st.booleans())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(FILE, min_size=1, max_size=4), st.integers(1, 80), st.integers(0, 2))
 def test_every_line_is_in_exactly_one_chunk(
     files: list[tuple[bool, list[tuple[bytes, bytes]], bool]], min_chunks: int, seed: int

@@ -17,6 +17,7 @@ from app.cli.tables import print_table
 from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
 from app.protocols import PromptOwner, Table, TokenizerOwner
+from app.whole_file import write_whole
 from datamodules.preview import Preview, check_resume, preview
 
 # Whatever the config says about machines: data are looked at here.
@@ -65,7 +66,7 @@ class DataCLI(LayerSkipCLI):
         prompts = data.validation_prompts(options.num_prompts, options.prompt_length)
         lines = [json.dumps({"prompt": data.tokenizer.decode(ids, skip_special_tokens=True)}) for ids in prompts]
         try:
-            path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+            write_whole(path, "".join(f"{line}\n" for line in lines))
         except OSError as error:
             raise ConfigError("prompts", got=str(path), allowed="a file that can be written", fix=str(error)) from error
         print(f"{len(lines)} held-out prompts of {options.prompt_length} tokens: {path}")

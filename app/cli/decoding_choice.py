@@ -93,7 +93,7 @@ def _origin(tuned: DecodingDefaults | None, strategy: Strategy, settings: Decodi
     if chosen != (strategy, settings.exit_layer, settings.num_draft_tokens):
         return f"layerskip tune chose otherwise: {tuned.strategy} with {setting}"
     if tuned.measured_speedup is None:
-        return "as layerskip tune chose"
+        return "as stored with the model; layerskip tune measures what is fastest"
     return f"layerskip tune measured a speedup of {tuned.measured_speedup:.2f} with {setting}"
 
 

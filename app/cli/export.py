@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from app.cli.models import DTYPES, Dtype
 from app.cli.parsing import VerbParser
 from app.errors import ConfigError, check_choice
-from app.model.carried_over import carried_defaults, from_card
+from app.model.carried_over import carried_defaults, from_card, holds
 from app.model.checkpoint import load_for_decoding
 from app.model.checkpoint_integrity import check_bytes
 from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults
@@ -47,7 +47,7 @@ def export(
 
     Args:
         output_dir: Directory to make; it must be new, empty, or an export that nobody added to since. Of the latter,
-            what `layerskip tune` stored is kept.
+            what `layerskip tune` stored is kept if it was for these weights.
         model: Lightning checkpoint of a run (file or directory), Hugging Face directory, hub id or .gguf file.
         ckpt_path: The same by another name; exactly one of the two is given.
         dtype: Of the weights; auto keeps those of the checkpoint (float32 for .gguf).
@@ -56,7 +56,8 @@ def export(
         base_model: For the model card, the hub id of the model it was trained from; by default as the card says that is
             replaced, or else model.pretrained.
         generation_defaults: What `layerskip tune` found: a directory that it tuned, a generation_config.json, or a file
-            with the output of `layerskip tune --json`.
+            with the output of `layerskip tune --json`. Its measurements are left out if the directory holds other
+            weights.
         overwrite: Replace whatever model directory there is, all of it.
     """
     field, path = ("model", model) if ckpt_path is None else ("ckpt_path", ckpt_path)
@@ -69,13 +70,14 @@ def export(
     card = CardSettings(title=directory.name, license=licence, base_model=base)
     chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # wrong settings before any reading
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
-    decoding = _decoding(loaded, generation_defaults, directory)
-    name = _name(exported_dtype(weights or InMemory(loaded), chosen.dtype))
+    source = weights or InMemory(loaded)
+    decoding = _decoding(loaded, source, generation_defaults, directory)
+    name = _name(exported_dtype(source, chosen.dtype))
     if Path(path).suffix == ".gguf":
         card = _of_gguf(path, card)
     readme = _readme_of(path, card) or model_card(loaded, record, decoding, dtype=name, card=card)
     settings = replace(chosen, decoding=decoding, readme=readme)
-    num_files = write_pretrained(loaded, tokenizer, directory, weights=weights, settings=settings)
+    num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings)
     files = "1 file" if num_files == 1 else f"{num_files} files"
     print(f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {files}")
     said = _name(loaded.config.dtype)
@@ -131,13 +133,16 @@ def _of_gguf(path: str, card: CardSettings) -> CardSettings:
     return replace(named, base_model=card.base_model or origin.base_model, origin=str(origin))
 
 
-def _decoding(model: PreTrainedModel, given: str | None, directory: Path) -> DecodingDefaults | None:
+def _decoding(model: PreTrainedModel, weights: Weights, given: str | None, directory: Path) -> DecodingDefaults | None:
     """What `layerskip tune` chose: as given, as the model brings it, or as the directory that is replaced held it."""
     if given is not None:
         if (defaults := carried_defaults(model, Path(given), field="generation_defaults")) is None:
             fix = "nothing of the kind is in it"
             raise ConfigError("generation_defaults", got=given, allowed="what layerskip tune stored", fix=fix)
-        return defaults
+        if not Path(given).is_dir() or holds(Path(given), weights):
+            return defaults
+        _log.warning("%s holds other weights: what layerskip tune chose is taken, what it measured is not", given)
+        return _unmeasured(defaults)
     if (own := read_decoding_defaults(model)) is not None or not directory.exists():
         return own
     try:
@@ -145,9 +150,20 @@ def _decoding(model: PreTrainedModel, given: str | None, directory: Path) -> Dec
     except ConfigError as error:
         _log.warning("what layerskip tune stored in %s does not fit this model and is not kept: %s", directory, error)
         return None
-    if kept is not None:
-        _log.info("kept from the directory that was there: %s; layerskip tune measures this model", _said(kept))
+    if kept is None:
+        return None
+    if not holds(directory, weights):
+        _log.warning(
+            "what layerskip tune stored in %s was for other weights and is not kept: %s", directory, _said(kept)
+        )
+        return None
+    _log.info("kept from the directory that was there: %s", _said(kept))
     return kept
+
+
+def _unmeasured(decoding: DecodingDefaults) -> DecodingDefaults:
+    strategy, exit_layer, drafts = decoding.strategy, decoding.exit_layer, decoding.num_draft_tokens
+    return DecodingDefaults(strategy=strategy, exit_layer=exit_layer, num_draft_tokens=drafts)
 
 
 def _said(decoding: DecodingDefaults) -> str:
@@ -161,6 +177,8 @@ def _next_step(decoding: DecodingDefaults | None, directory: Path, *, model_type
         return f"transformers decodes it; layerskip generate and tune know no {model_type}"
     if decoding is None:
         return f"not tuned: layerskip tune --model {directory} --prompts FILE.jsonl finds the fastest exit and drafts"
+    if decoding.conditions is None and decoding.measured_speedup is None:
+        return f"decoding, as given: {_said(decoding)}; layerskip tune --model {directory} measures what is fastest"
     return f"decoding, as layerskip tune chose: {_said(decoding)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from app.evaluation.tasks.exact_match_figure import Metric, exact_match_figure
 from app.evaluation.tasks.parse_report import read_report
 from app.model.run_record import RunRecord
 from app.model.trained_weights import open_trained_weights
+from app.whole_file import write_whole
 
 _T = TypeVar("_T")
 
@@ -46,7 +48,9 @@ def plot(
         if len(checkpoints or ()) > MOST_RUNS:
             raise ConfigError("checkpoints", got=len(checkpoints or ()), allowed=f"1..{MOST_RUNS}")
         figure = exit_curves_figure(_read("checkpoints", checkpoints or [], _read_curve))
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(path, image.getvalue())
     print(f"figure: {path}")
 
 

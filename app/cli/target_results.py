@@ -15,6 +15,7 @@ import torch
 from app.cli.parsing import VerbParser
 from app.errors import ConfigError
 from app.evaluation.benchmark_report import environment
+from app.whole_file import write_whole
 
 
 def run_verb(*arguments: str) -> tuple[str, str]:
@@ -49,7 +50,7 @@ def target_result(value: float, threshold: float, command: str, *, at_most: bool
 def write_results(measured: Mapping[str, Mapping[str, Any]], output: Path) -> None:
     """The results as JSON, and a line for each on the terminal."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
+    write_whole(output, json.dumps(measured, indent=2) + "\n")
     for name, result in measured.items():
         at_most = (result["value"] <= result["target"]) == result["passed"]
         bound, verdict = "at most" if at_most else "at least", "passed" if result["passed"] else "missed"

@@ -21,6 +21,7 @@ from app.errors import ConfigError
 from app.evaluation.benchmark import Costs
 from app.evaluation.benchmark_result import BenchmarkResult
 from app.protocols import Table
+from app.whole_file import write_whole
 
 _PACKAGES = ("torch", "transformers", "layerskip-lightning")
 _ABSENT = "-"
@@ -182,8 +183,6 @@ def write_report(document: Mapping[str, Any], figure: Figure, output: Path) -> P
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    for path, content in ((output, text.encode()), (picture, image.getvalue())):
-        part = path.with_name(f"{path.name}.part")
-        part.write_bytes(content)
-        part.replace(path)
+    write_whole(output, text)
+    write_whole(picture, image.getvalue())
     return picture

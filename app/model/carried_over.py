@@ -8,13 +8,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from app.errors import ConfigError
 from app.model.decoding_defaults import DEFAULTS_FIELD, DecodingDefaults, read_decoding_defaults, read_generation_config
+from app.model.export import Weights
 from app.model.output_directory import README
 
+_TELLING_ROWS = 8
 _ALLOWED = "a tuned model directory, a generation_config.json, or the output of layerskip tune --json"
 
 
@@ -46,6 +50,30 @@ def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> Decod
         raise ConfigError(field, got=str(path), allowed=allowed, fix=str(error)) from error
 
 
+def holds(directory: Path, weights: Weights) -> bool:
+    """Whether a model directory holds these weights, in whatever dtype: the first rows of each tell.
+
+    Who trained a step more changed them; what was measured on a model is true of its weights alone.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    try:
+        return bool(files) and all(_are_of(file, weights) for file in files)
+    except (OSError, SafetensorError):  # then it holds none
+        return False
+
+
+def _are_of(file: Path, weights: Weights) -> bool:
+    with safe_open(file, framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118  # not a mapping
+            theirs = stored.get_slice(name)
+            if name not in weights.shapes or list(weights.shapes[name][0]) != theirs.get_shape():
+                return False
+            first, own = theirs[:_TELLING_ROWS], weights.read(name)[:_TELLING_ROWS].cpu()
+            if not (torch.equal(first, own.to(first.dtype)) or torch.equal(first.to(own.dtype), own)):
+                return False
+    return True
+
+
 def _stored(path: Path, *, field: str) -> Any:
     if path.is_dir():
         return read_generation_config(path).get(DEFAULTS_FIELD) if any(path.iterdir()) else None
@@ -57,7 +85,7 @@ def _stored(path: Path, *, field: str) -> Any:
         raise ConfigError(field, got=str(path), allowed=_ALLOWED)
     if DEFAULTS_FIELD in content or "strategy" not in content:
         return content.get(DEFAULTS_FIELD)
-    known = {field.name for field in fields(DecodingDefaults)}
+    known = {entry.name for entry in fields(DecodingDefaults)}
     return {name: value for name, value in content.items() if name in known}
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import re
+import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +22,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from app.errors import CheckpointError, ConfigError, check_choice, check_range
+from app.whole_file import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # loading all of transformers' models takes seconds
@@ -109,7 +110,8 @@ class DecodingDefaults:
         first_extra: j, cost of several positions in a pass at all, as a share of the pass over one; None if unknown.
         extra_token: k, cost of each further position, as the same share; None if unknown.
         overhead: Of a round, in blocks; None if unknown.
-        measured_speedup: Over autoregressive decoding, at least 1; None where nothing is drafted.
+        measured_speedup: Over autoregressive decoding, at least 1; None where nothing is drafted, or it was measured on
+            other weights.
         conditions: Of the measurements; None in files written before they were noted.
     """
 
@@ -136,7 +138,7 @@ class DecodingDefaults:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 raise ConfigError(name, got=value, allowed="a number or null")
-            check_range(name, value or 0.0, low=0.0, high=float("inf"), high_open=True)
+            check_range(name, value or 0.0, low=0.0, high=sys.float_info.max)
 
 
 def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
@@ -201,16 +203,9 @@ def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path
         content.pop(_SCHEDULE, None)
     content[DEFAULTS_FIELD] = asdict(defaults)
     file = directory / _FILE
-    partial = file.with_name(f".{file.name}.partial")  # a rename needs the same disk
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, sort_keys=True)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
+        write_whole(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {file}: {error}") from error
     return file
 

@@ -110,5 +110,16 @@ def test_held_out_prompts_are_written_for_tuning_and_benchmarking(data, tmp_path
     assert said.out == "4 held-out prompts of 6 tokens: prompts.jsonl\n"
 
 
+def test_a_full_disk_leaves_the_prompts_that_were_there(data, tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text("the ones before")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("app.whole_file.os.fsync", full)
+    assert "No space left" in data("--prompts", "prompts.jsonl", "--data.validation_share", "0.3", status=2).err
+    assert (tmp_path / "prompts.jsonl").read_text() == "the ones before"
+
+
 def test_prompts_that_cannot_be_written_are_told(data):
     assert "prompts: got 'nowhere/prompts.jsonl'" in data("--prompts", "nowhere/prompts.jsonl", status=2).err

@@ -242,6 +242,41 @@ def test_what_was_tuned_for_more_blocks_is_not_kept_and_that_is_said(run, tmp_pa
     assert "does not fit this model and is not kept" in capsys.readouterr().err
 
 
+@pytest.fixture
+def trained_on(run, tmp_path):
+    """The same checkpoint after another step: one value of one weight is another."""
+    content = torch.load(run, weights_only=True)
+    name = "model.model.layers.1.mlp.up_proj.weight"
+    content["state_dict"][name][2, 3] += 1e-3
+    torch.save(content, tmp_path / "on.ckpt")
+    return str(tmp_path / "on.ckpt")
+
+
+def test_what_was_tuned_for_other_weights_is_not_kept_and_that_is_said(run, trained_on, tmp_path, monkeypatch, capsys):
+    assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(tmp_path / "out")) == 0
+    write_decoding_defaults(tmp_path / "out", TUNED)
+    assert cli(monkeypatch, "export", "--ckpt_path", trained_on, "--output_dir", str(tmp_path / "out")) == 0
+    printed = capsys.readouterr()
+    assert "was for other weights and is not kept: exit_layer 2, num_draft_tokens 3" in printed.err
+    assert "not tuned: layerskip tune --model" in printed.out
+    assert defaults_of(tmp_path / "out") is None
+    assert "chose drafts" not in ModelCard.load(tmp_path / "out" / "README.md").text
+
+
+def test_defaults_given_of_other_weights_are_taken_without_what_was_measured(
+    run, trained_on, tmp_path, monkeypatch, capsys
+):
+    assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(tmp_path / "tuned")) == 0
+    write_decoding_defaults(tmp_path / "tuned", TUNED)
+    given = ["--output_dir", str(tmp_path / "out"), "--generation_defaults", str(tmp_path / "tuned")]
+    assert cli(monkeypatch, "export", "--ckpt_path", trained_on, *given) == 0
+    assert defaults_of(tmp_path / "out") == replace(TUNED, measured_speedup=None, conditions=None)
+    assert "not measured on these weights" in ModelCard.load(tmp_path / "out" / "README.md").text
+    printed = capsys.readouterr()
+    assert "tuned holds other weights: what layerskip tune chose is taken, what it measured is not" in printed.err
+    assert "decoding, as given: exit_layer 2, num_draft_tokens 3; layerskip tune --model" in printed.out
+
+
 @pytest.mark.parametrize("form", ["directory", "its file", "tune --json"])
 def test_what_tune_found_can_be_given(form, run, directory, tmp_path, monkeypatch):
     assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(tmp_path / "tuned")) == 0

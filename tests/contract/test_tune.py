@@ -144,7 +144,7 @@ def test_the_answer_is_printed_even_if_it_cannot_be_stored(here, monkeypatch, ca
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("app.model.decoding_defaults.os.fsync", full)
+    monkeypatch.setattr("app.whole_file.os.fsync", full)
     assert _tune(monkeypatch, "model") == 2
     captured = capsys.readouterr()
     assert "decision: " in captured.out

@@ -13,6 +13,7 @@ from app.errors import DataError
 from app.evaluation.decoding_comparison import DecodingComparison
 from app.evaluation.tasks.parse_evaluation import ParsePlan, ParseResult
 from app.protocols import Table
+from app.whole_file import write_whole
 
 _SHARES = ("exact_match", "frame_match", "well_formed")
 _SPEEDS = ("acceptance_rate", "mean_tokens_per_round", "ms_per_token", "speedup", "identical_share")
@@ -109,9 +110,7 @@ def write_report(report: ParseReport, path: Path) -> None:
         "results": report.records(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", "utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def test_a_failed_write_leaves_the_old_file(directory: Path, monkeypatch: pytest
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("app.model.decoding_defaults.os.fsync", full)
+    monkeypatch.setattr("app.whole_file.os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
         write_decoding_defaults(directory, _DRAFTING)
     assert _content(directory) == before

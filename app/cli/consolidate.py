@@ -21,7 +21,7 @@ from app.training.checkpoint_places import standing
 _SMALL = 1 << 20  # bytes that are not worth a file
 
 
-def consolidate(*, ckpt_path: str, output: str) -> None:
+def consolidate(*, ckpt_path: str, output: str, overwrite: bool = False) -> None:
     """Write a checkpoint directory of several ranks as one file, which resumes on one device and under DDP exactly.
 
     Memory is that of the largest tensor: the others wait in files that are mapped, beside the output, so that for a
@@ -29,13 +29,16 @@ def consolidate(*, ckpt_path: str, output: str) -> None:
 
     Args:
         ckpt_path: The directory, as `fit` writes it under MeshStrategy.
-        output: The file to make, or to replace.
+        output: The file to make.
+        overwrite: Replace the file if there is one.
     """
     directory, target = standing(Path(ckpt_path)), Path(output)
     if not directory.is_dir():
         raise ConfigError("ckpt_path", got=ckpt_path, allowed="a checkpoint directory; a single file is whole already")
     if target.is_dir() or target.suffix != ".ckpt":
         raise ConfigError("output", got=output, allowed="the name of a file that ends in .ckpt")
+    if target.exists() and not overwrite:
+        raise ConfigError("output", got=output, allowed="a new file", fix="--overwrite true replaces the one there is")
     check_bytes(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:

@@ -12,7 +12,7 @@ from app.errors import ConfigError, check_range
 from app.evaluation.training_plan import Machine
 
 PROG = "layerskip plan"
-_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class PlanOptions(NamedTuple):
@@ -84,7 +84,7 @@ def parse_bytes(text: str) -> float:
     Raises:
         ConfigError: It is neither.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text.upper())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", text.upper())
     if not found or not float(found[1]):
         raise ConfigError("device_memory", got=text, allowed="a size, such as 80GB or 80GiB")
-    return float(found[1]) * _UNITS[found[2] or ""]
+    return float(found[1]) * _UNITS[found[2]]

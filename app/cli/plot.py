@@ -16,7 +16,7 @@ from app.evaluation.exit_quality import ExitScore
 from app.evaluation.tasks.exact_match_figure import Metric, exact_match_figure
 from app.evaluation.tasks.parse_report import read_report
 from app.model.run_record import RunRecord
-from app.model.trained_weights import open_trained_weights
+from app.model.trained_weights import is_trained_weights, open_trained_weights
 from app.whole_file import write_whole
 
 _T = TypeVar("_T")
@@ -69,6 +69,9 @@ def _read(field: str, given: list[str], read: Callable[[Path], _T]) -> dict[str,
 
 def _read_curve(path: Path) -> Curve:
     """What validations of a run measured, by tokens: those of the whole run, shared among its steps alike."""
+    if not is_trained_weights(path):
+        allowed = "a checkpoint of layerskip fit: a .ckpt file, or a directory of shards"
+        raise ConfigError("checkpoints", got=str(path), allowed=allowed)
     record = RunRecord.of(path, open_trained_weights(path).metadata)
     if not record.history or not record.tokens:
         what = "no counted tokens" if record.history else "no measurement of callbacks.ExitQualityMonitor"

@@ -125,7 +125,7 @@ def _print(tuning: Tuning) -> None:
     print(f"costs: {costs_line(tuning.costs)}")
     print(f"decision: {tuning.reason}")
     if tuning.advice:
-        print(f"advice: {tuning.advice.replace('max_draft_tokens', '--max_draft_tokens')}")
+        print(f"advice: {tuning.advice.replace(tuning.limited_by, f'--{tuning.limited_by}')}")
 
 
 def _flags(tuning: Tuning) -> str:

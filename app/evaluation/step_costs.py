@@ -179,7 +179,7 @@ def fit_step_costs(
     costs = StepCosts(
         block_seconds=block,
         head=head,
-        draft_head=max(0.0, fmean(drafts)),
+        draft_head=mean if (mean := fmean(drafts)) > 0.0 else head,  # the same head: it does not cost nothing
         first_extra=first_extra,
         extra_token=extra_token,
         overhead=0.0,

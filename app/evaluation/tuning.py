@@ -46,6 +46,11 @@ class TuningSettings:
     repeats: int = 3
     time_limit_seconds: float = 180.0
 
+    @property
+    def longest_draft(self) -> int:
+        """That an output has room for: its first token comes from the prompt's pass, the last from verification."""
+        return max(1, min(self.max_draft_tokens, self.max_new_tokens - 2))
+
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, low=2)
         check_range("max_draft_tokens", self.max_draft_tokens, low=1)
@@ -84,7 +89,7 @@ def tune(
             measure_step_costs(
                 decoder,
                 context_length=context,
-                max_positions=max(3, min(settings.max_draft_tokens + 1, decoder.max_length // 2)),
+                max_positions=max(3, min(settings.longest_draft + 1, decoder.max_length // 2)),
                 repeats=_COST_REPEATS,
             )
         )
@@ -108,7 +113,7 @@ def tune(
     seen = prompts[: len(agreement.outputs)]
     measure_costs()
     _log.info("costs of steps: median of %d measurements at a context of %d tokens", len(costs), context)
-    predictions = predict(agreement, median_costs(costs), max_draft_tokens=settings.max_draft_tokens)
+    predictions = predict(agreement, median_costs(costs), max_draft_tokens=settings.longest_draft)
     chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
     _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
     lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1]
@@ -136,6 +141,7 @@ def tune(
         predictions=predictions,
         verifications=verifications,
         confirmations=confirmations,
+        limited_by="max_draft_tokens" if settings.longest_draft == settings.max_draft_tokens else "max_new_tokens",
         conditions=conditions,
     )
 

@@ -58,6 +58,7 @@ class Tuning:
         verifications: Of the settings that were run, in the order of their predictions.
         confirmations: Of the fastest of them, in the order they were run again; none where none reached 1.
         conditions: Under which all this was measured, if that is known.
+        limited_by: The setting that longer drafts would need to be higher.
     """
 
     agreement: LayerAgreement
@@ -66,6 +67,7 @@ class Tuning:
     verifications: Sequence[Verification]
     confirmations: Sequence[Verification] = ()
     conditions: Conditions | None = None
+    limited_by: str = "max_draft_tokens"
 
     @property
     def best(self) -> Verification:
@@ -91,7 +93,7 @@ class Tuning:
             return ""
         return (
             f"exit {run.prediction.exit_layer} is predicted to be fastest with {_drafts(most)}, the most that was"
-            " looked at: raise max_draft_tokens"
+            f" looked at: raise {self.limited_by}"
         )
 
     @property

@@ -166,8 +166,9 @@ def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
 
 def _known(stored: Mapping[str, Any], kind: type[DecodingDefaults | Conditions]) -> dict[str, Any]:
     """What was stored, as arguments of `kind`."""
-    for name in stored:
-        check_choice("name", name, sorted(field.name for field in fields(kind)))
+    names = sorted(field.name for field in fields(kind))
+    if unknown := sorted(map(str, stored.keys() - set(names))):
+        raise ConfigError(unknown[0], got=stored[unknown[0]], allowed=f"one of {', '.join(names)}")
     known = dict(stored)
     conditions = known.get("conditions")
     if conditions is not None:

@@ -152,8 +152,13 @@ def _read_config(path: str, *, field: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of a file that comes from anywhere, or of the network
         absent = "" if directory.is_dir() else "no such directory here, nor on the hub: "
-        fix = absent + (_OWN_CODE if "trust_remote_code" in str(error) else textwrap.shorten(str(error), 300))
+        fix = absent + (_OWN_CODE if "trust_remote_code" in str(error) else _reason(error))
         raise ConfigError(field, got=path, allowed=SOURCES, fix=fix) from error
+
+
+def _reason(error: Exception) -> str:
+    """What happened, without the hub's advice on settings of its own."""
+    return textwrap.shorten(str(error).partition("\nCheck your internet connection")[0], 300)
 
 
 def _is_local(path: str) -> bool:
@@ -168,5 +173,5 @@ def _download(hub_id: str, *, field: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # of the network, or of the hub
-        fix = f"it cannot be downloaded: {textwrap.shorten(str(error), 300)}"
+        fix = f"it cannot be downloaded: {_reason(error)}"
         raise ConfigError(field, got=hub_id, allowed=SOURCES, fix=fix) from error

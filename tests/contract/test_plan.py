@@ -239,6 +239,7 @@ def test_flops_and_seconds_are_told_of_the_same_work(plan, plan_json):
         (["--early_exit.curriculum=gradual", "--trainer.max_steps", "-1"], "early_exit.curriculum: got 'gradual'"),
         (["--trainer.precision", "transformer-engine"], "trainer.precision: got 'transformer-engine', allowed 64-true"),
         (["--model.optimizer=AdamW", "--model.optimizer.lr=-1"], "optimizer"),
+        (["--device_memory", "80"], "device_memory: got '80', allowed a size, such as 80GB"),
         (["--device_memory", "80 gigs"], "device_memory: got '80 gigs', allowed a size, such as 80GB"),
         (["--utilisation", "1.5"], "utilisation: got 1.5, allowed (0, 1]"),
         (["--devices", "0"], "devices: got 0, allowed [1, inf)"),

@@ -175,6 +175,8 @@ def test_consolidated_it_is_the_single_file_of_the_same_step(runs, root, tmp_pat
     assert cli(monkeypatch, "consolidate", *arguments) == 0
     assert f"{output}: step {HALF}, " in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["whole.ckpt"]
+    output.write_text("of another run")
+    assert cli(monkeypatch, "consolidate", *arguments, "--overwrite", "true") == 0
     ours, ddps = (torch.load(path, weights_only=True) for path in (output, root / "ddp_half" / "last.ckpt"))
     assert ours.keys() == ddps.keys()
     assert same(ours, ddps, skip={"callbacks"}), "differ"
@@ -202,6 +204,7 @@ def same(one, other, *, skip=frozenset()):
             ["--ckpt_path", "DAMAGED", "--output", "out.ckpt"],
             "is damaged: the bytes of __1_0.distcp are not",
         ),
+        (["--ckpt_path", "DIRECTORY", "--output", "precious.ckpt"], "output: got 'precious.ckpt', allowed a new file"),
         (["--ckpt_path", "COPIED", "--output", "out.ckpt"], "not all there (manifest.json is missing)"),
         (["--ckpt_path", "EMPTY", "--output", "out.ckpt"], "EMPTY: no weights are in its shards"),
     ],
@@ -221,10 +224,12 @@ def test_what_cannot_be_consolidated_is_refused_and_nothing_is_written(
     if "COPIED" in arguments:
         places["COPIED"] = damaged_copy(directory, tmp_path, "manifest.json")
         (places["COPIED"] / "manifest.json").unlink()
+    (tmp_path / "precious.ckpt").write_text("of another run")
     before = set(tmp_path.rglob("*"))
     assert cli(monkeypatch, "consolidate", *[str(places.get(each, each)) for each in arguments]) == 2
     assert message in capsys.readouterr().err
     assert set(tmp_path.rglob("*")) == before
+    assert (tmp_path / "precious.ckpt").read_text() == "of another run"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system tells what memory is a process's own")

@@ -126,8 +126,10 @@ def read_report(path: Path) -> dict[str, Any]:
         if not document["stage"] or not records or not all(keys <= record.keys() for record in records):
             raise KeyError(*sorted(keys))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        unlike = "not JSON" if isinstance(error, ValueError) else "something else"
+        found = error.strerror if isinstance(error, OSError) else unlike
         fix = "write one with callbacks.ParseValidation"
-        raise DataError(f"{path}: no results of semantic parses ({type(error).__name__}: {error}); {fix}") from error
+        raise DataError(f"{path}: no results of semantic parses ({found}); {fix}") from error
     else:
         return document
 

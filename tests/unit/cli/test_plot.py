@@ -54,9 +54,25 @@ def test_results_without_a_label_of_their_own_are_refused(
     assert not (tmp_path / "em.png").exists()
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.json: no results"):
-        _plot(monkeypatch, "--results", f"a={tmp_path}/nowhere.json", "--output", str(tmp_path / "em.png"))
+def test_what_holds_no_results_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content, found in (
+        ("a", None, "No such file"),
+        ("b", "{", "not JSON"),
+        ("c", '{"x": 1}', "something else"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=rf"{name}: no results of semantic parses \({found}"):
+            _plot(monkeypatch, "--results", f"a={tmp_path}/{name}", "--output", str(tmp_path / "em.png"))
+
+
+@pytest.mark.parametrize("name", ["parse_test.json", "my_model"])
+def test_what_is_no_checkpoint_is_refused_by_its_field(
+    name: str, tmp_path: Path, report: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_model").mkdir()
+    with pytest.raises(ConfigError, match=rf"checkpoints: got .*{name}', allowed a checkpoint of layerskip fit"):
+        _plot(monkeypatch, "--checkpoints", f"a={report.with_name(name)}", "--output", str(tmp_path / "curves.png"))
 
 
 @pytest.mark.parametrize("name", ["em.jpg", "missing/em.png"])

@@ -248,6 +248,15 @@ def test_a_best_draft_length_at_the_edge_of_what_was_looked_at_is_told() -> None
     assert advice(1.0, 1.2, 1.2) == ""  # budgets allow no longer draft
 
 
+@pytest.mark.parametrize(("max_new_tokens", "most"), [(16, 3), (5, 3), (4, 2), (2, 1)])
+def test_no_draft_is_looked_at_that_an_output_has_no_room_for(max_new_tokens: int, most: int) -> None:
+    tuning = tune(
+        counting_decoder(), _PROMPTS, eos_token_ids=(), settings=replace(_SETTINGS, max_new_tokens=max_new_tokens)
+    )
+    assert max(prediction.num_draft_tokens for prediction in tuning.predictions) == most
+    assert tuning.limited_by == ("max_draft_tokens" if most == 3 else "max_new_tokens")
+
+
 def test_costs_are_the_median_of_three_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = StepCosts(block_seconds=9.0, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.9, overhead=90.0)
     moments, asked = iter([busy, replace(_COSTS, head=1.5), _COSTS]), list[dict[str, int]]()

@@ -41,19 +41,19 @@ def choose_decoding(
     num_layers, said = loaded.decoder.num_layers, list[str]()
     if strategy is None:
         of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
-        known = tuned is not None and not of_drafts
-        strategy = tuned.strategy if tuned is not None and known else "self_speculative"
-        said.append(_say("strategy", strategy, tuned=known))
+        strategy = "self_speculative" if tuned is None or of_drafts else tuned.strategy
+        said.append(_say("strategy", strategy, tuned=tuned is not None and not of_drafts))
     exit_layer, num_draft_tokens = settings.exit_layer, settings.num_draft_tokens
     needs = STRATEGIES[strategy].needs
     if exit_layer is None and "exit_layer" in needs:
-        known = tuned is not None and tuned.exit_layer is not None
-        exit_layer = tuned.exit_layer if tuned is not None and known else max(1, num_layers // _USUAL_SHARE)
-        said.append(_say("exit_layer", f"{exit_layer} of {num_layers}", tuned=known))
+        known = tuned and tuned.exit_layer
+        exit_layer = known or max(1, num_layers // _USUAL_SHARE)
+        said.append(_say("exit_layer", f"{exit_layer} of {num_layers}", tuned=bool(known)))
     if num_draft_tokens is None and "num_draft_tokens" in needs:
-        known = tuned is not None and strategy == tuned.strategy and exit_layer == tuned.exit_layer
-        num_draft_tokens = tuned.num_draft_tokens if tuned is not None and known else _USUAL_DRAFTS
-        said.append(_say("num_draft_tokens", num_draft_tokens, tuned=known))
+        same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)
+        known = tuned.num_draft_tokens if tuned is not None and same else None
+        num_draft_tokens = known or _USUAL_DRAFTS
+        said.append(_say("num_draft_tokens", num_draft_tokens, tuned=bool(known)))
     settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
     _check(strategy, settings, loaded.decoder)
     if said:

@@ -124,6 +124,26 @@ def tune(
         eos_token_ids=eos_token_ids,
         settings=replace(settings, time_limit_seconds=_FOR_VERIFICATION * settings.time_limit_seconds),
     )
+    return Tuning(
+        agreement=agreement,
+        costs=median_costs(costs),
+        predictions=predictions,
+        verifications=verifications,
+        confirmations=_confirm(decoder, lively, verifications, eos_token_ids=eos_token_ids, settings=settings),
+        limited_by="max_draft_tokens" if settings.longest_draft == settings.max_draft_tokens else "max_new_tokens",
+        conditions=conditions,
+    )
+
+
+def _confirm(
+    decoder: ExitableDecoder,
+    prompts: Sequence[Sequence[int]],
+    verifications: Sequence[Verification],
+    *,
+    eos_token_ids: Sequence[int],
+    settings: TuningSettings,
+) -> list[Verification]:
+    """Run the fastest again, alone against autoregressive decoding, until one holds; of those that reached 1."""
     again = replace(
         settings,
         repeats=CONFIRMING_REPEATS,
@@ -131,19 +151,13 @@ def tune(
     )
     confirmations: list[Verification] = []
     for run in sorted(verifications, key=lambda run: -run.speedup)[:_MOST_CONFIRMED]:
-        if run.speedup < 1.0 or any(confirmation.holds for confirmation in confirmations):
+        if run.speedup < 1.0:
             break
         _log.info("confirming %s", setting_in_words(run.prediction))
-        confirmations += _verify(decoder, lively, [run.prediction], eos_token_ids=eos_token_ids, settings=again)
-    return Tuning(
-        agreement=agreement,
-        costs=median_costs(costs),
-        predictions=predictions,
-        verifications=verifications,
-        confirmations=confirmations,
-        limited_by="max_draft_tokens" if settings.longest_draft == settings.max_draft_tokens else "max_new_tokens",
-        conditions=conditions,
-    )
+        confirmations += _verify(decoder, prompts, [run.prediction], eos_token_ids=eos_token_ids, settings=again)
+        if confirmations[-1].holds:
+            break
+    return confirmations
 
 
 def _verify(

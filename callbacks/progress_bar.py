@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import wraps
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +15,17 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from app import metric_names
 from app.errors import check_range
 from app.protocols import EarlyExitHost
+
+
+def _on_stderr(make: Callable[[Any], Tqdm]) -> Callable[[Any], Tqdm]:
+    """`make`, whose bar Lightning would draw on stdout."""
+
+    @wraps(make)
+    def made(bar: Any) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return make(bar)
+
+    return made
 
 
 class LayerSkipProgressBar(TQDMProgressBar):
@@ -26,25 +39,46 @@ class LayerSkipProgressBar(TQDMProgressBar):
         check_range("refresh_rate", 0 if refresh_rate is None else refresh_rate, low=0)
         super().__init__(refresh_rate=(1 if sys.stderr.isatty() else 50) if refresh_rate is None else refresh_rate)
 
-    def init_train_tqdm(self) -> Tqdm:
-        """The bar of training."""
-        with redirect_stdout(sys.stderr):
-            return super().init_train_tqdm()
+    init_sanity_tqdm = _on_stderr(TQDMProgressBar.init_sanity_tqdm)
+    init_train_tqdm = _on_stderr(TQDMProgressBar.init_train_tqdm)
+    init_validation_tqdm = _on_stderr(TQDMProgressBar.init_validation_tqdm)
+    init_test_tqdm = _on_stderr(TQDMProgressBar.init_test_tqdm)
+    init_predict_tqdm = _on_stderr(TQDMProgressBar.init_predict_tqdm)
 
-    def init_validation_tqdm(self) -> Tqdm:
-        """The bar of a validation."""
-        with redirect_stdout(sys.stderr):
-            return super().init_validation_tqdm()
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of this epoch when it ends, those before a resume included, as the bar counts them.
 
-    def init_test_tqdm(self) -> Tqdm:
-        """The bar of a test."""
-        with redirect_stdout(sys.stderr):
-            return super().init_test_tqdm()
+        Lightning's is the number of optimizer steps that remain.
+        """
+        trainer = self.trainer
+        epoch: int | float = trainer.num_training_batches
+        if trainer.max_steps < 1:
+            return epoch
+        accumulate: int = trainer.accumulate_grad_batches
+        steps = self._taken // accumulate + trainer.max_steps - trainer.global_step
+        return min(epoch, steps * accumulate)
 
-    def init_predict_tqdm(self) -> Tqdm:
-        """The bar of a prediction."""
-        with redirect_stdout(sys.stderr):
-            return super().init_predict_tqdm()
+    @property
+    def _taken(self) -> int:
+        """Micro-batches of this epoch so far: as many as the steps that are counted are made of."""
+        trainer = self.trainer
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        taken: int = progress.processed  # type: ignore[attr-defined]  # of a base class that does without
+        return taken if taken < trainer.num_training_batches else 0  # of the epoch before, when one starts
+
+    def on_train_start(self, trainer: Trainer, *rest: Any) -> None:
+        """An epoch that is resumed in its midst does not start again."""
+        super().on_train_start(trainer, *rest)
+        if trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end:
+            self.on_train_epoch_start(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, *rest: Any) -> None:
+        """What was done before a resume took no time of this process."""
+        super().on_train_epoch_start(trainer, *rest)
+        if taken := self._taken:
+            self.train_progress_bar.n = self.train_progress_bar.initial = taken
+            self.train_progress_bar.refresh()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The logged prog_bar metrics without the version number, then exits on and tokens/s."""

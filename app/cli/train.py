@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 import datamodules  # noqa: F401  # its classes can then be named without their module, and suggested
 from app.cli.allowed_classes import restrict_classes
+from app.cli.early_refusals import refuse_early
 from app.cli.included_configs import with_included
 from app.cli.messages import locate
 from app.cli.parsing import OneLineErrors
@@ -182,6 +183,10 @@ class LayerSkipCLI(LightningCLI):
             raise locate(error, self._plain_config()) from error
         if subcommand in ("validate", "test"):
             self._warn_of_poison()
+
+    def before_fit(self) -> None:
+        """A run that is refused leaves nothing behind."""
+        refuse_early(self.trainer, self.model, self.datamodule)
 
     def _check_checkpoints(self) -> None:
         """Asked to resume from nothing, Lightning only warns; asked to start, it writes over an earlier run."""

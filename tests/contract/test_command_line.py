@@ -1,6 +1,7 @@
 """The command line as a user meets it: every mistake ends with status 2 and one message that names the field."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 import yaml
 
 from app.cli.parser_messages import one_line
+from tests.support.processes import run_ranks
 from tests.support.runs import cli, write_corpus
+from tests.support.saved_models import save_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -102,6 +105,52 @@ def test_a_mistake_ends_with_status_2_and_names_the_field(config, monkeypatch, c
     assert message in err
     assert "Traceback" not in err
     assert len(err[err.index("error:") :].strip().splitlines()) <= 2
+
+
+REFUSED_EARLY = [
+    (["--early_exit.rotation_interval", "5"], "early_exit.rotation_interval: got 5, allowed [1, 4]"),
+    (["--early_exit.curriculum=fixed", "--early_exit.exit_layers=[4]"], "exit_layers: got 4, allowed [1, 3]"),
+    (["--trainer.callbacks=SelfSpeculativeValidation", "--trainer.callbacks.exit_layers=[4]",
+      "--trainer.callbacks.num_draft_tokens=[2]"], "exit_layers: got [4], allowed 1..3 for a 4-layer model"),
+    (["--trainer.callbacks=ExitQualityMonitor", "--trainer.callbacks.exit_layers=[5]"], "exit_layers: got [5], allo"),
+    (["--trainer.max_steps", "0"], "trainer.max_steps: got 0, allowed >= 1: the stream"),
+    (["--trainer.max_steps=-1", "--trainer.limit_train_batches=4"], "model.lr_schedule: got 'cosine', allowed only"),
+    (["--data.init_args.seq_len", "65"], "data.init_args.seq_len: got 65, allowed 1..64"),
+    (["--model.optimizer.init_args.lr", "-1"], "model.optimizer: got 'Invalid learning rate: -1"),
+    (["--model.config.init_args.hidden_size", "0"], "config: got 'llama', allowed a model that can be built"),
+    (["--trainer.accelerator=cpu", "--trainer.devices=2", "--early_exit.always_on_last=false"],
+      "early_exit.always_on_last: got False, allowed true on more than one device"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED_EARLY, ids=[message[:40] for _, message in REFUSED_EARLY])
+def test_a_refused_fit_leaves_nothing_behind(config, tmp_path, monkeypatch, capsys, arguments, message):
+    folder = ["--trainer.logger.init_args.save_dir", str(tmp_path), "--data.init_args.cache_dir", str(tmp_path)]
+    assert cli(monkeypatch, "fit", "--config", str(config), *folder, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_fit_loads_no_weights(config, tmp_path, monkeypatch, capsys):
+    model = save_model(tmp_path / "model", max_length=64)
+    monkeypatch.setattr("app.training.module.load_pretrained", None)
+    continued = ["--model.config=null", "--model.pretrained", str(model), "--trainer.logger.save_dir", str(tmp_path)]
+    assert cli(monkeypatch, "fit", "--config", str(config), *continued, "--early_exit.rotation_interval", "99") == 2
+    assert "early_exit.rotation_interval: got 99, allowed [1, " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def _refused(config, root):
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    arguments = ["--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.logger.init_args.save_dir={root}"]
+    with pytest.MonkeyPatch.context() as patch:
+        return cli(patch, "fit", "--config", str(config), *arguments, "--early_exit.rotation_interval", "5")
+
+
+@pytest.mark.distributed
+def test_all_ranks_of_torchrun_refuse_alike(config, tmp_path):
+    assert run_ranks(_refused, config, tmp_path) == [2, 2]
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_keys_in_yaml_are_errors_too(config, tmp_path, monkeypatch, capsys):

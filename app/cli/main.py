@@ -64,6 +64,10 @@ def main() -> int:
     except KeyboardInterrupt:  # likewise of a verb of ours
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # of Lightning's trainer, with 1; it has said that it was interrupted
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        return 130
     except BrokenPipeError:  # `layerskip generate | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

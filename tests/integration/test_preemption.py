@@ -96,6 +96,18 @@ def test_a_signal_to_all_processes_of_a_job_leaves_data_workers_to_finish_the_st
     assert torch.load(saved, weights_only=True)["global_step"] == 4
 
 
+def interrupt(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent may ignore it, and then so would this
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LayerSkipModule, "training_step", signalled_in(3, [signal.SIGINT]))
+        return fit(patched, config, "stopped", "--trainer.callbacks.every_n_train_steps=2")
+
+
+def test_ctrl_c_ends_at_once_with_status_130_and_leaves_what_was_saved(config, tmp_path):
+    assert run_ranks(interrupt, config, world_size=1) == [130]
+    assert torch.load(tmp_path / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
 MESH = '{"class_path": "app.training.strategy.MeshStrategy", "init_args": {"asynchronous": true}}'
 
 

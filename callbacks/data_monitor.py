@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from app import metric_names
 from app.protocols import StreamOwner
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class DataMonitor(Callback):
@@ -29,7 +29,7 @@ class DataMonitor(Callback):
         """Warn where there is nothing to log: recipes are shared among datamodules."""
         datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
         if stage == "fit" and not isinstance(datamodule, StreamOwner):
-            log.warning("DataMonitor has no effect: %s does not mix sources", type(datamodule).__name__)
+            _log.warning("DataMonitor has no effect: %s does not mix sources", type(datamodule).__name__)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

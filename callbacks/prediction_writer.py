@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from app.data_ranks import data_ranks
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -42,7 +42,7 @@ class PredictionWriter(BasePredictionWriter):
         path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-        log.info("writing predictions to %s", path)
+        _log.info("writing predictions to %s", path)
 
     def write_on_batch_end(
         self,

@@ -8,7 +8,7 @@ import math
 from app.errors import DataError
 from datamodules.readers import BadRecord, LostRecords
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _SHOWN = 20
 
@@ -52,9 +52,9 @@ class BadRecords:
             self._reasons[record.reason] = first, count + 1
         if len(self._logged) < _SHOWN and record not in self._logged:  # it comes again in every epoch
             self._logged.add(record)
-            log.log(self._level, "source %r: skipped %s: %s", self._source, record.place, record.reason)
+            _log.log(self._level, "source %r: skipped %s: %s", self._source, record.place, record.reason)
             if len(self._logged) == _SHOWN:
-                log.log(self._level, "source %r: further skipped records are only counted", self._source)
+                _log.log(self._level, "source %r: further skipped records are only counted", self._source)
 
     def check(self, *, complete: bool) -> None:
         """Stop when too much is bad; `complete`: all there is was read, so that the share is what it is.

@@ -9,7 +9,7 @@ from app.errors import check_range
 from datamodules.placement import check_workers
 from datamodules.tokenizers import MIN_VOCAB_SIZE
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,4 +50,4 @@ class RowSettings:
         check_range("seed", self.seed, low=0)
         check_range("max_bad_share", self.max_bad_share, low=0, high=1)
         if self.tokenizer is not None and self.vocab_size != default_vocab_size:
-            log.warning("vocab_size has no effect: the tokenizer in %s is used", self.tokenizer)
+            _log.warning("vocab_size has no effect: the tokenizer in %s is used", self.tokenizer)

@@ -17,7 +17,7 @@ from pathspec import GitIgnoreSpec
 
 from app.errors import ConfigError, check_choice
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 SourceKind = Literal["stdlib_code", "stdlib_text", "files", "lines", "jsonl", "parquet", "hub"]
 
@@ -104,7 +104,7 @@ class Source:
         set_ = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
         if idle := sorted(set_ - used - {"kind", "weight", "name", "max_document_megabytes"}):
             verb = "has" if len(idle) == 1 else "have"
-            log.warning("%s %s no effect on a source of kind %s", " and ".join(idle), verb, self.kind)
+            _log.warning("%s %s no effect on a source of kind %s", " and ".join(idle), verb, self.kind)
 
     @property
     def root(self) -> Path:

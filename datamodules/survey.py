@@ -18,7 +18,7 @@ from datamodules.packing import Row, Tokens, split_rows
 from datamodules.readers import BadRecord, open_reader
 from datamodules.sources import Document, Source
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 Side = Literal["training", "held_out"]
 
@@ -81,7 +81,7 @@ class Survey:
         self._chunks, self._place = self._chunks[1:], 0
         self._records.check(complete=not self._chunks)
         if self._read > _MAX_BYTES:
-            log.warning("source %r: few of its documents are held out; raise validation_share", self._source.name)
+            _log.warning("source %r: few of its documents are held out; raise validation_share", self._source.name)
             self._chunks = []
 
     def _take(self, document: Document) -> None:

@@ -21,7 +21,7 @@ from datamodules.sources import Source
 from datamodules.survey import Survey, spread_rows, survey
 from datamodules.tokenizers import Encoder, load_tokenizer, trained_tokenizer
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _TRAINING_BYTES = 4_000_000  # enough for the merges of a small vocabulary, in about a second
 _HELD_OUT_BYTES_A_TOKEN = 16  # several times what a token takes: rows come from more documents than they hold
@@ -61,7 +61,7 @@ class SurveyedCorpus:
         if not prompts:
             raise self._nothing_held_out()
         if len(prompts) < count:
-            log.warning("%d prompts asked for, %d documents held out", count, len(prompts))
+            _log.warning("%d prompts asked for, %d documents held out", count, len(prompts))
         return prompts
 
     def validation_rows(self, place: Placement) -> list[tuple[int, Row]]:

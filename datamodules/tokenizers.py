@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from app.errors import ConfigError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and END_OF_TEXT
@@ -63,8 +63,8 @@ def trained_tokenizer(texts: Sequence[str], *, vocab_size: int, cache_dir: Path)
         digest, _, backend = file.read_bytes().partition(b"\n")
         if digest == sha256(backend).hexdigest().encode():
             return _wrapped(Tokenizer.from_str(backend.decode("utf-8")))
-        log.warning("%s is damaged: training the tokenizer again", file)
-    log.info("training a tokenizer of %d tokens, kept in %s", vocab_size, file)
+        _log.warning("%s is damaged: training the tokenizer again", file)
+    _log.info("training a tokenizer of %d tokens, kept in %s", vocab_size, file)
     tokenizer = train_byte_level_bpe(texts, vocab_size=vocab_size)
     backend = tokenizer.backend_tokenizer.to_str()
     cache_dir.mkdir(parents=True, exist_ok=True)

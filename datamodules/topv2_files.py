@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetsError
 from app.errors import ConfigError, DataError
 from app.evaluation.tasks.semantic_parse import ParseError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 Split = Literal["train", "eval", "test"]
 
@@ -120,7 +120,7 @@ def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: floa
         except ParseError as error:
             bad.append(f"{table.name}:{place}: {error}")
     for reason in bad:
-        log.info("skipped %s", reason)
+        _log.info("skipped %s", reason)
     total = len(rows) + len(bad)
     report = f"{len(bad)} of {total} rows skipped" + "".join(f"\n  {reason}" for reason in bad[:_SHOWN])
     if not rows:
@@ -128,7 +128,7 @@ def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: floa
     if len(bad) > max_bad_share * total:
         raise DataError(f"{table.name}: more than max_bad_share {max_bad_share} is bad; mend the rows; {report}")
     if bad:
-        log.warning("%s: %s", table.name, report)
+        _log.warning("%s: %s", table.name, report)
     return rows
 
 

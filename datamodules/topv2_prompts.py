@@ -10,7 +10,7 @@ from app.protocols import GenerationExample
 from datamodules.topv2_rows import shuffled_examples
 from datamodules.topv2_store import Examples
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def short_prompts(examples: Examples, *, count: int, length: int) -> list[list[int]]:
@@ -24,7 +24,7 @@ def short_prompts(examples: Examples, *, count: int, length: int) -> list[list[i
         shortest = examples.prompt_lengths.min()
         raise DataError(f"no prompt of at most {length} tokens; the shortest has {shortest}: raise prompt_length")
     if len(prompts) < count:
-        log.warning("%d prompts asked for, %d have at most %d tokens", count, len(prompts), length)
+        _log.warning("%d prompts asked for, %d have at most %d tokens", count, len(prompts), length)
     return prompts[:count]
 
 

@@ -12,7 +12,7 @@ from datamodules.length_buckets import pack_rows
 from datamodules.topv2_files import Split
 from datamodules.topv2_store import Examples
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def training_rows(examples: Examples, *, seq_len: int, packed: bool) -> list[list[int]]:
@@ -68,5 +68,5 @@ def _fitting(examples: Examples, *, split: Split, seq_len: int) -> Any:  # [n] i
     if not fits.any():
         raise DataError(f"no {split} row has at most {seq_len} tokens; raise seq_len")
     if not fits.all():
-        log.warning("%d of %d %s rows skipped: longer than seq_len %d", (~fits).sum(), len(fits), split, seq_len)
+        _log.warning("%d of %d %s rows skipped: longer than seq_len %d", (~fits).sum(), len(fits), split, seq_len)
     return np.flatnonzero(fits)

@@ -29,7 +29,7 @@ from app.model.tokenizer_files import tokenizer_from_files, tokenizer_to_files
 from datamodules.tokenizers import MIN_VOCAB_SIZE, Encoder, load_tokenizer, train_byte_level_bpe
 from datamodules.topv2_files import Row, Split, Table, find_tables, read_rows
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _CODE_VERSION = 1  # raise it when the same settings and files give other examples
 _DIGEST_BYTES = 32
@@ -119,8 +119,8 @@ def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
         raw = file.read_bytes()
         if raw[:_DIGEST_BYTES] == sha256(raw[_DIGEST_BYTES:]).digest():
             return _load(raw[_DIGEST_BYTES:], key=key)
-        log.warning("cached data in %s is damaged: building it again", file)
-    log.info("building data in %s", file)
+        _log.warning("cached data in %s is damaged: building it again", file)
+    _log.info("building data in %s", file)
     store = _build(settings, tables, tokenizer, key=key)
     _save(store, file)
     return store

@@ -6,9 +6,8 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
 
-from app.errors import ConfigError
 from app.model.sharded_loading import build_without_memory
-from app.training.module import LayerSkipModule
+from app.training.module import LayerSkipModule, check_row_length
 from callbacks import (
     EarlyExitCurriculum,
     ExitQualityMonitor,
@@ -42,9 +41,8 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
             check_decoding_host(module, callback.exit_layers)
         elif type(callback) in _ASKED_TWICE:
             callback.setup(trainer, module, "fit")
-    corpus = data if isinstance(data, TextCodeDataModule | TOPv2DataModule) else None
-    if corpus and corpus.seq_len > (longest := module.config.max_position_embeddings):
-        raise ConfigError("seq_len", got=corpus.seq_len, allowed=f"1..{longest}, the model's max_position_embeddings")
+    if isinstance(data, TextCodeDataModule | TOPv2DataModule):
+        check_row_length(data.seq_len, module.config)
     if module.pretrained is None:
         build_without_memory(module.config, dtype=torch.float32)
     module.model = nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)])  # one for each of the optimizer's groups

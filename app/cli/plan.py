@@ -27,6 +27,7 @@ from app.evaluation.training_plan import Plan, plan_training
 from app.evaluation.training_plan_memory import Layout
 from app.evaluation.training_plan_recipe import Recipe
 from app.model.checkpoint import load_config
+from app.training.module import check_row_length
 
 _log = logging.getLogger(__name__)
 # Type of the weights, and of the products where it is another.
@@ -110,10 +111,7 @@ class PlanCLI(LayerSkipCLI):
         module, trainer = self.model, self.trainer
         module.trainer = trainer
         _check_dense(module.config)
-        longest = getattr(module.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and self._data["seq_len"] > longest:
-            allowed = f"1..{longest}, the model's max_position_embeddings"
-            raise ConfigError("data.init_args.seq_len", got=self._data["seq_len"], allowed=allowed)
+        check_row_length(self._data["seq_len"], module.config)
         dropout, exits = (self._get(self.config_init, name) for name in ("layer_dropout", "early_exit"))
         for curriculum in (dropout, exits):
             curriculum.setup(trainer, module, "fit")

@@ -17,7 +17,7 @@ from app.model.run_record import RUN_CONFIG_KEY
 from app.model.trained_weights import read_plain
 from app.training.checkpoint_contents import CONTENT_FILE
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 # What a run is, and its user may insist on changing. The data's order and tokenizer are the datamodule's to compare,
 # the shape of the model the module's.
@@ -194,10 +194,10 @@ def _warn_of_length(saved: Mapping[str, Any], given: Mapping[str, Any], *, step:
     before, now = dict(_flat(saved)), dict(_flat(given))
     length = now.get(_LENGTH)
     if length is not None and 0 <= length <= step:
-        logger.warning("%s %s: the checkpoint is of step %d, nothing is left to train", _LENGTH, length, step)
+        _log.warning("%s %s: the checkpoint is of step %d, nothing is left to train", _LENGTH, length, step)
     stretched = [name for name, values in _OF_LENGTH if now.get(name) not in values]
     if stretched and before.get(_LENGTH) != length:  # a longer run is a thing to want
-        logger.warning(
+        _log.warning(
             "%s %s (given: %s): %s stretched with it, so that this run is no longer the one it would have been",
             *(_LENGTH, before.get(_LENGTH), length),
             ", ".join(stretched) + (" is" if len(stretched) == 1 else " are"),

@@ -36,7 +36,7 @@ from app.training.divergence import not_finite_weights
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _LAST, _AUTO = "last", "auto"  # values of ckpt_path
 _FALL_BACK = "--fall_back_to_previous true"
@@ -207,7 +207,7 @@ class LayerSkipCLI(LightningCLI):
                     f" {_FALL_BACK} takes it; or remove it to start anew"
                 )
             ckpt_path = options["ckpt_path"] = str(_latest(kept))
-            logger.warning("there is no last.ckpt: falling back to %s", ckpt_path)
+            _log.warning("there is no last.ckpt: falling back to %s", ckpt_path)
         if ckpt_path == _AUTO:
             ckpt_path = options["ckpt_path"] = _LAST if found or self.subcommand != "fit" else None
         if ckpt_path == _LAST and not found:
@@ -239,7 +239,7 @@ class LayerSkipCLI(LightningCLI):
         if loss is None or torch.isfinite(loss) or not self.trainer.is_global_zero:
             return
         weights = not_finite_weights(self.model)
-        logger.warning(
+        _log.warning(
             "%s of %s is %s: %s",
             *(name, self.trainer.ckpt_path or "this model", float(loss)),
             f"its weights are not finite, in {weights}" if weights else "its weights are finite, what follows is not",

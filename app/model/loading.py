@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from app.errors import CheckpointError, ConfigError
 from app.model.weight_files import StoredWeights
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def fill_model(
@@ -92,4 +92,4 @@ def check_complete(path: str, info: dict[str, Any]) -> None:
             f"the first is {in_blocks[0]}"
         )
     if surplus:
-        logger.warning("%s: %d weights have no place in the model and are left out: %s", path, len(surplus), surplus)
+        _log.warning("%s: %d weights have no place in the model and are left out: %s", path, len(surplus), surplus)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from app.errors import DivergenceError, check_choice, check_range
 from app.training.step_sums import StepSums, StepTotals, gathered
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 OnDivergence = Literal["stop", "skip"]
 SKIPPED_STEPS_KEY = "skipped_steps"  # in a checkpoint
@@ -85,7 +85,7 @@ class DivergenceGuard:
             )
         self.skipped_steps += 1
         if trainer.is_global_zero:
-            log.warning("%s; skipped, %d of %d", found, self.skipped_steps, self._max_skipped_steps)
+            _log.warning("%s; skipped, %d of %d", found, self.skipped_steps, self._max_skipped_steps)
         _drop_gradients(trainer, optimizer)
         return False
 

@@ -168,9 +168,7 @@ class LayerSkipModule(LightningModule):
         self.source_loss = GroupedTokenLoss(len(data.source_names) if data else 1)
         if data is None:
             return
-        if data.seq_len > self.config.max_position_embeddings:
-            allowed = f"1..{self.config.max_position_embeddings}, the model's max_position_embeddings"
-            raise ConfigError("seq_len", got=data.seq_len, allowed=allowed)
+        check_row_length(data.seq_len, self.config)
         if len(data.tokenizer) > self.config.vocab_size:
             allowed = f">= {len(data.tokenizer)}, the tokenizer's size"
             raise ConfigError("vocab_size", got=self.config.vocab_size, allowed=allowed)
@@ -340,3 +338,15 @@ class LayerSkipModule(LightningModule):
         """
         check_compatible(self.config, checkpoint)
         self._step.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)
+
+
+def check_row_length(seq_len: int, config: PreTrainedConfig) -> None:
+    """Refuse rows that are longer than the model's context, where that has an end.
+
+    Raises:
+        ConfigError: They are.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and seq_len > longest:
+        allowed = f"1..{longest}, the model's max_position_embeddings"
+        raise ConfigError("seq_len", got=seq_len, allowed=allowed)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 20
 _MAX_CHUNKS = 100_000
@@ -88,5 +88,5 @@ def stride(num_units: int, *, min_chunks: int, source: str, unit: str) -> int:
     every = -(-min_chunks // num_units) if num_units else 1
     if every > 1:
         message = "source %r: %d %s(s) for %d lanes: each is read %d times over; more, smaller ones would read faster"
-        log.warning(message, source, num_units, unit, min_chunks, every)
+        _log.warning(message, source, num_units, unit, min_chunks, every)
     return every

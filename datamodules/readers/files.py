@@ -15,7 +15,7 @@ from pathspec import GitIgnoreSpec
 from app.errors import DataError
 from datamodules.sources import Source
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 TOPICS = "pydoc_data/topics.py"
 _LIBRARY_EXCLUDES = (
@@ -116,7 +116,7 @@ def _walk(source: Source) -> Iterator[tuple[bytes, int]]:
         try:
             entries = os.scandir(source.root / folder)
         except OSError as error:
-            log.warning("source %r: skipped folder %r: %s", source.name, folder, error.strerror)
+            _log.warning("source %r: skipped folder %r: %s", source.name, folder, error.strerror)
             continue
         with entries:
             for entry in entries:

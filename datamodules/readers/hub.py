@@ -20,7 +20,7 @@ from datamodules.readers.json_field import JsonField
 from datamodules.readers.records import BadRecord, LostRecords, Record
 from datamodules.sources import Document, Source
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _BATCH_ROWS = 16  # several times as fast as one, and as few are lost with a damaged one
 
@@ -75,7 +75,7 @@ def _identity(source: Source, builder: Any) -> tuple[str, Iterable[bytes]]:
     root = Path(source.path or "")
     if not root.is_dir():
         commit = str(builder.hash)  # to which `datasets` resolved the revision
-        log.info("source %r: dataset %r at revision %s", source.name, source.path, commit)
+        _log.info("source %r: dataset %r at revision %s", source.name, source.path, commit)
         return f"{commit[:7]}-", [commit.encode()]
     found = {Path(file) for part in (builder.config.data_files or {}).values() for file in part}
     files = sorted(file for file in found if file.is_file())

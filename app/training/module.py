@@ -340,7 +340,7 @@ class LayerSkipModule(LightningModule):
         self._step.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)
 
 
-def check_row_length(seq_len: int, config: PreTrainedConfig) -> None:
+def check_row_length(seq_len: int, config: PreTrainedConfig, *, field: str = "seq_len") -> None:
     """Refuse rows that are longer than the model's context, where that has an end.
 
     Raises:
@@ -349,4 +349,4 @@ def check_row_length(seq_len: int, config: PreTrainedConfig) -> None:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         allowed = f"1..{longest}, the model's max_position_embeddings"
-        raise ConfigError("seq_len", got=seq_len, allowed=allowed)
+        raise ConfigError(field, got=seq_len, allowed=allowed)

@@ -7,7 +7,7 @@ import re
 
 import torch.distributed as dist
 
-_RESUME = "go on from the last checkpoint with --ckpt_path last"
+_RESUME = "go on from the last checkpoint, if there is one, with --ckpt_path auto"
 _RULES = {
     r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (?:exited unexpectedly|is killed by signal: (.*?)\.)": (
         "data worker process {0} died ({1}); most often the machine ran out of memory (`dmesg` tells): give fewer"

@@ -21,7 +21,7 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, UserError) or type(error).__name__ == _LIGHTNINGS:
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}; files written before are whole: make room and repeat (fit resumes with --ckpt_path last)"
+        return f"{error}; files written before are whole: make room and repeat (fit resumes with --ckpt_path auto)"
     return fault_message(error)
 
 

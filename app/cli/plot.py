@@ -74,7 +74,8 @@ def _read_curve(path: Path) -> Curve:
         raise ConfigError("checkpoints", got=str(path), allowed=allowed)
     record = RunRecord.of(path, open_trained_weights(path).metadata)
     if not record.history or not record.tokens:
-        what = "no counted tokens" if record.history else "no measurement of callbacks.ExitQualityMonitor"
+        unknown = "no count of tokens, as datamodules.TextCodeDataModule keeps one,"
+        what = unknown if record.history else "no measurement of callbacks.ExitQualityMonitor"
         raise CheckpointError(f"checkpoint {path}: there is {what} in it to be drawn")
     return {
         round(step * record.tokens / record.steps): {layer: ExitScore(*score) for layer, score in scores.items()}

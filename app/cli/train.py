@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 
 _LAST, _AUTO = "last", "auto"  # values of ckpt_path
 _FALL_BACK = "--fall_back_to_previous true"
+_OWN_GROUPS = {"layer_dropout": LayerDropoutCurriculum, "early_exit": EarlyExitCurriculum, "preemption": Preemption}
+_TWICE = re.compile(r"more than one stateful callback of type `?(\w+)")  # Lightning's words
 _NAME_OR_CLASS = re.compile(r"--(trainer)\.(strategy|accelerator|profiler|plugins)")
 
 
@@ -110,9 +112,8 @@ class LayerSkipCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every run has as groups, how to resume, and hand the run's seed to everything that draws."""
-        parser.add_lightning_class_args(LayerDropoutCurriculum, "layer_dropout")
-        parser.add_lightning_class_args(EarlyExitCurriculum, "early_exit")
-        parser.add_lightning_class_args(Preemption, "preemption")
+        for group, kind in _OWN_GROUPS.items():
+            parser.add_lightning_class_args(kind, group)
         parser.add_argument(
             "--allow_changes",
             type=list[str],
@@ -164,6 +165,11 @@ class LayerSkipCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise locate(error, self._plain_config()) from error
+        for group, kind in _OWN_GROUPS.items():
+            own = [callback for callback in self.trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+            if len(own) > 1:
+                allowed, fix = "callbacks without a group of their own", f"set --{group}.KEY VALUE"
+                raise ConfigError("trainer.callbacks", got=kind.__name__, allowed=allowed, fix=fix)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Checkpoints are written whole or not at all, unless the user's own plugins say otherwise."""
@@ -172,7 +178,12 @@ class LayerSkipCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             fall_back = self.config[self.config.subcommand]["fall_back_to_previous"]
             plugins = [*plugins, AtomicCheckpointIO(fall_back=fall_back)]
-        return super().instantiate_trainer(plugins=plugins, **kwargs)
+        try:
+            return super().instantiate_trainer(plugins=plugins, **kwargs)
+        except RuntimeError as error:
+            if not (found := _TWICE.search(str(error))):
+                raise
+            raise ConfigError("trainer.callbacks", got=f"{found[1]} twice", allowed="each once") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         check_launch(self.config[subcommand]["trainer"])

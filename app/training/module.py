@@ -228,6 +228,10 @@ class LayerSkipModule(LightningModule):
         """Forget the sums of a step that an earlier fit left unfinished."""
         self._step.clear()
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Log at the step this is: Lightning counts one too many after a resume from behind a last validation."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Early-exit loss of one micro-batch under layer dropout, unnormalised (app.training.token_mean)."""
         labels = batch["labels"].flatten()

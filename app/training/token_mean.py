@@ -18,6 +18,7 @@ from app.training.step_sums import StepSums
 # Any constant would do: gradients are brought to the exact mean before the optimizer sees them. One near a
 # batch's token count keeps them near their final size meanwhile, so that fp16 loss scaling is not upset.
 _NOMINAL_TOKENS = 4096.0
+_OF_A_STEP = (metric_names.TRAIN_LOSS, metric_names.TRAIN_LABEL_TOKENS, metric_names.TRAIN_EXIT_LOSS)
 
 
 class TokenMeanStep:
@@ -53,6 +54,9 @@ class TokenMeanStep:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)  # of the whole, also where it is sharded
         totals = self._sums.total(trainer.strategy, sorted(exit_weights), norm)
+        for name, logged in (trainer._results or {}).items():
+            if any(own in name for own in _OF_A_STEP):  # Lightning would repeat it, of exits now off, of steps skipped
+                logged.reset()
         if self.guard.accepts(module, optimizer, sums=self._sums, totals=totals, grad_norm=norm):
             # Lightning divided by the micro-batches, DDP and FSDP by the ranks; undo both.
             undo = _NOMINAL_TOKENS * trainer.accumulate_grad_batches * trainer.world_size
@@ -63,9 +67,6 @@ class TokenMeanStep:
             module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
             own_share = data_ranks(trainer).size / trainer.world_size  # tensor-parallel ranks count the same rows
             module.log(metric_names.TRAIN_LABEL_TOKENS, totals.num_label_tokens * own_share)
-            for name, logged in (trainer._results or {}).items():
-                if metric_names.TRAIN_EXIT_LOSS in name:  # Lightning would repeat what was logged of exits now off
-                    logged.reset()
             for exit_layer, value in totals.exit_losses.items():
                 module.log(metric_names.train_exit_loss(exit_layer), value)
         if self.guard.skips:

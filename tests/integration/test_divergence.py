@@ -8,7 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.errors import ConfigError, DivergenceError
 from tests.support.runs import curricula, make_data, make_module, make_trainer
@@ -175,6 +177,22 @@ def test_a_skipped_step_changes_no_weight_and_no_state_and_still_counts_as_a_ste
     assert all(later > earlier for earlier, later in itertools.pairwise(rates))  # the schedule goes on
     assert not same(after, watch.steps[3][1])  # and so does training
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+def test_a_skipped_step_has_no_losses_in_tensorboard(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=4,
+        callbacks=[*curricula(), PoisonGradientAt(2)],
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(tmp_path, name="run", version=""),
+    )
+    trainer.fit(make_module(on_divergence="skip"), datamodule=make_data(tmp_path))
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    for tag in ("train/loss", "train/label_tokens_per_step", "train/exit_loss/exit_04"):
+        assert [event.step for event in events.Scalars(tag)] == [0, 1, 3]
+    assert [event.value for event in events.Scalars("train/skipped_steps")] == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_the_first_step_can_be_skipped_too(tmp_path):

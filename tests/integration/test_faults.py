@@ -42,7 +42,7 @@ def test_a_data_worker_that_dies_ends_the_run_with_what_to_do(tmp_path, monkeypa
     options = ["--allowed_classes+", "tests", f"--trainer.callbacks+={callback}"]
     assert cli(monkeypatch, "fit", "--config", str(config), *options) == 2
     message = capsys.readouterr().err
-    assert re.search(r"error: data worker process \d+ died \(.*\); .*--data\.num_workers.*--ckpt_path last\n$", message)
+    assert re.search(r"error: data worker process \d+ died \(.*\); .*--data\.num_workers.*--ckpt_path auto\n$", message)
     assert "Traceback" not in message
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 

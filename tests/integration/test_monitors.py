@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import (
     ExitQualityMonitor,
+    LastCheckpoint,
     LayerSkipProgressBar,
     PredictionWriter,
     SelfSpeculativeValidation,
@@ -226,3 +227,21 @@ def test_model_flops_utilisation_counts_what_was_computed(tmp_path):
     assert 0 < saved < 1
     assert less < whole * (1 - 0.5 * saved)
     assert max(skipped) >= 1 / NUM_LAYERS
+
+
+def test_steps_in_tensorboard_go_on_where_a_run_ended_with_a_validation(tmp_path):
+    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
+    for name, max_steps, ckpt_path in (("first", 4, None), ("second", 8, tmp_path / "checkpoints" / "last.ckpt")):
+        trainer = make_trainer(
+            tmp_path,
+            max_steps=max_steps,
+            callbacks=[*curricula(), LastCheckpoint(dirpath=str(tmp_path / "checkpoints"), every_n_train_steps=2)],
+            log_every_n_steps=1,
+            logger=TensorBoardLogger(tmp_path, name=name, version=""),
+            **settings,
+        )
+        trainer.fit(make_module(), datamodule=make_data(tmp_path), ckpt_path=ckpt_path)
+    events = EventAccumulator(str(tmp_path / "second"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [4, 5, 6, 7]
+    assert [event.step for event in events.Scalars("val/loss")] == [5, 7]

@@ -1,6 +1,8 @@
 """A file is written whole or not at all, by each verb that writes one a user may have had before."""
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,25 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_beside_it(
 def test_text_is_written_as_utf8(tmp_path: Path) -> None:
     write_whole(tmp_path / "file.json", json.dumps("é", ensure_ascii=False))
     assert (tmp_path / "file.json").read_bytes() == b'"\xc3\xa9"'
+
+
+def test_a_link_and_a_mode_stay(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("the one before")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    write_whole(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_no_file_is_written_into(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_whole(pipe, "new")
+    reader.join(timeout=20)
+    assert read == ["new"]
+    assert pipe.is_fifo()

@@ -21,23 +21,30 @@ class ThroughputMonitor(Callback):
     """Logs means over a window of optimizer steps; time spent in validation and checkpoints does not count.
 
     Args:
-        every_n_steps: Window in optimizer steps, >= 1.
+        every_n_steps: Window in optimizer steps, >= 1; by default trainer.log_every_n_steps, so that every step is in
+            one figure and every figure is logged once.
         peak_flops: What one device can do at best in the precision of the run, FLOP/s (an H100's bf16: 989e12); the
             share of it that the model's forward and backward got is then logged. Blocks that were dropped and exits
             that were off do not count; what activation checkpointing computes again does not either.
     """
 
-    def __init__(self, *, every_n_steps: int = 10, peak_flops: float | None = None) -> None:
-        check_range("every_n_steps", every_n_steps, low=1)
+    def __init__(self, *, every_n_steps: int | None = None, peak_flops: float | None = None) -> None:
+        check_range("every_n_steps", 1 if every_n_steps is None else every_n_steps, low=1)
         if peak_flops is not None:
             check_range("peak_flops", peak_flops, low=1)
         self.every_n_steps, self.peak_flops = every_n_steps, peak_flops
         self._costs: StepCosts | None = None
+        self._step = 0
         self._reset()
 
     def _reset(self) -> None:
         self._tokens, self._flops, self._seconds, self._batches = 0, 0.0, 0.0, 0
         self._saved = self._skipped = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Windows end at multiples of their length, also where a run was resumed between two."""
+        self._step = trainer.global_step
+        self._reset()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock of this micro-batch."""
@@ -55,9 +62,11 @@ class ThroughputMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the micro-batch; at the end of a window, log."""
-        window = self.every_n_steps * trainer.accumulate_grad_batches
+        window = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        closes = trainer.global_step > self._step and trainer.global_step % window == 0
+        self._step = trainer.global_step
         self._batches += 1
-        if pl_module.device.type == "cuda" and self._batches % window == 0:  # steps wait for the device themselves
+        if pl_module.device.type == "cuda" and closes:  # steps wait for the device themselves
             torch.cuda.current_stream().synchronize()
         self._seconds += time.perf_counter() - self._start
         tokens = batch["input_ids"].numel()
@@ -71,7 +80,7 @@ class ThroughputMonitor(Callback):
         if self._costs is not None and isinstance(pl_module, EarlyExitHost):
             flops = self._costs.flops(num_exits=len(pl_module.exit_weights), kept_shares=kept_shares)
             self._flops += flops * tokens / self._measured_tokens
-        if self._batches % window:
+        if not closes:
             return
         replicas = data_ranks(trainer).size
         pl_module.log(metric_names.TOKENS_PER_SECOND, self._tokens * replicas / self._seconds)

@@ -1,5 +1,6 @@
 """Validation, its monitors, and the promise that they leave training as it was."""
 
+import itertools
 import json
 
 import pytest
@@ -192,6 +193,28 @@ def test_progress_bar_shows_loss_exits_and_throughput(tmp_path):
     trainer.fit(make_module(), datamodule=make_data(tmp_path))
     assert {"train/loss", "exits", "tok/s"} <= set(seen[-1])
     assert seen[-1]["exits"].endswith(str(NUM_LAYERS))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_each_window_of_throughput_is_told_once_and_ends_where_lightning_logs(accumulate, tmp_path, monkeypatch):
+    clock = itertools.accumulate(itertools.count(1))  # the n-th reading is n later than the one before
+    monkeypatch.setattr("callbacks.throughput_monitor.time.perf_counter", lambda: float(next(clock)))
+    for name, max_steps, ckpt_path in (("first", 3, None), ("second", 7, tmp_path / "third.ckpt")):
+        trainer = make_trainer(
+            tmp_path,
+            max_steps=max_steps,
+            callbacks=[*curricula(), ThroughputMonitor()],
+            accumulate_grad_batches=accumulate,
+            log_every_n_steps=2,
+            logger=TensorBoardLogger(tmp_path, name=name, version=""),
+        )
+        trainer.fit(make_module(), datamodule=make_data(tmp_path), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / "third.ckpt")
+    events = EventAccumulator(str(tmp_path / "second"))
+    events.Reload()
+    told = events.Scalars("throughput/tokens_per_second")
+    assert [event.step for event in told] == [3, 5]
+    assert told[0].value > told[1].value  # of that clock
 
 
 def flops_per_token(root, *, max_dropout_rate):

@@ -52,9 +52,10 @@ def export(
         ckpt_path: The same by another name; exactly one of the two is given.
         dtype: Of the weights; auto keeps those of the checkpoint (float32 for .gguf).
         max_shard_size: Of a file of weights, such as 5GB or 500MB; also about the memory that exporting takes.
-        license: For the model card, as the hub names licences: apache-2.0, llama2, other, ...
-        base_model: For the model card, the hub id of the model it was trained from; by default as the card says that is
-            replaced, or else model.pretrained.
+        license: For the model card, as the hub names licences: apache-2.0, llama2, other, ...; by default as the card
+            says that is replaced, or that of the model the run continued.
+        base_model: For the model card, the hub id of the model it was trained from; by default as those cards say, or
+            else model.pretrained.
         generation_defaults: What `layerskip tune` found: a directory that it tuned, a generation_config.json, or a file
             with the output of `layerskip tune --json`. Its measurements are left out if the directory holds other
             weights.
@@ -75,6 +76,8 @@ def export(
     name = _name(exported_dtype(source, chosen.dtype))
     if Path(path).suffix == ".gguf":
         card = _of_gguf(path, card)
+    elif record is not None and (folder := record.pretrained_folder) is not None:
+        card = _of_what_it_continued(folder, card)
     readme = _readme_of(path, card) or model_card(loaded, record, decoding, dtype=name, card=card)
     settings = replace(chosen, decoding=decoding, readme=readme)
     num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings)
@@ -131,6 +134,19 @@ def _of_gguf(path: str, card: CardSettings) -> CardSettings:
     except ConfigError:  # the file has words for it, and no name of the hub's
         named = card
     return replace(named, base_model=card.base_model or origin.base_model, origin=str(origin))
+
+
+def _of_what_it_continued(folder: Path, card: CardSettings) -> CardSettings:
+    """What that model's card says, where neither the user nor the card that is replaced does."""
+    said = {name: from_card(folder, name) for name in ("license", "base_model") if getattr(card, name) is None}
+    known = {name: value for name, value in said.items() if isinstance(value, str) and value != UNKNOWN_LICENSE}
+    try:
+        continued = replace(card, **known)
+    except ConfigError:  # of a licence that the hub has no name for
+        return card
+    if known:
+        _log.info("kept from the card of %s: %s", folder, ", ".join(f"{name} {value}" for name, value in known.items()))
+    return continued
 
 
 def _decoding(model: PreTrainedModel, weights: Weights, given: str | None, directory: Path) -> DecodingDefaults | None:

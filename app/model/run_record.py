@@ -80,6 +80,12 @@ class RunRecord:
         return str(path) if path.count("/") <= 1 and not Path(path).exists() else Path(path).name
 
     @property
+    def pretrained_folder(self) -> Path | None:
+        """Where that lies, if it is a folder of this machine that is still there."""
+        path = self.config["model"]["pretrained"] if self.config else None
+        return Path(path) if path is not None and Path(path).is_dir() else None
+
+    @property
     def base_model(self) -> str | None:
         """`pretrained`, if it is not a file: a hub knows models by their folders."""
         name = self.pretrained

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,7 +344,8 @@ def test_the_card_of_a_run_tells_its_recipe_data_and_exits(directory, tmp_path, 
     monkeypatch.chdir(tmp_path)
     corpus = str(make_data(tmp_path)._sources[0].path)
     sources = json.dumps({"mine": {"kind": "files", "path": corpus}})
-    options = FIT | {"model.pretrained": directory, "data.sources": sources, "data.tokenizer": directory}
+    folder = str(shutil.copytree(directory, tmp_path / "hf"))
+    options = FIT | {"model.pretrained": folder, "data.sources": sources, "data.tokenizer": folder}
     assert cli(monkeypatch, "fit", *[f"--{name}={value}" for name, value in options.items()]) == 0
     checkpoint = next(tmp_path.rglob("last.ckpt")).rename(tmp_path / "moved.ckpt")
     assert cli(monkeypatch, "export", "--ckpt_path", str(checkpoint), "--output_dir", "out") == 0
@@ -360,6 +362,11 @@ def test_the_card_of_a_run_tells_its_recipe_data_and_exits(directory, tmp_path, 
     ):
         assert line in readme.text
     assert len([line for line in readme.text.splitlines() if line.endswith("% |")]) == 4  # exits
+    assert readme.data.license == "unknown"
+    (Path(folder) / "README.md").write_text("---\nlicense: llama2\nbase_model: org/base\n---\n# It\n")
+    assert cli(monkeypatch, "export", "--ckpt_path", str(checkpoint), "--output_dir", "of_its_card") == 0
+    readme = ModelCard.load(tmp_path / "of_its_card" / "README.md")
+    assert (readme.data.license, readme.data.base_model) == ("llama2", "org/base")
 
 
 def test_what_a_pretrained_model_says_of_generation_comes_out_but_not_what_was_tuned_for_it(tmp_path, monkeypatch):

@@ -45,9 +45,4 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
         check_row_length(data.seq_len, module.config)
     if module.pretrained is None:
         build_without_memory(module.config, dtype=torch.float32)
-    module.model = nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)])  # one for each of the optimizer's groups
-    try:
-        module.configure_optimizers()
-    finally:
-        del module.model
-        module.model = None
+    module.optimizer_over(nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)]))  # one for each of its groups

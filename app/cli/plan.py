@@ -138,8 +138,7 @@ class PlanCLI(LayerSkipCLI):
         module = self.model
 
         def configure(stand_in: nn.Module) -> Optimizer:
-            module.model = stand_in
-            optimizer: Optimizer = module.configure_optimizers()["optimizer"]
+            optimizer: Optimizer = module.optimizer_over(stand_in)["optimizer"]
             return optimizer
 
         return plan_training(

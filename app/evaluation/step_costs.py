@@ -87,7 +87,7 @@ def measure_step_costs(
         H_d           = mean over E of (round(E, d') - round(E, d)) / (d' - d) / block_seconds - E - k (L - E + H)
         overhead      = mean over (E, d) of round(E, d) / block_seconds - C(E, d)
 
-    where C(E, d) is the cost model's round without overhead. None of them is ever negative.
+    where C(E, d) is the cost model's round without overhead. None of them is ever negative; H_d is H where it would be.
 
     Args:
         decoder: In eval mode, with at least two blocks.

@@ -210,16 +210,14 @@ def _decoding(model: PreTrainedModel, decoding: DecodingDefaults | None, title: 
         told += f" in `generation_config.json`. Until then, {exit_layer} of {num_layers} blocks is a guess."
     elif decoding.strategy == "autoregressive":
         told = "`layerskip tune` found no setting that was faster than one token at a time."
-    elif decoding.measured_speedup is None:
-        told = (
-            f"Drafts of {decoding.num_draft_tokens} tokens from exit {exit_layer} were not measured on these weights."
-        )
-        told += " They are in `generation_config.json`; for batches pass `assistant_early_exit=None` to transformers."
     else:
-        told = f"`layerskip tune` chose drafts of {decoding.num_draft_tokens} tokens from exit {exit_layer}"
-        told += f", measured on {decoding.conditions}" if decoding.conditions else ""
-        told += f": {decoding.measured_speedup:.2f}x"
-        told += ". It is in `generation_config.json`; for batches pass `assistant_early_exit=None` to transformers."
+        setting = f"{decoding.num_draft_tokens} tokens from exit {exit_layer}"
+        if decoding.measured_speedup is None:
+            told = f"Drafts of {setting} were not measured on these weights. They are"
+        else:
+            where = f", measured on {decoding.conditions}" if decoding.conditions else ""
+            told = f"`layerskip tune` chose drafts of {setting}{where}: {decoding.measured_speedup:.2f}x. It is"
+        told += " in `generation_config.json`; for batches pass `assistant_early_exit=None` to transformers."
     code = _code(title, f", assistant_early_exit={exit_layer}" if exit_layer else "")
     return f"{told} Greedy output is that of the full model: drafts change when a token comes, not which.\n\n{code}"
 

@@ -72,8 +72,7 @@ class RunRecord:
     @property
     def pretrained(self) -> str | None:
         """What the run continued from, as a hub would call it: never a path of the machine it ran on."""
-        path = self.config["model"]["pretrained"] if self.config else None
-        if path is None:
+        if (path := self._pretrained_path) is None:
             return None
         if cached := _HUB_CACHE.search(path):
             return f"{cached[1]}/{cached[2]}"
@@ -82,8 +81,12 @@ class RunRecord:
     @property
     def pretrained_folder(self) -> Path | None:
         """Where that lies, if it is a folder of this machine that is still there."""
-        path = self.config["model"]["pretrained"] if self.config else None
+        path = self._pretrained_path
         return Path(path) if path is not None and Path(path).is_dir() else None
+
+    @property
+    def _pretrained_path(self) -> str | None:
+        return self.config["model"]["pretrained"] if self.config else None
 
     @property
     def base_model(self) -> str | None:

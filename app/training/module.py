@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -205,6 +205,14 @@ class LayerSkipModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over two parameter groups, and the schedule of its learning rate by step."""
         assert self.model is not None
+        return self.optimizer_over(self.model)
+
+    def optimizer_over(self, model: nn.Module) -> dict[str, Any]:
+        """What `configure_optimizers` gives, over the weights of any model: a stand-in tells whether the settings hold.
+
+        Raises:
+            ConfigError: The optimizer does not take its settings, or the schedule has no end.
+        """
         total_steps = None
         if self._lr_schedule != "constant":
             total_steps = require_total_steps(self.trainer.max_steps, field="lr_schedule", got=self._lr_schedule)
@@ -216,7 +224,7 @@ class LayerSkipModule(LightningModule):
             final_ratio=self._final_lr_ratio,
         )
         try:
-            optimizer = self._optimizer(parameter_groups(self.model))
+            optimizer = self._optimizer(parameter_groups(model))
         except (TypeError, ValueError) as error:
             raise ConfigError("optimizer", got=str(error), allowed="settings its class accepts") from error
         schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import signal
 import sys
 import warnings
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+from app.cli.completion import complete
+from app.cli.help_texts import keep_help, kept_help, options_in
+from app.cli.preflight import check_arguments
+from app.errors import UserError
 from app.startup_signals import note_startup_signals
 
 VERBS = {
@@ -28,6 +34,8 @@ VERBS = {
     "targets": ("app.cli.targets", "Measure the performance targets this project sets itself (make bench)."),
 }
 
+_WITH_OPTIONS_OF_FIT = ("fit", "validate", "test", "predict", "data", "plan")
+
 
 def main() -> int:
     """Run the verb named on the process's command line.
@@ -37,6 +45,7 @@ def main() -> int:
         stdout has gone. Anything else raises: it is a bug of ours.
     """
     args = sys.argv[1:]
+    complete(VERBS, lambda verb: options_in(_help(verb)))
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {verb:11} {summary}" for verb, (_, summary) in VERBS.items()]
         print(
@@ -48,6 +57,13 @@ def main() -> int:
         return 0
     if args[0] not in VERBS:
         return _fail(f"verb: got {args[0]!r}, allowed {' | '.join(VERBS)}")
+    if args[1:] in (["-h"], ["--help"]):
+        print(_help(args[0]), end="")
+        return 0
+    try:
+        check_arguments(args[1:], options=_known_options(args[0]), of_fit=args[0] in _WITH_OPTIONS_OF_FIT)
+    except UserError as error:
+        return _fail(f"{error}\n(options: layerskip {args[0]} --help)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the data workers' forks do not mix
     _keep_compiled_code_private()
     _log_to_stderr()
@@ -71,6 +87,27 @@ def main() -> int:
     except BrokenPipeError:  # `layerskip generate | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _help(verb: str) -> str:
+    """The verb's help; where it is not known, all parsers are asked: loading what they need is what takes long."""
+    if (kept := kept_help(verb)) is not None:
+        return kept
+    os.environ.pop("_ARGCOMPLETE", None)  # the parsers would take it for their own
+    os.environ["COLUMNS"] = "100"
+    texts = {verb: io.StringIO() for verb in VERBS}
+    for name, text in texts.items():
+        sys.argv[1:] = [name, "--help"]
+        with redirect_stdout(text), suppress(SystemExit):
+            _run(VERBS[name][0])
+        keep_help(name, text.getvalue())
+    return texts[verb].getvalue()
+
+
+def _known_options(verb: str) -> set[str] | None:
+    """The names of the verb's options, as far as its help has been made before."""
+    texts = [kept_help(name) for name in (verb, "fit") if name == verb or verb in ("data", "plan")]
+    return {"allowed_classes"}.union(*map(options_in, filter(None, texts))) if all(texts) else None
 
 
 def _run(module: str) -> int:

@@ -23,6 +23,7 @@ from app.cli.early_refusals import refuse_early
 from app.cli.included_configs import with_included
 from app.cli.messages import locate
 from app.cli.parsing import OneLineErrors
+from app.cli.preflight import AUTO, FALL_BACK, LAST, check_checkpoint_path
 from app.cli.resume import check_before, check_names, check_resume, take_optimizer_settings
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
@@ -38,8 +39,6 @@ from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 
 _log = logging.getLogger(__name__)
 
-_LAST, _AUTO = "last", "auto"  # values of ckpt_path
-_FALL_BACK = "--fall_back_to_previous true"
 _OWN_GROUPS = {"layer_dropout": LayerDropoutCurriculum, "early_exit": EarlyExitCurriculum, "preemption": Preemption}
 _TWICE = re.compile(r"more than one stateful callback of type `?(\w+)")  # Lightning's words
 _NAME_OR_CLASS = re.compile(r"--(trainer)\.(strategy|accelerator|profiler|plugins)")
@@ -137,15 +136,8 @@ class LayerSkipCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would read the whole checkpoint here for hyperparameters; ours come from the config alone."""
         options = self.config[self.config.subcommand]
-        ckpt_path = options.get("ckpt_path")
-        if ckpt_path in (None, _LAST, _AUTO) or (ckpt_path and standing(Path(ckpt_path)).exists()):
-            return
-        allowed, fix = "an existing checkpoint; last; or auto: last if there is one, else none", ""
-        if ckpt_path and (kept := kept_previous(Path(ckpt_path))).exists():
-            if options["fall_back_to_previous"]:  # the reader of checkpoints takes it, and says so
-                return
-            fix = f"the one before it is {kept} ({_FALL_BACK} takes it)"
-        raise ConfigError("ckpt_path", got=ckpt_path, allowed=allowed, fix=fix)
+        if (ckpt_path := options.get("ckpt_path")) is not None:
+            check_checkpoint_path(ckpt_path, fall_back=options["fall_back_to_previous"])
 
     def before_instantiate_classes(self) -> None:
         """Refuse trainer settings that Lightning would divide by, or take silently."""
@@ -211,20 +203,20 @@ class LayerSkipCLI(LightningCLI):
                 clear_leftovers(folder) if self.trainer.is_global_zero else restore_interrupted(folder)
         found = [path for folder in folders for path in folder.glob("last*.ckpt")]
         kept = [path for folder in folders for path in folder.glob(kept_previous(folder / "last*.ckpt").name)]
-        if ckpt_path in (_LAST, _AUTO) and kept and not found:
+        if ckpt_path in (LAST, AUTO) and kept and not found:
             if not options["fall_back_to_previous"]:
                 raise CheckpointError(
                     f"ckpt_path: got {ckpt_path!r}, but of last.ckpt there is only the one before it, {kept[0]}:"
-                    f" {_FALL_BACK} takes it; or remove it to start anew"
+                    f" {FALL_BACK} takes it; or remove it to start anew"
                 )
             ckpt_path = options["ckpt_path"] = str(_latest(kept))
             _log.warning("there is no last.ckpt: falling back to %s", ckpt_path)
-        if ckpt_path == _AUTO:
-            ckpt_path = options["ckpt_path"] = _LAST if found or self.subcommand != "fit" else None
-        if ckpt_path == _LAST and not found:
+        if ckpt_path == AUTO:
+            ckpt_path = options["ckpt_path"] = LAST if found or self.subcommand != "fit" else None
+        if ckpt_path == LAST and not found:
             raise CheckpointError(f"ckpt_path: got 'last', but there is no last.ckpt in {', '.join(map(str, folders))}")
         if self.subcommand == "fit" and ckpt_path is None and (found or kept):
-            how = "" if found else f" {_FALL_BACK}"
+            how = "" if found else f" {FALL_BACK}"
             raise CheckpointError(
                 f"{(found or kept)[0]} is the checkpoint of an earlier run that this one would overwrite: resume it"
                 f" with --ckpt_path last{how}, name this run with --trainer.logger.init_args.name, or remove its folder"
@@ -240,7 +232,7 @@ class LayerSkipCLI(LightningCLI):
         if ckpt_path is None:
             check_names(allow_changes, given)
         elif not options["fall_back_to_previous"]:  # which one is taken is known when its bytes are compared
-            latest = _latest(found) if ckpt_path == _LAST else standing(Path(ckpt_path))
+            latest = _latest(found) if ckpt_path == LAST else standing(Path(ckpt_path))
             check_before(latest, given, fit=self.subcommand == "fit", allow_changes=allow_changes)
 
     def _warn_of_poison(self) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from app.errors import DataError, check_range
+
+if TYPE_CHECKING:  # read before transformers is loaded: a file that is missing is refused at once
+    from transformers import PreTrainedTokenizerBase
 
 
 def read_prompts(path: str, *, limit: int | None = None) -> list[str]:

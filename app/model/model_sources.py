@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -24,21 +23,15 @@ from app.model.decoding_defaults import read_generation_config
 from app.model.gguf import read_gguf_config, read_gguf_tokenizer, read_gguf_weights
 from app.model.head_check import check_plain_head
 from app.model.loading import fill_model, quiet_transformers
+from app.model.model_paths import SOURCES, check_exists
 from app.model.tokenizer_files import load_tokenizer
 from app.model.trained_weights import TOKENIZER_KEY, is_trained_weights, open_trained_weights
 from app.model.weight_files import check_weight_files, conversion, from_checkpoint, from_safetensors, is_pickle
 
-SOURCES = (
-    "a Hugging Face directory (or hub id) with config.json and safetensors weights, a .gguf file, "
-    "or a checkpoint of layerskip fit (a .ckpt file or a directory)"
-)
-_FILES = (".gguf", ".ckpt")
-_FOLDERS = ("models", "runs")  # where the configs here have theirs; they are nobody's names on the hub
 _OWN_CODE = (
     "it brings Python code of its own (auto_map in config.json), which could do anything and is never run: "
     "take a model of an architecture that transformers has itself"
 )
-_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 class Source(NamedTuple):
@@ -146,8 +139,8 @@ def _read_config(path: str, *, field: str) -> PreTrainedConfig:
             raise ConfigError(field, got=path, allowed=SOURCES, fix=fix)
         kind = f"ending in {directory.suffix!r}" if directory.suffix else "without an ending"
         raise ConfigError(field, got=path, allowed=SOURCES, fix=f"files {kind} are not known")
-    elif directory.suffix in _FILES or not _HUB_ID.fullmatch(path) or _is_local(path):
-        raise ConfigError(field, got=path, allowed=SOURCES, fix="no such file or directory")
+    else:
+        check_exists(path, field=field)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of a file that comes from anywhere, or of the network
@@ -159,12 +152,6 @@ def _read_config(path: str, *, field: str) -> PreTrainedConfig:
 def _reason(error: Exception) -> str:
     """What happened, without the hub's advice on settings of its own."""
     return textwrap.shorten(str(error).partition("\nCheck your internet connection")[0], 300)
-
-
-def _is_local(path: str) -> bool:
-    """Whether something of the form of a hub id is in a folder of this machine's instead: the hub need not be asked."""
-    first, slash, _ = path.partition("/")
-    return bool(slash) and (first in _FOLDERS or Path(first).is_dir())
 
 
 def _download(hub_id: str, *, field: str) -> Path:

@@ -47,7 +47,10 @@ MISTAKES = {
     "no value": (["--top_k", "--chat", "true"], "top_k: got no value; one that begins with a dash is written --top_k="),
     "a value too many": (["--json=yes"], "json: got 'yes', allowed no value"),
     "a stray word": (["hello"], "hello: belongs to no option; a text or a list with spaces goes in quotes"),
-    "no config": (["--config", "/nope.yaml"], "config: got '/nope.yaml', allowed a YAML file (file does not exist)"),
+    "no config": (
+        ["--config", "/nope.yaml"],
+        "config: got '/nope.yaml', allowed a YAML file (no such file or directory)",
+    ),
     "no list": (["--skipped_layers", "a"], "skipped_layers: got a, allowed list[int]"),
     "no numbers": (["--skipped_layers", "[1, a]"], "skipped_layers: got a, allowed int"),
     "policy": (["--draft_policy", "some"], "draft_policy: got some, allowed fixed | adaptive | off"),

@@ -37,7 +37,10 @@ class LayerDropoutHost(Protocol):
         """For each block the share of samples that skipped it in the latest training micro-batch."""
 
     def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
-        """Use `rates[layer_idx]` in [0, 1) from the next forward on; `rescale` the kept residuals by 1/(1-p)."""
+        """Use `rates[layer_idx]` in [0, 1) from the next forward on; `rescale` the kept residuals by 1/(1-p).
+
+        One callback may do so in a step.
+        """
 
 
 @runtime_checkable
@@ -53,7 +56,10 @@ class EarlyExitHost(Protocol):
         """exit_layer -> normalised weight of the exits that are on, read back from whoever applies them."""
 
     def set_exit_weights(self, weights: Mapping[int, float]) -> None:
-        """Use these exits and weights from the next forward on; the weights sum to 1."""
+        """Use these exits and weights from the next forward on; the weights sum to 1.
+
+        One callback may do so in a step, in all micro-batches of a step alike.
+        """
 
 
 @runtime_checkable
@@ -173,7 +179,7 @@ class ExitMonitorHost(Protocol):
         """L, the number of blocks."""
 
     def monitor_exits(self, exit_layers: Sequence[int]) -> None:
-        """Return these exits from every later validation step."""
+        """Return these exits, too, from every later validation step."""
 
     def head(self, normed_BTD: Tensor) -> Tensor:
         """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""

@@ -18,7 +18,7 @@ class EarlyExitCurriculum(Callback):
 
     Args:
         curriculum: rotational, gradual (needs trainer.max_steps), fixed (`exit_layers` at every step; not the
-            paper's) or none (the full model alone).
+            paper's) or none: sets nothing, so the full model alone is trained, or what another callback sets.
         rotation_interval: R of the rotational curriculum, in 1..num_layers.
         early_exit_scale: e_scale in [0, 1]; 0 leaves the full model alone.
         exit_weights: e(l): quadratic (the paper's), linear or uniform.
@@ -87,10 +87,15 @@ class EarlyExitCurriculum(Callback):
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Set this optimizer step's exits and log what the module then uses."""
+        """Set this optimizer step's exits."""
+        assert isinstance(pl_module, EarlyExitHost)
+        if self.curriculum != "none":
+            pl_module.set_exit_weights(self._weights(trainer, trainer.global_step, pl_module.num_layers))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Log what the module has used, whoever set it."""
         host = pl_module
         assert isinstance(host, EarlyExitHost)
-        host.set_exit_weights(self._weights(trainer, trainer.global_step, host.num_layers))
         pl_module.log(metric_names.NUM_EXITS_ON, len(host.exit_weights))
         for exit_layer in range(1, host.num_layers + 1):  # 0 for those that are off: Lightning repeats old values
             pl_module.log(metric_names.train_exit_weight(exit_layer), host.exit_weights.get(exit_layer, 0.0))

@@ -21,7 +21,7 @@ class LayerDropoutCurriculum(Callback):
     """Sets p(l, t) = S(t) D(l) p_max before every training batch; a pure function of the step, nothing to save.
 
     Args:
-        max_dropout_rate: p_max in [0, 1); 0 turns layer dropout off.
+        max_dropout_rate: p_max in [0, 1); 0 sets nothing, so no block is dropped unless another callback says so.
         depth_scale: D(l): exponential (the paper's), linear or uniform.
         time_scale: S(t): constant (fine-tuning, continual pretraining), exponential (from scratch), linear or
             decreasing; all but constant need trainer.max_steps.
@@ -53,18 +53,23 @@ class LayerDropoutCurriculum(Callback):
             require_total_steps(trainer.max_steps, field="time_scale", got=self.time_scale)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Set the rates of this optimizer step and log what the module then uses."""
-        host = pl_module
-        assert isinstance(host, LayerDropoutHost)
+        """Set the rates of this optimizer step."""
+        assert isinstance(pl_module, LayerDropoutHost)
+        if self.max_dropout_rate == 0:
+            return
         rates = dropout_rates(
             trainer.global_step,
-            num_layers=host.num_layers,
+            num_layers=pl_module.num_layers,
             max_dropout_rate=self.max_dropout_rate,
             depth=self.depth_scale,
             time=self.time_scale,
             total_steps=trainer.max_steps if trainer.max_steps > 0 else None,
         )
-        host.set_dropout_rates(rates, rescale=self.rescale)
-        in_use = host.dropout_rates
+        pl_module.set_dropout_rates(rates, rescale=self.rescale)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Log what the module has used, whoever set it."""
+        assert isinstance(pl_module, LayerDropoutHost)
+        in_use = pl_module.dropout_rates
         pl_module.log(metric_names.DROPOUT_MEAN_RATE, sum(in_use) / len(in_use))
         pl_module.log(metric_names.DROPOUT_LAST_RATE, in_use[-1])

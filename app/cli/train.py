@@ -159,7 +159,9 @@ class LayerSkipCLI(LightningCLI):
             raise locate(error, self._plain_config()) from error
         for group, kind in _OWN_GROUPS.items():
             own = [callback for callback in self.trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
-            if len(own) > 1:
+            if len(own) > 1 and (
+                kind is Preemption or type(own[0]) is kind
+            ):  # a class of the user's own may replace it
                 allowed, fix = "callbacks without a group of their own", f"set --{group}.KEY VALUE"
                 raise ConfigError("trainer.callbacks", got=kind.__name__, allowed=allowed, fix=fix)
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -41,9 +39,10 @@ from app.model.sharded_loading import build_without_memory, fill
 from app.model.spans import SpanDecoder
 from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
+from app.training.curriculum_host import CurriculumHost
 from app.training.divergence import SKIPPED_STEPS_KEY, DivergenceGuard, OnDivergence
 from app.training.optim import LR_SCHEDULES, LRSchedule, lr_factor, parameter_groups
-from app.training.step_plan import PlanWatcher, draw_for, show
+from app.training.step_plan import draw_for, show
 from app.training.token_mean import TokenMeanStep
 
 Batch = dict[str, Tensor]  # input_ids, labels, position_ids [B, T], source [B]
@@ -53,7 +52,7 @@ def _default_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class LayerSkipModule(LightningModule):
+class LayerSkipModule(CurriculumHost):
     """Trains a Llama-shaped causal LM; with no callbacks it is plain next-token training (the baseline).
 
     Args:
@@ -91,65 +90,24 @@ class LayerSkipModule(LightningModule):
         max_skipped_steps: int = 10,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if (config is None) == (pretrained is None):
             got = "both" if config else "neither"
             raise ConfigError("config", got=got, allowed="exactly one of model.config and model.pretrained")
         check_choice("lr_schedule", lr_schedule, LR_SCHEDULES)
         check_range("warmup_steps", warmup_steps, low=0)
         check_range("final_lr_ratio", final_lr_ratio, low=0, high=1)
-        self.config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
+        own_config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
+        super().__init__(own_config.num_hidden_layers)
+        self.config: PreTrainedConfig = own_config
         self.pretrained, self.seed = pretrained, seed
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self._optimizer, self._lr_schedule = optimizer, lr_schedule
         self._warmup_steps, self._final_lr_ratio = warmup_steps, final_lr_ratio
-        self._dropout_rates: tuple[float, ...] = (0.0,) * self.num_layers
-        self._dropped_shares = self._dropout_rates
-        self._rescale = False
-        self._exit_weights: dict[int, float] = {self.num_layers: 1.0}
-        self._monitored: tuple[int, ...] = ()
-        self._plan_watchers: list[PlanWatcher] = []
         self._step = TokenMeanStep(DivergenceGuard(on_divergence, max_skipped_steps))
         self.model: PreTrainedModel | None = None
         self.source_loss: GroupedTokenLoss | None = None
 
-    # -- hosts: what callbacks may ask and set (app.protocols) --------------------------------------------------
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of blocks."""
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def dropout_rates(self) -> tuple[float, ...]:
-        """p(l, t) in use."""
-        return self._dropout_rates
-
-    @property
-    def dropped_shares(self) -> tuple[float, ...]:
-        """For each block the share of samples that skipped it in the latest training micro-batch."""
-        return self._dropped_shares
-
-    def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
-        """Use these rates from the next micro-batch on (protocols.LayerDropoutHost)."""
-        self._dropout_rates, self._rescale = tuple(rates), rescale
-
-    @property
-    def exit_weights(self) -> Mapping[int, float]:
-        """w(t, l) in use, by exit layer."""
-        return self._exit_weights
-
-    def set_exit_weights(self, weights: Mapping[int, float]) -> None:
-        """Use these exits and weights from the next micro-batch on (protocols.EarlyExitHost)."""
-        self._exit_weights = dict(weights)
-
-    def monitor_exits(self, exit_layers: Sequence[int]) -> None:
-        """Return these exits' hidden states from every evaluation step (protocols.ExitMonitorHost)."""
-        self._monitored = tuple(exit_layers)
-
-    def watch_plans(self, watcher: PlanWatcher) -> None:
-        """Show the plan of every later training micro-batch, before its forward (protocols.PlanHost)."""
-        self._plan_watchers.append(watcher)
+    # -- hosts: what callbacks may ask (app.protocols; what they may set: CurriculumHost) -------------------------
 
     def head(self, normed_BTD: Tensor) -> Tensor:
         """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""
@@ -164,6 +122,7 @@ class LayerSkipModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that data and model fit each other, before anything is built."""
+        super().setup(stage)
         data = self._corpus
         self.source_loss = GroupedTokenLoss(len(data.source_names) if data else 1)
         if data is None:
@@ -242,24 +201,25 @@ class LayerSkipModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Early-exit loss of one micro-batch under layer dropout, unnormalised (app.training.token_mean)."""
+        dropout, exit_weights = self.curricula_now()
         labels = batch["labels"].flatten()
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
         hidden = self._network.hidden_by_exit(
             batch["input_ids"],
             batch["position_ids"],
-            self._exit_weights,
+            exit_weights,
             kept=self._draw_kept(len(batch["input_ids"]), batch_idx),
-            scales=keep_scales(self._dropout_rates, rescale=self._rescale),
+            scales=keep_scales(dropout.rates, rescale=dropout.rescale),
             positions=targets,
         )
-        loss = early_exit_loss(hidden, labels[targets], self._exit_weights, self._network.weighted_losses)
-        return self._step.add(loss)
+        loss = early_exit_loss(hidden, labels[targets], exit_weights, self._network.weighted_losses)
+        return self._step.add(loss, exit_weights)
 
     def _draw_kept(self, batch_size: int, batch_idx: int) -> list[Tensor] | None:
         """The samples each block keeps, drawn outside the blocks; None when nothing can be dropped."""
-        rates = self._dropout_rates
+        rates = self.dropout_rates
         kept = draw_for(self.trainer, rates, batch_size=batch_size, batch_idx=batch_idx, seed=self.seed)
-        show(self._plan_watchers, kept, batch_size=batch_size, rates=rates, exit_weights=self._exit_weights)
+        show(self._plan_watchers, kept, batch_size=batch_size, rates=rates, exit_weights=self.exit_weights)
         self._dropped_shares = rates if kept is None else tuple(1 - len(samples) / batch_size for samples in kept)
         return None if kept is None else [samples.to(self.device, non_blocking=True) for samples in kept]
 
@@ -269,7 +229,7 @@ class LayerSkipModule(LightningModule):
         Raises:
             DivergenceError: If an exit's loss or the gradient is not finite, before it reaches the weights.
         """
-        self._step.finish(self, optimizer, self._exit_weights)
+        self._step.finish(self, optimizer)
 
     def configure_gradient_clipping(
         self,

@@ -31,26 +31,36 @@ class TokenMeanStep:
     def __init__(self, guard: DivergenceGuard) -> None:
         self.guard = guard
         self._sums = StepSums()
+        self._exit_weights: Mapping[int, float] | None = None  # of the step, once it has begun
         self._grad_norm: Tensor = torch.zeros(())
 
     def clear(self) -> None:
         """Forget a step that was left unfinished."""
         self._sums.clear()
+        self._exit_weights = None
 
-    def add(self, loss: EarlyExitLoss) -> Tensor:
-        """Take in a micro-batch; what its backward starts from, unnormalised."""
+    def add(self, loss: EarlyExitLoss, exit_weights: Mapping[int, float]) -> Tensor:
+        """Take in a micro-batch; what its backward starts from, unnormalised.
+
+        Raises:
+            ConfigError: It has other exits or weights than the step's first: there would be no mean over the step.
+        """
+        if self._exit_weights not in (None, exit_weights):
+            got = f"{self._exit_weights}, then {exit_weights} in the same optimizer step"
+            fix = "make them a function of trainer.global_step"
+            raise ConfigError("set_exit_weights", got=got, allowed="the same in all micro-batches of a step", fix=fix)
+        self._exit_weights = exit_weights
         self._sums.add(loss)
         return loss.weighted_sum / _NOMINAL_TOKENS
 
-    def finish(
-        self, module: LightningModule, optimizer: torch.optim.Optimizer, exit_weights: Mapping[int, float]
-    ) -> None:
+    def finish(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Divide by the global count of label tokens, and log; in Lightning's on_before_optimizer_step.
 
         Raises:
             DivergenceError: If an exit's loss or the gradient is not finite, before it reaches the weights.
         """
-        trainer = module.trainer
+        trainer, exit_weights = module.trainer, self._exit_weights
+        assert exit_weights is not None  # a step has a micro-batch
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)  # of the whole, also where it is sharded
         totals = self._sums.total(trainer.strategy, sorted(exit_weights), norm)
@@ -71,7 +81,7 @@ class TokenMeanStep:
                 module.log(metric_names.train_exit_loss(exit_layer), value)
         if self.guard.skips:
             module.log(metric_names.SKIPPED_STEPS, float(self.guard.skipped_steps))
-        self._sums.clear()
+        self.clear()
 
     def clip(
         self, module: LightningModule, optimizer: torch.optim.Optimizer, clip_val: float | None, algorithm: str | None

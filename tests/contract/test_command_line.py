@@ -1,5 +1,6 @@
 """The command line as a user meets it: every mistake ends with status 2 and one message that names the field."""
 
+import csv
 import json
 import os
 import re
@@ -253,6 +254,23 @@ def test_resume_from_last_continues(run, monkeypatch, capsys):
     arguments = ["--config", str(run / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "9"]
     assert cli(monkeypatch, "fit", *arguments) == 0
     assert "after 9 steps" in capsys.readouterr().out
+
+
+def test_a_curriculum_of_ones_own_is_added_as_the_recipe_says(config, tmp_path, monkeypatch, capsys):
+    recipe = (CONFIGS.parent / "app" / "README.md").read_text().split("## How to add a curriculum of your own")[1]
+    code, command = re.search(r"```python\n(.*?)```.*?```bash\nlayerskip (.*?)```", recipe, re.DOTALL).groups()
+    (tmp_path / "my_curricula.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = command.replace("\\\n", "").replace("configs/quickstart.yaml", str(config)).split()
+    folder = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path), "--trainer.logger.name", "x"]
+    assert cli(monkeypatch, *arguments, *folder, "--trainer.logger.version", "a") == 0
+    rows = list(csv.DictReader((tmp_path / "x" / "a" / "metrics.csv").read_text().splitlines()))
+    weights = [float(row["train/exit_weight/exit_02"]) for row in rows if row["train/exit_weight/exit_02"]]
+    assert weights == pytest.approx([0.5 * (1 - step / 6) for step in range(6)])
+    assert {row["train/dropout_rate/last_layer"][:6] for row in rows} - {""} == {"0.2000"}
+    assert cli(monkeypatch, *arguments, *folder, "--trainer.logger.version", "b", "--early_exit.curriculum=fixed",
+               "--early_exit.exit_layers=[1]") == 2  # fmt: skip
+    assert "trainer.callbacks: got 'FadingExit and EarlyExitCurriculum', allowed one" in capsys.readouterr().err
 
 
 def test_generate_decodes_from_a_runs_checkpoint(run, monkeypatch, capsys):

@@ -40,6 +40,7 @@ def at(step, max_steps=20):
 def start(callback, host, trainer):
     callback.setup(trainer, host, "fit")
     callback.on_train_batch_start(trainer, host, None, 0)
+    callback.on_train_batch_end(trainer, host, None, None, 0)
 
 
 def test_rates_reach_the_host_and_what_it_uses_is_logged():

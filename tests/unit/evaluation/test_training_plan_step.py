@@ -51,7 +51,12 @@ class RealStep:
         self.module.configure_model()
         self.module.model.to(dtype)
         self.module.trainer = SimpleNamespace(
-            accumulate_grad_batches=1, global_step=3, global_rank=0, distributed_sampler_kwargs=None
+            accumulate_grad_batches=1,
+            global_step=3,
+            global_rank=0,
+            distributed_sampler_kwargs=None,
+            callbacks=[],
+            world_size=1,
         )
         self.module.set_exit_weights(dict.fromkeys(exits, 1 / len(exits)))
         rates = [max_dropout_rate * idx / (LAYERS - 1) for idx in range(LAYERS)]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from app.decoding.result import DecodingResult, Step
 from app.decoding.text_stream import TextStream
 
-Kind = Literal["accepted", "own", "rejected"]
+Kind = Literal["accepted", "own", "rejected", "again"]
 Write = Callable[[str, Kind], None]
 
 # With colours, and without them (NO_COLOR): what can be told apart by attributes must be.
@@ -23,6 +23,7 @@ STYLES: dict[Kind, tuple[str, str]] = {
     "accepted": ("green", "underline"),
     "own": ("none", "none"),
     "rejected": ("red dim strike", "dim strike"),
+    "again": ("none", "none"),  # the whole text without rejected drafts, to be copied
 }
 _LEGEND: dict[Kind, str] = {
     "accepted": "drafted and accepted",
@@ -53,8 +54,8 @@ def styled_writer(console: Console) -> Write:
 
 
 def plain_writer(text: str, kind: Kind) -> None:
-    """Writes what was settled to stdout at once, as it is."""
-    if kind != "rejected":
+    """Writes what was settled to stdout at once and once, as it is."""
+    if kind not in ("rejected", "again"):
         print(text, end="", flush=True)
 
 
@@ -91,24 +92,27 @@ class BatchPrinter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write, titles: Sequence[str] = ()) -> None:
         self._write, self._titles = write, titles
         self._texts = [StepText(tokenizer) for _ in titles or (None,)]
-        self._held: list[list[tuple[str, Kind]]] = [[] for _ in titles]
+        self._pieces: list[list[tuple[str, Kind]]] = [[] for _ in self._texts]
 
     def __call__(self, index: int, step: Step) -> None:
         """Print or keep what a round adds to a continuation."""
-        for text, kind in self._texts[index].pieces(step):
-            if self._titles:
-                self._held[index].append((text, kind))
-            elif text:
-                self._write(text, kind)
+        for piece in self._texts[index].pieces(step):
+            self._pieces[index].append(piece)
+            if not self._titles and piece[0]:
+                self._write(*piece)
 
     def close(self) -> None:
-        """Print what is left."""
-        if not self._titles:
-            self._write(self._texts[0].rest()[0] + "\n", "own")
-        for title, held, text in zip(self._titles, self._held, self._texts, strict=False):
-            self._write(f"{title}\n", "own")
-            for piece in (*held, text.rest(), ("\n\n", "own")):
+        """Print what is left; a text that rejected drafts stand in is printed again without them."""
+        for index, (pieces, text) in enumerate(zip(self._pieces, self._texts, strict=True)):
+            pieces.append(text.rest())
+            if self._titles:
+                self._write(f"{self._titles[index]}\n", "own")
+            for piece in pieces if self._titles else pieces[-1:]:
                 self._write(*piece)
+            if any(kind == "rejected" for _, kind in pieces):
+                clean = "".join(text for text, kind in pieces if kind != "rejected")
+                self._write(f"\n\n[without rejected drafts]\n{clean}", "again")
+            self._write("\n\n" if self._titles else "\n", "own")
 
 
 def print_statistics(label: str, batches: Sequence[Sequence[DecodingResult]], *, console: Console | None) -> None:

@@ -29,7 +29,8 @@ def shown(steps, *, no_color=False):
     for step in steps:
         printer(0, step)
     printer.close()
-    return Text.from_ansi(console.file.getvalue().removesuffix("\n"))
+    live = console.file.getvalue().removesuffix("\n").partition("\n\n[without rejected drafts]\n")[0]
+    return Text.from_ansi(live)
 
 
 def parts(text):
@@ -55,6 +56,20 @@ def test_accepted_own_and_rejected_tokens_are_told_apart():
     text = shown(STEPS)
     assert text.plain == "Axyz!ab⇥no↵?"
     assert parts(text) == [("xyz", "color(2)"), ("ab", "color(2)"), ("⇥no↵", "dim strike color(1)")]
+
+
+def test_a_text_with_rejected_drafts_in_it_is_printed_again_without_them():
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    for titles, end in (((), "\n"), (("first",), "\n\n")):
+        printer = BatchPrinter(TOKENIZER, styled_writer(console), titles)
+        for step in STEPS:
+            printer(0, step)
+        printer.close()
+        assert console.file.getvalue().endswith(f"?\n\n[without rejected drafts]\nAxyz!ab?{end}")
+    printer = BatchPrinter(TOKENIZER, styled_writer(console))
+    printer(0, STEPS[1])
+    printer.close()
+    assert console.file.getvalue().endswith("!\n")
 
 
 def test_without_colour_they_still_are():

@@ -22,7 +22,7 @@ class RowSettings:
         validation_rows: Of each source at most; 1 or more.
         vocab_size: Of the tokenizer to train; `MIN_VOCAB_SIZE` or more.
         default_vocab_size: The datamodule's own: another one is asked for, and a given tokenizer would not heed it.
-        tokenizer: Folder of one to use instead of training it.
+        tokenizer: Folder of one, or a model whose own to use, instead of training it.
         num_workers: Processes that prepare batches; 0 or more.
         seed: 0 or more.
         max_bad_share: Of what is read; in [0, 1].

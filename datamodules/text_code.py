@@ -53,7 +53,8 @@ class TextCodeDataModule(LightningDataModule):
         validation_share: Share of documents held out, chosen by content; in (0, 1).
         validation_rows: Rows a source gives to validation at most; 1 or more.
         vocab_size: Size of the tokenizer to train, 257 or more; smaller if the training text is too small for it.
-        tokenizer: Folder of a tokenizer to use instead of training one.
+        tokenizer: Folder of one, or a model whose own to use, instead of training one; the commands take that of
+            model.pretrained by default.
         num_workers: Processes that prepare batches; 0 or more; changes no batch, given `num_lanes`.
         seed: Of the order of training rows; 0 or more.
         max_bad_share: Share of a source's records that may be unusable before the run stops; in [0, 1].

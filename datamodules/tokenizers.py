@@ -7,16 +7,16 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from app.errors import ConfigError
+from app.model.checkpoint import open_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -77,23 +77,12 @@ def trained_tokenizer(texts: Sequence[str], *, vocab_size: int, cache_dir: Path)
 
 
 def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
-    """Load the tokenizer in the local folder `path`.
+    """Load the tokenizer of a model, wherever models come from, or of a folder that holds nothing else.
 
     Raises:
         ConfigError: There is none, or it is not a fast tokenizer with an end-of-text token.
     """
-    if not (Path(path) / "tokenizer_config.json").is_file():
-        raise ConfigError(
-            "tokenizer",
-            got=path,
-            allowed="a folder with tokenizer_config.json",
-            fix="save one there with tokenizer.save_pretrained, or leave tokenizer out to train one",
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except ValueError as error:  # its code is its own, or it is damaged
-        allowed = "a folder with a tokenizer of transformers"
-        raise ConfigError("tokenizer", got=path, allowed=allowed, fix=shorten(str(error), 300)) from error
+    tokenizer = open_tokenizer(path, field="tokenizer")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ConfigError(
             "tokenizer", got=path, allowed="a fast tokenizer with an eos_token", fix="choose another tokenizer"

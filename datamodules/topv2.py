@@ -58,7 +58,8 @@ class TOPv2DataModule(LightningDataModule):
         validation_rows: Rows a domain gives to validation and to test at most, chosen at random once and for all; 1 or
             more. Validation takes them from the evaluation split.
         vocab_size: Size of the tokenizer to train, special tokens included; 257 or more.
-        tokenizer: Folder of a tokenizer to use instead of training one.
+        tokenizer: Folder of one, or a model whose own to use, instead of training one; the commands take that of
+            model.pretrained by default.
         num_workers: Processes that prepare batches; 0 or more; changes no batch.
         seed: Of the order of training rows; 0 or more.
         max_bad_share: Share of malformed rows a file may have; in [0, 1].

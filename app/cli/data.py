@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from app.cli.messages import locate
 from app.cli.option_parser import OptionParser
 from app.cli.tables import print_table
+from app.cli.tokenizer_choice import check_tokenizer
 from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
 from app.protocols import PromptOwner, Table, TokenizerOwner
@@ -42,6 +44,10 @@ class DataCLI(LayerSkipCLI):
         """Nothing is written: an earlier run is safe."""
 
     def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            check_tokenizer(self.config[subcommand])
+        except ConfigError as error:
+            raise locate(error, self._plain_config()) from error
         fresh = copy.deepcopy(self.datamodule)
         self.datamodule.prepare_data()
         if self._options.prompts is not None:

@@ -27,6 +27,7 @@ from app.cli.preflight import AUTO, FALL_BACK, LAST, check_checkpoint_path
 from app.cli.resume import check_before, check_names, check_resume, take_optimizer_settings
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
+from app.cli.tokenizer_choice import check_tokenizer, take_tokenizer_of_model
 from app.errors import CheckpointError, ConfigError, check_range
 from app.metric_names import TEST_LOSS, VAL_LOSS
 from app.model.run_record import RUN_CONFIG_KEY
@@ -145,6 +146,7 @@ class LayerSkipCLI(LightningCLI):
         for group in ("trainer", "model", "layer_dropout", "early_exit"):
             if not isinstance(config[group], Namespace):
                 raise ConfigError(group, got=config[group], allowed=f"its keys, as in --{group}.KEY VALUE")
+        take_tokenizer_of_model(config)
         trainer = config["trainer"]
         check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1)
         check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
@@ -183,6 +185,7 @@ class LayerSkipCLI(LightningCLI):
         check_launch(self.config[subcommand]["trainer"])
         self._check_checkpoints()
         try:
+            check_tokenizer(self.config[subcommand])
             super()._run_subcommand(subcommand)
         except ConfigError as error:
             raise locate(error, self._plain_config()) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from app.errors import CheckpointError, ConfigError
 from app.model.model_sources import open_source
-from app.model.tokenizer_files import check_fits
+from app.model.tokenizer_files import check_fits, check_knows_tokens, load_tokenizer
 from app.model.tokenizer_files import tokenizer_to_files as tokenizer_to_files  # passed on to app.training
-from app.model.trained_weights import HF_CONFIG_KEY
+from app.model.trained_weights import HF_CONFIG_KEY, is_trained_weights
+
+_log = logging.getLogger(__name__)
 
 
 def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
@@ -78,6 +82,44 @@ def load_for_decoding(path: str, *, dtype: torch.dtype | None, field: str = "mod
     tokenizer = source.tokenizer()
     check_fits(tokenizer, vocab_size=source.config.get_text_config().vocab_size, field=field, got=path)
     return source.weights(dtype, False).eval(), tokenizer
+
+
+def open_tokenizer(path: str, *, field: str) -> Any:
+    """The tokenizer that comes with a model, or the one in a folder that holds nothing else.
+
+    Args:
+        path: As for `load_pretrained`, or such a folder.
+        field: The setting that `path` comes from, for error messages.
+
+    Raises:
+        ConfigError: There is none that can be read.
+        CheckpointError: A file is damaged, or the checkpoint holds no tokenizer.
+    """
+    if Path(path).is_dir() and not is_trained_weights(path):
+        return load_tokenizer(path, field=field)
+    return open_source(path, field=field).tokenizer()
+
+
+def check_tokenizer_of(pretrained: str, tokenizer: Any, *, field: str = "tokenizer", got: str) -> None:
+    """Refuse to feed a model the ids of a tokenizer that knows its tokens by other ids.
+
+    Where the model comes without a tokenizer that can be read, a warning says that nothing was compared.
+
+    Args:
+        pretrained: Where the model comes from, as for `load_pretrained`.
+        tokenizer: That is to feed it.
+        field: The setting that names the tokenizer.
+        got: Its value.
+
+    Raises:
+        ConfigError: A token of the model has another id there, or none.
+    """
+    try:
+        own = open_tokenizer(pretrained, field="pretrained")
+    except (ConfigError, CheckpointError) as error:
+        _log.warning("whether the tokenizer is the model's own cannot be told: %s", error)
+        return
+    check_knows_tokens(tokenizer, own, field=field, got=got, model=pretrained)
 
 
 def check_compatible(config: PreTrainedConfig, checkpoint: Mapping[str, Any]) -> None:

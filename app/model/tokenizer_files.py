@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +80,35 @@ def check_same_tokens(target_tokenizer: Any, draft_tokenizer: Any, *, field: str
     """
     target, draft = target_tokenizer.get_vocab(), draft_tokenizer.get_vocab()
     end = min(max(target.values()), max(draft.values()))
-    differing = sorted(
-        (idx, token) for token, idx in target.items() ^ draft.items() if idx <= end or not _FILLER.fullmatch(token)
-    )
-    if differing:
-        token = differing[0][1]
-        sides = f"target: {target.get(token, 'no id')}, draft: {draft.get(token, 'no id')}"
-        raise ConfigError(
-            field,
-            got=got,
-            allowed="a model with the target's tokenizer",
-            fix=f"{len(differing)} entries differ; the first is {token!r} ({sides}), "
-            f"with {len(target)} tokens in the target's vocabulary and {len(draft)} in the draft's",
-        )
+    if differences := _told(target.items() ^ draft.items(), end, target=target, draft=draft):
+        raise ConfigError(field, got=got, allowed="a model with the target's tokenizer", fix=differences)
+
+
+def check_knows_tokens(tokenizer: Any, own_tokenizer: Any, *, field: str, got: str, model: str) -> None:
+    """Raise ConfigError unless every token of a model has the same id in the tokenizer that is to feed it.
+
+    That one may have more tokens behind the model's own, such as those that a datamodule adds for a task; entries that
+    only fill the model's vocabulary up at its end may be missing.
+
+    Args:
+        tokenizer: That is to feed the model.
+        own_tokenizer: Of the model.
+        field: The setting that names the first.
+        got: Its value.
+        model: Where the model comes from.
+    """
+    given, own = tokenizer.get_vocab(), own_tokenizer.get_vocab()
+    if differences := _told(own.items() - given.items(), max(given.values()), model=own, tokenizer=given):
+        allowed = f"the tokenizer of {model}, which is continued"
+        raise ConfigError(field, got=got, allowed=allowed, fix=f"name {model} itself; {differences}")
+
+
+def _told(entries: Iterable[tuple[str, int]], end: int, **vocabularies: Mapping[str, int]) -> str:
+    """What two vocabularies differ in, but for entries behind `end` that fill one up; empty if in nothing."""
+    differing = sorted((idx, token) for token, idx in entries if idx <= end or not _FILLER.fullmatch(token))
+    if not differing:
+        return ""
+    token = differing[0][1]
+    ids = ", ".join(f"{name}: {vocabulary.get(token, 'no id')}" for name, vocabulary in vocabularies.items())
+    sizes = " and ".join(f"{len(vocabulary)} tokens in the {name}'s" for name, vocabulary in vocabularies.items())
+    return f"{len(differing)} entries differ; the first is {token!r} ({ids}), with {sizes} vocabulary"

@@ -25,6 +25,7 @@ from app.layerskip.layer_dropout import keep_scales
 from app.model.checkpoint import (
     build_model,
     check_compatible,
+    check_tokenizer_of,
     load_config,
     load_pretrained,
     tokenizer_to_files,
@@ -128,6 +129,8 @@ class LayerSkipModule(CurriculumHost):
         if data is None:
             return
         check_row_length(data.seq_len, self.config)
+        if self.pretrained is not None:
+            check_tokenizer_of(self.pretrained, data.tokenizer, got=f"one of {len(data.tokenizer)} tokens")
         if len(data.tokenizer) > self.config.vocab_size:
             allowed = f">= {len(data.tokenizer)}, the tokenizer's size"
             raise ConfigError("vocab_size", got=self.config.vocab_size, allowed=allowed)

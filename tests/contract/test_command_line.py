@@ -14,6 +14,7 @@ from app.cli.parser_messages import one_line
 from tests.support.processes import run_ranks
 from tests.support.runs import cli, write_corpus
 from tests.support.saved_models import save_model
+from tests.support.tokenizers import byte_level
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -142,7 +143,12 @@ def test_a_refused_fit_loads_no_weights(config, tmp_path, monkeypatch, capsys):
     continued = ["--model.config=null", "--model.pretrained", str(model), "--trainer.logger.save_dir", str(tmp_path)]
     assert cli(monkeypatch, "fit", "--config", str(config), *continued, "--early_exit.rotation_interval", "99") == 2
     assert "early_exit.rotation_interval: got 99, allowed [1, " in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    byte_level(vocab_size=290).save_pretrained(other := tmp_path / "other")
+    for verb in ("fit", "data"):
+        assert cli(monkeypatch, verb, "--config", str(config), *continued, f"--data.tokenizer={other}") == 2
+        wanted = f"data.init_args.tokenizer: got '{other}', allowed the tokenizer of {model}"
+        assert wanted in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
 
 
 def _refused(config, root):

@@ -182,7 +182,8 @@ def test_a_run_continues_a_checkpoint_with_its_tokenizer_or_starts_from_the_arch
         assert pretrained(name) is None
         assert found.model.config.init_args.vocab_size == 32000  # of Llama 2's tokenizer
     else:
-        assert pretrained(name) == found.data.init_args.tokenizer
+        assert pretrained(name)
+        assert found.data.init_args.tokenizer is None  # the model's own
 
 
 @pytest.mark.parametrize("name", PAPER)

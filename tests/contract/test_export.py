@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from app.model.checkpoint import load_for_decoding
+from app.model.checkpoint import load_for_decoding, open_tokenizer
 from app.model.decoding_defaults import Conditions, DecodingDefaults, read_decoding_defaults, write_decoding_defaults
 from tests.support.runs import cli, make_data, make_module, make_trainer
 from tests.support.tiny_models import tiny_llama
@@ -345,10 +345,12 @@ def test_the_card_of_a_run_tells_its_recipe_data_and_exits(directory, tmp_path, 
     corpus = str(make_data(tmp_path)._sources[0].path)
     sources = json.dumps({"mine": {"kind": "files", "path": corpus}})
     folder = str(shutil.copytree(directory, tmp_path / "hf"))
-    options = FIT | {"model.pretrained": folder, "data.sources": sources, "data.tokenizer": folder}
+    options = FIT | {"model.pretrained": folder, "data.sources": sources}
     assert cli(monkeypatch, "fit", *[f"--{name}={value}" for name, value in options.items()]) == 0
     checkpoint = next(tmp_path.rglob("last.ckpt")).rename(tmp_path / "moved.ckpt")
     assert cli(monkeypatch, "export", "--ckpt_path", str(checkpoint), "--output_dir", "out") == 0
+    own, exported = (open_tokenizer(str(path), field="model") for path in (folder, tmp_path / "out"))
+    assert exported.get_vocab() == own.get_vocab()  # a model that is continued keeps its tokenizer, without being asked
     readme = ModelCard.load(tmp_path / "out" / "README.md")
     assert readme.data.base_model == "hf"
     assert str(tmp_path) not in readme.content  # no path of this machine, nor of the corpus

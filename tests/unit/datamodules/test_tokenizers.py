@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +24,8 @@ from datamodules.tokenizers import (
     train_byte_level_bpe,
     trained_tokenizer,
 )
+from tests.support.checkpoints import write_checkpoint
+from tests.support.tiny_models import tiny_llama
 
 TEXTS = ["the exit layer and the other layer", "def exit(layer): return layer"] * 20
 TOKENIZER = train_byte_level_bpe(TEXTS, vocab_size=300)
@@ -69,20 +70,22 @@ def test_a_saved_tokenizer_is_loaded_unchanged(tmp_path: Path) -> None:
     assert loaded.eos_token_id == TOKENIZER.eos_token_id
 
 
+def test_the_tokenizer_of_a_run_is_in_its_checkpoint(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "last.ckpt", tiny_llama(vocab_size=300), TOKENIZER)
+    assert fingerprint(load_tokenizer(checkpoint)) == fingerprint(TOKENIZER)
+
+
 def test_a_missing_tokenizer_names_field_and_fix(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in ("nowhere", "empty"):
-        with pytest.raises(ConfigError, match=rf"tokenizer: got .*{folder}.*save_pretrained"):
+        with pytest.raises(ConfigError, match=rf"tokenizer: got .*{folder}.*, allowed a"):
             load_tokenizer(str(tmp_path / folder))
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(path: str, **settings: bool) -> SimpleNamespace:
-        assert (path, settings) == (str(tmp_path), {"local_files_only": True, "trust_remote_code": False})
-        return SimpleNamespace(is_fast=False, eos_token_id=0)
-
-    (tmp_path / "tokenizer_config.json").touch()
-    monkeypatch.setattr("datamodules.tokenizers.AutoTokenizer.from_pretrained", slow)
+    slow = copy.copy(TOKENIZER)
+    monkeypatch.setattr(type(slow), "is_fast", False)
+    monkeypatch.setattr("app.model.tokenizer_files.AutoTokenizer.from_pretrained", lambda *_, **__: slow)
     with pytest.raises(ConfigError, match="a fast tokenizer"):
         load_tokenizer(str(tmp_path))
 

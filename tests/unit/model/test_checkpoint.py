@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from app.errors import CheckpointError, ConfigError, UserError
 from app.model import loading, model_sources
 from app.model.checkpoint import load_config, load_for_decoding, load_pretrained
-from app.model.tokenizer_files import check_same_tokens, tokenizer_to_files
+from app.model.tokenizer_files import check_knows_tokens, check_same_tokens, tokenizer_to_files
 from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY
 from datamodules.tokenizers import train_byte_level_bpe
 from tests.support.tiny_models import tiny_llama
@@ -367,7 +367,18 @@ def test_other_tokens_are_refused(target, draft):
         check_same_tokens(extended(*target), extended(*draft), got="draft")
 
 
+def test_a_tokenizer_may_have_more_tokens_than_the_model_it_feeds_but_no_others():
+    def check(tokenizer, own):
+        check_knows_tokens(tokenizer, own, field="tokenizer", got="given", model="hf")
+
+    check(extended("<a>", "<b>"), extended("<a>"))
+    check(extended("<a>"), extended("<a>", "[PAD1]"))
+    for given, own in ((("<a>",), ("<b>",)), ((), ("<a>",)), (("<b>",), ("[PAD1]", "<b>"))):
+        with pytest.raises(ConfigError, match=r"tokenizer: got 'given', allowed the tokenizer of hf.*; the first is"):
+            check(extended(*given), extended(*own))
+
+
 def test_tokenizer_trained_on_other_text_is_refused_with_both_sizes():
     other = train_byte_level_bpe(["something else altogether"] * 30, vocab_size=290)
-    with pytest.raises(ConfigError, match=rf"{len(make_tokenizer())} tokens .* and {len(other)} in the draft's"):
+    with pytest.raises(ConfigError, match=rf"{len(make_tokenizer())} tokens .* and {len(other)} tokens in the draft's"):
         check_same_tokens(make_tokenizer(), other, got="draft")

@@ -11,6 +11,7 @@ from app.protocols import DecodingHost, EarlyExitHost, ExitMonitorHost, LayerDro
 from app.training.module import LayerSkipModule
 from app.training.optim import LR_SCHEDULES, lr_factor, parameter_groups
 from tests.support.runs import NUM_LAYERS, Recorder, curricula, make_data, make_module, make_trainer
+from tests.support.saved_models import save_model
 from tests.support.tiny_models import tiny_config
 
 
@@ -191,6 +192,15 @@ def test_pretrained_directory_is_continued(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.model.parameters(), strict=True))
     assert module.num_layers == 4
     assert all(submodule.training for submodule in module.model.modules())  # or nothing would ever be dropped
+
+
+def test_a_tokenizer_that_is_not_the_pretrained_models_own_is_refused(tmp_path):
+    folder = save_model(tmp_path / "hf", vocab_size=400)
+    module = make_module(config=None, pretrained=str(folder))
+    settings = {"max_steps": 1, "callbacks": []}
+    make_trainer(tmp_path, **settings).fit(module, datamodule=make_data(tmp_path, tokenizer=str(folder)))
+    with pytest.raises(ConfigError, match=f"tokenizer: got 'one of .* tokens', allowed the tokenizer of {folder}"):
+        make_trainer(tmp_path, **settings).fit(module, datamodule=make_data(tmp_path))  # it trains a new one
 
 
 def test_missing_pretrained_directory_is_refused_with_its_name(tmp_path):

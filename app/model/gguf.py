@@ -24,6 +24,7 @@ from transformers.utils import is_accelerate_available, is_gguf_available
 from transformers.utils import logging as transformers_logging
 
 from app.errors import CheckpointError, ConfigError
+from app.model.gguf_metadata import check_all_used, obey_metadata
 from app.model.loading import check_complete
 
 _HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
@@ -72,17 +73,22 @@ def read_gguf_origin(path: Path) -> GgufOrigin:
 
 
 def read_gguf_config(path: Path, *, field: str) -> PreTrainedConfig:
-    """Architecture, from the file's metadata.
+    """Architecture, from the file's metadata and, for rope scaling, a tensor.
 
     Raises:
-        ConfigError: If the packages that read GGUF are not installed.
+        ConfigError: If the packages that read GGUF are not installed, or the file states what cannot be obeyed.
         CheckpointError: If the file is truncated, damaged, or of an architecture that transformers cannot read.
     """
     if not (is_gguf_available() and is_accelerate_available()):
         allowed = "a .gguf file only where the packages gguf and accelerate are installed"
         raise ConfigError(field, got=str(path), allowed=allowed, fix='pip install "layerskip-lightning[gguf]"')
+    from gguf import GGUFReader
+
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        obey_metadata(config, GGUFReader(path), field=field, path=str(path))
+    except ConfigError:
+        raise
     except Exception as error:  # the readers unpack structs and shape arrays: anything can come out of damaged bytes
         raise _unreadable(path, error) from error
     if hasattr(config, "quantization_config"):
@@ -102,14 +108,19 @@ def read_gguf_tokenizer(path: Path) -> Any:
         raise _unreadable(path, error) from error
 
 
-def read_gguf_weights(path: Path, config: PreTrainedConfig, *, dtype: torch.dtype | None) -> PreTrainedModel:
+def read_gguf_weights(
+    path: Path, config: PreTrainedConfig, *, dtype: torch.dtype | None, field: str = "pretrained"
+) -> PreTrainedModel:
     """The model; its weights are unpacked to `dtype`, by default to float32.
 
     `dequantize` also keeps the model free of a `quantization_config`, with which it could not be saved.
 
     Raises:
         CheckpointError: If the file is truncated or damaged, or weights are missing.
+        ConfigError: If it has weights besides.
     """
+    from gguf import GGUFReader
+
     try:
         with _progress_on_terminals_only():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -125,6 +136,7 @@ def read_gguf_weights(path: Path, config: PreTrainedConfig, *, dtype: torch.dtyp
     except Exception as error:
         raise _unreadable(path, error) from error
     check_complete(str(path), info)
+    check_all_used(model, GGUFReader(path), field=field, path=str(path))
     return model
 
 

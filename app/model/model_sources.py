@@ -96,7 +96,7 @@ def _open_gguf(path: Path, *, field: str) -> Source:
     config = read_gguf_config(path, field=field)
 
     def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:  # noqa: ARG001  # unpacked: always its own
-        return read_gguf_weights(path, config, dtype=dtype)
+        return read_gguf_weights(path, config, dtype=dtype, field=field)
 
     return Source(config, lambda: read_gguf_tokenizer(path), weights)
 

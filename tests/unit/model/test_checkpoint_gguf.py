@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter, LlamaFileType, TokenType
@@ -57,7 +58,7 @@ def write_gguf(path, model, tokenizer, describe=lambda writer: None):
             continue
         for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if projection in name:  # the converter reorders rows: llama.cpp rotates pairs that are neighbours
-                tensor = tensor.view(heads, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
+                tensor = tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
         writer.add_tensor(name, tensor.contiguous().numpy())
@@ -107,6 +108,81 @@ def test_gguf_written_as_a_directory_gives_equal_logits_without_quantization_con
 def test_gguf_in_the_working_directory_loads(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     assert load_for_decoding(file.name, dtype=None)[0].config.num_hidden_layers == 4
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
+
+
+def rope_freqs(*factors):
+    return lambda writer: writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+
+
+def say(**stated):
+    def describe(writer):
+        for key, value in stated.items():
+            add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+            add[type(value)](f"llama.{key.replace('__', '.')}", value)
+
+    return describe
+
+
+@pytest.mark.parametrize(
+    ("settings", "describe"),
+    [
+        (
+            {"rope_parameters": {"rope_theta": 5e5, **LLAMA3, "original_max_position_embeddings": 8192}},
+            rope_freqs(1, 1, 1, 1, 3.292262, 32, 32, 32),
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 8.0}},
+            say(rope__scaling__type="linear", rope__scaling__factor=8.0),
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, **YARN}},
+            say(
+                rope__scaling__type="yarn",
+                rope__scaling__factor=4.0,
+                rope__scaling__original_context_length=64,
+                rope__scaling__yarn_beta_fast=16.0,
+            ),
+        ),
+        ({"head_dim": 32}, say(attention__key_length=32, attention__value_length=32)),
+        ({"attention_bias": True}, say(expert_count=0)),
+    ],
+    ids=["llama3", "linear", "yarn", "key_length", "biases"],
+)
+def test_what_a_gguf_states_of_positions_heads_and_biases_is_obeyed(parts, tmp_path, settings, describe):
+    model = tiny_llama(vocab_size=300, hidden_size=64, max_length=256, eos_token_id=parts[1].eos_token_id, **settings)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    loaded, _ = load_for_decoding(str(write_gguf(tmp_path / "tiny.gguf", model, parts[1], describe)), dtype=None)
+    ids = torch.arange(200).remainder(300).tolist()
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+    assert all(loaded.config.rope_parameters[key] == value for key, value in model.config.rope_parameters.items())
+
+
+@pytest.mark.parametrize(
+    ("describe", "named"),
+    [
+        (rope_freqs(1, 1, 7, 2), r"tensor rope_freqs\.weight: no rope scaling of type llama3"),
+        (say(rope__scaling__type="su", rope__scaling__factor=2.0), r"llama\.rope\.scaling\.type = su: known are"),
+        (say(rope__scaling__attn_factor=1.19), r"llama\.rope\.scaling\.attn_factor = 1\.19.*: nothing here obeys it"),
+        (say(rope__dimension_count=4), r"llama\.rope\.dimension_count = 4: .*rotates all 8 dimensions of a head"),
+        (say(attention__value_length=4), r"llama\.attention\.value_length = 4: the keys of a head have 8"),
+        (say(expert_count=8), r"llama\.expert_count = 8: nothing here obeys it"),
+        (say(attention__sliding_window=16), r"llama\.attention\.sliding_window = 16: nothing here obeys it"),
+        (
+            lambda writer: writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(8, dtype=np.float32)),
+            r"1 of its tensors have no place in a llama of transformers: blk\.0\.attn_q_norm\.weight",
+        ),
+    ],
+)
+def test_a_gguf_that_cannot_be_obeyed_is_refused_by_name(parts, tmp_path, describe, named):
+    file = write_gguf(tmp_path / "tiny.gguf", *parts, describe)
+    with pytest.raises(ConfigError, match=f"model: got .*tiny.gguf.*{named}"):
+        load_for_decoding(str(file), dtype=None)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -102,8 +102,11 @@ class KeyValueCache:
         self._lengths[layer_idx] = tuple(start + num_new for start in starts)
         return keys_BCHK[:, :stop].transpose(1, 2), values_BCHK[:, :stop].transpose(1, 2)
 
-    def update(self, key_BHTK: Tensor, value_BHTK: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """`append` as Hugging Face attention modules call it: with heads before positions."""
+    def update(self, key_BHTK: Tensor, value_BHTK: Tensor, layer_idx: int, **_: object) -> tuple[Tensor, Tensor]:
+        """`append` as Hugging Face attention modules call it: with heads before positions.
+
+        What else they pass (since 5.24 their own arguments, as `kwargs`) concerns caches that choose what to keep.
+        """
         return self.append(key_BHTK.transpose(1, 2), value_BHTK.transpose(1, 2), layer_idx)
 
     def _room(self, needed: int, *, like_BTHK: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:

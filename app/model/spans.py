@@ -186,14 +186,9 @@ class SpanDecoder:
     ) -> Tensor:
         """The layers' own forwards."""
         for layer, window in zip(self._layers[start:stop], self._windows[start:stop], strict=True):
-            out = layer(
-                hidden_BTD,
-                attention_mask=sights[window].mask,
-                position_embeddings=(tables.cos, tables.sin),
-                position_ids=tables.positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            # In order, since the fourth is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on.
+            given = hidden_BTD, sights[window].mask, tables.positions, cache
+            out = layer(*given, use_cache=True, position_embeddings=(tables.cos, tables.sin))
             hidden_BTD = out[0] if isinstance(out, tuple) else out
         return hidden_BTD
 

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from app.errors import ConfigError, check_choice, check_range
+from app.model.text_tokens import around
 from app.protocols import SourceStatistics
 from datamodules.lanes import check_lanes, delivered
 from datamodules.packing import PACKINGS, LongDocuments, Packing
@@ -269,4 +270,6 @@ class TextCodeDataModule(LightningDataModule):
             BATCHES_PER_STEP: place.world_size * place.accumulate,
             "sources": ", ".join(f"{source.name}={source.weight}" for source in self._sources),
         }
+        if before := around(self.tokenizer).before:
+            own["beginning of documents"] = str(before)
         return asdict(settings) | own | {f"files of source {name}": reader.fingerprint[:16] for name, reader in readers}

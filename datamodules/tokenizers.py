@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from app.errors import ConfigError
 from app.model.checkpoint import open_tokenizer
+from app.model.text_tokens import around
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def _uncut(tokenizer: Any) -> Tokenizer:
 
 
 class Encoder:
-    """Texts to token ids, each text followed by the end-of-text token.
+    """Texts to token ids: each text begun as its tokenizer begins texts, and followed by the end-of-text token.
 
     Args:
         tokenizer: A fast tokenizer with an end-of-text token; it is copied.
@@ -166,8 +167,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend, self._eos = plain_backend(tokenizer), tokenizer.eos_token_id
+        self._before = around(tokenizer).before
 
     def __call__(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """Token ids [tokens] of each text."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.fromiter((*encoding.ids, self._eos), dtype=np.int32) for encoding in encodings]
+        return [np.fromiter((*self._before, *encoding.ids, self._eos), dtype=np.int32) for encoding in encodings]

@@ -25,15 +25,15 @@ from tokenizers import AddedToken
 
 from app.errors import ConfigError
 from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
+from app.model.text_tokens import around
 from app.model.tokenizer_files import tokenizer_from_files, tokenizer_to_files
-from datamodules.tokenizers import MIN_VOCAB_SIZE, Encoder, load_tokenizer, train_byte_level_bpe
+from datamodules.tokenizers import MIN_VOCAB_SIZE, encode_documents, load_tokenizer, train_byte_level_bpe
 from datamodules.topv2_files import Row, Split, Table, find_tables, read_rows
 
 _log = logging.getLogger(__name__)
 
-_CODE_VERSION = 1  # raise it when the same settings and files give other examples
+_CODE_VERSION = 2  # raise it when the same settings and files give other examples
 _DIGEST_BYTES = 32
-_TEXTS_A_CALL = 256  # of the tokenizer: what it returns beside the ids takes memory
 _COLUMNS = ("tokens", "offsets", "prompt_lengths", "sources")  # of Examples: the arrays
 # What becomes one token when special tokens are on; in a parse, always with the space before it.
 _PIECES: dict[TargetFormat, re.Pattern[str]] = {
@@ -172,14 +172,12 @@ def _fit_tokenizer(settings: StoreSettings, rows: Sequence[Row], tokenizer: Any)
 
 
 def _encode(settings: StoreSettings, rows: Sequence[Row], tokenizer: Any) -> Examples:
-    start = tokenizer("")["input_ids"][:1]  # what this tokenizer puts before any text
-    bos = np.asarray(start if start == [tokenizer.bos_token_id] else [], dtype=np.int32)
-    encode = Encoder(tokenizer)
+    before = np.asarray(around(tokenizer).before, dtype=np.int32)
+    end = np.asarray([tokenizer.eos_token_id], dtype=np.int32)
     texts = [text for row in rows for text in (_prompt_text(settings, row), _target_text(row))]
-    calls = (encode(texts[begin : begin + _TEXTS_A_CALL]) for begin in range(0, len(texts), _TEXTS_A_CALL))
-    ids = list(chain.from_iterable(calls))  # each with the end-of-text token
-    parts = [part for prompt, target in zip(ids[::2], ids[1::2], strict=True) for part in (bos, prompt[:-1], target)]
-    lengths = np.asarray([len(part) for part in parts]).reshape(-1, 3)
+    ids = encode_documents(tokenizer, texts)
+    parts = [part for prompt, target in zip(ids[::2], ids[1::2], strict=True) for part in (before, prompt, target, end)]
+    lengths = np.asarray([len(part) for part in parts]).reshape(-1, 4)
     index = {domain: source for source, domain in enumerate(settings.domains)}
     return Examples(
         tokens=np.concatenate(parts),

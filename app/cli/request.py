@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -16,6 +15,7 @@ from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES, Strategy
 from app.errors import ConfigError
+from app.model.text_tokens import prompt_tokens
 
 _STRIDE = 0x9E3779B97F4A7C15  # odd, as are its low 32 bits, all that a CPU generator looks at
 
@@ -109,11 +109,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, place: 
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(place, got=text, allowed="Unicode text") from error
-    ids: Any = tokenizer(_in_template(tokenizer, text) if chat else text, add_special_tokens=not chat)["input_ids"]
+    ids: list[int]
+    if chat:  # the template says how a conversation begins
+        ids = list(tokenizer(_in_template(tokenizer, text), add_special_tokens=False)["input_ids"])
+    else:
+        ids = prompt_tokens(tokenizer, text)
     if not 1 <= len(ids) < max_length:
         allowed = f"1 to {max_length - 1} tokens, so that a new one fits the model's context"
         raise ConfigError(place, got=f"{len(ids)} tokens" if text else text, allowed=allowed)
-    return list(ids)
+    return ids
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -120,7 +120,7 @@ def _write_prompts(path: Path, config: Path) -> Path:
     data = TextCodeDataModule(**settings)
     data.prepare_data()
     data.setup("validate")
-    texts = [data.tokenizer.decode(prompt) for prompt in data.validation_prompts(16, 64)]
+    texts = [data.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in data.validation_prompts(16, 64)]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), "utf-8")
     return path
 

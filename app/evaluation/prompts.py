@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.errors import DataError, check_range
+from app.model.text_tokens import prompt_tokens
 
 if TYPE_CHECKING:  # read before transformers is loaded: a file that is missing is refused at once
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ def _prompt(line: bytes, *, place: str) -> str:
 
 
 def tokenize_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[list[int]]:
-    """Token ids of each prompt, with whatever the tokenizer puts before and after a text.
+    """Token ids of each prompt, begun as the tokenizer begins a text.
 
     Args:
         prompts: Texts.
@@ -74,7 +75,7 @@ def tokenize_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     Raises:
         DataError: A prompt, named by its number from 1 on, has no token, or too many.
     """
-    tokens = [list(map(int, tokenizer(prompt)["input_ids"])) for prompt in prompts]
+    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     for number, ids in enumerate(tokens, start=1):
         if not 1 <= len(ids) <= max_length:
             raise DataError(

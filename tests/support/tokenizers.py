@@ -1,9 +1,9 @@
-"""Tokenizers of the two kinds whose tokens are not text by themselves, made by the test."""
+"""Tokenizers of the kinds whose tokens are not text by themselves, made by the test."""
 
 from __future__ import annotations
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from datamodules.tokenizers import train_byte_level_bpe
 
@@ -31,3 +31,15 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     )
     backend.add_special_tokens([AddedToken(token, special=True) for token in special.values()])
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, clean_up_tokenization_spaces=False)
+
+
+def llama(**settings: object) -> LlamaTokenizer:
+    """Transformers' own of Llama 1 and 2 and CodeLlama; it puts `<s>` before a text, and a space, which decoding drops.
+
+    Args:
+        settings: Of the class: add_eos_token, legacy, add_prefix_space, ...
+    """
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("d", "e"), ("de", "f"), ("▁", "def"), ("r", "e"), ("▁", "re"), ("▁", "x")]
+    vocab = {piece: idx for idx, piece in enumerate([*pieces, *map("".join, merges)])}
+    return LlamaTokenizer(vocab=vocab, merges=merges, **({"add_bos_token": True} | settings))

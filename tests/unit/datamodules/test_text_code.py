@@ -15,6 +15,7 @@ from app.errors import ConfigError, DataError
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
 from datamodules import Source, TextCodeDataModule
 from datamodules.sources import Document
+from tests.support.tokenizers import llama
 from tests.unit.datamodules.corpora import by_name, fake_trainer, small_datamodule, two_sources, write_files
 
 Batches = list[dict[str, Tensor]]
@@ -357,6 +358,24 @@ def test_other_weights_or_files_are_another_order(corpus: Path, tmp_path: Path) 
     write_files(tmp_path / "code", count=1, seed=77)
     with pytest.raises(ConfigError, match="files of source code: got"):
         resumed(tmp_path, state, step=2, sources=sources)
+
+
+def test_documents_begin_and_end_as_the_tokenizer_says_and_resume_so(corpus: Path, tmp_path: Path) -> None:
+    llama(add_eos_token=True).save_pretrained(tmp_path)
+    settings = {"tokenizer": str(tmp_path), "seq_len": 64}
+    datamodule = small_datamodule(corpus, **settings)
+    batches = train(datamodule, 40)
+    bos, eos = datamodule.tokenizer.bos_token_id, datamodule.tokenizer.eos_token_id
+    following = [after for batch in batches for row in batch["input_ids"].tolist() for before, after in pairwise(row)
+                 if before == eos]  # fmt: skip
+    assert following
+    assert set(following) == {bos}
+    assert [prompt[0] for prompt in datamodule.validation_prompts(3, 8)] == [bos] * 3
+    state = datamodule.state_dict()
+    assert same(train(resumed(corpus, state, step=40, **settings), 3, step=40), train(datamodule, 3, step=40))
+    del state["beginning of documents"]  # as written where documents began otherwise
+    with pytest.raises(ConfigError, match="beginning of documents: got"):
+        resumed(corpus, state, step=40, **settings)
 
 
 def test_a_model_is_never_fed_the_ids_of_another_tokenizer(corpus: Path, tmp_path: Path) -> None:

@@ -109,14 +109,14 @@ def test_a_tokenizer_that_adds_cuts_and_pads_by_itself_does_none_of_it_here() ->
     tokenizer = train_byte_level_bpe(TEXTS, vocab_size=300)
     backend = tokenizer.backend_tokenizer
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+        single=f"{END_OF_TEXT} $A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, 0)]
     )
     backend.enable_truncation(3)
     backend.enable_padding(length=5)
     assert [len(encoding.ids) for encoding in backend.encode_batch(TEXTS[:2])] == [5, 5]  # the negative control
     expected = [ids.tolist() for ids in encode_documents(TOKENIZER, TEXTS)]
     assert [ids.tolist() for ids in encode_documents(tokenizer, TEXTS)] == expected
-    assert [ids.tolist() for ids in Encoder(tokenizer)(TEXTS)] == [[*ids, 0] for ids in expected]
+    assert [ids.tolist() for ids in Encoder(tokenizer)(TEXTS)] == [[0, *ids, 0] for ids in expected]
     assert (backend.truncation["max_length"], backend.padding["length"], backend.encode_special_tokens) == (3, 5, False)
 
 

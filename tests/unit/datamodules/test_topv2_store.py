@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import processors
 
 from app.errors import ConfigError, DataError
 from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
 from datamodules import topv2_store
 from datamodules.tokenizers import load_tokenizer
 from datamodules.topv2_store import StoreSettings, TaskStore, open_store
-from tests.support.tokenizers import byte_fallback
+from tests.support.tokenizers import llama
 from tests.support.topv2_folders import DOMAINS, rows_of, write_folder
 
 DEFAULTS = StoreSettings(
@@ -229,17 +228,11 @@ def test_a_given_tokenizer_is_used_and_gets_the_special_tokens(folder: Path, tmp
     assert len(load_tokenizer(str(tmp_path / "given"))) == len(given)
 
 
-@pytest.mark.parametrize("begins_text", [True, False])
-def test_a_prompt_begins_as_the_tokenizer_begins_a_text(folder: Path, tmp_path: Path, begins_text: bool) -> None:
-    tokenizer = byte_fallback()
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    if not begins_text:  # what it puts before a text is not the beginning of one
-        tokenizer.add_special_tokens({"bos_token": "<t>", "cls_token": "<s>"})
-    start = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=start)
+def test_a_row_begins_as_the_tokenizer_begins_a_text_and_ends_once(folder: Path, tmp_path: Path) -> None:
+    tokenizer = llama(add_eos_token=True)
     tokenizer.save_pretrained(tmp_path / "given")
-    loaded = load_tokenizer(str(tmp_path / "given"))
-    assert (loaded("a")["input_ids"][0] == loaded.bos_token_id) == begins_text
     examples = build(folder, tmp_path, tokenizer=str(tmp_path / "given")).examples["test"]
-    for index, (_, utterance, _) in enumerate(rows_of(DOMAINS[0], count=20, seed=2)):
-        assert examples.prompt(index) == loaded(f"{utterance} =>")["input_ids"][0 if begins_text else 1 :]
+    for index, (_, utterance, parse) in enumerate(rows_of(DOMAINS[0], count=20, seed=2)):
+        begun, ended = (tokenizer(text)["input_ids"] for text in (f"{utterance} =>", f" {parse}"))
+        assert examples.prompt(index) == begun[:-1]
+        assert examples.example(index).tolist() == [*begun[:-1], *ended[1:]]

@@ -7,7 +7,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
 
 from app.model.sharded_loading import build_without_memory
-from app.training.module import LayerSkipModule, check_row_length
+from app.training.batch import check_row_length
+from app.training.module import LayerSkipModule
 from callbacks import (
     EarlyExitCurriculum,
     ExitQualityMonitor,

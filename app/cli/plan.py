@@ -27,7 +27,7 @@ from app.evaluation.training_plan import Plan, plan_training
 from app.evaluation.training_plan_memory import Layout
 from app.evaluation.training_plan_recipe import Recipe
 from app.model.checkpoint import load_config
-from app.training.module import check_row_length
+from app.training.batch import check_row_length
 
 _log = logging.getLogger(__name__)
 # Type of the weights, and of the products where it is another.

@@ -40,13 +40,12 @@ from app.model.sharded_loading import build_without_memory, fill
 from app.model.spans import SpanDecoder
 from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
+from app.training.batch import Batch, GivenBatch, check_batch, check_row_length, completed
 from app.training.curriculum_host import CurriculumHost
 from app.training.divergence import SKIPPED_STEPS_KEY, DivergenceGuard, OnDivergence
 from app.training.optim import LR_SCHEDULES, LRSchedule, lr_factor, parameter_groups
 from app.training.step_plan import draw_for, show
 from app.training.token_mean import TokenMeanStep
-
-Batch = dict[str, Tensor]  # input_ids, labels, position_ids [B, T], source [B]
 
 
 def _default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -107,6 +106,7 @@ class LayerSkipModule(CurriculumHost):
         self._step = TokenMeanStep(DivergenceGuard(on_divergence, max_skipped_steps))
         self.model: PreTrainedModel | None = None
         self.source_loss: GroupedTokenLoss | None = None
+        self._loops_checked: set[str] = set()  # of whose batches one was looked at
 
     # -- hosts: what callbacks may ask (app.protocols; what they may set: CurriculumHost) -------------------------
 
@@ -124,6 +124,7 @@ class LayerSkipModule(CurriculumHost):
     def setup(self, stage: str) -> None:
         """Check that data and model fit each other, before anything is built."""
         super().setup(stage)
+        self._loops_checked.clear()
         data = self._corpus
         self.source_loss = GroupedTokenLoss(len(data.source_names) if data else 1)
         if data is None:
@@ -198,12 +199,21 @@ class LayerSkipModule(CurriculumHost):
         """Forget the sums of a step that an earlier fit left unfinished."""
         self._step.clear()
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def _checked(self, given: GivenBatch, loop: str) -> Batch:
+        """The batch with its defaults; the first of a loop is looked at."""
+        if loop not in self._loops_checked:
+            self._loops_checked.add(loop)
+            num_sources = len(self._corpus.source_names) if self._corpus else 1
+            check_batch(given, config=self.config, num_sources=num_sources)
+        return completed(given)
+
+    def on_train_batch_start(self, batch: GivenBatch, batch_idx: int) -> None:
         """Log at the step this is: Lightning counts one too many after a resume from behind a last validation."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, given: GivenBatch, batch_idx: int) -> Tensor:
         """Early-exit loss of one micro-batch under layer dropout, unnormalised (app.training.token_mean)."""
+        batch = self._checked(given, "train")
         dropout, exit_weights = self.curricula_now()
         labels = batch["labels"].flatten()
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
@@ -245,16 +255,17 @@ class LayerSkipModule(CurriculumHost):
 
     # -- evaluation: dropout off, every exit that is monitored -----------------------------------------------------
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
         """Full-model loss by source; returns hidden states and labels for exit monitors."""
-        return self._evaluate(batch)
+        return self._evaluate(self._checked(given, "validate"))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def test_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
         """As validation_step."""
-        return self._evaluate(batch)
+        return self._evaluate(self._checked(given, "test"))
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
         """Score each row: its mean cross entropy in nats a token at each monitored exit, {exit_layer: [B]}."""
+        batch = self._checked(given, "predict")
         labels = batch["labels"]
         hidden = self._evaluation_hidden(batch)
         counts = (labels != IGNORE_INDEX).sum(dim=1).clamp(min=1)
@@ -313,15 +324,3 @@ class LayerSkipModule(CurriculumHost):
         """
         check_compatible(self.config, checkpoint)
         self._step.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)
-
-
-def check_row_length(seq_len: int, config: PreTrainedConfig, *, field: str = "seq_len") -> None:
-    """Refuse rows that are longer than the model's context, where that has an end.
-
-    Raises:
-        ConfigError: They are.
-    """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and seq_len > longest:
-        allowed = f"1..{longest}, the model's max_position_embeddings"
-        raise ConfigError(field, got=seq_len, allowed=allowed)

@@ -47,8 +47,7 @@ class OwnedSetting(Generic[Value]):
 
     def write(self, value: Value) -> None:
         """Use `value` from the next micro-batch on."""
-        here = inspect.currentframe()
-        self.value, self._latest = value, _writer(here and here.f_back)
+        self.value, self._latest = value, _writer(inspect.currentframe())
         if self._latest not in self._writers:
             self._writers.append(self._latest)
 
@@ -71,8 +70,9 @@ class OwnedSetting(Generic[Value]):
         return self.value
 
 
-def _writer(setter: FrameType | None) -> _Writer:
-    """The innermost callback among the callers of a setter of the module, else the setter's caller."""
+def _writer(write: FrameType | None) -> _Writer:
+    """The innermost callback among the callers of the setter that called `write`, else the setter's caller."""
+    setter = write and write.f_back
     caller = frame = setter and setter.f_back
     while frame is not None:
         if isinstance(own := frame.f_locals.get("self"), Callback):

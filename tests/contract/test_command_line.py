@@ -279,6 +279,17 @@ def test_a_curriculum_of_ones_own_is_added_as_the_recipe_says(config, tmp_path, 
     assert "trainer.callbacks: got 'FadingExit and EarlyExitCurriculum', allowed one" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # Lightning 2.6 on torch 2.13
+def test_the_script_with_a_datamodule_of_ones_own_trains(tmp_path, monkeypatch, capsys):
+    recipe = (CONFIGS.parent / "app" / "README.md").read_text().split("and how to train from a script")[1]
+    (code,) = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "script", "exec"), scope := {})  # noqa: S102 - ours
+    assert scope["trainer"].callback_metrics["val/exit_loss/exit_02"] < 1.5  # of log(64) = 4.2
+    assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/last.ckpt"))
+
+
 def test_generate_decodes_from_a_runs_checkpoint(run, monkeypatch, capsys):
     capsys.readouterr()
     common = ["--model", str(run / "checkpoints" / "last.ckpt"), "--prompt", "def function", "--max_new_tokens", "9"]

@@ -153,6 +153,23 @@ def test_batch_without_any_label_moves_nothing(tmp_path):
     assert trainer.callback_metrics["train/loss"] == 0
 
 
+class RepeatInputs(Callback):
+    """Labels as transformers' collators make them."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        batch["labels"].copy_(batch["input_ids"])
+
+    on_validation_batch_start = on_train_batch_start
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_labels_that_are_not_shifted_are_refused_before_a_step(tmp_path, verb):
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[RepeatInputs()], limit_val_batches=1, val_check_interval=1)
+    with pytest.raises(ConfigError, match=r"batch\.labels: got 'the inputs at their own positions'"):
+        getattr(trainer, verb)(make_module(), datamodule=make_data(tmp_path))
+    assert trainer.global_step == 0
+
+
 @pytest.mark.parametrize("settings", [{"lr_schedule": "spiral"}, {"warmup_steps": -1}, {"final_lr_ratio": 1.5}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):

@@ -1,0 +1,154 @@
+"""What a datamodule hands to the module: which tensors, of what shapes, and what is refused at the first batch.
+
+Shape legend: `B` rows, `T` tokens, `N` positions of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from app.errors import ConfigError
+from app.layerskip.early_exit_loss import IGNORE_INDEX
+
+_log = logging.getLogger(__name__)
+
+
+class GivenBatch(TypedDict):
+    """A batch as a datamodule gives it: int64 tensors.
+
+    Attributes:
+        input_ids: [B, T] in 0..V-1.
+        labels: [B, T], the token that follows each position, shifted by the datamodule: labels[:, t] is what
+            input_ids[:, t + 1] would be. -100 where there is nothing to learn. Transformers shifts in the model; this
+            module does not.
+        position_ids: [B, T]; 0 begins a document, and attention does not cross that. By default a row is a document.
+        source: [B], indices of CorpusOwner.source_names (app.protocols), by which held-out losses are told apart; 0 by
+            default.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: NotRequired[Tensor]
+    source: NotRequired[Tensor]
+
+
+class Batch(TypedDict):
+    """A batch as the module uses it: GivenBatch with its defaults."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    source: Tensor
+
+
+def completed(given: GivenBatch | Batch) -> Batch:
+    """The batch with the defaults of what it lacks."""
+    input_ids = given["input_ids"]
+    if (positions := given.get("position_ids")) is None:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    if (source := given.get("source")) is None:
+        source = input_ids.new_zeros(len(input_ids))
+    return {"input_ids": input_ids, "labels": given["labels"], "position_ids": positions, "source": source}
+
+
+def check_batch(given: Any, *, config: PreTrainedConfig, num_sources: int) -> None:
+    """Look at a batch as a datamodule gives it, once; it waits for the device.
+
+    Args:
+        given: The batch.
+        config: Of the model: its vocabulary and context.
+        num_sources: What `source` may index.
+
+    Raises:
+        ConfigError: It is not a GivenBatch, or its labels are not shifted.
+    """
+    names = [*GivenBatch.__annotations__]
+    if not isinstance(given, Mapping) or not {"input_ids", "labels"} <= given.keys():
+        got = list(given) if isinstance(given, Mapping) else type(given).__name__
+        allowed = f"a dict of {', '.join(names)}; the last two may be missing"
+        raise ConfigError("batch", got=got, allowed=allowed)
+    shape = tuple(getattr(given["input_ids"], "shape", ()))
+    if _described(given["input_ids"]) != f"int64 {shape}" or len(shape) != 2 or 0 in shape:
+        raise ConfigError("batch.input_ids", got=_described(given["input_ids"]), allowed="int64 (rows, tokens a row)")
+    for name in names:
+        wanted = f"int64 {shape[:1] if name == 'source' else shape}"
+        if name in given and _described(given[name]) != wanted:
+            raise ConfigError(f"batch.{name}", got=_described(given[name]), allowed=f"{wanted}, as of input_ids")
+    check_row_length(shape[1], config, field="batch.input_ids: tokens a row")
+    _check_values(completed(cast(GivenBatch, given)), config=config, num_sources=num_sources)
+    _check_shift(given["input_ids"], given["labels"])
+    if "attention_mask" in given:
+        _check_mask(given["attention_mask"], given["labels"])
+    if unread := [name for name in given if name not in (*names, "attention_mask")]:
+        _log.warning("of the batch, %s are not read (app.training.batch.GivenBatch)", ", ".join(map(str, unread)))
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def _check_values(batch: Batch, *, config: PreTrainedConfig, num_sources: int) -> None:
+    vocab_size = config.get_text_config().vocab_size
+    targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
+    for name, values, size, fix in (
+        ("input_ids", batch["input_ids"], vocab_size, "the model's vocabulary"),
+        ("labels", targets, vocab_size, f"or {IGNORE_INDEX} where there is nothing to learn"),
+        ("position_ids", batch["position_ids"], longest_row(config), "they restart at 0 with each document"),
+        (
+            "source",
+            batch["source"],
+            num_sources,
+            "indices of the datamodule's source_names (CorpusOwner)",
+        ),
+    ):
+        wrong = values[(values < 0) | (values >= size)]
+        if len(wrong):
+            raise ConfigError(f"batch.{name}", got=int(wrong[0]), allowed=f"0..{size - 1}", fix=fix)
+
+
+def _check_shift(input_ids_BT: Tensor, labels_BT: Tensor) -> None:
+    """Refuse labels that repeat the inputs at their own positions, wherever a shifted label would be another token."""
+    inputs, labels, following = input_ids_BT[:, :-1], labels_BT[:, :-1], input_ids_BT[:, 1:]
+    telling = (labels != IGNORE_INDEX) & (inputs != following)
+    if telling.sum() > 1 and bool((labels == inputs)[telling].all()):
+        fix = "the model does not shift them: give input_ids=tokens[:, :-1], labels=tokens[:, 1:]"
+        raise ConfigError("batch.labels", got="the inputs at their own positions", allowed="the next tokens", fix=fix)
+
+
+def _check_mask(mask: Any, labels_BT: Tensor) -> None:
+    """A mask is not read; one that says no more than causal attention and labels do is fine."""
+    says_no_more = isinstance(mask, Tensor) and mask.shape == labels_BT.shape
+    if says_no_more:
+        padding = mask == 0
+        at_the_end = bool((padding[:, :-1] <= padding[:, 1:]).all())
+        says_no_more = at_the_end and bool((labels_BT[padding] == IGNORE_INDEX).all())
+    if not says_no_more:
+        allowed = f"none, or zeros only behind the last token of a row, where labels are {IGNORE_INDEX}"
+        fix = "it is not read: pad at the right, and let position_ids restart at 0 with each document"
+        raise ConfigError("batch.attention_mask", got=_described(mask), allowed=allowed, fix=fix)
+
+
+def longest_row(config: PreTrainedConfig) -> float:
+    """Tokens of the model's context; infinity where it has no end."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if longest is None else int(longest)
+
+
+def check_row_length(seq_len: int, config: PreTrainedConfig, *, field: str = "seq_len") -> None:
+    """Refuse rows that are longer than the model's context.
+
+    Raises:
+        ConfigError: They are.
+    """
+    if seq_len > (longest := longest_row(config)):
+        allowed = f"1..{longest}, the model's max_position_embeddings"
+        raise ConfigError(field, got=seq_len, allowed=allowed)

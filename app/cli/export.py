@@ -23,9 +23,10 @@ from app.model.export import ExportSettings, InMemory, Weights, architecture, ex
 from app.model.gguf import read_gguf_origin
 from app.model.model_card import UNKNOWN_LICENSE, CardSettings, model_card, relabelled
 from app.model.output_directory import README, check_output_dir, unsigned
-from app.model.run_record import GENERATION_CONFIG_KEY, RunRecord
+from app.model.run_record import RunRecord
 from app.model.spans import SUPPORTED_MODEL_TYPES
 from app.model.tokenizer_files import check_fits
+from app.model.trained_generation import trained_generation_config
 from app.model.trained_weights import is_trained_weights, open_trained_weights
 
 _log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def _open(
     if not is_trained_weights(path):
         return *load_for_decoding(path, dtype=dtype, field=field), None, None
     trained = open_trained_weights(path)
-    model = architecture(trained.config, trained.metadata.get(GENERATION_CONFIG_KEY))
+    model = architecture(trained.config, trained_generation_config(trained))
     if trained.tokenizer is None:
         _log.warning("%s holds no tokenizer: copy its files into the directory", path)
     else:

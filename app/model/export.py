@@ -19,7 +19,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from app.errors import CheckpointError, ConfigError
 from app.model.decoding_defaults import DecodingDefaults, saveable, write_decoding_defaults
-from app.model.loading import quiet_transformers
 from app.model.mapped_memory import file_mappings, give_back_freed, page_out
 from app.model.output_directory import whole_or_absent
 
@@ -72,18 +71,12 @@ class ExportSettings:
             raise ConfigError("max_shard_size", got=self.max_shard_size, allowed=allowed)
 
 
-def architecture(config: PreTrainedConfig, generation: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """A model without weights, on the meta device.
-
-    Args:
-        config: Of the model.
-        generation: Fields of its generation config; by default those that `config` implies.
-    """
+def architecture(config: PreTrainedConfig, generation: GenerationConfig | None = None) -> PreTrainedModel:
+    """A model without weights, on the meta device, that generates as `generation` says, or else as `config` implies."""
     with torch.device("meta"):
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)
     if generation is not None:
-        with quiet_transformers():  # of what `saveable` mends
-            model.generation_config = GenerationConfig.from_dict(dict(generation))
+        model.generation_config = generation
     return model
 
 

@@ -25,6 +25,7 @@ from app.model.head_check import check_plain_head
 from app.model.loading import fill_model, quiet_transformers
 from app.model.model_paths import SOURCES, check_exists
 from app.model.tokenizer_files import load_tokenizer
+from app.model.trained_generation import trained_generation_config
 from app.model.trained_weights import TOKENIZER_KEY, is_trained_weights, open_trained_weights
 from app.model.weight_files import check_weight_files, conversion, from_checkpoint, from_safetensors, is_pickle
 
@@ -85,11 +86,11 @@ def _open_checkpoint(path: Path, *, field: str) -> Source:
             )
         return trained.tokenizer
 
-    return Source(
-        trained.config,
-        tokenizer,
-        lambda dtype, own: fill_model(trained.config, from_checkpoint(trained), dtype=dtype, own=own, field=field),
-    )
+    def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:
+        stored, generation = from_checkpoint(trained), trained_generation_config(trained)
+        return fill_model(trained.config, stored, dtype=dtype, own=own, field=field, generation_config=generation)
+
+    return Source(trained.config, tokenizer, weights)
 
 
 def _open_gguf(path: Path, *, field: str) -> Source:

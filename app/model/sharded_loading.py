@@ -20,6 +20,7 @@ from app.errors import CheckpointError, ConfigError
 from app.model.checkpoint_integrity import check_bytes
 from app.model.mapped_memory import file_mappings, page_out
 from app.model.model_sources import open_source
+from app.model.trained_generation import trained_generation_config
 from app.model.trained_weights import is_trained_weights, open_shards, open_trained_weights
 
 
@@ -106,8 +107,10 @@ def fill_from(model: PreTrainedModel, device: torch.device, path: str, *, field:
     _take_memory(model, device)
     parameters = dict(model.named_parameters())
     if is_trained_weights(path) and Path(path).is_dir():
-        _check_complete(path, parameters, open_trained_weights(path).shapes)
+        trained = open_trained_weights(path)
+        _check_complete(path, parameters, trained.shapes)
         check_bytes(Path(path))
+        model.generation_config = trained_generation_config(trained)
         open_shards(Path(path)).read_into(parameters)
         return
     stored = open_source(path, field=field).weights(None, False)

@@ -371,10 +371,14 @@ def test_the_card_of_a_run_tells_its_recipe_data_and_exits(directory, tmp_path, 
     assert (readme.data.license, readme.data.base_model) == ("llama2", "org/base")
 
 
-def test_what_a_pretrained_model_says_of_generation_comes_out_but_not_what_was_tuned_for_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("said", "exported"), [([0, 7], [0, 7]), (2, [2, 0]), (None, 0)])
+def test_what_a_pretrained_model_says_of_generation_comes_out_but_not_what_was_tuned_for_it(
+    tmp_path, monkeypatch, said, exported
+):
+    """And its texts end where they were trained to end: 0 is the end of text of the run's tokenizer."""
     model = tiny_llama(vocab_size=300, max_length=128)
     model.generation_config = GenerationConfig(
-        eos_token_id=[0, 7], temperature=0.6, do_sample=True, assistant_early_exit=2, num_assistant_tokens=3
+        eos_token_id=said, temperature=0.6, do_sample=True, assistant_early_exit=2, num_assistant_tokens=3
     )
     model.generation_config.layerskip = {"strategy": "autoregressive"}
     model.save_pretrained(tmp_path / "hf")
@@ -384,6 +388,8 @@ def test_what_a_pretrained_model_says_of_generation_comes_out_but_not_what_was_t
     arguments = ["--ckpt_path", str(tmp_path / "run.ckpt"), "--output_dir", str(tmp_path / "out")]
     assert cli(monkeypatch, "export", *arguments) == 0
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
-    assert (generation.eos_token_id, generation.temperature, generation.do_sample) == ([0, 7], 0.6, True)
+    assert (generation.eos_token_id, generation.temperature, generation.do_sample) == (exported, 0.6, True)
+    decoded = load_for_decoding(str(tmp_path / "run.ckpt"), dtype=None)[0].generation_config
+    assert (decoded.eos_token_id, decoded.temperature, decoded.do_sample) == (exported, 0.6, True)
     assert generation.assistant_early_exit is None
     assert not hasattr(generation, "layerskip")

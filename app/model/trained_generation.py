@@ -1,0 +1,41 @@
+"""How a trained model generates: as the model that it continued said, and a text ends where it was trained to end."""
+
+from __future__ import annotations
+
+import textwrap
+
+from transformers import GenerationConfig
+
+from app.errors import CheckpointError
+from app.model.loading import quiet_transformers
+from app.model.run_record import GENERATION_CONFIG_KEY
+from app.model.trained_weights import TrainedWeights
+
+
+def trained_generation_config(trained: TrainedWeights) -> GenerationConfig:
+    """The generation config of a checkpoint's model; what it was trained to end with is among its ends of text.
+
+    Its rows ended with the end-of-text token of the run's tokenizer, which need not be that of the model continued.
+
+    Raises:
+        CheckpointError: What the checkpoint says of generation, or its tokenizer, is damaged.
+    """
+    saved = trained.metadata.get(GENERATION_CONFIG_KEY)
+    try:
+        with quiet_transformers():  # of what `decoding_defaults.saveable` mends
+            if saved is None:
+                generation = GenerationConfig.from_model_config(trained.config)
+            else:
+                generation = GenerationConfig.from_dict(dict(saved))
+    except Exception as error:  # transformers' validation raises anything
+        reason = textwrap.shorten(str(error), 300)
+        raise CheckpointError(
+            f"checkpoint {trained.path}: its {GENERATION_CONFIG_KEY!r} is damaged ({reason})"
+        ) from error
+    end = None if trained.tokenizer is None else trained.tokenizer.eos_token_id
+    known = generation.eos_token_id
+    ends = list(known) if isinstance(known, list) else [] if known is None else [known]
+    if end is not None and end not in ends:
+        ends.append(end)
+        generation.eos_token_id = ends if known is not None else end
+    return generation

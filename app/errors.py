@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """An error the user can mend; the command line prints it without a traceback and exits with status 2."""
@@ -44,6 +46,16 @@ class DisagreementError(UserError):
 
 class DivergenceError(UserError):
     """Training produced a loss or gradient that is not finite; the message names step and exit."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on; each once, since an error that is raised again may be its own cause."""
+    seen = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def check_range(

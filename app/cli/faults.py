@@ -7,6 +7,8 @@ import re
 
 import torch.distributed as dist
 
+from app.errors import causes
+
 _RESUME = "go on from the last checkpoint, if there is one, with --ckpt_path auto"
 _RULES = {
     r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (?:exited unexpectedly|is killed by signal: (.*?)\.)": (
@@ -34,14 +36,12 @@ def fault_message(error: BaseException) -> str | None:
     Args:
         error: What ended the run; others that it was raised from count as well.
     """
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         for pattern, message in _RULES.items() if isinstance(cause, RuntimeError) else ():
             if found := re.search(pattern, str(cause), re.DOTALL):
                 given = [group for group in found.groups() if group]
                 seconds = int(given[0]) / 1000 if given and given[0].isdigit() else 0.0
                 return message.format(*given, "no reason given", rank=_rank(), seconds=seconds)
-        cause = cause.__cause__ or cause.__context__
     return None
 
 

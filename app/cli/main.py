@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -112,16 +113,30 @@ def _known_options(verb: str) -> set[str] | None:
 
 def _run(module: str) -> int:
     verb = importlib.import_module(module)  # torch loads after the cheap checks, and what else a verb needs
+    before, threading.excepthook = threading.excepthook, _thread_ended
     try:
         verb.run()
     except Exception as error:
-        from app.cli.messages import user_message  # it knows Lightning's errors, so it loads Lightning
-
-        message = user_message(error)
+        message = _user_message(error)
         if message is None:
             raise
         return _fail(message)
+    finally:
+        threading.excepthook = before
     return 0
+
+
+def _user_message(error: BaseException) -> str | None:
+    from app.cli.messages import user_message  # it knows torch's errors, so it loads torch
+
+    return user_message(error)
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """Say nothing of an error that a thread keeps for those it works for, as TensorBoard's writer does: they tell it."""
+    kept = ended.exc_value if getattr(ended.thread, "exception", None) is ended.exc_value else None
+    if kept is None or _user_message(kept) is None:
+        threading.__excepthook__(ended)
 
 
 def _keep_compiled_code_private() -> None:

@@ -47,6 +47,29 @@ def test_a_data_worker_that_dies_ends_the_run_with_what_to_do(tmp_path, monkeypa
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
+class RemoveRun(Callback):
+    """The run's folder goes at step 3."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 3:
+            shutil.rmtree(trainer.log_dir)
+
+
+@pytest.mark.parametrize(("logger", "file"), [("TensorBoardLogger", "events.out"), ("CSVLogger", "metrics.csv")])
+def test_a_logger_that_cannot_write_ends_the_run_with_one_message(tmp_path, monkeypatch, capfd, logger, file):
+    config = write_config(tmp_path, write_sources(tmp_path), max_steps=60, checkpoint_every=100)
+    content = json.loads(config.read_text())
+    content["trainer"]["logger"]["class_path"] = f"lightning.pytorch.loggers.{logger}"
+    config.write_text(json.dumps(content))
+    options = ["--allowed_classes+", "tests", f"--trainer.callbacks+={RemoveRun.__module__}.RemoveRun"]
+    assert cli(monkeypatch, "fit", "--config", str(config), *options) == 2
+    message = capfd.readouterr().err
+    assert re.search(
+        rf"error: No such file or directory: {tmp_path}/run/{file}\S*; files .*--ckpt_path auto\)\n$", message
+    )
+    assert "Traceback" not in message
+
+
 def test_truncated_checkpoint_is_refused_with_its_name(tmp_path):
     path = tmp_path / "half.ckpt"
     AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(1000)}}, path)

@@ -49,7 +49,7 @@ class DivergenceError(UserError):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on; each once, since an error that is raised again may be its own cause."""
+    """The error, what it was raised from, and so on; each once: one raised again may be its own cause."""
     seen = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:

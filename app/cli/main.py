@@ -133,7 +133,7 @@ def _user_message(error: BaseException) -> str | None:
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    """Say nothing of an error that a thread keeps for those it works for, as TensorBoard's writer does: they tell it."""
+    """Leave an error that a thread keeps for those it works for, as TensorBoard's writer does, to them."""
     kept = ended.exc_value if getattr(ended.thread, "exception", None) is ended.exc_value else None
     if kept is None or _user_message(kept) is None:
         threading.__excepthook__(ended)

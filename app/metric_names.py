@@ -12,6 +12,7 @@ VAL_LOSS = "val/loss"
 TEST_LOSS = "test/loss"
 
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
+DATA_WAIT_SHARE = "throughput/data_wait_share"  # of the time from one micro-batch to the next
 BLOCKS_SAVED_SHARE = "throughput/blocks_saved_share"
 BLOCKS_SKIPPED_SHARE = "throughput/blocks_skipped_share"  # nobody went through them: FSDP2 gathered nothing for them
 MODEL_FLOPS_UTILISATION = "throughput/model_flops_utilisation"

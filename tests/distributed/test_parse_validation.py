@@ -58,7 +58,7 @@ class Utterances(LightningDataModule):
 
     def val_dataloader(self):
         tokens = torch.arange(24).view(2, 12)
-        rows = {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(12).expand(2, 12)}
+        rows = {"input_ids": tokens, "labels": tokens.roll(-1, 1), "position_ids": torch.arange(12).expand(2, 12)}
         rows["source"] = torch.zeros(2, dtype=torch.int64)
         return DataLoader([{name: column[row] for name, column in rows.items()} for row in range(2)], batch_size=1)
 

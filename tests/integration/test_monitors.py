@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, default_collate
 
 from callbacks import (
     ExitQualityMonitor,
@@ -215,6 +216,56 @@ def test_each_window_of_throughput_is_told_once_and_ends_where_lightning_logs(ac
     told = events.Scalars("throughput/tokens_per_second")
     assert [event.step for event in told] == [3, 5]
     assert told[0].value > told[1].value  # of that clock
+
+
+class Clock(Callback):
+    """On it a step takes 0.25 s, a batch of data 1 s, a checkpoint 10 s, a validation 100 s."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def collate(self, rows):
+        self.now += 1.0
+        return default_collate(rows)
+
+    def on_before_zero_grad(self, *_):
+        self.now += 0.25
+
+    def on_save_checkpoint(self, *_):
+        self.now += 10.0
+
+    def on_validation_epoch_end(self, *_):
+        self.now += 100.0
+
+
+class Told(Callback):
+    """The throughput of every step."""
+
+    def __init__(self):
+        self.rates, self.shares = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.rates.append(trainer.callback_metrics["throughput/tokens_per_second"].item())
+        self.shares.append(trainer.callback_metrics["throughput/data_wait_share"].item())
+
+
+def test_waiting_for_data_and_checkpoints_counts_and_validation_does_not(tmp_path, monkeypatch):
+    clock, told = Clock(), Told()
+    monkeypatch.setattr("callbacks.throughput_monitor.time", clock)
+    rows = [{"input_ids": torch.arange(idx, idx + 24), "labels": torch.arange(idx + 1, idx + 25)} for idx in range(24)]
+    loader = DataLoader(rows, batch_size=4, collate_fn=clock.collate)
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=6,
+        callbacks=[ThroughputMonitor(every_n_steps=1), told, clock, LastCheckpoint(every_n_train_steps=4)],
+        val_check_interval=2,
+        limit_val_batches=1,
+    )
+    trainer.fit(make_module(), loader, loader)
+    assert told.rates == pytest.approx([96 / seconds for seconds in (1.25, 1.25, 1.25, 1.25, 11.25, 1.25)])
+    assert told.shares == pytest.approx([0.8] * 6)
 
 
 def flops_per_token(root, *, max_dropout_rate):

@@ -78,12 +78,14 @@ class StepPlan(NamedTuple):
         batch_size: Samples in it.
         dropout_rates: p(l, t), one for each block.
         kept_samples: For each block the samples that go through it; None when nothing can be dropped.
+        most_kept: For each block how many go through it on the rank with the most samples; None as above.
         exit_weights: (exit_layer, w(t, l)) of the exits that are on, ascending.
     """
 
     batch_size: int
     dropout_rates: tuple[float, ...]
     kept_samples: tuple[tuple[int, ...], ...] | None
+    most_kept: tuple[int, ...] | None
     exit_weights: tuple[tuple[int, float], ...]
 
 

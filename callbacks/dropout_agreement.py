@@ -30,16 +30,19 @@ class _RankPlan(NamedTuple):
     def shared(self) -> tuple[object, ...]:
         """What all ranks must have alike."""
         plan = self.plan
-        counts = plan.kept_samples and [len(samples) for samples in plan.kept_samples]
-        return (self.step, self.micro_batch, plan.batch_size, plan.dropout_rates, plan.exit_weights, counts)
+        return (self.step, self.micro_batch, plan.dropout_rates, plan.exit_weights, plan.most_kept)
+
+    def of_its_rows(self) -> tuple[object, ...]:
+        """What ranks that share rows must have alike, too."""
+        return (self.plan.batch_size, self.plan.kept_samples)
 
 
 class DropoutAgreementCheck(Callback):
     """Compares hashes of the ranks' plans before the forward: one collective of 24 bytes a rank, and a wait for it.
 
-    Equal on all ranks: the step, the number of samples, every block's rate and number of kept samples (so which blocks
-    are skipped whole), exits and their weights. Equal on ranks that share rows (tensor parallelism): which samples each
-    block keeps.
+    Equal on all ranks: the step, every block's rate and how many samples it keeps of the largest batch (so which blocks
+    are skipped whole), exits and their weights. Equal on ranks that share rows (tensor parallelism): the number of
+    samples, and which of them each block keeps. Ranks with rows of their own may have more or fewer.
 
     Args:
         every_n_steps: Optimizer steps between two checks, >= 1; all micro-batches of such a step are checked.
@@ -67,7 +70,7 @@ class DropoutAgreementCheck(Callback):
         if trainer.world_size == 1 or trainer.global_step % self.every_n_steps:
             return
         own = _RankPlan(trainer.global_step, self._micro_batch, data_ranks(trainer).rank, plan)
-        hashes = torch.tensor([_hash(own.shared()), _hash(plan.kept_samples), own.data_rank], device=pl_module.device)
+        hashes = torch.tensor([_hash(own.shared()), _hash(own.of_its_rows()), own.data_rank], device=pl_module.device)
         everyones = [torch.empty_like(hashes) for _ in range(trainer.world_size)]
         dist.all_gather(everyones, hashes)
         gathered = [of_rank.tolist() for of_rank in everyones]
@@ -93,20 +96,18 @@ def _hash(value: object) -> int:
 def _differences(plans: list[_RankPlan]) -> Iterator[str]:
     """What differs, and what each rank has, the most telling first."""
     yield from _differing("step and micro-batch", {rank: (p.step, p.micro_batch) for rank, p in enumerate(plans)})
-    yield from _differing("samples in the batch", {rank: p.plan.batch_size for rank, p in enumerate(plans)})
     yield from _differing("exits and weights", {rank: p.plan.exit_weights for rank, p in enumerate(plans)})
     for block in range(min(len(p.plan.dropout_rates) for p in plans)):
         yield from _differing(f"block {block}: rate", {r: p.plan.dropout_rates[block] for r, p in enumerate(plans)})
-        kept = {rank: _kept(p.plan, block) for rank, p in enumerate(plans)}
-        yield from _differing(f"block {block}: samples kept", {rank: len(own) for rank, own in kept.items()})
-        for data_rank in sorted({p.data_rank for p in plans}):
-            alike = {rank: own for rank, own in kept.items() if plans[rank].data_rank == data_rank}
-            yield from _differing(f"block {block}: which samples are kept of the same rows", alike)
+        most = {rank: p.plan.most_kept and p.plan.most_kept[block] for rank, p in enumerate(plans)}
+        yield from _differing(f"block {block}: samples kept", most)
+    for data_rank in sorted({p.data_rank for p in plans}):
+        alike = {rank: p.plan for rank, p in enumerate(plans) if p.data_rank == data_rank}
+        yield from _differing("samples in the batch", {rank: plan.batch_size for rank, plan in alike.items()})
+        for block in range(len(next(iter(alike.values())).kept_samples or ())):
+            kept = {rank: plan.kept_samples and plan.kept_samples[block] for rank, plan in alike.items()}
+            yield from _differing(f"block {block}: which samples are kept of the same rows", kept)
     yield "number of blocks"
-
-
-def _kept(plan: StepPlan, block: int) -> tuple[int, ...]:
-    return tuple(range(plan.batch_size)) if plan.kept_samples is None else plan.kept_samples[block]
 
 
 def _differing(what: str, values: Mapping[int, object]) -> Iterator[str]:

@@ -111,7 +111,8 @@ def our_steps(settings: StepSettings) -> dict[str, Step]:
     steps = count()
 
     def as_in_the_paper() -> Sequence[Tensor]:
-        return draw_kept_samples(rates, batch_size=settings.batch_size, seed=0, step=next(steps), micro_batch=0)
+        key = {"seed": 0, "step": next(steps), "micro_batch": 0}
+        return draw_kept_samples(rates, batch_size=settings.batch_size, **key).by_block
 
     def half() -> Sequence[Tensor]:
         return [

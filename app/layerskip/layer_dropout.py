@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -19,6 +20,18 @@ def keyed_generator(*key: int) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
+class KeptSamples(NamedTuple):
+    """Which samples of a micro-batch go through which block.
+
+    Attributes:
+        by_block: For each block the kept sample indices, sorted, int64, shape [K] with 0 <= K <= B.
+        most: For each block the K of the largest micro-batch; where it is 0, no rank needs the block.
+    """
+
+    by_block: tuple[Tensor, ...]
+    most: tuple[int, ...]
+
+
 def draw_kept_samples(
     rates: Sequence[float],
     *,
@@ -26,13 +39,15 @@ def draw_kept_samples(
     seed: int,
     step: int,
     micro_batch: int,
-) -> tuple[Tensor, ...]:
+    largest_batch: int | None = None,
+) -> KeptSamples:
     """Draw, for every block, the samples that go through it; each sample is kept with probability 1 - p.
 
     How MANY samples a block keeps is drawn once for all micro-batches of a step, so on all ranks alike (the paper seeds
     every GPU alike, so that ranks wait for nobody and run the same blocks); WHICH ones is each micro-batch's own
     draw, so that no mask diversity is lost. In each micro-batch the samples are still independent Bernoulli(1 - p): a
-    binomial count with a uniformly random subset is that law.
+    binomial count with a uniformly random subset is that law. A smaller micro-batch counts the first of the same
+    numbers: it keeps at most as many as a larger one, and fewer by at most as many as it has fewer samples.
 
     Args:
         rates: p(l, t), one for each block, in [0, 1).
@@ -40,17 +55,15 @@ def draw_kept_samples(
         seed: Seed of the run.
         step: Optimizer step.
         micro_batch: Number of the micro-batch among all of the step: k W + r for the k-th of data-parallel rank r of W.
-
-    Returns:
-        For each block the kept sample indices, sorted, int64, shape [K] with 0 <= K <= B.
+        largest_batch: Samples in the largest of the W micro-batches at hand, >= B; B by default.
     """
     shared, own = keyed_generator(seed, step), keyed_generator(seed, step, micro_batch)
-    kept = []
-    for rate in rates:
-        # Always draw, also at rate 0: block l's mask must not depend on the other blocks' rates.
-        count = int((torch.rand(batch_size, generator=shared, dtype=torch.float64) >= rate).sum())
-        kept.append(torch.randperm(batch_size, generator=own)[:count].sort().values)
-    return tuple(kept)
+    # Row by row, so that a sample's numbers do not depend on how many follow; and a block's on no block's rate.
+    uniform = torch.rand(max(batch_size, largest_batch or 0), len(rates), generator=shared, dtype=torch.float64)
+    goes_through = uniform >= torch.tensor(rates, dtype=torch.float64)
+    counts, most = goes_through[:batch_size].sum(dim=0).tolist(), goes_through.sum(dim=0).tolist()
+    by_block = (torch.randperm(batch_size, generator=own)[:count].sort().values for count in counts)
+    return KeptSamples(tuple(by_block), tuple(most))
 
 
 def keep_scales(rates: Sequence[float], *, rescale: bool) -> tuple[float, ...]:

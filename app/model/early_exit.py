@@ -31,28 +31,29 @@ class ForwardPlan:
 
     kept: Sequence[Tensor] | None = None  # for each block the kept samples [K]; None: keep all
     scales: Sequence[float] = ()  # factor on each block's kept residual
+    entered: frozenset[int] = frozenset()  # blocks that run even if this rank keeps no sample
     exit_layers: frozenset[int] = frozenset()
     taps: dict[int, Tensor] = field(default_factory=dict)  # exit_layer -> pre-norm hidden states [B, T, D]
 
 
-class _SkipBlock(torch.autograd.Function):
-    """Identity on the hidden states that gives the block's parameters the gradient they have: zero.
+class _Skip(torch.autograd.Function):
+    """Identity on the hidden states that gives what has no effect on them the gradient it has: zero.
 
-    Without it a block dropped by a whole batch would leave gradients unset: DDP would wait for them, and an
-    optimizer would treat the step differently from one whose gradient is zero.
+    Without it a block dropped by a whole batch would leave its parameters' gradients unset: DDP would wait for them,
+    and an optimizer would treat the step differently from one whose gradient is zero.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
+    def forward(ctx: Any, hidden: Tensor, *unused: Tensor) -> Tensor:
+        ctx.save_for_backward(*unused)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         zeros = (
-            torch.zeros_like(p) if needed else None
-            for p, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+            torch.zeros_like(tensor) if needed else None
+            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
         )
         return (grad, *zeros)
 
@@ -67,8 +68,8 @@ class DroppableBlock(nn.Module):
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Skip before the hooks of FSDP when nobody goes through, and tap the state that leaves the block."""
         kept = self.plan.kept if self.training else None
-        if kept is not None and kept[self.block_idx].numel() == 0:
-            out: Tensor = _SkipBlock.apply(hidden_states, *self.parameters())  # type: ignore[no-untyped-call]
+        if kept is not None and kept[self.block_idx].numel() == 0 and self.block_idx not in self.plan.entered:
+            out: Tensor = _Skip.apply(hidden_states, *self.parameters())  # type: ignore[no-untyped-call]
         else:
             out = super().__call__(hidden_states, *args, **kwargs)
         if self.block_idx + 1 in self.plan.exit_layers:
@@ -84,6 +85,8 @@ class DroppableBlock(nn.Module):
             return run(hidden_states, *args, **kwargs)
         kept, scale = self.plan.kept[self.block_idx], self.plan.scales[self.block_idx]
         batch_size = hidden_states.shape[0]
+        if needless := kept.numel() == 0:  # other ranks need the block, and all gather its weights together
+            kept = kept.new_zeros(1)  # a block cannot run on nothing
 
         def pick(value: Any) -> Any:  # masks, position ids and rotary tables follow their samples
             per_sample = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch_size
@@ -94,6 +97,9 @@ class DroppableBlock(nn.Module):
         else:
             entering = hidden_states.index_select(0, kept)
             out = run(entering, *tree_map(pick, args), **tree_map(pick, kwargs))
+        if needless:
+            passed_by: Tensor = _Skip.apply(hidden_states, out)  # type: ignore[no-untyped-call]
+            return passed_by.clone()  # FSDP refuses views
         if scale != 1.0:
             out = entering + scale * (out - entering)
         return out if kept.numel() == batch_size else hidden_states.index_copy(0, kept, out)
@@ -170,6 +176,7 @@ class EarlyExitModel:
         *,
         kept: Sequence[Tensor] | None = None,
         scales: Sequence[float] = (),
+        entered: Iterable[int] = (),
         positions: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states after the final norm, [B, T, D], at each exit (blocks run, 1..num_layers).
@@ -180,11 +187,12 @@ class EarlyExitModel:
             exit_layers: Exits wanted.
             kept: For each block the samples that go through it, on the device of the model; None keeps all.
             scales: For each block the factor on its kept residual; needed with `kept`.
+            entered: Blocks to enter even if no sample is kept, for ranks that share weights and keep some.
             positions: Which of the B * T positions are wanted, [N]: then [N, D] is returned.
         """
         wanted = set(exit_layers)
         plan = self._plan
-        plan.kept, plan.scales = kept, scales
+        plan.kept, plan.scales, plan.entered = kept, scales, frozenset(entered)
         plan.exit_layers = frozenset(wanted - {self.num_layers})
         try:
             # use_cache=False and no mask: otherwise transformers would not see the documents in position_ids.

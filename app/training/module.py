@@ -21,7 +21,7 @@ from app import metric_names
 from app.errors import ConfigError, check_choice, check_range, require_total_steps
 from app.evaluation.exit_quality import GroupedTokenLoss
 from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
-from app.layerskip.layer_dropout import keep_scales
+from app.layerskip.layer_dropout import KeptSamples, keep_scales
 from app.model.checkpoint import (
     build_model,
     check_compatible,
@@ -217,24 +217,27 @@ class LayerSkipModule(CurriculumHost):
         dropout, exit_weights = self.curricula_now()
         labels = batch["labels"].flatten()
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
+        kept = self._draw_kept(len(batch["input_ids"]), batch_idx)
         hidden = self._network.hidden_by_exit(
             batch["input_ids"],
             batch["position_ids"],
             exit_weights,
-            kept=self._draw_kept(len(batch["input_ids"]), batch_idx),
+            kept=kept and [samples.to(self.device, non_blocking=True) for samples in kept.by_block],
             scales=keep_scales(dropout.rates, rescale=dropout.rescale),
+            entered=() if kept is None else [block for block, most in enumerate(kept.most) if most],
             positions=targets,
         )
         loss = early_exit_loss(hidden, labels[targets], exit_weights, self._network.weighted_losses)
         return self._step.add(loss, exit_weights)
 
-    def _draw_kept(self, batch_size: int, batch_idx: int) -> list[Tensor] | None:
+    def _draw_kept(self, batch_size: int, batch_idx: int) -> KeptSamples | None:
         """The samples each block keeps, drawn outside the blocks; None when nothing can be dropped."""
-        rates = self.dropout_rates
-        kept = draw_for(self.trainer, rates, batch_size=batch_size, batch_idx=batch_idx, seed=self.seed)
-        show(self._plan_watchers, kept, batch_size=batch_size, rates=rates, exit_weights=self.exit_weights)
-        self._dropped_shares = rates if kept is None else tuple(1 - len(samples) / batch_size for samples in kept)
-        return None if kept is None else [samples.to(self.device, non_blocking=True) for samples in kept]
+        rates, watchers = self.dropout_rates, self._plan_watchers
+        kept = draw_for(self, rates, batch_size=batch_size, batch_idx=batch_idx, seed=self.seed, watched=bool(watchers))
+        show(watchers, kept, batch_size=batch_size, rates=rates, exit_weights=self.exit_weights)
+        shares = rates if kept is None else (1 - len(samples) / max(1, batch_size) for samples in kept.by_block)
+        self._dropped_shares = tuple(shares)
+        return kept
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide once by the global count of label tokens: over micro-batches, over ranks.

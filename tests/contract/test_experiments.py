@@ -15,7 +15,13 @@ from app.cli.strategies import mesh_of
 from app.cli.train import LayerSkipCLI, make_cli
 from app.model.checkpoint import build_model
 from app.model.early_exit import EarlyExitModel
-from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, ParseValidation, SelfSpeculativeValidation
+from callbacks import (
+    DropoutAgreementCheck,
+    EarlyExitCurriculum,
+    LayerDropoutCurriculum,
+    ParseValidation,
+    SelfSpeculativeValidation,
+)
 from tests.support.runs import cli, write_corpus
 from tests.support.topv2_folders import write_folder
 
@@ -194,8 +200,15 @@ def test_models_of_seven_billion_and_more_are_sharded_over_all_devices(build, na
     if name in SHARDED:
         nodes, devices = built.trainer.num_nodes, built.trainer.num_nodes * built.trainer.num_devices
         assert mesh_of(strategy.init_args, num_nodes=nodes, world_size=devices) == (1, devices, 1)
+        assert any(isinstance(callback, DropoutAgreementCheck) for callback in built.trainer.callbacks)
     else:
         assert strategy == "ddp"
+
+
+def test_every_sharded_trainer_compares_what_ranks_are_about_to_compute():
+    sharded = [file.read_text() for file in (CONFIGS / "trainer").glob("*.yaml") if "MeshStrategy" in file.read_text()]
+    assert len(sharded) == 3
+    assert all("class_path: callbacks.DropoutAgreementCheck" in text for text in sharded)
 
 
 def test_what_the_paper_leaves_open_is_the_same_everywhere(settings):

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import app.training.step_plan as module_under_test
 from app.errors import ConfigError, DisagreementError
-from app.layerskip.layer_dropout import draw_kept_samples
+from app.layerskip.layer_dropout import KeptSamples, draw_kept_samples
 from callbacks import DropoutAgreementCheck
 from tests.support.distributed import whole_weights
 from tests.support.processes import run_ranks
@@ -40,7 +40,7 @@ def draw(skip):
         kept = [torch.arange(batch_size)] * len(rates)
         if step == 1:
             kept[skip[dist.get_rank()]] = torch.arange(0)
-        return tuple(kept)
+        return KeptSamples(tuple(kept), tuple(map(len, kept)))
 
     return drawn
 

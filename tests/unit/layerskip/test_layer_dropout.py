@@ -7,7 +7,7 @@ from app.layerskip.layer_dropout import draw_kept_samples, keep_scales, keyed_ge
 
 
 def draw(rates, *, batch_size=8, seed=0, step=0, micro_batch=0):
-    return draw_kept_samples(rates, batch_size=batch_size, seed=seed, step=step, micro_batch=micro_batch)
+    return draw_kept_samples(rates, batch_size=batch_size, seed=seed, step=step, micro_batch=micro_batch).by_block
 
 
 def same(first, second):
@@ -43,6 +43,21 @@ def test_micro_batches_of_a_step_keep_equally_many_but_not_the_same_samples():
         assert [len(kept) for kept in first] == [len(kept) for kept in second]
         differing += not same(first, second)
     assert differing > 25
+
+
+def test_a_smaller_micro_batch_keeps_as_many_of_its_samples_as_the_first_of_a_larger_one_do():
+    rates, key = [0.2, 0.6, 0.9], {"seed": 0, "micro_batch": 0}
+    differing = 0
+    for step in range(100):
+        large = draw_kept_samples(rates, batch_size=40, step=step, **key)
+        fewer = [draw_kept_samples(rates, batch_size=size, step=step, largest_batch=40, **key) for size in (3, 2, 0)]
+        assert {kept.most for kept in fewer} == {large.most} == {tuple(map(len, large.by_block))}
+        three, two, none = ([len(samples) for samples in kept.by_block] for kept in fewer)
+        assert all(0 <= more - less <= 1 for more, less in zip(three, two, strict=True))
+        assert none == [0, 0, 0]
+        assert same(fewer[0].by_block, draw(rates, batch_size=3, step=step))  # also where nobody says what others have
+        differing += three != two
+    assert differing > 50
 
 
 def test_keep_frequency_of_every_sample_is_within_a_binomial_bound():

@@ -145,6 +145,23 @@ def test_block_dropped_by_the_whole_batch_does_not_run_and_gets_zero_gradients(b
     assert model.model.layers[3].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("size", [B, 1])
+def test_block_that_other_ranks_need_is_entered_without_effect(batch, size):
+    ids, positions = (tensor[:size] for tensor in batch)
+    kept, entered = [torch.arange(size), torch.arange(size), torch.arange(0), torch.arange(size)], []
+    model, early = swapped()
+    model.train()
+    model.model.layers[2].mlp.register_forward_hook(lambda *_: entered.append(1))
+    seen = []
+    for needed in ([], [2]):
+        hidden = early.hidden_by_exit(ids, positions, [L], kept=kept, scales=(1.0, 1.0, 1.25, 1.0), entered=needed)
+        hidden[L].square().sum().backward()
+        seen.append([hidden[L].detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    assert entered == [1]
+    assert all(map(torch.equal, *seen))
+
+
 @pytest.mark.parametrize("exit_layer", range(1, L + 1))
 def test_an_exit_trains_every_block_below_it_and_none_above(exit_layer, batch):
     ids, positions = batch

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from app.errors import ConfigError
 from app.model.cpu_attention import fast_attention
-from app.model.float32_products import speed_up_training
 from app.model.head_check import check_plain_head
 from app.model.head_loss import WeightedCrossEntropy, cross_entropies
 
@@ -160,7 +159,6 @@ class EarlyExitModel:
         for block_idx, block in enumerate(decoder.layers):
             block.__class__ = _swapped(DroppableBlock, type(block))
             block.plan, block.block_idx = self._plan, block_idx
-            speed_up_training(block)
         head.__class__ = LossHead
 
     @property

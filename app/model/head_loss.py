@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.model.float32_products import fast_float32
-
 _IGNORE_INDEX = -100  # as in F.cross_entropy
 _MIN_LOGITS, _MAX_LOGITS = 2**20, 2**26  # of a chunk, where the vocabulary leaves a choice
 _ADDED_ROWS = 1024  # of the head's gradient at a time
@@ -87,8 +85,7 @@ def cross_entropies(
             logits_NV, shares_NV, products_NV = (
                 buffer[: len(chunk_ND)] for buffer in (logits_buffer, shares_buffer, products_buffer)
             )
-            with fast_float32(device):
-                torch.mm(chunk_ND, head_VD.t(), out=products_NV)
+            torch.mm(chunk_ND, head_VD.t(), out=products_NV)
             if mixed:
                 logits_NV.copy_(products_NV)
             torch.softmax(logits_NV, dim=-1, out=shares_NV)
@@ -100,14 +97,13 @@ def cross_entropies(
             errors_NV = products_NV.copy_(shares_NV) if mixed else shares_NV
             scale_N1 = weights[exit_idx] * counted_N[rows, None]
             scaled_ND = (chunk_ND * scale_N1).to(dtype)
-            with fast_float32(device):
-                gradients[exit_idx][rows] = (errors_NV @ head_VD) * scale_N1
-                if grad_weight_VD is None:
-                    continue
-                if product_VD is not None:
-                    _add(grad_weight_VD, torch.mm(errors_NV.t(), scaled_ND, out=product_VD))
-                else:
-                    grad_weight_VD.addmm_(errors_NV.t(), scaled_ND)
+            gradients[exit_idx][rows] = (errors_NV @ head_VD) * scale_N1
+            if grad_weight_VD is None:
+                continue
+            if product_VD is not None:
+                _add(grad_weight_VD, torch.mm(errors_NV.t(), scaled_ND, out=product_VD))
+            else:
+                grad_weight_VD.addmm_(errors_NV.t(), scaled_ND)
     return [losses_EN, *gradients, *([] if grad_weight_VD is None else [grad_weight_VD])]
 
 

@@ -33,6 +33,11 @@ class LastCheckpoint(ModelCheckpoint):
         )
         self._keep_previous = keep_previous
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run does not write again what it came from: that would cost it the checkpoint before, too."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save once more, if there was a step at all."""
         if trainer.global_step > 0:

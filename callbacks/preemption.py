@@ -75,6 +75,11 @@ class Preemption(Callback):
 
     # -- stopping ----------------------------------------------------------------------------------------------------
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop after the validation in which a signal came, once all that it brings is done: `best.ckpt` comes last."""
+        if self._stop_by is not None:
+            self._save_and_exit(trainer)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Agree whether this step is the last."""
         self._agree(trainer)
@@ -88,12 +93,9 @@ class Preemption(Callback):
             self._save_and_exit(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A signal that came during a validation needs no further step."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        self._agree(trainer)
-        if self._stop_by is not None:
-            self._save_and_exit(trainer)
+        """Agree whether a signal came: a validation needs no further step."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._agree(trainer)
 
     def _agree(self, trainer: Trainer) -> None:
         received = torch.tensor(int(self._received or 0), device=trainer.strategy.root_device)

@@ -43,6 +43,7 @@ from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
 from app.training.batch import Batch, GivenBatch, check_batch, check_row_length, completed
 from app.training.curriculum_host import CurriculumHost
 from app.training.divergence import SKIPPED_STEPS_KEY, DivergenceGuard, OnDivergence
+from app.training.loop_counts import end_with_step
 from app.training.optim import LR_SCHEDULES, LRSchedule, lr_factor, parameter_groups
 from app.training.step_plan import draw_for, show
 from app.training.token_mean import TokenMeanStep
@@ -310,7 +311,8 @@ class LayerSkipModule(CurriculumHost):
     # -- checkpoints: one file is enough to decode with ----------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the architecture and the tokenizer, as plain values."""
+        """Add the architecture and the tokenizer, as plain values; whatever saves, it is a run between two steps."""
+        end_with_step(checkpoint["loops"]["fit_loop"], self.trainer)
         checkpoint[SKIPPED_STEPS_KEY] = self._step.guard.skipped_steps
         checkpoint[HF_CONFIG_KEY] = json.loads(self.config.to_json_string(use_diff=False))
         if self.pretrained and self.model is not None:  # where a text ends, how it is sampled

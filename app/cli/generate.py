@@ -87,7 +87,8 @@ def generate(
         min_p: Sample among tokens at least this share as likely as the most likely one only.
         repetition_penalty: Divides the scores of tokens that occurred before; 1 is off.
         seed: Of the sampling; each prompt of a file draws numbers of its own.
-        dtype: Of the weights, auto is the checkpoint's own; losslessness is exact in float32.
+        dtype: Of the weights, auto is the checkpoint's own, or float32 on a CPU that emulates that;
+            losslessness is exact in float32.
         device: Where to decode; auto takes a GPU if there is one.
         threads: CPU threads to use; by default torch's own choice.
         json: Print one JSON object for each prompt instead of text.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from app.cli.emulation import avoid_emulation
 from app.errors import ConfigError, check_choice, check_range
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -
 
     Args:
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
-        dtype: A key of DTYPES; auto keeps the checkpoint's own (float32 for .gguf).
+        dtype: A key of DTYPES; auto keeps the checkpoint's own (float32 for .gguf), but takes float32 on a CPU that
+            would emulate it.
         device: "auto" takes a GPU if there is one; else "cpu" or "cuda".
         field: The setting that `model` comes from, for error messages.
 
@@ -57,6 +59,7 @@ def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -
 
     weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype], field=field)
     weights.to(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))
+    avoid_emulation(weights, field=field, chosen=dtype != "auto")
     join_projections(weights)
     return LoadedModel(weights, tokenizer, SpanDecoder(weights))
 

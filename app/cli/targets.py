@@ -23,6 +23,7 @@ from app.cli.training_targets import measure_training_targets
 from app.errors import ConfigError
 from app.evaluation.alternation import CONFIRMING_REPEATS
 from app.evaluation.targets import TARGETS, Run, winners
+from app.model.cpu_precision import fast_dtype
 from datamodules import TextCodeDataModule
 from datamodules.sources import Source
 
@@ -63,7 +64,8 @@ def measure_targets(
     if topv2_model is not None and topv2_prompts is not None:
         measured |= _measure("topv2", folder, topv2_model, topv2_prompts, "--limit", "16", "--dtype", "float32")
     if (pretrained := _pretrained_model()) is not None:
-        measured |= _measure("pretrained", folder, str(pretrained), held_out, "--limit", "6", "--dtype", "bfloat16")
+        dtype = str(fast_dtype()).removeprefix("torch.")
+        measured |= _measure("pretrained", folder, str(pretrained), held_out, "--limit", "6", "--dtype", dtype)
     measured |= measure_data_targets(folder, config=config)
     measured |= measure_training_targets()
     write_results(measured, Path(output))

@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 import datamodules  # noqa: F401  # its classes can then be named without their module, and suggested
 from app.cli.allowed_classes import restrict_classes
 from app.cli.early_refusals import refuse_early
+from app.cli.emulation import warn_of_emulation
 from app.cli.included_configs import with_included
 from app.cli.messages import locate
 from app.cli.parsing import OneLineErrors
@@ -183,6 +184,7 @@ class LayerSkipCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         check_launch(self.config[subcommand]["trainer"])
+        warn_of_emulation(self.trainer)
         self._check_checkpoints()
         try:
             check_tokenizer(self.config[subcommand])

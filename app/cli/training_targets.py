@@ -16,6 +16,7 @@ from app.cli.target_results import run_measurement, target_result, write_results
 from app.errors import check_range
 from app.evaluation.peak_memory import peak_memory
 from app.evaluation.training_steps import StepSettings, exit_loss, one_step, our_steps, recipe_steps, time_steps
+from app.model.cpu_precision import fast_dtype
 from app.protocols import Table
 
 OVERHEAD_THRESHOLD = 1.10  # times a plain step, of one with two unembeddings
@@ -52,10 +53,9 @@ def measure_training_targets(*, repeats: int = 5) -> dict[str, dict[str, Any]]:
     """
     check_range("repeats", repeats, low=1)
     command = shlex.join(["python", "-m", "app.cli.training_targets", "--repeats", str(repeats)])
-    paper = StepSettings(config=_PAPER, batch_size=4, seq_len=256, dtype=torch.bfloat16, exit_layers=(8, 16, 24))
-    smollm2 = StepSettings(
-        config=_SMOLLM2, batch_size=4, seq_len=256, dtype=torch.bfloat16, exit_layers=(2, 10, 18, 26, 30)
-    )
+    dtype = fast_dtype()
+    paper = StepSettings(config=_PAPER, batch_size=4, seq_len=256, dtype=dtype, exit_layers=(8, 16, 24))
+    smollm2 = StepSettings(config=_SMOLLM2, batch_size=4, seq_len=256, dtype=dtype, exit_layers=(2, 10, 18, 26, 30))
     steps = our_steps(paper)
     small = time_steps({name: steps[name] for name in _OURS}, repeats=repeats)
     _print("A model with the head's share of the paper's 1.5B", paper, small)

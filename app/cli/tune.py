@@ -53,7 +53,8 @@ def tune(
         repeats: Times each prompt is decoded by each of them; medians count. The fastest is run again, five times, and
             only stored if it is not slower than autoregressive decoding in any of them.
         time_limit_seconds: No prompt is started after this, but there is always one.
-        dtype: Of the weights, auto is the checkpoint's own; what is fastest depends on it.
+        dtype: Of the weights, auto is the checkpoint's own, or float32 on a CPU that emulates that;
+            what is fastest depends on it.
         device: Where to decode; auto takes a GPU if there is one.
         threads: CPU threads to use; by default torch's own choice.
         store: Write the choice into generation_config.json of a model directory, where generate finds it.

@@ -11,6 +11,7 @@ from app.decoding.engine import decode_batch
 from app.decoding.strategies import STRATEGIES
 from app.model.decoding_defaults import DecodingDefaults, write_decoding_defaults
 from tests.contract.conftest import PROMPT
+from tests.support.processors import AVX2, AVX512_BF16, fake_processor
 from tests.support.saved_models import save_model, write_prompts
 
 CONTRACT = {
@@ -191,12 +192,27 @@ def test_tuned_costs_reach_the_engine(generate, tmp_path, monkeypatch):
     assert seen[1] is None
 
 
-def test_dtype_defaults_to_the_checkpoints_own_and_bf16_says_what_it_means(generate, tmp_path):
+def test_dtype_defaults_to_the_checkpoints_own_and_bf16_says_what_it_means(generate, tmp_path, monkeypatch):
+    fake_processor(monkeypatch, AVX512_BF16, "AVX512")
     half = save_model(tmp_path, dtype=torch.bfloat16)
     said = "bfloat16: outputs can differ from decoding one token at a time"
     assert said in generate("--strategy", "self_speculative", model=half).err
     assert said not in generate("--strategy", "autoregressive", model=half).err
     assert said not in generate("--dtype", "float32", model=half).err
+
+
+def test_a_dtype_that_the_processor_emulates_is_left_by_itself_and_warned_of_where_chosen(
+    generate, generate_json, tmp_path, monkeypatch
+):
+    fake_processor(monkeypatch, AVX2, "AVX2")
+    half = save_model(tmp_path, dtype=torch.bfloat16)
+    here = generate_json("--strategy", "autoregressive", "--max_new_tokens", "20", model=half)
+    exact = generate_json("--strategy", "autoregressive", "--max_new_tokens", "20", "--dtype", "float32", model=half)
+    assert here[0]["tokens"] == exact[0]["tokens"]
+    said = generate(model=half).err
+    assert "model: in float32, at twice the memory for weights: AMD EPYC emulates bfloat16" in said
+    assert "model: AMD EPYC emulates float16" in generate("--dtype", "float16", model=half).err
+    assert "emulates" not in generate("--dtype", "float32", model=half).err
 
 
 def test_options_without_effect_are_said(generate, draft_model):

@@ -1,0 +1,16 @@
+"""Processors other than this one, as PyTorch would describe them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+AVX2 = {"architecture": "x86_64", "cpu_name": "AMD EPYC", "avx512_bf16": False}
+AVX512_BF16 = {"architecture": "x86_64", "cpu_name": "AMD EPYC", "avx512_bf16": True, "avx512_fp16": False}
+ARM = {"architecture": "arm64", "bf16": True, "fp16_arith": True}
+
+
+def fake_processor(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, object], kernels: str) -> None:
+    """Let PyTorch report these units, and kernels made for these instructions."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from app.decoding.text_stream import text_of
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import IGNORE_INDEX
 from app.protocols import CorpusOwner, StreamOwner
@@ -135,7 +136,7 @@ def _count_row(result: Preview, row: dict[str, Tensor], datamodule: Any) -> None
     tokenizer = datamodule.tokenizer
     for start, stop in documents:
         ids, labels = row["input_ids"][start:stop], row["labels"][start:stop]
-        text = tokenizer.decode(ids.tolist())
+        text = text_of(tokenizer, ids.tolist(), special=True)
         source.tokens += stop - start
         source.targets += int((labels != IGNORE_INDEX).sum())
         source.bytes += len(text.encode())

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from app.decoding.text_stream import text_of
 from app.errors import ConfigError, DataError, check_choice, check_range
 from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
 from app.protocols import GenerationExample
@@ -167,7 +168,7 @@ class TOPv2DataModule(LightningDataModule):
         """The text of generated token ids up to the end-of-text token."""
         end = self.tokenizer.eos_token_id
         written = list(tokens[: tokens.index(end)] if end in tokens else tokens)
-        return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
+        return text_of(self.tokenizer, written).strip()
 
     # What Lightning asks for.
 

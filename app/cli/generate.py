@@ -209,7 +209,8 @@ def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
         rows = range(start, min(start + batch_size, count))
         titles = [] if live else [f"[{row + 1}/{count}] {shorten(request.texts[row], 100)}" for row in rows]
         shown = not json and request.settings.max_new_tokens > 0
-        printer = BatchPrinter(request.loaded.tokenizer, write, titles) if shown else None
+        prompts = [request.tokens[row] for row in rows]
+        printer = BatchPrinter(request.loaded.tokenizer, prompts, write, titles) if shown else None
         try:
             with _interrupt_between_steps() as check:
                 results = request.decode(rows, on_step=partial(_show, printer, check))

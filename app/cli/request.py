@@ -14,6 +14,7 @@ from app.decoding.engine import OnStep, decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES, Strategy
+from app.decoding.text_stream import continuation
 from app.errors import ConfigError
 from app.model.text_tokens import prompt_tokens
 
@@ -71,7 +72,7 @@ class Request:
         """The object that `--json` prints; rates are null where nothing was drafted or decoded."""
         entry = STRATEGIES[self.strategy]
         return {
-            "text": self.loaded.tokenizer.decode(result.tokens, skip_special_tokens=True),
+            "text": continuation(self.loaded.tokenizer, self.tokens[row], result.tokens),
             "tokens": result.tokens,
             "num_tokens": result.num_tokens,
             "seconds_prefill": result.seconds_prefill,

@@ -60,10 +60,10 @@ def plain_writer(text: str, kind: Kind) -> None:
 
 
 class StepText:
-    """The text of one sequence, round by round and kind by kind."""
+    """The text that one sequence adds to its prompt, round by round and kind by kind."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._stream = TextStream(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
+        self._stream = TextStream(tokenizer, prompt)
 
     def pieces(self, step: Step) -> Iterator[tuple[str, Kind]]:
         """What a round adds; rejected drafts come before the token that the full model put in their place.
@@ -85,13 +85,20 @@ class BatchPrinter:
 
     Args:
         tokenizer: Of the model.
+        prompts: Their token ids, which the texts follow.
         write: Where to.
         titles: One for each prompt, printed above its text; none for a single prompt whose text is to come live.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write, titles: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        write: Write,
+        titles: Sequence[str] = (),
+    ) -> None:
         self._write, self._titles = write, titles
-        self._texts = [StepText(tokenizer) for _ in titles or (None,)]
+        self._texts = [StepText(tokenizer, prompt) for prompt in prompts]
         self._pieces: list[list[tuple[str, Kind]]] = [[] for _ in self._texts]
 
     def __call__(self, index: int, step: Step) -> None:

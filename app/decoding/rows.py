@@ -101,7 +101,7 @@ class Row:
         ends = [before + i + 1 for i, token in enumerate(step.tokens) if token in self.eos_token_ids]
         if ends:
             keep, self.stop_reason = ends[0], "eos"
-        if self.stop is not None and (stopped := self.stop(self.tokens[:keep], keep - before)) is not None:
+        if self.stop is not None and (stopped := self.stop(self.prompt, self.tokens[:keep], keep - before)) is not None:
             keep, self.stop_reason = stopped, "stop"
         del self.tokens[keep:]
         if self.stop_reason is None and not self.remaining:

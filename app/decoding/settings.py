@@ -14,9 +14,9 @@ from app.protocols import ExitableDecoder
 DraftPolicyName = Literal["fixed", "adaptive", "off"]
 DRAFT_POLICY_NAMES: tuple[DraftPolicyName, ...] = ("fixed", "adaptive", "off")
 
-# Called with the new tokens so far and how many of them are new since the last call; returns how many to keep if the
-# sequence ends inside them, else None. See `app.decoding.stopping.StopStrings`.
-StopCondition = Callable[[Sequence[int], int], int | None]
+# Called with the prompt, the new tokens so far, and how many of them are new since the last call; returns how many to
+# keep if the sequence ends inside them, else None. See `app.decoding.stopping.StopStrings`.
+StopCondition = Callable[[Sequence[int], Sequence[int], int], int | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from app.decoding.text_stream import REPLACEMENT, is_byte
+from app.decoding.text_stream import REPLACEMENT, is_byte, text_of
 from app.errors import ConfigError
 
 
 class StopStrings:
-    """A StopCondition: ends a sequence with the first token at which its text contains one of some strings.
+    """A StopCondition: ends a sequence with the first token at which its new text contains one of some strings.
 
     Special tokens count as the text they are written as, so that a string can name one. Only as many of the latest
-    tokens are decoded as can hold the longest string.
+    tokens are decoded as can hold the longest string, and one before them, at which decoding may drop a space; where
+    that is of the prompt, its text is cut off.
 
     Args:
         tokenizer: A transformers tokenizer (PreTrainedTokenizerBase).
@@ -30,23 +31,29 @@ class StopStrings:
             if not string or REPLACEMENT in string or string != string.encode("utf-8", "ignore").decode():
                 raise ConfigError("stop", got=string, allowed="valid text of at least one character")
         self._tokenizer, self._strings = tokenizer, tuple(strings)
-        # Every token adds at least a byte. One token more, as decoding may drop a space where it begins.
-        self._num_tokens = max(len(string.encode()) for string in strings) + 1
+        self._num_tokens = max(len(string.encode()) for string in strings) + 1  # every token adds at least a byte
 
-    def __call__(self, tokens: Sequence[int], num_new: int) -> int | None:
+    def __call__(self, prompt: Sequence[int], tokens: Sequence[int], num_new: int) -> int | None:
         """How many of `tokens` to keep if one of the last `num_new` completes a string, else None."""
         for stop in range(len(tokens) - num_new + 1, len(tokens) + 1):
-            text = self._tokenizer.decode(list(tokens[self._start(tokens, stop) : stop]))
+            start, is_enough = self._start(tokens, stop, self._num_tokens)
+            before = () if is_enough else prompt[self._start(prompt, len(prompt), 1)[0] :]
+            text = text_of(self._tokenizer, [*before, *tokens[start:stop]], special=True)
+            if before:
+                text = text[len(text_of(self._tokenizer, before, special=True)) :]
             if any(string in text for string in self._strings):
                 return stop
         return None
 
-    def _start(self, tokens: Sequence[int], stop: int) -> int:
-        """Where to begin decoding: not within a run of fallback bytes, which is text only as a whole."""
-        start, needed, unsafe = stop, self._num_tokens, True
+    def _start(self, tokens: Sequence[int], stop: int, needed: int) -> tuple[int, bool]:
+        """Where the last `needed` tokens before `stop` that have a text begin, and whether there are so many.
+
+        Not within a run of fallback bytes, which is text only as a whole.
+        """
+        start, unsafe = stop, True
         while start and (needed or unsafe):
             start -= 1
             piece = self._tokenizer.convert_ids_to_tokens(tokens[start])
             needed -= bool(needed and piece)  # ids beyond the tokenizer's vocabulary add nothing
             unsafe = piece is None or is_byte(piece)
-        return start
+        return start, not needed and not unsafe

@@ -1,9 +1,9 @@
-"""Token ids to text as they come, at a cost that does not grow with the text."""
+"""Token ids to text: what new ones add to a prompt's, at once or as they come at a cost that does not grow."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
 
@@ -17,33 +17,62 @@ def is_byte(piece: str) -> bool:
     return _BYTE.fullmatch(piece) is not None
 
 
-class TextStream:
-    """The text of tokens that arrive one by one; a character whose bytes are not all there yet waits.
-
-    All that `push` returned, and then `rest`, make up `tokenizer.decode(tokens, skip_special_tokens=True)`. To know
-    what a token adds it must be decoded with those before it, but a few of them suffice.
+def text_of(tokenizer: Any, tokens: Iterable[int], *, special: bool = False) -> str:
+    """The text of token ids, as they spell it: some tokenizers would tidy spaces up, which code does not bear.
 
     Args:
         tokenizer: A transformers tokenizer (PreTrainedTokenizerBase).
+        tokens: Any ids; those beyond the vocabulary have no text.
+        special: Whether special tokens are written out, or left out.
+    """
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    return text
+
+
+def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text that new tokens add to a prompt's.
+
+    Not the text of the new tokens alone: where SentencePiece begins a text it drops a space, which the first line of a
+    continuation needs.
+    """
+    return text_of(tokenizer, [*prompt, *tokens])[len(text_of(tokenizer, prompt)) :]
+
+
+class TextStream:
+    """The text of tokens that arrive one by one; a character whose bytes are not all there yet waits.
+
+    All that `push` returned, and then `rest`, make up `continuation(tokenizer, prompt, tokens)`. To know what a token
+    adds it must be decoded with those before it, but a few of them suffice: a decoder treats the first token of a text
+    in its own way, joins bytes to characters, and else looks at no neighbours. So the window begins with the prompt's
+    last tokens, and then moves on.
+
+    Args:
+        tokenizer: A transformers tokenizer (PreTrainedTokenizerBase).
+        prompt: Token ids that come before; none for a text from its beginning.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._hidden = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._window: list[int] = []
-        self._shown = 0  # characters of the window's text that were handed out
+        for token in reversed(prompt):
+            piece = self._piece(token)
+            if piece is not None:
+                self._window.insert(0, token)
+            if len(self._window) >= _WINDOW and piece is not None and not is_byte(piece):
+                break
+        self._shown = len(self._text())  # characters of the window's text that are the prompt's or were handed out
 
     def push(self, token: int) -> str:
         """The text that is settled with this token."""
-        piece = self._tokenizer.convert_ids_to_tokens(token)
-        if piece is None or token in self._hidden:  # no text: beyond the tokenizer's vocabulary, or special
+        if (piece := self._piece(token)) is None:
             return ""
         self._window = [*self._window, token]
         if is_byte(piece):
             return ""
         text = self._text()
         settled = len(text) - text.endswith(REPLACEMENT)
-        new, waiting = text[self._shown : settled], len(text) - settled
+        new, waiting = text[self._shown : settled], len(text) - max(self._shown, settled)
         self._window = self._window[-_WINDOW:]
         self._shown = len(self._text()) - waiting
         return new
@@ -57,5 +86,10 @@ class TextStream:
         ahead = copy(self)
         return "".join([ahead.push(token) for token in tokens]) + ahead.rest()
 
+    def _piece(self, token: int) -> str | None:
+        """The vocabulary's entry; None where it has no text: beyond the vocabulary, or special."""
+        piece: str | None = None if token in self._hidden else self._tokenizer.convert_ids_to_tokens(token)
+        return piece
+
     def _text(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=True)  # type: ignore[no-any-return]
+        return text_of(self._tokenizer, self._window)

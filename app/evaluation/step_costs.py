@@ -225,7 +225,7 @@ class _Timer:
         """Seconds of each round after the prompt's pass in which the whole batch took part."""
         settings = DecodingSettings(
             max_new_tokens=_TIMED_TOKENS + 1 + (num_draft_tokens or 0),  # never so short that a draft is cut
-            stop=lambda tokens, _: len(tokens) if len(tokens) > _TIMED_TOKENS else None,
+            stop=lambda _, tokens, __: len(tokens) if len(tokens) > _TIMED_TOKENS else None,
             exit_layer=exit_layer,
             num_draft_tokens=num_draft_tokens,
         )

@@ -13,6 +13,8 @@ from app.model.decoding_defaults import DecodingDefaults, write_decoding_default
 from tests.contract.conftest import PROMPT
 from tests.support.processors import AVX2, AVX512_BF16, fake_processor
 from tests.support.saved_models import save_model, write_prompts
+from tests.support.tiny_models import tiny_llama
+from tests.support.tokenizers import llama
 
 CONTRACT = {
     "text", "tokens", "num_tokens", "seconds_prefill", "seconds_decode", "tokens_per_second", "acceptance_rate",
@@ -229,3 +231,26 @@ def test_texts_are_taken_as_they_are_written(generate_json, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("stop: ['#', \"\\n\"]\nprompt: 'null'\n")
     assert generate_json("--config", file, prompt=None)[0]["prompt"] == "null"
+
+
+def test_code_by_a_llama_tokenizer_that_ends_texts_itself_is_indented_and_ends(generate, generate_json, tmp_path):
+    """Its prompt begins with `<s>` and has no `</s>`; its text keeps the space that decoding it alone would drop."""
+    tokenizer = llama(add_eos_token=True)
+    tokenizer.save_pretrained(tmp_path)
+    pieces = ["<0x0A>", "▁▁▁▁", "re", "t", "u", "r", "n", "▁x", "</s>"]
+    knows = tokenizer.convert_tokens_to_ids(pieces)
+    model = tiny_llama(vocab_size=len(tokenizer), hidden_size=64, tied=False)
+    with torch.no_grad():  # what follows a token depends on it alone
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[knows[1:]] = model.model.embed_tokens.weight[knows[:-1]]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path)
+    options = {"prompt": "def f(x):\n", "model": tmp_path}
+    (result,) = generate_json("--exit_layer", 2, **options)
+    assert (result["tokens"], result["text"], result["stop_reason"]) == (knows[1:], "    return x", "eos")
+    assert generate("--exit_layer", 2, **options).out == "    return x\n"
+    (stopped,) = generate_json("--exit_layer", 2, "--stop", "    r", **options)
+    assert (stopped["text"], stopped["stop_reason"]) == ("    re", "stop")

@@ -25,7 +25,7 @@ def lone(*pieces):
 def shown(steps, *, no_color=False):
     """What a terminal gets, as text with styles."""
     console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", no_color=no_color)
-    printer = BatchPrinter(TOKENIZER, styled_writer(console))
+    printer = BatchPrinter(TOKENIZER, [ids("x")], styled_writer(console))
     for step in steps:
         printer(0, step)
     printer.close()
@@ -61,12 +61,12 @@ def test_accepted_own_and_rejected_tokens_are_told_apart():
 def test_a_text_with_rejected_drafts_in_it_is_printed_again_without_them():
     console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
     for titles, end in (((), "\n"), (("first",), "\n\n")):
-        printer = BatchPrinter(TOKENIZER, styled_writer(console), titles)
+        printer = BatchPrinter(TOKENIZER, [ids("x")], styled_writer(console), titles)
         for step in STEPS:
             printer(0, step)
         printer.close()
         assert console.file.getvalue().endswith(f"?\n\n[without rejected drafts]\nAxyz!ab?{end}")
-    printer = BatchPrinter(TOKENIZER, styled_writer(console))
+    printer = BatchPrinter(TOKENIZER, [ids("x")], styled_writer(console))
     printer(0, STEPS[1])
     printer.close()
     assert console.file.getvalue().endswith("!\n")
@@ -78,7 +78,7 @@ def test_without_colour_they_still_are():
 
 
 def test_plain_text_holds_no_rejected_draft(capsys):
-    printer = BatchPrinter(TOKENIZER, plain_writer)
+    printer = BatchPrinter(TOKENIZER, [ids("x")], plain_writer)
     for step in STEPS:
         printer(0, step)
     assert capsys.readouterr().out == "Axyz!ab?"  # at once, not at the end
@@ -110,7 +110,7 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal():
 
 
 def test_several_prompts_are_printed_in_their_order_when_all_are_there(capsys):
-    printer = BatchPrinter(TOKENIZER, plain_writer, ["[1/2] first", "[2/2] second"])
+    printer = BatchPrinter(TOKENIZER, [ids("x"), ids("y")], plain_writer, ["[1/2] first", "[2/2] second"])
     printer(1, Step(ids("two")))
     printer(0, Step(ids("one")))
     assert capsys.readouterr().out == ""

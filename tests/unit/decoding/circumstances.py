@@ -25,7 +25,7 @@ class HostileClock:
 def ends_after(pattern: Sequence[int]) -> StopCondition:
     """Ends a sequence with the first occurrence of the pattern, which may have begun in an earlier round."""
 
-    def stop(tokens: Sequence[int], num_new: int) -> int | None:
+    def stop(_: Sequence[int], tokens: Sequence[int], num_new: int) -> int | None:
         ends = range(len(tokens) - num_new + 1, len(tokens) + 1)
         return next((end for end in ends if list(tokens[:end][-len(pattern) :]) == list(pattern)), None)
 

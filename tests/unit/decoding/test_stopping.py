@@ -9,26 +9,27 @@ from app.decoding.settings import DecodingSettings
 from app.decoding.stopping import StopStrings
 from app.errors import ConfigError
 from tests.support.fake_decoder import counting_decoder
-from tests.support.tokenizers import byte_fallback, byte_level
+from tests.support.tokenizers import byte_fallback, byte_level, llama
 
-TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
+TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback(), "llama": llama()}
 
 
-def slow_stop(tokenizer, tokens, strings):
+def slow_stop(tokenizer, tokens, strings, prompt=()):
     """The same by decoding everything anew for every token."""
+    before = tokenizer.decode(list(prompt))
     for stop in range(1, len(tokens) + 1):
-        if any(string in tokenizer.decode(tokens[:stop]) for string in strings):
+        if any(string in tokenizer.decode([*prompt, *tokens[:stop]])[len(before) :] for string in strings):
             return stop
     return None
 
 
-def fast_stop(condition, tokens, sizes):
+def fast_stop(condition, tokens, sizes, prompt=()):
     """Tokens arrive in rounds of these sizes."""
     stop = 0
     while stop < len(tokens):
         size = next(sizes)
         begin, stop = stop, min(stop + size, len(tokens))
-        if (kept := condition(tokens[:stop], stop - begin)) is not None:
+        if (kept := condition(prompt, tokens[:stop], stop - begin)) is not None:
             return kept
     return None
 
@@ -39,15 +40,24 @@ def fast_stop(condition, tokens, sizes):
 def test_stops_where_decoding_everything_for_every_token_would(kind, data):
     tokenizer = TOKENIZERS[kind]
     some = st.integers(0, len(tokenizer) + 1)
+    prompt = tokenizer(data.draw(st.text(alphabet="the n😀é\n", max_size=9)))["input_ids"]
     text = data.draw(st.text(alphabet="the nd😀🙈你é\nE", max_size=15))
     tokens = tokenizer(text)["input_ids"] + data.draw(st.lists(some, max_size=30))
-    whole = tokenizer.decode(tokens)
+    whole = tokenizer.decode([*prompt, *tokens])[len(tokenizer.decode(prompt)) :]
     begin = data.draw(st.integers(0, max(len(whole) - 1, 0)))
     of_the_text = whole[begin : begin + data.draw(st.integers(1, 6))]
     strings = [string for string in (of_the_text, data.draw(st.text(alphabet="the \nEN😀", max_size=4))) if string]
     strings = [string for string in strings if "\N{REPLACEMENT CHARACTER}" not in string] or ["the"]
     sizes = iter(lambda: data.draw(st.integers(1, 17)), None)
-    assert fast_stop(StopStrings(tokenizer, strings), tokens, sizes) == slow_stop(tokenizer, tokens, strings)
+    stopped = fast_stop(StopStrings(tokenizer, strings), tokens, sizes, prompt)
+    assert stopped == slow_stop(tokenizer, tokens, strings, prompt)
+
+
+def test_a_string_may_begin_with_the_space_that_decoding_drops_at_the_beginning_of_a_text():
+    tokenizer = TOKENIZERS["llama"]
+    prompt, tokens = tokenizer("x =")["input_ids"], tokenizer("def", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens) == "def"
+    assert StopStrings(tokenizer, [" def"])(prompt, tokens, 1) == 1
 
 
 def test_a_string_may_span_rounds_and_end_within_one():
@@ -64,7 +74,7 @@ def test_a_string_may_span_rounds_and_end_within_one():
 def test_a_string_may_name_a_special_token():
     tokenizer = TOKENIZERS["byte_level"]
     tokens = [*tokenizer("ab")["input_ids"], 0, *tokenizer("cd")["input_ids"]]
-    assert StopStrings(tokenizer, ["<|endoftext|>"])(tokens, len(tokens)) == tokens.index(0) + 1
+    assert StopStrings(tokenizer, ["<|endoftext|>"])([1], tokens, len(tokens)) == tokens.index(0) + 1
 
 
 def test_ids_beyond_the_tokenizers_vocabulary_do_not_hide_a_string():
@@ -72,7 +82,7 @@ def test_ids_beyond_the_tokenizers_vocabulary_do_not_hide_a_string():
     tokens = tokenizer("x of the")["input_ids"] + [len(tokenizer)] * 30 + tokenizer(" end")["input_ids"]
     stop = slow_stop(tokenizer, tokens, ["x of the e"])
     assert stop is not None
-    assert StopStrings(tokenizer, ["x of the e"])(tokens, len(tokens)) == stop
+    assert StopStrings(tokenizer, ["x of the e"])([1], tokens, len(tokens)) == stop
 
 
 def test_work_does_not_grow_with_the_text():
@@ -82,12 +92,13 @@ def test_work_does_not_grow_with_the_text():
         def convert_ids_to_tokens(self, token):
             return TOKENIZERS["byte_level"].convert_ids_to_tokens(token)
 
-        def decode(self, tokens):
+        def decode(self, tokens, **options):
             lengths.append(len(tokens))
-            return TOKENIZERS["byte_level"].decode(tokens)
+            return TOKENIZERS["byte_level"].decode(tokens, **options)
 
     condition = StopStrings(Counting(), ["\n\n\n"])
-    assert condition(TOKENIZERS["byte_level"]("the end " * 200)["input_ids"], 5) is None
+    tokens = TOKENIZERS["byte_level"]("the end " * 200)["input_ids"]
+    assert condition(tokens, tokens, 5) is None
     assert lengths == [4] * 5
 
 

@@ -3,16 +3,22 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
-from app.decoding.text_stream import TextStream
-from tests.support.tokenizers import TEXTS, byte_fallback, byte_level
+from app.decoding.text_stream import TextStream, continuation
+from tests.support.tokenizers import TEXTS, byte_fallback, byte_level, llama
 
-TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
+TOKENIZERS = {
+    "byte_level": byte_level(),
+    "byte_fallback": byte_fallback(),
+    "llama": llama(),
+    "no prefix": llama(add_prefix_space=False),
+}
 each_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
-def pushed(tokenizer, tokens) -> list[str]:
-    stream = TextStream(tokenizer)
+def pushed(tokenizer, tokens, prompt=()) -> list[str]:
+    stream = TextStream(tokenizer, prompt)
     return [*(stream.push(token) for token in tokens), stream.rest()]
 
 
@@ -22,8 +28,9 @@ def pushed(tokenizer, tokens) -> list[str]:
 def test_pieces_make_up_the_decoded_text_of_any_tokens(kind, data):
     tokenizer = TOKENIZERS[kind]
     beyond_the_vocabulary = len(tokenizer) + 2
-    tokens = data.draw(st.lists(st.integers(0, beyond_the_vocabulary), max_size=40))
+    prompt, tokens = (data.draw(st.lists(st.integers(0, beyond_the_vocabulary), max_size=size)) for size in (20, 40))
     assert "".join(pushed(tokenizer, tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "".join(pushed(tokenizer, tokens, prompt)) == continuation(tokenizer, prompt, tokens)
 
 
 @each_tokenizer
@@ -31,8 +38,8 @@ def test_pieces_make_up_the_decoded_text_of_any_tokens(kind, data):
 @settings(max_examples=50)
 def test_pieces_of_a_text_never_hold_a_half_character(kind, text):
     tokenizer = TOKENIZERS[kind]
-    pieces = pushed(tokenizer, tokenizer(text)["input_ids"])
-    assert "".join(pieces) == text
+    pieces = pushed(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert "".join(pieces) in (text, text.removeprefix(" "))  # at the beginning of a text Llama's knows no lone space
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
@@ -48,6 +55,27 @@ def test_a_character_comes_with_its_last_byte_and_not_before():
     tokens = [tokenizer.convert_tokens_to_ids(piece) for piece in ("a", "Ċ", "ð", "Ł", "ĺ", "Ģ")]
     assert pushed(tokenizer, tokens) == ["a", "\n", "", "", "", "😀", ""]
     assert pushed(tokenizer, tokens[:-1])[-1] == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("kind", ["byte_fallback", "llama"])
+def test_a_continuation_keeps_the_space_that_decoding_drops_at_the_beginning_of_a_text(kind):
+    tokenizer = TOKENIZERS[kind]
+    prompt, text = tokenizer("the def f(x):\n")["input_ids"], "    return x 🙈"
+    new = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    new = new[new.index(prompt[-1]) + 1 :]
+    assert tokenizer.decode(new) == text[1:]  # the negative control: an IndentationError
+    assert continuation(tokenizer, prompt, new) == "".join(pushed(tokenizer, new, prompt)) == text
+
+
+def test_no_space_before_punctuation_is_tidied_away():
+    tidy = PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZERS["byte_level"].backend_tokenizer,
+        clean_up_tokenization_spaces=True,
+        clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
+    )
+    prompt, new = tidy("x")["input_ids"], tidy(" = [1 , 2]")["input_ids"]
+    assert tidy.decode(new) == " = [1, 2]"  # the negative control
+    assert continuation(tidy, prompt, new) == "".join(pushed(tidy, new, prompt)) == " = [1 , 2]"
 
 
 def test_special_tokens_within_a_character_do_not_break_it():
@@ -71,9 +99,9 @@ def test_work_for_a_token_does_not_grow_with_the_text():
     counting, lone_byte = Counting(), TOKENIZERS["byte_level"].convert_tokens_to_ids("ÿ")
     for tokens in (TOKENIZERS["byte_level"](TEXTS[0] * 5)["input_ids"], [lone_byte] * 300):
         counting.lengths.clear()
-        pushed(counting, tokens)
+        pushed(counting, tokens, prompt=tokens * 5)
         assert max(counting.lengths) < 12
-        assert len(counting.lengths) <= 2 * len(tokens) + 1
+        assert len(counting.lengths) <= 2 * len(tokens) + 2
 
 
 def test_a_preview_changes_nothing():

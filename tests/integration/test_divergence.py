@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.errors import ConfigError, DivergenceError
+from app.model.checkpoint import build_model
 from tests.support.runs import curricula, make_data, make_module, make_trainer
 
 
@@ -232,13 +233,15 @@ def test_settings_out_of_range_are_refused(settings):
 # -- fp16: the scaler skips what overflows because it is scaled -------------------------------------------------------
 
 
-def fit_in_half_precision(root, *callbacks, init_scale, max_steps=6, fused=False, **settings):
+def fit_in_half_precision(root, *callbacks, init_scale, max_steps=6, fused=False, clip=None, **settings):
     """Precision 16-mixed, which Lightning gives on GPUs alone."""
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
     watch = Watch()
-    module = make_module(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=fused), **settings)
+    adamw = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=fused)}
+    module = make_module(**(adamw | settings))
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    trainer = make_trainer(root, max_steps=max_steps, callbacks=[*curricula(), watch, *callbacks])
+    callbacks = [*curricula(), watch, *callbacks]
+    trainer = make_trainer(root, max_steps=max_steps, callbacks=callbacks, gradient_clip_val=clip)
     trainer.strategy.precision_plugin = plugin
     trainer.fit(module, datamodule=make_data(root))
     return module, watch.steps, scaler.get_scale()
@@ -252,6 +255,25 @@ def test_an_overflow_of_scaled_gradients_is_left_to_the_scaler(tmp_path, fused):
     assert same(steps[0][1], steps[1][1])
     assert not same(steps[0][1], steps[-1][1])
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+class CountLabels(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.labels = int((batch["labels"] != -100).sum())
+
+
+def test_a_scaled_step_is_the_mean_over_its_label_tokens_and_clipped_to_its_norm(tmp_path):
+    norms = {}
+    for clip in (None, 0.25):
+        count = CountLabels()
+        optimizer = {"optimizer": lambda params: torch.optim.SGD(params, lr=1.0)}
+        module, steps, _ = fit_in_half_precision(tmp_path, count, init_scale=64.0, max_steps=1, clip=clip, **optimizer)
+        before = build_model(module.config, seed=0).parameters()
+        moves = [(after - start).detach() for after, start in zip(steps[0][1], before, strict=True)]
+        norms[clip] = float(torch.linalg.vector_norm(torch.cat([move.flatten() for move in moves])))
+        assert module.trainer.callback_metrics["train/label_tokens_per_step"] == count.labels > 0
+    assert norms[0.25] == pytest.approx(0.25, rel=1e-2)
+    assert 0.5 < norms[None] < 50  # not 64 times as far
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the scaler skips the first step

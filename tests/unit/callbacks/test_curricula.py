@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from app.errors import ConfigError
-from app.layerskip.exit_curricula import EXIT_CURRICULA, rotational_exits
+from app.layerskip.exit_curricula import EXIT_CURRICULA, gradual_exits, rotational_exits
 from app.layerskip.exit_weights import EXIT_WEIGHTS, normalised_exit_weights
 from app.layerskip.schedules import DEPTH_SCALES, TIME_SCALES, dropout_rates
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
@@ -59,6 +59,13 @@ def test_exits_reach_the_host_and_what_it_uses_is_logged():
     assert host.exit_weights == normalised_exit_weights(exits, num_layers=6, early_exit_scale=0.5)
     assert host.logged["train/num_exits_on"] == len(host.exit_weights)
     assert host.logged["train/exit_weight/exit_06"] == host.exit_weights[6]
+
+
+@pytest.mark.parametrize("step", [5, 6, 9, 10])
+def test_the_gradual_curriculum_is_done_at_half_of_the_trainers_steps(step):
+    host = Host()
+    start(EarlyExitCurriculum(curriculum="gradual", exit_weights="uniform"), host, at(step, max_steps=20))
+    assert set(host.exit_weights) == set(gradual_exits(step, num_layers=6, total_steps=20))
 
 
 @pytest.mark.parametrize(("curriculum", "rate"), [("none", 0.0), ("none", 0.2), ("rotational", 0.0), ("gradual", 0.2)])

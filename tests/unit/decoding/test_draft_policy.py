@@ -256,6 +256,15 @@ def test_one_round_that_the_machine_interrupted_says_nothing() -> None:
     assert all(_rounds(pace, 30, settled=5, draft=1.0, verify=1.0, plain=0.9))
 
 
+@pytest.mark.parametrize("slow", [{"draft": 100.0, "verify": 1e-3}, {"draft": 1.0, "verify": 100.0}])
+def test_rounds_that_were_interrupted_in_drafting_and_in_verifying_are_left_out_alike(slow: dict[str, float]) -> None:
+    pace = _pace()
+    _rounds(pace, 2, settled=5, **slow, plain=0.9)
+    assert all(_rounds(pace, 6, settled=5, draft=1.0, verify=1.0, plain=0.9))
+    _rounds(pace, 3, settled=5, draft=1.0, verify=1.0, plain=0.9)
+    assert not pace.gave_up
+
+
 def test_only_the_latest_rounds_decide() -> None:
     pace = _pace()
     _rounds(pace, 200, settled=5, draft=1.0, verify=1.0, plain=0.5)

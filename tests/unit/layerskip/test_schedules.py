@@ -38,6 +38,10 @@ def test_time_scales_at_start_middle_and_end():
         assert got == pytest.approx(values), kind
 
 
+def test_a_run_of_two_steps_begins_at_the_start_of_the_schedule_and_ends_at_its_end():
+    assert [time_scale(step, total_steps=2, kind="exponential") for step in (0, 1)] == [0.0, 1.0]
+
+
 def test_schedule_keeps_its_final_value_beyond_the_last_step():
     assert time_scale(500, total_steps=101, kind="exponential") == 1.0
     assert time_scale(500, total_steps=101, kind="decreasing") == 0.0

@@ -269,6 +269,14 @@ def test_head_that_post_processes_logits_is_refused_by_name():
         EarlyExitModel(AutoModelForCausalLM.from_config(config))
 
 
+@pytest.mark.parametrize("missing", ["layers", "norm"])
+def test_a_decoder_without_blocks_or_norm_is_refused_by_name(missing):
+    model = tiny_llama()
+    delattr(model.get_decoder(), missing)
+    with pytest.raises(ConfigError, match="model: got 'llama', allowed a decoder with `layers` and `norm`"):
+        EarlyExitModel(model)
+
+
 def test_early_exit_loss_equals_a_plain_loop_over_transformers_own_hidden_states(batch):
     ids, positions = batch
     labels = ids.roll(-1, dims=1)

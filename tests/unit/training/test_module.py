@@ -1,4 +1,6 @@
 import itertools
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +9,8 @@ from torch.nn import functional as F
 
 from app.errors import ConfigError
 from app.model.checkpoint import build_model
+from app.model.early_exit import EarlyExitModel
+from app.model.run_record import GENERATION_CONFIG_KEY
 from app.protocols import DecodingHost, EarlyExitHost, ExitMonitorHost, LayerDropoutHost
 from app.training.module import LayerSkipModule
 from app.training.optim import LR_SCHEDULES, lr_factor, parameter_groups
@@ -120,6 +124,51 @@ def test_a_fused_optimizer_is_refused_where_it_would_be_clipped_before_it_unscal
         trainer.fit(module, datamodule=make_data(tmp_path))
 
 
+@pytest.mark.parametrize(("settings", "factor"), [({}, 1.0), ({"rescale": False}, 1.0), ({"rescale": True}, 2.0)])
+def test_kept_residuals_are_scaled_where_the_curriculum_says_so(tmp_path, monkeypatch, settings, factor):
+    scales, hidden_by_exit = [], EarlyExitModel.hidden_by_exit
+
+    def spy(*args, **kwargs):
+        scales.append(kwargs["scales"])
+        return hidden_by_exit(*args, **kwargs)
+
+    monkeypatch.setattr(EarlyExitModel, "hidden_by_exit", spy)
+    module = make_module()
+    module.set_dropout_rates([0.5] * NUM_LAYERS, **settings)
+    make_trainer(tmp_path, max_steps=1, callbacks=[]).fit(module, datamodule=make_data(tmp_path))
+    assert scales == [(factor,) * NUM_LAYERS]
+
+
+@pytest.mark.parametrize("compile_blocks", [False, True])
+def test_blocks_are_compiled_where_asked(monkeypatch, compile_blocks):
+    compiled = []
+    monkeypatch.setattr("app.training.module.compile_blocks", compiled.append)
+    module = make_module(compile_blocks=compile_blocks)
+    module.configure_model()
+    assert compiled == [module.model] * compile_blocks
+
+
+class LeaveAfter(Callback):
+    """Ends a fit by an error behind some micro-batch."""
+
+    def __init__(self, batch_idx):
+        self.batch_idx = batch_idx
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.batch_idx:
+            raise ZeroDivisionError
+
+
+def test_a_step_that_an_earlier_fit_left_unfinished_is_forgotten(tmp_path):
+    module = make_module()
+    settings = {"max_steps": 2, "accumulate_grad_batches": 2}
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tmp_path, callbacks=[LeaveAfter(2)], **settings).fit(module, datamodule=make_data(tmp_path))
+    trainer = make_trainer(tmp_path, callbacks=[], **settings | {"max_steps": 1})
+    trainer.fit(module, datamodule=make_data(tmp_path))
+    assert trainer.callback_metrics["train/label_tokens_per_step"] <= 2 * 4 * 24
+
+
 class CountForwards(Callback):
     """How often the first block computes in a step."""
 
@@ -220,6 +269,16 @@ def test_a_tokenizer_that_is_not_the_pretrained_models_own_is_refused(tmp_path):
         make_trainer(tmp_path, **settings).fit(module, datamodule=make_data(tmp_path))  # it trains a new one
 
 
+@pytest.mark.parametrize("is_pretrained", [False, True])
+def test_how_a_model_generates_is_saved_where_there_is_one_that_said_so(tmp_path, is_pretrained):
+    build_model(tiny_config(), seed=9).save_pretrained(tmp_path)
+    module = LayerSkipModule(pretrained=str(tmp_path)) if is_pretrained else make_module()
+    module.configure_model()
+    module.trainer, checkpoint = SimpleNamespace(), {}
+    module.on_save_checkpoint(checkpoint)
+    assert (GENERATION_CONFIG_KEY in checkpoint) == is_pretrained
+
+
 def test_missing_pretrained_directory_is_refused_with_its_name(tmp_path):
     with pytest.raises(ConfigError, match=r"pretrained: got .*absent"):
         LayerSkipModule(pretrained=str(tmp_path / "absent"))
@@ -242,6 +301,8 @@ def test_learning_rate_warms_up_and_ends_at_its_final_ratio(kind):
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(factors[4:]))
+    quarter = {"constant": 1.0, "linear": 0.775, "cosine": 0.1 + 0.9 * (0.5 + math.sqrt(0.125))}[kind]
+    assert factors[8] == pytest.approx(quarter)  # of the decay, which takes 16 steps
 
 
 def test_only_matrices_decay():

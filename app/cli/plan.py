@@ -112,7 +112,7 @@ class PlanCLI(LayerSkipCLI):
         module.trainer = trainer
         _check_dense(module.config)
         check_row_length(self._data["seq_len"], module.config, field="data.init_args.seq_len")
-        dropout, exits = (self._get(self.config_init, name) for name in ("layer_dropout", "early_exit"))
+        dropout, exits = (self.config_init[self.config.subcommand][name] for name in ("layer_dropout", "early_exit"))
         for curriculum in (dropout, exits):
             curriculum.setup(trainer, module, "fit")
         return Recipe(

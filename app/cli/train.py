@@ -170,7 +170,7 @@ class LayerSkipCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Checkpoints are written whole or not at all, unless the user's own plugins say otherwise."""
-        given = self._get(self.config_init, "trainer")["plugins"] or []
+        given = self.config_init[self.config.subcommand]["trainer"]["plugins"] or []
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             fall_back = self.config[self.config.subcommand]["fall_back_to_previous"]

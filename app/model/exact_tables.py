@@ -32,6 +32,7 @@ class ExactTables(nn.Module):
 def keep_tables_exact(model: nn.Module) -> None:
     """Let `model.to(dtype)` pass over the modules in it that hold nothing but tables."""
     for module in model.modules():
-        if module._buffers and not module._parameters and not isinstance(module, ExactTables):
+        tables, weights = (list(own(recurse=False)) for own in (module.buffers, module.parameters))
+        if tables and not weights and not isinstance(module, ExactTables):
             base = type(module)
             module.__class__ = type(base.__name__, (ExactTables, base), {"__module__": base.__module__})

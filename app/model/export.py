@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from app.errors import CheckpointError, ConfigError
@@ -74,7 +74,7 @@ class ExportSettings:
 def architecture(config: PreTrainedConfig, generation: GenerationConfig | None = None) -> PreTrainedModel:
     """A model without weights, on the meta device, that generates as `generation` says, or else as `config` implies."""
     with torch.device("meta"):
-        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     if generation is not None:
         model.generation_config = generation
     return model

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -112,19 +111,19 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 def _unsplit(module: nn.Module) -> Iterator[None]:
     """Whole parameters on every tensor-parallel rank inside the block."""
     split_here = [submodule for submodule in module.modules() if isinstance(submodule, LocalParameters)]
-    before = [dict(submodule._parameters) for submodule in split_here]
+    before = [dict(submodule.named_parameters(recurse=False)) for submodule in split_here]
     whole: dict[DTensor, nn.Parameter] = {}  # tied ones once
     try:
-        for submodule in split_here:
+        for submodule, parameters in zip(split_here, before, strict=True):
             submodule.ranks.on = False
-            own: dict[str, Any] = submodule._parameters
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 if isinstance(parameter, DTensor):
                     if parameter not in whole:
                         whole[parameter] = nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)
-                    own[name] = whole[parameter]
+                    setattr(submodule, name, whole[parameter])
         yield
     finally:
         for submodule, parameters in zip(split_here, before, strict=True):
             submodule.ranks.on = True
-            submodule._parameters.update(parameters)
+            for name, parameter in parameters.items():
+                setattr(submodule, name, parameter)

@@ -63,14 +63,14 @@ def fill_at_random(model: PreTrainedModel, device: torch.device, *, seed: int) -
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         for module, construct in _as_built(model):
-            sharded = dict(module._parameters)
+            sharded = dict(module.named_parameters(recurse=False))
             if construct and isinstance(module, nn.Linear | nn.Embedding):
                 _draw(module, module.reset_parameters)
-            if construct or not any(parameter is not None for parameter in sharded.values()):
+            if construct or not sharded:
                 continue
             for name, whole in _draw(module, partial(model._init_weights, module)).items():
                 parameter = sharded[name]
-                if parameter is not None and parameter not in filled:  # of tied ones the first counts
+                if parameter not in filled:  # of tied ones the first counts
                     filled.add(parameter)
                     _keep_part(parameter, whole)
 
@@ -131,16 +131,15 @@ def _take_memory(model: PreTrainedModel, device: torch.device) -> None:
     """Memory for the shards, and what is in no checkpoint: tables such as the rotary frequencies."""
     names: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(parameter, []).append((module, name))
+        for name, parameter in module.named_parameters(recurse=False):
+            names.setdefault(parameter, []).append((module, name))
     model.to_empty(device=device)
     for (module, name), *others in names.values():
         for other, other_name in others:  # tied ones, which to_empty separates
-            other._parameters[other_name] = module._parameters[name]
+            setattr(other, other_name, getattr(module, name))
     for module in model.modules():
-        if module._buffers:
-            if module._parameters:
+        if any(True for _ in module.buffers(recurse=False)):
+            if any(True for _ in module.parameters(recurse=False)):
                 got = f"{model.config.model_type} with {type(module).__name__}"
                 allowed = "a model whose tables are modules of their own, with a strategy that shards"
                 raise ConfigError("model", got=got, allowed=allowed)
@@ -149,15 +148,15 @@ def _take_memory(model: PreTrainedModel, device: torch.device) -> None:
 
 def _draw(module: nn.Module, initialise: Callable[[], object]) -> dict[str, Tensor]:
     """What `initialise` makes of the module's own parameters, whole and in float32; the module stays as it is."""
-    sharded = dict(module._parameters)
+    sharded = dict(module.named_parameters(recurse=False))
     try:
         for name, parameter in sharded.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32))
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32)))
         initialise()
-        return {name: whole for name, whole in module._parameters.items() if whole is not None}
+        return dict(module.named_parameters(recurse=False))
     finally:
-        module._parameters.update(sharded)
+        for name, parameter in sharded.items():
+            setattr(module, name, parameter)
 
 
 def _keep_part(parameter: Tensor, whole: Tensor) -> None:

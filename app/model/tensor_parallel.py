@@ -113,12 +113,12 @@ def split(model: PreTrainedModel, mesh: DeviceMesh) -> Ranks:
                 _place(module, SplitByInputs, ranks, {"weight": Shard(1), "bias": Replicate()}, tied)
             elif leaf in _OF_ONE_HEAD:
                 _place(module, LocalParameters, ranks, {}, tied, gradients=Partial())
-            elif module._parameters:
+            elif any(True for _ in module.parameters(recurse=False)):
                 _place(module, LocalParameters, ranks, {}, tied)
         for parent in (block.self_attn, block.mlp):
             _swap(parent, SplitInside, ranks)
     for module in model.modules():
-        if not isinstance(module, LocalParameters) and any(p is not None for p in module._parameters.values()):
+        if not isinstance(module, LocalParameters) and any(True for _ in module.parameters(recurse=False)):
             _place(module, LocalParameters, ranks, {}, tied)
     return ranks
 
@@ -136,7 +136,7 @@ def _check_modules(model: PreTrainedModel, block: nn.Module, size: int) -> None:
     head_dim = getattr(block.self_attn, "head_dim", None) if hasattr(block, "self_attn") else None
     for name, module in block.named_modules():
         parent, _, leaf = name.rpartition(".")
-        parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+        parameters = list(module.parameters(recurse=False))
         fits = (
             not parameters
             or (leaf in _BY_OUTPUTS | _BY_INPUTS and parent in ("self_attn", "mlp") and type(module) is nn.Linear)
@@ -158,14 +158,12 @@ def _place(
     *,
     gradients: Placement | None = None,
 ) -> None:
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            continue
+    for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter not in tied:
             placement = placements.get(name, Replicate())
             whole = distribute_tensor(parameter.detach(), ranks.mesh, [placement], src_data_rank=None)
             tied[parameter] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-        module._parameters[name] = tied[parameter]
+        setattr(module, name, tied[parameter])
     _swap(module, mixin, ranks)
     module.gradients = gradients  # type: ignore[assignment]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
 from app.errors import CheckpointError
@@ -37,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._fall_back = fall_back
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write `checkpoint` to `path`; whatever stood there survives a failure.
 
         Raises:
@@ -65,7 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def load_checkpoint(
         self,
-        path: _PATH,
+        path: str | Path,
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,  # noqa: ARG005
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
@@ -107,7 +106,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return before
 
     @override
-    def remove_checkpoint(self, path: _PATH) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file or directory; one that is half removed is not taken for a checkpoint."""
         remove(Path(path))
 

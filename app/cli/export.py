@@ -28,6 +28,7 @@ from app.model.spans import SUPPORTED_MODEL_TYPES
 from app.model.tokenizer_files import check_fits
 from app.model.trained_generation import trained_generation_config
 from app.model.trained_weights import is_trained_weights, open_trained_weights
+from app.words import counted
 
 _log = logging.getLogger(__name__)
 
@@ -82,8 +83,9 @@ def export(
     readme = _readme_of(path, card) or model_card(loaded, record, decoding, dtype=name, card=card)
     settings = replace(chosen, decoding=decoding, readme=readme)
     num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings)
-    files = "1 file" if num_files == 1 else f"{num_files} files"
-    print(f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {files}")
+    print(
+        f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {counted(num_files, 'file')}"
+    )
     said = _name(loaded.config.dtype)
     if weights is not None and dtype == "auto" and said in DTYPES and said != name:
         print(

@@ -156,6 +156,12 @@ def _log_to_stderr() -> None:
         logger = logging.getLogger(name)
         logger.handlers[:], logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Lightning 2.6 recommends a service of its makers at every start."""
+    return not record.getMessage().startswith("\N{ELECTRIC LIGHT BULB} Tip: ")
 
 
 def _fail(message: str) -> int:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.decoding.result import DecodingResult, Step
 from app.decoding.text_stream import TextStream
+from app.words import counted
 
 Kind = Literal["accepted", "own", "rejected", "again"]
 Write = Callable[[str, Kind], None]
@@ -145,7 +146,7 @@ def summary(batches: Sequence[Sequence[DecodingResult]]) -> str:
     drafted, rounds = sum(result.drafted for result in results), sum(result.rounds for result in results)
     decoded = sum(result.num_decoded for result in results)
     seconds = sum(max(result.seconds_decode for result in batch) for batch in batches)
-    parts = [f"{sum(result.num_tokens for result in results)} tokens"]
+    parts = [counted(sum(result.num_tokens for result in results), "token")]
     if len(results) > 1:
         parts.insert(0, f"{len(results)} prompts")
     for reason, count in stops.most_common():

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
@@ -22,6 +21,7 @@ from app.cli.allowed_classes import restrict_classes
 from app.cli.early_refusals import refuse_early
 from app.cli.emulation import warn_of_emulation
 from app.cli.included_configs import with_included
+from app.cli.measured import measured_table, warn_of_poison
 from app.cli.messages import locate
 from app.cli.parsing import OneLineErrors
 from app.cli.preflight import AUTO, FALL_BACK, LAST, check_checkpoint_path
@@ -30,12 +30,10 @@ from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
 from app.cli.tokenizer_choice import check_tokenizer, take_tokenizer_of_model
 from app.errors import CheckpointError, ConfigError, check_range
-from app.metric_names import TEST_LOSS, VAL_LOSS
 from app.model.run_record import RUN_CONFIG_KEY
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.checkpoint_places import clear_leftovers, kept_previous, restore_interrupted, standing
-from app.training.divergence import not_finite_weights
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 
@@ -192,7 +190,12 @@ class LayerSkipCLI(LightningCLI):
         except ConfigError as error:
             raise locate(error, self._plain_config()) from error
         if subcommand in ("validate", "test"):
-            self._warn_of_poison()
+            warn_of_poison(self.trainer, self.model)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """As Lightning's, but that `run` prints what was measured."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs | {name: False for name in kwargs if name == "verbose"}
 
     def before_fit(self) -> None:
         """A run that is refused leaves nothing behind."""
@@ -242,19 +245,6 @@ class LayerSkipCLI(LightningCLI):
             latest = _latest(found) if ckpt_path == LAST else standing(Path(ckpt_path))
             check_before(latest, given, fit=self.subcommand == "fit", allow_changes=allow_changes)
 
-    def _warn_of_poison(self) -> None:
-        """A loss that is not finite is no measurement; Lightning's table shows it as one."""
-        name = VAL_LOSS if self.subcommand == "validate" else TEST_LOSS
-        loss = self.trainer.callback_metrics.get(name)
-        if loss is None or torch.isfinite(loss) or not self.trainer.is_global_zero:
-            return
-        weights = not_finite_weights(self.model)
-        _log.warning(
-            "%s of %s is %s: %s",
-            *(name, self.trainer.ckpt_path or "this model", float(loss)),
-            f"its weights are not finite, in {weights}" if weights else "its weights are finite, what follows is not",
-        )
-
     def _plain_config(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()
         return plain
@@ -287,6 +277,8 @@ def run() -> None:
     cli = make_cli(LayerSkipCLI)
     if not cli.trainer.is_global_zero:
         return
+    if cli.config[cli.subcommand].get("verbose") and (measured := measured_table(cli.trainer)):
+        print_table(measured)
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Reportable) and (table := callback.report()):
             print_table(table)

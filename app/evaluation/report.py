@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from app.evaluation.exit_quality import ExitScore
 from app.protocols import Table
+from app.words import counted
 
 History = Mapping[int, Mapping[int, ExitScore]]  # step -> exit_layer -> score
 
@@ -22,7 +23,7 @@ def exit_table(history: History, *, num_layers: int) -> Table:
         name = f"{layer} (full)" if layer == num_layers else str(layer)
         rows.append((name, *before, f"{score.loss:.3f}", f"{score.perplexity:.1f}", f"{score.agreement:.1%}"))
     return Table(
-        title=f"Exits on held-out tokens after {last_step} steps" if trend else "Exits on held-out tokens",
+        title=f"Exits on held-out tokens after {counted(last_step, 'step')}" if trend else "Exits on held-out tokens",
         columns=(
             "exit layer",
             *((f"loss at step {first_step}",) if trend else ()),

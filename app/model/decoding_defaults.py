@@ -23,6 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from app.errors import CheckpointError, ConfigError, check_choice, check_range
 from app.whole_file import write_whole
+from app.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # loading all of transformers' models takes seconds
@@ -76,7 +77,7 @@ class Conditions:
     def __str__(self) -> str:
         parts = [f"{self.dtype} on {self.device_type}"]
         if self.threads is not None:
-            parts.append(_count(self.threads, "thread"))
+            parts.append(counted(self.threads, "thread"))
         if self.batch_size > 1:
             parts.append(f"batches of {self.batch_size}")
         return parts[0] if len(parts) == 1 else f"{parts[0]} with {' and '.join(parts[1:])}"
@@ -87,14 +88,10 @@ class Conditions:
         if here.device_type != self.device_type:
             parts.append(here.device_type)
         elif here.threads != self.threads and here.threads is not None:
-            parts.append(_count(here.threads, "thread"))
+            parts.append(counted(here.threads, "thread"))
         if here.batch_size != self.batch_size:
             parts.append(f"batches of {here.batch_size}")
         return ", ".join(parts)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,16 +229,22 @@ def test_fit_leaves_config_checkpoints_and_events(run, capsys):
 def test_the_saved_config_is_complete_and_validates_the_best_checkpoint(run, monkeypatch, capsys):
     best = run / "checkpoints" / "best.ckpt"
     assert cli(monkeypatch, "validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(best)) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert re.search(r"val/loss +│ +\d\.\d+ │", out)
+    assert not re.search(r"\d\.\d{6}|DataLoader 0", out)  # Lightning's table
+    assert out.count("val/exit_loss") == 0  # they are in the table of exits
+    assert "litlogger" not in err
     assert "after" not in out  # what was measured now, not the history of the checkpoint
     assert "Exits on held-out tokens" in out
     assert "Self-speculative against autoregressive decoding" in out
 
 
 @pytest.mark.parametrize("verb", ["test", "predict"])
-def test_test_and_predict_run_on_a_checkpoint(run, monkeypatch, verb):
+def test_test_and_predict_run_on_a_checkpoint(run, monkeypatch, capsys, verb):
+    arguments = ["--verbose", "false"] if verb == "test" else []
     last = run / "checkpoints" / "last.ckpt"
-    assert cli(monkeypatch, verb, "--config", str(run / "config.yaml"), "--ckpt_path", str(last)) == 0
+    assert cli(monkeypatch, verb, "--config", str(run / "config.yaml"), "--ckpt_path", str(last), *arguments) == 0
+    assert "test/loss" not in capsys.readouterr().out
     assert (run / "predictions.jsonl").is_file() == (verb == "predict")
 
 

@@ -1,0 +1,41 @@
+"""What `validate` and `test` found, in place of Lightning's table of numbers with seventeen digits."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from app.metric_names import TEST_LOSS, VAL_LOSS
+from app.protocols import Reportable, Table
+from app.training.divergence import not_finite_weights
+
+_log = logging.getLogger(__name__)
+
+_IN_OTHER_TABLES = ("exit_loss/", "exit_perplexity/", "exit_agreement/", "decode/", "parse/")
+
+
+def measured_table(trainer: Trainer) -> Table | None:
+    """The metrics that were logged, but for those that callbacks show in tables of their own; None without any."""
+    told = any(isinstance(callback, Reportable) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    rows = [
+        (name, f"{float(value):.4g}")
+        for name, value in sorted(trainer.callback_metrics.items())
+        if not (told and any(part in name for part in _IN_OTHER_TABLES))
+    ]
+    return Table("Held-out rows", ("metric", "value"), rows) if rows else None
+
+
+def warn_of_poison(trainer: Trainer, module: LightningModule) -> None:
+    """A loss that is not finite is no measurement; a table shows it as one."""
+    for name in (VAL_LOSS, TEST_LOSS):
+        loss = trainer.callback_metrics.get(name)
+        if loss is None or torch.isfinite(loss) or not trainer.is_global_zero:
+            continue
+        weights = not_finite_weights(module)
+        _log.warning(
+            "%s of %s is %s: %s",
+            *(name, trainer.ckpt_path or "this model", float(loss)),
+            f"its weights are not finite, in {weights}" if weights else "its weights are finite, what follows is not",
+        )

@@ -1,9 +1,9 @@
-"""Batches of rows of like length, as a pure function of (seed, k): little padding, and nothing to remember.
+"""Batches of rows of like length, as a pure function of (seed, step): little padding, and nothing to remember.
 
-An epoch is a permutation of the rows, cut into batches as equal in number as can be, so that every row comes exactly
-once and no batch is a small remainder. Before it is cut, each pool of some consecutive batches is sorted by length;
-after, the batches of the epoch are shuffled. A global batch, of all ranks, is dealt out row by row: what the ranks do
-in a step is of like length, too.
+An epoch is a permutation of the rows, cut into the batches of its optimizer steps, as equal in number as can be, so
+that every row comes exactly once and no batch is a small remainder. Before it is cut, each pool of some consecutive
+batches is sorted by length; after, the batches of the epoch are shuffled. A step's batch is dealt out row by row to its
+micro-batches, of all ranks: they are of like length, and the same however they are spread over ranks and accumulation.
 """
 
 from __future__ import annotations
@@ -53,17 +53,19 @@ class LengthBuckets:
 
 
 class BucketSampler(Sampler[list[int]]):
-    """Batches of row indices of one rank, from the current position to the end of the epoch.
+    """Micro-batches of row indices of one rank, from the current step to the end of the epoch.
+
+    A micro-batch may have a row less than others of its step; so none, where a step has fewer rows than micro-batches.
 
     Args:
         lengths: Of the rows.
-        batch_size: Rows in a batch of one rank, at most.
+        batch_size: Rows in a micro-batch, at most.
         seed: Of the order.
-        place: Which part of each global batch is ours.
-        position: Returns k, the micro-batch at which the current optimizer step begins.
+        place: Which micro-batches of each step are ours.
+        step: Returns the optimizer step that is next.
 
     Raises:
-        DataError: There are fewer rows than one optimizer step takes, a row for each rank and micro-batch.
+        DataError: There are fewer rows than micro-batches in a step.
     """
 
     def __init__(
@@ -73,27 +75,29 @@ class BucketSampler(Sampler[list[int]]):
         batch_size: int,
         seed: int,
         place: Placement,
-        position: Callable[[], int],
+        step: Callable[[], int],
     ) -> None:
-        steps = math.ceil(len(lengths) / (batch_size * place.world_size * place.accumulate))
-        self._num_batches = max(1, steps) * place.accumulate
-        if len(lengths) < self._num_batches * place.world_size:
+        if len(lengths) < place.micro_batches:
             raise DataError(
-                f"{len(lengths)} training rows are fewer than one for each of {place.world_size} devices and "
-                f"{place.accumulate} micro-batches of a step; lower trainer.accumulate_grad_batches, or add data"
+                f"training rows ({len(lengths)}) are fewer than micro-batches of an optimizer step ("
+                f"{place.micro_batches}: {place.world_size} devices x trainer.accumulate_grad_batches"
+                f" {place.accumulate}); lower one of these, or add data"
             )
-        self._buckets = LengthBuckets(lengths, num_batches=self._num_batches, seed=seed)
-        self._place, self._position = place, position
+        self._num_steps = math.ceil(len(lengths) / (batch_size * place.micro_batches))
+        self._buckets = LengthBuckets(lengths, num_batches=self._num_steps, seed=seed)
+        self._place, self._step = place, step
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self._position()
-        epoch = self._place.epoch_batches(self._num_batches)
-        for k in range(start, start - start % epoch + epoch):
-            yield self._buckets.batch(k)[self._place.rank :: self._place.world_size].tolist()
+        place, start = self._place, self._step()
+        epoch = place.epoch_steps(self._num_steps)
+        for step in range(start, start - start % epoch + epoch):
+            rows = self._buckets.batch(step)
+            for first in range(place.rank, place.micro_batches, place.world_size):
+                yield rows[first :: place.micro_batches].tolist()
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, before Lightning applies its limit."""
-        return self._num_batches
+        return self._num_steps * self._place.accumulate
 
 
 def pack_rows(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:

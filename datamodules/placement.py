@@ -1,18 +1,16 @@
-"""Which part of the training batches a process takes, and which trainers and checkpoints would upset that."""
+"""Which part of the training batches a process takes, and which trainers would upset that."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
 from app.data_ranks import data_ranks
-from app.errors import ConfigError, check_range
+from app.errors import ConfigError, DataError, check_range
 
 # Of a socket's path the kernel takes 107 bytes; multiprocessing appends a folder and a name, of 14 and 18.
 _LONGEST_TEMPORARY_FOLDER = 107 - 14 - 18
@@ -47,10 +45,30 @@ class Placement:
             limit=trainer.limit_train_batches,
         )
 
-    def epoch_batches(self, num_batches: int) -> int:
-        """Micro-batches an epoch advances by: the limit applied, its last optimizer step counted as a whole one."""
+    @property
+    def micro_batches(self) -> int:
+        """M, of all ranks in an optimizer step."""
+        return self.world_size * self.accumulate
+
+    def epoch_steps(self, num_steps: int) -> int:
+        """Optimizer steps an epoch advances by: the limit applied, the last one counted as a whole one."""
+        num_batches = num_steps * self.accumulate
         limited = min(num_batches, self.limit) if isinstance(self.limit, int) else num_batches * self.limit
-        return max(1, math.ceil(int(limited) / self.accumulate)) * self.accumulate
+        return max(1, math.ceil(int(limited) / self.accumulate))
+
+    def share(self, num_rows: int, *, more: str) -> int:
+        """Of held-out rows, as many for each rank: all run equally many batches.
+
+        Args:
+            num_rows: Of all ranks.
+            more: What brings more of them.
+
+        Raises:
+            DataError: There is not one for each rank.
+        """
+        if num_rows < self.world_size:
+            raise DataError(f"held-out rows ({num_rows}) are fewer than devices ({self.world_size}); {more}")
+        return num_rows // self.world_size
 
 
 def check_workers(num_workers: int) -> None:
@@ -103,32 +121,3 @@ def check_end(trainer: Trainer) -> None:
     if isinstance(trainer.val_check_interval, float) and trainer.limit_val_batches:  # a share of an epoch
         allowed = "a number of batches: the stream of batches has no epochs"
         raise ConfigError("trainer.val_check_interval", got=trainer.val_check_interval, allowed=allowed)
-
-
-BATCHES_PER_STEP = "batches_per_step"  # of all ranks: as checkpoints have it, no user sets it by that name
-
-
-def check_same_order(now: Mapping[str, Any], saved: Mapping[str, Any], *, num_ranks: int = 1) -> None:
-    """Refuse to go on in another order of training rows.
-
-    Args:
-        now: All that the order depends on.
-        saved: The same, as a checkpoint has it.
-        num_ranks: With different data.
-
-    Raises:
-        ConfigError: Naming the first setting that differs.
-    """
-    for field, value in now.items():
-        if value != saved.get(field):
-            name, restore = field, "restore it"
-            if field == BATCHES_PER_STEP:
-                name = "trainer.accumulate_grad_batches times devices"
-                if (wanted := saved.get(field)) and wanted % num_ranks == 0:
-                    restore += f" (--trainer.accumulate_grad_batches {wanted // num_ranks})"
-            raise ConfigError(
-                name,
-                got=value,
-                allowed=f"{saved.get(field)!r}, as in the checkpoint",
-                fix=f"the order of training rows depends on it: {restore}, or start a new run from the weights",
-            )

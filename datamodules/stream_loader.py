@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from app.errors import DataError
-from datamodules.data_workers import WorkerLoader, prepare_worker
+from datamodules.data_workers import prepare_worker
 from datamodules.packing import Row
 from datamodules.placement import Placement
 from datamodules.readers.records import Reader
@@ -27,6 +27,7 @@ from datamodules.sources import Source
 from datamodules.stream import Lane, LaneState
 from datamodules.stream_position import StreamPosition
 from datamodules.tokenizers import Encoder
+from datamodules.training_loader import TrainingLoader
 
 STATE_KEY = "lane_state"
 
@@ -85,8 +86,8 @@ def stack(rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
     return batch | {"source": torch.tensor([source for source, _ in rows])}
 
 
-class StreamLoader(WorkerLoader):
-    """A loader of `LaneBatches`, which Lightning knows to be resumable.
+class StreamLoader(TrainingLoader):
+    """A loader of `LaneBatches`.
 
     Args:
         batches: What to load.
@@ -121,10 +122,3 @@ class StreamLoader(WorkerLoader):
             if isinstance(item, DataError):
                 raise item
             yield item
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the datamodule keeps the position."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore; with `state_dict` it tells Lightning that stopping inside an epoch is fine."""

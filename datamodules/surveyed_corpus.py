@@ -73,9 +73,9 @@ class SurveyedCorpus:
         seq_len, limit = self._settings.seq_len, self._settings.validation_rows
         turns = zip_longest(*(spread_rows(part, seq_len=seq_len, num_rows=limit) for part in self._held_out))
         rows = [(source, row) for turn in turns for source, row in enumerate(turn) if row is not None]
-        share = len(rows) // place.world_size
-        if share == 0:
+        if not rows:
             raise self._nothing_held_out()
+        share = place.share(len(rows), more="raise validation_rows or validation_share, or add documents")
         return rows[place.rank * share : (place.rank + 1) * share]
 
     @cached_property

@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from app.errors import ConfigError, check_choice, check_range
@@ -16,16 +15,17 @@ from app.model.text_tokens import around
 from app.protocols import SourceStatistics
 from datamodules.lanes import check_lanes, delivered
 from datamodules.packing import PACKINGS, LongDocuments, Packing
-from datamodules.placement import BATCHES_PER_STEP, Placement, check_end, check_same_order, check_trainer
+from datamodules.placement import Placement, check_end, check_trainer
 from datamodules.readers import open_reader
 from datamodules.readers.records import Reader
+from datamodules.row_order import check_order, goes_on, order_state
 from datamodules.row_settings import RowSettings
 from datamodules.source_blocks import StreamSettings
 from datamodules.sources import Source
 from datamodules.stream_loader import STATE_KEY, LaneBatches, StreamLoader, stack
 from datamodules.stream_position import PositionKeeper
 from datamodules.surveyed_corpus import SurveyedCorpus
-from datamodules.tokenizers import TOKENIZER, Encoder, check_same_tokenizer, fingerprint
+from datamodules.tokenizers import Encoder
 
 _DEFAULT_VOCAB_SIZE = 4096
 
@@ -223,8 +223,8 @@ class TextCodeDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, of all ranks, and what it is a place in; all ranks must ask together."""
-        position = self._keeper.state(self._steps_taken, place=Placement.of(self.trainer))
-        return self._identity() | {TOKENIZER: fingerprint(self.tokenizer)} | position
+        order = order_state(self._order(), trainer=self.trainer, tokenizer=self.tokenizer)
+        return order | self._keeper.state(self._steps_taken, place=Placement.of(self.trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the saved place; of a trainer's stages in fit alone. Lightning calls it after `setup`, at every stage.
@@ -233,13 +233,11 @@ class TextCodeDataModule(LightningDataModule):
             ConfigError: A setting that the stream depends on differs from the checkpoint's; or, at any stage, the
                 tokenizer does.
         """
-        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
-            if self._num_lanes is None:
-                self._num_lanes = state_dict["num_lanes"]
-            place = Placement.of(self.trainer)
-            check_same_order(self._identity(), state_dict, num_ranks=place.world_size)
-            self._keeper.restore(state_dict, place=place)
-        check_same_tokenizer(self.tokenizer, state_dict)
+        if goes_on(self.trainer) and self._num_lanes is None:
+            self._num_lanes = state_dict.get("num_lanes")
+        check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
+        if goes_on(self.trainer):
+            self._keeper.restore(state_dict, place=Placement.of(self.trainer))
 
     # Helpers.
 
@@ -261,13 +259,12 @@ class TextCodeDataModule(LightningDataModule):
             self._opened = {num_lanes: [open_reader(source, min_chunks=num_lanes) for source in self._sources]}
         return self._opened[num_lanes]
 
-    def _identity(self) -> dict[str, int | float | str]:
-        """All that the stream of training batches depends on."""
-        settings, place = self._stream_settings(), Placement.of(self.trainer)
+    def _order(self) -> dict[str, int | float | str]:
+        """All that the stream of training batches depends on, but for the micro-batches of a step."""
+        settings = self._stream_settings()
         readers = zip(self.source_names, self._readers(settings.num_lanes), strict=True)
         own = {
             "batch_size": self._settings.batch_size,
-            BATCHES_PER_STEP: place.world_size * place.accumulate,
             "sources": ", ".join(f"{source.name}={source.weight}" for source in self._sources),
         }
         if before := around(self.tokenizer).before:

@@ -9,24 +9,23 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from app.decoding.text_stream import text_of
-from app.errors import ConfigError, DataError, check_choice, check_range
+from app.errors import ConfigError, check_choice, check_range
 from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
 from app.protocols import GenerationExample
 from datamodules.data_workers import WorkerLoader, prepare_worker
 from datamodules.length_buckets import BucketSampler
-from datamodules.placement import Placement, check_same_order, check_trainer
+from datamodules.placement import Placement, check_trainer
+from datamodules.row_order import check_order, order_state
 from datamodules.row_settings import RowSettings
-from datamodules.step_loader import StepLoader
-from datamodules.tokenizers import TOKENIZER, check_same_tokenizer, fingerprint
 from datamodules.topv2_batches import ExampleRows
 from datamodules.topv2_files import Split, choose_domains
 from datamodules.topv2_prompts import generation_examples, short_prompts
 from datamodules.topv2_rows import held_out_rows, training_rows
 from datamodules.topv2_store import StoreSettings, TaskStore, open_store
+from datamodules.training_loader import TrainingLoader
 
 _DEFAULT_VOCAB_SIZE = 2048
 _SPLITS: dict[str, Split] = {"validate": "eval", "test": "test"}  # by stage
@@ -186,7 +185,7 @@ class TOPv2DataModule(LightningDataModule):
             check_trainer(self.trainer)
         _ = self._store
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> TrainingLoader:
         """Batches from the current optimizer step on; `len` is an epoch.
 
         Raises:
@@ -200,9 +199,9 @@ class TOPv2DataModule(LightningDataModule):
             batch_size=settings.batch_size,
             seed=settings.seed,
             place=place,
-            position=lambda: 0 if self.trainer is None else self.trainer.global_step * place.accumulate,
+            step=lambda: 0 if self.trainer is None else self.trainer.global_step,
         )
-        return StepLoader(
+        return TrainingLoader(
             data,
             batch_sampler=sampler,
             collate_fn=data.collate,
@@ -225,33 +224,31 @@ class TOPv2DataModule(LightningDataModule):
 
     predict_dataloader = test_dataloader
 
-    def state_dict(self) -> dict[str, int | str]:
+    def state_dict(self) -> dict[str, Any]:
         """What the order of training rows depends on; the position in it is the trainer's step."""
-        place = Placement.of(self.trainer)
-        return {
-            "seed": self._settings.seed,
-            "seq_len": self._settings.seq_len,
-            "packed": self._packed,
-            "batch_size": self._settings.batch_size,
-            "trainer.accumulate_grad_batches": place.accumulate,
-            "world_size": place.world_size,
-            "domains": ", ".join(self.source_names),
-            "corpus": self._store.key,
-            TOKENIZER: fingerprint(self.tokenizer),
-        }
+        return order_state(self._order(), trainer=self.trainer, tokenizer=self.tokenizer)
 
-    def load_state_dict(self, state_dict: dict[str, int | str]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on training in another order; Lightning calls it after `setup`, at every stage.
 
         Raises:
             ConfigError: In fit, a setting that the order depends on differs from the checkpoint's; or, at any stage,
                 the tokenizer does.
         """
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            check_same_order(self.state_dict(), state_dict)
-        check_same_tokenizer(self.tokenizer, state_dict)
+        check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
 
     # Helpers.
+
+    def _order(self) -> dict[str, int | str]:
+        settings = self._settings
+        return {
+            "seed": settings.seed,
+            "seq_len": settings.seq_len,
+            "packed": self._packed,
+            "batch_size": settings.batch_size,
+            "domains": ", ".join(self.source_names),
+            "corpus": self._store.key,
+        }
 
     @cached_property
     def _store(self) -> TaskStore:
@@ -260,9 +257,7 @@ class TOPv2DataModule(LightningDataModule):
     def _held_out_loader(self, split: Split) -> DataLoader[Any]:
         settings, place, examples = self._settings, Placement.of(self.trainer), self._store.examples[split]
         rows = held_out_rows(examples, split=split, seq_len=settings.seq_len, per_source=settings.validation_rows)
-        share = len(rows) // place.world_size
-        if share == 0:
-            raise DataError(f"{len(rows)} rows to {split} on {place.world_size} devices; raise validation_rows")
+        share = place.share(len(rows), more=f"raise validation_rows, or add {split} rows")
         own_rows = rows[place.rank : share * place.world_size : place.world_size]
         data = ExampleRows(examples, own_rows, length_multiple=self._length_multiple)
         return WorkerLoader(

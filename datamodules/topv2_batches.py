@@ -15,11 +15,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from app.layerskip.early_exit_loss import IGNORE_INDEX
-from datamodules.step_loader import Batch
 from datamodules.topv2_store import Examples
+
+Batch = dict[str, Tensor]
 
 
 class ExampleRows(Dataset[Sequence[int]]):
@@ -49,15 +51,17 @@ class ExampleRows(Dataset[Sequence[int]]):
     def collate(self, rows: Sequence[Sequence[int]]) -> Batch:
         """A batch: `input_ids`, `labels`, `position_ids` [B, T] and `source` [B], int64.
 
-        T is the longest row's length, rounded up.
+        T is the longest row's length, rounded up. No rows are a batch of one without an example or a target, so that a
+        rank that has nothing to train on in a step computes along with the others.
         """
-        examples = self.examples
-        longest = max(sum(int(examples.lengths[index]) for index in row) for row in rows)
+        examples, rows = self.examples, rows or [()]
+        longest = max(1, *(sum(int(examples.lengths[index]) for index in row) for row in rows))
         shape = (len(rows), -(-longest // self._length_multiple) * self._length_multiple)
         input_ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
         position_ids = np.empty(shape, dtype=np.int64)
         for place, row in enumerate(rows):
             start = 0
+            position_ids[place] = np.arange(shape[1])
             for index in row:
                 tokens, prompt_length = examples.example(index), examples.prompt_lengths[index]
                 end = start + len(tokens) - 1
@@ -65,6 +69,6 @@ class ExampleRows(Dataset[Sequence[int]]):
                 labels[place, start + prompt_length - 1 : end] = tokens[prompt_length:]
                 position_ids[place, start:] = np.arange(shape[1] - start)
                 start = end
-        source = examples.sources[[row[0] for row in rows]]
+        source = np.asarray([examples.sources[row[0]] if row else 0 for row in rows])
         columns = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "source": source}
         return {name: torch.from_numpy(column) for name, column in columns.items()}

@@ -170,7 +170,7 @@ def test_fewer_held_out_rows_than_ranks_are_refused_on_both_ranks(tmp_path, stra
     write_corpus(tmp_path / "corpus_of_12")
     data = {"validation_rows": 1}
     for said in run_ranks(with_few_documents, tmp_path, strategy, 12, data, limit_seconds=60):
-        assert "no held-out rows in code" in said["message"]
+        assert "held-out rows (1) are fewer than devices (2); raise validation_rows" in said["message"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -12,8 +12,11 @@ import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from app.model.trained_weights import open_trained_weights
 from callbacks import ParseValidation
+from tests.support.processes import run_ranks
 from tests.support.runs import Recorder, cli, curricula, make_module, make_trainer
+from tests.support.stream_runs import losses
 from tests.support.tiny_models import tiny_config
 from tests.support.topv2_folders import DOMAINS, small_topv2, write_folder
 
@@ -95,6 +98,35 @@ def test_the_experiment_and_its_variants_train(
     checkpoint = torch.load(f"runs/{run}/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3
     assert checkpoint["TOPv2DataModule"]["domains"] == "reminder, weather"
+
+
+def fit(experiment: Path, name: str, *options: str) -> int:
+    """Eight steps of two micro-batches, of SGD: Adam's first steps are signs, which would blow rounding up."""
+    common = ["--layer_dropout.max_dropout_rate=0.5", "--trainer.max_steps=8", "--trainer.limit_val_batches=0"]
+    common += ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.3", "--model.optimizer.fused=false"]
+    common += ["--model.lr_schedule=constant"]
+    saver = {"every_n_train_steps": 4, "keep_previous": True}
+    common += [f"--trainer.callbacks={json.dumps([{'class_path': 'callbacks.LastCheckpoint', 'init_args': saver}])}"]
+    with pytest.MonkeyPatch.context() as patched:
+        arguments = ["--config", str(experiment), *common, f"--trainer.logger.init_args.name={name}", *options]
+        return cli(patched, "fit", *arguments)
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.parametrize("batch_size", [2, 1])  # in some steps one row on a rank, or none
+def test_a_run_goes_on_on_two_sharded_ranks_with_unequal_rows(experiment: Path, batch_size: int) -> None:
+    write_folder(Path("topv2"), train=4)  # 5 rows: epochs of 2 or 3 steps, one of which has an odd number
+    rows = f"--data.init_args.batch_size={batch_size}"
+    assert fit(experiment, "whole", rows, "--trainer.accumulate_grad_batches=2") == 0
+    sharded = ("--config", str(CONFIGS.parent / "trainer" / "fsdp2.yaml"), "--trainer.devices=2")
+    half = "runs/whole/checkpoints/before_last.ckpt"
+    assert run_ranks(fit, experiment, "resumed", rows, *sharded, "--ckpt_path", half, limit_seconds=60) == [0, 0]
+    whole, resumed = (losses(Path("runs", name)) for name in ("whole", "resumed"))
+    assert resumed == pytest.approx({step: whole[step] for step in range(4, 8)}, abs=5e-6)
+    files = (Path("runs", name, "checkpoints", "last.ckpt") for name in ("resumed", "whole"))
+    ours, expected = map(open_trained_weights, files)
+    assert all((ours.read(name) - expected.read(name)).abs().max() < 5e-6 for name in expected.shapes)
 
 
 def test_a_trained_model_generates_from_its_own_checkpoint(

@@ -169,13 +169,28 @@ def test_iterating_leaves_the_global_generator_alone(root: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_resuming_continues_and_ranks_share(root: Path) -> None:
-    whole = batches(small_topv2(root, batch_size=4), accumulate=2)
-    assert same(batches(small_topv2(root, batch_size=4), accumulate=2, step=3), whole[6:])
-    ranks = [batches(small_topv2(root, batch_size=2), accumulate=2, world_size=2, rank=rank) for rank in (0, 1)]
-    datamodule = small_topv2(root)
-    for of_all, *of_ranks in zip(whole, *ranks, strict=True):
-        assert Counter(targets(datamodule, [of_all])) == Counter(targets(datamodule, of_ranks))
+@pytest.mark.parametrize(("world_size", "accumulate"), [(4, 1), (2, 2), (1, 4)])
+def test_micro_batches_are_the_same_however_a_step_is_spread_and_where_a_run_goes_on(
+    root: Path, world_size: int, accumulate: int
+) -> None:
+    whole = batches(small_topv2(root, batch_size=2), accumulate=4)
+    assert {len(batch["labels"]) for batch in whole} == {1, 2}  # of 177 rows
+    for step in (0, 3):
+        ranks = [
+            batches(small_topv2(root, batch_size=2), world_size=world_size, rank=rank, accumulate=accumulate, step=step)
+            for rank in range(world_size)
+        ]
+        assert same([batch for of_ranks in zip(*ranks, strict=True) for batch in of_ranks], whole[4 * step :])
+
+
+def test_a_rank_without_a_row_in_a_step_gets_one_without_targets(root: Path) -> None:
+    ranks = [
+        batches(small_topv2(root, batch_size=1, domains=["weather"], spis=10), world_size=8, rank=rank)
+        for rank in range(8)
+    ]
+    steps = [[int((batch["labels"] >= 0).any()) for batch in step] for step in zip(*ranks, strict=True)]
+    assert [sum(step) for step in steps] == [6, 6]
+    assert all(len(batch["labels"]) == 1 for rank in ranks for batch in rank)
 
 
 @pytest.mark.parametrize(("stage", "split"), [("val", 1), ("test", 2), ("predict", 2)])
@@ -196,7 +211,7 @@ def test_held_out_rows_are_some_of_each_domain_sorted_by_length_and_divided_equa
         parts += part
     assert Counter(targets(datamodule, parts)) <= Counter(targets(datamodule, whole))
     datamodule.trainer = fake_trainer(rank=0, world_size=100)
-    with pytest.raises(DataError, match=r"18 rows to .* on 100 devices; raise validation_rows"):
+    with pytest.raises(DataError, match=r"held-out rows \(18\) are fewer than devices \(100\); raise validation_rows"):
         getattr(datamodule, f"{stage}_dataloader")()
 
 
@@ -261,19 +276,21 @@ def test_an_empty_answer_is_an_empty_text(root: Path) -> None:
         ({"packed": True}, {}, "packed"),
         ({"special_tokens": True}, {}, "corpus"),
         ({"domains": ["weather"]}, {}, "domains"),
-        ({}, {"accumulate": 2}, "trainer.accumulate_grad_batches"),
-        ({}, {"world_size": 2}, "world_size"),
+        ({}, {"accumulate": 4}, "trainer.accumulate_grad_batches times devices"),
+        ({}, {"world_size": 2, "accumulate": 2}, "trainer.accumulate_grad_batches times devices"),
     ],
 )
 def test_resuming_with_another_order_is_refused_in_fit_alone(
     root: Path, change: dict[str, Any], trainer: dict[str, Any], field: str
 ) -> None:
     datamodule = small_topv2(root)
-    datamodule.trainer = fake_trainer()
+    datamodule.trainer = fake_trainer(accumulate=2)
     state = datamodule.state_dict()
-    datamodule.load_state_dict(state)
+    for same in ({"accumulate": 2}, {"world_size": 2}):  # as many micro-batches a step
+        datamodule.trainer = fake_trainer(**same)
+        datamodule.load_state_dict(state)
     other = small_topv2(root, **change)
-    other.trainer = fake_trainer(**trainer)
+    other.trainer = fake_trainer(**trainer or {"accumulate": 2})
     with pytest.raises(ConfigError, match="as in the checkpoint") as caught:
         other.load_state_dict(state)
     assert caught.value.field == field
@@ -283,6 +300,17 @@ def test_resuming_with_another_order_is_refused_in_fit_alone(
             other.load_state_dict(state)
     else:
         other.load_state_dict(state)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_as_one(root: Path) -> None:
+    datamodule = small_topv2(root)
+    datamodule.trainer = fake_trainer(world_size=2)
+    state = datamodule.state_dict() | {"world_size": 2, "trainer.accumulate_grad_batches": 1}
+    del state["batches_per_step"]
+    with pytest.raises(
+        ConfigError, match=r"got 2, allowed .* an earlier version wrote it, .*; start a new run from the w"
+    ):
+        datamodule.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def benchmark(
     asked = {"model": model, "prompts": prompts, "limit": limit, "draft_model": draft_model, "ignore_eos": ignore_eos}
     document = report_document(results, costs=measured.costs, environment=where, settings=asked | asdict(settings))
     title = (
-        f"{Path(model).name}: {counted(len(tokens), 'prompt')} of {Path(prompts).name}, at most {counted(max_new_tokens, 'new token')} each,"
-        f" {where['dtype']}, batch size {batch_size}, median of {repeats}"
+        f"{Path(model).name}: {counted(len(tokens), 'prompt')} of {Path(prompts).name}, at most"
+        f" {max_new_tokens} new tokens each, {where['dtype']}, batch size {batch_size}, median of {repeats}"
     )
     figure = write_report(document, benchmark_figure(results, title=title), file)
     print_table(speed_table(results, title=title))

@@ -83,9 +83,8 @@ def export(
     readme = _readme_of(path, card) or model_card(loaded, record, decoding, dtype=name, card=card)
     settings = replace(chosen, decoding=decoding, readme=readme)
     num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings)
-    print(
-        f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {counted(num_files, 'file')}"
-    )
+    files = counted(num_files, "file")
+    print(f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {files}")
     said = _name(loaded.config.dtype)
     if weights is not None and dtype == "auto" and said in DTYPES and said != name:
         print(

@@ -162,4 +162,4 @@ def test_statistics_of_one_prompt_and_of_batches_that_share_their_time():
         "3 prompts, 8 tokens, 2 stopped by stop, 1 stopped by eos, 2.0 tokens/s after the first"  # 5 in 2 + 0.5 s
     )
     nothing = result([], stop_reason="interrupted", seconds_decode=0.0)
-    assert summary([[nothing]]) == "1 tokens, interrupted"
+    assert summary([[nothing]]) == "1 token, interrupted"

@@ -19,7 +19,7 @@ _IN_OTHER_TABLES = ("exit_loss/", "exit_perplexity/", "exit_agreement/", "decode
 def measured_table(trainer: Trainer) -> Table | None:
     """The metrics that were logged, but for those that callbacks show in tables of their own; None without any."""
     told = any(isinstance(callback, Reportable) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (name, f"{float(value):.4g}")
         for name, value in sorted(trainer.callback_metrics.items())
         if not (told and any(part in name for part in _IN_OTHER_TABLES))

@@ -43,8 +43,10 @@ def check_arguments(args: Sequence[str], *, options: Collection[str] | None, of_
             names = ["config", *_keys(_read_config(value))]
         elif option == "prompts" and value is not None and not of_fit:  # `data` writes them
             read_prompts(value, limit=1)
-        elif value is not None:
-            _check_value(option, value, fall_back=("fall_back_to_previous", "true") in given)
+        elif option == "ckpt_path" and value not in (None, "null") and of_fit:  # `export` tells its own
+            check_checkpoint_path(str(value), fall_back=("fall_back_to_previous", "true") in given)
+        elif option in _MODELS and value not in (None, "null"):
+            check_exists(str(value), field=option)
         for name in names:
             if options is not None and _is_unknown(name, options):
                 raise UserError(one_line(f"Option '{name}' is not accepted", options=options))
@@ -77,13 +79,6 @@ def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         if arg is not None and (arg.startswith("--") or arg == "-c"):
             option, equals, value = arg.lstrip("-").partition("=")
             yield option, value if equals else following
-
-
-def _check_value(option: str, value: str, *, fall_back: bool) -> None:
-    if option in _MODELS and value != "null":
-        check_exists(value, field=option)
-    elif option == "ckpt_path" and value != "null":
-        check_checkpoint_path(value, fall_back=fall_back)
 
 
 def _read_config(value: str) -> Any:

@@ -96,8 +96,11 @@ def open_tokenizer(path: str, *, field: str) -> Any:
         CheckpointError: A file is damaged, or the checkpoint holds no tokenizer.
     """
     if Path(path).is_dir() and not is_trained_weights(path):
-        return load_tokenizer(path, field=field)
-    return open_source(path, field=field).tokenizer()
+        tokenizer = load_tokenizer(path, field=field)
+    else:
+        tokenizer = open_source(path, field=field).tokenizer()
+    tokenizer.name_or_path = path
+    return tokenizer
 
 
 def check_tokenizer_of(pretrained: str, tokenizer: Any, *, field: str = "tokenizer", got: str) -> None:
@@ -114,6 +117,8 @@ def check_tokenizer_of(pretrained: str, tokenizer: Any, *, field: str = "tokeniz
     Raises:
         ConfigError: A token of the model has another id there, or none.
     """
+    if tokenizer.name_or_path == pretrained:  # of a GGUF file it takes seconds to read it again
+        return
     try:
         own = open_tokenizer(pretrained, field="pretrained")
     except (ConfigError, CheckpointError) as error:

@@ -35,7 +35,7 @@ DefaultStrategy = Literal["self_speculative", "autoregressive"]
 _FILE: str = GENERATION_CONFIG_NAME
 DEFAULTS_FIELD = "layerskip"
 _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
-_DERIVED = "_from_model_config"  # while it is set, transformers drops every field that it does not know
+DERIVED = "_from_model_config"  # while it is set, transformers drops fields it does not know; old ones read config.json
 _IDLE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)  # in what transformers says of a config that it does not save
 
 
@@ -192,7 +192,7 @@ def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path
         CheckpointError: If the file is damaged or cannot be written.
     """
     content = read_generation_config(directory)
-    content.pop(_DERIVED, None)
+    content.pop(DERIVED, None)
     if defaults.strategy == "self_speculative":
         content[_EARLY_EXIT], content[_NUM_TOKENS] = defaults.exit_layer, defaults.num_draft_tokens
         content[_SCHEDULE] = "constant"

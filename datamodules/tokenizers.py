@@ -86,7 +86,10 @@ def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
     tokenizer = open_tokenizer(path, field="tokenizer")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ConfigError(
-            "tokenizer", got=path, allowed="a fast tokenizer with an eos_token", fix="choose another tokenizer"
+            "tokenizer",
+            got=path,
+            allowed="a fast tokenizer with an eos_token",
+            fix="set tokenizer.eos_token to one of its tokens, save_pretrained it, and name that folder",
         )
     return tokenizer
 

@@ -17,7 +17,7 @@ from app.cli.option_parser import OptionParser
 from app.cli.tables import print_table
 from app.cli.tokenizer_choice import check_tokenizer
 from app.cli.train import LayerSkipCLI, make_cli
-from app.decoding.text_stream import text_of
+from app.decoding.text_stream import prompt_text
 from app.errors import ConfigError, check_range
 from app.protocols import PromptOwner, Table, TokenizerOwner
 from app.whole_file import write_whole
@@ -72,7 +72,7 @@ class DataCLI(LayerSkipCLI):
         if not (isinstance(data, PromptOwner) and isinstance(data, TokenizerOwner)):
             raise ConfigError("prompts", got=type(data).__name__, allowed="a datamodule with validation_prompts")
         prompts = data.validation_prompts(options.num_prompts, options.prompt_length)
-        lines = [json.dumps({"prompt": text_of(data.tokenizer, ids)}) for ids in prompts]
+        lines = [json.dumps({"prompt": prompt_text(data.tokenizer, ids)}) for ids in prompts]
         try:
             write_whole(path, "".join(f"{line}\n" for line in lines))
         except OSError as error:

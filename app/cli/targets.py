@@ -20,7 +20,7 @@ from app.cli.data_targets import measure_data_targets
 from app.cli.parsing import VerbParser
 from app.cli.target_results import write_results
 from app.cli.training_targets import measure_training_targets
-from app.decoding.text_stream import text_of
+from app.decoding.text_stream import prompt_text
 from app.errors import ConfigError
 from app.evaluation.alternation import CONFIRMING_REPEATS
 from app.evaluation.targets import TARGETS, Run, winners
@@ -123,7 +123,7 @@ def _write_prompts(path: Path, config: Path) -> Path:
     data = TextCodeDataModule(**settings)
     data.prepare_data()
     data.setup("validate")
-    texts = [text_of(data.tokenizer, prompt) for prompt in data.validation_prompts(16, 64)]
+    texts = [prompt_text(data.tokenizer, prompt) for prompt in data.validation_prompts(16, 64)]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), "utf-8")
     return path
 

@@ -29,6 +29,11 @@ def text_of(tokenizer: Any, tokens: Iterable[int], *, special: bool = False) -> 
     return text
 
 
+def prompt_text(tokenizer: Any, tokens: Iterable[int]) -> str:
+    """The text of a document's first tokens, to be continued: without a character that they leave unfinished."""
+    return text_of(tokenizer, tokens).rstrip(REPLACEMENT)
+
+
 def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that new tokens add to a prompt's.
 

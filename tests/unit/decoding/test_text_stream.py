@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from app.decoding.text_stream import TextStream, continuation
+from app.decoding.text_stream import TextStream, continuation, prompt_text
 from tests.support.tokenizers import TEXTS, byte_fallback, byte_level, llama
 
 TOKENIZERS = {
@@ -76,6 +76,15 @@ def test_no_space_before_punctuation_is_tidied_away():
     prompt, new = tidy("x")["input_ids"], tidy(" = [1 , 2]")["input_ids"]
     assert tidy.decode(new) == " = [1, 2]"  # the negative control
     assert continuation(tidy, prompt, new) == "".join(pushed(tidy, new, prompt)) == " = [1 , 2]"
+
+
+@each_tokenizer
+def test_the_text_of_a_prompt_ends_with_a_whole_character(kind):
+    tokenizer = TOKENIZERS[kind]
+    tokens = tokenizer("end 🙈")["input_ids"]
+    assert prompt_text(tokenizer, tokens) == "end 🙈"
+    assert prompt_text(tokenizer, tokens[:-1]) == "end "
+    assert "\N{REPLACEMENT CHARACTER}" in tokenizer.decode(tokens[:-1])  # the negative control
 
 
 def test_special_tokens_within_a_character_do_not_break_it():

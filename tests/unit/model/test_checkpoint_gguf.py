@@ -20,7 +20,7 @@ from app.model import gguf as gguf_files
 from app.model.checkpoint import load_config, load_for_decoding, load_pretrained
 from app.model.export import write_pretrained
 from app.model.gguf import read_gguf_config, read_gguf_origin, read_gguf_weights
-from datamodules.tokenizers import train_byte_level_bpe
+from datamodules.tokenizers import load_tokenizer, train_byte_level_bpe
 from tests.support.runs import cli
 from tests.support.tiny_models import tiny_llama
 
@@ -89,7 +89,7 @@ def logits(model, ids):
 def test_gguf_gives_the_logits_and_ids_of_the_model_it_was_made_from(parts, file):
     model, tokenizer = load_for_decoding(str(file), dtype=None)
     ids = parts[1](TEXT)["input_ids"]
-    assert tokenizer(TEXT)["input_ids"] == ids
+    assert tokenizer(TEXT)["input_ids"] == load_tokenizer(str(file))(TEXT)["input_ids"] == ids
     assert tokenizer.eos_token_id == model.generation_config.eos_token_id == parts[1].eos_token_id
     assert model.dtype == torch.float32
     assert torch.equal(logits(model, ids), logits(parts[0], ids))

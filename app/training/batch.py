@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 class GivenBatch(TypedDict):
     """A batch as a datamodule gives it: int64 tensors.
 
+    B and T are 1 or more, and may differ from batch to batch and from rank to rank; but all ranks have as many batches.
+
     Attributes:
         input_ids: [B, T] in 0..V-1.
         labels: [B, T], the token that follows each position, shifted by the datamodule: labels[:, t] is what

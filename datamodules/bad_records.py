@@ -65,7 +65,8 @@ class BadRecords:
         allowed = self._max_share * self.seen
         if not complete:  # chance may bring three standard deviations more of bad chunks, and three chunks at once
             expected = self._max_share * self.chunks
-            allowed += (3 * math.sqrt(expected) + 3) * self.seen / max(1, self.chunks)
+            in_a_chunk = max(1, self.seen / max(1, self.chunks))  # a long line fills many that have no record then
+            allowed += (3 * math.sqrt(expected) + 3) * in_a_chunk
         if self.failed <= allowed:
             return
         raise DataError(

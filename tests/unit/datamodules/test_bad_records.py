@@ -58,6 +58,12 @@ def test_of_a_part_more_may_be_bad_by_chance_and_three_chunks_at_once() -> None:
     assert passes(records(good=0, bad=9), complete=False)  # within the first chunk nothing is known
 
 
+def test_a_bad_record_longer_than_many_chunks_is_one_record() -> None:
+    assert passes(records(good=0, bad=1, chunks=60, max_share=0.01), complete=False)
+    assert passes(records(good=2000, bad=1, chunks=62, max_share=0.01), complete=True)
+    assert not passes(records(good=0, bad=10, chunks=60, max_share=0.01), complete=False)
+
+
 def test_what_is_lost_counts_for_as_much_as_a_chunk_has() -> None:
     found = records(good=40, chunks=4)
     found.bad(LostRecords("a.gz", "damaged"))

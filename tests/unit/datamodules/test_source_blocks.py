@@ -91,6 +91,16 @@ def test_no_document_behind_too_much_that_is_bad_is_given_even_in_the_same_chunk
         next(blocks)
 
 
+@pytest.mark.parametrize("lane", range(8))
+def test_a_bad_line_longer_than_many_chunks_stops_no_lane(lane: int) -> None:
+    """It begins in a chunk of its own, the good ones lie in two: a lane meets either often or never."""
+    reader = ListReader([[None], *([[]] * 29), *chunks(1000, 1000, length=1)])
+    blocks = make_blocks(reader, lane=lane, num_lanes=8, max_bad_share=0.01, shuffle_megabytes=100e-6)
+    read = blocks.read(Place())
+    while blocks.records.chunks < 3 * reader.num_chunks:
+        next(read)
+
+
 def test_chunks_come_in_another_order_each_epoch_and_source() -> None:
     orders = []
     for index in range(2):

@@ -19,7 +19,7 @@ from app.cli.tokenizer_choice import check_tokenizer
 from app.cli.train import LayerSkipCLI, make_cli
 from app.decoding.text_stream import prompt_text
 from app.errors import ConfigError, check_range
-from app.protocols import PromptOwner, Table, TokenizerOwner
+from app.protocols import CorpusOwner, PromptOwner, Table, TokenizerOwner
 from app.whole_file import write_whole
 from app.words import counted
 from datamodules.preview import Preview, check_resume, preview
@@ -48,10 +48,12 @@ class DataCLI(LayerSkipCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             check_tokenizer(self.config[subcommand])
+            fresh = copy.deepcopy(self.datamodule)
+            self.datamodule.prepare_data()
+            if isinstance(self.datamodule, CorpusOwner):
+                self.model.check_corpus(self.datamodule)
         except ConfigError as error:
             raise locate(error, self._plain_config()) from error
-        fresh = copy.deepcopy(self.datamodule)
-        self.datamodule.prepare_data()
         if self._options.prompts is not None:
             self._write_prompts(self._options.prompts)
             return

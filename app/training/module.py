@@ -130,14 +130,18 @@ class LayerSkipModule(CurriculumHost):
         self.source_loss = GroupedTokenLoss(len(data.source_names) if data else 1)
         if data is None:
             return
+        self.check_corpus(data)
+        if self.pretrained is None:
+            self.config.eos_token_id = data.tokenizer.eos_token_id
+
+    def check_corpus(self, data: CorpusOwner) -> None:
+        """Refuse rows or tokens that the model has no place for, with ConfigError."""
         check_row_length(data.seq_len, self.config)
         if self.pretrained is not None:
             check_tokenizer_of(self.pretrained, data.tokenizer, got=f"one of {len(data.tokenizer)} tokens")
         if len(data.tokenizer) > self.config.vocab_size:
             allowed = f">= {len(data.tokenizer)}, the tokenizer's size"
             raise ConfigError("vocab_size", got=self.config.vocab_size, allowed=allowed)
-        if self.pretrained is None:
-            self.config.eos_token_id = data.tokenizer.eos_token_id
 
     @property
     def _corpus(self) -> CorpusOwner | None:

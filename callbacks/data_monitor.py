@@ -16,11 +16,7 @@ _log = logging.getLogger(__name__)
 class DataMonitor(Callback):
     """At every logging step, of each source its share of the tokens so far, epochs and skipped records; and padding.
 
-    Shares and padding are of the rows that were trained on. `epochs` are passes over what was packed for those, which
-    is ahead of them: a lane packs a window of 2**19 tokens at a time to shuffle its rows, and no window goes beyond the
-    pass it began in. So the figure is exact where a window ends, and elsewhere too large by what is left of the window:
-    by little for a large source; by up to one pass for one that is smaller than a window, which shows 1 from its first
-    row to the end of its first pass. `skipped_records` is ahead by up to `shuffle_megabytes` of text.
+    All but `skipped_records` are of the rows that were trained on; that is ahead by up to `shuffle_megabytes` of text.
 
     Over ranks the mean is logged; each counts for its own rows, since the run began.
     """

@@ -48,7 +48,8 @@ class SourceStream:
         self._window: list[Row] = []
         self._drawn = place.drawn
         self._places: list[Place] = []  # of the documents that the packing was given and has not finished
-        self._following, self._block_documents = place, 0  # of the block that is packed: what comes next, and its size
+        self._block_documents = 0  # of the block that was read last
+        self._extents: dict[int, tuple[int, int]] = {}  # of each block that is in use: its chunks and its documents
         self._last = place  # document given to the packing
         self._finished = 0  # documents that the packing has finished
         pack = PACKINGS[settings.packing]
@@ -56,10 +57,16 @@ class SourceStream:
 
     @property
     def epochs(self) -> float:
-        """Passes over the lane's part of the source that are packed; within a block, in proportion to its documents."""
-        at, following = self._next_start, self._following
-        through = at.taken / max(1, self._block_documents)
-        return self._blocks.epochs(at.ordinal + through * (following.ordinal - at.ordinal))
+        """Passes over the lane's part of the source that were given out; within a window, in proportion to its rows."""
+        start = self._passes(self._start)
+        if not self._window:
+            return start
+        return start + (self._passes(self._next_start) - start) * self._drawn / len(self._window)
+
+    def _passes(self, at: Place) -> float:
+        """Passes up to a place; within a block, in proportion to its documents."""
+        chunks, documents = self._extents.get(at.block, (0, 1))
+        return self._blocks.epochs(at.ordinal + chunks * at.taken / documents)
 
     @property
     def records(self) -> tuple[int, int]:
@@ -111,7 +118,9 @@ class SourceStream:
     def _documents(self, place: Place) -> Iterator[Tokens | None]:
         """Token ids of the documents from `place` on, and None at the end of each block."""
         for start, texts, following in self._blocks.read(place):
-            self._following, self._block_documents = following, len(texts)
+            self._block_documents = len(texts)
+            in_use = {block: extent for block, extent in self._extents.items() if block >= self._start.block}
+            self._extents = in_use | {start.block: (following.ordinal - start.ordinal, len(texts))}
             for first in range(start.taken, len(texts), _DOCUMENTS_A_CALL):
                 for taken, ids in enumerate(self._encode(texts[first : first + _DOCUMENTS_A_CALL]), first):
                     self._last = start._replace(taken=taken)

@@ -152,6 +152,7 @@ def _documents(row: dict[str, Tensor]) -> list[tuple[int, int]]:
     found = []
     for start, stop in pairwise(starts):
         targets = torch.nonzero(row["labels"][start:stop] != IGNORE_INDEX).flatten()
-        if len(targets):  # the token after the last target ends the document, where the row has room for it
-            found.append((start, min(stop, start + int(targets[-1]) + 2)))
+        if len(targets):  # what the last target predicts ends the document, where the row holds it
+            end = start + int(targets[-1]) + 1
+            found.append((start, end + int(end < stop and row["input_ids"][end] == row["labels"][end - 1])))
     return found

@@ -5,6 +5,9 @@ import json
 import pytest
 
 from tests.support.runs import cli, write_corpus
+from tests.support.saved_models import save_model
+from tests.support.tokenizers import llama
+from tests.support.topv2_folders import DOMAINS, write_folder
 
 
 @pytest.fixture
@@ -63,6 +66,18 @@ def test_it_shows_shares_speed_and_a_row_with_its_boundaries(data):
     assert "75.0%" in shown
     assert "packing efficiency" in shown
     assert "--- tokens 0.." in shown
+
+
+def test_it_shows_a_parse_as_the_tokenizer_of_the_model_that_is_continued_begins_and_ends_it(data, tmp_path):
+    model = save_model(tmp_path / "model", tokenizer=llama(add_eos_token=True), max_length=512)
+    topv2 = {"class_path": "datamodules.TOPv2DataModule", "init_args": {"path": str(write_folder(tmp_path / "topv2"))}}
+    topv2["init_args"] |= {"domains": list(DOMAINS), "seq_len": 256, "cache_dir": str(tmp_path / "cache")}
+    (tmp_path / "more.yaml").write_text(
+        json.dumps({"model": {"config": None, "pretrained": str(model)}, "data": topv2})
+    )
+    row = data("--config", "more.yaml", "--num_batches", "1").out.partition("loss on")[2].splitlines()[1]
+    assert row.startswith("<s> ")
+    assert row.endswith(" ]")  # its end of text is predicted, no token of the row; and none of the padding
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from app.errors import ConfigError
 from app.model.checkpoint_integrity import KEEP_PREVIOUS
 
 
@@ -18,7 +20,11 @@ class LastCheckpoint(ModelCheckpoint):
         every_n_train_steps: Optimizer steps between two checkpoints, >= 1.
         dirpath: Folder; `checkpoints` beside the logs by default.
         keep_previous: Keep the one before it, too, as `before_last.ckpt`: twice the disk, and something to fall back
-            on where the last one is damaged (`--fall_back_to_previous true`).
+            on where the last one is damaged (`--fall_back_to_previous true`). In a script it needs
+            `Trainer(plugins=[AtomicCheckpointIO()])` (app.training.checkpoint_io), which the command line gives.
+
+    Raises:
+        ConfigError: Lightning's own CheckpointIO is to keep the previous one.
     """
 
     def __init__(
@@ -32,6 +38,13 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._keep_previous = keep_previous
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to keep what the writer of checkpoints would not."""
+        super().setup(trainer, pl_module, stage)
+        if self._keep_previous and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            fix = "Trainer(plugins=[app.training.checkpoint_io.AtomicCheckpointIO()]) keeps it"
+            raise ConfigError("keep_previous", got=True, allowed="false with Lightning's own CheckpointIO", fix=fix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run does not write again what it came from: that would cost it the checkpoint before, too."""

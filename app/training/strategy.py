@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from app.errors import ConfigError
 from app.model.parallel import DATA_PARALLEL, REPLICATE, TENSOR_PARALLEL
+from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.sharded_checkpoints import ShardedCheckpoints
 
 
@@ -46,6 +47,7 @@ class MeshStrategy(ShardedCheckpoints):
         **settings: Any,
     ) -> None:
         super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size, **settings)
+        self.checkpoint_io = AtomicCheckpointIO()  # unless the trainer is given another; loading a single file needs it
         self._asked: dict[str, Literal["auto"] | int] = {
             "replicate": replicate_size,
             "data_parallel": data_parallel_size,

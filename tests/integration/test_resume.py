@@ -5,6 +5,9 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from app.errors import ConfigError
+from app.training.checkpoint_io import AtomicCheckpointIO
+from app.training.strategy import MeshStrategy
 from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LastCheckpoint, LayerDropoutCurriculum
 from tests.support.runs import Recorder, curricula, make_data, make_module, make_trainer
 
@@ -115,6 +118,14 @@ def test_a_checkpoint_written_at_any_moment_resumes_behind_the_latest_step(tmp_p
         over = {at for at in losses if at < first - (hook != "on_validation_end")}
         assert validated == {at: loss for at, loss in losses.items() if at not in over}, moment
         assert all(map(torch.equal, resumed, weights)), moment
+
+
+def test_a_script_that_cannot_keep_the_checkpoint_before_is_told_so(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=N, callbacks=[LastCheckpoint(keep_previous=True)], plugins=[])
+    with pytest.raises(ConfigError, match=r"keep_previous: got True, .*AtomicCheckpointIO\(\)\]\) keeps it"):
+        trainer.fit(make_module(), datamodule=make_data(tmp_path))
+    sharded = make_trainer(tmp_path, max_steps=N, callbacks=[], plugins=[], strategy=MeshStrategy())
+    assert isinstance(sharded.strategy.checkpoint_io, AtomicCheckpointIO)
 
 
 def test_a_resumed_run_leaves_what_it_came_from_and_the_one_before(tmp_path):

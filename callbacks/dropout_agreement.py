@@ -97,8 +97,10 @@ def _differences(plans: list[_RankPlan]) -> Iterator[str]:
     """What differs, and what each rank has, the most telling first."""
     yield from _differing("step and micro-batch", {rank: (p.step, p.micro_batch) for rank, p in enumerate(plans)})
     yield from _differing("exits and weights", {rank: p.plan.exit_weights for rank, p in enumerate(plans)})
-    for block in range(min(len(p.plan.dropout_rates) for p in plans)):
+    blocks = range(min(len(p.plan.dropout_rates) for p in plans))
+    for block in blocks:
         yield from _differing(f"block {block}: rate", {r: p.plan.dropout_rates[block] for r, p in enumerate(plans)})
+    for block in blocks:
         most = {rank: p.plan.most_kept and p.plan.most_kept[block] for rank, p in enumerate(plans)}
         yield from _differing(f"block {block}: samples kept", most)
     for data_rank in sorted({p.data_rank for p in plans}):

@@ -12,9 +12,10 @@ import app.training.step_plan as module_under_test
 from app.errors import ConfigError, DisagreementError
 from app.layerskip.layer_dropout import KeptSamples, draw_kept_samples
 from callbacks import DropoutAgreementCheck
+from datamodules import TextCodeDataModule
 from tests.support.distributed import whole_weights
 from tests.support.processes import run_ranks
-from tests.support.runs import NUM_LAYERS, curricula, make_data, make_module, make_trainer
+from tests.support.runs import NUM_LAYERS, UnequalRows, curricula, make_data, make_module, make_trainer
 
 BATCH = 4
 
@@ -102,9 +103,9 @@ def disagree(root, change):
     """A difference on rank 1 alone; what both ranks say, and whether they share rows."""
     rank = int(os.environ["RANK"])
     settings = {"callbacks": curricula(max_dropout_rate=0.5), "strategy": ddp()}
-    original = draw_kept_samples
+    original, kind = draw_kept_samples, UnequalRows if change == "rows" else TextCodeDataModule
     if change == "rates" and rank:
-        settings["callbacks"] = curricula(max_dropout_rate=0.25)
+        settings["callbacks"] = curricula(max_dropout_rate=0.0)
     if change == "exits" and rank:
         settings["callbacks"] = curricula(curriculum="none")
     if change == "seed" and rank:
@@ -118,7 +119,7 @@ def disagree(root, change):
         root, max_steps=4, devices=2, **settings | {"callbacks": [*settings["callbacks"], DropoutAgreementCheck()]}
     )
     try:
-        trainer.fit(make_module(), datamodule=make_data(root, num_lanes=2))
+        trainer.fit(make_module(), datamodule=make_data(root, num_lanes=2, kind=kind))
     except DisagreementError as error:
         return str(error)
     return ""
@@ -137,6 +138,7 @@ class SameRows(DDPStrategy):
     ("change", "expected"),
     [
         ("none", None),
+        ("rows", None),
         ("rates", "block 1: rate: "),
         ("exits", "exits and weights: ((2, "),
         ("seed", ": samples kept: "),

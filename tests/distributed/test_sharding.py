@@ -19,22 +19,12 @@ from app.model.parallel import unsharded
 from app.model.spans import SpanDecoder
 from callbacks import DropoutAgreementCheck
 from datamodules import TextCodeDataModule
-from datamodules.stream_loader import STATE_KEY
 from tests.support.distributed import Collectives, is_sharded, whole_weights
 from tests.support.processes import run_ranks
-from tests.support.runs import Recorder, curricula, make_data, make_module, make_trainer
+from tests.support.runs import Recorder, UnequalRows, curricula, make_data, make_module, make_trainer
 from tests.support.tiny_models import tiny_config
 
 # -- training --------------------------------------------------------------------------------------------------------
-
-
-class Unequal(TextCodeDataModule):
-    """One row in every other micro-batch, so of one of two ranks."""
-
-    def on_before_batch_transfer(self, batch, dataloader_idx):
-        fewer = STATE_KEY in batch and batch[STATE_KEY][0] == 1
-        batch = super().on_before_batch_transfer(batch, dataloader_idx)
-        return {name: column[:1] for name, column in batch.items()} if fewer else batch
 
 
 def train(root, *, ranks, extra=(), data=TextCodeDataModule, **settings):
@@ -57,9 +47,7 @@ def train(root, *, ranks, extra=(), data=TextCodeDataModule, **settings):
     )
     # SGD, since Adam's first steps are signs: they would blow rounding up
     module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=0.3), **settings)
-    datamodule = make_data(root, num_lanes=2)
-    datamodule.__class__ = data
-    trainer.fit(module, datamodule=datamodule)
+    trainer.fit(module, datamodule=make_data(root, num_lanes=2, kind=data))
     return {
         "sharded": sum(map(is_sharded, module.parameters())),
         "weights": whole_weights(module),
@@ -73,7 +61,7 @@ def train_sharded(root, data=TextCodeDataModule):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("data", [TextCodeDataModule, Unequal])
+@pytest.mark.parametrize("data", [TextCodeDataModule, UnequalRows])
 def test_two_sharded_ranks_train_as_one_process_with_the_same_global_batch(tmp_path, data):
     make_data(tmp_path).prepare_data()
     first, second = run_ranks(train_sharded, tmp_path, data, limit_seconds=30)
@@ -87,7 +75,7 @@ def test_two_sharded_ranks_train_as_one_process_with_the_same_global_batch(tmp_p
             assert first["metrics"][name] == pytest.approx(expected, abs=1e-5), name
     pairs = [pair for both in zip(first["dropped"], second["dropped"], strict=True) for pair in zip(*both, strict=True)]
     assert (1.0, 1.0) in pairs  # a block that nobody went through
-    assert any(one < two == 1.0 for one, two in pairs) if data is Unequal else first["dropped"] == second["dropped"]
+    assert any(one < two == 1.0 for one, two in pairs) if data is UnequalRows else first["dropped"] == second["dropped"]
 
 
 def train_sharded_and_checkpointed(root):

@@ -18,6 +18,7 @@ from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
 from datamodules import Source, TextCodeDataModule
+from datamodules.stream_loader import STATE_KEY
 from tests.support.tiny_models import tiny_config
 
 NUM_LAYERS = 4
@@ -36,7 +37,18 @@ def write_corpus(folder: Path, *, files: int = 12) -> Path:
     return folder
 
 
-def make_data(root: Path, **settings: Any) -> TextCodeDataModule:
+class UnequalRows(TextCodeDataModule):
+    """One row in every micro-batch of lane 1; of two ranks with two lanes, in every one of rank 1."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        fewer = STATE_KEY in batch and batch[STATE_KEY][0] == 1
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        return {name: column[:1] for name, column in batch.items()} if fewer else batch
+
+
+def make_data(
+    root: Path, *, kind: type[TextCodeDataModule] = TextCodeDataModule, **settings: Any
+) -> TextCodeDataModule:
     corpus = write_corpus(root / "corpus")
     defaults: dict[str, Any] = {
         "sources": {"code": Source(kind="files", path=str(corpus))},
@@ -47,7 +59,7 @@ def make_data(root: Path, **settings: Any) -> TextCodeDataModule:
         "validation_rows": 8,
         "cache_dir": str(root / "cache"),
     }
-    return TextCodeDataModule(**(defaults | settings))
+    return kind(**(defaults | settings))
 
 
 def make_module(**settings: Any) -> LayerSkipModule:

@@ -24,6 +24,10 @@ _RULES = {
         "{0} does not work on sharded weights: most often it is a fused optimizer's; give"
         " --model.optimizer.init_args.fused false, or torch.optim.AdamW"
     ),
+    r"The CombinedLoader has (\d+) stateful loaders, but found (\d+) states in the checkpoint": (
+        "the checkpoint's loops.fit_loop.state_dict.combined_loader: got states of {1} data loaders, allowed those of"
+        " the {0} that the datamodule has; use an earlier one"
+    ),
     r"Connection (?:closed|reset) by peer|Broken pipe|Socket closed": (
         f"rank {{rank}} lost another rank, which died: its own output says why; mend that, and {_RESUME}"
     ),

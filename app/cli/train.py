@@ -34,6 +34,7 @@ from app.model.run_record import RUN_CONFIG_KEY
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.checkpoint_places import clear_leftovers, kept_previous, restore_interrupted, standing
+from app.training.checkpoint_states import check_optimizer_settings
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 
@@ -100,6 +101,9 @@ class SaveFitConfig(SaveConfigCallback):
             self._optimizer_changes = any(name.split(".")[0] == "model" for name in allow_changes)
             given = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
             check_resume(checkpoint, given, allow_changes=allow_changes)
+            if not self._optimizer_changes:
+                otherwise = "--allow_changes '[model.optimizer]' takes the configured ones"
+                check_optimizer_settings(checkpoint, pl_module, otherwise=otherwise)  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint tells how it was made, wherever it is moved to."""

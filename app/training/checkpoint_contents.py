@@ -7,7 +7,8 @@ else in CONTENT_FILE, `optimizer_states` without their tensors included: nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from app.errors import CheckpointError
 from app.model.shards import Shards
 from app.model.trained_weights import CONTENT_FILE as CONTENT_FILE  # passed on
 from app.model.trained_weights import HF_CONFIG_KEY, OPTIMIZER_STATES, STATE_DICT, read_plain
+from app.saved_entries import SavedEntries
 
 _VERSION, _STEP = "pytorch-lightning_version", "global_step"
 _LOOPS, _FIT_LOOP = "loops", "fit_loop"
@@ -73,6 +75,8 @@ def _check_kinds(path: Path, content: Mapping[str, Any], *, needed: Sequence[str
     for key, kind in _KINDS.items():
         if key in content and not isinstance(content[key], kind):
             raise CheckpointError(f"checkpoint {path} is damaged or foreign: its {key!r} is no {kind.__name__}")
+    if not re.match(r"2\.\d+\.\d", content[_VERSION]):  # others Lightning would make over, whatever they are
+        SavedEntries(path).refuse((_VERSION,), content[_VERSION], "2.x")
 
 
 def refusing_fit(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -118,17 +122,56 @@ def read_whole(path: Path, *, keep: Callable[[Tensor], Tensor] = lambda tensor: 
         CheckpointError: As `read_directory`; or a shard is damaged.
     """
     content, shards = read_directory(path)
+    return made_whole(path, content, shards.shapes, lambda key: keep(shards.read(key)))
+
+
+def made_whole(
+    path: Path, content: Mapping[str, Any], keys: Collection[str], read: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    """A directory's content as that of a single file.
+
+    Args:
+        path: The directory.
+        content: Without tensors; left as it is.
+        keys: Of all that is in shards.
+        read: The tensor of a key.
+
+    Raises:
+        CheckpointError: No weights are in shards; or the optimizer states are not those of its parameters.
+    """
     prefix = f"{STATE_DICT}."
-    content[STATE_DICT] = {
-        key.removeprefix(prefix): keep(shards.read(key)) for key in shards.shapes if key.startswith(prefix)
-    }
-    if not content[STATE_DICT]:
+    weights = {key.removeprefix(prefix): read(key) for key in keys if key.startswith(prefix)}
+    if not weights:
         raise CheckpointError(f"checkpoint {path}: no weights are in its shards; use an earlier one")
-    content[OPTIMIZER_STATES] = [
-        by_position(filled(state, {key: keep(shards.read(key)) for key in state_keys(shards.shapes, index)}, index))
-        for index, state in enumerate(content[OPTIMIZER_STATES])
-    ]
-    return content
+    states = []
+    for index, state in enumerate(content[OPTIMIZER_STATES]):
+        own = state_keys(keys, index)
+        _check_named(path, state, own, index)
+        states.append(by_position(filled(state, {key: read(key) for key in own}, index)))
+    return {**content, STATE_DICT: weights, OPTIMIZER_STATES: states}
+
+
+def _check_named(path: Path, state: object, keys: Sequence[str], index: int) -> None:
+    """Whether an optimizer's states, by the names of its parameters, can be told apart at all."""
+    saved, entry = SavedEntries(path), (OPTIMIZER_STATES, index)
+    parts, names = saved.keys(entry, state, ("state", "param_groups")), set[object]()
+    for number, group in enumerate(saved.sequence((*entry, "param_groups"), parts["param_groups"])):
+        below = (*entry, "param_groups", number)
+        params = saved.any_keys(below, group).get("params")
+        for place, name in enumerate(saved.sequence((*below, "params"), params)):
+            if not isinstance(name, str) or name in names:
+                saved.refuse((*below, "params", place), name, "the name of a parameter, once")
+            names.add(name)
+    in_shards = {parameter_of(key, index) for key in keys}
+    states = saved.keys(
+        (*entry, "state"),
+        parts["state"],
+        in_shards | (saved.any_keys((*entry, "state"), parts["state"]).keys() & names),
+    )
+    for name, entries in states.items():
+        if name not in names:
+            saved.refuse((*entry, "state", name), entries, "states of the parameters in param_groups alone")
+        saved.any_keys((*entry, "state", name), entries)
 
 
 # -- optimizer states ------------------------------------------------------------------------------------------------
@@ -175,7 +218,7 @@ def parameter_of(key: str, index: int) -> str:
     return key.removeprefix(_prefix(index)).rpartition(".")[0]
 
 
-def state_keys(keys: Mapping[str, Any], index: int) -> list[str]:
+def state_keys(keys: Collection[str], index: int) -> list[str]:
     """Those of optimizer `index`."""
     return [key for key in keys if key.startswith(_prefix(index))]
 

@@ -38,9 +38,10 @@ from app.model.parallel import parallelize
 from app.model.run_record import GENERATION_CONFIG_KEY
 from app.model.sharded_loading import build_without_memory, fill
 from app.model.spans import SpanDecoder
-from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY
+from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
 from app.training.batch import Batch, GivenBatch, check_batch, check_row_length, completed
+from app.training.checkpoint_states import check_states
 from app.training.curriculum_host import CurriculumHost
 from app.training.divergence import SKIPPED_STEPS_KEY, DivergenceGuard, OnDivergence
 from app.training.loop_counts import end_with_step
@@ -326,10 +327,12 @@ class LayerSkipModule(CurriculumHost):
             checkpoint[TOKENIZER_KEY] = tokenizer_to_files(datamodule.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another shape, by name.
+        """Refuse a checkpoint of another shape, or with entries that do not fit, by name.
 
         Raises:
-            CheckpointError: Naming the settings that differ.
+            CheckpointError: Naming what differs.
         """
         check_compatible(self.config, checkpoint)
+        if STATE_DICT in checkpoint:  # a mesh strategy has taken the tensors out, and asked before
+            check_states(checkpoint, self)
         self._step.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)

@@ -29,13 +29,14 @@ from typing_extensions import override
 
 from app.errors import CheckpointError
 from app.model.checkpoint_integrity import KEEP_PREVIOUS
-from app.model.shards import METADATA_FILE, ShardReader, read_metadata
+from app.model.shards import METADATA_FILE, ShardReader, Shards, read_metadata
 from app.model.trained_weights import OPTIMIZER_STATES, STATE_DICT
 from app.training.checkpoint_contents import (
     OptimizerState,
     by_name,
     by_position,
     filled,
+    made_whole,
     parameter_names,
     parameter_of,
     read_directory,
@@ -215,17 +216,19 @@ class ShardedCheckpoints(ModelParallelStrategy):
         self.finish_saving()
         assert isinstance(self.checkpoint_io, AtomicCheckpointIO)
         path = self.checkpoint_io.whole(Path(self.broadcast(str(checkpoint_path))))
+        assert self.lightning_module is not None
         reader: StorageReader
         if path.is_dir():
             content, shards = read_directory(path)
             shapes: Shapes = shards.shapes
+            described = made_whole(path, content, shapes, lambda key: _described(key, shards))
+            self.lightning_module.on_load_checkpoint(refusing_fit(path, described))  # what does not fit, by its name
             reader = ShardReader(path, read_metadata(path / METADATA_FILE))
         else:
             content = read_file(path, mmap=True)
+            self.lightning_module.on_load_checkpoint(refusing_fit(path, content))
             whole = self._take_tensors(content)
             shapes, reader = {key: (tensor.shape, tensor.dtype) for key, tensor in whole.items()}, WholeReader(whole)
-        assert self.lightning_module is not None
-        self.lightning_module.on_load_checkpoint(content)  # so that another shape is told by its name
         self._restore(path, content[OPTIMIZER_STATES], shapes, reader)
         return refusing_fit(path, content)
 
@@ -258,6 +261,12 @@ def _reasons(error: CheckpointException) -> str:
     """Of every rank that failed, in one line."""
     failures = sorted(error.failures.items())
     return "; ".join(f"rank {rank}: {textwrap.shorten(str(reason), 200)}" for rank, (reason, _) in failures)
+
+
+def _described(key: str, shards: Shards) -> Tensor:
+    """A tensor to look at: a single number as it is, others without memory."""
+    shape, dtype = shards.shapes[key]
+    return shards.read(key) if shape.numel() == 1 else torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _empty_like(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

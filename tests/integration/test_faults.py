@@ -194,7 +194,30 @@ def with_number(key):
     return lambda content: content | {key: 5}
 
 
+def with_entry(*path, value):
+    """A checkpoint with one entry changed, deep in it."""
+
+    def changed(content):
+        node = content
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = value
+        return content
+
+    return changed
+
+
+STATES = ("optimizer_states", 0, "state", 0)
 FOREIGN = {
+    "another Lightning's": (with_entry("pytorch-lightning_version", value="x"), "pytorch-lightning_version: got 'x'"),
+    "a state of another shape": (
+        with_entry(*STATES, "exp_avg", value=torch.zeros(3)),
+        "optimizer_states.0.state.0.exp_avg: got float32 [3], allowed float32 [300, 16]",
+    ),
+    "an optimizer's own settings": (
+        with_entry("optimizer_states", 0, "param_groups", 1, "betas", value=(0.5, 0.5)),
+        "param_groups.1.betas: got (0.5, 0.5), allowed (0.9, 0.95), as configured",
+    ),
     "a list": (lambda content: [content], "not a Lightning checkpoint"),
     "no weights": (without("state_dict"), "not a Lightning checkpoint (no 'state_dict' in it)"),
     "no version": (

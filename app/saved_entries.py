@@ -1,0 +1,108 @@
+"""Single entries of a checkpoint, held against what they have to be; what does not fit is refused by its name."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from app.errors import CheckpointError
+
+Entry = tuple[object, ...]  # the keys that lead to it
+
+
+class SavedEntries:
+    """Compares entries; each method raises CheckpointError naming the entry, what it is and what it may be.
+
+    Args:
+        path: Of the checkpoint, where it is known.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self._checkpoint = "the checkpoint" if path is None else f"checkpoint {path}"
+
+    def refuse(self, entry: Entry, got: object, allowed: str) -> NoReturn:
+        """Raise CheckpointError."""
+        raise CheckpointError(
+            f"{self._checkpoint} is damaged or foreign: {'.'.join(map(str, entry))}: got {shown(got)}, allowed"
+            f" {allowed}; use an earlier one"
+        )
+
+    def number(self, entry: Entry, got: object, *, low: float = -math.inf, high: float = math.inf) -> float:
+        """A finite number from `low` to `high`."""
+        if isinstance(got, bool) or not isinstance(got, int | float) or not low <= got <= high or math.isinf(got):
+            self.refuse(entry, got, f"a number in [{low}, {high}]")
+        return got
+
+    def count(self, entry: Entry, got: object, *, low: int = 0, high: float = math.inf) -> int:
+        """A whole number from `low` to `high`."""
+        if isinstance(got, bool) or not isinstance(got, int) or not low <= got <= high:
+            self.refuse(entry, got, f"a whole number in [{low}, {high}]" if low < high else f"{low}")
+        return got
+
+    def keys(self, entry: Entry, got: object, allowed: Collection[object]) -> dict[Any, Any]:
+        """A dict with exactly these keys."""
+        self.any_keys(entry, got)
+        assert isinstance(got, dict)
+        for key in allowed:
+            if key not in got:
+                self.refuse((*entry, key), MISSING, "an entry")
+        for key in got:
+            if key not in allowed:
+                self.refuse((*entry, key), got[key], "no such entry")
+        return got
+
+    def any_keys(self, entry: Entry, got: object) -> dict[Any, Any]:
+        """A dict."""
+        if not isinstance(got, dict):
+            self.refuse(entry, got, "a dict")
+        return got
+
+    def sequence(self, entry: Entry, got: object, *, length: int | None = None) -> list[Any] | tuple[Any, ...]:
+        """A list or tuple, of this length if one is given."""
+        if not isinstance(got, list | tuple) or length not in (None, len(got)):
+            self.refuse(entry, got, "a list" if length is None else f"a list of {length}")
+        return got
+
+    def alike(self, entry: Entry, got: object, like: object) -> None:
+        """The same types, keys, lengths, shapes and dtypes; a switch that is None may have been set, or unset."""
+        match like:
+            case Tensor():
+                if not isinstance(got, Tensor) or (got.shape, got.dtype) != (like.shape, like.dtype):
+                    self.refuse(entry, got, shown(like))
+            case dict():
+                saved = self.keys(entry, got, like)
+                for key, value in like.items():
+                    self.alike((*entry, key), saved[key], value)
+            case list() | tuple():
+                for index, value in enumerate(self.sequence(entry, got, length=len(like))):
+                    self.alike((*entry, index), value, like[index])
+            case None | bool():
+                if got is not None and not isinstance(got, bool):
+                    self.refuse(entry, got, "true, false or null")
+            case int():
+                self.count(entry, got)
+            case float():
+                self.number(entry, got)
+            case _:
+                if type(got) is not type(like):
+                    self.refuse(entry, got, f"a value of type {type(like).__name__}")
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+MISSING = _Missing()  # in the place of an entry that is not there
+
+
+def shown(value: object) -> str:
+    """A value in few words; a tensor as dtype and shape."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")

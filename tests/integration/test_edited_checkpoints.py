@@ -1,0 +1,114 @@
+"""Every entry of a checkpoint that a run goes on from, edited in every way: refused before the first step."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from app.errors import CheckpointError
+from app.training.checkpoint_states import check_optimizer_settings, check_states
+from callbacks import LastCheckpoint
+from tests.support.runs import curricula, make_data, make_module, make_trainer
+
+READ = (
+    "global_step",
+    "epoch",
+    "state_dict",
+    "loops",
+    "optimizer_states",
+    "lr_schedulers",
+    "callbacks",
+    "skipped_steps",
+)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """A checkpoint of two epochs with validation, and a module and trainer that went on from it."""
+    folder = tmp_path_factory.mktemp("resumed")
+    settings = {"limit_train_batches": 2, "limit_val_batches": 1}
+
+    def fit(max_steps, resume=None):
+        best = ModelCheckpoint(dirpath=folder, filename="best", monitor="val/loss", save_top_k=2)
+        savers = [LastCheckpoint(dirpath=str(folder), every_n_train_steps=3), best]
+        trainer = make_trainer(folder, max_steps=max_steps, callbacks=[*curricula(), *savers], **settings)
+        module = make_module()
+        trainer.fit(module, datamodule=make_data(folder), ckpt_path=resume)
+        return module
+
+    fit(3)
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    return content, fit(5, folder / "last.ckpt")
+
+
+def check(content, module):
+    check_states(content, module)
+    check_optimizer_settings(content, module, otherwise="insist")
+
+
+def test_what_a_run_wrote_itself_is_taken(resumed):
+    check(*resumed)
+
+
+def entries(node, path=()):
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield (*path, key), value
+        if isinstance(value, dict | list | tuple):
+            yield from entries(value, (*path, key))
+
+
+def edits(value):
+    """What may stand in the place of a value, by name."""
+    match value:
+        case torch.Tensor():
+            yield from {"zeros(3)": torch.zeros(3), "empty": value.new_zeros(0), "a number": 5}.items()
+            yield from {"int64": value.to(torch.int64), "complex": value.to(torch.complex64)}.items()
+            if value.dim():
+                yield from {"bf16": value.to(torch.bfloat16), "one dim more": value[None]}.items()
+        case bool():
+            yield "junk", "x"
+        case int():
+            yield from {"negative": -5, "huge": 10**12, "one more": value + 1, "a fraction": value + 0.5}.items()
+        case float():
+            yield from {"negative": -5.0, "huge": 1e30, "another": value * 1.5 + 0.25, "infinite": torch.inf}.items()
+        case dict():
+            yield from {"empty": {}, "a list": [1]}.items() if value else {"a list": [1]}.items()
+        case list() | tuple():
+            yield from {"shorter": value[:-1], "longer": [*value, 1], "a dict": {}}.items()
+    if not isinstance(value, str):
+        yield "text", "x"
+    if value is not None:
+        yield "nothing", None
+
+
+def with_edit(content, path, value):
+    *above, last = path
+    edited = node = copy.copy(content)
+    for key in above:
+        node[key] = list(node[key]) if isinstance(node[key], tuple) else copy.copy(node[key])
+        node = node[key]
+    node[last] = value
+    return edited
+
+
+def read_by_others(path):
+    """What is not for the fit to look at, or without effect; test_faults.py has whole parts that are missing."""
+    if path[0] == "loops" and len(path) > 1:
+        beyond = path[1] != "fit_loop" or path[2:3] == ("state_dict",) or path == ("loops", "fit_loop")
+        return beyond or path[-1] in ("_batches_that_stepped", "is_last_batch")
+    return path in (("state_dict",), ("loops",), ("optimizer_states",), ("lr_schedulers",)) or path[-1] == "monitor"
+
+
+def test_every_edit_of_what_a_fit_reads_is_refused_by_name(resumed):
+    content, module = resumed
+    taken = []
+    for path, value in entries({key: content[key] for key in READ}):
+        for kind, other in () if read_by_others(path) else edits(value):
+            with contextlib.suppress(CheckpointError):
+                check(with_edit(content, path, other), module)
+                taken.append((*path, kind))
+    without_scores = [case for case in taken if case[0] == "callbacks" and case[-1] == "empty"]  # a run that has none
+    assert taken == without_scores
+    assert len(without_scores) == 2

@@ -50,8 +50,8 @@ class Source:
             folder that `datasets` can read, streamed.
         weight: Share of training tokens, relative to the other sources; in (0, inf).
         path: A folder or a file; for kind `hub` the dataset's id or folder.
-        glob: Which files of the folder, `**` for any depth; by default all, or those named like the kind. Folders
-            behind symbolic links are not entered.
+        glob: Which files of the folder, `**` for any depth; by default all, or those named like the kind. Symbolic
+            links are followed, but for those to a folder that they lie in.
         exclude: Files and folders to leave out, as lines of a .gitignore (which itself is not read); by default those
             of git and Python's caches.
         field: Name of the JSON field or column that holds the text; `a.b` for `b` inside of `a`.

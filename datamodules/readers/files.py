@@ -110,22 +110,40 @@ def _walk(source: Source) -> Iterator[tuple[bytes, int]]:
     pattern = ("**/*.py" if library else source.pattern).split("/")
     exclude = [*_LIBRARY_EXCLUDES, *([f"!/{TOPICS}"] if source.kind == "stdlib_text" else [])]
     excluded = GitIgnoreSpec.from_lines(exclude if library else source.exclude).match_file
-    folders = [""]
+    folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # each with the folders it was entered through
     while folders:
-        folder = folders.pop()
+        folder, entered = folders.pop()
         try:
             entries = os.scandir(source.root / folder)
+            entered = (*entered, _identity((source.root / folder).stat()))
         except OSError as error:
             _log.warning("source %r: skipped folder %r: %s", source.name, folder, error.strerror)
             continue
         with entries:
             for entry in entries:
                 name = folder + entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    if not excluded(name + "/"):
-                        folders.append(name + "/")
-                elif _matches(name.split("/"), pattern) and not excluded(name) and entry.is_file():
-                    yield os.fsencode(name), entry.stat().st_size
+                try:
+                    if entry.is_dir():
+                        if not excluded(name + "/") and _is_new(source, name, entry, entered):
+                            folders.append((name + "/", entered))
+                    elif _matches(name.split("/"), pattern) and not excluded(name):
+                        size = entry.stat().st_size  # raises for a symbolic link to itself, or to nothing
+                        if entry.is_file():
+                            yield os.fsencode(name), size
+                except OSError as error:
+                    _log.warning("source %r: skipped %r: %s", source.name, name, error.strerror)
+
+
+def _is_new(source: Source, name: str, entry: os.DirEntry[str], entered: tuple[tuple[int, int], ...]) -> bool:
+    """Whether a folder is none of those it was reached through, as one behind a symbolic link may be."""
+    if not entry.is_symlink() or _identity(entry.stat()) not in entered:
+        return True
+    _log.warning("source %r: skipped %r: a symbolic link to a folder that it lies in", source.name, name)
+    return False
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:

@@ -25,7 +25,9 @@ from datamodules.sources import Document, Source
 
 _BLOCK_BYTES = 1 << 20
 _COUNTED_BYTES = 1 << 26  # as far into a file as its lines are counted for a message
+_BEGINNING_BYTES = 1024
 _NO_END = 1 << 62
+_ARRAY = "the file is a JSON array, not an object a line: jq -c '.[]' FILE > FILE.jsonl makes it one"
 
 
 class LineReader:
@@ -66,12 +68,12 @@ class LineReader:
         return chain.from_iterable(piece.lines(self._max_bytes) for piece in pieces)
 
     def _record(self, line: _Line) -> Record:
-        if isinstance(line.content, str):
-            kind = LostRecords if line.number < 0 else BadRecord
-            return kind(line.piece.place(line), line.content)
-        text, problem = self._text(line.content)
+        lost = isinstance(line.content, str)
+        text, problem = ("", line.content) if isinstance(line.content, str) else self._text(line.content)
         if problem:
-            return BadRecord(line.piece.place(line), problem)
+            if self._source.kind == "jsonl" and line.number > 0 and line.piece.is_array:
+                problem = _ARRAY
+            return (LostRecords if lost and line.number < 0 else BadRecord)(line.piece.place(line), problem)
         return Document(f"{line.piece.name}@{line.offset}", text, origin=text)
 
 
@@ -140,6 +142,15 @@ class _Piece:
         if self._lines_before is None:
             return f"{self.name}:byte {line.offset}"
         return f"{self.name}:{self._lines_before + line.number}"
+
+    @cached_property
+    def is_array(self) -> bool:
+        """Whether the file begins as a JSON array does; only asked for when a line is bad."""
+        try:
+            with open_bytes(self._path) as stream:
+                return stream.read(_BEGINNING_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        except READ_ERRORS:  # which is reported in its own right
+            return False
 
     @cached_property
     def _lines_before(self) -> int | None:

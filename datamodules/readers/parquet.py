@@ -18,7 +18,7 @@ from datamodules.readers.files import FileList
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.parquet_column import ColumnError, TextColumn
 from datamodules.readers.records import BadRecord, LostRecords, Record
-from datamodules.readers.streams import READ_ERRORS, decode, size_change, why
+from datamodules.readers.streams import READ_ERRORS, decode, refuse_pointer, size_change, why
 from datamodules.sources import Document, Source
 
 _BATCH_BYTES, _BATCH_ROWS = 1 << 20, 1024
@@ -102,8 +102,10 @@ class ParquetReader:
     def _open(self, file: int) -> Iterator[tuple[pq.ParquetFile, TextColumn]]:
         # With a buffer of its own, Arrow does not load whole row groups.
         path = self._files.path(file)
-        with path.open("rb") as raw, pq.ParquetFile(raw, buffer_size=_BATCH_BYTES, pre_buffer=False) as opened:
-            yield opened, TextColumn(opened, self._field)
+        with path.open("rb") as raw:
+            refuse_pointer(raw)
+            with pq.ParquetFile(raw, buffer_size=_BATCH_BYTES, pre_buffer=False) as opened:
+                yield opened, TextColumn(opened, self._field)
 
 
 class _Row(NamedTuple):

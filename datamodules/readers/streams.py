@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-READ_ERRORS = (OSError, pa.ArrowException)
+READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 _BLOCK_BYTES = 1 << 17
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_compressed(name: str) -> bool:
@@ -25,15 +28,27 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed if its name says that it is compressed; several streams in one file join.
 
     Raises:
-        OSError, pa.ArrowException: At opening or while reading: the file is gone, unreadable or damaged.
+        One of READ_ERRORS: At opening or while reading: the file is gone, unreadable or damaged.
     """
     codec = _CODECS.get(path.suffix)
     with path.open("rb", buffering=_BLOCK_BYTES if codec is None else 0) as raw:
+        refuse_pointer(raw)
         if codec is None:
             yield raw
+        elif codec == "gzip":  # unlike Arrow it takes the zeros that tapes and block devices leave at the end
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield io.BufferedReader(cast(io.RawIOBase, unpacked), _BLOCK_BYTES)
         else:
             with pa.CompressedInputStream(raw, codec) as stream:
                 yield cast(BinaryIO, io.BufferedReader(stream, _BLOCK_BYTES))
+
+
+def refuse_pointer(raw: BinaryIO) -> None:
+    """Raise OSError if a file at its beginning is what git keeps in the place of a large one; else leave it there."""
+    begins = raw.read(len(_POINTER))
+    raw.seek(0)
+    if begins == _POINTER:
+        raise OSError("a git-lfs pointer, not the file itself: run git lfs pull")
 
 
 def size_change(path: Path, size: int) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 from datamodules.readers import BadRecord, Reader, Record, open_reader
 from datamodules.sources import Source
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+
 
 def open_path(path: object, *, min_chunks: int = 1, seed: int = 0, **settings: Any) -> Reader:
     return open_reader(Source(name="notes", path=str(path), **settings), min_chunks=min_chunks, seed=seed)

@@ -105,12 +105,26 @@ def test_a_single_file_is_a_source_too(tmp_path: Path) -> None:
     assert listed(tmp_path / "a.py") == ["a.py"]
 
 
-def test_folders_behind_links_are_not_entered_but_linked_files_are_read(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("a")
-    (tmp_path / "loop").symlink_to(tmp_path)
-    (tmp_path / "b.py").symlink_to(tmp_path / "a.py")
-    (tmp_path / "broken.py").symlink_to(tmp_path / "nowhere")
-    assert listed(tmp_path) == ["a.py", "b.py"]
+def test_links_are_followed_but_for_loops_which_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for file in (root / "a.py", elsewhere / "deep" / "c.py"):
+        file.parent.mkdir(parents=True)
+        file.write_text("a")
+    (root / "b.py").symlink_to(root / "a.py")
+    (root / "linked").symlink_to(elsewhere)
+    assert listed(root) == ["a.py", "b.py", "linked/deep/c.py"]
+    assert not caplog.records
+    (root / "up").symlink_to(root)
+    (elsewhere / "deep" / "back").symlink_to(elsewhere)
+    (root / "itself.py").symlink_to(root / "itself.py")
+    (root / "nowhere.py").symlink_to(root / "nothing")
+    assert listed(root) == ["a.py", "b.py", "linked/deep/c.py"]
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "source 'notes': skipped 'itself.py': Too many levels of symbolic links",
+        "source 'notes': skipped 'linked/deep/back': a symbolic link to a folder that it lies in",
+        "source 'notes': skipped 'nowhere.py': No such file or directory",
+        "source 'notes': skipped 'up': a symbolic link to a folder that it lies in",
+    ]
 
 
 def test_a_folder_that_cannot_be_listed_is_logged(

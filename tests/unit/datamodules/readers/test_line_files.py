@@ -100,6 +100,16 @@ def test_every_sort_of_bad_line_is_reported_with_its_place_and_reading_goes_on(t
         assert all(reason.startswith(dict(expected)[place]) for place, reason in found)
 
 
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"}, {"text": "b"}]', '[\n  {\n    "text": "a"\n  },\n  {"text": "b"}\n]\n']
+)
+def test_of_a_json_array_it_is_said_what_it_is(tmp_path: Path, content: str) -> None:
+    (tmp_path / "alpaca.json").write_text(content)
+    for min_chunks in (1, 4):
+        reasons = {reason for _, reason in bad(open_path(tmp_path, kind="jsonl", glob="*.json", min_chunks=min_chunks))}
+        assert reasons == {"the file is a JSON array, not an object a line: jq -c '.[]' FILE > FILE.jsonl makes it one"}
+
+
 def test_what_python_writes_is_read_even_if_strict_json_forbids_it(tmp_path: Path) -> None:
     rows = [{"text": "a", "score": float("nan")}, {"text": "b", "tag": "\ud83d"}, {"text": "😀", "id": 2**80}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -11,7 +11,7 @@ import pytest
 
 from app.errors import DataError
 from datamodules.sources import Document
-from tests.unit.datamodules.readers.reading import assert_any_start_reads_on, bad, open_path, read_all, texts
+from tests.unit.datamodules.readers.reading import POINTER, assert_any_start_reads_on, bad, open_path, read_all, texts
 
 ROWS = [f"row {index} " + "word " * (index % 7) for index in range(1000)]
 NOT_UTF8 = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"\xff\xfeok"))
@@ -68,11 +68,13 @@ def test_bad_rows_and_files_are_reported_with_their_place(tmp_path: Path) -> Non
     write(tmp_path / "d.parquet", [1, 2])
     (tmp_path / "e.parquet").write_bytes(b"PAR1 or not")
     (tmp_path / "f.parquet").write_bytes(b"")
+    (tmp_path / "g.parquet").write_bytes(POINTER)
     reader = open_path(tmp_path, kind="parquet", max_document_megabytes=0.0001)
     assert texts(reader) == ["good", "ok", "x" * 100]
     found = dict(bad(reader))
     assert found.pop("e.parquet").startswith("cannot be read: ")
     assert found.pop("f.parquet").startswith("cannot be read: ")
+    assert found.pop("g.parquet").startswith("cannot be read: a git-lfs pointer")
     assert found == {
         "a.parquet:row 2": "column 'text' is null",
         "a.parquet:row 3": "empty",

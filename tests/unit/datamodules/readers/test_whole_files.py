@@ -9,7 +9,7 @@ import pytest
 
 from datamodules.readers import open_reader
 from datamodules.sources import Document, Source
-from tests.unit.datamodules.readers.reading import assert_any_start_reads_on, bad, open_path, read_all, texts
+from tests.unit.datamodules.readers.reading import POINTER, assert_any_start_reads_on, bad, open_path, read_all, texts
 
 
 @pytest.mark.parametrize("min_chunks", [1, 3, 50])
@@ -27,7 +27,7 @@ def test_every_file_is_a_document_in_exactly_one_chunk(tmp_path: Path, min_chunk
 
 
 def test_compressed_files_are_documents_too(tmp_path: Path) -> None:
-    (tmp_path / "a.py.gz").write_bytes(gzip.compress(b"a1 ") + gzip.compress(b"a2"))
+    (tmp_path / "a.py.gz").write_bytes(gzip.compress(b"a1 ") + gzip.compress(b"a2") + bytes(1000))
     (tmp_path / "b.py.bz2").write_bytes(bz2.compress(b"b"))
     (tmp_path / "c.py.zst").write_bytes(pa.Codec("zstd").compress(b"c", asbytes=True))
     assert texts(open_path(tmp_path, kind="files")) == ["a1 a2", "b", "c"]
@@ -44,6 +44,8 @@ def test_bad_files_are_reported_with_their_reason(tmp_path: Path) -> None:
         "latin": b"caf\xe9",
         "long": b"x" * 101,
         "long.gz": gzip.compress(b"x" * 1_000_000),
+        "pointer": POINTER,
+        "pointer.gz": POINTER,
         "white": b" \n\t",
     }
     for name, content in contents.items():
@@ -56,13 +58,15 @@ def test_bad_files_are_reported_with_their_reason(tmp_path: Path) -> None:
     assert texts(reader) == ["x" * 100]
     assert dict(bad(reader)) == {
         "changed": "changed since the source was opened: from 5 to 18 bytes",
-        "cut.gz": "cannot be read: Truncated compressed stream",
+        "cut.gz": "cannot be read: Compressed file ended before the end-of-stream marker was reached",
         "empty": "empty",
         "folder": "cannot be read: Is a directory",
         "gone": "cannot be read: No such file or directory",
         "latin": "not UTF-8 at byte 3",
         "long": "longer than 0.0001 megabytes",
         "long.gz": "longer than 0.0001 megabytes",
+        "pointer": "cannot be read: a git-lfs pointer, not the file itself: run git lfs pull",
+        "pointer.gz": "cannot be read: a git-lfs pointer, not the file itself: run git lfs pull",
         "white": "empty",
     }
     assert_any_start_reads_on(reader)

@@ -99,7 +99,7 @@ class SaveFitConfig(SaveConfigCallback):
         if trainer.state.fn == TrainerFn.FITTING:
             allow_changes: list[str] = self.config["allow_changes"]
             self._optimizer_changes = any(name.split(".")[0] == "model" for name in allow_changes)
-            given = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            given = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
             check_resume(checkpoint, given, allow_changes=allow_changes)
             if not self._optimizer_changes:
                 otherwise = "--allow_changes '[model.optimizer]' takes the configured ones"
@@ -107,7 +107,7 @@ class SaveFitConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint tells how it was made, wherever it is moved to."""
-        checkpoint[RUN_CONFIG_KEY] = self.parser.dump(self.config, skip_none=False)
+        checkpoint[RUN_CONFIG_KEY] = self.parser.dump(self.config, skip_unset=False)
 
 
 class LayerSkipCLI(LightningCLI):
@@ -242,7 +242,7 @@ class LayerSkipCLI(LightningCLI):
         options = self.config_init[self.config.subcommand]
         ckpt_path, allow_changes = options.get("ckpt_path"), self.config[self.config.subcommand]["allow_changes"]
         parser, config = self._parser(self.subcommand), self.config[self.config.subcommand]
-        given = yaml.safe_load(parser.dump(config, skip_none=False))
+        given = yaml.safe_load(parser.dump(config, skip_unset=False))
         if ckpt_path is None:
             check_names(allow_changes, given)
         elif not options["fall_back_to_previous"]:  # which one is taken is known when its bytes are compared

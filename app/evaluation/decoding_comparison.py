@@ -10,6 +10,7 @@ from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
 from app.evaluation.alternation import Measurement, alternate, engine_contender, ratio
 from app.protocols import ExitableDecoder, Table
+from app.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def comparison_table(comparisons: Sequence[DecodingComparison]) -> Table:
         for c in comparisons
     ]
     columns = ("exit", "drafts", "acceptance", "tokens/round", "AR tok/s", "self-spec tok/s", "speedup", "identical")
-    return Table(f"Self-speculative against autoregressive decoding, {num_prompts} prompts", columns, rows)
+    return Table(f"Self-speculative against autoregressive decoding, {counted(num_prompts, 'prompt')}", columns, rows)
 
 
 def table_as_markdown(table: Table) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from app.evaluation.tuning_result import Tuning, Verification
 from app.protocols import Table
+from app.words import counted
 
 
 def exits_table(tuning: Tuning) -> Table:
@@ -28,8 +29,8 @@ def exits_table(tuning: Tuning) -> Table:
     full = f"{agreement.num_layers} (full, one pass)"
     rows.append((full, f"{agreement.agreement(agreement.num_layers):.1%}", "-", "-", "-", "-"))
     title = (
-        f"Exits on {agreement.num_positions} tokens of the model's own output ({len(agreement.outputs)} prompts), mean"
-        f" saturation layer {agreement.mean_saturation_layer:.1f}"
+        f"Exits on {agreement.num_positions} tokens of the model's own output"
+        f" ({counted(len(agreement.outputs), 'prompt')}), mean saturation layer {agreement.mean_saturation_layer:.1f}"
     )
     return Table(
         title,

@@ -10,6 +10,7 @@ from app.evaluation.output_differences import OutputDifferences
 from app.evaluation.speedup_prediction import Prediction, needed_agreement
 from app.evaluation.step_costs import StepCosts
 from app.model.decoding_defaults import Conditions, DecodingDefaults
+from app.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,8 @@ class Tuning:
         if self.best_of_exit(run.prediction.exit_layer).num_draft_tokens < most:
             return ""
         return (
-            f"exit {run.prediction.exit_layer} is predicted to be fastest with {_drafts(most)}, the most that was"
-            f" looked at: raise {self.limited_by}"
+            f"exit {run.prediction.exit_layer} is predicted to be fastest with {counted(most, 'draft')}, the most that"
+            f" was looked at: raise {self.limited_by}"
         )
 
     @property
@@ -128,7 +129,8 @@ class Tuning:
             return f"self_speculative, {setting_in_words(run.prediction)}: the {place} of {count} settings run; {again}"
         if again:
             return f"autoregressive: no setting kept its lead when it was run again; {again}"
-        measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {best.num_prompts} prompts"
+        on = counted(best.num_prompts, "prompt")
+        measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {on}"
         slow = f"autoregressive: even {setting_in_words(setting)}, the fastest of {count} settings run, {measured}"
         model = self.costs.cost_model(num_layers=self.agreement.num_layers, exit_layer=setting.exit_layer)
         agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
@@ -142,7 +144,7 @@ class Tuning:
 
 def setting_in_words(prediction: Prediction) -> str:
     """For instance "exit 3 with 5 drafts"."""
-    return f"exit {prediction.exit_layer} with {_drafts(prediction.num_draft_tokens)}"
+    return f"exit {prediction.exit_layer} with {counted(prediction.num_draft_tokens, 'draft')}"
 
 
 def _again(run: Verification) -> str:
@@ -150,10 +152,6 @@ def _again(run: Verification) -> str:
     low, high = run.speedup_range
     return (
         f"{setting_in_words(run.prediction)} {'confirmed' if run.holds else 'not confirmed'}, measured"
-        f" {run.speedup:.3f}x (predicted {run.prediction.speedup:.3f}x) when run again on {run.num_prompts} prompts,"
-        f" whole repeats {low:.3f} to {high:.3f}x"
+        f" {run.speedup:.3f}x (predicted {run.prediction.speedup:.3f}x) when run again on"
+        f" {counted(run.num_prompts, 'prompt')}, whole repeats {low:.3f} to {high:.3f}x"
     )
-
-
-def _drafts(count: int) -> str:
-    return f"{count} draft{'s' if count > 1 else ''}"

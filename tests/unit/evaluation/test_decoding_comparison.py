@@ -89,6 +89,7 @@ def test_parts_of_the_prompts_pool_to_the_whole_but_for_times() -> None:
 def test_outputs_that_end_at_their_first_token_have_no_speed_and_divide_nothing_by_zero() -> None:
     comparison = _compare(counting_decoder(), prompts=[[4]], eos_token_ids=(5,))[0]
     assert (comparison.speedup, comparison.acceptance_rate, comparison.mean_tokens_per_round) == (None, None, None)
+    assert comparison_table([comparison]).title.endswith("decoding, 1 prompt")
     assert comparison_table([comparison]).rows[0][2:] == ("-", "-", "-", "-", "-", "1 of 1")
 
 

@@ -24,6 +24,7 @@ class BadRecords:
         max_share: Share of records that may be bad, in [0, 1]; those without any text are skipped, but not held
             against it: they are common (`__init__.py`) and no damage.
         quiet: Log nothing.
+        logged: Records of the source that were logged before, by others in this process; those that are here join them.
 
     Attributes:
         chunks: Read to their end so far.
@@ -32,10 +33,12 @@ class BadRecords:
         failed: Those of `seen` that count against the share.
     """
 
-    def __init__(self, source: str, *, max_share: float, quiet: bool = False) -> None:
+    def __init__(
+        self, source: str, *, max_share: float, quiet: bool = False, logged: set[BadRecord] | None = None
+    ) -> None:
         self._source, self._max_share, self._level = source, max_share, logging.DEBUG if quiet else logging.INFO
         self.chunks = self.seen = self.skipped = self.failed = 0
-        self._logged: set[BadRecord] = set()
+        self._logged = set() if logged is None else logged
         self._reasons: dict[str, tuple[str, int]] = {}  # first place and number of records
 
     def good(self) -> None:
@@ -50,7 +53,7 @@ class BadRecords:
         first, count = self._reasons.get(record.reason, (record.place, 0))
         if count or len(self._reasons) < _SHOWN:
             self._reasons[record.reason] = first, count + 1
-        if len(self._logged) < _SHOWN and record not in self._logged:  # it comes again in every epoch
+        if len(self._logged) < _SHOWN and record not in self._logged:  # it comes again in every epoch, to any lane
             self._logged.add(record)
             _log.log(self._level, "source %r: skipped %s: %s", self._source, record.place, record.reason)
             if len(self._logged) == _SHOWN:

@@ -102,15 +102,25 @@ class SourceBlocks:
         index: Place of the source among all.
         lane: 0..V-1.
         settings: Of the stream.
+        logged: Bad records of the source that were logged before; all lanes of a process share them.
 
     Attributes:
         records: Counts of what was read so far.
     """
 
-    def __init__(self, source: Source, reader: Reader, *, index: int, lane: int, settings: StreamSettings) -> None:
+    def __init__(
+        self,
+        source: Source,
+        reader: Reader,
+        *,
+        index: int,
+        lane: int,
+        settings: StreamSettings,
+        logged: set[BadRecord] | None = None,
+    ) -> None:
         self._source, self._reader, self._index, self._lane, self._settings = source, reader, index, lane, settings
         self._order = lru_cache(maxsize=1)(self._draw_order)
-        self.records = BadRecords(source.name, max_share=settings.max_bad_share)
+        self.records = BadRecords(source.name, max_share=settings.max_bad_share, logged=logged)
 
     def read(self, start: Place) -> Iterator[Block]:
         """The block that `start` lies in, and all that follow, without end.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from datamodules.packing import PACKINGS, Row, Tokens
-from datamodules.readers.records import Reader
+from datamodules.readers.records import BadRecord, Reader
 from datamodules.source_blocks import Place, SourceBlocks, StreamSettings
 from datamodules.sources import Source
 from datamodules.tokenizers import Encoder
@@ -29,6 +29,7 @@ class SourceStream:
         encode: Texts to token ids.
         settings: Of the stream.
         place: Where to begin.
+        logged: Bad records of the source that were logged before; all lanes of a process share them.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class SourceStream:
         encode: Encoder,
         settings: StreamSettings,
         place: Place,
+        logged: set[BadRecord] | None = None,
     ) -> None:
         self._encode, self._settings, self._key = encode, settings, (index, _ROW_KEY, lane)
-        self._blocks = SourceBlocks(source, reader, index=index, lane=lane, settings=settings)
+        self._blocks = SourceBlocks(source, reader, index=index, lane=lane, settings=settings, logged=logged)
         self._start = self._next_start = place  # of the window, and of the row after the latest that was packed
         self._window: list[Row] = []
         self._drawn = place.drawn

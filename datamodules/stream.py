@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datamodules.packing import Row
-from datamodules.readers.records import Reader
+from datamodules.readers.records import BadRecord, Reader
 from datamodules.source_blocks import Place, StreamSettings
 from datamodules.source_stream import SourceStream
 from datamodules.sources import Source
@@ -71,6 +71,7 @@ class Lane:
         encode: Texts to token ids.
         settings: Of the stream.
         state: Where to begin.
+        logged: Of each source the bad records that were logged before; all lanes of a process share them.
     """
 
     def __init__(
@@ -81,10 +82,21 @@ class Lane:
         encode: Encoder,
         settings: StreamSettings,
         state: LaneState,
+        logged: Sequence[set[BadRecord]] | None = None,
     ) -> None:
+        logged = logged or [set() for _ in sources]
         self._streams = [
-            SourceStream(source, reader, index=index, lane=lane, encode=encode, settings=settings, place=place)
-            for index, ((source, reader), place) in enumerate(zip(sources, state.places, strict=True))
+            SourceStream(
+                source,
+                reader,
+                index=index,
+                lane=lane,
+                encode=encode,
+                settings=settings,
+                place=state.places[index],
+                logged=logged[index],
+            )
+            for index, (source, reader) in enumerate(sources)
         ]
         self._weights = [source.weight for source, _ in sources]
         self._tokens, self._rows = list(state.tokens), list(state.rows)

@@ -21,7 +21,7 @@ from app.errors import DataError
 from datamodules.data_workers import prepare_worker
 from datamodules.packing import Row
 from datamodules.placement import Placement
-from datamodules.readers.records import Reader
+from datamodules.readers.records import BadRecord, Reader
 from datamodules.source_blocks import StreamSettings
 from datamodules.sources import Source
 from datamodules.stream import Lane, LaneState
@@ -61,13 +61,19 @@ class LaneBatches(IterableDataset[Any]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         lanes: dict[int, Lane] = {}
+        logged: list[set[BadRecord]] = [set() for _ in self._sources]
         k = self.position.batches + worker
         while True:
             number = (k * self._place.world_size + self._place.rank) % self._settings.num_lanes
             if number not in lanes:
                 state = self.position.lanes.get(number, LaneState.start(len(self._sources)))
                 lanes[number] = Lane(
-                    self._sources, lane=number, encode=self._encode, settings=self._settings, state=state
+                    self._sources,
+                    lane=number,
+                    encode=self._encode,
+                    settings=self._settings,
+                    state=state,
+                    logged=logged,
                 )
             try:
                 yield stack([lanes[number].next_row() for _ in range(self._batch_size)]) | {

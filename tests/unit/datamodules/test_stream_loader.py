@@ -67,6 +67,14 @@ def test_each_batch_brings_the_state_behind_it_and_one_can_go_on_from_there() ->
     assert batches[2][STATE_KEY][1].rows == (4,)
 
 
+def test_a_bad_record_that_every_lane_meets_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "datamodules")
+    reader = ListReader([*chunks(2, 2, 2, 2, 2, 2, 2), [None]])
+    batches = list(islice(make_batches(reader, num_lanes=4), 60))
+    assert sum(state.skipped[0] > 0 for state in dict(batch[STATE_KEY] for batch in batches).values()) > 1
+    assert [record.getMessage() for record in caplog.records] == ["source 'letters': skipped 7:0: bad"]
+
+
 def test_a_batch_has_the_rows_a_lane_gives() -> None:
     sources = [(Source(kind="files", path=".", name="letters"), ListReader(chunks(5, 6, 7)))]
     settings = make_settings()

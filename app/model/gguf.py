@@ -24,6 +24,7 @@ from transformers.utils import is_accelerate_available, is_gguf_available
 from transformers.utils import logging as transformers_logging
 
 from app.errors import CheckpointError, ConfigError
+from app.git_lfs import IS_POINTER, is_pointer
 from app.model.gguf_metadata import check_all_used, obey_metadata
 from app.model.loading import check_complete
 
@@ -159,5 +160,5 @@ def _progress_on_terminals_only() -> Iterator[None]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = textwrap.shorten(str(error), 300)
+    reason = IS_POINTER if path.is_file() and is_pointer(path) else textwrap.shorten(str(error), 300)
     return CheckpointError(f"{path}: truncated, damaged, or not a GGUF file that transformers can read ({reason})")

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from app.errors import CheckpointError, ConfigError
+from app.git_lfs import IS_POINTER, is_pointer
 from app.model.checkpoint_integrity import check_bytes
 from app.model.mapped_memory import file_mappings, page_out
 from app.model.trained_weights import TrainedWeights
@@ -108,7 +109,8 @@ def from_safetensors(directory: Path) -> StoredWeights:
             handle: Any = safe_open(file, framework="pt")
             slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  # it is no mapping
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{directory}: the weights are damaged ({file.name}: {error})") from error
+            reason = IS_POINTER if file.is_file() and is_pointer(file) else error
+            raise CheckpointError(f"{directory}: the weights are damaged ({file.name}: {reason})") from error
     dtypes = {name: _DTYPES.get(stored.get_dtype()) for name, stored in slices.items()}
 
     def read(name: str) -> Tensor:

@@ -12,10 +12,11 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
+from app.git_lfs import IS_POINTER, POINTER
+
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 _BLOCK_BYTES = 1 << 17
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_compressed(name: str) -> bool:
@@ -45,10 +46,10 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 def refuse_pointer(raw: BinaryIO) -> None:
     """Raise OSError if a file at its beginning is what git keeps in the place of a large one; else leave it there."""
-    begins = raw.read(len(_POINTER))
+    begins = raw.read(len(POINTER))
     raw.seek(0)
-    if begins == _POINTER:
-        raise OSError("a git-lfs pointer, not the file itself: run git lfs pull")
+    if begins == POINTER:
+        raise OSError(IS_POINTER)
 
 
 def size_change(path: Path, size: int) -> str:

@@ -167,6 +167,11 @@ BROKEN_DIRECTORIES = {
         r"index\.json: .*'\.\./copy/model-.*' is no file of this directory",
     ),
     "shard cut": (truncate("*.safetensors"), CheckpointError, "copy: the weights are damaged"),
+    "shard a pointer": (
+        lambda d: sorted(d.glob("*.safetensors"))[0].write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+        CheckpointError,
+        r"copy: the weights are damaged \(model-00001.*: a git-lfs pointer, .*: run git lfs pull\)",
+    ),
     "other shapes": (
         lambda d: set_config(d, hidden_size=48),
         CheckpointError,

@@ -251,6 +251,12 @@ def test_truncated_gguf_is_refused_by_name(file, tmp_path, share):
         load_for_decoding(str(half), dtype=None)
 
 
+def test_a_pointer_in_the_place_of_a_gguf_is_named(tmp_path):
+    (tmp_path / "tiny.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\nsize 1\n")
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf: .*\(a git-lfs pointer, .*: run git lfs pull\)"):
+        load_for_decoding(str(tmp_path / "tiny.gguf"), dtype=None)
+
+
 def test_gguf_without_a_tensor_is_refused(parts, tmp_path):
     model = tiny_llama(vocab_size=300, num_layers=3)
     model.config.num_hidden_layers = 4

@@ -13,6 +13,7 @@ from app.data_ranks import data_ranks
 from app.errors import ConfigError, DataError, check_range
 
 # Of a socket's path the kernel takes 107 bytes; multiprocessing appends a folder and a name, of 14 and 18.
+_MOST_WORKERS = 1024  # processes; no machine has the memory for more
 _LONGEST_TEMPORARY_FOLDER = 107 - 14 - 18
 
 
@@ -77,7 +78,7 @@ def check_workers(num_workers: int) -> None:
     Raises:
         ConfigError: Naming the setting.
     """
-    check_range("num_workers", num_workers, low=0)
+    check_range("num_workers", num_workers, low=0, high=_MOST_WORKERS)
     folder = tempfile.gettempdir()
     if num_workers and len(folder.encode()) > _LONGEST_TEMPORARY_FOLDER:
         got = f"{folder} ({len(folder.encode())} bytes)"

@@ -90,7 +90,7 @@ class TextCodeDataModule(LightningDataModule):
         check_choice("packing", packing, PACKINGS)
         check_choice("long_documents", long_documents, get_args(LongDocuments))
         check_range("shuffle_megabytes", shuffle_megabytes, low=0, high=float("inf"), high_open=True)
-        check_range("num_lanes", 1 if num_lanes is None else num_lanes, low=1)
+        check_range("num_lanes", 1 if num_lanes is None else num_lanes, low=1, high=2**16)
         if not 0 < validation_share < 1:
             raise ConfigError("validation_share", got=validation_share, allowed="(0, 1)")
         self._settings = RowSettings(

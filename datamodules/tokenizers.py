@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and END_OF_TEXT
+MAX_VOCAB_SIZE = 2**20  # the trainer takes memory for all of them at once
 
 _DOCUMENTS_PER_CALL = 256  # bounds the memory that encodings take beside the ids
 
@@ -32,7 +33,7 @@ def train_byte_level_bpe(texts: Iterator[str] | Sequence[str], *, vocab_size: in
 
     Args:
         texts: What to learn merges from; the same texts give the same tokenizer.
-        vocab_size: Upper bound, at least `MIN_VOCAB_SIZE`; texts too small for it give fewer tokens.
+        vocab_size: Upper bound, `MIN_VOCAB_SIZE` to `MAX_VOCAB_SIZE`; texts too small for it give fewer tokens.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -14,11 +14,13 @@ class OneLineErrors(ArgumentParser):
     """A parser that says what is wrong in one line, and where help is."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's, which takes every file of settings for UTF-8."""
+        """As jsonargparse's, which takes every file of settings for UTF-8, and follows aliases without end."""
         try:
             return super().parse_args(*args, **kwargs)
         except UnicodeDecodeError as error:
             self.error(f"Problems parsing config: {error}", error)
+        except RecursionError as error:
+            self.error("Problems parsing config: a value contains itself, or is nested too deeply", error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message in one line, say where help is, and exit with status 2."""

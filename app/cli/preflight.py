@@ -22,6 +22,7 @@ from app.training.checkpoint_places import kept_previous, standing
 
 LAST, AUTO = "last", "auto"  # values of ckpt_path
 FALL_BACK = "--fall_back_to_previous true"
+_MOST_VALUES = 100_000  # of a config; aliases make more of a few lines than memory holds
 _MODELS = ("model", "draft_model", "model.pretrained")
 
 
@@ -83,6 +84,18 @@ def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def _read_config(value: str) -> Any:
     """The config that an option names or, if its value is a mapping, is."""
+    config = _loaded(value)
+    pending, seen = [config], 0
+    while pending and (seen := seen + 1) <= _MOST_VALUES:
+        node = pending.pop()
+        pending += node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+    if pending:
+        fix = "an alias (*NAME) within its own anchor (&NAME) never ends"
+        raise ConfigError("config", got=value, allowed=f"at most {_MOST_VALUES:,} values", fix=fix)
+    return config
+
+
+def _loaded(value: str) -> Any:
     load = get_loader("yaml")
     try:
         try:

@@ -29,6 +29,7 @@ from app.cli.resume import check_before, check_names, check_resume, take_optimiz
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
 from app.cli.tokenizer_choice import check_tokenizer, take_tokenizer_of_model
+from app.cli.trainer_settings import check_numbers, check_trainer_settings, without_progress_bar
 from app.errors import CheckpointError, ConfigError, check_range
 from app.model.run_record import RUN_CONFIG_KEY
 from app.protocols import Reportable
@@ -150,11 +151,9 @@ class LayerSkipCLI(LightningCLI):
             if not isinstance(config[group], Namespace):
                 raise ConfigError(group, got=config[group], allowed=f"its keys, as in --{group}.KEY VALUE")
         take_tokenizer_of_model(config)
-        trainer = config["trainer"]
-        check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1)
-        check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
-        check_range("trainer.log_every_n_steps", trainer["log_every_n_steps"] or 0, low=0)
-        check_strategy(trainer)
+        check_numbers(config)
+        check_trainer_settings(config["trainer"], verb=self.config.subcommand)
+        check_strategy(config["trainer"])
 
     def instantiate_classes(self) -> None:
         """Build everything; an error in a constructor is told with the path of its field."""
@@ -172,7 +171,10 @@ class LayerSkipCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Checkpoints are written whole or not at all, unless the user's own plugins say otherwise."""
-        given = self.config_init[self.config.subcommand]["trainer"]["plugins"] or []
+        settings = self.config_init[self.config.subcommand]["trainer"]
+        if settings["enable_progress_bar"] is False:
+            kwargs["callbacks"] = without_progress_bar(settings["callbacks"])
+        given = settings["plugins"] or []
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             fall_back = self.config[self.config.subcommand]["fall_back_to_previous"]

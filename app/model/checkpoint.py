@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from app.errors import CheckpointError, ConfigError
+from app.model.config_check import refused_as_config
 from app.model.model_sources import open_source
 from app.model.tokenizer_files import check_fits, check_knows_tokens, load_tokenizer
 from app.model.tokenizer_files import tokenizer_to_files as tokenizer_to_files  # passed on to app.training
@@ -23,12 +24,8 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
     """A randomly initialised causal LM in fp32; the weights depend on `config` and `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
+        with refused_as_config(config):
             return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-            raise ConfigError(
-                "config", got=config.model_type, allowed="a model that can be built", fix=str(error)
-            ) from error
 
 
 def load_config(path: str, *, field: str = "pretrained") -> PreTrainedConfig:

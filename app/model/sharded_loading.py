@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from app.errors import CheckpointError, ConfigError
 from app.model.checkpoint_integrity import check_bytes
@@ -22,20 +22,6 @@ from app.model.mapped_memory import file_mappings, page_out
 from app.model.model_sources import open_source
 from app.model.trained_generation import trained_generation_config
 from app.model.trained_weights import is_trained_weights, open_shards, open_trained_weights
-
-
-def build_without_memory(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM on the meta device.
-
-    Raises:
-        ConfigError: If transformers cannot build it.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        allowed = "a model that can be built"
-        raise ConfigError("config", got=config.model_type, allowed=allowed, fix=str(error)) from error
 
 
 def fill(model: PreTrainedModel, device: torch.device, *, pretrained: str | None, seed: int) -> None:

@@ -31,12 +31,13 @@ from app.model.checkpoint import (
     tokenizer_to_files,
 )
 from app.model.compiled_blocks import compile_blocks
+from app.model.config_check import build_without_memory, check_sizes
 from app.model.decoding_defaults import untuned_generation_config
 from app.model.early_exit import EarlyExitModel
 from app.model.exact_tables import keep_tables_exact
 from app.model.parallel import parallelize
 from app.model.run_record import GENERATION_CONFIG_KEY
-from app.model.sharded_loading import build_without_memory, fill
+from app.model.sharded_loading import fill
 from app.model.spans import SpanDecoder
 from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
@@ -99,6 +100,7 @@ class LayerSkipModule(CurriculumHost):
         check_range("warmup_steps", warmup_steps, low=0)
         check_range("final_lr_ratio", final_lr_ratio, low=0, high=1)
         own_config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
+        check_sizes(own_config)
         super().__init__(own_config.num_hidden_layers)
         self.config: PreTrainedConfig = own_config
         self.pretrained, self.seed = pretrained, seed

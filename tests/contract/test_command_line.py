@@ -60,7 +60,7 @@ MISTAKES = [
     (["--early_exit.rotation_interval", "0"], "early_exit.rotation_interval: got 0, allowed [1, inf)"),
     (["--early_exit.rotation_interval", "5"], "early_exit.rotation_interval: got 5, allowed [1, 4]"),
     (["--model.warmup_steps", "-1"], "model.warmup_steps: got -1, allowed [0, inf)"),
-    (["--data.init_args.batch_size", "0"], "data.init_args.batch_size: got 0, allowed [1, inf)"),
+    (["--data.init_args.batch_size", "0"], "data.init_args.batch_size: got 0, allowed [1, 65536]"),
     (["--data.init_args.seq_len", "65"], "data.init_args.seq_len: got 65, allowed 1..64"),
     ([SOURCES, '{"x": {"kind": "files"}}'], "data.init_args.sources.x.path: got None, allowed a folder"),
     ([SOURCES, '{"x": {"kind": "files", "path": "/no/such"}}'], "source 'x': no folder or file '/no/such'"),
@@ -71,7 +71,6 @@ MISTAKES = [
     (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: got 0, allowed [1, inf)"),
     (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: got -1"),
     (["--seed_everything", "-1"], "seed_everything: got -1, allowed [0, 4294967295]"),
-    (["--model.config.init_args.hidden_size", "0"], "config: got 'llama', allowed a model that can be built"),
     (["--model.optimizer.init_args.lr", "-1"], "model.optimizer: got 'Invalid learning rate: -1"),
     (["--early_exit.curriculum", "gradual", "--trainer.max_steps=-1", "--trainer.max_epochs=-1",
       "--trainer.limit_train_batches=4", "--layer_dropout.time_scale", "constant"],
@@ -123,9 +122,29 @@ REFUSED_EARLY = [
     (["--trainer.max_steps=-1", "--trainer.limit_train_batches=4"], "model.lr_schedule: got 'cosine', allowed only"),
     (["--data.init_args.seq_len", "65"], "data.init_args.seq_len: got 65, allowed 1..64"),
     (["--model.optimizer.init_args.lr", "-1"], "model.optimizer: got 'Invalid learning rate: -1"),
-    (["--model.config.init_args.hidden_size", "0"], "config: got 'llama', allowed a model that can be built"),
+    (["--model.config.init_args.hidden_size", "0"], "init_args.hidden_size: got 0, allowed [1, 2147483647]"),
     (["--trainer.accelerator=cpu", "--trainer.devices=2", "--early_exit.always_on_last=false"],
       "early_exit.always_on_last: got False, allowed true on more than one device"),
+    (["--trainer.val_check_interval", "0"], "trainer.val_check_interval: got 0, allowed a number of batches"),
+    (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch: got 0, allowed [1, inf)"),
+    (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches: got 0, allowed more than 0"),
+    (["--trainer.max_steps", "1000000000000000000000"], "trainer.max_steps: got 1000000000000000000000, allowed [-9"),
+    (["--model.config.init_args.num_attention_heads=4", "--model.config.init_args.num_key_value_heads=3"],
+      "allowed a model that can be built; The size of tensor a (4) must match"),
+    (["--model.config.init_args.hidden_act", "foo"], "model.config.init_args.hidden_act: got 'foo', allowed gelu | "),
+    (["--model.config.init_args.rope_parameters", '{"rope_type": "foo"}'], "rope_type: got 'foo', allowed default | l"),
+    (["--model.config.init_args.attention_dropout", "2"], "can be built; dropout probability has to be"),
+    (["--model.config.init_args.intermediate_size", "0"], "intermediate_size: got 0, allowed [1, 2147483647]"),
+    (["--model.config.init_args.num_hidden_layers", "10000000"], "num_hidden_layers: got 10000000, allowed [1, 10000]"),
+    (["--model.config.init_args.hidden_size", "1000000000"], "weights', allowed what "),
+    (["--data.vocab_size", "1000000000000"], "data.init_args.vocab_size: got 1000000000000, allowed [257, 1048576]"),
+    (["--data.batch_size", "1000000000000000"], "batch_size: got 1000000000000000, allowed [1, 65536]"),
+    (["--data.num_workers", "100000"], "data.init_args.num_workers: got 100000, allowed [0, 1024]"),
+    (["--config", "{trainer: {callbacks: &a [*a]}}"], "allowed at most 100,000 values; an alias (*NAME) wi"),
+    (["--trainer.logger.init_args.name", "../../x"], "trainer.logger.init_args.name: got '../../x', allowed a name or"),
+    (["--trainer.logger.init_args.version", "/x"], "trainer.logger.init_args.version: got '/x', allowed a name or pa"),
+    (["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.filename=../x"], "filename: got '../x', allowed a n"),
+    (["--trainer.logger.init_args.save_dir", "/dev/null/x"], "trainer.logger: got '/dev/null/x/run', allowed a f"),
 ]  # fmt: skip
 
 
@@ -206,9 +225,9 @@ def test_print_config_shows_stacked_configs_with_the_later_winning(config, tmp_p
 
 @pytest.fixture(scope="module")
 def run(config):
-    """A finished run, by the real command."""
+    """A finished run, by the real command; without the progress bar that the config lists, as cluster jobs are."""
     patch = pytest.MonkeyPatch()
-    assert cli(patch, "fit", "--config", str(config)) == 0
+    assert cli(patch, "fit", "--config", str(config), "--trainer.enable_progress_bar", "false") == 0
     patch.undo()
     return config.parent / "run"
 

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
+from app.model.config_check import build_without_memory
 from app.model.early_exit import EarlyExitModel
 from app.model.parallel import parallelize
-from app.model.sharded_loading import build_without_memory
 from tests.support.distributed import is_sharded
 from tests.support.processes import run_ranks
 from tests.support.runs import cli

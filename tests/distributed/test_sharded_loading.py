@@ -16,9 +16,10 @@ from transformers import AutoConfig
 
 from app.errors import CheckpointError
 from app.model.checkpoint import build_model, load_config, load_pretrained
+from app.model.config_check import build_without_memory
 from app.model.early_exit import EarlyExitModel
 from app.model.parallel import DATA_PARALLEL, REPLICATE, TENSOR_PARALLEL, parallelize
-from app.model.sharded_loading import build_without_memory, fill
+from app.model.sharded_loading import fill
 from tests.support import memory
 from tests.support.checkpoints import write_checkpoint
 from tests.support.distributed import is_sharded, whole_weights

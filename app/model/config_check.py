@@ -1,0 +1,87 @@
+"""Whether a configuration describes a model that can be built and run, told without its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from app.errors import ConfigError, check_range
+
+_MOST_BLOCKS, _MOST = 10_000, 2**31 - 1
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_TABLES: Mapping[str, Any] = {"hidden_act": ACT2FN, "rope_type": {"default": None, **ROPE_INIT_FUNCTIONS}}
+
+
+def check_sizes(config: PreTrainedConfig) -> None:
+    """Refuse numbers of blocks, heads, features, tokens or positions that no model can have.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    check_range("num_hidden_layers", config.num_hidden_layers, low=1, high=_MOST_BLOCKS)
+    for name in _SIZES:
+        if isinstance(size := getattr(config, name, None), int):
+            check_range(name, size, low=1, high=_MOST)
+
+
+@contextmanager
+def refused_as_config(config: PreTrainedConfig) -> Iterator[None]:
+    """Say what transformers and torch raise at settings they cannot work with as the configuration's fault.
+
+    Raises:
+        ConfigError: Naming the setting where the error is that a table lacks its value.
+    """
+    try:
+        yield
+    except Exception as error:  # constructors of any architecture raise anything
+        if isinstance(error, KeyError):
+            for name, value in _walk(config.to_dict()):
+                if [value] == list(error.args):
+                    allowed = " | ".join(_TABLES[name]) if name in _TABLES else "a name that transformers knows"
+                    raise ConfigError(name, got=value, allowed=allowed) from error
+        reason = str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
+        raise ConfigError("config", got=config.model_type, allowed="a model that can be built", fix=reason) from error
+
+
+def build_without_memory(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM on the meta device.
+
+    Raises:
+        ConfigError: If transformers cannot build it.
+    """
+    with refused_as_config(config), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+
+
+def check_runs(config: PreTrainedConfig) -> int:
+    """Build the model without memory and let it see two tokens: shapes that do not fit each other show.
+
+    Returns:
+        The number of its weights.
+
+    Raises:
+        ConfigError: It cannot be built or run.
+    """
+    model = build_without_memory(config, dtype=torch.bfloat16).train()  # the products of experts know no other here
+    tokens_BT = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")  # transformers makes one by looking at values
+    with refused_as_config(config), torch.no_grad():
+        try:
+            model(input_ids=tokens_BT, position_ids=tokens_BT, attention_mask=mask, use_cache=False)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise  # otherwise what it does depends on values, which tells nothing of shapes
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _walk(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        yield name, value
+        if isinstance(value, Mapping):
+            yield from _walk(value)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerFast
-
 
 class Around(NamedTuple):
     """Token ids that a tokenizer puts around a text of its own accord.
@@ -27,8 +25,7 @@ def around(tokenizer: Any) -> Around:
     Args:
         tokenizer: A transformers tokenizer, fast or slow.
     """
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        backend = tokenizer.backend_tokenizer
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # a fast one
         encoding = backend.encode("a", add_special_tokens=False)
         processor = backend.post_processor
         bare, whole = encoding.ids, encoding.ids if processor is None else processor.process(encoding).ids

@@ -34,9 +34,16 @@ from app.errors import CheckpointError, ConfigError, check_range
 from app.model.run_record import RUN_CONFIG_KEY
 from app.protocols import Reportable
 from app.training.checkpoint_io import AtomicCheckpointIO
-from app.training.checkpoint_places import clear_leftovers, kept_previous, restore_interrupted, standing
+from app.training.checkpoint_places import (
+    checkpoint_folders,
+    clear_leftovers,
+    kept_previous,
+    restore_interrupted,
+    standing,
+)
 from app.training.checkpoint_states import check_optimizer_settings
 from app.training.module import LayerSkipModule
+from app.training.run_lock import hold, release
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 
 _log = logging.getLogger(__name__)
@@ -87,7 +94,9 @@ class SaveFitConfig(SaveConfigCallback):
         """Wait for on_train_start."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
+        """Save; nobody else writes here now."""
+        for folder in checkpoint_folders(trainer) if trainer.is_global_zero else ():
+            hold(folder)
         if self._optimizer_changes:
             take_optimizer_settings(trainer)
         self.config = self.config.clone()
@@ -103,8 +112,7 @@ class SaveFitConfig(SaveConfigCallback):
             given = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
             check_resume(checkpoint, given, allow_changes=allow_changes)
             if not self._optimizer_changes:
-                otherwise = "--allow_changes '[model.optimizer]' takes the configured ones"
-                check_optimizer_settings(checkpoint, pl_module, otherwise=otherwise)  # type: ignore[arg-type]
+                check_optimizer_settings(checkpoint, pl_module)  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint tells how it was made, wherever it is moved to."""
@@ -189,12 +197,14 @@ class LayerSkipCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         check_launch(self.config[subcommand]["trainer"])
         warn_of_emulation(self.trainer)
-        self._check_checkpoints()
         try:
+            self._check_checkpoints()
             check_tokenizer(self.config[subcommand])
             super()._run_subcommand(subcommand)
         except ConfigError as error:
             raise locate(error, self._plain_config()) from error
+        finally:
+            release()
         if subcommand in ("validate", "test"):
             warn_of_poison(self.trainer, self.model)
 
@@ -211,12 +221,14 @@ class LayerSkipCLI(LightningCLI):
         """Asked to resume from nothing, Lightning only warns; asked to start, it writes over an earlier run."""
         options = self.config_init[self.config.subcommand]  # what the trainer's method is called with
         ckpt_path = options.get("ckpt_path")
-        beside_logs = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
-        savers: list[Any] = self.trainer.checkpoint_callbacks
-        folders = sorted({Path(getattr(saver, "dirpath", None) or beside_logs) for saver in savers})
+        folders = checkpoint_folders(self.trainer)
         if self.subcommand == "fit":
-            for folder in folders:  # what killed processes left
-                clear_leftovers(folder) if self.trainer.is_global_zero else restore_interrupted(folder)
+            for folder in filter(Path.exists, folders):
+                if self.trainer.is_global_zero:
+                    hold(folder)
+                    clear_leftovers(folder)  # of killed processes
+                else:
+                    restore_interrupted(folder)
         found = [path for folder in folders for path in folder.glob("last*.ckpt")]
         kept = [path for folder in folders for path in folder.glob(kept_previous(folder / "last*.ckpt").name)]
         if ckpt_path in (LAST, AUTO) and kept and not found:

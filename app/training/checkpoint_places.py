@@ -12,8 +12,19 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
 
 _came_from: set[Path] = set()  # checkpoints that runs of this process go on from
+
+
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """Where a run's callbacks write checkpoints, as far as that is on a disk."""
+    beside_logs = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    savers: list[Any] = trainer.checkpoint_callbacks
+    folders = {str(getattr(saver, "dirpath", None) or beside_logs) for saver in savers}
+    return [Path(folder) for folder in sorted(folders) if "://" not in folder]
 
 
 def go_on_from(path: Path) -> None:

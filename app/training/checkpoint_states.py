@@ -25,6 +25,7 @@ from app.training.divergence import SKIPPED_STEPS_KEY
 _STEP, _EPOCH = "global_step", "epoch"
 _LOOPS, _SCHEDULERS, _CALLBACKS = "loops", "lr_schedulers", "callbacks"
 _LOADERS = "combined_loader"
+_INSIST = "--allow_changes '[model.optimizer]' takes the configured ones"  # of who changes them in mid-run
 _COUNTS = ("ready", "started", "processed", "completed")  # in the order in which Lightning counts
 _OF_EVALUATION = ("epoch_loop.val_loop.batch_progress", "batch_progress")
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
@@ -222,13 +223,12 @@ def _check_schedule(saved: SavedEntries, checkpoint: Mapping[str, Any], live: Ma
             saved.refuse((*entry, "base_lrs", index), state["base_lrs"][index], allowed)
 
 
-def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable, *, otherwise: str) -> None:
+def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable) -> None:
     """Refuse settings of the optimizer that are not the configured ones, and rates that are not the schedule's.
 
     Args:
         checkpoint: Whose states were found to be in order.
         module: As it is configured.
-        otherwise: How a user insists, who changed them in mid-run.
 
     Raises:
         CheckpointError: Naming the first.
@@ -241,7 +241,7 @@ def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable, *
             listed = [list(each) if isinstance(each, tuple) else each for each in (group[key], value)]
             if key != "params" and listed[0] != listed[1]:
                 entry = (OPTIMIZER_STATES, 0, "param_groups", index, key)
-                saved.refuse(entry, group[key], f"{value!r}, as configured; {otherwise}")
+                saved.refuse(entry, group[key], f"{value!r}, as configured; {_INSIST}")
 
 
 # -- callbacks ---------------------------------------------------------------------------------------------------------

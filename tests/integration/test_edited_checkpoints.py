@@ -45,7 +45,7 @@ def resumed(tmp_path_factory):
 
 def check(content, module):
     check_states(content, module)
-    check_optimizer_settings(content, module, otherwise="insist")
+    check_optimizer_settings(content, module)
 
 
 def test_what_a_run_wrote_itself_is_taken(resumed):

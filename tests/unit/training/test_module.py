@@ -1,6 +1,5 @@
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,12 +269,12 @@ def test_a_tokenizer_that_is_not_the_pretrained_models_own_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("is_pretrained", [False, True])
-def test_how_a_model_generates_is_saved_where_there_is_one_that_said_so(tmp_path, monkeypatch, is_pretrained):
-    monkeypatch.setattr("app.training.module.end_with_step", lambda *_: None)  # no loop runs here
+def test_how_a_model_generates_is_saved_where_there_is_one_that_said_so(tmp_path, is_pretrained):
     build_model(tiny_config(), seed=9).save_pretrained(tmp_path)
     module = LayerSkipModule(pretrained=str(tmp_path)) if is_pretrained else make_module()
     module.configure_model()
-    module.trainer, checkpoint = SimpleNamespace(), {"loops": {"fit_loop": {}}}
+    module.trainer = trainer = make_trainer(tmp_path, max_steps=1, callbacks=[])
+    checkpoint = {"loops": {"fit_loop": trainer.fit_loop.state_dict()}}
     module.on_save_checkpoint(checkpoint)
     assert (GENERATION_CONFIG_KEY in checkpoint) == is_pretrained
 

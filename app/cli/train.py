@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,11 @@ class SaveFitConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint tells how it was made, wherever it is moved to."""
-        checkpoint[RUN_CONFIG_KEY] = self.parser.dump(self.config, skip_unset=False)
+        checkpoint[RUN_CONFIG_KEY] = self._dumped
+
+    @cached_property
+    def _dumped(self) -> str:  # once: it takes longer than a small model's checkpoint
+        return str(self.parser.dump(self.config, skip_unset=False))
 
 
 class LayerSkipCLI(LightningCLI):

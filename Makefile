@@ -80,6 +80,10 @@ lock:
 test-nodes: $(INSTALLED)
 	$(BIN)/pytest -m slow tests/distributed/test_two_nodes.py
 
+# Sixty kills -9 at random moments of twelve runs that accumulate: each goes on as the run that nobody killed.
+test-kills: $(INSTALLED)
+	$(BIN)/pytest -m slow tests/integration/test_kill.py
+
 # 2,000 steps with validation, decoding and checkpoints: memory flat, no file handles or threads leaked.
 soak: $(INSTALLED)
 	$(BIN)/python -m app.cli.soak --output build/soak.json

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import pytest
 
 from app.model.trained_weights import open_trained_weights
-from tests.integration.test_kill import losses, write_config
+from tests.support.runs import write_corpus
+from tests.support.stream_runs import losses, write_config
 from tests.support.two_hosts import available, torchrun, two_hosts
 
 STEPS, GLOBAL_BATCHES = 6, 4
 SETTINGS = (
-    f"--trainer.max_steps={STEPS}",
     "--model.optimizer=torch.optim.SGD",  # Adam's first steps are signs: they would blow rounding up
     "--model.optimizer.lr=0.3",
     "--data.num_lanes=4",
@@ -39,7 +39,9 @@ CASES = {
 
 def fit(root: Path, *extra: str) -> list[str]:
     root.mkdir()
-    return ["-m", "app", "fit", "--config", str(write_config(root)), *SETTINGS, *extra]
+    sources = {"code": {"kind": "files", "path": str(write_corpus(root / "corpus"))}}
+    config = write_config(root, sources, max_steps=STEPS, checkpoint_every=5)
+    return ["-m", "app", "fit", "--config", str(config), *SETTINGS, *extra]
 
 
 def weights(root: Path) -> dict[str, object]:

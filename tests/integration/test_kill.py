@@ -1,98 +1,63 @@
-"""Kill -9 at some step, `fit --ckpt_path last`, and the losses are those of a run that nobody killed."""
+"""Kill -9 at any moment, again and again, `fit --ckpt_path last`, `auto` or a file: nobody could tell."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
+import random
+from itertools import product
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import pytest
 
-from tests.support.runs import write_corpus
-
-STEPS = 60
+from tests.support.killed_runs import STEPS, end, fit, printed, same, told, write_accumulating_config
 
 
-CONFIG = """
-seed_everything: 3
-model:
-  warmup_steps: 5
-  config:
-    class_path: transformers.LlamaConfig
-    init_args:
-      vocab_size: 300
-      hidden_size: 16
-      intermediate_size: 32
-      num_hidden_layers: 4
-      num_attention_heads: 2
-      max_position_embeddings: 64
-layer_dropout: {{max_dropout_rate: 0.5, time_scale: exponential}}
-early_exit: {{curriculum: gradual}}
-data:
-  class_path: datamodules.TextCodeDataModule
-  init_args:
-    sources: {{code: {{kind: files, path: {root}/corpus}}}}
-    seq_len: 24
-    batch_size: 2
-    vocab_size: 300
-    validation_share: 0.2
-    cache_dir: {root}/cache
-trainer:
-  accelerator: cpu
-  max_steps: {steps}
-  log_every_n_steps: 1
-  limit_val_batches: 0
-  accumulate_grad_batches: 2
-  enable_progress_bar: false
-  logger:
-    class_path: lightning.pytorch.loggers.TensorBoardLogger
-    init_args: {{save_dir: {root}, name: run, version: ""}}
-  callbacks:
-    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {{save_top_k: 0, save_last: true, every_n_train_steps: 5, enable_version_counter: false}}
-"""
+def check_against(config, name):
+    """Every micro-batch and validation of every process was the whole run's, and so is the end."""
+    expected, seen = told(config, "whole"), told(config, name)
+    assert set(expected.values()) == {1}
+    assert seen.keys() == expected.keys(), printed(config, name)
+    whole, resumed = end(config, "whole"), end(config, name)
+    assert [key for key in whole if not same(whole[key], resumed[key])] == []
+    assert whole["global_step"] == STEPS
 
 
-def write_config(root: Path) -> Path:
-    write_corpus(root / "corpus")
-    path = root / "config.yaml"
-    path.write_text(CONFIG.format(root=root, steps=STEPS))
-    return path
+def kill_and_go_on(config, name, kills):
+    """Kill a run at each of `kills`, then let it end; how often it was killed before it did."""
+    folder = config.parent / name / "checkpoints"
+    statuses = []
+    for number, kill_after in enumerate([*kills, None]):
+        best = str(folder / "best.ckpt")
+        hows = ["last", best, "auto"] if Path(best).exists() and (folder / "last.ckpt").exists() else ["auto"]
+        statuses.append(fit(config, name, "--ckpt_path", hows[number % len(hows)], kill_after=kill_after))
+    assert set(statuses) <= {0, -9}, printed(config, name)
+    assert statuses[-1] == 0
+    return statuses.count(-9)
 
 
-def command(config: Path, *extra: str) -> list[str]:
-    return [sys.executable, "-m", "app", "fit", "--config", str(config), *extra]
+def test_a_run_killed_twice_within_a_step_is_the_one_that_nobody_killed(tmp_path):
+    settings = {"accumulate": 3, "curriculum": "gradual", "num_workers": 2, "saver": "Lightning's"}
+    config = write_accumulating_config(tmp_path, **settings)
+    assert fit(config, "whole") == 0
+    # It goes on from a validation within a step; the second kill comes before the next checkpoint of the interval.
+    assert kill_and_go_on(config, "killed", [(43, 0.0), (2, 0.0)]) == 2
+    check_against(config, "killed")
 
 
-def losses(root: Path) -> dict[int, float]:
-    events = EventAccumulator(str(root / "run"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars("train/loss")}  # a later event of a step wins
+CASES = list(product((2, 3, 4), ("rotational", "gradual"), (0, 2)))
 
 
-def test_killed_run_resumes_to_the_same_losses(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    subprocess.run(command(write_config(whole)), check=True, capture_output=True, env=environment)
-
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    config = write_config(killed)
-    with subprocess.Popen(
-        command(config), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as run:
-        last = killed / "run" / "checkpoints" / "last.ckpt"
-        deadline = time.monotonic() + 120
-        while not last.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        run.send_signal(signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run(command(config, "--ckpt_path", "last"), check=True, capture_output=True, env=environment)
-    resumed, expected = losses(killed), losses(whole)
-    assert len(expected) == STEPS
-    # TensorBoard writes now and then, so what the first process saw last may be missing; what it wrote must agree.
-    assert resumed.items() <= expected.items()
-    assert set(range(STEPS - 40, STEPS)) <= resumed.keys()
-    assert not list((killed / "run" / "checkpoints").glob("*.partial"))
+@pytest.mark.slow
+@pytest.mark.parametrize(("accumulate", "curriculum", "num_workers"), CASES)
+def test_random_kills(tmp_path, accumulate, curriculum, num_workers):
+    """Of twelve runs each two, killed five times together: sixty kills."""
+    settings = {"accumulate": accumulate, "curriculum": curriculum, "num_workers": num_workers}
+    draw = random.Random(str(settings))
+    saver = "ours" if (curriculum == "gradual") == (num_workers == 0) else "Lightning's"
+    config = write_accumulating_config(tmp_path, **settings, saver=saver)
+    assert fit(config, "whole") == 0
+    micro_batches = STEPS * accumulate
+    killed = 0
+    for name, kills in (("twice", 2), ("thrice", 3)):
+        first = (draw.randint(1, micro_batches // 2), draw.uniform(0, 0.1))
+        later = [(draw.randint(1, micro_batches // 6), draw.uniform(0, 0.1)) for _ in range(kills - 1)]
+        killed += kill_and_go_on(config, name, [first, *later])
+        check_against(config, name)
+    assert killed == 5

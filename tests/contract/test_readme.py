@@ -82,7 +82,7 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
         if words[0] != "layerskip":
             continue
         arguments = words[1:]
-        if arguments[0] in ("fit", "plan"):
+        if arguments[0] in ("fit", "plan", "data"):
             last_config = max(idx for idx, word in enumerate(arguments) if word == "--config")
             tiny = "tiny-quickstart.yaml" if "quickstart" in command else "tiny.yaml"
             arguments[last_config + 2 : last_config + 2] = ["--config", tiny]

@@ -43,6 +43,7 @@ from app.training.checkpoint_places import (
     standing,
 )
 from app.training.checkpoint_states import check_optimizer_settings
+from app.training.logged_steps import forget_later_steps
 from app.training.module import LayerSkipModule
 from app.training.run_lock import hold, release
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
@@ -98,6 +99,7 @@ class SaveFitConfig(SaveConfigCallback):
         """Save; nobody else writes here now."""
         for folder in checkpoint_folders(trainer) if trainer.is_global_zero else ():
             hold(folder)
+        forget_later_steps(trainer)
         if self._optimizer_changes:
             take_optimizer_settings(trainer)
         self.config = self.config.clone()

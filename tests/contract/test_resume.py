@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.cli.resume import refuse_changes
 from app.errors import CheckpointError
@@ -71,6 +72,16 @@ def test_another_run_is_refused_with_the_difference_and_how_to_insist(name, fold
     assert difference in err
     assert "insist with --allow_changes '[" in err
     assert len(err[err.index("error:") :].strip().splitlines()) == 1
+
+
+def test_tensorboard_forgets_what_a_killed_run_logged_behind_its_checkpoint(folder, monkeypatch):
+    (folder / "resumed").mkdir(exist_ok=True)
+    for file in (folder / "whole").glob("events*"):  # as if killed after six steps, with the checkpoint of three
+        shutil.copy(file, folder / "resumed")
+    assert resume(monkeypatch, folder) == 0
+    events = EventAccumulator(str(folder / "resumed")).Reload()
+    steps = [point.step for point in events.Scalars("train/loss")]
+    assert sorted(steps) == [0, 1, 2, HALF, *range(HALF, STEPS)]  # a validation logged at the checkpoint's step stays
 
 
 # None of these can be insisted on, by whatever name.

@@ -7,8 +7,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from app.layerskip.early_exit_loss import IGNORE_INDEX
-from datamodules.step_loader import Batch
-from datamodules.topv2_batches import ExampleRows
+from datamodules.topv2_batches import Batch, ExampleRows
 from datamodules.topv2_store import Examples
 from tests.support.tiny_models import tiny_llama
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -48,7 +49,7 @@ class Source:
             docstrings; `files`: each file a document; `lines`: each line that is not blank a document; `jsonl`: a
             field of each line's JSON object; `parquet`: a column; `hub`: a dataset of the Hugging Face hub, or a
             folder that `datasets` can read, streamed.
-        weight: Share of training tokens, relative to the other sources; in (0, inf).
+        weight: Share of training tokens, relative to the other sources; in (0, inf), 1.0 where it is not given.
         path: A folder or a file; for kind `hub` the dataset's id or folder.
         glob: Which files of the folder, `**` for any depth; by default all, or those named like the kind. Symbolic
             links are followed, but for those to a folder that they lie in.
@@ -69,7 +70,7 @@ class Source:
     """
 
     kind: SourceKind
-    weight: float = 1.0
+    weight: float | None = None
     path: str | None = None
     glob: str | None = None
     exclude: tuple[str, ...] = (".git/", "__pycache__/")
@@ -83,7 +84,7 @@ class Source:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
-        if not 0 < self.weight < math.inf:
+        if not 0 < self.relative_weight < math.inf:
             raise ConfigError("weight", got=self.weight, allowed="(0, inf)", fix="remove unused sources")
         used = KINDS[self.kind].fields
         if "path" in used and not self.path:
@@ -107,6 +108,11 @@ class Source:
             _log.warning("%s %s no effect on a source of kind %s", " and ".join(idle), verb, self.kind)
 
     @property
+    def relative_weight(self) -> float:
+        """The weight that counts."""
+        return 1.0 if self.weight is None else self.weight
+
+    @property
     def root(self) -> Path:
         """The folder or file that local names are relative to."""
         used = self.path if "path" in KINDS[self.kind].fields else None
@@ -121,6 +127,21 @@ class Source:
     def max_bytes(self) -> int:
         """Length of the longest document or line that is read, in bytes."""
         return int(self.max_document_megabytes * 1_000_000)
+
+
+def token_shares(sources: Sequence[Source]) -> dict[str, float]:
+    """Share of training tokens asked of each source, by its name; they sum to 1."""
+    total = sum(source.relative_weight for source in sources)
+    return {source.name: source.relative_weight / total for source in sources}
+
+
+def warn_of_mixed_weights(sources: Sequence[Source]) -> None:
+    """Say what follows where some sources have a weight and others do not: a user may take 0.7 for 70 %."""
+    silent = [source.name for source in sources if source.weight is None]
+    if 0 < len(silent) < len(sources):
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in token_shares(sources).items())
+        verbs = "has no weight and counts" if len(silent) == 1 else "have no weight and count"
+        _log.warning("sources: %s %s with 1.0, so that shares of tokens are: %s", " and ".join(silent), verbs, shares)
 
 
 class _Kind(NamedTuple):

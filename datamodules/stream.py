@@ -98,7 +98,7 @@ class Lane:
             )
             for index, (source, reader) in enumerate(sources)
         ]
-        self._weights = [source.weight for source, _ in sources]
+        self._weights = [source.relative_weight for source, _ in sources]
         self._tokens, self._rows = list(state.tokens), list(state.rows)
         # Up to a row in advance, or all lanes would take their first row, and many later ones, from the same source.
         credit = settings.generator(lane, _CREDIT_KEY)

@@ -21,7 +21,7 @@ from datamodules.readers.records import Reader
 from datamodules.row_order import check_order, goes_on, order_state
 from datamodules.row_settings import RowSettings
 from datamodules.source_blocks import StreamSettings
-from datamodules.sources import Source
+from datamodules.sources import Source, token_shares, warn_of_mixed_weights
 from datamodules.stream_loader import STATE_KEY, LaneBatches, StreamLoader, stack
 from datamodules.stream_position import PositionKeeper
 from datamodules.surveyed_corpus import SurveyedCorpus
@@ -115,6 +115,7 @@ class TextCodeDataModule(LightningDataModule):
             num_lanes=0,  # known when the trainer is
         )
         self._sources = tuple(replace(source, name=name) for name, source in sources.items())
+        warn_of_mixed_weights(self._sources)
         self._corpus = SurveyedCorpus(
             self._sources, settings=self._settings, validation_share=validation_share, cache_dir=Path(cache_dir)
         )
@@ -147,8 +148,7 @@ class TextCodeDataModule(LightningDataModule):
     @property
     def source_weights(self) -> dict[str, float]:
         """Share of tokens asked of each source; they sum to 1."""
-        total = sum(source.weight for source in self._sources)
-        return {source.name: source.weight / total for source in self._sources}
+        return token_shares(self._sources)
 
     def source_statistics(self) -> dict[str, SourceStatistics]:
         """What each source delivered to training on this rank so far; of epochs and records, what was read for it."""
@@ -265,7 +265,7 @@ class TextCodeDataModule(LightningDataModule):
         readers = zip(self.source_names, self._readers(settings.num_lanes), strict=True)
         own = {
             "batch_size": self._settings.batch_size,
-            "sources": ", ".join(f"{source.name}={source.weight}" for source in self._sources),
+            "sources": ", ".join(f"{source.name}={source.relative_weight}" for source in self._sources),
         }
         if before := around(self.tokenizer).before:
             own["beginning of documents"] = str(before)

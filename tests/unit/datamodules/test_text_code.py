@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,19 @@ def test_a_setting_out_of_range_is_named(tmp_path: Path, field: str, value: Any)
 def test_sources_are_named_by_their_keys(tmp_path: Path) -> None:
     sources = {"a": Source(kind="stdlib_code"), "b": Source(kind="stdlib_text", name="other")}
     assert small_datamodule(tmp_path, sources=sources).source_names == ("a", "b")
+
+
+def test_a_weight_beside_none_warns_of_the_shares_that_follow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    python = Source(kind="stdlib_code")
+    small_datamodule(tmp_path, sources={"mine": python, "python": python})
+    small_datamodule(tmp_path, sources=dict.fromkeys(("mine", "python"), replace(python, weight=0.7)))
+    assert not caplog.records
+    mixed = small_datamodule(tmp_path, sources={"mine": replace(python, weight=0.7), "python": python})
+    assert (
+        "python has no weight and counts with 1.0, so that shares of tokens are: mine 41.2%, python 58.8%"
+        in caplog.text
+    )
+    assert mixed.source_weights == {"mine": 0.7 / 1.7, "python": 1 / 1.7}
 
 
 def test_a_vocab_size_without_effect_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -51,8 +51,9 @@ def tune(
         max_draft_tokens: Longest draft considered.
         num_verified: Settings to run, best predictions first.
         repeats: Times each prompt is decoded by each of them; medians count. The fastest is run again, five times, and
-            only stored if it is not slower than autoregressive decoding in any of them.
-        time_limit_seconds: No prompt is started after this, but there is always one.
+            only stored if it is faster than autoregressive decoding in each of them, and by the 95 % interval over at
+            least 4 prompts and 200 tokens.
+        time_limit_seconds: No prompt is started after this, but there is always one; on too few, nothing is stored.
         dtype: Of the weights, auto is the checkpoint's own, or float32 on a CPU that emulates that;
             what is fastest depends on it.
         device: Where to decode; auto takes a GPU if there is one.
@@ -82,12 +83,12 @@ def tune(
         )
     if not json:
         _print(tuning)  # before storing: a full disk must not cost the answer
-    file = None if directory is None else write_decoding_defaults(directory, tuning.defaults)
+    file = None if directory is None or tuning.shortfall else write_decoding_defaults(directory, tuning.defaults)
     if json:
         where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
         print(json_module.dumps(tuning_as_json(tuning) | {"stored": file and str(file), "environment": where}))
     else:
-        print(f"not stored{_why_not(model, store)}" if file is None else _stored(file, tuning))
+        print(f"not stored{_why_not(model, store, tuning)}" if file is None else _stored(file, tuning))
         print(f"by hand: layerskip generate --model {model} {_flags(tuning)}")
 
 
@@ -112,9 +113,11 @@ def _stored(file: Path, tuning: Tuning) -> str:
     )
 
 
-def _why_not(model: str, store: bool) -> str:
+def _why_not(model: str, store: bool, tuning: Tuning) -> str:
     if not store:
         return " (store=false)"
+    if Path(model).is_dir():
+        return f": {tuning.shortfall}"
     kind = Path(model).suffix if Path(model).is_file() else "hub id"
     return f": a {kind} cannot hold it; layerskip export --model {model} makes a directory that can be tuned"
 

@@ -13,6 +13,7 @@ from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
 from app.errors import check_range
+from app.evaluation.speedup_interval import PairedTimes
 from app.protocols import ExitableDecoder
 
 Prompts = Sequence[Sequence[int]]
@@ -92,19 +93,16 @@ class Measurement:
     @property
     def seconds(self) -> float:
         """Decode time of all prompts: the sum of each batch's median repeat."""
-        return self._seconds(None)
+        return sum(self.seconds_by_batch())
 
-    def _seconds(self, repeat: int | None) -> float:
-        """Prompts decoded together share their time: a batch took as long as its longest row."""
-        seconds = 0.0
-        for repeats in self.runs:
-            times = [max(result.seconds_decode for result in rows) for rows in repeats]
-            seconds += median(times) if repeat is None else times[repeat]
-        return seconds
+    def seconds_by_batch(self, repeat: int | None = None) -> list[float]:
+        """Of one repeat, by default the median; prompts decoded together take as long as the longest of them."""
+        by_batch = ([max(result.seconds_decode for result in rows) for rows in repeats] for repeats in self.runs)
+        return [median(times) if repeat is None else times[repeat] for times in by_batch]
 
     def seconds_per_token(self, repeat: int | None = None) -> float | None:
         """Decode time over the tokens of all prompts: of one repeat, by default of each batch's median repeat."""
-        return ratio(self._seconds(repeat), self.num_decoded)
+        return ratio(sum(self.seconds_by_batch(repeat)), self.num_decoded)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -156,6 +154,10 @@ class Measurement:
         """The other's time per token / this one's."""
         own, others = self.seconds_per_token(repeat), other.seconds_per_token(repeat)
         return others / own if own and others else None
+
+    def times_beside(self, other: Measurement) -> PairedTimes:
+        """The seconds of both, by batch."""
+        return PairedTimes.of(self.seconds_by_batch(), other.seconds_by_batch())
 
     def identical_to(self, other: Measurement) -> list[bool]:
         """Of each prompt whether its new tokens are the other's in every repeat."""

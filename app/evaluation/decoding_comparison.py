@@ -9,6 +9,7 @@ from itertools import product
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
 from app.evaluation.alternation import Measurement, alternate, engine_contender, ratio
+from app.evaluation.speedup_interval import Interval, PairedTimes, interval_in_words, speedup_interval
 from app.protocols import ExitableDecoder, Table
 from app.words import counted
 
@@ -34,6 +35,9 @@ class DecodingComparison:
         seconds: Decode time of this setting.
         baseline_decoded: Tokens after each prompt's first of autoregressive decoding.
         baseline_seconds: Its decode time.
+        seconds_squares: Of the seconds of each prompt, summed; for the interval of the speedup, as the two that follow.
+        baseline_squares: The same of autoregressive decoding.
+        seconds_products: Seconds of a prompt in both, multiplied and summed.
     """
 
     exit_layer: int
@@ -47,6 +51,9 @@ class DecodingComparison:
     seconds: float
     baseline_decoded: int
     baseline_seconds: float
+    seconds_squares: float
+    baseline_squares: float
+    seconds_products: float
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -73,6 +80,12 @@ class DecodingComparison:
         """Autoregressive / self-speculative mean time per token."""
         plain, own = self.autoregressive_tokens_per_second, self.self_speculative_tokens_per_second
         return own / plain if own and plain else None
+
+    @property
+    def speedup_interval(self) -> Interval | None:
+        """The 95 % interval of the speedup over prompts like these."""
+        sums = (self.seconds_squares, self.baseline_squares, self.seconds_products)
+        return speedup_interval(self.speedup, PairedTimes(self.num_prompts, self.seconds, self.baseline_seconds, *sums))
 
     @property
     def identical_share(self) -> float:
@@ -162,11 +175,15 @@ def comparison_table(comparisons: Sequence[DecodingComparison]) -> Table:
             _figure(c.autoregressive_tokens_per_second, "{:.1f}"),
             _figure(c.self_speculative_tokens_per_second, "{:.1f}"),
             _figure(c.speedup, "{:.2f}x"),
+            interval_in_words(c.speedup_interval),
             f"{c.identical} of {c.num_prompts}",
         )
         for c in comparisons
     ]
-    columns = ("exit", "drafts", "acceptance", "tokens/round", "AR tok/s", "self-spec tok/s", "speedup", "identical")
+    columns = (
+        *("exit", "drafts", "acceptance", "tokens/round", "AR tok/s", "self-spec tok/s", "speedup", "95 % interval"),
+        "identical",
+    )
     return Table(f"Self-speculative against autoregressive decoding, {counted(num_prompts, 'prompt')}", columns, rows)
 
 
@@ -181,6 +198,7 @@ def measured_against(candidate: Measurement, baseline: Measurement) -> DecodingC
     contender = candidate.contender
     assert contender.exit_layer is not None
     assert contender.num_draft_tokens is not None
+    times = candidate.times_beside(baseline)
     return DecodingComparison(
         exit_layer=contender.exit_layer,
         num_draft_tokens=contender.num_draft_tokens,
@@ -193,6 +211,9 @@ def measured_against(candidate: Measurement, baseline: Measurement) -> DecodingC
         seconds=candidate.seconds,
         baseline_decoded=baseline.num_decoded,
         baseline_seconds=baseline.seconds,
+        seconds_squares=times.own_squares,
+        baseline_squares=times.baseline_squares,
+        seconds_products=times.products,
     )
 
 

@@ -12,6 +12,7 @@ from app.errors import DataError, check_range
 from app.evaluation.alternation import CONFIRMING_REPEATS, Measurement, alternate, engine_contender
 from app.evaluation.layer_agreement import measure_layer_agreement
 from app.evaluation.output_differences import OutputDifferences, output_differences
+from app.evaluation.speedup_interval import speedup_interval
 from app.evaluation.speedup_prediction import Prediction, choose_diverse, predict
 from app.evaluation.step_costs import StepCosts, measure_step_costs, median_costs
 from app.evaluation.tuning_result import Tuning, Verification, setting_in_words
@@ -37,7 +38,7 @@ class TuningSettings:
         repeats: Times each prompt is decoded by each of them, at least 1; medians count. The fastest is confirmed with
             CONFIRMING_REPEATS.
         time_limit_seconds: For outputs, verification and confirmations together, at least 0. It bounds the number of
-            prompts that each of these starts, of which there is always one.
+            prompts that each of these starts, of which there is always one; too few for a choice are told.
     """
 
     max_new_tokens: int = 128
@@ -202,5 +203,7 @@ def _verification(
         mean_tokens_per_round=tokens_per_round,
         speedup=speedup,
         speedup_range=(min(single), max(single)),
+        num_tokens=own.num_decoded,
+        interval=speedup_interval(speedup, own.times_beside(baseline)),
         differences=differences,
     )

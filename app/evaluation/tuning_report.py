@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from app.evaluation.speedup_interval import interval_in_words
 from app.evaluation.tuning_result import Tuning, Verification
 from app.protocols import Table
 from app.words import counted
@@ -49,6 +50,7 @@ def verifications_table(tuning: Tuning) -> Table:
             f"{run.mean_tokens_per_round:.2f}",
             f"{run.prediction.speedup:.2f}x",
             f"{run.speedup:.2f}x",
+            interval_in_words(run.interval),
             "{:.2f}..{:.2f}x".format(*run.speedup_range),
             f"{run.differences.num_differing} of {run.num_prompts}",
             "-" if run.differences.largest_logit_gap is None else f"{run.differences.largest_logit_gap:.2g}",
@@ -58,8 +60,8 @@ def verifications_table(tuning: Tuning) -> Table:
         for run in runs
     ]
     columns = (
-        *("exit", "drafts", "acceptance", "tokens\na round", "predicted", "measured\n(medians)", "of whole\nrepeats"),
-        *("outputs\ndiffer", "largest\nlogit gap", "turn"),
+        *("exit", "drafts", "acceptance", "tokens\na round", "predicted", "measured\n(medians)", "95 %\ninterval"),
+        *("of whole\nrepeats", "outputs\ndiffer", "largest\nlogit gap", "turn"),
     )
     return Table("Run in turn with autoregressive decoding", columns, rows)
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 
 from app.evaluation.layer_agreement import LayerAgreement
 from app.evaluation.output_differences import OutputDifferences
+from app.evaluation.speedup_interval import Interval, interval_in_words
 from app.evaluation.speedup_prediction import Prediction, needed_agreement
 from app.evaluation.step_costs import StepCosts
 from app.model.decoding_defaults import Conditions, DecodingDefaults
 from app.words import counted
+
+# A speedup on less is not stored: a prompt or two may draft far better than others of their kind.
+FEWEST_PROMPTS, FEWEST_TOKENS = 4, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,8 @@ class Verification:
         mean_tokens_per_round: Tokens settled by a round.
         speedup: Over autoregressive decoding in turn with it; of each prompt the median repeat counts.
         speedup_range: Lowest and highest of a single repeat over all prompts.
+        num_tokens: Decoded after the first token of each output.
+        interval: 95 % interval of the speedup (`app.evaluation.speedup_interval`); None of one prompt.
         differences: Of its output from the autoregressive one.
     """
 
@@ -33,16 +39,24 @@ class Verification:
     mean_tokens_per_round: float
     speedup: float
     speedup_range: tuple[float, float]
+    num_tokens: int
+    interval: Interval | None
     differences: OutputDifferences
 
     @property
-    def holds(self) -> bool:
-        """Whether this is not slower than autoregressive decoding: in the median, and in each repeat over all prompts.
+    def is_enough(self) -> bool:
+        """Whether it ran on enough to tell."""
+        return self.num_prompts >= FEWEST_PROMPTS and self.num_tokens >= FEWEST_TOKENS
 
-        To be asked of a run that did not choose the setting. Of five repeats of a setting that gains nothing, each is
-        as likely below 1 as above: all five come out at 1 or more once in 32.
+    @property
+    def holds(self) -> bool:
+        """Whether this is faster than autoregressive decoding on prompts like these, as far as can be told.
+
+        That takes enough prompts and tokens, an interval above 1, and no repeat over all prompts below 1. To be asked
+        of a run that did not choose the setting.
         """
-        return min(self.speedup, self.speedup_range[0]) >= 1.0
+        above = self.interval is not None and self.interval[0] > 1.0
+        return self.is_enough and above and self.speedup_range[0] >= 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +134,23 @@ class Tuning:
         )
 
     @property
+    def shortfall(self) -> str:
+        """What is missing for a choice that is worth storing; empty where nothing is."""
+        few = [run for run in self.confirmations or self.verifications if not run.is_enough]
+        if not few:
+            return ""
+        return (
+            f"{setting_in_words(few[0].prediction)} ran at {few[0].speedup:.2f}x on"
+            f" {counted(few[0].num_prompts, 'prompt')} and {counted(few[0].num_tokens, 'token')}, and less than"
+            f" {FEWEST_PROMPTS} and {FEWEST_TOKENS} tell nothing: give more prompts or max_new_tokens, or raise"
+            " time_limit_seconds"
+        )
+
+    @property
     def reason(self) -> str:
         """The recommendation and why, in one sentence."""
+        if self.shortfall:
+            return f"none: {self.shortfall}"
         best, setting, count = self.best, self.best.prediction, len(self.verifications)
         again = "; ".join(_again(run) for run in self.confirmations)
         if (run := self.confirmed) is not None:
@@ -153,5 +182,6 @@ def _again(run: Verification) -> str:
     return (
         f"{setting_in_words(run.prediction)} {'confirmed' if run.holds else 'not confirmed'}, measured"
         f" {run.speedup:.3f}x (predicted {run.prediction.speedup:.3f}x) when run again on"
-        f" {counted(run.num_prompts, 'prompt')}, whole repeats {low:.3f} to {high:.3f}x"
+        f" {counted(run.num_prompts, 'prompt')}, 95 % interval {interval_in_words(run.interval)}, whole repeats"
+        f" {low:.3f} to {high:.3f}x"
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.evaluation import tuning
+from app.evaluation import tuning, tuning_result
 from app.model.decoding_defaults import Conditions, read_decoding_defaults
 from app.model.tokenizer_files import tokenizer_to_files
 from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
@@ -37,6 +37,8 @@ def root(tmp_path_factory):
 def here(root, tmp_path, monkeypatch):
     """A copy that may be changed, as the working directory."""
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(tuning_result, "FEWEST_PROMPTS", 2)
+    monkeypatch.setattr(tuning_result, "FEWEST_TOKENS", 22)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -53,7 +55,8 @@ def speedup(monkeypatch):
         def scaled(*args, **kwargs):
             run = honest(*args, **kwargs)
             value = repeats[len(args[1].runs[0])]
-            return type(run)(**{**run.__dict__, "speedup": value, "speedup_range": (value, value)})
+            given = {"speedup": value, "speedup_range": (value, value), "interval": (value, value)}
+            return type(run)(**run.__dict__ | given)
 
         monkeypatch.setattr(tuning, "_verification", scaled)
 
@@ -205,6 +208,13 @@ def test_nothing_below_one_is_recommended_whatever_was_measured(here, monkeypatc
 
 
 def test_a_lead_that_is_gone_when_run_again_is_neither_stored_nor_hidden(here, monkeypatch, capsys, speedup):
+    speedup(2.75)
+    assert _tune(monkeypatch, "model", "--limit", "1") == 0
+    assert "not stored: exit " in (out := capsys.readouterr().out)
+    assert "ran at 2.75x on 1 prompt and 11 tokens, and less than 2 and 22 tell nothing" in out
+    assert not (here / "model/generation_config.json").exists() or "layerskip" not in json.loads(
+        (here / "model/generation_config.json").read_text()
+    )
     speedup(1.003, again=0.98)
     assert _tune(monkeypatch, "model") == 0
     out = capsys.readouterr().out

@@ -73,13 +73,16 @@ def test_the_median_time_of_the_repeats_counts(monkeypatch: pytest.MonkeyPatch) 
     assert comparison.autoregressive_tokens_per_second == pytest.approx(8 / 2)
     assert comparison.self_speculative_tokens_per_second == pytest.approx(8 / 4)
     assert comparison.speedup == pytest.approx(1 / 2)
+    assert comparison.speedup_interval is None  # of a single prompt
 
 
 def test_parts_of_the_prompts_pool_to_the_whole_but_for_times() -> None:
     decoder = counting_decoder(misses=(9,))
     parts = [_compare(decoder, prompts=_PROMPTS[:1]), [], _compare(decoder, prompts=_PROMPTS[1:])]
     for part, whole in zip(pooled(parts), _compare(decoder), strict=True):
-        times = {"seconds": 0.0, "baseline_seconds": 0.0}
+        times = dict.fromkeys(
+            name for name in DecodingComparison.__dataclass_fields__ if "sec" in name or "squ" in name
+        )
         assert replace(part, **times) == replace(whole, **times)
         assert part.acceptance_rate == whole.acceptance_rate
     assert pooled(parts)[0].seconds == parts[0][0].seconds + parts[2][0].seconds
@@ -90,7 +93,7 @@ def test_outputs_that_end_at_their_first_token_have_no_speed_and_divide_nothing_
     comparison = _compare(counting_decoder(), prompts=[[4]], eos_token_ids=(5,))[0]
     assert (comparison.speedup, comparison.acceptance_rate, comparison.mean_tokens_per_round) == (None, None, None)
     assert comparison_table([comparison]).title.endswith("decoding, 1 prompt")
-    assert comparison_table([comparison]).rows[0][2:] == ("-", "-", "-", "-", "-", "1 of 1")
+    assert comparison_table([comparison]).rows[0][2:] == ("-", "-", "-", "-", "-", "-", "1 of 1")
 
 
 def test_the_best_setting_is_the_fastest() -> None:
@@ -105,7 +108,7 @@ def test_the_table_and_its_markdown_have_a_row_for_each_setting() -> None:
     assert all(len(row) == len(table.columns) for row in table.rows)
     lines = table_as_markdown(table).splitlines()
     assert lines[2].startswith("| exit | drafts |")
-    assert lines[3] == "| " + " | ".join(["---"] * 8) + " |"
+    assert lines[3] == "| " + " | ".join(["---"] * 9) + " |"
     assert len(lines) == 4 + 4
 
 

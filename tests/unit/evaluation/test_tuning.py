@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,16 +45,16 @@ def _prediction(exit_layer: int, drafts: int, speedup: float) -> Prediction:
     )
 
 
-def _run(prediction: Prediction, speedup: float, low: float | None = None) -> Verification:
-    """Measured so, the slowest repeat `low`."""
+def _run(prediction: Prediction, speedup: float, low: float | None = None, **given: Any) -> Verification:
+    """Measured so, the slowest repeat `low`, and by its interval above 1 if it is."""
     return Verification(
         prediction=prediction,
-        num_prompts=2,
         acceptance_rate=0.5,
         mean_tokens_per_round=1.5,
         speedup=speedup,
         speedup_range=(speedup if low is None else low, speedup),
-        differences=OutputDifferences(num_prompts=2, num_differing=0),
+        differences=OutputDifferences(num_prompts=4, num_differing=0),
+        **({"num_prompts": 4, "num_tokens": 200, "interval": (speedup - 1e-4, speedup + 1e-4)} | given),
     )
 
 
@@ -154,7 +155,8 @@ def test_what_was_confirmed_is_recommended_with_the_speedup_of_that_run() -> Non
     )
     assert tuning.reason == (
         "self_speculative, exit 1 with 2 drafts: the fastest of 3 settings run; exit 1 with 2 drafts confirmed,"
-        " measured 1.250x (predicted 3.000x) when run again on 2 prompts, whole repeats 1.100 to 1.250x"
+        " measured 1.250x (predicted 3.000x) when run again on 4 prompts, 95 % interval 1.25..1.25x, whole repeats"
+        " 1.100 to 1.250x"
     )
 
 
@@ -182,7 +184,25 @@ def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:
         "autoregressive: no setting kept its lead when it was run again; exit 1 with 1 draft"
     )
     assert _tuning(1.003, 0.9, again=[(1, 0.99, 1.0)]).defaults.strategy == "autoregressive"
-    assert _tuning(1.003, 0.9, again=[(1, 1.0, 1.0)]).defaults.strategy == "self_speculative"
+    assert _tuning(1.003, 0.9, again=[(1, 1.001, 1.0)]).defaults.strategy == "self_speculative"
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"num_prompts": 1, "interval": None}, "on 1 prompt and 200 tokens, and less than 4 and 200 tell nothing"),
+        ({"num_tokens": 199}, "on 4 prompts and 199 tokens, and less than"),
+        ({"interval": (0.99, 7.6)}, ""),
+        ({"interval": (1.0, 7.5)}, ""),
+    ],
+)
+def test_a_lead_on_too_little_or_within_its_interval_is_not_recommended(given: dict[str, Any], missing: str) -> None:
+    again = replace(_tuning(2.75).verifications[0], **given)
+    tuning = replace(_tuning(2.75), confirmations=[again])
+    assert tuning.defaults.strategy == "autoregressive"
+    assert missing in tuning.shortfall
+    assert bool(tuning.shortfall) == tuning.reason.startswith("none: ") == bool(missing)
+    assert replace(tuning, confirmations=[_run(again.prediction, 2.75)]).defaults.strategy == "self_speculative"
 
 
 def test_nothing_measured_below_one_is_ever_recommended() -> None:
@@ -279,6 +299,9 @@ def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
         assert run.acceptance_rate == run.prediction.acceptance_rate
         assert run.mean_tokens_per_round == run.prediction.mean_tokens_per_round
         assert run.speedup_range[0] <= run.speedup_range[1]
+        assert run.num_tokens == 2 * 15
+        assert run.interval is not None
+        assert run.interval[0] < run.speedup < run.interval[1]
     assert tuning.best.speedup == max(run.speedup for run in tuning.verifications)
 
 

@@ -44,6 +44,10 @@ class DisagreementError(UserError):
     """Ranks were about to compute different things; the message names the first difference and what each rank had."""
 
 
+class NotFiniteError(UserError):
+    """A model computes something that is not finite where a token is to be chosen."""
+
+
 class DivergenceError(UserError):
     """Training produced a loss or gradient that is not finite; the message names step and exit."""
 

@@ -39,8 +39,11 @@ def choose_decoding(
     tuned = read_decoding_defaults(loaded.model)
     elsewhere = _elsewhere(tuned, Conditions.of(loaded.model, batch_size=batch_size))
     num_layers, said = loaded.decoder.num_layers, list[str]()
+    of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
+    if strategy is None and num_layers == 1 and not of_drafts:
+        _log.info("strategy autoregressive: a model of one block has no earlier exit")
+        return "autoregressive", settings
     if strategy is None:
-        of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
         strategy = "self_speculative" if tuned is None or of_drafts else tuned.strategy
         said.append(_say("strategy", strategy, tuned=tuned is not None and not of_drafts))
     exit_layer, num_draft_tokens = settings.exit_layer, settings.num_draft_tokens

@@ -6,6 +6,7 @@ Shape legend: `B` sequences, `T` drafted tokens, `S` = T + 1 verified positions,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ from torch.nn.functional import pad
 
 from app.decoding.rows import Row, contexts
 from app.decoding.sampling import LogitsProcessor, SamplingSettings, draw, probabilities
+from app.errors import NotFiniteError
 
 Drafts = Sequence[Sequence[int]]  # of each sequence, in this round
 
@@ -112,8 +114,15 @@ class GreedyRule:
 
     def verify(self, logits_BSV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[tuple[int, int]]:
         """`accept_greedy` on the most probable tokens."""
-        choices = process(logits_BSV, rows, drafts, self._processor).argmax(-1).tolist()
-        return [accept_greedy(*pair) for pair in zip(drafts, choices, strict=True)]
+        scores_BSV = process(logits_BSV, rows, drafts, self._processor)
+        choices_BS1 = scores_BSV.argmax(-1, keepdim=True)  # a NaN is taken for the highest
+        highest_BS1 = scores_BSV.gather(-1, choices_BS1)
+        choices, highest = torch.stack((choices_BS1.double(), highest_BS1.double()))[..., 0].tolist()  # one wait
+        outcomes = []
+        for drafted, ids, scores in zip(drafts, choices, highest, strict=True):
+            check_finite(scores[: len(drafted) + 1])  # what is behind them is padding
+            outcomes.append(accept_greedy(drafted, [int(each) for each in ids]))
+        return outcomes
 
 
 class SamplingRule:
@@ -141,6 +150,7 @@ class SamplingRule:
                 self._drafted.setdefault(row.index, []).append((tokens_B[i : i + 1], probs_BV[i : i + 1]))
         confidence_B = probs_BV.gather(-1, tokens_B[:, None])[:, 0]
         tokens, confidences = torch.stack((tokens_B.double(), confidence_B.double())).tolist()
+        check_finite([confidence for confidence, drafting in zip(confidences, live, strict=True) if drafting])
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
     def verify(self, logits_BSV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[tuple[int, int]]:
@@ -159,8 +169,20 @@ class SamplingRule:
                 target_probs_SV=probs_SV[: len(drafted) + 1],
                 uniforms_T=torch.rand(len(drafted), generator=row.generator, device=probs_SV.device),
             )
-            outcomes.append(torch.stack([accepted, draw(law_V, generator=row.generator)[0]]))
-        return [(accepted, token) for accepted, token in torch.stack(outcomes).tolist()]
+            token_1 = draw(law_V, generator=row.generator)
+            outcomes.append(torch.stack([accepted, token_1[0], law_V.gather(0, token_1)[0]]).double())
+        settled = torch.stack(outcomes).tolist()
+        check_finite([probability for *_, probability in settled])
+        return [(int(accepted), int(token)) for accepted, token, _ in settled]
+
+
+def check_finite(values: Sequence[float]) -> None:
+    """Raise NotFiniteError unless the scores or probabilities of the tokens chosen are finite."""
+    if not all(map(math.isfinite, values)):
+        raise NotFiniteError(
+            "the model's logits are not finite: look for NaN or infinity in its weights, or give a number type of more"
+            " range (--dtype float32)"
+        )
 
 
 def process(

@@ -118,4 +118,5 @@ def draw(probs_V: Tensor, *, generator: torch.Generator) -> Tensor:
     """
     sums_V = probs_V.double().cumsum(-1)
     threshold_1 = torch.rand(1, generator=generator, dtype=torch.float64, device=probs_V.device) * sums_V[-1:]
-    return torch.searchsorted(sums_V, threshold_1, right=True)  # right: never a token of probability 0
+    token_1 = torch.searchsorted(sums_V, threshold_1, right=True)  # right: never a token of probability 0
+    return token_1.clamp(max=len(probs_V) - 1)  # where the law is not finite

@@ -126,6 +126,9 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
         ConfigError: A setting is missing or out of range.
     """
     needs, num_layers = STRATEGIES[strategy].needs, decoder.num_layers
+    if num_layers == 1 and strategy in ("self_speculative", "layer_skip"):
+        fix = "it has no blocks to leave out"
+        raise ConfigError("strategy", got=strategy, allowed="autoregressive, for a model of one block", fix=fix)
     for name in _OPTIONAL:
         value = getattr(settings, name)
         if name in needs and value is None:

@@ -138,3 +138,14 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_said(choose, ca
 def test_what_has_no_effect_is_left_to_the_engine_to_warn_of(choose):
     assert "no effect" not in choose("autoregressive", exit_layer=2, draft_policy="adaptive")[-1]
     assert "num_draft_tokens 3 (untuned)" in choose("draft_model", tuned=None)[-1]  # its model comes later
+
+
+def test_a_model_of_one_block_is_decoded_autoregressively_and_drafts_with_it_are_refused(caplog):
+    single = tiny_llama(num_layers=1)
+    loaded = LoadedModel(single, None, SpanDecoder(single))
+    with caplog.at_level(logging.INFO):
+        assert choose_decoding(None, DecodingSettings(max_new_tokens=4), loaded)[0] == "autoregressive"
+    assert caplog.messages == ["strategy autoregressive: a model of one block has no earlier exit"]
+    for strategy, settings in (("self_speculative", {}), ("layer_skip", {}), (None, {"num_draft_tokens": 2})):
+        with pytest.raises(ConfigError, match=r"strategy: got .*allowed autoregressive, for a model of one block"):
+            choose_decoding(strategy, DecodingSettings(max_new_tokens=4, **settings), loaded)

@@ -15,6 +15,7 @@ from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
+from app.errors import NotFiniteError
 from app.model import products
 from app.model.spans import SpanDecoder
 from tests.support.slow_twins import greedy_by_recomputation
@@ -48,6 +49,24 @@ def test_each_generated_token_as_eos_ends_decoding_where_it_first_comes() -> Non
     for eos in set(whole):
         result = _speculate(decoder, prompt_of(5), eos_token_ids=(eos,))
         assert (result.tokens, result.stop_reason) == (whole[: whole.index(eos) + 1], "eos")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("poisoned", ["block", "head"])  # the full model alone, and drafts, too
+def test_logits_that_are_not_finite_end_decoding_by_name(temperature: float, poisoned: str) -> None:
+    model = copy.deepcopy(model_named(_NAME))
+    part = model.lm_head if poisoned == "head" else model.model.layers[-1].mlp.down_proj
+    part.weight.data.fill_(torch.nan)
+    with pytest.raises(NotFiniteError, match="the model's logits are not finite"):
+        decode(
+            SpanDecoder(model),
+            prompt_of(5),
+            strategy="self_speculative",
+            settings=DecodingSettings(
+                max_new_tokens=4, exit_layer=1, num_draft_tokens=2, sampling=SamplingSettings(temperature=temperature)
+            ),
+            generator=torch.Generator(),
+        )
 
 
 def test_a_cache_that_must_grow_again_and_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

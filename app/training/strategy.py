@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins import CheckpointIO, MixedPrecision, Precision
 from torch.distributed.device_mesh import init_device_mesh
 
 from app.errors import ConfigError
@@ -47,12 +47,22 @@ class MeshStrategy(ShardedCheckpoints):
         **settings: Any,
     ) -> None:
         super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size, **settings)
-        self.checkpoint_io = AtomicCheckpointIO()  # unless the trainer is given another; loading a single file needs it
         self._asked: dict[str, Literal["auto"] | int] = {
             "replicate": replicate_size,
             "data_parallel": data_parallel_size,
             "tensor_parallel": tensor_parallel_size,
         }
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Whole files, unless the trainer is given another; it may not, where __init__ sets one."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
     @property
     def precision_plugin(self) -> Precision:

@@ -108,7 +108,8 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
 def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
     """How fast each was; a column in which nothing applies is left out.
 
-    The speedup is of each batch's median repeat; beside it the lowest and highest of a whole repeat, over all batches.
+    The speedup is of each batch's median repeat; beside it its 95 % interval over batches like these. Of a single batch
+    there is none, and the lowest and highest repeat take its place.
     """
     return _table(
         title,
@@ -117,7 +118,7 @@ def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
             "tok/s": [_figure(result.tokens_per_second, "{:.1f}") for result in results],
             "prefill\nms": [_figure(1e3 * result.seconds_prefill, "{:.0f}") for result in results],
             "speedup\nmedians": [_figure(result.speedup, "{:.2f}x") for result in results],
-            "whole\nrepeats": [_span(result) for result in results],
+            **_spread(results),
             "vs\ngenerate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
             "vs its\nearly\nexit": [_figure(r.speedup_vs_transformers_early_exit, "{:.2f}x") for r in results],
             "outputs\ndiffer": [f"{result.num_differing} of {result.num_prompts}" for result in results],
@@ -167,10 +168,15 @@ def _prediction(speedup: float | None, error: float | None) -> str:
     return _ABSENT if speedup is None or error is None else f"{speedup:.2f}x ({error:+.0%})"
 
 
-def _span(result: BenchmarkResult) -> str:
-    if result.speedup_min is None:
-        return _ABSENT
-    return f"{result.speedup_min:.2f}-{result.speedup_max:.2f}"
+def _spread(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
+    intervals = [result.speedup_interval for result in results]
+    if any(intervals):
+        return {"95 %\ninterval": [_span(*(interval or (None, None))) for interval in intervals]}
+    return {"whole\nrepeats": [_span(result.speedup_min, result.speedup_max) for result in results]}
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return _ABSENT if low is None else f"{low:.2f}-{high:.2f}"
 
 
 def _figure(value: float | None, style: str) -> str:

@@ -10,6 +10,7 @@ from app.decoding.cost_model import CostModel, tokens_per_round
 from app.evaluation.alternation import Contender, Measurement, ratio
 from app.evaluation.benchmark import Benchmark, BenchmarkSettings, Costs, Subject
 from app.evaluation.output_differences import OutputDifferences
+from app.evaluation.speedup_interval import Interval, speedup_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class BenchmarkResult:
         largest_gap_in_spacings: The same, of the logits' dtype at the largest logit there.
         speedup_min: The lowest speedup of one whole repeat; `speedup` is of each batch's median repeat.
         speedup_max: The highest.
+        speedup_interval: 95 % interval of `speedup` over the batches (`app.evaluation.speedup_interval`).
         speedup_vs_transformers: Over transformers' plain generate, where that was measured.
         speedup_vs_transformers_early_exit: Over transformers' own early exit with the same exit and draft length.
         predicted_speedup: Of the cost model, from the measured costs and a chance of acceptance that is the same for
@@ -68,6 +70,7 @@ class BenchmarkResult:
     largest_gap_in_spacings: float | None
     speedup_min: float | None
     speedup_max: float | None
+    speedup_interval: Interval | None
     speedup_vs_transformers: float | None
     speedup_vs_transformers_early_exit: float | None
     predicted_speedup: float | None
@@ -124,6 +127,7 @@ def _result(
         largest_gap_in_spacings=differences.largest_gap_in_spacings,
         speedup_min=min(repeats) if speedup else None,
         speedup_max=max(repeats) if speedup else None,
+        speedup_interval=speedup_interval(speedup, measurement.times_beside(baseline)),
         speedup_vs_transformers=_over(measurement, benchmark, "transformers", None, None),
         speedup_vs_transformers_early_exit=_over(
             measurement, benchmark, "transformers_early_exit", contender.exit_layer, contender.num_draft_tokens

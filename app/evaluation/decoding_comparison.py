@@ -11,7 +11,7 @@ from app.errors import ConfigError
 from app.evaluation.alternation import Measurement, alternate, engine_contender, ratio
 from app.evaluation.speedup_interval import Interval, PairedTimes, interval_in_words, speedup_interval
 from app.protocols import ExitableDecoder, Table
-from app.words import counted
+from app.words import counted_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class DecodingComparison:
         exit_layer: Blocks run by a draft.
         num_draft_tokens: Most tokens drafted in a round.
         num_prompts: Prompts measured before the time ran out.
+        num_given: Prompts that there were.
         identical: Prompts with exactly the autoregressive output.
         drafted: Tokens proposed.
         accepted: Proposed tokens that the full model kept.
@@ -43,6 +44,7 @@ class DecodingComparison:
     exit_layer: int
     num_draft_tokens: int
     num_prompts: int
+    num_given: int
     identical: int
     drafted: int
     accepted: int
@@ -155,7 +157,7 @@ def compare_decoding(
         repeats=repeats,
         time_limit_seconds=time_limit_seconds,
     )
-    return [measured_against(candidate, baseline) for candidate in candidates]
+    return [measured_against(candidate, baseline, num_given=len(prompts)) for candidate in candidates]
 
 
 def best_by_speedup(comparisons: Sequence[DecodingComparison]) -> DecodingComparison:
@@ -165,7 +167,7 @@ def best_by_speedup(comparisons: Sequence[DecodingComparison]) -> DecodingCompar
 
 def comparison_table(comparisons: Sequence[DecodingComparison]) -> Table:
     """One row a setting; times are decode time, without the prompt's pass."""
-    num_prompts = comparisons[0].num_prompts if comparisons else 0
+    measured, given = (comparisons[0].num_prompts, comparisons[0].num_given) if comparisons else (0, 0)
     rows: list[tuple[str, ...]] = [
         (
             str(c.exit_layer),
@@ -184,7 +186,9 @@ def comparison_table(comparisons: Sequence[DecodingComparison]) -> Table:
         *("exit", "drafts", "acceptance", "tokens/round", "AR tok/s", "self-spec tok/s", "speedup", "95 % interval"),
         "identical",
     )
-    return Table(f"Self-speculative against autoregressive decoding, {counted(num_prompts, 'prompt')}", columns, rows)
+    return Table(
+        f"Self-speculative against autoregressive decoding, {counted_of(measured, given, 'prompt')}", columns, rows
+    )
 
 
 def table_as_markdown(table: Table) -> str:
@@ -193,8 +197,14 @@ def table_as_markdown(table: Table) -> str:
     return f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def measured_against(candidate: Measurement, baseline: Measurement) -> DecodingComparison:
-    """What self-speculative decoding did, beside autoregressive decoding of the same prompts in turn with it."""
+def measured_against(candidate: Measurement, baseline: Measurement, *, num_given: int) -> DecodingComparison:
+    """What self-speculative decoding did, beside autoregressive decoding of the same prompts in turn with it.
+
+    Args:
+        candidate: The former.
+        baseline: The latter.
+        num_given: Prompts that there were, before the time ran out.
+    """
     contender = candidate.contender
     assert contender.exit_layer is not None
     assert contender.num_draft_tokens is not None
@@ -203,6 +213,7 @@ def measured_against(candidate: Measurement, baseline: Measurement) -> DecodingC
         exit_layer=contender.exit_layer,
         num_draft_tokens=contender.num_draft_tokens,
         num_prompts=len(candidate.results),
+        num_given=num_given,
         identical=sum(candidate.identical_to(baseline)),
         drafted=candidate.drafted,
         accepted=candidate.accepted,

@@ -118,6 +118,7 @@ def tune(
     chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
     _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
     lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1]
+    lively += prompts[len(seen) :]  # not known to end at once: a choice needs more prompts than a prediction
     verifications = _verify(
         decoder,
         lively,
@@ -185,11 +186,14 @@ def _verify(
         on_batch=lambda done: _log.info("verification: prompt %d of %d", done, len(prompts)),
     )
     _, *differences = output_differences(decoder, batches, [baseline, *measured], eos_token_ids=eos_token_ids)
-    return [_verification(*each, baseline) for each in zip(chosen, measured, differences, strict=True)]
+    return [
+        _verification(*each, baseline, num_given=len(prompts))
+        for each in zip(chosen, measured, differences, strict=True)
+    ]
 
 
 def _verification(
-    prediction: Prediction, own: Measurement, differences: OutputDifferences, baseline: Measurement
+    prediction: Prediction, own: Measurement, differences: OutputDifferences, baseline: Measurement, *, num_given: int
 ) -> Verification:
     speedup = own.speedup_over(baseline)
     single = [own.speedup_over(baseline, repeat) or 0.0 for repeat in range(len(own.runs[0]))]
@@ -199,6 +203,7 @@ def _verification(
     return Verification(
         prediction=prediction,
         num_prompts=len(own.results),
+        num_given=num_given,
         acceptance_rate=own.acceptance_rate,
         mean_tokens_per_round=tokens_per_round,
         speedup=speedup,

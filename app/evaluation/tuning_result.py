@@ -11,7 +11,7 @@ from app.evaluation.speedup_interval import Interval, interval_in_words
 from app.evaluation.speedup_prediction import Prediction, needed_agreement
 from app.evaluation.step_costs import StepCosts
 from app.model.decoding_defaults import Conditions, DecodingDefaults
-from app.words import counted
+from app.words import counted, counted_of
 
 # A speedup on less is not stored: a prompt or two may draft far better than others of their kind.
 FEWEST_PROMPTS, FEWEST_TOKENS = 4, 200
@@ -24,6 +24,7 @@ class Verification:
     Attributes:
         prediction: What had been expected.
         num_prompts: Prompts run before the time was up.
+        num_given: Prompts that there were to run.
         acceptance_rate: Accepted / drafted.
         mean_tokens_per_round: Tokens settled by a round.
         speedup: Over autoregressive decoding in turn with it; of each prompt the median repeat counts.
@@ -35,6 +36,7 @@ class Verification:
 
     prediction: Prediction
     num_prompts: int
+    num_given: int
     acceptance_rate: float | None
     mean_tokens_per_round: float
     speedup: float
@@ -42,6 +44,11 @@ class Verification:
     num_tokens: int
     interval: Interval | None
     differences: OutputDifferences
+
+    @property
+    def prompts_in_words(self) -> str:
+        """For instance "3 of 12 prompts", where the time was up before all of them ran."""
+        return counted_of(self.num_prompts, self.num_given, "prompt")
 
     @property
     def is_enough(self) -> bool:
@@ -141,7 +148,7 @@ class Tuning:
             return ""
         return (
             f"{setting_in_words(few[0].prediction)} ran at {few[0].speedup:.2f}x on"
-            f" {counted(few[0].num_prompts, 'prompt')} and {counted(few[0].num_tokens, 'token')}, and less than"
+            f" {few[0].prompts_in_words} and {counted(few[0].num_tokens, 'token')}, and less than"
             f" {FEWEST_PROMPTS} and {FEWEST_TOKENS} tell nothing: give more prompts or max_new_tokens, or raise"
             " time_limit_seconds"
         )
@@ -158,8 +165,7 @@ class Tuning:
             return f"self_speculative, {setting_in_words(run.prediction)}: the {place} of {count} settings run; {again}"
         if again:
             return f"autoregressive: no setting kept its lead when it was run again; {again}"
-        on = counted(best.num_prompts, "prompt")
-        measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {on}"
+        measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {best.prompts_in_words}"
         slow = f"autoregressive: even {setting_in_words(setting)}, the fastest of {count} settings run, {measured}"
         model = self.costs.cost_model(num_layers=self.agreement.num_layers, exit_layer=setting.exit_layer)
         agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
@@ -182,6 +188,6 @@ def _again(run: Verification) -> str:
     return (
         f"{setting_in_words(run.prediction)} {'confirmed' if run.holds else 'not confirmed'}, measured"
         f" {run.speedup:.3f}x (predicted {run.prediction.speedup:.3f}x) when run again on"
-        f" {counted(run.num_prompts, 'prompt')}, 95 % interval {interval_in_words(run.interval)}, whole repeats"
+        f" {run.prompts_in_words}, 95 % interval {interval_in_words(run.interval)}, whole repeats"
         f" {low:.3f} to {high:.3f}x"
     )

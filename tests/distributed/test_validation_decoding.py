@@ -147,7 +147,7 @@ def test_a_rank_without_prompts_waits_for_the_others(ranks):
     (of_first,), pooled, title = first["single"]
     assert second["single"] == ([], pooled, title)
     assert of_first[1] == pooled
-    assert title.endswith("1 prompts on 2 ranks")
+    assert title.endswith("1 prompt on 2 ranks")
 
 
 @pytest.mark.distributed

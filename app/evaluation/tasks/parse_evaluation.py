@@ -120,7 +120,7 @@ def evaluate_parses(
     if not timed:
         return []
     baseline, *drafting = timed.values()
-    return [measured_against(candidate, baseline) for candidate in drafting]
+    return [measured_against(candidate, baseline, num_given=len(speed_examples)) for candidate in drafting]
 
 
 def collect_results(metrics: Mapping[Way, ParseExactMatch], speeds: Sequence[DecodingComparison]) -> list[ParseResult]:

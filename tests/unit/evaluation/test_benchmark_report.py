@@ -31,7 +31,8 @@ PLAIN = BenchmarkResult(
     strategy="autoregressive", exit_layer=None, num_draft_tokens=None, tokens_per_second=20.0, seconds_per_token=0.05,
     acceptance_rate=None, mean_tokens_per_round=1.0, speedup=1.0, identical_to_autoregressive=1.0, num_differing=0,
     num_unexplained=0, largest_logit_gap=None, largest_gap_in_spacings=None, speedup_min=1.0,
-    speedup_max=1.0, speedup_vs_transformers=None, speedup_vs_transformers_early_exit=None, predicted_speedup=None,
+    speedup_max=1.0, speedup_interval=None,
+    speedup_vs_transformers=None, speedup_vs_transformers_early_exit=None, predicted_speedup=None,
     prediction_error=None, predicted_speedup_from_rounds=None, prediction_error_from_rounds=None, seconds_prefill=0.1,
     num_prompts=4, num_tokens=80, rounds=76, drafted=0, accepted=0, reached_by_position=[], accepted_by_position=[],
     acceptance_by_position=[], fell_back_share=0.0,
@@ -40,7 +41,7 @@ DRAFTS = replace(
     PLAIN, strategy="self_speculative", exit_layer=2, num_draft_tokens=3, speedup=1.5, acceptance_rate=0.75,
     predicted_speedup=1.65, prediction_error=0.1, reached_by_position=[10, 8, 6], accepted_by_position=[8, 6, 3],
     drafted=40, acceptance_by_position=[0.8, 0.75, 0.5],
-    speedup_max=1.75,
+    speedup_max=1.75, speedup_interval=(1.25, 1.8),
 )  # fmt: skip
 COSTS = StepCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=0.0, extra_token=0.05, overhead=0.5)
 
@@ -120,13 +121,15 @@ def test_the_table_of_speeds_has_a_row_for_each_result_and_no_column_without_fig
     assert _rows(table) == [
         {
             "strategy": "autoregressive", "exit": "-", "drafts": "-", "tok/s": "20.0", "prefill\nms": "100",
-            "speedup\nmedians": "1.00x", "whole\nrepeats": "1.00-1.00", "outputs\ndiffer": "0 of 4",
+            "speedup\nmedians": "1.00x", "95 %\ninterval": "-", "outputs\ndiffer": "0 of 4",
         },
         {
             "strategy": "self_speculative", "exit": "2", "drafts": "3", "tok/s": "20.0", "prefill\nms": "100",
-            "speedup\nmedians": "1.50x", "whole\nrepeats": "1.00-1.75", "outputs\ndiffer": "0 of 4",
+            "speedup\nmedians": "1.50x", "95 %\ninterval": "1.25-1.80", "outputs\ndiffer": "0 of 4",
         },
     ]  # fmt: skip
+    of_one_batch = replace(DRAFTS, speedup_interval=None)
+    assert _rows(speed_table([of_one_batch], title="t"))[0]["whole\nrepeats"] == "1.00-1.75"
     assert "exit" not in speed_table([PLAIN], title="t").columns
     assert "vs\ngenerate" in speed_table([replace(PLAIN, speedup_vs_transformers=2.0)], title="t").columns
 
@@ -137,7 +140,8 @@ def test_tables_with_everything_in_them_fit_120_columns_uncut(
 ) -> None:
     full = replace(
         DRAFTS, strategy="transformers_early_exit", exit_layer=28, num_draft_tokens=12, tokens_per_second=1234.5,
-        seconds_prefill=12.345, speedup=10.25, speedup_min=10.01, speedup_max=11.11, speedup_vs_transformers=10.25,
+        seconds_prefill=12.345, speedup=10.25, speedup_min=10.01, speedup_max=11.11, speedup_interval=(10.01, 11.11),
+        speedup_vs_transformers=10.25,
         speedup_vs_transformers_early_exit=10.25, num_prompts=num_prompts, num_differing=num_prompts,
         largest_logit_gap=1.2e-05, predicted_speedup_from_rounds=10.25, prediction_error_from_rounds=-0.12,
         acceptance_by_position=[0.8] * 12,

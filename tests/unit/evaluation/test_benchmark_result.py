@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +58,9 @@ def test_figures_by_hand() -> None:
     assert (plain.tokens_per_second, plain.seconds_per_token, plain.seconds_prefill) == (1.0, 1.0, 0.25)
     assert (speculative.exit_layer, speculative.num_draft_tokens) == (3, 3)
     assert (speculative.tokens_per_second, speculative.seconds_per_token, speculative.speedup) == (2.0, 0.5, 2.0)
-    assert (speculative.speedup_min, speculative.speedup_max) == (1.0, 8.0)
+    assert (speculative.speedup_min, speculative.speedup_max, speculative.speedup_interval) == (1.0, 8.0, None)
+    twice = _results(*(replace(each, runs=[*each.runs] * 2) for each in (PLAIN, SPECULATIVE)))[1]
+    assert twice.speedup_interval == (2.0, 2.0)  # of two batches alike
     assert (speculative.drafted, speculative.accepted, speculative.rounds) == (9, 6, 3)
     assert speculative.acceptance_rate == pytest.approx(6 / 9)
     assert speculative.mean_tokens_per_round == pytest.approx(8 / 3)

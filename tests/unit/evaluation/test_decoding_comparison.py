@@ -50,7 +50,9 @@ def test_figures_are_pooled_over_prompts() -> None:
 
 
 def test_time_that_has_run_out_still_measures_one_prompt_and_says_so() -> None:
-    assert {c.num_prompts for c in _compare(counting_decoder(), time_limit_seconds=0.0)} == {1}
+    comparisons = _compare(counting_decoder(), time_limit_seconds=0.0)
+    assert {c.num_prompts for c in comparisons} == {1}
+    assert comparison_table(comparisons).title.endswith(", 1 of 3 prompts")
 
 
 def test_measuring_stops_after_the_prompt_during_which_the_limit_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def _run(prediction: Prediction, speedup: float, low: float | None = None, **giv
         speedup=speedup,
         speedup_range=(speedup if low is None else low, speedup),
         differences=OutputDifferences(num_prompts=4, num_differing=0),
-        **({"num_prompts": 4, "num_tokens": 200, "interval": (speedup - 1e-4, speedup + 1e-4)} | given),
+        **({"num_prompts": 4, "num_given": 4, "num_tokens": 200, "interval": (speedup - 1e-4, speedup + 1e-4)} | given),
     )
 
 
@@ -190,7 +190,10 @@ def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:
 @pytest.mark.parametrize(
     ("given", "missing"),
     [
-        ({"num_prompts": 1, "interval": None}, "on 1 prompt and 200 tokens, and less than 4 and 200 tell nothing"),
+        (
+            {"num_prompts": 1, "num_given": 6, "interval": None},
+            "on 1 of 6 prompts and 200 tokens, and less than 4 and 200 tell nothing",
+        ),
         ({"num_tokens": 199}, "on 4 prompts and 199 tokens, and less than"),
         ({"interval": (0.99, 7.6)}, ""),
         ({"interval": (1.0, 7.5)}, ""),
@@ -308,6 +311,13 @@ def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
 def test_a_used_up_time_limit_leaves_one_prompt() -> None:
     tuning = tune(_agreeing_decoder(), _PROMPTS, eos_token_ids=(), settings=replace(_SETTINGS, time_limit_seconds=0.0))
     assert len(tuning.agreement.outputs) == tuning.best.num_prompts == 1
+    assert "on 1 of 2 prompts and 15 tokens" in tuning.reason
+
+
+def test_prompts_that_the_first_pass_had_no_time_for_are_run_when_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_module, "_FOR_OUTPUTS", 0.0)
+    tuning = tune(_agreeing_decoder(), _PROMPTS, eos_token_ids=(), settings=_SETTINGS)
+    assert (len(tuning.agreement.outputs), tuning.best.num_prompts, tuning.best.num_given) == (1, 2, 2)
 
 
 def test_prompts_whose_output_is_one_token_are_not_run() -> None:

@@ -265,7 +265,8 @@ def _check_saver(saved: SavedEntries, entry: Entry, got: object, live: ModelChec
     for path, score in scores.items():
         _check_score(saved, (*entry, "best_k_models", path), score)
     for key, value in state.items():
-        if key == "kth_value" or (key in ("best_model_score", "current_score") and (scores or value is not None)):
+        needed = key == "kth_value" or (key == "best_model_score" and scores)  # a resumed saver has no current one
+        if needed or (key in ("best_model_score", "current_score") and value is not None):
             _check_score(saved, (*entry, key), value)
         elif key.endswith("path"):
             saved.alike((*entry, key), value, "")

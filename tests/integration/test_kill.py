@@ -36,8 +36,8 @@ def test_a_run_killed_twice_within_a_step_is_the_one_that_nobody_killed(tmp_path
     settings = {"accumulate": 3, "curriculum": "gradual", "num_workers": 2, "saver": "Lightning's"}
     config = write_accumulating_config(tmp_path, **settings)
     assert fit(config, "whole") == 0
-    # It goes on from a validation within a step; the second kill comes before the next checkpoint of the interval.
-    assert kill_and_go_on(config, "killed", [(43, 0.0), (2, 0.0)]) == 2
+    # It goes on from the validation within step 9, saves within that step, and is killed before the next validation.
+    assert kill_and_go_on(config, "killed", [(33, 0.0), (2, 0.0)]) == 2
     check_against(config, "killed")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from app.saved_entries import SavedEntries
 from datamodules.placement import Placement
 from datamodules.stream import LaneState
 
@@ -23,6 +24,20 @@ class StreamPosition:
 
     batches: int
     lanes: Mapping[int, LaneState]
+
+
+def check_position(state: Mapping[str, Any], *, num_sources: int) -> None:
+    """Refuse a saved place of the stream that none can be.
+
+    Raises:
+        CheckpointError: Naming the entry.
+    """
+    saved, entry = SavedEntries(), ("data",)
+    saved.count((*entry, "global_batches"), state.get("global_batches"))
+    num_lanes = saved.count((*entry, "num_lanes"), state.get("num_lanes"), low=1)
+    for number, lane in saved.any_keys((*entry, "lanes"), state.get("lanes")).items():
+        saved.count((*entry, "lanes", number), int(number) if str(number).isdigit() else number, high=num_lanes - 1)
+        saved.alike((*entry, "lanes", number), lane, LaneState.start(num_sources).plain())
 
 
 class PositionKeeper:

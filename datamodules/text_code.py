@@ -23,7 +23,7 @@ from datamodules.row_settings import RowSettings
 from datamodules.source_blocks import StreamSettings
 from datamodules.sources import Source, token_shares, warn_of_mixed_weights
 from datamodules.stream_loader import STATE_KEY, LaneBatches, StreamLoader, stack
-from datamodules.stream_position import PositionKeeper
+from datamodules.stream_position import PositionKeeper, check_position
 from datamodules.surveyed_corpus import SurveyedCorpus
 from datamodules.tokenizers import Encoder
 
@@ -237,6 +237,7 @@ class TextCodeDataModule(LightningDataModule):
             self._num_lanes = state_dict.get("num_lanes")
         check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
         if goes_on(self.trainer):
+            check_position(state_dict, num_sources=len(self._sources))
             self._keeper.restore(state_dict, place=Placement.of(self.trainer))
 
     # Helpers.

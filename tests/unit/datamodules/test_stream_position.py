@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from app.errors import CheckpointError
 from datamodules.placement import Placement
 from datamodules.stream import LaneState
-from datamodules.stream_position import PositionKeeper, StreamPosition
+from datamodules.stream_position import PositionKeeper, StreamPosition, check_position
 
 ALONE = Placement()
 
@@ -78,3 +79,12 @@ def test_each_lane_is_told_by_the_rank_that_reads_it(monkeypatch: pytest.MonkeyP
         "1": 11,
         "2": 12,
     }
+
+
+@pytest.mark.parametrize("junk", ["x", -1, None, [1]])
+def test_a_place_that_none_can_be_is_refused_by_name(junk):
+    lane = LaneState.start(2).plain()
+    check_position({"global_batches": 3, "num_lanes": 1, "lanes": {"0": lane}}, num_sources=2)
+    lane[0][1][9] = junk
+    with pytest.raises(CheckpointError, match=r"data\.lanes\.0\.0\.1\.9: got"):
+        check_position({"global_batches": 3, "num_lanes": 1, "lanes": {"0": lane}}, num_sources=2)

@@ -25,6 +25,16 @@ _NUMBER = re.compile(
 _MEANINGS = {"int": "int (a whole number)", "float": "float (a finite number)", "bool": "true | false"}
 
 
+_CLASSES = {"model.optimizer": "torch.optim.AdamW"}
+# What other applications of LightningCLI call settings of ours.
+_KEYS_OF_OTHERS = {
+    r"optimizer\b": "the optimizer is model.optimizer, as in --model.optimizer torch.optim.AdamW",
+    r"lr_scheduler\b": "the learning rate's schedule is model.lr_schedule, with model.warmup_steps",
+    r"model\.init_args\.(.+)": r"the model is of one class, LayerSkipModule, and has no init_args: model.\1",
+    r"model\.class_path": "the model is of one class, LayerSkipModule: its settings are model.KEY",
+}
+
+
 class _Message(NamedTuple):
     """A message of jsonargparse; the classes whose arguments it is about; the options there are."""
 
@@ -55,6 +65,9 @@ def _unknown(found: re.Match[str], message: _Message) -> str:
     owner, _, name = path.rpartition(".")
     siblings = [option.removeprefix(f"{owner}.") for option in message.options if option.rpartition(".")[0] == owner]
     of = f" of {message.owners[-1]}" if message.owners else ""
+    for pattern, key in _KEYS_OF_OTHERS.items():
+        if other := re.match(pattern, path):
+            return f"{path}: unknown key; {other.expand(key)}"
     return f"{path}: unknown key{of}{_nearest(name.replace('-', '_'), siblings, cutoff=0.5)}"
 
 
@@ -104,6 +117,10 @@ def _no_group(found: re.Match[str], message: _Message) -> str:
 
 def _no_class(found: re.Match[str], message: _Message) -> str:
     got = next(filter(None, found.groups()), "")
+    if keys := re.fullmatch(r"Namespace\((?:init_args=Namespace\()?(.*?)\)+", got):
+        name, allowed = message.path(), "its settings with its class"
+        example = f"--{name} {_CLASSES.get(name, 'CLASS')}"
+        return f"{name}: got {keys[1]} alone, allowed {allowed}; name that, too, and first: {example}"
     union = _UNION.search(message.text)
     bases = [module or result for module, result in _BASE.findall(union[1] if union else message.text)]
     names = {cls.__name__ for base in bases for cls in _subclasses(base) if not cls.__name__.startswith("_")}

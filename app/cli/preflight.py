@@ -21,6 +21,7 @@ from app.model.model_paths import check_exists
 from app.training.checkpoint_places import kept_previous, standing
 
 LAST, AUTO = "last", "auto"  # values of ckpt_path
+CHECKPOINT_HELP = "Checkpoint to go on from: a path; last (the run folder's); or auto: last if there is one, else none."
 FALL_BACK = "--fall_back_to_previous true"
 _MOST_VALUES = 100_000  # of a config; aliases make more of a few lines than memory holds
 _MODELS = ("model", "draft_model", "model.pretrained")

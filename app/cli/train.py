@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.trainer.states import TrainerFn
 
 import datamodules  # noqa: F401  # its classes can then be named without their module, and suggested
-from app.cli.allowed_classes import restrict_classes
 from app.cli.early_refusals import refuse_early
 from app.cli.emulation import warn_of_emulation
-from app.cli.included_configs import with_included
+from app.cli.log_folders import go_on_in_latest_version, keep_metrics
 from app.cli.measured import measured_table, warn_of_poison
 from app.cli.messages import locate
-from app.cli.parsing import OneLineErrors
 from app.cli.preflight import AUTO, FALL_BACK, LAST, check_checkpoint_path
 from app.cli.resume import check_before, check_names, check_resume, take_optimizer_settings
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
 from app.cli.tokenizer_choice import check_tokenizer, take_tokenizer_of_model
 from app.cli.trainer_settings import check_numbers, check_trainer_settings, without_progress_bar
+from app.cli.training_parser import TrainingParser
 from app.errors import CheckpointError, ConfigError, check_range
 from app.model.run_record import RUN_CONFIG_KEY
 from app.protocols import Reportable
@@ -52,35 +50,6 @@ _log = logging.getLogger(__name__)
 
 _OWN_GROUPS = {"layer_dropout": LayerDropoutCurriculum, "early_exit": EarlyExitCurriculum, "preemption": Preemption}
 _TWICE = re.compile(r"more than one stateful callback of type `?(\w+)")  # Lightning's words
-_NAME_OR_CLASS = re.compile(r"--(trainer)\.(strategy|accelerator|profiler|plugins)")
-
-
-class TrainingParser(OneLineErrors, LightningArgumentParser):
-    """For Lightning's verbs."""
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's; a config file may be stacked on others (`app.cli.included_configs`)."""
-        given, *rest = args or (None,)
-        own = restrict_classes(sys.argv[1:] if given is None else given)
-        return super().parse_args(list(_classes_as_configs(with_included(own))), *rest, **kwargs)
-
-
-def _classes_as_configs(args: Sequence[str]) -> Iterator[str]:
-    """The arguments, with `--trainer.strategy '{class_path: ...}'` and its like written as configs.
-
-    jsonargparse takes what is no class for a name, which these settings may be too: Lightning then says that there is
-    no strategy of the name '{class_path: ...}'. Of a config, it says what is wrong with the class.
-    """
-    rest = iter(args)
-    for arg in rest:
-        option, equals, value = arg.partition("=")
-        found = _NAME_OR_CLASS.fullmatch(option)
-        if not found or (not equals and (value := next(rest, None)) is None):  # type: ignore[assignment]
-            yield arg
-        elif value.lstrip().startswith("{"):
-            yield f"--config={{{found[1]}: {{{found[2]}: {value}}}}}"
-        else:
-            yield from (arg,) if equals else (option, value)
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -204,9 +173,13 @@ class LayerSkipCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         check_launch(self.config[subcommand]["trainer"])
         warn_of_emulation(self.trainer)
+        if self.config_init[subcommand].get("ckpt_path") in (LAST, AUTO):
+            go_on_in_latest_version(self.trainer)
         try:
             self._check_checkpoints()
             check_tokenizer(self.config[subcommand])
+            if subcommand != "fit" or self.config_init[subcommand].get("ckpt_path"):
+                keep_metrics(self.trainer)
             super()._run_subcommand(subcommand)
         except ConfigError as error:
             raise locate(error, self._plain_config()) from error

@@ -97,6 +97,8 @@ MISTAKES = [
     (["--model.optimizer", "torch.optim.AdamX"], "got torch.optim.AdamX, allowed the class path of Optimizer; neares"),
     (["--model.optimizer", "AdamX"], "model.optimizer: got AdamX, allowed the class path of a class, as module.Class"),
     (["--trainer.stepz", "3"], "trainer.stepz: unknown key; nearest: "),
+    (["--optimizer.lr", "1"], "optimizer.lr: unknown key; the optimizer is model.optimizer, as in --model.optimizer t"),
+    (["--model.init_args.warmup_steps", "3"], "LayerSkipModule, and has no init_args: model.warmup_steps"),
     (["--trainer.limit_val_batches", "x"], "trainer.limit_val_batches: got x, allowed int | float"),
     (["--trainer.precision", "7"], "trainer.precision: got 7, allowed 64 | 32 | 16 | transformer-engine | "),
     (["--early_exit", "x"], "early_exit: got x, allowed its keys, as in --early_exit.KEY VALUE"),
@@ -201,6 +203,12 @@ def test_what_is_required_and_where_help_is_are_named_for_the_verb(monkeypatch, 
     assert capsys.readouterr().err == "error: data: required, but not given\n(options: layerskip fit --help)\n"
     assert cli(monkeypatch, "fit", "--data", "TextCodeDataModule") == 2
     assert "data.sources: required by datamodules.TextCodeDataModule, but not given" in capsys.readouterr().err
+    assert cli(monkeypatch, "fit", "--model.optimizer.lr", "1e-3") == 2
+    wanted = "name that, too, and first: --model.optimizer torch.optim.AdamW"
+    assert (
+        f"model.optimizer: got lr='1e-3' alone, allowed its settings with its class; {wanted}"
+        in capsys.readouterr().err
+    )
 
 
 def test_unknown_verb_and_no_verb(monkeypatch, capsys):
@@ -333,3 +341,18 @@ def test_decoding_from_a_damaged_or_foreign_checkpoint_is_refused_by_name(run, t
     for path, message in ((damaged, "damaged.ckpt is truncated"), (foreign, "foreign.ckpt: not written by LayerSkip")):
         assert cli(monkeypatch, "generate", "--model", str(path), "--prompt", "x") == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_versioned_csv_log_goes_on_in_its_version_and_loses_nothing(config, tmp_path, monkeypatch, capsys):
+    arguments = ["--config", str(config), "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
+    arguments += ["--trainer.logger.version=null"]
+    for steps, resumed in (("2", "auto"), ("4", "last")):
+        given = [*arguments, "--model.lr_schedule=constant", "--trainer.max_steps", steps, "--ckpt_path", resumed]
+        assert cli(monkeypatch, "fit", *given, "--trainer.enable_progress_bar=false") == 0, capsys.readouterr().err
+    assert cli(monkeypatch, "validate", *given) == 0
+    (version,) = (tmp_path / "run").iterdir()
+    with (version / "metrics.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["step"] for row in rows if row.get("train/loss")] == ["0", "1", "2", "3"]
+    assert sum(bool(row.get("val/loss")) for row in rows) >= 2
+    assert not (version / "metrics.csv.kept").exists()

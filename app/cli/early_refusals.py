@@ -53,8 +53,9 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
         check_row_length(data.seq_len, module.config)
     if module.pretrained is None:
         _check_memory(check_runs(module.config), trainer)
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks: it is broadcast
     if trainer.is_global_zero:
-        _check_folder(Path(trainer.log_dir or trainer.default_root_dir))
+        _check_folder(folder)
     module.optimizer_over(nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)]))  # one for each of its groups
 
 

@@ -66,7 +66,8 @@ class SaveFitConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save; nobody else writes here now."""
-        for folder in checkpoint_folders(trainer) if trainer.is_global_zero else ():
+        folders = checkpoint_folders(trainer)  # asked on all ranks: the logger's is broadcast
+        for folder in folders if trainer.is_global_zero else ():
             hold(folder)
         forget_later_steps(trainer)
         if self._optimizer_changes:

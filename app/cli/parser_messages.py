@@ -162,7 +162,8 @@ def _plain(types: str) -> str:
     types = re.sub(r", (?=<class |typing\.|list\[|dict\[|collections\.)", " | ", types.removesuffix(f", {_NONE}"))
     types = re.sub(r"<class '([^']+)'>", r"\1", types)
     types = re.sub(r"typing\.Literal\[([^]]*)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), types)
-    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types)
+    types = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types)
+    return re.sub(r"Callable\[\[\w+\], (\w+)\]", r"the class path of \1", types)
 
 
 # Patterns in the order of their trial.
@@ -185,6 +186,6 @@ _RULES: dict[str, Callable[[re.Match[str], _Message], str]] = {
     r"Problem with given class_path '([^']+)':\s+(?:module \S+ has no attribute|No module named)": _no_class,
     r"expects a function or a callable class: (?:.*class_path='([^']+)'|.*Got value: (.*))": _no_class,
     r"Import path does not correspond to a subclass of (?s:.*?)Given value: (.*)": _no_class,
-    rf"Expected an? (?!{_NONE})(.+?)\. Got value: (.*)": _wrong_type,
+    rf"Expected an? (?!{_NONE})(.+?)\. Got value: (.*?)(?:\. Got value: Namespace|\n|$)": _wrong_type,
     _UNION.pattern: _wrong_type,
 }

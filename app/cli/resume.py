@@ -26,6 +26,7 @@ _SAME = (
     "model.lr_schedule",
     "model.warmup_steps",
     "model.final_lr_ratio",
+    "model.lr_scheduler",
     "layer_dropout",
     "early_exit",
     "trainer.precision",
@@ -34,7 +35,8 @@ _SAME = (
 )
 _SEED = "seed_everything"
 _TOKENIZER, _VOCAB_SIZE = "data.init_args.tokenizer", "data.init_args.vocab_size"
-_OPTIMIZER = "model.optimizer"
+_OPTIMIZER, _SCHEDULER = "model.optimizer", "model.lr_scheduler"
+_SCHEDULER_CLASS = f"{_SCHEDULER}.class_path"
 _DEFAULT_OPTIMIZER, _ITS_CLASS = "app.training.module._default_optimizer", "torch.optim.AdamW"
 _WITH_STATES = ("amsgrad", "centered", "momentum")  # an optimizer's settings that need states of their own
 _NEW_RUN = "start a new run from the weights (--model.pretrained CHECKPOINT)"
@@ -147,6 +149,7 @@ def refuse_changes(saved: Mapping[str, Any], given: Mapping[str, Any], *, allowe
         fix = f"batches and dropout masks are drawn from it: restore it, or {_NEW_RUN}"
         raise ConfigError(_SEED, got=now.get(_SEED), allowed=f"{before.get(_SEED)!r}, as in the checkpoint", fix=fix)
     _refuse_other_states(before, now)
+    _refuse_another_scheduler(before, now)
     differing = [
         f"{name} {before.get(name)!r} (given: {now.get(name)!r})"
         for name in sorted(before.keys() | now.keys())
@@ -174,6 +177,20 @@ def _refuse_other_states(before: Mapping[str, Any], now: Mapping[str, Any]) -> N
             raise ConfigError(name, got=now[name], allowed=f"{before.get(name)!r}, as in the checkpoint", fix=fix)
 
 
+def _refuse_another_scheduler(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """The state of a scheduler class goes on as it was saved, with the settings and rates that it was made from."""
+    classes = [str(flat.get(_SCHEDULER_CLASS)) for flat in (before, now)]
+    if classes == ["None", "None"]:
+        return
+    fix = f"the scheduler's state depends on it: restore it, or {_NEW_RUN}"
+    if classes[0] != classes[1]:
+        raise ConfigError(_SCHEDULER, got=classes[1], allowed=f"{classes[0]}, as in the checkpoint", fix=fix)
+    for name in sorted(before.keys() | now.keys()):
+        if (_within(name, _SCHEDULER) or _within(name, _OPTIMIZER)) and before.get(name) != now.get(name):
+            allowed = f"{before.get(name)!r}, as in the checkpoint"
+            raise ConfigError(name, got=now.get(name), allowed=allowed, fix=fix)
+
+
 def _optimizer(flat: Mapping[str, Any]) -> str:
     """The path of its class."""
     path = str(flat.get(f"{_OPTIMIZER}.class_path") or flat.get(_OPTIMIZER))
@@ -195,7 +212,8 @@ def _warn_of_length(saved: Mapping[str, Any], given: Mapping[str, Any], *, step:
     length = now.get(_LENGTH)
     if length is not None and 0 <= length <= step:
         _log.warning("%s %s: the checkpoint is of step %d, nothing is left to train", _LENGTH, length, step)
-    stretched = [name for name, values in _OF_LENGTH if now.get(name) not in values]
+    idle = {"model.lr_schedule"} if _SCHEDULER_CLASS in now else set()  # of a class the settings say how long it is
+    stretched = [name for name, values in _OF_LENGTH if name not in idle and now.get(name) not in values]
     if stretched and before.get(_LENGTH) != length:  # a longer run is a thing to want
         _log.warning(
             "%s %s (given: %s): %s stretched with it, so that this run is no longer the one it would have been",
@@ -229,6 +247,8 @@ def take_optimizer_settings(trainer: Trainer) -> None:
 
     Without this a learning rate that a user lowers for the rest of a run would be ignored without a word.
     """
+    if not all(isinstance(entry.scheduler, LambdaLR) for entry in trainer.lr_scheduler_configs):
+        return  # nothing may differ under a scheduler class
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             given = {key: value for key, value in optimizer.defaults.items() if key in group}
@@ -237,7 +257,7 @@ def take_optimizer_settings(trainer: Trainer) -> None:
             group.update(given, initial_lr=given["lr"])
     for entry in trainer.lr_scheduler_configs:
         scheduler = entry.scheduler
-        assert isinstance(scheduler, LambdaLR)  # LayerSkipModule's
+        assert isinstance(scheduler, LambdaLR)
         groups = scheduler.optimizer.param_groups
         scheduler.base_lrs = [group["initial_lr"] for group in groups]
         for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):

@@ -108,6 +108,12 @@ def _is_layerskip(config: Mapping[str, Any]) -> bool:
     return _drops(config) or _exits_early(config)
 
 
+def _schedule(model: Mapping[str, Any]) -> str:
+    if isinstance(scheduler := model.get("lr_scheduler"), Mapping):  # of runs since there is one
+        return f"{scheduler['class_path'].rpartition('.')[2]}, {_plain(scheduler['init_args'])}"
+    return f"{model['lr_schedule']} after {model['warmup_steps']:,} steps of warmup"
+
+
 def _drops(config: Mapping[str, Any]) -> bool:
     return bool(config["layer_dropout"]["max_dropout_rate"])
 
@@ -149,7 +155,7 @@ def _recipe(record: RunRecord) -> str:
         settings = f"{optimizer['class_path'].rpartition('.')[2]}, peak {_plain(optimizer['init_args'])}"
         rows.append(("optimizer", settings))
     rows += [
-        ("learning rate", f"{model['lr_schedule']} after {model['warmup_steps']:,} steps of warmup"),
+        ("learning rate", _schedule(model)),
         ("gradient clipping", str(trainer["gradient_clip_val"] or "off")),
         ("precision", str(trainer["precision"] or "32-true")),
         ("layer dropout", _plain(dropout) if _drops(config) else "off"),

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LRScheduler, OneCycleLR
 
 from app.model.trained_weights import OPTIMIZER_STATES, STATE_DICT
 from app.saved_entries import MISSING, Entry, SavedEntries, shown
@@ -74,7 +75,7 @@ def check_states(checkpoint: Mapping[str, Any], module: Any) -> None:
     skipped = saved.count((SKIPPED_STEPS_KEY,), checkpoint.get(SKIPPED_STEPS_KEY, 0), high=step)
     fresh = module.optimizer_over(module.model)
     _check_optimizer(saved, checkpoint[OPTIMIZER_STATES], fresh["optimizer"], module, steps=step - skipped)
-    _check_schedule(saved, checkpoint, fresh["lr_scheduler"]["scheduler"].state_dict(), step=step)
+    _check_schedule(saved, checkpoint, fresh["lr_scheduler"]["scheduler"], step=step)
     _check_callbacks(saved, checkpoint.get(_CALLBACKS), trainer.callbacks)
 
 
@@ -163,8 +164,8 @@ def _check_optimizer(saved: SavedEntries, got: object, live: Optimizer, module: 
     state, entry = only["state"], (*entry, "state")
     known = [position for position in range(len(parameters)) if not isinstance(state, dict) or position in state]
     saved.keys(entry, state, known)
-    if not type(live).__module__.startswith("torch.optim"):
-        return  # its class alone knows what its states are
+    if not _of_torch(live):
+        return
     kinds = _kinds_of_state(module, parameters)
     for position, parameter in enumerate(parameters):
         kind, below = kinds[parameter.dim(), parameter.dtype], (*entry, position)
@@ -174,6 +175,11 @@ def _check_optimizer(saved: SavedEntries, got: object, live: Optimizer, module: 
                 _check_state(saved, (*below, key), value, like, parameter, steps=steps)
         elif kind and not _unreached(position, known, [names[each] for each in parameters], steps=steps):
             saved.refuse(below, MISSING, f"the states of {names[parameter]}")
+
+
+def _of_torch(live: Optimizer | LRScheduler) -> bool:
+    """Whether what its states are is known; of a user's own class, that class alone knows."""
+    return type(live).__module__.startswith("torch.optim")
 
 
 def _unreached(position: int, known: Sequence[int], names: Sequence[str], *, steps: int) -> bool:
@@ -208,12 +214,18 @@ def _check_state(saved: SavedEntries, entry: Entry, got: object, like: object, o
         saved.number(entry, got.item(), low=1, high=steps)
 
 
-def _check_schedule(saved: SavedEntries, checkpoint: Mapping[str, Any], live: Mapping[str, Any], *, step: int) -> None:
+def _check_schedule(saved: SavedEntries, checkpoint: Mapping[str, Any], scheduler: LRScheduler, *, step: int) -> None:
     """One schedule, at the step of the run, from the rates that the optimizer began with."""
+    if not _of_torch(scheduler):
+        saved.sequence((_SCHEDULERS,), checkpoint[_SCHEDULERS], length=1)
+        saved.any_keys((_SCHEDULERS, 0), checkpoint[_SCHEDULERS][0])
+        return
+    live = scheduler.state_dict()
     saved.alike((_SCHEDULERS,), checkpoint[_SCHEDULERS], [live])
     state, entry = checkpoint[_SCHEDULERS][0], (_SCHEDULERS, 0)
     saved.count((*entry, "last_epoch"), state["last_epoch"], low=step, high=step)
-    saved.count((*entry, "_step_count"), state["_step_count"], low=step + 1, high=step + 1)
+    if not isinstance(scheduler, CosineAnnealingWarmRestarts):  # which does not count them
+        saved.count((*entry, "_step_count"), state["_step_count"], low=step + 1, high=step + 1)
     for key, value in live.items():
         if isinstance(value, bool) and state[key] is not value:
             saved.refuse((*entry, key), state[key], str(value))
@@ -234,12 +246,16 @@ def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable) -
         CheckpointError: Naming the first.
     """
     saved = SavedEntries(module.trainer.ckpt_path)
-    fresh = module.optimizer_over(module.model)["optimizer"].param_groups
+    live = module.optimizer_over(module.model)
+    fresh, scheduler = live["optimizer"].param_groups, live["lr_scheduler"]["scheduler"]
+    if not _of_torch(scheduler):
+        return  # which may set any of them
+    moved = ("params", *(("betas", "momentum") if isinstance(scheduler, OneCycleLR | CyclicLR) else ()))
     rates = checkpoint[_SCHEDULERS][0]["_last_lr"]
     for index, (group, own) in enumerate(zip(checkpoint[OPTIMIZER_STATES][0]["param_groups"], fresh, strict=True)):
         for key, value in (own | {"lr": rates[index]}).items():
             listed = [list(each) if isinstance(each, tuple) else each for each in (group[key], value)]
-            if key != "params" and listed[0] != listed[1]:
+            if key not in moved and listed[0] != listed[1]:
                 entry = (OPTIMIZER_STATES, 0, "param_groups", index, key)
                 saved.refuse(entry, group[key], f"{value!r}, as configured; {_INSIST}")
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 import json
-from functools import partial
+import logging
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from app import metric_names
-from app.errors import ConfigError, check_choice, check_range, require_total_steps
+from app.errors import ConfigError, check_choice, check_range
 from app.evaluation.exit_quality import GroupedTokenLoss
 from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
 from app.layerskip.layer_dropout import KeptSamples, keep_scales
@@ -46,9 +46,18 @@ from app.training.checkpoint_states import check_states
 from app.training.curriculum_host import CurriculumHost
 from app.training.divergence import SKIPPED_STEPS_KEY, DivergenceGuard, OnDivergence
 from app.training.loop_counts import end_with_step
-from app.training.optim import LR_SCHEDULES, LRSchedule, lr_factor, parameter_groups
+from app.training.optim import (
+    LR_SCHEDULES,
+    LRSchedule,
+    LRSchedulerClass,
+    parameter_groups,
+    scheduler_of_class,
+    scheduler_of_kind,
+)
 from app.training.step_plan import draw_for, show
 from app.training.token_mean import TokenMeanStep
+
+_log = logging.getLogger(__name__)
 
 
 def _default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -67,6 +76,8 @@ class LayerSkipModule(CurriculumHost):
         lr_schedule: constant, linear or cosine, after the warmup; all but constant need trainer.max_steps.
         warmup_steps: Optimizer steps of linear warmup, >= 0.
         final_lr_ratio: Learning rate at the last step over the peak, in [0, 1].
+        lr_scheduler: In place of these three, a scheduler class with its settings, stepped once an optimizer step:
+            for instance torch.optim.lr_scheduler.OneCycleLR.
         activation_checkpointing: Keep a block's input alone and compute the block again in the backward: memory for a
             third more time.
         compile_blocks: Compile the blocks (torch.compile, inductor): needs a compiler, and not tensor parallelism.
@@ -87,6 +98,7 @@ class LayerSkipModule(CurriculumHost):
         lr_schedule: LRSchedule = "cosine",
         warmup_steps: int = 0,
         final_lr_ratio: float = 0.1,
+        lr_scheduler: LRSchedulerClass | None = None,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
         on_divergence: OnDivergence = "stop",
@@ -97,6 +109,8 @@ class LayerSkipModule(CurriculumHost):
             got = "both" if config else "neither"
             raise ConfigError("config", got=got, allowed="exactly one of model.config and model.pretrained")
         check_choice("lr_schedule", lr_schedule, LR_SCHEDULES)
+        if lr_scheduler is not None and (lr_schedule, warmup_steps, final_lr_ratio) != ("cosine", 0, 0.1):
+            _log.warning("lr_schedule, warmup_steps and final_lr_ratio have no effect: lr_scheduler takes their place")
         check_range("warmup_steps", warmup_steps, low=0)
         check_range("final_lr_ratio", final_lr_ratio, low=0, high=1)
         own_config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
@@ -105,7 +119,7 @@ class LayerSkipModule(CurriculumHost):
         self.config: PreTrainedConfig = own_config
         self.pretrained, self.seed = pretrained, seed
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
-        self._optimizer, self._lr_schedule = optimizer, lr_schedule
+        self._optimizer, self._lr_schedule, self._lr_scheduler = optimizer, lr_schedule, lr_scheduler
         self._warmup_steps, self._final_lr_ratio = warmup_steps, final_lr_ratio
         self._step = TokenMeanStep(DivergenceGuard(on_divergence, max_skipped_steps))
         self.model: PreTrainedModel | None = None
@@ -182,24 +196,20 @@ class LayerSkipModule(CurriculumHost):
         """What `configure_optimizers` gives, over the weights of any model: a stand-in tells whether the settings hold.
 
         Raises:
-            ConfigError: The optimizer does not take its settings, or the schedule has no end.
+            ConfigError: The optimizer or schedule does not take its settings, or the schedule has no end.
         """
-        total_steps = None
-        if self._lr_schedule != "constant":
-            total_steps = require_total_steps(self.trainer.max_steps, field="lr_schedule", got=self._lr_schedule)
-        factor = partial(
-            lr_factor,
-            kind=self._lr_schedule,
-            warmup_steps=self._warmup_steps,
-            total_steps=total_steps,
-            final_ratio=self._final_lr_ratio,
-        )
         try:
             optimizer = self._optimizer(parameter_groups(model))
         except (TypeError, ValueError) as error:
             raise ConfigError("optimizer", got=str(error), allowed="settings its class accepts") from error
-        schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        scheduler: LRScheduler
+        max_steps = self.trainer.max_steps
+        if self._lr_scheduler is not None:
+            scheduler = scheduler_of_class(optimizer, self._lr_scheduler, max_steps=max_steps)
+        else:
+            length = {"warmup_steps": self._warmup_steps, "max_steps": max_steps}
+            scheduler = scheduler_of_kind(optimizer, self._lr_schedule, final_ratio=self._final_lr_ratio, **length)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- training ------------------------------------------------------------------------------------------------
 

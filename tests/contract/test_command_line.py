@@ -72,6 +72,8 @@ MISTAKES = [
     (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: got -1"),
     (["--seed_everything", "-1"], "seed_everything: got -1, allowed [0, 4294967295]"),
     (["--model.optimizer.init_args.lr", "-1"], "model.optimizer: got 'Invalid learning rate: -1"),
+    (["--model.lr_scheduler", "ReduceLROnPlateau"], "got ReduceLROnPlateau, allowed the class path of LRScheduler"),
+    (["--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "a"], "step_size: got a, allowed int (a"),
     (["--early_exit.curriculum", "gradual", "--trainer.max_steps=-1", "--trainer.max_epochs=-1",
       "--trainer.limit_train_batches=4", "--layer_dropout.time_scale", "constant"],
       "early_exit.curriculum: got 'gradual', allowed only"),

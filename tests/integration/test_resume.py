@@ -14,7 +14,7 @@ from tests.support.runs import Recorder, curricula, make_data, make_module, make
 N = 5
 
 
-def train(root, *, max_steps, ckpt_path=None, seed=0, workers=0, curriculum="rotational", accumulate=2):
+def train(root, *, max_steps, ckpt_path=None, seed=0, workers=0, curriculum="rotational", accumulate=2, **schedule):
     recorder = Recorder()
     saver = ModelCheckpoint(dirpath=root / "checkpoints", every_n_train_steps=N, save_top_k=-1)
     callbacks = [
@@ -27,7 +27,7 @@ def train(root, *, max_steps, ckpt_path=None, seed=0, workers=0, curriculum="rot
     trainer = make_trainer(root, max_steps=2 * N, callbacks=callbacks, accumulate_grad_batches=accumulate)
     if max_steps < 2 * N:
         trainer.callbacks.append(StopAfter(max_steps))
-    module = make_module(seed=seed, lr_schedule="cosine", warmup_steps=2)
+    module = make_module(seed=seed, **(schedule or {"lr_schedule": "cosine", "warmup_steps": 2}))
     data = make_data(root, num_workers=workers)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return recorder.steps, {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -42,15 +42,29 @@ class StopAfter(Recorder):
         trainer.should_stop = trainer.global_step >= self.limit
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("curriculum", ["rotational", "gradual"])
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, curriculum, workers):
-    whole, weights = train(tmp_path / "whole", max_steps=2 * N, curriculum=curriculum, workers=workers)
-    first, _ = train(tmp_path / "parts", max_steps=N, curriculum=curriculum, workers=workers)
+def one_cycle(optimizer):  # which moves AdamW's betas, too
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=2 * N)
+
+
+def every_fifth(optimizer):  # whose state counts no steps
+    return torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=N - 1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"curriculum": "rotational", "workers": 0, "lr_scheduler": one_cycle},
+        {"curriculum": "rotational", "workers": 2},
+        {"curriculum": "gradual", "workers": 0, "lr_scheduler": every_fifth},
+        {"curriculum": "gradual", "workers": 2},
+    ],
+    ids=str,
+)
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, how):
+    whole, weights = train(tmp_path / "whole", max_steps=2 * N, **how)
+    first, _ = train(tmp_path / "parts", max_steps=N, **how)
     saved = next((tmp_path / "parts" / "checkpoints").glob(f"*step={N}.ckpt"))
-    second, resumed = train(
-        tmp_path / "parts", max_steps=2 * N, curriculum=curriculum, workers=workers, ckpt_path=str(saved)
-    )
+    second, resumed = train(tmp_path / "parts", max_steps=2 * N, ckpt_path=str(saved), **how)
     assert first + second == whole
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     assert len({step["exits"] for step in whole}) > 1  # the comparison has something to miss

@@ -109,6 +109,12 @@ def test_a_folder_that_is_here_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
     assert card_of(changed(model={"pretrained": "models/mine"})).data.base_model == "mine"
 
 
+def test_the_recipe_names_a_scheduler_class():
+    scheduler = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 5}}
+    recipe = section(card_of(changed(model={"lr_scheduler": scheduler})), "How it was trained")
+    assert "| learning rate | StepLR, step_size 5 |" in recipe
+
+
 def test_the_recipe_lists_what_was_set_and_only_that():
     recipe = section(card_of(), "How it was trained")
     for row in (

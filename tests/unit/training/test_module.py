@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.nn import functional as F
+from torch.optim import lr_scheduler as lr_schedulers
 
 from app.errors import ConfigError
 from app.model.checkpoint import build_model
@@ -12,7 +13,7 @@ from app.model.early_exit import EarlyExitModel
 from app.model.run_record import GENERATION_CONFIG_KEY
 from app.protocols import DecodingHost, EarlyExitHost, ExitMonitorHost, LayerDropoutHost
 from app.training.module import LayerSkipModule
-from app.training.optim import LR_SCHEDULES, lr_factor, parameter_groups
+from app.training.optim import LR_SCHEDULES, lr_factor, parameter_groups, scheduler_of_class
 from tests.support.runs import NUM_LAYERS, Recorder, curricula, make_data, make_module, make_trainer
 from tests.support.saved_models import save_model
 from tests.support.tiny_models import tiny_config
@@ -222,6 +223,32 @@ def test_labels_that_are_not_shifted_are_refused_before_a_step(tmp_path, verb):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         make_module(**settings)
+
+
+def one_cycle(optimizer):
+    return lr_schedulers.OneCycleLR(optimizer, max_lr=1e-2, total_steps=6)
+
+
+@pytest.mark.parametrize(
+    ("make", "max_steps", "message"),
+    [
+        (one_cycle, 7, "lr_scheduler: got 'OneCycleLR of 6 steps', allowed at least 7, as trainer.max_steps"),
+        (one_cycle, -1, "lr_scheduler: got 'OneCycleLR', allowed only in a run of known length"),
+        (lr_schedulers.ReduceLROnPlateau, 6, "lr_scheduler: got 'ReduceLROnPlateau', allowed a class that is stepped"),
+        (lambda optimizer: lr_schedulers.StepLR(optimizer, step=1), 6, "lr_scheduler: got .*unexpected keyword"),
+    ],
+)
+def test_a_scheduler_class_that_cannot_be_stepped_to_the_end_is_refused(make, max_steps, message):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ConfigError, match=message):
+        scheduler_of_class(optimizer, make, max_steps=max_steps)
+
+
+def test_settings_beside_a_scheduler_class_warn_that_they_have_no_effect(caplog):
+    make_module(lr_schedule="cosine", lr_scheduler=one_cycle)
+    assert not caplog.records
+    make_module(lr_schedule="cosine", lr_scheduler=one_cycle, warmup_steps=2)
+    assert "warmup_steps and final_lr_ratio have no effect: lr_scheduler takes their place" in caplog.text
 
 
 def test_exactly_one_of_config_and_pretrained_is_needed():

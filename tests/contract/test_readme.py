@@ -26,8 +26,16 @@ COMMANDS = [
 # Stacked last on every `fit`: the same commands in miniature.
 TINY = {
     "model": {"warmup_steps": 1},
-    "data": {"init_args": {"seq_len": 24, "batch_size": 2, "validation_share": 0.2, "cache_dir": "runs/data"}},
-    "trainer": {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
+    "data": {
+        "init_args": {
+            "seq_len": 24,
+            "batch_size": 2,
+            "validation_share": 0.2,
+            "validation_rows": 4,
+            "cache_dir": "runs/data",
+        }
+    },
+    "trainer": {"max_steps": 2, "val_check_interval": 2, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
 }
 TINY_QUICKSTART = TINY | {
     "model": {
@@ -42,6 +50,12 @@ TINY_QUICKSTART = TINY | {
         "init_args": TINY["data"]["init_args"]
         | {"vocab_size": 300, "sources": {"code": {"kind": "files", "path": "my_corpus"}}},
     },
+}
+
+# At the end of what measures: an option that is given twice has its last value.
+FEWER = {
+    "tune": ["--max_new_tokens", "4"],
+    "benchmark": ["--max_new_tokens", "4", "--repeats", "1"],
 }
 
 
@@ -86,6 +100,7 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
             last_config = max(idx for idx, word in enumerate(arguments) if word == "--config")
             tiny = "tiny-quickstart.yaml" if "quickstart" in command else "tiny.yaml"
             arguments[last_config + 2 : last_config + 2] = ["--config", tiny]
+        arguments += FEWER.get(arguments[0], [])
         assert cli(monkeypatch, *arguments) == 0, (command, capsys.readouterr().err[-2000:])
         ran += 1
     assert ran >= 5

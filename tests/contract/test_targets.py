@@ -115,7 +115,13 @@ def test_a_benchmark_that_fails_ends_it_with_its_status(here, monkeypatch, comma
     assert not (here / "build/bench.json").exists()
 
 
-def test_data_targets_come_from_a_stream_and_a_training_run(tmp_path, monkeypatch):
+def test_data_targets_come_from_a_stream_and_a_training_run(tmp_path, monkeypatch, capsys):
+    def run_here(*arguments):
+        capsys.readouterr()
+        assert cli(monkeypatch, *arguments) == 0
+        return shlex.join(["layerskip", *arguments]), capsys.readouterr().out
+
+    monkeypatch.setattr(data_targets, "run_verb", run_here)
     corpus = write_corpus(tmp_path / "corpus", files=40)
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
     config["data"]["init_args"] |= {"sources": {"code": {"kind": "files", "path": str(corpus)}}}

@@ -4,11 +4,9 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from app.model.trained_weights import open_trained_weights
 from app.training.checkpoint_io import AtomicCheckpointIO
 from callbacks import LastCheckpoint
 from tests.support.checkpoints import flip_bit
+from tests.support.processes import run_ranks
 from tests.support.runs import cli, make_data, make_module, make_trainer
 from tests.support.stream_runs import write_config, write_sources
 from tests.support.tiny_models import tiny_config
@@ -90,28 +89,22 @@ def test_missing_checkpoint_is_refused_with_its_name(tmp_path):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "absent.ckpt")
 
 
-def test_full_disk_while_saving_leaves_the_previous_checkpoint_and_nothing_else(tmp_path):
+def save_on_a_full_disk(path):
     """A file-size limit stands in for the full disk: both make write() fail in the middle of the file."""
-    script = textwrap.dedent(
-        """
-        import resource, signal, sys, torch
-        from app.errors import CheckpointError
-        from app.training.checkpoint_io import AtomicCheckpointIO
-        path = sys.argv[1]
-        content = {"pytorch-lightning_version": "2.6.0", "global_step": 1, "state_dict": {"w": torch.ones(10)}}
-        AtomicCheckpointIO().save_checkpoint(content, path)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            AtomicCheckpointIO().save_checkpoint({"w": torch.zeros(1_000_000)}, path)
-        except CheckpointError as error:
-            print(error)
-        """
-    )
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    with pytest.raises(CheckpointError) as caught:
+        AtomicCheckpointIO().save_checkpoint({"w": torch.zeros(1_000_000)}, path)
+    return str(caught.value)
+
+
+def test_full_disk_while_saving_leaves_the_previous_checkpoint_and_nothing_else(tmp_path):
     path = tmp_path / "last.ckpt"
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
-    assert "cannot write checkpoint" in done.stdout
-    assert "File too large" in done.stdout
+    content = {"pytorch-lightning_version": "2.6.0", "global_step": 1, "state_dict": {"w": torch.ones(10)}}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    (message,) = run_ranks(save_on_a_full_disk, path, world_size=1)
+    assert "cannot write checkpoint" in message
+    assert "File too large" in message
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["w"], torch.ones(10))
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 

@@ -31,7 +31,8 @@ class DataMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log."""
-        if (batch_idx + 1) % (trainer.log_every_n_steps * trainer.accumulate_grad_batches):  # type: ignore[attr-defined]
+        steps = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 logs never
+        if not steps or (batch_idx + 1) % (steps * trainer.accumulate_grad_batches):
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(datamodule, StreamOwner):

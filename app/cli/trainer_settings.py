@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
@@ -11,18 +12,21 @@ from jsonargparse import Namespace
 from app.errors import ConfigError, check_range
 
 _LARGEST = 2**63 - 1  # that a tensor holds
+_MOST_MICRO_BATCHES = 1_000_000  # of a step
+_MOST_PROCESSES = max(64, os.cpu_count() or 1)  # on a CPU, where Lightning starts as many as it is told to
+_HEADS = ("num_attention_heads", "num_key_value_heads")  # transformers divides by them
 _PARTS_OF_PATHS = ("name", "version", "sub_dir", "filename")  # of loggers and checkpoint callbacks, below a folder
 
 
 def check_numbers(config: Namespace) -> None:
-    """Refuse whole numbers that 64 bits do not hold, wherever they stand.
+    """Refuse whole numbers that 64 bits do not hold, wherever they stand, and models without heads.
 
     Raises:
         ConfigError: Naming the first.
     """
     for path, value in _walk(config.as_dict()):
         if isinstance(value, int):
-            check_range(path, value, low=-_LARGEST, high=_LARGEST)
+            check_range(path, value, low=1 if path.endswith(_HEADS) else -_LARGEST, high=_LARGEST)
 
 
 def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
@@ -35,9 +39,10 @@ def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
     Raises:
         ConfigError: Naming the first.
     """
-    for name, low in (("accumulate_grad_batches", 1), ("num_sanity_val_steps", -1)):
-        if trainer[name] is not None:
-            check_range(f"trainer.{name}", trainer[name], low=low)
+    check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1, high=_MOST_MICRO_BATCHES)
+    check_range("trainer.num_sanity_val_steps", trainer["num_sanity_val_steps"] or 0, low=-1)
+    if str(trainer["devices"]).isdecimal() and trainer["accelerator"] != "cuda":
+        check_range("trainer.devices", int(trainer["devices"]), low=0, high=_MOST_PROCESSES)
     check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
     check_range("trainer.log_every_n_steps", trainer["log_every_n_steps"] or 0, low=0)
     if (epochs := trainer["check_val_every_n_epoch"]) is not None:
@@ -48,6 +53,8 @@ def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
         raise ConfigError("trainer.val_check_interval", got=0, allowed=allowed, fix=never)
     if verb == "fit" and trainer["limit_train_batches"] in (0, 0.0):
         raise ConfigError("trainer.limit_train_batches", got=0, allowed="more than 0, or nothing is trained")
+    if verb == "fit" and trainer["max_epochs"] == 0:
+        raise ConfigError("trainer.max_epochs", got=0, allowed="more than 0, or nothing is trained")
     for group in ("logger", "callbacks"):
         for path, value in _walk(_plain(trainer[group]), f"trainer.{group}"):
             *_, owner, name = path.split(".")

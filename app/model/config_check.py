@@ -28,6 +28,9 @@ def check_sizes(config: PreTrainedConfig) -> None:
     for name in _SIZES:
         if isinstance(size := getattr(config, name, None), int):
             check_range(name, size, low=1, high=_MOST)
+    heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise ConfigError("num_key_value_heads", got=groups, allowed=f"a divisor of num_attention_heads {heads}")
 
 
 @contextmanager

@@ -33,3 +33,9 @@ def test_a_datamodule_without_sources_is_left_alone_with_a_warning(caplog):
     DataMonitor().setup(trainer, make_module(), "fit")
     DataMonitor().on_train_batch_end(trainer, None, None, None, 0)
     assert "DataMonitor has no effect: LightningDataModule does not mix sources" in caplog.text
+
+
+def test_nothing_is_logged_where_logging_is_off(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[DataMonitor()], log_every_n_steps=0)
+    trainer.fit(make_module(), datamodule=make_data(tmp_path))
+    assert not [name for name in trainer.callback_metrics if name.startswith("data/")]

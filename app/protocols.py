@@ -209,6 +209,14 @@ class CorpusOwner(TokenizerOwner, Protocol):
         """Names of the sources; a batch's `source` indexes them."""
 
 
+@runtime_checkable
+class ResumableData(Protocol):
+    """A datamodule that a run can go on with."""
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse what its `load_state_dict` would refuse, with ConfigError or CheckpointError; restores nothing."""
+
+
 class SourceStatistics(NamedTuple):
     """What one source of a corpus delivered to training on this rank so far.
 

@@ -230,15 +230,25 @@ class TextCodeDataModule(LightningDataModule):
         """Go to the saved place; of a trainer's stages in fit alone. Lightning calls it after `setup`, at every stage.
 
         Raises:
+            ConfigError, CheckpointError: As `check_state_dict`.
+        """
+        self.check_state_dict(state_dict)
+        if goes_on(self.trainer):
+            self._keeper.restore(state_dict, place=Placement.of(self.trainer))
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a place to go to (protocols.ResumableData); lanes that nobody counted are as many as it has.
+
+        Raises:
             ConfigError: A setting that the stream depends on differs from the checkpoint's; or, at any stage, the
                 tokenizer does.
+            CheckpointError: In fit, it is no place in the stream.
         """
         if goes_on(self.trainer) and self._num_lanes is None:
             self._num_lanes = state_dict.get("num_lanes")
         check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
         if goes_on(self.trainer):
             check_position(state_dict, num_sources=len(self._sources))
-            self._keeper.restore(state_dict, place=Placement.of(self.trainer))
 
     # Helpers.
 

@@ -237,6 +237,8 @@ class TOPv2DataModule(LightningDataModule):
         """
         check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
 
+    check_state_dict = load_state_dict  # protocols.ResumableData: there is nothing to restore
+
     # Helpers.
 
     def _order(self) -> dict[str, int | str]:

@@ -14,7 +14,6 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.trainer.states import TrainerFn
 
 import datamodules  # noqa: F401  # its classes can then be named without their module, and suggested
 from app.cli.early_refusals import refuse_early
@@ -23,7 +22,6 @@ from app.cli.log_folders import go_on_in_latest_version, keep_metrics
 from app.cli.measured import measured_table, warn_of_poison
 from app.cli.messages import locate
 from app.cli.preflight import AUTO, FALL_BACK, LAST, check_checkpoint_path
-from app.cli.resume import check_before, check_names, check_resume, take_optimizer_settings
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
 from app.cli.tokenizer_choice import check_tokenizer, take_tokenizer_of_model
@@ -40,9 +38,10 @@ from app.training.checkpoint_places import (
     restore_interrupted,
     standing,
 )
-from app.training.checkpoint_states import check_optimizer_settings
 from app.training.logged_steps import forget_later_steps
+from app.training.may_resume import check_before
 from app.training.module import LayerSkipModule
+from app.training.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
 from app.training.run_lock import hold, release
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 
@@ -59,8 +58,6 @@ class SaveFitConfig(SaveConfigCallback):
     saved config starts what it is told to, it does not silently resume.
     """
 
-    _optimizer_changes = False
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for on_train_start."""
 
@@ -70,22 +67,12 @@ class SaveFitConfig(SaveConfigCallback):
         for folder in folders if trainer.is_global_zero else ():
             hold(folder)
         forget_later_steps(trainer)
-        if self._optimizer_changes:
+        if trainer.ckpt_path and changes_optimizer(self.config["allow_changes"]):
             take_optimizer_settings(trainer)
         self.config = self.config.clone()
         for name, value in (("ckpt_path", None), ("allow_changes", []), ("fall_back_to_previous", False)):
             self.config[name] = value
         super().setup(trainer, pl_module, "fit")
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A run that is resumed is the one that was saved, unless its user insists."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            allow_changes: list[str] = self.config["allow_changes"]
-            self._optimizer_changes = any(name.split(".")[0] == "model" for name in allow_changes)
-            given = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-            check_resume(checkpoint, given, allow_changes=allow_changes)
-            if not self._optimizer_changes:
-                check_optimizer_settings(checkpoint, pl_module)  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint tells how it was made, wherever it is moved to."""
@@ -235,14 +222,14 @@ class LayerSkipCLI(LightningCLI):
     def _check_changes(self, found: Sequence[Path]) -> None:
         """Refuse what a resumed run may not change before a logger opens its files, where the checkpoint tells."""
         options = self.config_init[self.config.subcommand]
-        ckpt_path, allow_changes = options.get("ckpt_path"), self.config[self.config.subcommand]["allow_changes"]
         parser, config = self._parser(self.subcommand), self.config[self.config.subcommand]
-        given = yaml.safe_load(parser.dump(config, skip_unset=False))
-        if ckpt_path is None:
-            check_names(allow_changes, given)
+        given = GivenConfig(yaml.safe_load(parser.dump(config, skip_unset=False)), config["allow_changes"])
+        self.model.given_config = given
+        if (ckpt_path := options.get("ckpt_path")) is None:
+            given.check_names()
         elif not options["fall_back_to_previous"]:  # which one is taken is known when its bytes are compared
             latest = _latest(found) if ckpt_path == LAST else standing(Path(ckpt_path))
-            check_before(latest, given, fit=self.subcommand == "fit", allow_changes=allow_changes)
+            check_before(latest, given, fit=self.subcommand == "fit")
 
     def _plain_config(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()

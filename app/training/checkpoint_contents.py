@@ -79,36 +79,22 @@ def _check_kinds(path: Path, content: Mapping[str, Any], *, needed: Sequence[str
         SavedEntries(path).refuse((_VERSION,), content[_VERSION], "2.x")
 
 
-def refusing_fit(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint as Lightning is to get it: one of weights alone tells `fit` what it is, and serves other verbs."""
+def refuse_weights_alone(path: str | Path | None, content: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that is not in there.
+
+    Raises:
+        CheckpointError: Naming what is missing, and how to start a new run.
+    """
     held = {
         OPTIMIZER_STATES: bool(content.get(OPTIMIZER_STATES)),  # a directory's are a list, if an empty one
         _LR_SCHEDULERS: _LR_SCHEDULERS in content,
         _LOOPS: isinstance(content.get(_LOOPS, {}).get(_FIT_LOOP), dict),
     }
     if missing := [key for key, there in held.items() if not there]:
-        content[_LOOPS] = _NoLoops(
+        raise CheckpointError(
             f"checkpoint {path}: weights only, no run to go on with (no {', '.join(missing)} in it):"
             f" --model.pretrained {path} starts a new run from them"
         )
-    return content
-
-
-class _NoLoops(dict[str, Any]):
-    """Where no run can go on: whoever reads a checkpoint is not told the verb, but each asks for the loop of its own.
-
-    Args:
-        refusal: For fit.
-    """
-
-    def __init__(self, refusal: str) -> None:
-        super().__init__()
-        self._refusal = refusal
-
-    def __missing__(self, loop: str) -> dict[str, Any]:
-        if loop == _FIT_LOOP:
-            raise CheckpointError(self._refusal)
-        return {}  # its loop starts at its beginning
 
 
 def read_whole(path: Path, *, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing_extensions import override
 from app.errors import CheckpointError
 from app.model.checkpoint_integrity import KEEP_PREVIOUS, damage, saved_step
 from app.model.trained_weights import read_plain
-from app.training.checkpoint_contents import read_file, read_whole, refusing_fit
+from app.training.checkpoint_contents import read_file, read_whole
 from app.training.checkpoint_places import go_on_from, kept_previous, partial_of, put_in_place, remove, standing
 
 _log = logging.getLogger(__name__)
@@ -79,8 +79,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it is missing, truncated, damaged, foreign, or holds anything but plain values.
         """
         whole = self.whole(Path(path))
-        content = read_whole(whole) if whole.is_dir() else read_file(whole, map_location=map_location)
-        return refusing_fit(whole, content)
+        return read_whole(whole) if whole.is_dir() else read_file(whole, map_location=map_location)
 
     def whole(self, path: Path) -> Path:
         """The checkpoint to read, its bytes compared with their checksums: `path`, or one to fall back on.

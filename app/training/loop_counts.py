@@ -12,6 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from app.errors import CheckpointError
+
 _BATCHES, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
 _OPTIMIZATION = "epoch_loop.automatic_optimization.optim_progress"
 
@@ -46,3 +48,40 @@ def end_with_step(fit_loop: dict[str, Any], trainer: Trainer) -> None:
 def _interrupted(validation: dict[str, Any], trainer: Trainer) -> bool:
     over = validation["is_last_batch"] and validation["current"]["completed"] == validation["current"]["ready"]
     return trainer.validating and not over
+
+
+def count_micro_batches(fit_loop: dict[str, Any], *, saved: int | None, given: int) -> None:
+    """Let a checkpoint's counts be those of a run that accumulates `given` micro-batches a step instead of `saved`.
+
+    Lightning takes a step when their number is a multiple of it: without this, a run that goes on on another number of
+    devices with the same global batch would take its next step after the wrong number of micro-batches. Counts that
+    are those of the run already stay as they are.
+
+    Args:
+        fit_loop: The state of Lightning's loop, as in a checkpoint; changed in place.
+        saved: By the run that was saved; None where nobody tells but the counts.
+        given: By the run that goes on.
+
+    Raises:
+        CheckpointError: It was saved within a step.
+    """
+    batches, steps = fit_loop[_BATCHES], fit_loop[_OPTIMIZATION]["optimizer"]["step"]
+    if saved is None:
+        saved = _micro_batches_of_step(batches, steps["current"]["completed"]) or given
+    if saved == given or batches["total"]["ready"] == steps["total"]["completed"] * given:
+        return
+    for counts in (batches["total"], batches["current"]):
+        ready = counts["ready"]
+        if ready % saved:
+            raise CheckpointError(
+                f"trainer.accumulate_grad_batches: the checkpoint was saved within a step of {saved} micro-batches;"
+                " resume it with that"
+            )
+        for kind in ("ready", "started", "processed", "completed"):  # the last may be one behind the others
+            counts[kind] += ready // saved * given - ready
+
+
+def _micro_batches_of_step(batches: dict[str, Any], steps: int) -> int:
+    """As an epoch's counts tell it; 0 where they do not: before its first step, and at its end, whose step is cut."""
+    ready: int = batches["current"]["ready"]
+    return 0 if steps == 0 or batches["is_last_batch"] or ready % steps else ready // steps

@@ -24,7 +24,6 @@ from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
 from app.layerskip.layer_dropout import KeptSamples, keep_scales
 from app.model.checkpoint import (
     build_model,
-    check_compatible,
     check_tokenizer_of,
     load_config,
     load_pretrained,
@@ -39,13 +38,13 @@ from app.model.parallel import parallelize
 from app.model.run_record import GENERATION_CONFIG_KEY
 from app.model.sharded_loading import fill
 from app.model.spans import SpanDecoder
-from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT, TOKENIZER_KEY
+from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
 from app.training.batch import Batch, GivenBatch, check_batch, check_row_length, completed
-from app.training.checkpoint_states import check_states
 from app.training.curriculum_host import CurriculumHost
 from app.training.divergence import SKIPPED_STEPS_KEY, DivergenceGuard, OnDivergence
 from app.training.loop_counts import end_with_step
+from app.training.may_resume import check_resume
 from app.training.optim import (
     LR_SCHEDULES,
     LRSchedule,
@@ -54,6 +53,7 @@ from app.training.optim import (
     scheduler_of_class,
     scheduler_of_kind,
 )
+from app.training.resumed_config import GivenConfig
 from app.training.step_plan import draw_for, show
 from app.training.token_mean import TokenMeanStep
 
@@ -122,6 +122,7 @@ class LayerSkipModule(CurriculumHost):
         self._optimizer, self._lr_schedule, self._lr_scheduler = optimizer, lr_schedule, lr_scheduler
         self._warmup_steps, self._final_lr_ratio = warmup_steps, final_lr_ratio
         self._step = TokenMeanStep(DivergenceGuard(on_divergence, max_skipped_steps))
+        self.given_config: GivenConfig | None = None  # to compare with that of a run to resume: the command line's
         self.model: PreTrainedModel | None = None
         self.source_loss: GroupedTokenLoss | None = None
         self._loops_checked: set[str] = set()  # of whose batches one was looked at
@@ -339,12 +340,6 @@ class LayerSkipModule(CurriculumHost):
             checkpoint[TOKENIZER_KEY] = tokenizer_to_files(datamodule.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another shape, or with entries that do not fit, by name.
-
-        Raises:
-            CheckpointError: Naming what differs.
-        """
-        check_compatible(self.config, checkpoint)
-        if STATE_DICT in checkpoint:  # a mesh strategy has taken the tensors out, and asked before
-            check_states(checkpoint, self)
+        """Refuse a checkpoint that this run may not go on from (app.training.may_resume), before it is taken."""
+        check_resume(checkpoint, self)
         self._step.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)

@@ -41,7 +41,6 @@ from app.training.checkpoint_contents import (
     parameter_of,
     read_directory,
     read_file,
-    refusing_fit,
     state_keys,
     without_tensors,
 )
@@ -222,15 +221,15 @@ class ShardedCheckpoints(ModelParallelStrategy):
             content, shards = read_directory(path)
             shapes: Shapes = shards.shapes
             described = made_whole(path, content, shapes, lambda key: _described(key, shards))
-            self.lightning_module.on_load_checkpoint(refusing_fit(path, described))  # what does not fit, by its name
+            self.lightning_module.on_load_checkpoint(described)  # what does not fit, by its name
             reader = ShardReader(path, read_metadata(path / METADATA_FILE))
         else:
             content = read_file(path, mmap=True)
-            self.lightning_module.on_load_checkpoint(refusing_fit(path, content))
+            self.lightning_module.on_load_checkpoint(content)
             whole = self._take_tensors(content)
             shapes, reader = {key: (tensor.shape, tensor.dtype) for key, tensor in whole.items()}, WholeReader(whole)
         self._restore(path, content[OPTIMIZER_STATES], shapes, reader)
-        return refusing_fit(path, content)
+        return content
 
     def _restore(self, path: Path, states: list[OptimizerState], shapes: Shapes, reader: StorageReader) -> None:
         """Read this rank's parts into the weights where they are, and into new optimizer states."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -14,8 +14,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from app.errors import CheckpointError, ConfigError
 from app.model.run_record import RUN_CONFIG_KEY
-from app.model.trained_weights import read_plain
-from app.training.checkpoint_contents import CONTENT_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -48,64 +46,70 @@ _OF_LENGTH = (  # settings that make a run's course a function of its length, an
 )
 
 
-def check_before(path: Path, given: Mapping[str, Any], *, fit: bool, allow_changes: Sequence[str]) -> None:
-    """Refuse what the checkpoint's small values tell, before a trainer opens files for a run that is refused.
-
-    A checkpoint that cannot be read is left to who reads all of it, compares its checksums and may fall back.
-
-    Args:
-        path: A single file, or a directory.
-        given: Config of the verb, as nested plain values.
-        fit: Whether it goes on with training; otherwise it only takes the weights and the data.
-        allow_changes: Settings that may differ: names, or groups of them.
-
-    Raises:
-        ConfigError, CheckpointError: Naming what differs.
-    """
-    try:
-        saved = _run_config(read_plain(path / CONTENT_FILE if path.is_dir() else path, mmap=True))
-    except CheckpointError:
-        return
-    if saved is None:
-        check_names(allow_changes, given)
-        return
-    _refuse_another_tokenizer(saved, given)
-    if fit:
-        refuse_changes(saved, given, allowed=allow_changes)
-
-
-def check_resume(checkpoint: dict[str, Any], given: Mapping[str, Any], *, allow_changes: Sequence[str]) -> None:
-    """Compare the run that a checkpoint is of with the one that resumes it, before the loops are restored.
-
-    Micro-batches are then counted as the resuming run counts them, so that it may have another number of devices.
+@dataclass
+class GivenConfig:
+    """The config of a run that may go on from a checkpoint. The command line has one, a script has none.
 
     Args:
-        checkpoint: As loaded; changed in place.
-        given: Config of the resuming run, as nested plain values.
+        settings: As nested plain values.
         allow_changes: Settings that may differ: names, or groups of them.
-
-    Raises:
-        ConfigError, CheckpointError: Naming what differs, and how to insist.
     """
-    saved = _run_config(checkpoint)
-    if saved is None:
-        check_names(allow_changes, given)
-        return
-    refuse_changes(saved, given, allowed=allow_changes)
-    _warn_of_length(saved, given, step=checkpoint["global_step"])
-    accumulate = (config["trainer"]["accumulate_grad_batches"] for config in (saved, given))
-    count_micro_batches(checkpoint, *accumulate)
+
+    settings: Mapping[str, Any]
+    allow_changes: Sequence[str] = ()
+    _text: object = field(default=None, init=False)  # the config of the run that was saved, as its checkpoint has it
+    _saved: Mapping[str, Any] | None = field(default=None, init=False)
+    _compared: bool = field(default=False, init=False)
+
+    def read(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The config of the run that a checkpoint is of; None where none was written.
+
+        Raises:
+            CheckpointError: It is not one.
+        """
+        if RUN_CONFIG_KEY not in checkpoint:
+            self._saved = None
+        elif self._saved is None or self._text != checkpoint[RUN_CONFIG_KEY]:
+            self._text = checkpoint[RUN_CONFIG_KEY]
+            self._saved, self._compared = _run_config(self._text), False
+        return self._saved
+
+    def compare(self, checkpoint: Mapping[str, Any], *, fit: bool) -> int | None:
+        """Refuse to go on with another run; the config of one run is compared once.
+
+        Args:
+            checkpoint: Its small values will do.
+            fit: Whether it goes on with training; otherwise it only takes the weights and the data.
+
+        Returns:
+            Micro-batches of an optimizer step of the run that was saved; None where no config tells.
+
+        Raises:
+            ConfigError, CheckpointError: Naming what differs, and how to insist.
+        """
+        saved = self.read(checkpoint)
+        if saved is None:
+            self.check_names()
+            return None
+        if not self._compared:
+            _refuse_another_tokenizer(saved, self.settings)
+            if fit:
+                refuse_changes(saved, self.settings, allowed=self.allow_changes)
+                _warn_of_length(saved, self.settings, step=checkpoint.get("global_step"))
+            self._compared = True
+        return int(saved["trainer"]["accumulate_grad_batches"])
+
+    def check_names(self) -> None:
+        """Refuse names in `allow_changes` of settings that no user can insist on, with ConfigError."""
+        check_names(self.allow_changes, self.settings)
 
 
-def _run_config(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The config of the run that wrote it; None where none was written.
+def changes_optimizer(allow_changes: Sequence[str]) -> bool:
+    """Whether a user insists on settings of the optimizer or its schedule."""
+    return any(name.split(".")[0] == "model" for name in allow_changes)
 
-    Raises:
-        CheckpointError: It is not one.
-    """
-    if RUN_CONFIG_KEY not in checkpoint:
-        return None
-    text = checkpoint[RUN_CONFIG_KEY]
+
+def _run_config(text: object) -> Mapping[str, Any]:
     try:
         config = yaml.safe_load(text) if isinstance(text, str) else text
     except Exception as error:  # PyYAML's constructors raise anything at values that are not what their tags say
@@ -113,7 +117,7 @@ def _run_config(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
         raise CheckpointError(f"the checkpoint's {RUN_CONFIG_KEY!r} is damaged: not plain YAML ({reason})") from error
     match config:
         case {"trainer": {"accumulate_grad_batches": int(number)}} if number > 0:
-            return config  # type: ignore[no-any-return]
+            return config  # type: ignore[return-value]
     got = textwrap.shorten(repr(text), 100)
     raise CheckpointError(f"the checkpoint's {RUN_CONFIG_KEY!r} is damaged: got {got}, allowed a run's config as YAML")
 
@@ -207,10 +211,10 @@ def _refuse_another_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]
         raise ConfigError(_VOCAB_SIZE, got=sizes[1], allowed=f"{sizes[0]}, as in the checkpoint", fix=fix)
 
 
-def _warn_of_length(saved: Mapping[str, Any], given: Mapping[str, Any], *, step: int) -> None:
+def _warn_of_length(saved: Mapping[str, Any], given: Mapping[str, Any], *, step: object) -> None:
     before, now = dict(_flat(saved)), dict(_flat(given))
     length = now.get(_LENGTH)
-    if length is not None and 0 <= length <= step:
+    if length is not None and isinstance(step, int) and 0 <= length <= step:
         _log.warning("%s %s: the checkpoint is of step %d, nothing is left to train", _LENGTH, length, step)
     idle = {"model.lr_schedule"} if _SCHEDULER_CLASS in now else set()  # of a class the settings say how long it is
     stretched = [name for name, values in _OF_LENGTH if name not in idle and now.get(name) not in values]
@@ -220,26 +224,6 @@ def _warn_of_length(saved: Mapping[str, Any], given: Mapping[str, Any], *, step:
             *(_LENGTH, before.get(_LENGTH), length),
             ", ".join(stretched) + (" is" if len(stretched) == 1 else " are"),
         )
-
-
-def count_micro_batches(checkpoint: dict[str, Any], saved: int, given: int) -> None:
-    """Let the loops' counts of micro-batches be those of a run that accumulates `given` instead of `saved` a step.
-
-    Lightning takes a step when their number is a multiple of it: without this, a run that goes on on another number of
-    devices with the same global batch would take its next step after the wrong number of micro-batches.
-    """
-    if saved == given:
-        return
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
-        ready = counts["ready"]
-        if ready % saved:
-            raise CheckpointError(
-                f"trainer.accumulate_grad_batches: the checkpoint was saved within a step of {saved} micro-batches;"
-                " resume it with that"
-            )
-        for kind in ("ready", "started", "processed", "completed"):  # the last may be one behind the others
-            counts[kind] += ready // saved * given - ready
 
 
 def take_optimizer_settings(trainer: Trainer) -> None:

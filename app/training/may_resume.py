@@ -1,0 +1,97 @@
+"""May this run go on from that checkpoint? Whatever refuses is asked from here, for the command line and for scripts.
+
+In this order:
+
+1. Before the trainer opens files, where the command line resumes: the config (`resumed_config`), by `check_before`.
+2. As the file is read: its bytes against their checksums, and what every checkpoint has (`checkpoint_io`,
+   `checkpoint_contents`). These refuse for all verbs, so whoever reads asks them.
+3. Before anything of it is taken, by `check_resume`:
+   the shape of the model (`app.model.checkpoint`);
+   whether there is more than weights (`checkpoint_contents`);
+   weights, loops, optimizer, schedule and callbacks, each entry (`checkpoint_states`);
+   the data's tokenizer, order of rows and place in the stream (`datamodules.row_order`, `.stream_position`);
+   the config, unless that was done before, and the optimizer's settings, unless its user insists on others;
+   how many micro-batches a step has (`loop_counts`).
+
+`validate`, `test` and `predict` go through the same, but take the weights and the tokenizer alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
+
+from app.errors import CheckpointError
+from app.model.checkpoint import check_compatible
+from app.model.trained_weights import STATE_DICT, read_plain
+from app.protocols import ResumableData
+from app.training.checkpoint_contents import CONTENT_FILE, refuse_weights_alone
+from app.training.checkpoint_states import Resumable, check_optimizer_settings, check_states
+from app.training.loop_counts import count_micro_batches
+from app.training.resumed_config import GivenConfig, changes_optimizer
+
+
+class ResumableRun(Resumable, Protocol):
+    """Whom a checkpoint is loaded into, and what is known of the run: LayerSkipModule."""
+
+    config: Any  # transformers'
+    given_config: GivenConfig | None
+
+
+def check_before(path: Path, given: GivenConfig, *, fit: bool) -> None:
+    """Refuse what the checkpoint's small values tell, before a trainer opens files for a run that is refused.
+
+    A checkpoint that cannot be read is left to who reads all of it, compares its checksums and may fall back.
+
+    Args:
+        path: A single file, or a directory.
+        given: Config of the verb.
+        fit: Whether it goes on with training; otherwise it only takes the weights and the data.
+
+    Raises:
+        ConfigError, CheckpointError: Naming what differs.
+    """
+    try:
+        content = read_plain(path / CONTENT_FILE if path.is_dir() else path, mmap=True)
+        given.read(content)
+    except CheckpointError:
+        return
+    given.compare(content, fit=fit)
+
+
+def check_resume(checkpoint: dict[str, Any], module: ResumableRun) -> None:
+    """Refuse to go on, or let the checkpoint count micro-batches as the run that goes on does.
+
+    Args:
+        checkpoint: The content of a single file, its counts changed in place; `check_states` tells what will do. Where
+            a strategy has taken the tensors out, it has asked before, and the rest is asked again.
+        module: At the point where Lightning loads weights, not yet changed.
+
+    Raises:
+        ConfigError, CheckpointError: Naming what does not fit, and what to do.
+    """
+    trainer, given = module.trainer, module.given_config
+    assert trainer.state.fn is not None
+    fit, whole = trainer.state.fn == TrainerFn.FITTING, STATE_DICT in checkpoint
+    check_compatible(module.config, checkpoint)
+    if not fit and f"{trainer.state.fn.value}_loop" not in checkpoint.get("loops", {}):
+        checkpoint.pop("loops", None)  # its loop starts at its beginning
+    if fit and whole:
+        refuse_weights_alone(trainer.ckpt_path, checkpoint)
+    if whole:
+        check_states(checkpoint, module)
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, ResumableData) and (name := type(data).__qualname__) in checkpoint:
+        data.check_state_dict(checkpoint[name])
+    if not fit:
+        return
+    saved = given.compare(checkpoint, fit=True) if given else None
+    if given and whole and not changes_optimizer(given.allow_changes):
+        check_optimizer_settings(checkpoint, module)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    if saved is not None or not scheduled:  # a scheduler sets the number later
+        count_micro_batches(checkpoint["loops"]["fit_loop"], saved=saved, given=trainer.accumulate_grad_batches)

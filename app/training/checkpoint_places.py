@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
+if TYPE_CHECKING:  # mistakes on the command line are told without loading Lightning
+    from lightning.pytorch import Trainer
 
 _came_from: set[Path] = set()  # checkpoints that runs of this process go on from
 

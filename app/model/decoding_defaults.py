@@ -222,7 +222,7 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
         return implied
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: unreadable or damaged ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: damaged, not a JSON object")

@@ -21,6 +21,7 @@ from app.errors import CheckpointError, ConfigError
 from app.model.decoding_defaults import DecodingDefaults, saveable, write_decoding_defaults
 from app.model.mapped_memory import file_mappings, give_back_freed, page_out
 from app.model.output_directory import whole_or_absent
+from app.model.weight_files import check_plain
 
 _SHARD_NAMES = "model{suffix}.safetensors"
 
@@ -144,6 +145,8 @@ def _stored_names(model: PreTrainedModel, weights: Weights) -> list[str]:
             raise CheckpointError(f"the weights of a {type(model).__name__} are not all there: {name} is missing")
         if shapes[name][0] != own[name].shape:
             raise CheckpointError(f"{name} has shape {[*shapes[name][0]]}, config.json says {[*own[name].shape]}")
+        if own[name].is_floating_point():
+            check_plain(f"the weights of a {type(model).__name__}", name, shapes[name][1])
     return names
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from app.errors import CheckpointError, ConfigError
+from app.errors import CheckpointError, ConfigError, UserError
+from app.model.config_check import build_without_memory, refused_as_config
 from app.model.weight_files import StoredWeights
 
 _log = logging.getLogger(__name__)
@@ -39,28 +41,43 @@ def fill_model(
 
     Raises:
         ConfigError: If transformers cannot build such a model.
-        CheckpointError: If weights are damaged, missing, of another shape, or have no place.
+        CheckpointError: If weights are damaged, missing, of another shape, no plain numbers, or have no place.
     """
+    tables: set[str] = set()
+    if not stored.plain:  # a model of tables beside its weights is rare, and it takes time to build one
+        built = build_without_memory(config, dtype=torch.float32).state_dict()
+        tables = {name.rpartition(".")[2] for name, tensor in built.items() if not tensor.is_floating_point()}
     try:
         with quiet_transformers():
             model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None,
                 config=config,
-                state_dict=stored.state_dict(dtype=dtype, own=own),
+                state_dict=stored.state_dict(dtype=dtype, own=own, tables=tables),
                 dtype=dtype or stored.dtype,
                 attn_implementation="sdpa",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `check_complete` names them
                 generation_config=generation_config,
             )
-    except (ValueError, TypeError, ImportError, ZeroDivisionError) as error:
-        reason = textwrap.shorten(str(error), 300)
-        raise ConfigError(field, got=stored.path, allowed="a model that can be built", fix=reason) from error
+    except UserError:
+        raise
     except (OSError, RuntimeError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise CheckpointError(f"{stored.path}: the weights are damaged ({reason})") from error
+    except Exception as error:  # constructors of any architecture raise anything
+        reason = textwrap.shorten(_told(error, config), 300)
+        raise ConfigError(field, got=stored.path, allowed="a model that can be built", fix=reason) from error
     check_complete(stored.path, info)
     return model
+
+
+def _told(error: Exception, config: PreTrainedConfig) -> str:
+    """What a constructor raised, as the fault of a setting in config.json."""
+    try:
+        with refused_as_config(config):
+            raise error
+    except ConfigError as told:
+        return f"{CONFIG_NAME}: {told}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
@@ -19,13 +19,12 @@ from transformers.utils import (
 )
 
 from app.errors import CheckpointError, ConfigError
-from app.model.decoding_defaults import read_generation_config
 from app.model.gguf import read_gguf_config, read_gguf_tokenizer, read_gguf_weights
 from app.model.head_check import check_plain_head
-from app.model.loading import fill_model, quiet_transformers
+from app.model.loading import fill_model
 from app.model.model_paths import SOURCES, check_exists
 from app.model.tokenizer_files import load_tokenizer
-from app.model.trained_generation import trained_generation_config
+from app.model.trained_generation import stored_generation_config, trained_generation_config
 from app.model.trained_weights import TOKENIZER_KEY, is_trained_weights, open_trained_weights
 from app.model.weight_files import check_weight_files, conversion, from_checkpoint, from_safetensors, is_pickle
 
@@ -108,15 +107,7 @@ def _open_pretrained(path: str, *, field: str) -> Source:
     def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:
         directory = Path(path) if Path(path).is_dir() else _download(path, field=field)
         check_weight_files(directory, field=field)
-        generation = None
-        if (directory / GENERATION_CONFIG_NAME).is_file():
-            read_generation_config(directory)  # transformers passes over a damaged one, and over where a text ends
-            try:
-                with quiet_transformers():  # of what `saveable` mends
-                    generation = GenerationConfig.from_pretrained(directory)
-            except ValueError as error:
-                reason = textwrap.shorten(str(error), 300)
-                raise CheckpointError(f"{directory / GENERATION_CONFIG_NAME}: contradicts itself ({reason})") from error
+        generation = stored_generation_config(directory, config)
         stored = from_safetensors(directory)
         return fill_model(config, stored, dtype=dtype, own=own, field=field, generation_config=generation)
 

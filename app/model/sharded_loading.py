@@ -22,6 +22,7 @@ from app.model.mapped_memory import file_mappings, page_out
 from app.model.model_sources import open_source
 from app.model.trained_generation import trained_generation_config
 from app.model.trained_weights import is_trained_weights, open_shards, open_trained_weights
+from app.model.weight_files import check_plain
 
 
 def fill(model: PreTrainedModel, device: torch.device, *, pretrained: str | None, seed: int) -> None:
@@ -95,6 +96,8 @@ def fill_from(model: PreTrainedModel, device: torch.device, path: str, *, field:
     if is_trained_weights(path) and Path(path).is_dir():
         trained = open_trained_weights(path)
         _check_complete(path, parameters, trained.shapes)
+        for name in parameters:
+            check_plain(path, name, trained.shapes[name][1])
         check_bytes(Path(path))
         model.generation_config = trained_generation_config(trained)
         open_shards(Path(path)).read_into(parameters)

@@ -1,16 +1,49 @@
-"""How a trained model generates: as the model that it continued said, and a text ends where it was trained to end."""
+"""How a stored model generates: as its folder says; a trained one as what it continued, with the end it learned."""
 
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from app.errors import CheckpointError
-from app.model.decoding_defaults import DERIVED
+from app.model.decoding_defaults import DERIVED, read_generation_config
 from app.model.loading import quiet_transformers
 from app.model.run_record import GENERATION_CONFIG_KEY
 from app.model.trained_weights import TrainedWeights
+
+
+def stored_generation_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """The generation config of a model directory; that which `config` implies where there is no such file.
+
+    Raises:
+        CheckpointError: It is damaged, contradicts itself, or a text cannot end where it says.
+    """
+    file = directory / GENERATION_CONFIG_NAME
+    implied = not file.exists()
+    if not implied:
+        read_generation_config(directory)  # transformers passes over a damaged one, and over where a text ends
+    try:
+        with quiet_transformers():  # of what `decoding_defaults.saveable` mends
+            if implied:
+                file, generation = directory / CONFIG_NAME, GenerationConfig.from_model_config(config)
+            else:
+                generation = GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # transformers' validation raises anything
+        reason = textwrap.shorten(str(error), 300)
+        raise CheckpointError(f"{file}: contradicts itself ({reason})") from error
+    _check_ends(generation, vocab_size=config.get_text_config().vocab_size, file=file)
+    return generation
+
+
+def _check_ends(generation: GenerationConfig, *, vocab_size: int, file: Path) -> None:
+    ends = generation.eos_token_id
+    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if type(end) is not int or not 0 <= end < vocab_size:
+            allowed = f"a token id from 0 to {vocab_size - 1}, several of them, or null"
+            raise CheckpointError(f"{file}: eos_token_id: got {ends!r}, allowed {allowed}")
 
 
 def trained_generation_config(trained: TrainedWeights) -> GenerationConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -36,37 +36,62 @@ class StoredWeights:
 
     Attributes:
         path: Where, for error messages.
-        dtypes: By name; None for what is no plain floating-point number.
+        dtypes: By name; that of what is no plain floating-point number as the file spells it.
         map: A tensor as a private map of its file where there can be one: memory counts as it is looked at, and the
             file must stay as it is.
         copy: A tensor in memory of its own and in this dtype; None keeps its own.
     """
 
     path: str
-    dtypes: Mapping[str, torch.dtype | None]
+    dtypes: Mapping[str, torch.dtype | str]
     map: Callable[[str], Tensor]
     copy: Callable[[str, torch.dtype | None], Tensor]
 
     @property
     def dtype(self) -> torch.dtype | None:
         """That of the first floating-point weight."""
-        return next((dtype for dtype in self.dtypes.values() if dtype), None)
+        return next((dtype for dtype in self.dtypes.values() if isinstance(dtype, torch.dtype)), None)
 
-    def state_dict(self, *, dtype: torch.dtype | None, own: bool) -> dict[str, LazyTensor]:
+    @property
+    def plain(self) -> bool:
+        """Whether all of them are plain floating-point numbers."""
+        return all(isinstance(dtype, torch.dtype) for dtype in self.dtypes.values())
+
+    def state_dict(self, *, dtype: torch.dtype | None, own: bool, tables: Container[str] = ()) -> dict[str, LazyTensor]:
         """What transformers can load from.
 
         Args:
             dtype: To convert floating-point numbers to; None for no conversion.
             own: Whether weights that need no conversion shall have memory of their own, too.
+            tables: Last parts of the names of what the model keeps as other numbers.
+
+        Reading anything else that is not plain raises CheckpointError; what has no place in the model is never read.
         """
         lock = Lock()  # transformers reads in several threads, and each would take memory for what is on its way
 
-        def lazy(name: str, stored: torch.dtype | None) -> LazyTensor:
-            wanted = stored and dtype
-            in_place = not own and wanted in (None, stored)
-            return LazyTensor(lambda: self.map(name) if in_place else self.copy(name, wanted), lock)
+        def read(name: str, stored: torch.dtype | str) -> Tensor:
+            wanted = dtype
+            if name.rpartition(".")[2] in tables:
+                wanted = None
+            else:
+                check_plain(self.path, name, stored)
+            return self.map(name) if not own and wanted in (None, stored) else self.copy(name, wanted)
+
+        def lazy(name: str, stored: torch.dtype | str) -> LazyTensor:
+            return LazyTensor(lambda: read(name, stored), lock)
 
         return {name: lazy(name, stored) for name, stored in self.dtypes.items()}
+
+
+def check_plain(path: str | Path, name: str, dtype: torch.dtype | str) -> None:
+    """Raise CheckpointError unless this is the dtype of weights: another one's numbers would be taken for them."""
+    if dtype not in _DTYPES.values():
+        allowed = " | ".join(_said(plain) for plain in _DTYPES.values())
+        raise CheckpointError(f"{path}: {name} has dtype {_said(dtype)}, allowed {allowed}")
+
+
+def _said(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class LazyTensor:
@@ -93,7 +118,8 @@ def from_checkpoint(weights: TrainedWeights) -> StoredWeights:
             return weights.read(name, dtype)
         return _copied(weights.read(name), dtype)
 
-    dtypes = {name: dtype if dtype.is_floating_point else None for name, (_, dtype) in weights.shapes.items()}
+    plain = _DTYPES.values()
+    dtypes = {name: dtype if dtype in plain else _said(dtype) for name, (_, dtype) in weights.shapes.items()}
     return StoredWeights(str(weights.path), dtypes, weights.read, copy)
 
 
@@ -111,7 +137,7 @@ def from_safetensors(directory: Path) -> StoredWeights:
         except (SafetensorError, OSError) as error:
             reason = IS_POINTER if file.is_file() and is_pointer(file) else error
             raise CheckpointError(f"{directory}: the weights are damaged ({file.name}: {reason})") from error
-    dtypes = {name: _DTYPES.get(stored.get_dtype()) for name, stored in slices.items()}
+    dtypes = {name: _DTYPES.get(kind := stored.get_dtype(), kind) for name, stored in slices.items()}
 
     def read(name: str) -> Tensor:
         return slices[name][...]  # type: ignore[no-any-return]
@@ -143,7 +169,7 @@ def _weight_files(directory: Path) -> list[Path]:
         if elsewhere := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{elsewhere[0]!r} is no file of this directory")
         return [directory / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: damaged, not an index of safetensors files ({error})") from error
 
 

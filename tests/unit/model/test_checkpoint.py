@@ -7,7 +7,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -129,6 +129,18 @@ def truncate(pattern):
     return cut
 
 
+def set_generation(directory, **settings):
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+
+
+def set_dtype(dtype):
+    def change(directory):
+        file = sorted(directory.glob("*.safetensors"))[0]
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+
+    return change
+
+
 NO_TOKENIZER = "a model with a tokenizer"
 BROKEN_DIRECTORIES = {
     "no config": (remove("config.json"), ConfigError, "model: got .*; there is no config.json in this"),
@@ -149,6 +161,42 @@ BROKEN_DIRECTORIES = {
         CheckpointError,
         r"generation_config\.json: contradicts itself \(.max_new_tokens. must be greater than 0",
     ),
+    **{
+        f"generation's {name} {value}": (
+            lambda d, name=name, value=value: set_generation(d, **{name: value}),
+            CheckpointError,
+            rf"generation_config\.json: .*{name}|generation_config\.json: contradicts itself \(.*int",
+        )
+        for name, values in {
+            "eos_token_id": ([[1]], "x", -5, 10**9, 300, 1.5, True, {}, [0, None]),
+            "max_new_tokens": ("x",),
+            "watermarking_config": (1,),
+        }.items()
+        for value in values
+    },
+    "end of text that the config implies": (
+        lambda d: (remove("generation_config.json")(d), set_config(d, eos_token_id=[300])),
+        CheckpointError,
+        r"config\.json: eos_token_id: got \[300\], allowed a token id from 0 to 299",
+    ),
+    "unknown activation": (
+        lambda d: set_config(d, hidden_act="foo"),
+        ConfigError,
+        r"config\.json: hidden_act: got 'foo', allowed .*silu",
+    ),
+    "padding beyond the vocabulary": (
+        lambda d: set_config(d, pad_token_id=10**12),
+        ConfigError,
+        r"config\.json: .*Padding_idx must be within",
+    ),
+    **{
+        f"weights {dtype}": (
+            set_dtype(getattr(torch, dtype)),
+            CheckpointError,
+            f"embed_tokens.weight has dtype {kind},",
+        )
+        for dtype, kind in {"int64": "I64", "bool": "BOOL", "complex64": "C64", "float8_e5m2": "F8_E5M2"}.items()
+    },
     "quantized": (
         lambda d: set_config(d, quantization_config={"quant_method": "gptq", "bits": 4}),
         ConfigError,

@@ -77,8 +77,9 @@ lock:
 	mv build/lock.txt $(LOCK)
 
 # Two network namespaces as two hosts, real launches: 2 x 1 and 2 x 2 processes, every strategy, against one process.
+# And one host, where the command starts the second process itself.
 test-nodes: $(INSTALLED)
-	$(BIN)/pytest -m slow tests/distributed/test_two_nodes.py
+	$(BIN)/pytest -m slow tests/distributed/test_two_nodes.py tests/distributed/test_streaming.py
 
 # Sixty kills -9 at random moments of twelve runs that accumulate: each goes on as the run that nobody killed.
 test-kills: $(INSTALLED)

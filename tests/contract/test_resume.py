@@ -113,8 +113,13 @@ def test_what_no_run_can_go_on_with_is_refused_by_the_users_name_for_it(name, fo
     assert "insist" not in err
 
 
-@pytest.mark.parametrize("name", ["early_exti", "early_exit.curiculum", "seed_everything", "data"])
-@pytest.mark.parametrize("start", ["resumed", "anew"])
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("early_exti", "resumed"), ("early_exit.curiculum", "resumed"), ("seed_everything", "resumed"),
+        ("data", "anew"),
+    ],
+)  # fmt: skip
 def test_a_name_that_cannot_be_insisted_on_is_refused(name, start, folder, monkeypatch, capsys):
     if start == "resumed":
         assert resume(monkeypatch, folder, f"--allow_changes=[{name}]") == 2

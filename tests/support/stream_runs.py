@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +104,6 @@ def kill(run: subprocess.Popen[str]) -> None:
     except ProcessLookupError:
         return
     run.communicate()
-
-
-def kill_behind_first_checkpoint(run: subprocess.Popen[str], folder: Path) -> None:
-    """Kill -9 all ranks as soon as `folder` holds a checkpoint."""
-    last, deadline = folder / "checkpoints" / "last.ckpt", time.monotonic() + _WAIT_SECONDS
-    try:
-        while not last.exists() and run.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        ended = run.poll()
-    finally:
-        kill(run)
-    assert ended is None, "the run ended before it could be killed"
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -2,7 +2,8 @@
 
 In this order:
 
-1. Before the trainer opens files, where the command line resumes: the config (`resumed_config`), by `check_before`.
+1. Before the trainer opens files, where the command line resumes: whether there is a checkpoint, and no other run that
+   writes there (`app.cli.preflight`, `app.cli.train`, `run_lock`); then its config (`resumed_config`: `check_before`).
 2. As the file is read: its bytes against their checksums, and what every checkpoint has (`checkpoint_io`,
    `checkpoint_contents`). These refuse for all verbs, so whoever reads asks them.
 3. Before anything of it is taken, by `check_resume`:
@@ -12,6 +13,7 @@ In this order:
    the data's tokenizer, order of rows and place in the stream (`datamodules.row_order`, `.stream_position`);
    the config, unless that was done before, and the optimizer's settings, unless its user insists on others;
    how many micro-batches a step has (`loop_counts`).
+4. At the first step: whether the weights are finite (`divergence`).
 
 `validate`, `test` and `predict` go through the same, but take the weights and the tokenizer alone.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ DTYPES: dict[str, torch.dtype | None] = {
     "float16": torch.float16,
 }
 _DEVICES: tuple[Device, ...] = ("auto", "cpu", "cuda")
+_MOST_THREADS = 256  # or the cores; with many more, torch does not fail but crashes
 
 
 class LoadedModel(NamedTuple):
@@ -74,5 +76,5 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def use_threads(threads: int | None) -> None:
     """Let torch use this many CPU threads, at least 1; None leaves its own choice."""
     if threads is not None:
-        check_range("threads", threads, low=1)
+        check_range("threads", threads, low=1, high=max(_MOST_THREADS, os.cpu_count() or 1))
         torch.set_num_threads(threads)

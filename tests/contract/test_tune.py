@@ -164,7 +164,7 @@ MISTAKES = [
     (["--num_verified", "0"], "num_verified: got 0, allowed [1, inf)"),
     (["--repeats", "0"], "repeats: got 0, allowed [1, inf)"),
     (["--time_limit_seconds", "-1"], "time_limit_seconds: got -1.0, allowed [0.0, inf)"),
-    (["--threads", "0"], "threads: got 0, allowed [1, inf)"),
+    (["--threads", "0"], "threads: got 0, allowed [1, "),
     (["--dtype", "int8"], "dtype: got int8, allowed auto | float32 | bfloat16 | float16"),
     (["--store", "perhaps"], "store: got perhaps, allowed"),
     (["--batch_size", "2"], "batch_size: unknown key"),

@@ -19,7 +19,7 @@ _TABLES: Mapping[str, Any] = {"hidden_act": ACT2FN, "rope_type": {"default": Non
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
-    """Refuse numbers of blocks, heads, features, tokens or positions that no model can have.
+    """Refuse numbers of blocks, heads, features, tokens or positions, windows and rates that no model can have.
 
     Raises:
         ConfigError: Naming the first.
@@ -28,6 +28,12 @@ def check_sizes(config: PreTrainedConfig) -> None:
     for name in _SIZES:
         if isinstance(size := getattr(config, name, None), int):
             check_range(name, size, low=1, high=_MOST)
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        if type(window) is not int:
+            raise ConfigError("sliding_window", got=window, allowed="an integer or null")
+        check_range("sliding_window", window, low=1)
+    if isinstance(rate := getattr(config, "attention_dropout", None), int | float):
+        check_range("attention_dropout", rate, low=0.0, high=1.0)
     heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise ConfigError("num_key_value_heads", got=groups, allowed=f"a divisor of num_attention_heads {heads}")

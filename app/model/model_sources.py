@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from app.errors import CheckpointError, ConfigError
+from app.errors import CheckpointError, ConfigError, check_range
+from app.model.config_check import check_sizes
 from app.model.gguf import read_gguf_config, read_gguf_tokenizer, read_gguf_weights
 from app.model.head_check import check_plain_head
 from app.model.loading import fill_model
@@ -32,6 +34,7 @@ _OWN_CODE = (
     "it brings Python code of its own (auto_map in config.json), which could do anything and is never run: "
     "take a model of an architecture that transformers has itself"
 )
+_MOST_LABELS = 2**20
 
 
 class Source(NamedTuple):
@@ -68,11 +71,24 @@ def open_source(path: str, *, field: str) -> Source:
         source = _open_pretrained(path, field=field)
     if type(source.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(field, got=type(source.config).__name__, allowed="a causal LM", fix="this is none")
+    _check_settings(source.config, path, field=field)
     check_plain_head(source.config, field=field)
     if getattr(source.config, "quantization_config", None) is not None:
         fix = "dequantize it with transformers and save_pretrained it first"
         raise ConfigError(field, got=path, allowed="a model whose weights are not quantized", fix=fix)
     return source
+
+
+def _check_settings(config: PreTrainedConfig, path: str, *, field: str) -> None:
+    try:
+        text = config.get_text_config()
+        if not isinstance(text, PreTrainedConfig):
+            raise ConfigError("text_config", got=text, allowed="the settings of a model of text")
+        check_sizes(text)
+    except ConfigError as error:
+        raise ConfigError(
+            field, got=path, allowed="a model that can be built", fix=f"{CONFIG_NAME}: {error}"
+        ) from error
 
 
 def _open_checkpoint(path: Path, *, field: str) -> Source:
@@ -134,11 +150,25 @@ def _read_config(path: str, *, field: str) -> PreTrainedConfig:
     else:
         check_exists(path, field=field)
     try:
+        if directory.is_dir():
+            _check_object(directory / CONFIG_NAME)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of a file that comes from anywhere, or of the network
         absent = "" if directory.is_dir() else "no such directory here, nor on the hub: "
         fix = absent + (_OWN_CODE if "trust_remote_code" in str(error) else _reason(error))
         raise ConfigError(field, got=path, allowed=SOURCES, fix=fix) from error
+
+
+def _check_object(file: Path) -> None:
+    """Raise an error unless the file is a JSON object of which transformers can make a configuration in good time."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not a valid JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise TypeError(f"{file.name} is not a JSON object")
+    if type(labels := content.get("num_labels")) is int:  # each gets a name
+        check_range(f"{file.name}: num_labels", labels, low=0, high=_MOST_LABELS)
 
 
 def _reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from app.errors import ConfigError
 
@@ -47,6 +48,9 @@ def load_tokenizer(path: str, *, field: str) -> Any:
     allowed = "a model with a tokenizer (tokenizer.json, or what its class needs)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if not isinstance(longest := tokenizer.model_max_length, int | float):
+            raise TypeError(f"{TOKENIZER_CONFIG_FILE}: model_max_length: got {longest!r}, allowed a number")
+        tokenizer.decode(tokenizer("a")["input_ids"])  # what it cannot do shows before a model is loaded
     except Exception as error:  # these files come from anywhere; their readers raise anything
         reason = f"its tokenizer cannot be read: {textwrap.shorten(str(error), 300)}"
         raise ConfigError(field, got=path, allowed=allowed, fix=reason) from error

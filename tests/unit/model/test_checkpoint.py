@@ -184,6 +184,27 @@ BROKEN_DIRECTORIES = {
         ConfigError,
         r"config\.json: hidden_act: got 'foo', allowed .*silu",
     ),
+    **{
+        f"config's {name} {value}": (
+            lambda d, name=name, value=value: set_config(d, **{name: value}),
+            ConfigError,
+            rf"config\.json: {name}: got",
+        )
+        for name, value in {
+            "num_hidden_layers": 10**7,
+            "num_labels": 10**12,
+            "sliding_window": 1.5,
+            "attention_dropout": -1.0,
+            "text_config": "x",
+        }.items()
+    },
+    "length of the tokenizer's texts": (
+        lambda d: (d / "tokenizer_config.json").write_text(
+            json.dumps(json.loads((d / "tokenizer_config.json").read_text()) | {"model_max_length": "x"})
+        ),
+        ConfigError,
+        r"tokenizer_config\.json: model_max_length: got 'x', allowed a number",
+    ),
     "padding beyond the vocabulary": (
         lambda d: set_config(d, pad_token_id=10**12),
         ConfigError,

@@ -15,6 +15,12 @@ from app.errors import ConfigError, check_range
 
 _MOST_BLOCKS, _MOST = 10_000, 2**31 - 1
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_NUMBERS = {  # of transformers' models, wherever they stand in a configuration: a model of others computes nothing
+    "attention_dropout": (0.0, 1.0),
+    "rms_norm_eps": (0.0, 0.1),
+    "rope_theta": (1.0, 1e15),
+    "factor": (1e-3, 1e6),  # of rotary positions
+}
 _TABLES: Mapping[str, Any] = {"hidden_act": ACT2FN, "rope_type": {"default": None, **ROPE_INIT_FUNCTIONS}}
 
 
@@ -32,8 +38,10 @@ def check_sizes(config: PreTrainedConfig) -> None:
         if type(window) is not int:
             raise ConfigError("sliding_window", got=window, allowed="an integer or null")
         check_range("sliding_window", window, low=1)
-    if isinstance(rate := getattr(config, "attention_dropout", None), int | float):
-        check_range("attention_dropout", rate, low=0.0, high=1.0)
+    for name, value in _walk(config.to_dict()):
+        if name in _NUMBERS and isinstance(value, int | float):
+            low, high = _NUMBERS[name]
+            check_range(name, value, low=low, high=high)
     heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise ConfigError("num_key_value_heads", got=groups, allowed=f"a divisor of num_attention_heads {heads}")

@@ -196,8 +196,14 @@ BROKEN_DIRECTORIES = {
             "sliding_window": 1.5,
             "attention_dropout": -1.0,
             "text_config": "x",
+            "rms_norm_eps": 1e30,
         }.items()
     },
+    "rotary positions of factor 0": (
+        lambda d: set_config(d, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}),
+        ConfigError,
+        r"config\.json: factor: got 0\.0",
+    ),
     "length of the tokenizer's texts": (
         lambda d: (d / "tokenizer_config.json").write_text(
             json.dumps(json.loads((d / "tokenizer_config.json").read_text()) | {"model_max_length": "x"})

@@ -58,7 +58,7 @@ def every_fifth(optimizer):  # whose state counts no steps
         {"curriculum": "gradual", "workers": 0, "lr_scheduler": every_fifth},
         {"curriculum": "gradual", "workers": 2},
     ],
-    ids=str,
+    ids=lambda how: "-".join(getattr(value, "__name__", str(value)) for value in how.values()),
 )
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, how):
     whole, weights = train(tmp_path / "whole", max_steps=2 * N, **how)

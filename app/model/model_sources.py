@@ -154,7 +154,7 @@ def _read_config(path: str, *, field: str) -> PreTrainedConfig:
             _check_object(directory / CONFIG_NAME)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of a file that comes from anywhere, or of the network
-        absent = "" if directory.is_dir() else "no such directory here, nor on the hub: "
+        absent = f"{CONFIG_NAME}: " if directory.is_dir() else "no such directory here, nor on the hub: "
         fix = absent + (_OWN_CODE if "trust_remote_code" in str(error) else _reason(error))
         raise ConfigError(field, got=path, allowed=SOURCES, fix=fix) from error
 
@@ -164,11 +164,11 @@ def _check_object(file: Path) -> None:
     try:
         content = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} is not a valid JSON file ({error})") from error
+        raise ValueError(f"not a valid JSON file ({error})") from error
     if not isinstance(content, dict):
-        raise TypeError(f"{file.name} is not a JSON object")
+        raise TypeError("not a JSON object")
     if type(labels := content.get("num_labels")) is int:  # each gets a name
-        check_range(f"{file.name}: num_labels", labels, low=0, high=_MOST_LABELS)
+        check_range("num_labels", labels, low=0, high=_MOST_LABELS)
 
 
 def _reason(error: Exception) -> str:

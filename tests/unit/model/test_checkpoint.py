@@ -144,8 +144,12 @@ def set_dtype(dtype):
 NO_TOKENIZER = "a model with a tokenizer"
 BROKEN_DIRECTORIES = {
     "no config": (remove("config.json"), ConfigError, "model: got .*; there is no config.json in this"),
-    "config cut": (truncate("config.json"), ConfigError, "not a valid JSON file"),
-    "field of wrong type": (lambda d: set_config(d, hidden_size="x"), ConfigError, "'hidden_size' expected int"),
+    "config cut": (truncate("config.json"), ConfigError, r"config\.json: not a valid JSON file"),
+    "field of wrong type": (
+        lambda d: set_config(d, hidden_size="x"),
+        ConfigError,
+        r"config\.json: .*'hidden_size' expected int",
+    ),
     "unknown model": (lambda d: set_config(d, model_type="x"), ConfigError, "model type `x`"),
     "not a decoder": (lambda d: set_config(d, model_type="t5"), ConfigError, "T5Config"),
     "no weights": (remove("*.safetensors*"), ConfigError, "safetensors weights; there are none"),

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from app.metric_names import TEST_LOSS, VAL_LOSS
 from app.protocols import Reportable, Table
 from app.training.divergence import not_finite_weights
+from app.training.module import LayerSkipModule
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +26,12 @@ def measured_table(trainer: Trainer) -> Table | None:
         if not (told and any(part in name for part in _IN_OTHER_TABLES))
     ]
     return Table("Held-out rows", ("metric", "value"), rows) if rows else None
+
+
+def warn_of_random_weights(module: LayerSkipModule, ckpt_path: object) -> None:
+    """What is measured of a model that nothing was read into is told of by no number."""
+    if ckpt_path is None and module.pretrained is None:
+        _log.warning("no --ckpt_path is given: what follows is measured on random weights")
 
 
 def warn_of_poison(trainer: Trainer, module: LightningModule) -> None:

@@ -19,7 +19,7 @@ import datamodules  # noqa: F401  # its classes can then be named without their 
 from app.cli.early_refusals import refuse_early
 from app.cli.emulation import warn_of_emulation
 from app.cli.log_folders import go_on_in_latest_version, keep_metrics
-from app.cli.measured import measured_table, warn_of_poison
+from app.cli.measured import measured_table, warn_of_poison, warn_of_random_weights
 from app.cli.messages import locate
 from app.cli.preflight import AUTO, FALL_BACK, LAST, check_checkpoint_path
 from app.cli.strategies import check_launch, check_strategy
@@ -168,6 +168,8 @@ class LayerSkipCLI(LightningCLI):
             check_tokenizer(self.config[subcommand])
             if subcommand != "fit" or self.config_init[subcommand].get("ckpt_path"):
                 keep_metrics(self.trainer)
+            if subcommand != "fit":
+                warn_of_random_weights(self.model, self.config_init[subcommand].get("ckpt_path"))
             super()._run_subcommand(subcommand)
         except ConfigError as error:
             raise locate(error, self._plain_config()) from error

@@ -274,11 +274,17 @@ def test_the_saved_config_is_complete_and_validates_the_best_checkpoint(run, mon
 
 @pytest.mark.parametrize("verb", ["test", "predict"])
 def test_test_and_predict_run_on_a_checkpoint(run, monkeypatch, capsys, verb):
-    arguments = ["--verbose", "false"] if verb == "test" else []
-    last = run / "checkpoints" / "last.ckpt"
-    assert cli(monkeypatch, verb, "--config", str(run / "config.yaml"), "--ckpt_path", str(last), *arguments) == 0
-    assert "test/loss" not in capsys.readouterr().out
+    arguments = ["--config", str(run / "config.yaml"), *(["--verbose", "false"] if verb == "test" else [])]
+    assert cli(monkeypatch, verb, *arguments, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")) == 0
+    said = capsys.readouterr()
+    assert "test/loss" not in said.out
+    assert "random weights" not in said.err
     assert (run / "predictions.jsonl").is_file() == (verb == "predict")
+
+
+def test_what_is_measured_without_a_checkpoint_is_told_to_be_of_random_weights(run, monkeypatch, capsys):
+    assert cli(monkeypatch, "test", "--config", str(run / "config.yaml")) == 0
+    assert "no --ckpt_path is given: what follows is measured on random weights" in capsys.readouterr().err
 
 
 def test_truncated_checkpoint_ends_with_status_2_and_its_name(run, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from app.errors import ConfigError, check_range
 
 _MOST_BLOCKS, _MOST = 10_000, 2**31 - 1
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 _NUMBERS = {  # of transformers' models, wherever they stand in a configuration: a model of others computes nothing
     "attention_dropout": (0.0, 1.0),
     "rms_norm_eps": (0.0, 0.1),

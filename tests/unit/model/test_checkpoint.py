@@ -196,6 +196,7 @@ BROKEN_DIRECTORIES = {
         )
         for name, value in {
             "num_hidden_layers": 10**7,
+            "num_key_value_heads": 0,
             "num_labels": 10**12,
             "sliding_window": 1.5,
             "attention_dropout": -1.0,

@@ -91,6 +91,7 @@ def _options(corpus: Path, *, config: str, num_batches: int) -> list[str]:
     return [
         *("--config", config, f"--data.sources={sources}", f"--data.cache_dir={corpus.parent / 'cache'}"),
         *(f"--data.seq_len={_SEQ_LEN}", f"--data.batch_size={_ROWS}", f"--data.vocab_size={_VOCAB_SIZE}"),
+        f"--model.config.init_args.vocab_size={_VOCAB_SIZE}",  # as `fit` would ask for
         *("--num_batches", str(num_batches), "--json"),
     ]
 

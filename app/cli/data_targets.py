@@ -38,6 +38,7 @@ def measure_data_targets(folder: Path, *, config: str) -> dict[str, dict[str, An
     """
     data = ["--config", config, f"--data.seq_len={_SEQ_LEN}", f"--data.batch_size={_ROWS}"]
     data += [f"--data.vocab_size={_MODEL['vocab_size']}"]
+    data += [f"--model.config.init_args.{name}={value}" for name, value in _MODEL.items()]
     batches = _BEFORE_RESUMING // (_ROWS * _SEQ_LEN)
     command, streamed = run_verb("data", *data, "--num_batches", str(batches), "--check_resume", "--json")
     found = json.loads(streamed)
@@ -59,7 +60,6 @@ def _training_rate(folder: Path, *data: str) -> tuple[str, float]:
     monitor = [{"class_path": "callbacks.ThroughputMonitor", "init_args": {"every_n_steps": 1}}]
     command, _ = run_verb(
         *("fit", *data, "--early_exit.rotation_interval=8", f"--trainer.precision={training_precision()}"),
-        *(f"--model.config.init_args.{name}={value}" for name, value in _MODEL.items()),
         *(f"--trainer.max_steps={_STEPS}", "--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=1"),
         *(f"--trainer.callbacks={json.dumps(monitor)}", "--trainer.enable_checkpointing=false"),
         *(f"--trainer.logger.init_args.save_dir={folder.parent}", f"--trainer.logger.init_args.name={folder.name}"),

@@ -62,7 +62,8 @@ def main() -> int:
         print(_help(args[0]), end="")
         return 0
     try:
-        check_arguments(args[1:], options=_known_options(args[0]), of_fit=args[0] in _WITH_OPTIONS_OF_FIT)
+        verb, of_fit = args[0], args[0] in _WITH_OPTIONS_OF_FIT
+        check_arguments(args[1:], options=_known_options(verb), of_fit=of_fit, needs_model=verb != "plan")
     except UserError as error:
         return _fail(f"{error}\n(options: layerskip {args[0]} --help)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the data workers' forks do not mix

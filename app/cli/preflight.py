@@ -27,13 +27,16 @@ _MOST_VALUES = 100_000  # of a config; aliases make more of a few lines than mem
 _MODELS = ("model", "draft_model", "model.pretrained")
 
 
-def check_arguments(args: Sequence[str], *, options: Collection[str] | None, of_fit: bool) -> None:
+def check_arguments(
+    args: Sequence[str], *, options: Collection[str] | None, of_fit: bool, needs_model: bool = True
+) -> None:
     """Refuse files that are missing or no YAML, and options that the verb does not have.
 
     Args:
         args: The command line behind the verb.
         options: Names of the verb's options, without dashes; None where they are not known yet.
         of_fit: Whether the verb takes the options of `layerskip fit`, whose configs may be stacked.
+        needs_model: Whether the models that are named must be there; `plan` does without.
 
     Raises:
         UserError: Naming the first mistake.
@@ -47,7 +50,7 @@ def check_arguments(args: Sequence[str], *, options: Collection[str] | None, of_
             read_prompts(value, limit=1)
         elif option == "ckpt_path" and value not in (None, "null") and of_fit:  # `export` tells its own
             check_checkpoint_path(str(value), fall_back=("fall_back_to_previous", "true") in given)
-        elif option in _MODELS and value not in (None, "null"):
+        elif needs_model and option in _MODELS and value not in (None, "null"):
             check_exists(str(value), field=option)
         for name in names:
             if options is not None and _is_unknown(name, options):

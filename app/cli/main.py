@@ -32,7 +32,6 @@ VERBS = {
     "consolidate": ("app.cli.consolidate", "Write a checkpoint directory of several ranks as one file to resume from."),
     "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with a model."),
     "plot": ("app.cli.plot", "Draw exact match over exits, from the results of several runs."),
-    "targets": ("app.cli.targets", "Measure the performance targets this project sets itself (make bench)."),
 }
 
 _WITH_OPTIONS_OF_FIT = ("fit", "validate", "test", "predict", "data", "plan")

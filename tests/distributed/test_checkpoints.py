@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.cli import consolidate
 from app.errors import CheckpointError
-from app.evaluation.peak_memory import process_status
 from app.model import checkpoint_integrity
 from app.model.checkpoint import load_pretrained
 from app.model.checkpoint_integrity import saved_step
@@ -26,6 +25,7 @@ from app.training.sharded_checkpoints import ShardedCheckpoints
 from callbacks import LastCheckpoint
 from tests.support import memory
 from tests.support.checkpoints import write_manifest
+from tests.support.memory import process_status
 from tests.support.processes import run_ranks
 from tests.support.runs import cli, curricula, make_data, make_module, make_trainer
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from app.cli.target_results import write_results
 from app.evaluation.benchmark_report import write_report as write_benchmark
 from app.evaluation.tasks.parse_evaluation import ParsePlan
 from app.evaluation.tasks.parse_report import ParseReport
@@ -28,7 +27,6 @@ PARSES = ParseReport(stage="test", step=1, checkpoint=None, num_ranks=1, plan=PL
 WRITERS = {
     "text": lambda file: write_whole(file, "new"),
     "bytes": lambda file: write_whole(file, b"new"),
-    "targets": lambda file: write_results({}, file),
     "benchmark": lambda file: write_benchmark({}, Figure(), file),
     "parses": lambda file: write_parses(PARSES, file),
 }

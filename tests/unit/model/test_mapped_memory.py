@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from app.evaluation.peak_memory import process_status
 from app.model import mapped_memory
 from app.model.functional_block import join_projections
 from app.model.mapped_memory import file_mappings, page_out
+from tests.support.memory import process_status
 from tests.support.tiny_models import tiny_llama
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no other system tells what is mapped")

@@ -12,12 +12,12 @@ import torch
 from transformers import LlamaConfig
 
 from app.cli.tables import print_table
-from app.cli.target_results import run_measurement, target_result, write_results
 from app.errors import check_range
-from app.evaluation.peak_memory import peak_memory
-from app.evaluation.training_steps import StepSettings, exit_loss, one_step, our_steps, recipe_steps, time_steps
 from app.model.cpu_precision import fast_dtype
 from app.protocols import Table
+from tests.bench.results import run_measurement, target_result, write_results
+from tests.bench.training_steps import StepSettings, exit_loss, one_step, our_steps, recipe_steps, time_steps
+from tests.support.memory import peak_memory
 
 OVERHEAD_THRESHOLD = 1.10  # times a plain step, of one with two unembeddings
 SAVING_THRESHOLD = 0.7  # of the time of the blocks' work that is dropped
@@ -52,7 +52,7 @@ def measure_training_targets(*, repeats: int = 5) -> dict[str, dict[str, Any]]:
         repeats: Times each step is timed; the steps take turns.
     """
     check_range("repeats", repeats, low=1)
-    command = shlex.join(["python", "-m", "app.cli.training_targets", "--repeats", str(repeats)])
+    command = shlex.join(["python", "-m", "tests.bench.training_targets", "--repeats", str(repeats)])
     dtype = fast_dtype()
     paper = StepSettings(config=_PAPER, batch_size=4, seq_len=256, dtype=dtype, exit_layers=(8, 16, 24))
     smollm2 = StepSettings(config=_SMOLLM2, batch_size=4, seq_len=256, dtype=dtype, exit_layers=(2, 10, 18, 26, 30))
@@ -109,10 +109,5 @@ def write_training_targets(*, repeats: int = 5, output: str = "build/training_ta
     write_results(measure_training_targets(repeats=repeats), Path(output))
 
 
-def run() -> None:
-    """Parse and run."""
-    run_measurement(write_training_targets, module="training_targets")
-
-
 if __name__ == "__main__":
-    run()
+    run_measurement(write_training_targets, module="training_targets")

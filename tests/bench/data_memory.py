@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from app.cli.tables import print_table
-from app.cli.target_results import run_measurement, run_verb, target_result
 from app.errors import ConfigError, check_range
 from app.protocols import Table
+from tests.bench.results import run_measurement, run_verb, target_result
 
 THRESHOLD = 1.1  # greatest peak over least
 _SHARD_BYTES = 50_000_000
@@ -55,7 +55,7 @@ def measure_data_memory(
             measured.append({"megabytes": size, "documents": documents} | _figures(json.loads(streamed)))
     peaks = [figures["peak_memory_mib"] for figures in measured]
     options = [f"--megabytes={list(megabytes)}", f"--num_batches={num_batches}", f"--config={config}"]
-    command = shlex.join(["python", "-m", "app.cli.data_memory", *options])
+    command = shlex.join(["python", "-m", "tests.bench.data_memory", *options])
     result = target_result(max(peaks) / min(peaks), THRESHOLD, command, at_most=True)
     Path(output).write_text(json.dumps({"data_memory_ratio": result, "measured": measured}, indent=2) + "\n", "utf-8")
     columns = ("corpus (MB)", "documents", "tokens streamed", "tokens/s", "peak memory (MiB)")
@@ -104,10 +104,5 @@ def _figures(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run() -> None:
-    """Parse and run."""
-    run_measurement(measure_data_memory, module="data_memory")
-
-
 if __name__ == "__main__":
-    run()
+    run_measurement(measure_data_memory, module="data_memory")

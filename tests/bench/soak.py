@@ -15,10 +15,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.cli.tables import print_table
-from app.cli.target_results import run_measurement, run_verb, target_result, write_results
 from app.errors import ConfigError, check_range
-from app.evaluation.peak_memory import process_status
 from app.protocols import Table
+from tests.bench.results import run_measurement, run_verb, target_result, write_results
+from tests.support.memory import process_status
 
 MEMORY_THRESHOLD = 1.05  # resident memory at the last mark over that at the first
 COUNT_THRESHOLD = 0  # more file handles, or threads, at any later mark than at the first
@@ -34,7 +34,7 @@ _MODEL = {
     "max_position_embeddings": 64,
 }
 _PROC = Path("/proc")
-_HERE = "app.cli.soak"  # also where this file runs as __main__
+_HERE = "tests.bench.soak"  # also where this file runs as __main__
 
 
 class HoldingsLog(Callback):
@@ -92,7 +92,7 @@ def measure_soak(
         marks = Path(folder, "marks.json")
         run_verb("fit", *_options(Path(folder), marks, config=config, num_steps=num_steps))
         found: list[dict[str, float]] = json.loads(marks.read_text("utf-8"))
-    command = shlex.join(["python", "-m", "app.cli.soak", f"--num_steps={num_steps}", f"--config={config}"])
+    command = shlex.join(["python", "-m", "tests.bench.soak", f"--num_steps={num_steps}", f"--config={config}"])
     write_results(soak_results(found, command), Path(output))
     rows = [tuple(f"{value:,.0f}" for value in mark.values()) for mark in found]
     print_table(Table("What the run holds", ("step", "resident memory (MiB)", "file handles", "threads"), rows))
@@ -140,10 +140,5 @@ def _options(folder: Path, marks: Path, *, config: str, num_steps: int) -> list[
     ]
 
 
-def run() -> None:
-    """Parse and run."""
-    run_measurement(measure_soak, module="soak")
-
-
 if __name__ == "__main__":
-    run()
+    run_measurement(measure_soak, module="soak")

@@ -16,17 +16,16 @@ from typing import Any
 
 import yaml
 
-from app.cli.data_targets import measure_data_targets
-from app.cli.parsing import VerbParser
-from app.cli.target_results import write_results
-from app.cli.training_targets import measure_training_targets
 from app.decoding.text_stream import prompt_text
 from app.errors import ConfigError
 from app.evaluation.alternation import CONFIRMING_REPEATS
-from app.evaluation.targets import TARGETS, Run, winners
 from app.model.cpu_precision import fast_dtype
 from datamodules import TextCodeDataModule
 from datamodules.sources import Source
+from tests.bench.data_targets import measure_data_targets
+from tests.bench.decoding_targets import TARGETS, Run, winners
+from tests.bench.results import run_measurement, write_results
+from tests.bench.training_targets import measure_training_targets
 
 _SETTINGS = ("--max_new_tokens", "64", "--ignore_eos", "true")
 _GRID = {"exit_layers": [1, 2, 3, 4], "num_draft_tokens": [2, 3, 4, 6, 8]}
@@ -110,7 +109,7 @@ def _benchmark(report: Path, *options: str) -> tuple[str, dict[str, Any]]:
     arguments = ["benchmark", *options, "--output", str(report)]
     command = shlex.join(["layerskip", *arguments])
     print(f"\n$ {command}", flush=True)
-    status = subprocess.run([sys.executable, "-m", "app", *arguments], check=False).returncode  # noqa: S603
+    status = subprocess.run([sys.executable, "-m", "app", *arguments], check=False).returncode
     if status:
         sys.exit(status)
     return command, json.loads(report.read_text("utf-8"))
@@ -137,8 +136,5 @@ def _pretrained_model() -> Path | None:
     return next(Path(package.origin).parent.glob("*.gguf"))
 
 
-def run() -> None:
-    """Parse and run."""
-    parser = VerbParser(prog="layerskip targets", description=(measure_targets.__doc__ or "").splitlines()[0])
-    parser.add_function_arguments(measure_targets, as_group=False)
-    measure_targets(**parser.parse_args(sys.argv[2:]).as_dict())
+if __name__ == "__main__":
+    run_measurement(measure_targets, module="targets")

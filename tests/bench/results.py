@@ -1,4 +1,4 @@
-"""A performance target as it is measured by a command, written down and told."""
+"""Runs what a bench measures, and writes down and prints whether its targets are met."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def run_verb(*arguments: str) -> tuple[str, str]:
     """Run a verb in a process of its own; the command as one would type it, and what it printed."""
     command = shlex.join(["layerskip", *arguments])
     print(f"\n$ {command}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "app", *arguments], check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    done = subprocess.run([sys.executable, "-m", "app", *arguments], check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
     return command, done.stdout
 
 
 def run_measurement(measure: Callable[..., None], *, module: str) -> None:
-    """Parse the options of `python -m app.cli.MODULE` and measure; a setting out of range is told in one line."""
+    """Parse the options of `python -m tests.bench.MODULE` and measure; a setting out of range is told in one line."""
     description = (measure.__doc__ or "").splitlines()[0]
-    parser = VerbParser(prog=f"python -m app.cli.{module}", description=description)
+    parser = VerbParser(prog=f"python -m tests.bench.{module}", description=description)
     parser.add_function_arguments(measure, as_group=False)
     arguments = parser.parse_args().as_dict()
     try:

@@ -11,8 +11,8 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app import metric_names
-from app.cli.target_results import run_verb, target_result
 from app.model.cpu_precision import training_precision
+from tests.bench.results import run_verb, target_result
 
 RATE_THRESHOLD = 20.0  # times the tokens a second that training consumes
 RESUME_THRESHOLD = 5.0  # seconds to the first batch

@@ -1,4 +1,4 @@
-"""What a CPU emulates is said, and avoided where the user left the choice."""
+"""A warning where the CPU emulates the precision of training."""
 
 from __future__ import annotations
 
@@ -11,22 +11,8 @@ from app.model.cpu_precision import emulated
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
-
-
-def avoid_emulation(model: PreTrainedModel, *, field: str, chosen: bool) -> None:
-    """Turn weights of a type that this CPU emulates to float32, in one line; `chosen` types are warned of alone."""
-    if model.device.type != "cpu" or (why := emulated(model.dtype)) is None:
-        return
-    if chosen:
-        _log.warning("%s: %s; --dtype float32 takes twice the memory for weights", field, why)
-        return
-    name = str(model.dtype).removeprefix("torch.")
-    _log.warning("%s: in float32, at twice the memory for weights: %s (--dtype %s keeps it)", field, why, name)
-    model.to(torch.float32)
-    model.config.dtype = torch.float32
 
 
 def warn_of_emulation(trainer: Trainer) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from app.cli.emulation import avoid_emulation
 from app.errors import ConfigError, check_choice, check_range
+from app.model.cpu_precision import avoid_emulation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

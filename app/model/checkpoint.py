@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from app.model.config_check import refused_as_config
 from app.model.model_sources import open_source
 from app.model.tokenizer_files import check_fits, check_knows_tokens, load_tokenizer
 from app.model.tokenizer_files import tokenizer_to_files as tokenizer_to_files  # passed on to app.training
-from app.model.trained_weights import HF_CONFIG_KEY, is_trained_weights
+from app.model.trained_weights import is_trained_weights
 
 _log = logging.getLogger(__name__)
 
@@ -122,31 +121,3 @@ def check_tokenizer_of(pretrained: str, tokenizer: Any, *, field: str = "tokeniz
         _log.warning("whether the tokenizer is the model's own cannot be told: %s", error)
         return
     check_knows_tokens(tokenizer, own, field=field, got=got, model=pretrained)
-
-
-def check_compatible(config: PreTrainedConfig, checkpoint: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, naming the settings, if `checkpoint` holds a model of another shape than `config`."""
-    saved = checkpoint.get(HF_CONFIG_KEY)
-    if saved is None:
-        raise CheckpointError(f"the checkpoint was not written by LayerSkipModule (no {HF_CONFIG_KEY!r} in it)")
-    current = config.to_dict()
-    shaping = (
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "tie_word_embeddings",
-    )
-    differing = [
-        f"{key} {saved.get(key)!r} (config: {current.get(key)!r})"
-        for key in shaping
-        if saved.get(key) != current.get(key)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"the checkpoint holds a model of another shape: {', '.join(differing)}; use the run's own config.yaml"
-        )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 _UNITS = {  # of x86, AMX and ARM, as torch.cpu.get_capabilities names them
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
@@ -37,3 +43,16 @@ def fast_dtype() -> torch.dtype:
 def training_precision() -> Literal["bf16-mixed", "32-true"]:
     """`trainer.precision` that trains in least time on this processor."""
     return "32-true" if emulated(torch.bfloat16) else "bf16-mixed"
+
+
+def avoid_emulation(model: PreTrainedModel, *, field: str, chosen: bool) -> None:
+    """Turn weights of a type that this CPU emulates to float32, in one line; `chosen` types are warned of alone."""
+    if model.device.type != "cpu" or (why := emulated(model.dtype)) is None:
+        return
+    if chosen:
+        _log.warning("%s: %s; --dtype float32 takes twice the memory for weights", field, why)
+        return
+    name = str(model.dtype).removeprefix("torch.")
+    _log.warning("%s: in float32, at twice the memory for weights: %s (--dtype %s keeps it)", field, why, name)
+    model.to(torch.float32)
+    model.config.dtype = torch.float32

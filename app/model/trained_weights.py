@@ -23,6 +23,7 @@ from app.model.tokenizer_files import tokenizer_from_files
 
 # What a Lightning checkpoint carries beside the weights, so that it is enough to decode with.
 HF_CONFIG_KEY = "hf_config"
+SKIPPED_STEPS_KEY = "skipped_steps"  # those whose loss was not finite
 TOKENIZER_KEY = "tokenizer_files"
 STATE_DICT_PREFIX = "model."  # LayerSkipModule.model
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LRScheduler, OneCycleLR
 
-from app.model.trained_weights import OPTIMIZER_STATES, STATE_DICT
+from app.model.trained_weights import OPTIMIZER_STATES, SKIPPED_STEPS_KEY, STATE_DICT
 from app.saved_entries import MISSING, Entry, SavedEntries, shown
-from app.training.divergence import SKIPPED_STEPS_KEY
 
 _STEP, _EPOCH = "global_step", "epoch"
 _LOOPS, _SCHEDULERS, _CALLBACKS = "loops", "lr_schedulers", "callbacks"

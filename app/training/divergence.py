@@ -23,7 +23,6 @@ from app.training.step_sums import StepSums, StepTotals, gathered
 _log = logging.getLogger(__name__)
 
 OnDivergence = Literal["stop", "skip"]
-SKIPPED_STEPS_KEY = "skipped_steps"  # in a checkpoint
 
 
 class DivergenceGuard:

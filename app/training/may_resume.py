@@ -7,7 +7,7 @@ In this order:
 2. As the file is read: its bytes against their checksums, and what every checkpoint has (`checkpoint_io`,
    `checkpoint_contents`). These refuse for all verbs, so whoever reads asks them.
 3. Before anything of it is taken, by `check_resume`:
-   the shape of the model (`app.model.checkpoint`);
+   the shape of the model (`check_compatible`);
    whether there is more than weights (`checkpoint_contents`);
    weights, loops, optimizer, schedule and callbacks, each entry (`checkpoint_states`);
    the data's tokenizer, order of rows and place in the stream (`datamodules.row_order`, `.stream_position`);
@@ -20,15 +20,16 @@ In this order:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedConfig
 
 from app.errors import CheckpointError
-from app.model.checkpoint import check_compatible
-from app.model.trained_weights import STATE_DICT, read_plain
+from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT, read_plain
 from app.protocols import ResumableData
 from app.training.checkpoint_contents import CONTENT_FILE, refuse_weights_alone
 from app.training.checkpoint_states import Resumable, check_optimizer_settings, check_states
@@ -97,3 +98,31 @@ def check_resume(checkpoint: dict[str, Any], module: ResumableRun) -> None:
     scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
     if saved is not None or not scheduled:  # a scheduler sets the number later
         count_micro_batches(checkpoint["loops"]["fit_loop"], saved=saved, given=trainer.accumulate_grad_batches)
+
+
+def check_compatible(config: PreTrainedConfig, checkpoint: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming the settings, if `checkpoint` holds a model of another shape than `config`."""
+    saved = checkpoint.get(HF_CONFIG_KEY)
+    if saved is None:
+        raise CheckpointError(f"the checkpoint was not written by LayerSkipModule (no {HF_CONFIG_KEY!r} in it)")
+    current = config.to_dict()
+    shaping = (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+    )
+    differing = [
+        f"{key} {saved.get(key)!r} (config: {current.get(key)!r})"
+        for key in shaping
+        if saved.get(key) != current.get(key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"the checkpoint holds a model of another shape: {', '.join(differing)}; use the run's own config.yaml"
+        )

@@ -38,11 +38,11 @@ from app.model.parallel import parallelize
 from app.model.run_record import GENERATION_CONFIG_KEY
 from app.model.sharded_loading import fill
 from app.model.spans import SpanDecoder
-from app.model.trained_weights import HF_CONFIG_KEY, TOKENIZER_KEY
+from app.model.trained_weights import HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
 from app.training.batch import Batch, GivenBatch, check_batch, check_row_length, completed
 from app.training.curriculum_host import CurriculumHost
-from app.training.divergence import SKIPPED_STEPS_KEY, DivergenceGuard, OnDivergence
+from app.training.divergence import DivergenceGuard, OnDivergence
 from app.training.loop_counts import end_with_step
 from app.training.may_resume import check_resume
 from app.training.optim import (

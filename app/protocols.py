@@ -71,7 +71,7 @@ class ArchitectureOwner(Protocol):
         """Transformers' configuration of it."""
 
 
-class StepPlan(NamedTuple):
+class MicroBatchWork(NamedTuple):
     """What a training micro-batch is about to compute on this rank.
 
     Attributes:
@@ -90,11 +90,11 @@ class StepPlan(NamedTuple):
 
 
 @runtime_checkable
-class PlanHost(Protocol):
+class WorkHost(Protocol):
     """A model in training that shows what it is about to compute."""
 
-    def watch_plans(self, watcher: Callable[[StepPlan], None]) -> None:
-        """Call `watcher` with the plan of every later training micro-batch, before its forward."""
+    def watch_work(self, watcher: Callable[[MicroBatchWork], None]) -> None:
+        """Call `watcher` with the work of every later training micro-batch, before its forward."""
 
 
 class DecoderCache(Protocol):

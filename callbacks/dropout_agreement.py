@@ -16,29 +16,29 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.data_ranks import data_ranks
 from app.errors import ConfigError, DisagreementError, check_range
-from app.protocols import PlanHost, StepPlan
+from app.protocols import MicroBatchWork, WorkHost
 
 
-class _RankPlan(NamedTuple):
+class _RankWork(NamedTuple):
     """What one rank has: of step (t, micro-batch), with the data of `data_rank`."""
 
     step: int
     micro_batch: int
     data_rank: int
-    plan: StepPlan
+    work: MicroBatchWork
 
     def shared(self) -> tuple[object, ...]:
         """What all ranks must have alike."""
-        plan = self.plan
-        return (self.step, self.micro_batch, plan.dropout_rates, plan.exit_weights, plan.most_kept)
+        work = self.work
+        return (self.step, self.micro_batch, work.dropout_rates, work.exit_weights, work.most_kept)
 
     def of_its_rows(self) -> tuple[object, ...]:
         """What ranks that share rows must have alike, too."""
-        return (self.plan.batch_size, self.plan.kept_samples)
+        return (self.work.batch_size, self.work.kept_samples)
 
 
 class DropoutAgreementCheck(Callback):
-    """Compares hashes of the ranks' plans before the forward: one collective of 24 bytes a rank, and a wait for it.
+    """Compares hashes of the ranks' work before the forward: one collective of 24 bytes a rank, and a wait for it.
 
     Equal on all ranks: the step, every block's rate and how many samples it keeps of the largest batch (so which blocks
     are skipped whole), exits and their weights. Equal on ranks that share rows (tensor parallelism): the number of
@@ -48,7 +48,7 @@ class DropoutAgreementCheck(Callback):
         every_n_steps: Optimizer steps between two checks, >= 1; all micro-batches of such a step are checked.
 
     Raises:
-        ConfigError: On a value out of range, or a module that does not show its plans.
+        ConfigError: On a value out of range, or a module that does not show its work.
     """
 
     def __init__(self, *, every_n_steps: int = 1) -> None:
@@ -56,20 +56,20 @@ class DropoutAgreementCheck(Callback):
         self.every_n_steps = every_n_steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the module for its plans."""
-        if not isinstance(pl_module, PlanHost):
-            raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.PlanHost")
+        """Ask the module to show its work."""
+        if not isinstance(pl_module, WorkHost):
+            raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.WorkHost")
         if stage == "fit":
-            pl_module.watch_plans(lambda plan: self._check(trainer, pl_module, plan))
+            pl_module.watch_work(lambda work: self._check(trainer, pl_module, work))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Note which micro-batch it is."""
         self._micro_batch = batch_idx % trainer.accumulate_grad_batches
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule, plan: StepPlan) -> None:
+    def _check(self, trainer: Trainer, pl_module: LightningModule, work: MicroBatchWork) -> None:
         if trainer.world_size == 1 or trainer.global_step % self.every_n_steps:
             return
-        own = _RankPlan(trainer.global_step, self._micro_batch, data_ranks(trainer).rank, plan)
+        own = _RankWork(trainer.global_step, self._micro_batch, data_ranks(trainer).rank, work)
         hashes = torch.tensor([_hash(own.shared()), _hash(own.of_its_rows()), own.data_rank], device=pl_module.device)
         everyones = [torch.empty_like(hashes) for _ in range(trainer.world_size)]
         dist.all_gather(everyones, hashes)
@@ -79,11 +79,11 @@ class DropoutAgreementCheck(Callback):
             kept_by_data_rank.setdefault(data_rank, set()).add(kept)
         if len({shared for shared, *_ in gathered}) == 1 and all(len(kept) == 1 for kept in kept_by_data_rank.values()):
             return
-        plans: list[_RankPlan] = [own] * trainer.world_size
-        dist.all_gather_object(plans, own)  # all ranks come to the same verdict, so all of them are here
+        by_rank: list[_RankWork] = [own] * trainer.world_size
+        dist.all_gather_object(by_rank, own)  # all ranks come to the same verdict, so all of them are here
         raise DisagreementError(
             f"ranks were about to compute different things at step {own.step}, micro-batch {own.micro_batch}:"
-            f" {next(_differences(plans))}; no forward was run. Give all nodes the same config, seed, code and"
+            f" {next(_differences(by_rank))}; no forward was run. Give all nodes the same config, seed, code and"
             " package versions"
         )
 
@@ -93,21 +93,21 @@ def _hash(value: object) -> int:
     return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _differences(plans: list[_RankPlan]) -> Iterator[str]:
+def _differences(by_rank: list[_RankWork]) -> Iterator[str]:
     """What differs, and what each rank has, the most telling first."""
-    yield from _differing("step and micro-batch", {rank: (p.step, p.micro_batch) for rank, p in enumerate(plans)})
-    yield from _differing("exits and weights", {rank: p.plan.exit_weights for rank, p in enumerate(plans)})
-    blocks = range(min(len(p.plan.dropout_rates) for p in plans))
+    yield from _differing("step and micro-batch", {rank: (w.step, w.micro_batch) for rank, w in enumerate(by_rank)})
+    yield from _differing("exits and weights", {rank: w.work.exit_weights for rank, w in enumerate(by_rank)})
+    blocks = range(min(len(w.work.dropout_rates) for w in by_rank))
     for block in blocks:
-        yield from _differing(f"block {block}: rate", {r: p.plan.dropout_rates[block] for r, p in enumerate(plans)})
+        yield from _differing(f"block {block}: rate", {r: w.work.dropout_rates[block] for r, w in enumerate(by_rank)})
     for block in blocks:
-        most = {rank: p.plan.most_kept and p.plan.most_kept[block] for rank, p in enumerate(plans)}
+        most = {rank: w.work.most_kept and w.work.most_kept[block] for rank, w in enumerate(by_rank)}
         yield from _differing(f"block {block}: samples kept", most)
-    for data_rank in sorted({p.data_rank for p in plans}):
-        alike = {rank: p.plan for rank, p in enumerate(plans) if p.data_rank == data_rank}
-        yield from _differing("samples in the batch", {rank: plan.batch_size for rank, plan in alike.items()})
+    for data_rank in sorted({w.data_rank for w in by_rank}):
+        alike = {rank: w.work for rank, w in enumerate(by_rank) if w.data_rank == data_rank}
+        yield from _differing("samples in the batch", {rank: work.batch_size for rank, work in alike.items()})
         for block in range(len(next(iter(alike.values())).kept_samples or ())):
-            kept = {rank: plan.kept_samples and plan.kept_samples[block] for rank, plan in alike.items()}
+            kept = {rank: work.kept_samples and work.kept_samples[block] for rank, work in alike.items()}
             yield from _differing(f"block {block}: which samples are kept of the same rows", kept)
     yield "number of blocks"
 

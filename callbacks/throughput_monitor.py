@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from app import metric_names
 from app.data_ranks import data_ranks
 from app.errors import ConfigError, check_range
-from app.evaluation.training_plan_step import Micro, StepCosts, build_fake, measure_step
+from app.evaluation.training_plan_step import Micro, MicroBatchCosts, build_fake, measure_micro_batch
 from app.protocols import ArchitectureOwner, EarlyExitHost, LayerDropoutHost
 
 
@@ -37,7 +37,7 @@ class ThroughputMonitor(Callback):
         if peak_flops is not None:
             check_range("peak_flops", peak_flops, low=1)
         self.every_n_steps, self.peak_flops = every_n_steps, peak_flops
-        self._costs: StepCosts | None = None
+        self._costs: MicroBatchCosts | None = None
         self._step = 0
         self._reset()
         self._begin_pause()
@@ -89,7 +89,7 @@ class ThroughputMonitor(Callback):
             rows, length = batch["input_ids"].shape
             micro = Micro(batch_size=rows, seq_len=length, num_exits=2)
             self._costs, self._measured_tokens = (
-                measure_step(*build_fake(pl_module.config, dtype=torch.float32), micro),
+                measure_micro_batch(*build_fake(pl_module.config, dtype=torch.float32), micro),
                 rows * length,
             )
         self._start = time.perf_counter()

@@ -56,7 +56,7 @@ def choose_domains(domains: Sequence[str] | None, *, spis: int | None) -> tuple[
     return chosen
 
 
-class Row(NamedTuple):
+class AnnotatedUtterance(NamedTuple):
     """One annotated utterance; `target` is the parse in the format the model is to write."""
 
     domain: str
@@ -101,7 +101,7 @@ def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | 
     return _read_dataset(path, split, domains)
 
 
-def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: float) -> list[Row]:
+def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: float) -> list[AnnotatedUtterance]:
     """The usable rows of `table`; others are skipped, counted and logged with their place.
 
     Args:
@@ -112,7 +112,7 @@ def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: floa
     Raises:
         DataError: Nothing is left, or more than `max_bad_share` of the rows had to be skipped.
     """
-    rows: list[Row] = []
+    rows: list[AnnotatedUtterance] = []
     bad: list[str] = []
     for place, record in table.records():
         try:
@@ -132,7 +132,7 @@ def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: floa
     return rows
 
 
-def _row(record: list[str] | str, *, domain: str, encode: Callable[[str], str]) -> Row:
+def _row(record: list[str] | str, *, domain: str, encode: Callable[[str], str]) -> AnnotatedUtterance:
     if isinstance(record, str):
         raise ParseError(record)
     if len(record) != len(_COLUMNS):
@@ -142,7 +142,7 @@ def _row(record: list[str] | str, *, domain: str, encode: Callable[[str], str]) 
         raise ParseError(f"domain {found!r}, not {domain!r}")
     if not utterance.strip():
         raise ParseError("no utterance")
-    return Row(domain, utterance, encode(parse))
+    return AnnotatedUtterance(domain, utterance, encode(parse))
 
 
 def _file_name(domain: str, split: Split, spis: int | None) -> str:

@@ -28,7 +28,7 @@ from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
 from app.model.text_tokens import around
 from app.model.tokenizer_files import tokenizer_from_files, tokenizer_to_files
 from datamodules.tokenizers import MIN_VOCAB_SIZE, encode_documents, load_tokenizer, train_byte_level_bpe
-from datamodules.topv2_files import Row, Split, Table, find_tables, read_rows
+from datamodules.topv2_files import AnnotatedUtterance, Split, Table, find_tables, read_rows
 
 _log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def _build(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer:
     )
 
 
-def _fit_tokenizer(settings: StoreSettings, rows: Sequence[Row], tokenizer: Any) -> Any:
+def _fit_tokenizer(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], tokenizer: Any) -> Any:
     """The tokenizer given, or one trained on prompts and targets; with the special tokens, if they are asked for."""
     targets = [_target_text(row) for row in rows]
     found = _PIECES[settings.target_format]
@@ -171,7 +171,7 @@ def _fit_tokenizer(settings: StoreSettings, rows: Sequence[Row], tokenizer: Any)
     return tokenizer
 
 
-def _encode(settings: StoreSettings, rows: Sequence[Row], tokenizer: Any) -> Examples:
+def _encode(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], tokenizer: Any) -> Examples:
     before = np.asarray(around(tokenizer).before, dtype=np.int32)
     end = np.asarray([tokenizer.eos_token_id], dtype=np.int32)
     texts = [text for row in rows for text in (_prompt_text(settings, row), _target_text(row))]
@@ -188,11 +188,11 @@ def _encode(settings: StoreSettings, rows: Sequence[Row], tokenizer: Any) -> Exa
     )
 
 
-def _prompt_text(settings: StoreSettings, row: Row) -> str:
+def _prompt_text(settings: StoreSettings, row: AnnotatedUtterance) -> str:
     return settings.prompt_template.replace("{utterance}", row.utterance)
 
 
-def _target_text(row: Row) -> str:
+def _target_text(row: AnnotatedUtterance) -> str:
     return f" {row.target}"  # as words go in a byte-level BPE: a space and the word
 
 

@@ -27,8 +27,8 @@ from app.evaluation.benchmark_report import (
     write_report,
 )
 from app.evaluation.benchmark_result import benchmark_results
+from app.evaluation.decoding_costs import costs_line
 from app.evaluation.prompts import read_prompts, tokenize_prompts
-from app.evaluation.step_costs import costs_line
 from app.model.tokenizer_files import check_same_tokens
 from app.protocols import ExitableDecoder
 from app.words import counted

@@ -16,8 +16,8 @@ from app.cli.parsing import VerbParser
 from app.cli.tables import print_table
 from app.errors import ConfigError
 from app.evaluation.benchmark_report import environment
+from app.evaluation.decoding_costs import costs_line
 from app.evaluation.prompts import read_prompts, tokenize_prompts
-from app.evaluation.step_costs import costs_line
 from app.evaluation.tuning import TuningSettings
 from app.evaluation.tuning import tune as tune_decoder
 from app.evaluation.tuning_report import exits_table, tuning_as_json, verifications_table

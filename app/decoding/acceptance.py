@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from app.decoding.rows import Row, contexts
+from app.decoding.rows import SequenceState, contexts
 from app.decoding.sampling import LogitsProcessor, SamplingSettings, draw, probabilities
 from app.errors import NotFiniteError
 
@@ -74,7 +74,7 @@ class ChoiceRule(Protocol):
     """How tokens are drafted and verified."""
 
     def draft(
-        self, logits_BV: Tensor, rows: Sequence[Row], drafts: Sequence[Sequence[int]], live: Sequence[bool]
+        self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Sequence[Sequence[int]], live: Sequence[bool]
     ) -> Drafted:
         """Propose a token for each sequence.
 
@@ -85,7 +85,7 @@ class ChoiceRule(Protocol):
             live: Which of them still draft; the others get any token, and none of their randomness is used.
         """
 
-    def verify(self, logits_BSV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[tuple[int, int]]:
+    def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
         """For each sequence how many of its drafts to keep, and the full model's token after them."""
 
 
@@ -101,7 +101,7 @@ class GreedyRule:
         self._processor, self._confidence = settings.processor, confidence
 
     def draft(
-        self, logits_BV: Tensor, rows: Sequence[Row], drafts: Sequence[Sequence[int]], live: Sequence[bool]
+        self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Sequence[Sequence[int]], live: Sequence[bool]
     ) -> Drafted:
         """The most probable token of each."""
         scores_BV = process(logits_BV[:, None], rows, drafts, self._processor, first=True)[:, 0]
@@ -112,7 +112,7 @@ class GreedyRule:
         tokens, confidences = torch.stack((tokens_B.double(), confidence_B.double())).tolist()  # one wait for both
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
-    def verify(self, logits_BSV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[tuple[int, int]]:
+    def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
         """`accept_greedy` on the most probable tokens."""
         scores_BSV = process(logits_BSV, rows, drafts, self._processor)
         choices_BS1 = scores_BSV.argmax(-1, keepdim=True)  # a NaN is taken for the highest
@@ -137,7 +137,7 @@ class SamplingRule:
         self._drafted: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of a row, by its index: token [1], law [1, V]
 
     def draft(
-        self, logits_BV: Tensor, rows: Sequence[Row], drafts: Sequence[Sequence[int]], live: Sequence[bool]
+        self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Sequence[Sequence[int]], live: Sequence[bool]
     ) -> Drafted:
         """A token drawn from the drafter's law; both are kept for `verify`."""
         scores_BV = process(logits_BV[:, None], rows, drafts, self._settings.processor, first=True)[:, 0]
@@ -153,7 +153,7 @@ class SamplingRule:
         check_finite([confidence for confidence, drafting in zip(confidences, live, strict=True) if drafting])
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
-    def verify(self, logits_BSV: Tensor, rows: Sequence[Row], drafts: Drafts) -> list[tuple[int, int]]:
+    def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
         """`accept_sampled` on the laws of the drafts and of the full model; of all rows one wait for the device."""
         target_probs_BSV = probabilities(
             process(logits_BSV, rows, drafts, self._settings.processor), settings=self._settings
@@ -187,7 +187,7 @@ def check_finite(values: Sequence[float]) -> None:
 
 def process(
     logits_BSV: Tensor,
-    rows: Sequence[Row],
+    rows: Sequence[SequenceState],
     drafts: Drafts,
     processor: LogitsProcessor | None,
     *,

@@ -16,7 +16,7 @@ from app.decoding.cost_model import CostModel
 from app.decoding.draft_policy import POLICIES, Pace
 from app.decoding.drafters import FullModel
 from app.decoding.result import DecodingResult, Step
-from app.decoding.rows import Row
+from app.decoding.rows import SequenceState
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
 from app.errors import ConfigError, check_choice, check_range
@@ -93,7 +93,7 @@ def decode_batch(
     # One clock for all rows when greedy; when sampling, what a seed gives depends on no other row.
     shared_pace = Pace(costs, by_clock=True) if settings.sampling.greedy else None
     rows = [
-        Row(
+        SequenceState(
             index=index,
             prompt=list(prompt),
             budget=min(settings.max_new_tokens, decoder.max_length - len(prompt)),
@@ -134,7 +134,7 @@ class _Loop:
     falls_back: bool
     on_step: OnStep | None
 
-    def run(self, rows: list[Row]) -> None:
+    def run(self, rows: list[SequenceState]) -> None:
         """Prefill, then rounds; a row that has ended leaves the batch."""
         self._prefill(rows)
         while still := [place for place, row in enumerate(rows) if row.stop_reason is None]:
@@ -143,7 +143,7 @@ class _Loop:
                 rows = [rows[place] for place in still]
             self._round(rows)
 
-    def _prefill(self, rows: Sequence[Row]) -> None:
+    def _prefill(self, rows: Sequence[SequenceState]) -> None:
         lengths = [len(row.prompt) for row in rows]
         padded = [row.prompt + [0] * (max(lengths) - len(row.prompt)) for row in rows]
         tokens_BT = torch.tensor(padded, device=self.drafter.decoder.device)
@@ -154,7 +154,7 @@ class _Loop:
         for row, (_, token) in zip(rows, chosen, strict=True):
             self._settle(row, Step([token]), at=now)
 
-    def _round(self, rows: Sequence[Row]) -> None:
+    def _round(self, rows: Sequence[SequenceState]) -> None:
         """Draft for every row until none wants more, verify all at once, settle.
 
         A round may settle one token more than it drafts, so a row drafts at most `remaining` - 1. Rows that draft less
@@ -188,12 +188,12 @@ class _Loop:
             if all(row.pace.gave_up for row in rows):
                 self.drafter.end_drafting()
 
-    def _settle(self, row: Row, step: Step, *, at: float) -> None:
+    def _settle(self, row: SequenceState, step: Step, *, at: float) -> None:
         taken = row.settle(step, at=at)
         if self.on_step is not None:
             self.on_step(row.index, taken)
 
-    def _watch(self, rows: Sequence[Row], *, draft_seconds: float, verify_seconds: float) -> None:
+    def _watch(self, rows: Sequence[SequenceState], *, draft_seconds: float, verify_seconds: float) -> None:
         """Let each pace see the round, and note for which rows drafting ends with it."""
         for pace in dict.fromkeys(row.pace for row in rows):
             own = [row for row in rows if row.pace is pace]

@@ -41,7 +41,7 @@ class GrowingIds:
 
 
 @dataclass(kw_only=True, eq=False)
-class Row:
+class SequenceState:
     """What is known of a sequence, all of it on the host but `context`.
 
     Attributes:
@@ -126,7 +126,7 @@ class Row:
         )
 
 
-def contexts(rows: Sequence[Row], drafts: Sequence[Sequence[int]], *, device: torch.device) -> list[Tensor]:
+def contexts(rows: Sequence[SequenceState], drafts: Sequence[Sequence[int]], *, device: torch.device) -> list[Tensor]:
     """Of each row all token ids [1, S], drafts included; what is new goes to the device in one transfer for all."""
     new = [row.new_ids(drafted) for row, drafted in zip(rows, drafts, strict=True)]
     parts = torch.tensor(list(chain.from_iterable(new)), device=device).split_with_sizes([len(ids) for ids in new])

@@ -17,8 +17,8 @@ from app.decoding.settings import DecodingSettings, DraftPolicyName
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
 from app.errors import ConfigError, check_choice, check_range
 from app.evaluation.alternation import Contender, Measurement, Prompts, alternate, engine_contender
+from app.evaluation.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
 from app.evaluation.output_differences import OutputDifferences, output_differences
-from app.evaluation.step_costs import StepCosts, measure_step_costs, median_costs
 from app.evaluation.transformers_baseline import generate_contender
 from app.protocols import ExitableDecoder
 
@@ -99,8 +99,8 @@ def needs(strategy: BenchmarkStrategy) -> frozenset[str]:
 class Costs(NamedTuple):
     """Measured costs of decoding steps: of the model, and of the one that drafts for it if there is one."""
 
-    model: StepCosts
-    draft_model: StepCosts | None
+    model: DecodingCosts
+    draft_model: DecodingCosts | None
 
 
 class Benchmark(NamedTuple):
@@ -157,7 +157,9 @@ def run_benchmark(
     return Benchmark(measurements, _median_costs([each for each in costs if each is not None]), differences)
 
 
-def build_contenders(subject: Subject, settings: BenchmarkSettings, costs: StepCosts | None = None) -> list[Contender]:
+def build_contenders(
+    subject: Subject, settings: BenchmarkSettings, costs: DecodingCosts | None = None
+) -> list[Contender]:
     """Autoregressive decoding, then each strategy asked for with all its exits and draft lengths; nothing is run.
 
     Args:
@@ -218,11 +220,11 @@ def _measure_costs(subject: Subject, prompts: Prompts, settings: BenchmarkSettin
     if not any(STRATEGIES[strategy].costs for strategy in STRATEGIES if strategy in settings.strategies):
         return None
 
-    def measure(decoder: ExitableDecoder) -> StepCosts | None:
+    def measure(decoder: ExitableDecoder) -> DecodingCosts | None:
         if decoder.num_layers < 2 or decoder.max_length < 2 * _MIN_POSITIONS:
             return None  # nothing to fit to
         positions = max(_MIN_POSITIONS, 1 + max(settings.num_draft_tokens))
-        return measure_step_costs(
+        return measure_decoding_costs(
             decoder,
             batch_size=min(settings.batch_size, len(prompts)),
             context_length=int(fmean(map(len, prompts))) + settings.max_new_tokens // 2,

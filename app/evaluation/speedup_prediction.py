@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from app.decoding.cost_model import CostModel
+from app.evaluation.decoding_costs import DecodingCosts
 from app.evaluation.layer_agreement import LayerAgreement
-from app.evaluation.step_costs import StepCosts
 
 _HOPELESS = 0.8  # of the best prediction: what is predicted below is not run
 
@@ -38,7 +38,7 @@ class Prediction:
     speedup: float
 
 
-def predict(agreement: LayerAgreement, costs: StepCosts, *, max_draft_tokens: int) -> list[Prediction]:
+def predict(agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens: int) -> list[Prediction]:
     """Every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost."""
     predictions = []
     for exit_layer, drafts in product(range(1, agreement.num_layers), range(1, max_draft_tokens + 1)):

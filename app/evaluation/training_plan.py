@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from app.evaluation.training_plan_memory import Layout, Memory, ask_optimizer, plan_memory
 from app.evaluation.training_plan_recipe import Departure, Recipe, departures
-from app.evaluation.training_plan_step import Micro, build_fake, measure_step
+from app.evaluation.training_plan_step import Micro, build_fake, measure_micro_batch
 
 RESERVE = 0.1  # of a device: its context, the network's buffers, and gaps between tensors
 
@@ -136,7 +136,7 @@ def plan_training(
         autocast=None if gathered else autocast,
     )
     running, mode = (model, mode) if gathered is None else build_fake(config, dtype=gathered)
-    costs = measure_step(running, mode, micro)
+    costs = measure_micro_batch(running, mode, micro)
     memory = plan_memory(model, costs, optimizer, layout, gathered=gathered)
     whole = plan_memory(model, costs, optimizer, Layout())
     all_kept = [1.0] * recipe.num_layers

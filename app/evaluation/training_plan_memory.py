@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from app.evaluation.training_plan_step import StepCosts
+from app.evaluation.training_plan_step import MicroBatchCosts
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 _SIDE = 256  # of a stand-in for a parameter, at most
@@ -145,7 +145,7 @@ def _is_master(state: Tensor, parameter: Tensor) -> bool:
 
 def plan_memory(
     model: PreTrainedModel,
-    costs: StepCosts,
+    costs: MicroBatchCosts,
     optimizer: OptimizerFacts,
     layout: Layout,
     *,

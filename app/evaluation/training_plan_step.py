@@ -69,7 +69,7 @@ class Micro:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepCosts:
+class MicroBatchCosts:
     """FLOPs of forward and backward, and bytes, of one micro-batch that drops no block.
 
     Attributes:
@@ -123,7 +123,7 @@ def build_fake(config: PreTrainedConfig, *, dtype: torch.dtype) -> tuple[PreTrai
     return model.train(), mode
 
 
-def measure_step(model: PreTrainedModel, mode: FakeTensorMode, micro: Micro) -> StepCosts:
+def measure_micro_batch(model: PreTrainedModel, mode: FakeTensorMode, micro: Micro) -> MicroBatchCosts:
     """Run the step of `LayerSkipModule` on fake tensors.
 
     Rows are taken to hold several documents each, so that attention has a mask, and no block to be dropped.
@@ -158,7 +158,7 @@ def measure_step(model: PreTrainedModel, mode: FakeTensorMode, micro: Micro) -> 
     saved = [runs[kind].bytes - empty.bytes - copy for kind, copy in zip(kinds, copies, strict=True)]
     more = (micro.num_exits - 1) / max(1, run_exits - 1)  # exits beyond those that ran cost as the last ones did
     width = model.config.get_text_config().hidden_size
-    return StepCosts(
+    return MicroBatchCosts(
         block_flops=tuple(runs[kind].flops - empty.flops for kind in kinds),
         base_flops=base.flops,
         exit_flops=(exits.flops - base.flops) // max(1, run_exits - 1),

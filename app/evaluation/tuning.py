@@ -10,11 +10,11 @@ from statistics import fmean
 from app.decoding.settings import DecodingSettings
 from app.errors import DataError, check_range
 from app.evaluation.alternation import CONFIRMING_REPEATS, Measurement, alternate, engine_contender
+from app.evaluation.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
 from app.evaluation.layer_agreement import measure_layer_agreement
 from app.evaluation.output_differences import OutputDifferences, output_differences
 from app.evaluation.speedup_interval import speedup_interval
 from app.evaluation.speedup_prediction import Prediction, choose_diverse, predict
-from app.evaluation.step_costs import StepCosts, measure_step_costs, median_costs
 from app.evaluation.tuning_result import Tuning, Verification, setting_in_words
 from app.model.decoding_defaults import Conditions
 from app.protocols import ExitableDecoder
@@ -82,12 +82,12 @@ def tune(
         DataError: Every output ends with its first token, so that there is nothing to speed up.
     """
     check_range("num_layers", decoder.num_layers, low=2, fix="a single block has no exit to draft from")
-    costs: list[StepCosts] = []
+    costs: list[DecodingCosts] = []
     context = int(fmean(map(len, prompts))) + settings.max_new_tokens // 2
 
     def measure_costs() -> None:
         costs.append(
-            measure_step_costs(
+            measure_decoding_costs(
                 decoder,
                 context_length=context,
                 max_positions=max(3, min(settings.longest_draft + 1, decoder.max_length // 2)),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from app.evaluation.decoding_costs import DecodingCosts
 from app.evaluation.layer_agreement import LayerAgreement
 from app.evaluation.output_differences import OutputDifferences
 from app.evaluation.speedup_interval import Interval, interval_in_words
 from app.evaluation.speedup_prediction import Prediction, needed_agreement
-from app.evaluation.step_costs import StepCosts
 from app.model.decoding_defaults import Conditions, DecodingDefaults
 from app.words import counted, counted_of
 
@@ -84,7 +84,7 @@ class Tuning:
     """
 
     agreement: LayerAgreement
-    costs: StepCosts
+    costs: DecodingCosts
     predictions: Sequence[Prediction]
     verifications: Sequence[Verification]
     confirmations: Sequence[Verification] = ()

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from lightning.pytorch import LightningModule
 
 from app.errors import ConfigError, check_range
+from app.training.micro_batch_work import WorkWatcher
 from app.training.owned_setting import OwnedSetting
-from app.training.step_plan import PlanWatcher
 
 _OWN = "one of them is enough; of the command line's, --{} leaves it to a callback of your own"
 
@@ -40,7 +40,7 @@ class CurriculumHost(LightningModule):
         )
         self._dropped_shares = self.dropout_rates
         self._monitored: set[int] = set()
-        self._plan_watchers: list[PlanWatcher] = []
+        self._work_watchers: list[WorkWatcher] = []
 
     @property
     def num_layers(self) -> int:
@@ -91,9 +91,9 @@ class CurriculumHost(LightningModule):
         """Return these exits' hidden states, too, from every evaluation step (protocols.ExitMonitorHost)."""
         self._monitored.update(exit_layers)
 
-    def watch_plans(self, watcher: PlanWatcher) -> None:
-        """Show the plan of every later training micro-batch, before its forward (protocols.PlanHost)."""
-        self._plan_watchers.append(watcher)
+    def watch_work(self, watcher: WorkWatcher) -> None:
+        """Show the work of every later training micro-batch, before its forward (protocols.WorkHost)."""
+        self._work_watchers.append(watcher)
 
     def setup(self, stage: str) -> None:
         """Nothing stays in use that a callback of an earlier fit has set."""

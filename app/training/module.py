@@ -45,6 +45,7 @@ from app.training.curriculum_host import CurriculumHost
 from app.training.divergence import DivergenceGuard, OnDivergence
 from app.training.loop_counts import end_with_step
 from app.training.may_resume import check_resume
+from app.training.micro_batch_work import draw_for, show
 from app.training.optim import (
     LR_SCHEDULES,
     LRSchedule,
@@ -54,7 +55,6 @@ from app.training.optim import (
     scheduler_of_kind,
 )
 from app.training.resumed_config import GivenConfig
-from app.training.step_plan import draw_for, show
 from app.training.token_mean import TokenMeanStep
 
 _log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class LayerSkipModule(CurriculumHost):
 
     def _draw_kept(self, batch_size: int, batch_idx: int) -> KeptSamples | None:
         """The samples each block keeps, drawn outside the blocks; None when nothing can be dropped."""
-        rates, watchers = self.dropout_rates, self._plan_watchers
+        rates, watchers = self.dropout_rates, self._work_watchers
         kept = draw_for(self, rates, batch_size=batch_size, batch_idx=batch_idx, seed=self.seed, watched=bool(watchers))
         show(watchers, kept, batch_size=batch_size, rates=rates, exit_weights=self.exit_weights)
         shares = rates if kept is None else (1 - len(samples) / max(1, batch_size) for samples in kept.by_block)

@@ -224,7 +224,7 @@ def test_a_lead_that_is_gone_when_run_again_is_neither_stored_nor_hidden(here, m
 
 
 def test_a_best_draft_length_at_the_edge_is_told_with_what_to_do(here, monkeypatch, capsys):
-    monkeypatch.setattr(tuning.StepCosts, "cost_model", lambda *_, **__: Cheap())
+    monkeypatch.setattr(tuning.DecodingCosts, "cost_model", lambda *_, **__: Cheap())
     assert _tune(monkeypatch, "model") == 0
     assert "the most that was looked at: raise --max_draft_tokens" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import pytest
 
 from app.errors import ConfigError, DataError
 from app.evaluation.tasks.semantic_parse import TARGET_FORMATS
-from datamodules.topv2_files import Row, Split, Table, find_tables, read_rows
+from datamodules.topv2_files import AnnotatedUtterance, Split, Table, find_tables, read_rows
 from tests.support.topv2_folders import DOMAINS, HEADER, rows_of, write_folder, write_tsv
 
 GOOD = "weather\tis it hot\t[IN:GET_WEATHER is it [SL:WEATHER_ATTRIBUTE hot ] ]"
@@ -22,7 +22,7 @@ def read(
     spis: int | None = None,
     max_bad_share: float = 0.0,
     domain: str = "weather",
-) -> list[Row]:
+) -> list[AnnotatedUtterance]:
     (table,) = find_tables(str(path), split=split, domains=[domain], spis=spis)
     return read_rows(table, encode=ENCODE, max_bad_share=max_bad_share)
 
@@ -35,7 +35,9 @@ def folder_of(folder: Path, *lines: str | bytes, end: bytes = b"\n") -> Path:
 
 def test_each_domain_and_split_is_a_file(tmp_path: Path) -> None:
     write_folder(tmp_path)
-    assert read(tmp_path, split="test") == [Row(*fields) for fields in rows_of("weather", count=17, seed=12)]
+    assert read(tmp_path, split="test") == [
+        AnnotatedUtterance(*fields) for fields in rows_of("weather", count=17, seed=12)
+    ]
     tables = find_tables(str(tmp_path), split="eval", domains=DOMAINS[::-1], spis=None)
     assert [Path(table.name).name for table in tables] == ["weather_eval.tsv", "reminder_eval.tsv"]
 
@@ -160,7 +162,7 @@ def test_a_dataset_folder_is_read_in_the_shapes_it_comes_in(tmp_path: Path) -> N
     datasets.DatasetDict(splits).save_to_disk(saved)
     for folder in (parquet, lines, saved):
         for split, count in (("train", 5), ("eval", 4), ("test", 3)):
-            expected = [Row(*fields) for fields in rows_of("weather", count=count, seed=count)]
+            expected = [AnnotatedUtterance(*fields) for fields in rows_of("weather", count=count, seed=count)]
             assert read(folder, split=split) == expected, (folder, split)  # type: ignore[arg-type]
 
 

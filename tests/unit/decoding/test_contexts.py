@@ -11,7 +11,7 @@ from torch import Tensor
 
 from app.decoding import acceptance
 from app.decoding.engine import decode, decode_batch
-from app.decoding.rows import GrowingIds, Row, contexts
+from app.decoding.rows import GrowingIds, SequenceState, contexts
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
@@ -44,7 +44,9 @@ def _shown_and_right(monkeypatch: pytest.MonkeyPatch, strategy: Any, temperature
     """For every context that a processor could see whether it is what a list of everything so far says."""
     right: list[bool] = []
 
-    def checked(rows: Sequence[Row], drafts: Sequence[Sequence[int]], *, device: torch.device) -> list[Tensor]:
+    def checked(
+        rows: Sequence[SequenceState], drafts: Sequence[Sequence[int]], *, device: torch.device
+    ) -> list[Tensor]:
         shown = contexts(rows, drafts, device=device)
         for row, drafted, ids_1S in zip(rows, drafts, shown, strict=True):
             right.append(ids_1S.tolist() == [[*row.prompt, *row.tokens, *drafted]])
@@ -79,8 +81,10 @@ def test_the_comparison_notices_rejected_drafts_that_stay(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("strategy", _NEEDS)
 def test_only_new_ids_are_sent_to_the_device(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    new_ids = Row.new_ids
-    monkeypatch.setattr(Row, "new_ids", lambda self, drafted: sent.append(len(ids := new_ids(self, drafted))) or ids)
+    new_ids = SequenceState.new_ids
+    monkeypatch.setattr(
+        SequenceState, "new_ids", lambda self, drafted: sent.append(len(ids := new_ids(self, drafted))) or ids
+    )
     decoder = _decoder(strategy)
     decoder.max_length = 2000
     prompt = [token % 5 for token in range(1000)]

@@ -20,11 +20,11 @@ from app.evaluation.benchmark import (
     build_contenders,
     run_benchmark,
 )
-from app.evaluation.step_costs import StepCosts
+from app.evaluation.decoding_costs import DecodingCosts
 from app.model.spans import SpanDecoder
 from tests.support.tiny_models import tiny_llama
 
-COSTS = StepCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=0.0, extra_token=0.05, overhead=0.5)
+COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=0.0, extra_token=0.05, overhead=0.5)
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10, 11]]
 
 
@@ -44,11 +44,11 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What costs were asked for; they are made up."""
     asked: list[dict[str, Any]] = []
 
-    def measure(decoder: SpanDecoder, **options: int) -> StepCosts:
+    def measure(decoder: SpanDecoder, **options: int) -> DecodingCosts:
         asked.append({"num_layers": decoder.num_layers, **options})
         return COSTS
 
-    monkeypatch.setattr(benchmark, "measure_step_costs", measure)
+    monkeypatch.setattr(benchmark, "measure_decoding_costs", measure)
     return asked
 
 
@@ -187,9 +187,9 @@ def test_costs_are_measured_before_and_four_times_between_batches(
 def test_a_busy_moment_of_the_machine_does_not_decide_the_costs(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    busy = StepCosts(block_seconds=9.0, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.9, overhead=90.0)
+    busy = DecodingCosts(block_seconds=9.0, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.9, overhead=90.0)
     moments = iter([COSTS, busy, replace(COSTS, head=2.5), COSTS, COSTS])
-    monkeypatch.setattr(benchmark, "measure_step_costs", lambda *_, **__: next(moments))
+    monkeypatch.setattr(benchmark, "measure_decoding_costs", lambda *_, **__: next(moments))
     settings = _settings("self_speculative", **SPECULATIVE)
     measured = run_benchmark(subject._replace(draft_decoder=None), PROMPTS, settings)
     assert measured.costs == (COSTS, None)

@@ -24,7 +24,7 @@ from app.evaluation.benchmark_report import (
     write_report,
 )
 from app.evaluation.benchmark_result import BenchmarkResult
-from app.evaluation.step_costs import StepCosts
+from app.evaluation.decoding_costs import DecodingCosts
 from app.protocols import Table
 
 PLAIN = BenchmarkResult(
@@ -43,7 +43,7 @@ DRAFTS = replace(
     drafted=40, acceptance_by_position=[0.8, 0.75, 0.5],
     speedup_max=1.75, speedup_interval=(1.25, 1.8),
 )  # fmt: skip
-COSTS = StepCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=0.0, extra_token=0.05, overhead=0.5)
+COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=0.0, extra_token=0.05, overhead=0.5)
 
 
 def _sweep(exits: int, *, strategy: str = "self_speculative") -> list[BenchmarkResult]:

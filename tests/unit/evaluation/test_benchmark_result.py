@@ -11,12 +11,12 @@ from app.decoding.result import DecodingResult, Step
 from app.evaluation.alternation import Contender, Measurement
 from app.evaluation.benchmark import Benchmark, BenchmarkSettings, Costs, Subject
 from app.evaluation.benchmark_result import BenchmarkResult, benchmark_results, round_costs
+from app.evaluation.decoding_costs import DecodingCosts
 from app.evaluation.output_differences import OutputDifferences
-from app.evaluation.step_costs import StepCosts
 from app.evaluation.transformers_baseline import GenerateResult
 
-COSTS = StepCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
-SMALL = StepCosts(block_seconds=5e-4, head=1.0, draft_head=1.0, first_extra=0.0, extra_token=0.01, overhead=9.0)
+COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
+SMALL = DecodingCosts(block_seconds=5e-4, head=1.0, draft_head=1.0, first_extra=0.0, extra_token=0.01, overhead=9.0)
 SUBJECT: Any = Subject(*(SimpleNamespace(num_layers=layers) for layers in (0, 10, 4)))  # type: ignore[arg-type]
 TOKENS = list(range(9))
 KEPT, CUT = Step([1, 2, 3, 4], 3), Step([5], 0, (7, 7, 7))  # of three drafts: all kept, and none

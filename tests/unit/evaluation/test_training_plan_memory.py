@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from app.evaluation.training_plan_memory import Layout, ask_optimizer, plan_memory
-from app.evaluation.training_plan_step import StepCosts, build_fake
+from app.evaluation.training_plan_step import MicroBatchCosts, build_fake
 from app.model.checkpoint import build_model
 from app.training.module import LayerSkipModule
 from app.training.optim import parameter_groups
@@ -17,7 +17,7 @@ from tests.support.processes import run_ranks
 from tests.support.tiny_models import tiny_config
 
 CONFIG = tiny_config(hidden_size=48, vocab_size=701, tied=False)
-NO_STEP = StepCosts(
+NO_STEP = MicroBatchCosts(
     block_flops=(0,), base_flops=0, exit_flops=0, block_bytes=(0,), copy_bytes=(0,), base_bytes=0, exit_loss_bytes=0,
     block_input_bytes=0,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MixtralConfig, Qwen3Config
 
 from app.errors import ConfigError
-from app.evaluation.training_plan_step import FLOP_FORMULAS, Micro, build_fake, measure_step
+from app.evaluation.training_plan_step import FLOP_FORMULAS, Micro, build_fake, measure_micro_batch
 from app.model import cpu_attention
 from app.training.module import LayerSkipModule
 from tests.support.tiny_models import tiny_config
@@ -40,7 +40,7 @@ def config_of(kind="llama", **settings):
 
 def predicted(config, *, num_exits, dtype=torch.float32, autocast=None, rows=ROWS, length=LENGTH):
     micro = Micro(batch_size=rows, seq_len=length, num_exits=num_exits, dtype=dtype, autocast=autocast)
-    return measure_step(*build_fake(config, dtype=dtype), micro)
+    return measure_micro_batch(*build_fake(config, dtype=dtype), micro)
 
 
 class RealStep:

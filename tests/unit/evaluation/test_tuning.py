@@ -9,10 +9,10 @@ import torch
 
 from app.errors import ConfigError, DataError
 from app.evaluation import tuning as tuning_module
+from app.evaluation.decoding_costs import DecodingCosts
 from app.evaluation.layer_agreement import LayerAgreement, measure_layer_agreement
 from app.evaluation.output_differences import OutputDifferences
 from app.evaluation.speedup_prediction import Prediction, choose_diverse, needed_agreement, predict
-from app.evaluation.step_costs import StepCosts
 from app.evaluation.tuning import TuningSettings, tune
 from app.evaluation.tuning_report import tuning_as_json, verifications_table
 from app.evaluation.tuning_result import Tuning, Verification
@@ -21,7 +21,7 @@ from app.model.spans import SpanDecoder
 from tests.support.fake_decoder import counting_decoder
 from tests.support.tiny_models import tiny_llama
 
-_COSTS = StepCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
+_COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
 _SETTINGS = TuningSettings(max_new_tokens=16, max_draft_tokens=3, num_verified=2, repeats=2)
 _PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6]]
 
@@ -281,10 +281,10 @@ def test_no_draft_is_looked_at_that_an_output_has_no_room_for(max_new_tokens: in
 
 
 def test_costs_are_the_median_of_three_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    busy = StepCosts(block_seconds=9.0, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.9, overhead=90.0)
+    busy = DecodingCosts(block_seconds=9.0, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.9, overhead=90.0)
     moments, asked = iter([busy, replace(_COSTS, head=1.5), _COSTS]), list[dict[str, int]]()
     monkeypatch.setattr(
-        tuning_module, "measure_step_costs", lambda _, **options: (asked.append(options), next(moments))[1]
+        tuning_module, "measure_decoding_costs", lambda _, **options: (asked.append(options), next(moments))[1]
     )
     tuning = tune(counting_decoder(), _PROMPTS, eos_token_ids=(), settings=_SETTINGS)
     assert tuning.costs == replace(_COSTS, head=1.5)

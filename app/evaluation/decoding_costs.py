@@ -34,7 +34,7 @@ _Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepCosts:
+class DecodingCosts:
     """Costs of decoding steps at one batch size and context length.
 
     Attributes:
@@ -67,7 +67,7 @@ class StepCosts:
         )
 
 
-def measure_step_costs(
+def measure_decoding_costs(
     decoder: ExitableDecoder,
     *,
     batch_size: int = 1,
@@ -75,7 +75,7 @@ def measure_step_costs(
     max_positions: int = 9,
     repeats: int = 5,
     clock: Clock = perf_counter,
-) -> StepCosts:
+) -> DecodingCosts:
     """Time steps, passes and rounds on a prompt of random tokens; each repeat times everything once, in turn.
 
     With `t` the median seconds of a step of the engine, of full decoding t(L) and of early exit t(1):
@@ -129,16 +129,18 @@ def measure_step_costs(
         for setting, samples in timed.items():
             samples += timer.rounds(*setting)
     head_share = decoder.head_size / decoder.block_size
-    return fit_step_costs(_medians(steps), _medians(passes), _medians(timed), head_by_size=head_share)
+    return fit_decoding_costs(_medians(steps), _medians(passes), _medians(timed), head_by_size=head_share)
 
 
-def median_costs(costs: Sequence[StepCosts]) -> StepCosts:
+def median_costs(costs: Sequence[DecodingCosts]) -> DecodingCosts:
     """Of each figure the median of those measured at different times: a busy moment of the machine decides none."""
-    return StepCosts(**{field.name: median(getattr(each, field.name) for each in costs) for field in fields(StepCosts)})
+    return DecodingCosts(
+        **{field.name: median(getattr(each, field.name) for each in costs) for field in fields(DecodingCosts)}
+    )
 
 
-def costs_line(costs: StepCosts) -> str:
-    """The measured costs in one line; what the clipping of `fit_step_costs` made 0 is not called free."""
+def costs_line(costs: DecodingCosts) -> str:
+    """The measured costs in one line; what the clipping of `fit_decoding_costs` made 0 is not called free."""
 
     def figure(value: float, style: str) -> str:
         return style.format(value) if value else "too small to measure"
@@ -151,10 +153,10 @@ def costs_line(costs: StepCosts) -> str:
     )
 
 
-def fit_step_costs(
+def fit_decoding_costs(
     steps: Mapping[int, float], passes: Mapping[int, float], rounds: Mapping[Setting, float], *, head_by_size: float
-) -> StepCosts:
-    """The equations of `measure_step_costs`; no cost comes out negative, whatever the noise.
+) -> DecodingCosts:
+    """The equations of `measure_decoding_costs`; no cost comes out negative, whatever the noise.
 
     Args:
         steps: Blocks run -> seconds of a decoding step; of the first exit and of the full model.
@@ -176,7 +178,7 @@ def fit_step_costs(
         - extra_token * (num_layers - chosen + head)
         for chosen in {exit_layer for exit_layer, _ in rounds}
     ]
-    costs = StepCosts(
+    costs = DecodingCosts(
         block_seconds=block,
         head=head,
         draft_head=mean if (mean := fmean(drafts)) > 0.0 else head,  # the same head: it does not cost nothing

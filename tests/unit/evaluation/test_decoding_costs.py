@@ -9,7 +9,13 @@ from torch import Tensor
 
 from app.decoding.cost_model import CostModel
 from app.errors import ConfigError
-from app.evaluation.step_costs import StepCosts, costs_line, fit_step_costs, measure_step_costs, median_costs
+from app.evaluation.decoding_costs import (
+    DecodingCosts,
+    costs_line,
+    fit_decoding_costs,
+    measure_decoding_costs,
+    median_costs,
+)
 from app.model.spans import SpanDecoder
 from tests.support.fake_decoder import FakeCache, FakeDecoder
 from tests.support.tiny_models import tiny_llama
@@ -49,57 +55,61 @@ class CostlyDecoder(FakeDecoder):
         return super().unembed(hidden_BTD)
 
 
-def _as_tuple(costs: StepCosts) -> tuple[float, ...]:
-    return tuple(getattr(costs, field.name) for field in fields(StepCosts))
+def _as_tuple(costs: DecodingCosts) -> tuple[float, ...]:
+    return tuple(getattr(costs, field.name) for field in fields(DecodingCosts))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_known_costs_are_recovered_exactly(batch_size: int) -> None:
     decoder = CostlyDecoder()
-    costs = measure_step_costs(decoder, batch_size=batch_size, clock=decoder.clock)
+    costs = measure_decoding_costs(decoder, batch_size=batch_size, clock=decoder.clock)
     assert _as_tuple(costs) == pytest.approx(_COSTS)
 
 
 def test_a_machine_that_pauses_now_and_then_does_not_move_the_medians() -> None:
     decoder = CostlyDecoder(hiccup=lambda call: 1000.0 * (call % 97 == 0))
-    costs = measure_step_costs(decoder, repeats=9, clock=decoder.clock)
+    costs = measure_decoding_costs(decoder, repeats=9, clock=decoder.clock)
     assert _as_tuple(costs) == pytest.approx(_COSTS)
     slower = CostlyDecoder(hiccup=lambda _: 0.1)  # every part: this one must show
-    assert measure_step_costs(slower, clock=slower.clock).head > 1.05 * _HEAD
+    assert measure_decoding_costs(slower, clock=slower.clock).head > 1.05 * _HEAD
 
 
 def test_the_first_round_of_measurements_does_not_count() -> None:
     warm_up = CostlyDecoder()
-    measure_step_costs(warm_up, repeats=1, clock=warm_up.clock)
+    measure_decoding_costs(warm_up, repeats=1, clock=warm_up.clock)
     first_half = warm_up.calls // 2
     decoder = CostlyDecoder(hiccup=lambda call: 5.0 * (call <= first_half))
-    costs = measure_step_costs(decoder, repeats=1, clock=decoder.clock)
+    costs = measure_decoding_costs(decoder, repeats=1, clock=decoder.clock)
     assert _as_tuple(costs) == pytest.approx(_COSTS)
 
 
 def test_passes_are_measured_at_the_context_asked_for_or_as_far_as_the_model_goes() -> None:
     for max_length, expected in ((512, 128), (64, 47)):
         decoder = CostlyDecoder(max_length=max_length)
-        measure_step_costs(decoder, repeats=1, clock=decoder.clock)
+        measure_decoding_costs(decoder, repeats=1, clock=decoder.clock)
         assert decoder.longest == expected
 
 
 def test_costs_are_never_negative_whatever_the_noise() -> None:
     steps, passes = {1: 2.0, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}
-    costs = fit_step_costs(steps, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    costs = fit_decoding_costs(steps, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert _as_tuple(costs)[2:] == (costs.head, 0.0, 0.0, 0.0)  # a draft runs that head, too
     assert costs.head == 9.0
-    nonsense = fit_step_costs({1: 5.0, 6: 4.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    nonsense = fit_decoding_costs({1: 5.0, 6: 4.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert (nonsense.block_seconds, nonsense.head) == pytest.approx((0.5, 2.0))
-    headless = fit_step_costs({1: 0.1, 6: 3.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    headless = fit_decoding_costs({1: 0.1, 6: 3.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert (headless.block_seconds, headless.head) == (0.5, 0.0)
 
 
 def test_a_cost_that_was_clipped_is_called_too_small_to_measure_and_not_free() -> None:
-    clipped = fit_step_costs({1: 0.1, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    clipped = fit_decoding_costs(
+        {1: 0.1, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0
+    )
     assert costs_line(clipped).count("too small to measure") == 5
     assert "0.0" not in costs_line(clipped)
-    costs = StepCosts(block_seconds=1e-4, head=1.5, draft_head=0.5, first_extra=0.2, extra_token=0.04, overhead=0.25)
+    costs = DecodingCosts(
+        block_seconds=1e-4, head=1.5, draft_head=0.5, first_extra=0.2, extra_token=0.04, overhead=0.25
+    )
     assert costs_line(costs) == (
         "a block takes 100 us at one token; in blocks: the rest of a step (H) 1.50, of a draft (H_d) 0.50, a round's"
         " overhead 0.25; several positions add to a pass (j) 20.0% of it, each of them (k) 4.0%"
@@ -117,20 +127,20 @@ def test_a_cost_that_was_clipped_is_called_too_small_to_measure_and_not_free() -
 def test_passes_over_several_positions_lie_on_a_line_that_neither_starts_below_one_nor_falls(
     passes: dict[int, float], line: tuple[float, float]
 ) -> None:
-    costs = fit_step_costs({1: 1.0, 6: 3.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    costs = fit_decoding_costs({1: 1.0, 6: 3.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert (costs.first_extra, costs.extra_token) == pytest.approx(line)
 
 
 def test_the_median_of_costs_is_of_each_figure() -> None:
     figures = [(1.0, 9.0, 2.0, 0.1, 0.3, 0.0), (3.0, 1.0, 7.0, 0.0, 0.9, 0.5), (2.0, 2.0, 1.0, 0.9, 0.2, 9.0)]
-    names = [field.name for field in fields(StepCosts)]
-    costs = [StepCosts(**dict(zip(names, each, strict=True))) for each in figures]
+    names = [field.name for field in fields(DecodingCosts)]
+    costs = [DecodingCosts(**dict(zip(names, each, strict=True))) for each in figures]
     assert _as_tuple(median_costs(costs)) == (2.0, 2.0, 2.0, 0.1, 0.3, 0.5)
 
 
 def test_the_cost_model_is_that_of_self_speculation_with_these_figures() -> None:
-    costs = StepCosts(**dict(zip([field.name for field in fields(StepCosts)], _COSTS, strict=True)))
-    figures = {field.name: getattr(costs, field.name) for field in fields(StepCosts)[1:]}
+    costs = DecodingCosts(**dict(zip([field.name for field in fields(DecodingCosts)], _COSTS, strict=True)))
+    figures = {field.name: getattr(costs, field.name) for field in fields(DecodingCosts)[1:]}
     assert costs.cost_model(num_layers=6, exit_layer=2) == CostModel.self_speculative(
         num_layers=6, exit_layer=2, **figures
     )
@@ -139,7 +149,7 @@ def test_the_cost_model_is_that_of_self_speculation_with_these_figures() -> None
 def test_a_real_decoder_costs_something_and_is_left_as_it_was() -> None:
     model = tiny_llama(num_layers=3, tied=False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    costs = measure_step_costs(SpanDecoder(model), batch_size=2, context_length=16, max_positions=4, repeats=2)
+    costs = measure_decoding_costs(SpanDecoder(model), batch_size=2, context_length=16, max_positions=4, repeats=2)
     assert costs.block_seconds > 0.0
     assert min(costs.head, costs.extra_token, costs.overhead) >= 0.0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
@@ -158,10 +168,10 @@ def test_a_real_decoder_costs_something_and_is_left_as_it_was() -> None:
 def test_what_cannot_be_measured_is_refused_before_anything_runs(setting: dict[str, int], field: str) -> None:
     decoder = CostlyDecoder()
     with pytest.raises(ConfigError, match=field):
-        measure_step_costs(decoder, clock=decoder.clock, **setting)
+        measure_decoding_costs(decoder, clock=decoder.clock, **setting)
     assert not decoder.calls
 
 
 def test_a_model_of_one_block_has_no_exit() -> None:
     with pytest.raises(ConfigError, match="num_layers"):
-        measure_step_costs(SpanDecoder(tiny_llama(num_layers=1)))
+        measure_decoding_costs(SpanDecoder(tiny_llama(num_layers=1)))

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule
 
 from app.data_ranks import data_ranks
 from app.layerskip.layer_dropout import KeptSamples, draw_kept_samples
-from app.protocols import StepPlan
+from app.protocols import MicroBatchWork
 
-PlanWatcher = Callable[[StepPlan], None]
+WorkWatcher = Callable[[MicroBatchWork], None]
 
 
 def draw_for(
@@ -28,7 +28,7 @@ def draw_for(
         batch_size: Samples in the micro-batch.
         batch_idx: Of the micro-batch, as Lightning counts.
         seed: Of the run.
-        watched: Whether ranks compare their plans, also where they share no weights or have no rate above 0.
+        watched: Whether ranks compare their work, also where they share no weights or have no rate above 0.
     """
     trainer = module.trainer
     ranks, largest = data_ranks(trainer), batch_size
@@ -50,17 +50,17 @@ def draw_for(
 
 
 def show(
-    watchers: Sequence[PlanWatcher],
+    watchers: Sequence[WorkWatcher],
     kept: KeptSamples | None,
     *,
     batch_size: int,
     rates: tuple[float, ...],
     exit_weights: Mapping[int, float],
 ) -> None:
-    """Tell every watcher the plan, as plain values."""
+    """Show every watcher the work, as plain values."""
     if watchers:
         samples = None if kept is None else tuple(tuple(of_block.tolist()) for of_block in kept.by_block)
         most = None if kept is None else kept.most
-        plan = StepPlan(batch_size, rates, samples, most, tuple(sorted(exit_weights.items())))
+        work = MicroBatchWork(batch_size, rates, samples, most, tuple(sorted(exit_weights.items())))
         for watch in watchers:
-            watch(plan)
+            watch(work)

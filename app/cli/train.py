@@ -38,7 +38,7 @@ from app.training.checkpoint_places import (
     restore_interrupted,
     standing,
 )
-from app.training.logged_steps import forget_later_steps
+from app.training.logged_steps import log_once
 from app.training.may_resume import check_before
 from app.training.module import LayerSkipModule
 from app.training.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
@@ -58,6 +58,8 @@ class SaveFitConfig(SaveConfigCallback):
     saved config starts what it is told to, it does not silently resume.
     """
 
+    _goes_on = False  # from a checkpoint, and has not begun a batch since
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for on_train_start."""
 
@@ -66,13 +68,24 @@ class SaveFitConfig(SaveConfigCallback):
         folders = checkpoint_folders(trainer)  # asked on all ranks: the logger's is broadcast
         for folder in folders if trainer.is_global_zero else ():
             hold(folder)
-        forget_later_steps(trainer)
+        self._goes_on = trainer.ckpt_path is not None
+        if self._goes_on:
+            log_once(trainer)
         if trainer.ckpt_path and changes_optimizer(self.config["allow_changes"]):
             take_optimizer_settings(trainer)
         self.config = self.config.clone()
         for name, value in (("ckpt_path", None), ("allow_changes", []), ("fall_back_to_previous", False)):
             self.config[name] = value
         super().setup(trainer, pl_module, "fit")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """What is logged from here on is new."""
+        self._goes_on = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a validation that a resumed run begins with take the place of what a killed run logged of it."""
+        if self._goes_on:
+            log_once(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint tells how it was made, wherever it is moved to."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -217,6 +218,7 @@ class LayerSkipModule(CurriculumHost):
     def on_train_start(self) -> None:
         """Forget the sums of a step that an earlier fit left unfinished."""
         self._step.clear()
+        self._logged_step = max(0, self.trainer.global_step - 1)  # of a validation that was due when a run was killed
 
     def _checked(self, given: GivenBatch, loop: str) -> Batch:
         """The batch with its defaults; the first of a loop is looked at."""
@@ -228,7 +230,7 @@ class LayerSkipModule(CurriculumHost):
 
     def on_train_batch_start(self, batch: GivenBatch, batch_idx: int) -> None:
         """Log at the step this is: Lightning counts one too many after a resume from behind a last validation."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        self._logged_step = self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def training_step(self, given: GivenBatch, batch_idx: int) -> Tensor:
         """Early-exit loss of one micro-batch under layer dropout, unnormalised (app.training.token_mean)."""
@@ -276,6 +278,11 @@ class LayerSkipModule(CurriculumHost):
         self._step.clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- evaluation: dropout off, every exit that is monitored -----------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Log at the step that was taken last, also where a resumed run begins with this validation."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self._logged_step
 
     def validation_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
         """Full-model loss by source; returns hidden states and labels for exit monitors."""

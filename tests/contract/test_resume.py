@@ -1,5 +1,7 @@
 """`fit --ckpt_path` as its user meets it: a resumed run is the one that was saved, or its user says what is not."""
 
+import copy
+import csv
 import json
 import shutil
 
@@ -74,14 +76,49 @@ def test_another_run_is_refused_with_the_difference_and_how_to_insist(name, fold
     assert len(err[err.index("error:") :].strip().splitlines()) == 1
 
 
-def test_tensorboard_forgets_what_a_killed_run_logged_behind_its_checkpoint(folder, monkeypatch):
-    (folder / "resumed").mkdir(exist_ok=True)
-    for file in (folder / "whole").glob("events*"):  # as if killed after six steps, with the checkpoint of three
-        shutil.copy(file, folder / "resumed")
-    assert resume(monkeypatch, folder) == 0
-    events = EventAccumulator(str(folder / "resumed")).Reload()
-    steps = [point.step for point in events.Scalars("train/loss")]
-    assert sorted(steps) == [0, 1, 2, HALF, *range(HALF, STEPS)]  # a validation logged at the checkpoint's step stays
+TAGS = ("train/loss", "val/loss", "val/exit_loss/exit_01")
+
+
+def test_each_point_is_logged_once_whether_a_validation_was_over_or_due_when_the_run_was_killed(
+    folder, tmp_path, monkeypatch
+):
+    config = json.loads((folder / "config.yaml").read_text())
+    saver = {"save_top_k": -1, "auto_insert_metric_name": False}
+    savers = [saver | {"every_n_train_steps": HALF, "filename": "due-{step}"}]
+    savers += [saver | {"monitor": "val/loss", "filename": "over-{step}"}]
+    kind, logger = "lightning.pytorch.callbacks.ModelCheckpoint", config["trainer"]["logger"]
+    logger["init_args"]["save_dir"] = str(tmp_path)
+    config["trainer"] |= {"limit_val_batches": 1, "val_check_interval": HALF, "check_val_every_n_epoch": None}
+    config["trainer"]["logger"] = [
+        logger,
+        copy.deepcopy(logger) | {"class_path": "lightning.pytorch.loggers.CSVLogger"},
+    ]
+    config["trainer"]["logger"][1]["init_args"]["name"] = "csv"
+    config["trainer"]["callbacks"] = [{"class_path": kind, "init_args": each} for each in savers]
+    config["trainer"]["callbacks"] += [{"class_path": "callbacks.ExitQualityMonitor"}]
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    run, rows_of, found = tmp_path / "run", tmp_path / "csv" / "metrics.csv", []
+    for checkpoint in (None, "due", "over", "due"):  # as if killed at the end, each time
+        path = run / "checkpoints" / f"{checkpoint}-{HALF}.ckpt"
+        resumed = [f"--ckpt_path={path}"] if checkpoint else []
+        assert cli(monkeypatch, "fit", "--config", str(tmp_path / "config.yaml"), *resumed) == 0
+        events = EventAccumulator(str(run)).Reload()
+        points = {tag: sorted((point.step, point.value) for point in events.Scalars(tag)) for tag in TAGS}
+        with rows_of.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        if checkpoint is None:
+            rows_of.unlink()  # as if it had been killed before the validation
+        steps = {tag: [int(row["step"]) for row in rows if row[tag]] for tag in TAGS}
+        found.append((points, [image.step for image in events.Images("val/exits")], steps))
+    points, figures, steps = found[0]
+    assert steps == {tag: [step for step, _ in points[tag]] for tag in TAGS}
+    assert (steps["train/loss"], steps["val/loss"], figures) == (
+        list(range(STEPS)),
+        [HALF - 1, STEPS - 1],
+        [HALF, STEPS],
+    )
+    steps["train/loss"] = list(range(HALF, STEPS))
+    assert found[1:] == [found[0]] * 3
 
 
 # None of these can be insisted on, by whatever name.

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 from transformers.utils import logging as transformers_logging
 
-from app.cli.models import Device, Dtype, LoadedModel, eos_token_ids, load_decoder, use_threads
-from app.cli.parsing import VerbParser
+from app.cli.models import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
+from app.cli.parsing import call_verb
 from app.cli.tables import print_table
 from app.decoding.settings import DraftPolicyName
-from app.errors import ConfigError
 from app.evaluation.benchmark import BenchmarkSettings, BenchmarkStrategy, Subject, run_benchmark
 from app.evaluation.benchmark_figure import benchmark_figure
 from app.evaluation.benchmark_report import (
@@ -29,8 +27,6 @@ from app.evaluation.benchmark_report import (
 from app.evaluation.benchmark_result import benchmark_results
 from app.evaluation.decoding_costs import costs_line
 from app.evaluation.prompts import read_prompts, tokenize_prompts
-from app.model.tokenizer_files import check_same_tokens
-from app.protocols import ExitableDecoder
 from app.words import counted
 
 _log = logging.getLogger(__name__)
@@ -97,7 +93,8 @@ def benchmark(
     loaded = load_decoder(model, dtype=dtype, device=device)
     if not ignore_eos:
         settings = replace(settings, eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer))
-    subject = Subject(loaded.model, loaded.decoder, _draft_decoder(draft_model, settings, loaded, dtype=dtype))
+    draft_decoder = load_draft_decoder(draft_model, loaded, dtype=dtype, strategies=strategies)
+    subject = Subject(loaded.model, loaded.decoder, draft_decoder)
     # One position is kept free, so that every prompt has a new token.
     tokens = tokenize_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length - 1)
     measured = run_benchmark(subject, tokens, settings, on_batch=_progress(len(tokens), batch_size))
@@ -119,20 +116,6 @@ def benchmark(
     print(*(f"note: {note}" for note in document["notes"]), f"report: {file}, figure: {figure}", sep="\n")
 
 
-def _draft_decoder(
-    path: str | None, settings: BenchmarkSettings, target: LoadedModel, *, dtype: Dtype
-) -> ExitableDecoder | None:
-    if "draft_model" not in settings.strategies:
-        if path is not None:
-            _log.warning("draft_model=%s has no effect with these strategies", path)
-        return None
-    if path is None:
-        raise ConfigError("draft_model", got=None, allowed="a model, with strategy draft_model")
-    draft = load_decoder(path, dtype=dtype, device=target.decoder.device.type, field="draft_model")
-    check_same_tokens(target.tokenizer, draft.tokenizer, field="draft_model", got=path)
-    return draft.decoder
-
-
 def _progress(num_prompts: int, batch_size: int) -> Callable[[int], None]:
     """Tells how far it is."""
     return lambda done: _log.info("prompt %d of %d", min(done * batch_size, num_prompts), num_prompts)
@@ -141,9 +124,4 @@ def _progress(num_prompts: int, batch_size: int) -> Callable[[int], None]:
 def run() -> None:
     """Parse and run the verb."""
     transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
-    parser = VerbParser(prog="layerskip benchmark", description=(benchmark.__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
-    parser.add_function_arguments(benchmark, as_group=False)
-    options = parser.parse_args(sys.argv[2:]).as_dict()
-    options.pop("config")
-    benchmark(**options)
+    call_verb(benchmark, sys.argv[2:])

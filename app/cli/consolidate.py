@@ -7,10 +7,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 from torch import Tensor
 
-from app.cli.parsing import VerbParser
+from app.cli.parsing import call_verb
 from app.errors import ConfigError
 from app.model.checkpoint_integrity import check_bytes
 from app.model.mapped_memory import give_back_freed
@@ -62,9 +61,4 @@ def _mapped(tensor: Tensor, folder: Path) -> Tensor:
 
 def run() -> None:
     """Parse and run the verb."""
-    parser = VerbParser(prog="layerskip consolidate", description=(consolidate.__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
-    parser.add_function_arguments(consolidate, as_group=False)
-    options = parser.parse_args(sys.argv[2:]).as_dict()
-    options.pop("config")
-    consolidate(**options)
+    call_verb(consolidate, sys.argv[2:])

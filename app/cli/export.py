@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 from transformers import PreTrainedModel
 
 from app.cli.models import DTYPES, Dtype
-from app.cli.parsing import VerbParser
+from app.cli.parsing import call_verb
 from app.errors import ConfigError, check_choice
 from app.model.carried_over import carried_defaults, from_card, holds
 from app.model.checkpoint import load_for_decoding
@@ -202,9 +201,4 @@ def _next_step(decoding: DecodingDefaults | None, directory: Path, *, model_type
 
 def run() -> None:
     """Parse and run the verb."""
-    parser = VerbParser(prog="layerskip export", description=(export.__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
-    parser.add_function_arguments(export, as_group=False)
-    options = parser.parse_args(sys.argv[2:]).as_dict()
-    options.pop("config")
-    export(**options)
+    call_verb(export, sys.argv[2:])

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from textwrap import shorten
+from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from app.cli.decoding_choice import choose_decoding
-from app.cli.models import Device, Dtype, LoadedModel, eos_token_ids, load_decoder, use_threads
-from app.cli.parsing import VerbParser
+from app.cli.models import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
+from app.cli.parsing import call_verb
 from app.cli.request import Request, encode
 from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, styled_console, styled_writer
 from app.decoding.engine import DecodingInterrupted
@@ -30,8 +30,6 @@ from app.decoding.stopping import StopStrings
 from app.decoding.strategies import STRATEGIES, Strategy
 from app.errors import ConfigError, check_range
 from app.evaluation.prompts import read_prompts
-from app.model.tokenizer_files import check_same_tokens
-from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +123,7 @@ def generate(
         settings,
         eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer),
         stop=stop_strings,
-        draft_decoder=_draft_decoder(draft_model, strategy, loaded, dtype=dtype),
+        draft_decoder=load_draft_decoder(draft_model, loaded, dtype=dtype, strategies=[strategy]),
     )
     if STRATEGIES[strategy].costs is not None and loaded.model.dtype != torch.float32:
         _log.info(
@@ -154,18 +152,6 @@ def _texts(prompt: str | None, prompts: str | None) -> list[str]:
     if not prompt:
         raise ConfigError("prompt", got=prompt, allowed="at least one character", fix="or prompts, a file of them")
     return [prompt]
-
-
-def _draft_decoder(path: str | None, strategy: Strategy, target: LoadedModel, *, dtype: str) -> ExitableDecoder | None:
-    if "draft_decoder" not in STRATEGIES[strategy].needs:
-        if path is not None:
-            _log.warning("draft_model=%s has no effect with strategy %s", path, strategy)
-        return None
-    if path is None:
-        raise ConfigError("draft_model", got=None, allowed=f"a model, with strategy {strategy}")
-    draft = load_decoder(path, dtype=dtype, device=target.decoder.device.type, field="draft_model")
-    check_same_tokens(target.tokenizer, draft.tokenizer, field="draft_model", got=path)
-    return draft.decoder
 
 
 def _show(printer: BatchPrinter | None, check: Callable[[], None], row: int, step: Step) -> None:
@@ -234,14 +220,11 @@ def run() -> None:
     """Parse and run the verb."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model's text may hold what the terminal's encoding lacks
-    parser = VerbParser(prog="layerskip generate", description=(generate.__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
-    # Texts as they are: the types read from a signature would take "null" and "#include" for nothing.
-    parser.add_argument("--prompt", type=str, help="Text to continue.")
     ends = "One or several texts, any of which ends the output; it stays part of it, with all of its last token."
-    parser.add_argument("--stop", type=str, nargs="+", help=ends)
-    parser.add_argument("--json", action="store_true", help="Print one JSON object for each prompt instead of text.")
-    parser.add_function_arguments(generate, as_group=False, skip={"prompt", "stop", "json"})
-    options = parser.parse_args(sys.argv[2:]).as_dict()
-    options.pop("config")
-    generate(**options)
+    by_hand: dict[str, dict[str, Any]] = {
+        # Texts as they are: the types read from a signature would take "null" and "#include" for nothing.
+        "prompt": {"type": str, "help": "Text to continue."},
+        "stop": {"type": str, "nargs": "+", "help": ends},
+        "json": {"action": "store_true", "help": "Print one JSON object for each prompt instead of text."},
+    }
+    call_verb(generate, sys.argv[2:], by_hand=by_hand)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from app.decoding.strategies import STRATEGIES
 from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu_precision import avoid_emulation
+from app.model.tokenizer_files import check_same_tokens
+from app.protocols import ExitableDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from app.model.spans import SpanDecoder
+
+_log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -64,6 +71,32 @@ def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -
     avoid_emulation(weights, field=field, chosen=dtype != "auto")
     join_projections(weights)
     return LoadedModel(weights, tokenizer, SpanDecoder(weights))
+
+
+def load_draft_decoder(
+    path: str | None, target: LoadedModel, *, dtype: str, strategies: Sequence[str]
+) -> ExitableDecoder | None:
+    """Load the smaller model that drafts, on the target's device; None where no strategy takes one.
+
+    Args:
+        path: The user's setting `draft_model`.
+        target: The model that verifies.
+        dtype: A key of DTYPES.
+        strategies: What is to be run; those that take such a model need it.
+
+    Raises:
+        ConfigError: A strategy lacks its model, the model cannot be read, or it has other tokens than the target.
+    """
+    takers = [name for name in strategies if name in STRATEGIES and "draft_decoder" in STRATEGIES[name].needs]
+    if not takers:
+        if path is not None:
+            _log.warning("draft_model=%s has no effect with strategy %s", path, ", ".join(strategies))
+        return None
+    if path is None:
+        raise ConfigError("draft_model", got=None, allowed=f"a model, with strategy {takers[0]}")
+    draft = load_decoder(path, dtype=dtype, device=target.decoder.device.type, field="draft_model")
+    check_same_tokens(target.tokenizer, draft.tokenizer, field="draft_model", got=path)
+    return draft.decoder
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

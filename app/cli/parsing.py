@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import (  # type: ignore[attr-defined]  # ActionConfigFile is in its __all__ by computation
+    ActionConfigFile,
+    ArgumentParser,
+)
 
 from app.cli.parser_messages import one_line
 
@@ -40,5 +44,22 @@ class OneLineErrors(ArgumentParser):
         return self
 
 
-class VerbParser(OneLineErrors):
-    """For our own verbs."""
+def call_verb(
+    verb: Callable[..., None], args: Sequence[str], *, by_hand: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Call the function of a verb with the options on the command line.
+
+    Args:
+        verb: Has the verb's name. Its arguments are the options, and the first line of its docstring describes it.
+        args: What follows the verb on the command line.
+        by_hand: Settings of `add_argument` by option, for those that the function's signature does not describe well.
+    """
+    by_hand = by_hand or {}
+    parser = OneLineErrors(prog=f"layerskip {verb.__name__}", description=(verb.__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
+    for name, settings in by_hand.items():
+        parser.add_argument(f"--{name}", **settings)
+    parser.add_function_arguments(verb, as_group=False, skip={*by_hand})
+    options = parser.parse_args(args).as_dict()
+    options.pop("config")
+    verb(**options)

@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from app.cli.parsing import VerbParser
+from app.cli.parsing import call_verb
 from app.errors import CheckpointError, ConfigError
 from app.evaluation.exit_curves_figure import MOST_RUNS, Curve, exit_curves_figure
 from app.evaluation.exit_quality import ExitScore
@@ -92,8 +92,8 @@ def _check_output(output: str) -> Path:
 
 def run() -> None:
     """Parse and run the verb."""
-    parser = VerbParser(prog="layerskip plot", description=(plot.__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=str, nargs="+", help="LABEL=FILE of callbacks.ParseValidation, several.")
-    parser.add_argument("--checkpoints", type=str, nargs="+", help="Instead LABEL=CHECKPOINT, one to four.")
-    parser.add_function_arguments(plot, as_group=False, skip={"results", "checkpoints"})
-    plot(**parser.parse_args(sys.argv[2:]).as_dict())
+    by_hand: dict[str, dict[str, Any]] = {
+        "results": {"type": str, "nargs": "+", "help": "LABEL=FILE of callbacks.ParseValidation, several."},
+        "checkpoints": {"type": str, "nargs": "+", "help": "Instead LABEL=CHECKPOINT, one to four."},
+    }
+    call_verb(plot, sys.argv[2:], by_hand=by_hand)

@@ -9,10 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # in its __all__ by computation
 
 from app.cli.models import Device, Dtype, eos_token_ids, load_decoder, use_threads
-from app.cli.parsing import VerbParser
+from app.cli.parsing import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError
 from app.evaluation.benchmark_report import environment
@@ -141,10 +140,5 @@ def _flags(tuning: Tuning) -> str:
 
 def run() -> None:
     """Parse and run the verb."""
-    parser = VerbParser(prog="layerskip tune", description=(tune.__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
-    parser.add_function_arguments(tune, as_group=False, skip={"json"})
-    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of tables.")
-    options = parser.parse_args(sys.argv[2:]).as_dict()
-    options.pop("config")
-    tune(**options)
+    json_flag = {"action": "store_true", "help": "Print one JSON object instead of tables."}
+    call_verb(tune, sys.argv[2:], by_hand={"json": json_flag})

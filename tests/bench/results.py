@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from app.cli.parsing import VerbParser
+from app.cli.parsing import OneLineErrors
 from app.errors import ConfigError
 from app.evaluation.benchmark_report import environment
 from app.whole_file import write_whole
@@ -31,7 +31,7 @@ def run_verb(*arguments: str) -> tuple[str, str]:
 def run_measurement(measure: Callable[..., None], *, module: str) -> None:
     """Parse the options of `python -m tests.bench.MODULE` and measure; a setting out of range is told in one line."""
     description = (measure.__doc__ or "").splitlines()[0]
-    parser = VerbParser(prog=f"python -m tests.bench.{module}", description=description)
+    parser = OneLineErrors(prog=f"python -m tests.bench.{module}", description=description)
     parser.add_function_arguments(measure, as_group=False)
     arguments = parser.parse_args().as_dict()
     try:

@@ -5,9 +5,9 @@ Shape legend: `B` sequences, `T` prompt tokens, `S` positions of a round, `V` vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -63,17 +63,8 @@ def decode_batch(
 ) -> list[DecodingResult]:
     """Continue several prompts of any lengths together; each comes out as it would alone.
 
-    Every sequence accepts its own number of drafts; one that ends leaves the batch. Runs under `torch.no_grad`, not
-    `inference_mode`: the weights may be those of a training run, and inference tensors do not mix with DTensor. A
-    caller that owns the model can wrap the call in it: about 10 % faster on CPU.
-
-    Args:
-        decoder: The model, in eval mode.
-        prompts: At least one; token ids, each at least one and at most `decoder.max_length`.
-        strategy: How to decode; all but early_exit give the full model's own output.
-        settings: Budget, end of sequence, sampling, and what the strategy needs.
-        generators: Source of randomness of each prompt, on the decoder's device; needed when temperature > 0.
-        on_step: Called with a prompt's index and what a round settled for it; its time counts as decode time.
+    The arguments are those of `Decoding`; `on_step` is called with a prompt's index and what a round settled for it;
+    its time counts as decode time.
 
     Returns:
         For each prompt its new tokens with times and counts; prompt and new tokens never exceed the context together.
@@ -82,80 +73,134 @@ def decode_batch(
         ConfigError: A prompt, a setting or a combination cannot be used with this model.
         DecodingInterrupted: On Ctrl-C, with what was decoded.
     """
-    check_choice("strategy", strategy, STRATEGIES)
-    check_settings(strategy, settings, decoder)
-    _check_tokens(decoder, prompts, settings.eos_token_ids)
-    _check_generators(decoder, settings, generators, len(prompts))
-    never_drafts = settings.draft_policy == "off" and STRATEGIES[strategy].lossless
-    entry = STRATEGIES["autoregressive" if never_drafts else strategy]
-    costs = _NO_DRAFTS if entry.costs is None else settings.costs or entry.costs(decoder, settings)
-    policy = POLICIES["off" if entry.costs is None else settings.draft_policy]
-    # One clock for all rows when greedy; when sampling, what a seed gives depends on no other row.
-    shared_pace = Pace(costs, by_clock=True) if settings.sampling.greedy else None
-    rows = [
-        SequenceState(
-            index=index,
-            prompt=list(prompt),
-            budget=min(settings.max_new_tokens, decoder.max_length - len(prompt)),
-            limit_reason="max_new_tokens"
-            if settings.max_new_tokens <= decoder.max_length - len(prompt)
-            else "context_length",
-            eos_token_ids=frozenset(settings.eos_token_ids),
-            stop=settings.stop,
-            policy=policy(settings.num_draft_tokens or 0, costs),
-            pace=shared_pace or Pace(costs, by_clock=False),
-            generator=None if generators is None else generators[index],
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-    started_at = perf_counter()
-    for row in rows:
-        if not row.budget:
-            row.stop_reason = row.limit_reason
-    if active := [row for row in rows if row.budget]:
-        capacity = max(len(row.prompt) + min(row.budget, _RESERVE) for row in active)
-        drafter = entry.new_drafter(decoder, settings, len(active), capacity)
-        rule = choice_rule(settings.sampling, confidence=any(row.policy.wants_confidence for row in active))
-        loop = _Loop(drafter, rule, settings.fall_back, on_step)
-        try:
+    decoding = Decoding(decoder, prompts, strategy=strategy, settings=settings, generators=generators)
+    try:
+        for index, step in decoding:
+            if on_step is not None:
+                on_step(index, step)
+    except KeyboardInterrupt:
+        raise DecodingInterrupted(decoding.results()) from None
+    return decoding.results()
+
+
+class Decoding:
+    """Prompts while they are decoded together: iterate over it once for what each round settles.
+
+    Every sequence accepts its own number of drafts; one that ends leaves the batch. Whoever iterates may stop at any
+    time. Rounds run under `torch.no_grad`, not `inference_mode`: the weights may be those of a training run, and
+    inference tensors do not mix with DTensor. A caller that owns the model can iterate inside `inference_mode`, which
+    is about 10 % faster on a CPU.
+
+    Args:
+        decoder: The model, in eval mode.
+        prompts: At least one; token ids, each at least one and at most `decoder.max_length`.
+        strategy: How to decode; all but early_exit give the full model's own output.
+        settings: Budget, end of sequence, sampling, and what the strategy needs.
+        generators: Source of randomness of each prompt, on the decoder's device; needed when temperature > 0.
+
+    Raises:
+        ConfigError: A prompt, a setting or a combination cannot be used with this model.
+    """
+
+    def __init__(
+        self,
+        decoder: ExitableDecoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        strategy: Strategy,
+        settings: DecodingSettings,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> None:
+        check_choice("strategy", strategy, STRATEGIES)
+        check_settings(strategy, settings, decoder)
+        _check_tokens(decoder, prompts, settings.eos_token_ids)
+        _check_generators(decoder, settings, generators, len(prompts))
+        never_drafts = settings.draft_policy == "off" and STRATEGIES[strategy].lossless
+        self._entry = STRATEGIES["autoregressive" if never_drafts else strategy]
+        self._decoder, self._settings = decoder, settings
+        costs = _NO_DRAFTS
+        if self._entry.costs is not None:
+            costs = settings.costs or self._entry.costs(decoder, settings)
+        policy = POLICIES["off" if self._entry.costs is None else settings.draft_policy]
+        # One clock for all rows when greedy; when sampling, what a seed gives depends on no other row.
+        shared_pace = Pace(costs, by_clock=True) if settings.sampling.greedy else None
+        self._rows = [
+            SequenceState(
+                index=index,
+                prompt=list(prompt),
+                budget=min(settings.max_new_tokens, decoder.max_length - len(prompt)),
+                limit_reason="max_new_tokens"
+                if settings.max_new_tokens <= decoder.max_length - len(prompt)
+                else "context_length",
+                eos_token_ids=frozenset(settings.eos_token_ids),
+                stop=settings.stop,
+                policy=policy(settings.num_draft_tokens or 0, costs),
+                pace=shared_pace or Pace(costs, by_clock=False),
+                generator=None if generators is None else generators[index],
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        self._started_at = perf_counter()
+
+    def __iter__(self) -> Iterator[tuple[int, Step]]:
+        """For each round and each prompt still in it: the prompt's index, and what was settled."""
+        self._started_at = perf_counter()
+        for row in self._rows:
+            if not row.budget:
+                row.stop_reason = row.limit_reason
+        if not (rows := [row for row in self._rows if row.budget]):
+            return
+        capacity = max(len(row.prompt) + min(row.budget, _RESERVE) for row in rows)
+        drafter = self._entry.new_drafter(self._decoder, self._settings, len(rows), capacity)
+        rule = choice_rule(self._settings.sampling, confidence=any(row.policy.wants_confidence for row in rows))
+        loop = _Loop(drafter, rule)
+        with torch.no_grad():
+            done = loop.prefill(rows)
+        yield from _settled(rows, done)
+        while still := [place for place, row in enumerate(rows) if row.stop_reason is None]:
             with torch.no_grad():
-                loop.run(active)
-        except KeyboardInterrupt:
-            raise DecodingInterrupted([row.result(started_at=started_at) for row in rows]) from None
-    return [row.result(started_at=started_at) for row in rows]
+                if len(still) < len(rows):
+                    drafter.keep_rows(still)
+                    rows = [rows[place] for place in still]
+                done = loop.round(rows)
+            yield from _settled(rows, done)
+            if self._settings.fall_back:
+                _watch(rows, done)
+                if all(row.pace.gave_up for row in rows):
+                    drafter.end_drafting()
+
+    def results(self) -> list[DecodingResult]:
+        """For each prompt what was decoded so far; one that has not ended was interrupted."""
+        return [row.result(started_at=self._started_at) for row in self._rows]
 
 
-@dataclass(frozen=True)
-class _Loop:
-    """Rounds of draft and verify until every row has ended."""
+class _Round(NamedTuple):
+    """What a round found for each row, when it ended (on `perf_counter`'s clock), and how long its two parts took."""
+
+    steps: list[Step]
+    ended_at: float
+    draft_seconds: float
+    verify_seconds: float
+
+
+class _Loop(NamedTuple):
+    """A prefill, then rounds of draft and verify."""
 
     drafter: FullModel
     rule: ChoiceRule
-    falls_back: bool
-    on_step: OnStep | None
 
-    def run(self, rows: list[SequenceState]) -> None:
-        """Prefill, then rounds; a row that has ended leaves the batch."""
-        self._prefill(rows)
-        while still := [place for place, row in enumerate(rows) if row.stop_reason is None]:
-            if len(still) < len(rows):
-                self.drafter.keep_rows(still)
-                rows = [rows[place] for place in still]
-            self._round(rows)
-
-    def _prefill(self, rows: Sequence[SequenceState]) -> None:
+    def prefill(self, rows: Sequence[SequenceState]) -> _Round:
+        """Run all prompts through the model, padded to one length; each yields its first new token."""
         lengths = [len(row.prompt) for row in rows]
         padded = [row.prompt + [0] * (max(lengths) - len(row.prompt)) for row in rows]
         tokens_BT = torch.tensor(padded, device=self.drafter.decoder.device)
         nothing: list[list[int]] = [[] for _ in rows]
         logits_B1V = self.drafter.prefill(tokens_BT, lengths)
         chosen = self.rule.verify(logits_B1V, rows, nothing)
-        now = perf_counter()
-        for row, (_, token) in zip(rows, chosen, strict=True):
-            self._settle(row, Step([token]), at=now)
+        return _Round([Step([token]) for _, token in chosen], perf_counter(), 0.0, 0.0)
 
-    def _round(self, rows: Sequence[SequenceState]) -> None:
-        """Draft for every row until none wants more, verify all at once, settle.
+    def round(self, rows: Sequence[SequenceState]) -> _Round:
+        """Draft for every row until none wants more, then verify all at once.
 
         A round may settle one token more than it drafts, so a row drafts at most `remaining` - 1. Rows that draft less
         than others are padded with tokens that are neither verified nor kept.
@@ -179,34 +224,36 @@ class _Loop:
         drafted_at = perf_counter()
         outcomes = self.rule.verify(self.drafter.verify(torch.stack(columns, dim=1)), rows, drafts)
         self.drafter.settle([row.length + 1 + kept for row, (kept, _) in zip(rows, outcomes, strict=True)])
-        now = perf_counter()
-        for row, proposed, (kept, token) in zip(rows, drafts, outcomes, strict=True):
-            row.policy.observe(drafted=len(proposed), accepted=kept)
-            self._settle(row, Step([*proposed[:kept], token], kept, tuple(proposed[kept:])), at=now)
-        if self.falls_back:
-            self._watch(rows, draft_seconds=drafted_at - started_at, verify_seconds=now - drafted_at)
-            if all(row.pace.gave_up for row in rows):
-                self.drafter.end_drafting()
+        ended_at = perf_counter()
+        steps = [
+            Step([*proposed[:kept], token], kept, tuple(proposed[kept:]))
+            for proposed, (kept, token) in zip(drafts, outcomes, strict=True)
+        ]
+        for row, step in zip(rows, steps, strict=True):
+            row.policy.observe(drafted=step.drafted, accepted=step.accepted)
+        return _Round(steps, ended_at, drafted_at - started_at, ended_at - drafted_at)
 
-    def _settle(self, row: SequenceState, step: Step, *, at: float) -> None:
-        taken = row.settle(step, at=at)
-        if self.on_step is not None:
-            self.on_step(row.index, taken)
 
-    def _watch(self, rows: Sequence[SequenceState], *, draft_seconds: float, verify_seconds: float) -> None:
-        """Let each pace see the round, and note for which rows drafting ends with it."""
-        for pace in dict.fromkeys(row.pace for row in rows):
-            own = [row for row in rows if row.pace is pace]
-            had_given_up = pace.gave_up
-            pace.observe(
-                drafted=sum(row.steps[-1].drafted for row in own) / len(own),
-                settled=sum(len(row.steps[-1].tokens) for row in own) / len(own),
-                draft_seconds=draft_seconds,
-                verify_seconds=verify_seconds,
-            )
-            if pace.gave_up and not had_given_up:
-                for row in own:
-                    row.fell_back_after = len(row.tokens)
+def _settled(rows: Sequence[SequenceState], done: _Round) -> Iterator[tuple[int, Step]]:
+    """Let each row take its step just before it is told of: whoever stops iterating has seen all that was taken."""
+    for row, step in zip(rows, done.steps, strict=True):
+        yield row.index, row.settle(step, at=done.ended_at)
+
+
+def _watch(rows: Sequence[SequenceState], done: _Round) -> None:
+    """Let each pace see the round, and note for which rows drafting ends with it."""
+    for pace in dict.fromkeys(row.pace for row in rows):
+        own = [row for row in rows if row.pace is pace]
+        had_given_up = pace.gave_up
+        pace.observe(
+            drafted=sum(row.steps[-1].drafted for row in own) / len(own),
+            settled=sum(len(row.steps[-1].tokens) for row in own) / len(own),
+            draft_seconds=done.draft_seconds,
+            verify_seconds=done.verify_seconds,
+        )
+        if pace.gave_up and not had_given_up:
+            for row in own:
+                row.fell_back_after = len(row.tokens)
 
 
 def _check_tokens(decoder: ExitableDecoder, prompts: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> None:

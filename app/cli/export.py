@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from app.cli.models import DTYPES, Dtype
 from app.cli.parsing import call_verb
 from app.errors import ConfigError, check_choice
-from app.model.carried_over import carried_defaults, from_card, holds
+from app.model.card_settings import CardSettings
+from app.model.carried_over import carried_defaults, holds
 from app.model.checkpoint import load_for_decoding
 from app.model.checkpoint_integrity import check_bytes
 from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults
 from app.model.export import ExportSettings, InMemory, Weights, architecture, exported_dtype, write_pretrained
-from app.model.gguf import read_gguf_origin
-from app.model.model_card import UNKNOWN_LICENSE, CardSettings, model_card, relabelled
+from app.model.model_card import model_card
 from app.model.output_directory import README, check_output_dir, unsigned
 from app.model.run_record import RunRecord
 from app.model.spans import SUPPORTED_MODEL_TYPES
@@ -68,18 +68,18 @@ def export(
         raise ConfigError("model", got=got, allowed="exactly one of model and ckpt_path, two names for the same")
     check_choice("dtype", dtype, DTYPES)
     directory = check_output_dir(output_dir, overwrite=overwrite)
-    licence, base = _kept("license", license, directory), _kept("base_model", base_model, directory)
-    card = CardSettings(title=directory.name, license=licence, base_model=base)
+    card = CardSettings(title=directory.name, license=license, base_model=base_model)
+    card = card.completed_from_card(directory, name="the card that was there")
     chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # wrong settings before any reading
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
     source = weights or InMemory(loaded)
     decoding = _decoding(loaded, source, generation_defaults, directory)
     name = _name(exported_dtype(source, chosen.dtype))
-    if Path(path).suffix == ".gguf":
-        card = _of_gguf(path, card)
-    elif record is not None and (folder := record.pretrained_folder) is not None:
-        card = _of_what_it_continued(folder, card)
-    readme = _readme_of(path, card) or model_card(loaded, record, decoding, dtype=name, card=card)
+    if (own := Path(path) / README).is_file():  # a copy needs no other words than the model's own
+        readme = card.relabelled(unsigned(own.read_text("utf-8", errors="replace")))
+    else:
+        card = card.completed_from_origin(path, record)
+        readme = model_card(loaded, record, decoding, dtype=name, card=card)
     settings = replace(chosen, decoding=decoding, readme=readme)
     num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings)
     files = counted(num_files, "file")
@@ -111,43 +111,6 @@ def _open(
         check_fits(trained.tokenizer, vocab_size=vocab_size, field=field, got=path)
     check_bytes(trained.path)
     return model, trained.tokenizer, trained, RunRecord.of(Path(path), trained.metadata)
-
-
-def _readme_of(path: str, card: CardSettings) -> str:
-    """Of a model directory that has one: a copy needs no other words; empty where there is none."""
-    readme = Path(path) / README
-    return relabelled(unsigned(readme.read_text("utf-8", errors="replace")), card) if readme.is_file() else ""
-
-
-def _kept(name: str, given: str | None, directory: Path) -> str | None:
-    """As given, or as the card says that is replaced."""
-    if given is not None or (kept := from_card(directory, name)) in (None, UNKNOWN_LICENSE):
-        return given
-    _log.info("kept from the card that was there: %s %s", name, kept)
-    return kept
-
-
-def _of_gguf(path: str, card: CardSettings) -> CardSettings:
-    """What the file's metadata say, where neither the user nor the card that is replaced does."""
-    origin = read_gguf_origin(Path(path))
-    try:
-        named = replace(card, license=card.license or origin.license)
-    except ConfigError:  # the file has words for it, and no name of the hub's
-        named = card
-    return replace(named, base_model=card.base_model or origin.base_model, origin=str(origin))
-
-
-def _of_what_it_continued(folder: Path, card: CardSettings) -> CardSettings:
-    """What that model's card says, where neither the user nor the card that is replaced does."""
-    said = {name: from_card(folder, name) for name in ("license", "base_model") if getattr(card, name) is None}
-    known = {name: value for name, value in said.items() if isinstance(value, str) and value != UNKNOWN_LICENSE}
-    try:
-        continued = replace(card, **known)
-    except ConfigError:  # of a licence that the hub has no name for
-        return card
-    if known:
-        _log.info("kept from the card of %s: %s", folder, ", ".join(f"{name} {value}" for name, value in known.items()))
-    return continued
 
 
 def _decoding(model: PreTrainedModel, weights: Weights, given: str | None, directory: Path) -> DecodingDefaults | None:

@@ -1,4 +1,4 @@
-"""What an export takes from elsewhere: decoding defaults that `layerskip tune` stored, and a card's front matter."""
+"""The decoding defaults that `layerskip tune` stored elsewhere, for an export to take over."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from app.errors import ConfigError
 from app.model.decoding_defaults import DEFAULTS_FIELD, DecodingDefaults, read_decoding_defaults, read_generation_config
 from app.model.export import Weights
-from app.model.output_directory import README
 
 _TELLING_ROWS = 8
 _ALLOWED = "a tuned model directory, a generation_config.json, or the output of layerskip tune --json"
@@ -87,13 +85,3 @@ def _stored(path: Path, *, field: str) -> Any:
         return content.get(DEFAULTS_FIELD)
     known = {entry.name for entry in fields(DecodingDefaults)}
     return {name: value for name, value in content.items() if name in known}
-
-
-def from_card(directory: Path, name: str) -> str | None:
-    """What the card in a model directory says of `license` or `base_model`; None if it says nothing."""
-    readme = directory / README
-    if not readme.is_file():
-        return None
-    card = ModelCard(readme.read_text("utf-8", errors="replace"), ignore_metadata_errors=True)
-    said: str | None = getattr(card.data, name, None)
-    return said

@@ -11,9 +11,10 @@ from huggingface_hub import ModelCard
 from transformers import GPTNeoXConfig
 
 from app.errors import CheckpointError, ConfigError
+from app.model.card_settings import CardSettings
 from app.model.decoding_defaults import Conditions, DecodingDefaults
 from app.model.export import architecture
-from app.model.model_card import CardSettings, model_card, relabelled
+from app.model.model_card import model_card
 from app.model.run_record import RUN_CONFIG_KEY, RunRecord
 from tests.support.tiny_models import tiny_config
 
@@ -227,10 +228,28 @@ def test_how_to_decode_is_what_tune_found():
 
 def test_another_licence_on_a_card_changes_nothing_else():
     text = "---\nlicense: mit\ntags:\n- x\n---\n\n# Theirs\n\nWords.\n"
-    changed_text = ModelCard(relabelled(text, CardSettings(title="mine", license="other")))
+    changed_text = ModelCard(CardSettings(title="mine", license="other").relabelled(text))
     assert (changed_text.data.license, changed_text.data.tags) == ("other", ["x"])
     assert changed_text.text.strip() == "# Theirs\n\nWords."
-    assert relabelled(text, CardSettings(title="mine")) == text
+    assert CardSettings(title="mine").relabelled(text) == text
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("license: mit\nbase_model: org/base", ("mit", "org/base")),
+        ("license: unknown\nbase_model: [org/one, org/two]", (None, ["org/one", "org/two"])),
+        ("license: Ask Us\nbase_model: org/base", (None, "org/base")),
+        ("license: [mit, bsd]", (None, None)),
+    ],
+)
+def test_a_card_completes_what_the_user_left_open(tmp_path, caplog, said, kept):
+    (tmp_path / "README.md").write_text(f"---\n{said}\n---\n# It\n")
+    card = CardSettings(title="mine").completed_from_card(tmp_path, name="the card")
+    assert (card.license, card.base_model) == kept
+    assert ("which is no name of the hub's" in caplog.text) == ("Ask" in said or "bsd" in said)
+    given = CardSettings(title="mine", license="other", base_model="org/mine")
+    assert given.completed_from_card(tmp_path, name="the card") == given
 
 
 # -- where the config of a run is found --------------------------------------------------------------------------------

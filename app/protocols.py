@@ -20,13 +20,17 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
-@runtime_checkable
-class LayerDropoutHost(Protocol):
-    """A model in training whose blocks can be dropped."""
+class Layered(Protocol):
+    """Something of L blocks."""
 
     @property
     def num_layers(self) -> int:
         """L, the number of blocks."""
+
+
+@runtime_checkable
+class LayerDropoutHost(Layered, Protocol):
+    """A model in training whose blocks can be dropped."""
 
     @property
     def dropout_rates(self) -> tuple[float, ...]:
@@ -44,12 +48,8 @@ class LayerDropoutHost(Protocol):
 
 
 @runtime_checkable
-class EarlyExitHost(Protocol):
+class EarlyExitHost(Layered, Protocol):
     """A model in training whose loss is a weighted sum over exits."""
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of blocks."""
 
     @property
     def exit_weights(self) -> Mapping[int, float]:
@@ -114,12 +114,8 @@ class DecoderCache(Protocol):
         """Keep only these sequences, in this order."""
 
 
-class ExitableDecoder(Protocol):
+class ExitableDecoder(Layered, Protocol):
     """A decoder whose blocks can be run in spans, so that drafting and verifying share one cache."""
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of blocks."""
 
     @property
     def max_length(self) -> int:
@@ -158,27 +154,19 @@ class ExitableDecoder(Protocol):
 
 
 @runtime_checkable
-class DecodingHost(Protocol):
+class DecodingHost(Layered, Protocol):
     """Something that can lend its current weights for decoding."""
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of blocks."""
 
     def exitable_decoder(self) -> ExitableDecoder:
         """A view on the live weights; it must neither copy nor change them."""
 
 
 @runtime_checkable
-class ExitMonitorHost(Protocol):
+class ExitMonitorHost(Layered, Protocol):
     """A model whose validation step returns hidden states at chosen exits.
 
     Its `validation_step` returns {"hidden_by_exit": {exit_layer: normed hidden [B, T, D]}, "labels": [B, T]}.
     """
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of blocks."""
 
     def monitor_exits(self, exit_layers: Sequence[int]) -> None:
         """Return these exits, too, from every later validation step."""

@@ -121,6 +121,7 @@ class TextCodeDataModule(LightningDataModule):
         )
         self._num_lanes = num_lanes
         self._keeper = PositionKeeper()
+        self._checked: dict[str, Any] | None = None  # the state that a fit was found to go on from
         self._opened: dict[int, list[Reader]] = {}  # for a number of lanes
 
     # What others ask for.
@@ -244,11 +245,14 @@ class TextCodeDataModule(LightningDataModule):
                 tokenizer does.
             CheckpointError: In fit, it is no place in the stream.
         """
+        if state_dict is self._checked:  # a trainer asks before anything is taken, and hands it over later
+            return
         if goes_on(self.trainer) and self._num_lanes is None:
             self._num_lanes = state_dict.get("num_lanes")
         check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
         if goes_on(self.trainer):
             check_position(state_dict, num_sources=len(self._sources))
+            self._checked = state_dict
 
     # Helpers.
 

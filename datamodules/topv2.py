@@ -18,7 +18,7 @@ from app.protocols import GenerationExample
 from datamodules.data_workers import WorkerLoader, prepare_worker
 from datamodules.length_buckets import BucketSampler
 from datamodules.placement import Placement, check_trainer
-from datamodules.row_order import check_order, order_state
+from datamodules.row_order import check_order, goes_on, order_state
 from datamodules.row_settings import RowSettings
 from datamodules.topv2_batches import ExampleRows
 from datamodules.topv2_files import Split, choose_domains
@@ -119,6 +119,7 @@ class TOPv2DataModule(LightningDataModule):
         )
         self._packed, self._length_multiple = packed, length_multiple
         self._cache_dir = Path(cache_dir)
+        self._checked: dict[str, Any] | None = None  # the state that a fit was found to go on from
 
     # What others ask for.
 
@@ -228,16 +229,18 @@ class TOPv2DataModule(LightningDataModule):
         """What the order of training rows depends on; the position in it is the trainer's step."""
         return order_state(self._order(), trainer=self.trainer, tokenizer=self.tokenizer)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on training in another order; Lightning calls it after `setup`, at every stage.
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on training in another order (protocols.ResumableData).
 
         Raises:
             ConfigError: In fit, a setting that the order depends on differs from the checkpoint's; or, at any stage,
                 the tokenizer does.
         """
-        check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
+        if state_dict is not self._checked:
+            check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
+            self._checked = state_dict if goes_on(self.trainer) else None
 
-    check_state_dict = load_state_dict  # protocols.ResumableData: there is nothing to restore
+    load_state_dict = check_state_dict  # there is nothing to restore; Lightning calls it after `setup`, at every stage
 
     # Helpers.
 

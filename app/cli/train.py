@@ -42,7 +42,7 @@ from app.training.logged_steps import log_once
 from app.training.may_resume import check_before
 from app.training.module import LayerSkipModule
 from app.training.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
-from app.training.run_lock import hold, release
+from app.training.run_lock import hold, hold_run, release
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 
 _log = logging.getLogger(__name__)
@@ -65,9 +65,7 @@ class SaveFitConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save; nobody else writes here now."""
-        folders = checkpoint_folders(trainer)  # asked on all ranks: the logger's is broadcast
-        for folder in folders if trainer.is_global_zero else ():
-            hold(folder)
+        hold_run(trainer)
         self._goes_on = trainer.ckpt_path is not None
         if self._goes_on:
             log_once(trainer)

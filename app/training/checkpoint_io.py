@@ -17,6 +17,7 @@ from app.model.checkpoint_integrity import KEEP_PREVIOUS, damage, saved_step
 from app.model.trained_weights import read_plain
 from app.training.checkpoint_contents import read_file, read_whole
 from app.training.checkpoint_places import go_on_from, kept_previous, partial_of, put_in_place, remove, standing
+from app.training.run_lock import release
 
 _log = logging.getLogger(__name__)
 
@@ -108,6 +109,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file or directory; one that is half removed is not taken for a checkpoint."""
         remove(Path(path))
+
+    @override
+    def teardown(self) -> None:
+        """Let other runs write to this one's folders, also where it failed."""
+        release()
 
 
 def _lost_steps(damaged: Path, before: Path) -> str:

@@ -1,10 +1,11 @@
 """How a checkpoint takes its place: whatever is killed at whatever moment, a whole one stands.
 
-A checkpoint NAME is written as `.NAME.partial`. Once it is whole and flushed, what stood under NAME becomes
-`.NAME.previous`, the new one takes the name, and the previous one goes. A directory cannot be renamed over another that
-is not empty, so for an instant nothing is called NAME: who finds that takes `.NAME.previous` (`standing`). Two renames
-are all it needs, which NFS and Lustre do as local disks do; the exchange of two names is Linux's alone, and a link in
-the place of the checkpoint would be what a user copies instead of it.
+A checkpoint NAME is written as `.NAME.partial`, which needs no process id: one run at a time writes to a folder
+(`run_lock`). Once it is whole and flushed, what stood under NAME becomes `.NAME.previous`, the new one takes the name,
+and the previous one goes. A directory cannot be renamed over another that is not empty, so for an instant nothing is
+called NAME: who finds that takes `.NAME.previous` (`standing`). Two renames are all it needs, which NFS and Lustre do
+as local disks do; the exchange of two names is Linux's alone, and a link in the place of the checkpoint would be what a
+user copies instead of it.
 """
 
 from __future__ import annotations

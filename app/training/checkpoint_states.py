@@ -25,7 +25,10 @@ from app.saved_entries import MISSING, Entry, SavedEntries, shown
 _STEP, _EPOCH = "global_step", "epoch"
 _LOOPS, _SCHEDULERS, _CALLBACKS = "loops", "lr_schedulers", "callbacks"
 _LOADERS = "combined_loader"
-_INSIST = "--allow_changes '[model.optimizer]' takes the configured ones"  # of who changes them in mid-run
+_INSIST = (  # of who changes them in mid-run
+    "--allow_changes '[model.optimizer]' takes the configured ones, and a script starts anew from the weights"
+    " (pretrained=CHECKPOINT)"
+)
 _COUNTS = ("ready", "started", "processed", "completed")  # in the order in which Lightning counts
 _OF_EVALUATION = ("epoch_loop.val_loop.batch_progress", "batch_progress")
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")

@@ -92,7 +92,7 @@ def check_resume(checkpoint: dict[str, Any], module: ResumableRun) -> None:
     if not fit:
         return
     saved = given.compare(checkpoint, fit=True) if given else None
-    if given and whole and not changes_optimizer(given.allow_changes):
+    if whole and not (given and changes_optimizer(given.allow_changes)):
         check_optimizer_settings(checkpoint, module)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)

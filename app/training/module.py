@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from app import metric_names
 from app.errors import ConfigError, check_choice, check_range
-from app.evaluation.exit_quality import GroupedTokenLoss
 from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
 from app.layerskip.layer_dropout import KeptSamples, keep_scales
 from app.model.checkpoint import (
@@ -41,9 +38,9 @@ from app.model.sharded_loading import fill
 from app.model.spans import SpanDecoder
 from app.model.trained_weights import HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
-from app.training.batch import Batch, GivenBatch, check_batch, check_row_length, completed
-from app.training.curriculum_host import CurriculumHost
+from app.training.batch import GivenBatch, check_row_length
 from app.training.divergence import DivergenceGuard, OnDivergence
+from app.training.evaluation_steps import EvaluationSteps
 from app.training.loop_counts import end_with_step
 from app.training.may_resume import check_resume
 from app.training.micro_batch_work import draw_for, show
@@ -56,6 +53,7 @@ from app.training.optim import (
     scheduler_of_kind,
 )
 from app.training.resumed_config import GivenConfig
+from app.training.run_lock import hold_run, release
 from app.training.token_mean import TokenMeanStep
 
 _log = logging.getLogger(__name__)
@@ -65,7 +63,7 @@ def _default_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class LayerSkipModule(CurriculumHost):
+class LayerSkipModule(EvaluationSteps):
     """Trains a Llama-shaped causal LM; with no callbacks it is plain next-token training (the baseline).
 
     Args:
@@ -116,8 +114,7 @@ class LayerSkipModule(CurriculumHost):
         check_range("final_lr_ratio", final_lr_ratio, low=0, high=1)
         own_config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
         check_sizes(own_config)
-        super().__init__(own_config.num_hidden_layers)
-        self.config: PreTrainedConfig = own_config
+        super().__init__(own_config)
         self.pretrained, self.seed = pretrained, seed
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self._optimizer, self._lr_schedule, self._lr_scheduler = optimizer, lr_schedule, lr_scheduler
@@ -125,14 +122,8 @@ class LayerSkipModule(CurriculumHost):
         self._step = TokenMeanStep(DivergenceGuard(on_divergence, max_skipped_steps))
         self.given_config: GivenConfig | None = None  # to compare with that of a run to resume: the command line's
         self.model: PreTrainedModel | None = None
-        self.source_loss: GroupedTokenLoss | None = None
-        self._loops_checked: set[str] = set()  # of whose batches one was looked at
 
     # -- hosts: what callbacks may ask (app.protocols; what they may set: CurriculumHost) -------------------------
-
-    def head(self, normed_BTD: Tensor) -> Tensor:
-        """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""
-        return self._network.head(normed_BTD)
 
     def exitable_decoder(self) -> ExitableDecoder:
         """A view on the live weights for decoding (protocols.DecodingHost)."""
@@ -144,10 +135,7 @@ class LayerSkipModule(CurriculumHost):
     def setup(self, stage: str) -> None:
         """Check that data and model fit each other, before anything is built."""
         super().setup(stage)
-        self._loops_checked.clear()
-        data = self._corpus
-        self.source_loss = GroupedTokenLoss(len(data.source_names) if data else 1)
-        if data is None:
+        if (data := self._corpus) is None:
             return
         self.check_corpus(data)
         if self.pretrained is None:
@@ -161,11 +149,6 @@ class LayerSkipModule(CurriculumHost):
         if len(data.tokenizer) > self.config.vocab_size:
             allowed = f">= {len(data.tokenizer)}, the tokenizer's size"
             raise ConfigError("vocab_size", got=self.config.vocab_size, allowed=allowed)
-
-    @property
-    def _corpus(self) -> CorpusOwner | None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        return datamodule if isinstance(datamodule, CorpusOwner) else None
 
     def configure_model(self) -> None:
         """Build the model and swap in droppable blocks; called by Lightning once a stage, acts once."""
@@ -216,17 +199,10 @@ class LayerSkipModule(CurriculumHost):
     # -- training ------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Forget the sums of a step that an earlier fit left unfinished."""
+        """Let no other run write to this one's folders; forget the sums of a step that a fit before left unfinished."""
+        hold_run(self.trainer)
         self._step.clear()
         self._logged_step = max(0, self.trainer.global_step - 1)  # of a validation that was due when a run was killed
-
-    def _checked(self, given: GivenBatch, loop: str) -> Batch:
-        """The batch with its defaults; the first of a loop is looked at."""
-        if loop not in self._loops_checked:
-            self._loops_checked.add(loop)
-            num_sources = len(self._corpus.source_names) if self._corpus else 1
-            check_batch(given, config=self.config, num_sources=num_sources)
-        return completed(given)
 
     def on_train_batch_start(self, batch: GivenBatch, batch_idx: int) -> None:
         """Log at the step this is: Lightning counts one too many after a resume from behind a last validation."""
@@ -250,6 +226,11 @@ class LayerSkipModule(CurriculumHost):
         )
         loss = early_exit_loss(hidden, labels[targets], exit_weights, self._network.weighted_losses)
         return self._step.add(loss, exit_weights)
+
+    def teardown(self, stage: str) -> None:
+        """Let other runs write to this one's folders."""
+        if stage == "fit":
+            release()
 
     def _draw_kept(self, batch_size: int, batch_idx: int) -> KeptSamples | None:
         """The samples each block keeps, drawn outside the blocks; None when nothing can be dropped."""
@@ -276,62 +257,6 @@ class LayerSkipModule(CurriculumHost):
     ) -> None:
         """Clip by the norm that is known already."""
         self._step.clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    # -- evaluation: dropout off, every exit that is monitored -----------------------------------------------------
-
-    def on_validation_start(self) -> None:
-        """Log at the step that was taken last, also where a resumed run begins with this validation."""
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self._logged_step
-
-    def validation_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
-        """Full-model loss by source; returns hidden states and labels for exit monitors."""
-        return self._evaluate(self._checked(given, "validate"))
-
-    def test_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
-        """As validation_step."""
-        return self._evaluate(self._checked(given, "test"))
-
-    def predict_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
-        """Score each row: its mean cross entropy in nats a token at each monitored exit, {exit_layer: [B]}."""
-        batch = self._checked(given, "predict")
-        labels = batch["labels"]
-        hidden = self._evaluation_hidden(batch)
-        counts = (labels != IGNORE_INDEX).sum(dim=1).clamp(min=1)
-        loss_by_exit = {
-            layer: self._network.token_losses(normed[None], labels[None])[0].sum(dim=1) / counts
-            for layer, normed in hidden.items()
-        }
-        return {"loss_by_exit": loss_by_exit, "source": batch["source"]}
-
-    def _evaluate(self, batch: Batch) -> dict[str, Any]:
-        hidden, labels = self._evaluation_hidden(batch), batch["labels"]
-        losses = self._network.token_losses(hidden[self.num_layers][None], labels[None])[0]
-        assert self.source_loss is not None
-        self.source_loss.update(losses, labels != IGNORE_INDEX, batch["source"])
-        return {"hidden_by_exit": hidden, "labels": labels}
-
-    def _evaluation_hidden(self, batch: Batch) -> dict[int, Tensor]:
-        exits = {*self._monitored, self.num_layers}
-        return self._network.hidden_by_exit(batch["input_ids"], batch["position_ids"], exits)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the full model's loss, token-weighted over all ranks, and each source's."""
-        self._log_losses("val", metric_names.VAL_LOSS)
-
-    def on_test_epoch_end(self) -> None:
-        """As on_validation_epoch_end, under test/."""
-        self._log_losses("test", metric_names.TEST_LOSS)
-
-    def _log_losses(self, stage: str, name: str) -> None:
-        assert self.source_loss is not None
-        total, by_source = self.source_loss.compute()
-        self.source_loss.reset()
-        self.log(name, total, prog_bar=True, sync_dist=True)  # the same on all ranks already
-        names = self._corpus.source_names if self._corpus else ()
-        for source, value in zip(names, by_source.reshape(-1), strict=False):  # torchmetrics squeezes a single group
-            if torch.isfinite(value):  # a source without held-out rows has no loss
-                self.log(metric_names.source_loss(stage, source), value, sync_dist=True)
 
     # -- checkpoints: one file is enough to decode with ----------------------------------------------------------
 

@@ -13,13 +13,29 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.errors import CheckpointError
+from app.training.checkpoint_places import checkpoint_folders
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 _log = logging.getLogger(__name__)
 
 LOCK_FILE = ".fit.lock"
 _held: dict[Path, int] = {}  # descriptors by file: closing one would give the lock back
+
+
+def hold_run(trainer: Trainer) -> None:
+    """Hold every folder that a run writes checkpoints to; all ranks ask together.
+
+    Raises:
+        CheckpointError: As `hold`.
+    """
+    folders = checkpoint_folders(trainer)  # asked on all ranks: the logger's is broadcast
+    for folder in folders if trainer.is_global_zero else ():
+        hold(folder)
 
 
 def hold(folder: Path) -> None:

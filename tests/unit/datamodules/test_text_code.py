@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app.errors import ConfigError, DataError
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
-from datamodules import Source, TextCodeDataModule
+from datamodules import Source, TextCodeDataModule, text_code
 from datamodules.sources import Document
 from tests.support.tokenizers import llama
 from tests.unit.datamodules.corpora import by_name, fake_trainer, small_datamodule, two_sources, write_files
@@ -390,6 +390,18 @@ def test_documents_begin_and_end_as_the_tokenizer_says_and_resume_so(corpus: Pat
     del state["beginning of documents"]  # as written where documents began otherwise
     with pytest.raises(ConfigError, match="beginning of documents: got"):
         resumed(corpus, state, step=40, **settings)
+
+
+def test_a_state_that_a_fit_may_go_on_from_is_checked_once(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, asked = saved(corpus), list[str]()
+    monkeypatch.setattr(text_code, "check_order", lambda *_, **__: asked.append("order"))
+    datamodule = small_datamodule(corpus)
+    datamodule.trainer = fake_trainer()
+    datamodule.check_state_dict(state)  # by the module, before anything is taken
+    datamodule.load_state_dict(state)  # by Lightning
+    assert asked == ["order"]
+    datamodule.load_state_dict(dict(state))
+    assert asked == ["order"] * 2
 
 
 def test_a_model_is_never_fed_the_ids_of_another_tokenizer(corpus: Path, tmp_path: Path) -> None:

@@ -64,7 +64,10 @@ def test_the_command_line_asks_all_parts_and_the_config_of_a_run_once(asked, tmp
 
 def test_scripts_ask_all_but_the_config_and_other_verbs_what_they_take(asked):
     check_resume(SAVED, going_on(asked))
-    assert asked == [*PARTS_OF_FIT, "count_micro_batches"]
+    assert asked == [*PARTS_OF_FIT, "check_optimizer_settings", "count_micro_batches"]
+    asked.clear()
+    check_resume(SAVED, going_on(asked, given=GivenConfig(CONFIG, ["model.optimizer"])))
+    assert asked == [*PARTS_OF_FIT, "config", "count_micro_batches"]
     asked.clear()
     check_resume(dict(SAVED), going_on(asked, fn=TrainerFn.VALIDATING, given=GivenConfig(CONFIG)))
     assert asked == ["check_compatible", "check_states", "data"]

@@ -2,16 +2,19 @@
 
 import errno
 import fcntl
+import os
 import re
 import socket
 import subprocess
 import sys
 
 import pytest
+from lightning.pytorch import Callback
 
 from app.errors import CheckpointError
 from app.training.run_lock import LOCK_FILE, hold, release
-from tests.support.runs import cli
+from callbacks import LastCheckpoint
+from tests.support.runs import cli, make_data, make_module, make_trainer
 from tests.support.stream_runs import write_config, write_sources
 
 HOLD = "import sys; from app.training.run_lock import hold; hold(__import__('pathlib').Path(sys.argv[1]));"
@@ -42,6 +45,27 @@ def test_a_second_fit_is_refused_naming_the_first_until_that_is_dead(tmp_path, o
     holder.kill()
     holder.wait()
     assert cli(monkeypatch, "fit", "--config", str(config)) == 0
+    assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
+
+
+def test_a_script_holds_the_folder_of_its_checkpoints_while_it_trains(tmp_path, other):
+    holder, folder = other
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_):
+            seen.append((folder / LOCK_FILE).read_text())
+
+    def fit():
+        callbacks = [LastCheckpoint(dirpath=str(folder)), Look()]
+        make_trainer(tmp_path, max_steps=1, callbacks=callbacks).fit(make_module(), datamodule=make_data(tmp_path))
+
+    with pytest.raises(CheckpointError, match=f"another fit writes there, process {holder.pid}"):
+        fit()
+    holder.kill()
+    holder.wait()
+    fit()
+    assert seen == [f"process {os.getpid()} on {socket.gethostname()}\n"]
     assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
 
 

@@ -1,0 +1,115 @@
+"""What a module in training does with held-out rows: it measures losses by source, and hidden states by exit.
+
+Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from app import metric_names
+from app.evaluation.exit_quality import GroupedTokenLoss
+from app.layerskip.early_exit_loss import IGNORE_INDEX
+from app.model.early_exit import EarlyExitModel
+from app.protocols import CorpusOwner
+from app.training.batch import Batch, GivenBatch, check_batch, completed
+from app.training.curriculum_host import CurriculumHost
+
+
+class EvaluationSteps(CurriculumHost):
+    """Validates, tests and predicts without dropout, at every exit that is monitored.
+
+    Args:
+        config: Of the model, which a subclass builds.
+    """
+
+    _network: EarlyExitModel
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config.num_hidden_layers)
+        self.config = config
+        self.source_loss: GroupedTokenLoss | None = None
+        self._loops_checked: set[str] = set()  # of whose batches one was looked at
+        self._logged_step = 0  # at which Lightning logs the losses of the latest step, and of a validation behind it
+
+    def setup(self, stage: str) -> None:
+        """Look at the first batch of each loop anew, and tell losses by the sources that there are."""
+        super().setup(stage)
+        self._loops_checked.clear()
+        self.source_loss = GroupedTokenLoss(len(self._corpus.source_names) if self._corpus else 1)
+
+    def head(self, normed_BTD: Tensor) -> Tensor:
+        """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""
+        return self._network.head(normed_BTD)
+
+    @property
+    def _corpus(self) -> CorpusOwner | None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return datamodule if isinstance(datamodule, CorpusOwner) else None
+
+    def _checked(self, given: GivenBatch, loop: str) -> Batch:
+        """The batch with its defaults; the first of a loop is looked at."""
+        if loop not in self._loops_checked:
+            self._loops_checked.add(loop)
+            num_sources = len(self._corpus.source_names) if self._corpus else 1
+            check_batch(given, config=self.config, num_sources=num_sources)
+        return completed(given)
+
+    def on_validation_start(self) -> None:
+        """Log at the step that was taken last, also where a resumed run begins with this validation."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self._logged_step
+
+    def validation_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
+        """Full-model loss by source; returns hidden states and labels for exit monitors."""
+        return self._evaluate(self._checked(given, "validate"))
+
+    def test_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
+        """As validation_step."""
+        return self._evaluate(self._checked(given, "test"))
+
+    def predict_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
+        """Score each row: its mean cross entropy in nats a token at each monitored exit, {exit_layer: [B]}."""
+        batch = self._checked(given, "predict")
+        labels = batch["labels"]
+        hidden = self._evaluation_hidden(batch)
+        counts = (labels != IGNORE_INDEX).sum(dim=1).clamp(min=1)
+        loss_by_exit = {
+            layer: self._network.token_losses(normed[None], labels[None])[0].sum(dim=1) / counts
+            for layer, normed in hidden.items()
+        }
+        return {"loss_by_exit": loss_by_exit, "source": batch["source"]}
+
+    def _evaluate(self, batch: Batch) -> dict[str, Any]:
+        hidden, labels = self._evaluation_hidden(batch), batch["labels"]
+        losses = self._network.token_losses(hidden[self.num_layers][None], labels[None])[0]
+        assert self.source_loss is not None
+        self.source_loss.update(losses, labels != IGNORE_INDEX, batch["source"])
+        return {"hidden_by_exit": hidden, "labels": labels}
+
+    def _evaluation_hidden(self, batch: Batch) -> dict[int, Tensor]:
+        exits = {*self._monitored, self.num_layers}
+        return self._network.hidden_by_exit(batch["input_ids"], batch["position_ids"], exits)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the full model's loss, token-weighted over all ranks, and each source's."""
+        self._log_losses("val", metric_names.VAL_LOSS)
+
+    def on_test_epoch_end(self) -> None:
+        """As on_validation_epoch_end, under test/."""
+        self._log_losses("test", metric_names.TEST_LOSS)
+
+    def _log_losses(self, stage: str, name: str) -> None:
+        assert self.source_loss is not None
+        total, by_source = self.source_loss.compute()
+        self.source_loss.reset()
+        self.log(name, total, prog_bar=True, sync_dist=True)  # the same on all ranks already
+        names = self._corpus.source_names if self._corpus else ()
+        for source, value in zip(names, by_source.reshape(-1), strict=False):  # torchmetrics squeezes a single group
+            if torch.isfinite(value):  # a source without held-out rows has no loss
+                self.log(metric_names.source_loss(stage, source), value, sync_dist=True)

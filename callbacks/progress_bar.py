@@ -73,6 +73,13 @@ class LayerSkipProgressBar(TQDMProgressBar):
         if trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end:
             self.on_train_epoch_start(trainer)
 
+    def on_exception(self, *_: Any) -> None:
+        """End the bar's line: what ended the run is told on the next one."""
+        bars = (self._train_progress_bar, self._val_progress_bar, self._test_progress_bar, self._predict_progress_bar)
+        for bar in bars:
+            if bar is not None:
+                bar.close()
+
     def on_train_epoch_start(self, trainer: Trainer, *rest: Any) -> None:
         """What was done before a resume took no time of this process."""
         super().on_train_epoch_start(trainer, *rest)

@@ -87,7 +87,7 @@ def tune(
         where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
         print(json_module.dumps(tuning_as_json(tuning) | {"stored": file and str(file), "environment": where}))
     else:
-        print(f"not stored{_why_not(model, store, tuning)}" if file is None else _stored(file, tuning))
+        print(f"not stored{_why_not(model, store)}" if file is None else _stored(file, tuning))
         print(f"by hand: layerskip generate --model {model} {_flags(tuning)}")
 
 
@@ -112,11 +112,11 @@ def _stored(file: Path, tuning: Tuning) -> str:
     )
 
 
-def _why_not(model: str, store: bool, tuning: Tuning) -> str:
+def _why_not(model: str, store: bool) -> str:
     if not store:
         return " (store=false)"
     if Path(model).is_dir():
-        return f": {tuning.shortfall}"
+        return ": there is no decision"
     kind = Path(model).suffix if Path(model).is_file() else "hub id"
     return f": a {kind} cannot hold it; layerskip export --model {model} makes a directory that can be tuned"
 

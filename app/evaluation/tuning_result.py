@@ -147,10 +147,9 @@ class Tuning:
         if not few:
             return ""
         return (
-            f"{setting_in_words(few[0].prediction)} ran at {few[0].speedup:.2f}x on"
-            f" {few[0].prompts_in_words} and {counted(few[0].num_tokens, 'token')}, and less than"
-            f" {FEWEST_PROMPTS} and {FEWEST_TOKENS} tell nothing: give more prompts or max_new_tokens, or raise"
-            " time_limit_seconds"
+            f"{setting_in_words(few[0].prediction)} ran at {few[0].speedup:.2f}x on {few[0].prompts_in_words} and"
+            f" {counted(few[0].num_tokens, 'token')}; a choice takes at least {counted(FEWEST_PROMPTS, 'prompt')} and"
+            f" {counted(FEWEST_TOKENS, 'token')}: give more prompts, or raise max_new_tokens or time_limit_seconds"
         )
 
     @property
@@ -171,10 +170,8 @@ class Tuning:
         agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
         if agreement >= needed:  # the costs measured apart had promised more
             return slow
-        return (
-            f"{slow}; it agrees with the full model on {agreement:.0%} of the tokens, and one draft a round pays from"
-            f" {needed:.0%} on"
-        )
+        gains = f"with {needed:.0%}, one draft a round would gain" if needed < 1 else "no share makes a draft gain here"
+        return f"{slow}; the exit agrees with the full model on {agreement:.0%} of the tokens; {gains}"
 
 
 def setting_in_words(prediction: Prediction) -> str:

@@ -192,9 +192,9 @@ def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:
     [
         (
             {"num_prompts": 1, "num_given": 6, "interval": None},
-            "on 1 of 6 prompts and 200 tokens, and less than 4 and 200 tell nothing",
+            "on 1 of 6 prompts and 200 tokens; a choice takes at least 4 prompts and 200 tokens: give more",
         ),
-        ({"num_tokens": 199}, "on 4 prompts and 199 tokens, and less than"),
+        ({"num_tokens": 199}, "on 4 prompts and 199 tokens; a choice takes"),
         ({"interval": (0.99, 7.6)}, ""),
         ({"interval": (1.0, 7.5)}, ""),
     ],
@@ -212,12 +212,14 @@ def test_nothing_measured_below_one_is_ever_recommended() -> None:
     tuning = _tuning(0.7, 0.999)
     assert tuning.defaults.strategy == "autoregressive"
     assert tuning.reason.startswith("autoregressive: even exit 1 with 2 drafts")
-    assert "agrees with the full model on 50% of the tokens, and one draft a round pays from 98% on" in tuning.reason
+    assert "agrees with the full model on 50% of the tokens; with 98%, one draft a round would gain" in tuning.reason
+    dear = replace(tuning, costs=replace(_COSTS, overhead=50.0))
+    assert dear.reason.endswith("of the tokens; no share makes a draft gain here")
     cheap = replace(
         tuning, costs=replace(_COSTS, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.0, overhead=0.0)
     )
     assert needed_agreement(cheap.costs.cost_model(num_layers=2, exit_layer=1)) == 0.5
-    assert "pays from" not in cheap.reason  # 50% would have been enough
+    assert "would gain" not in cheap.reason  # 50% would have been enough
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def check_sizes(config: PreTrainedConfig) -> None:
     check_range("num_hidden_layers", config.num_hidden_layers, low=1, high=_MOST_BLOCKS)
     for name in _SIZES:
         if isinstance(size := getattr(config, name, None), int):
-            check_range(name, size, low=1, high=_MOST)
+            check_range(name, size, low=2 if name == "max_position_embeddings" else 1, high=_MOST)
     if (window := getattr(config, "sliding_window", None)) is not None:
         if type(window) is not int:
             raise ConfigError("sliding_window", got=window, allowed="an integer or null")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +47,6 @@ from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 _log = logging.getLogger(__name__)
 
 _OWN_GROUPS = {"layer_dropout": LayerDropoutCurriculum, "early_exit": EarlyExitCurriculum, "preemption": Preemption}
-_TWICE = re.compile(r"more than one stateful callback of type `?(\w+)")  # Lightning's words
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -162,12 +160,7 @@ class LayerSkipCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             fall_back = self.config[self.config.subcommand]["fall_back_to_previous"]
             plugins = [*plugins, AtomicCheckpointIO(fall_back=fall_back)]
-        try:
-            return super().instantiate_trainer(plugins=plugins, **kwargs)
-        except RuntimeError as error:
-            if not (found := _TWICE.search(str(error))):
-                raise
-            raise ConfigError("trainer.callbacks", got=f"{found[1]} twice", allowed="each once") from error
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
         check_launch(self.config[subcommand]["trainer"])

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
 from jsonargparse import Namespace
 
+from app.cli.messages import walk
 from app.errors import ConfigError, check_range
 
 _LARGEST = 2**63 - 1  # that a tensor holds
-_MOST_MICRO_BATCHES = 1_000_000  # of a step
 _MOST_PROCESSES = max(64, os.cpu_count() or 1)  # on a CPU, where Lightning starts as many as it is told to
+_RANGES = {  # what Lightning takes silently outside of them
+    "accumulate_grad_batches": (1, 1_000_000),
+    "num_sanity_val_steps": (-1, None),
+    "gradient_clip_val": (0, None),
+    "log_every_n_steps": (0, None),
+    "check_val_every_n_epoch": (1, None),
+    "min_steps": (0, None),
+    "min_epochs": (0, None),
+}
 _HEADS = ("num_attention_heads", "num_key_value_heads")  # transformers divides by them
 _PARTS_OF_PATHS = ("name", "version", "sub_dir", "filename")  # of loggers and checkpoint callbacks, below a folder
 
@@ -24,7 +32,7 @@ def check_numbers(config: Namespace) -> None:
     Raises:
         ConfigError: Naming the first.
     """
-    for path, value in _walk(config.as_dict()):
+    for path, value in walk(config.as_dict()):
         if isinstance(value, int):
             check_range(path, value, low=1 if path.endswith(_HEADS) else -_LARGEST, high=_LARGEST)
 
@@ -39,24 +47,20 @@ def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
     Raises:
         ConfigError: Naming the first.
     """
-    check_range("trainer.accumulate_grad_batches", trainer["accumulate_grad_batches"], low=1, high=_MOST_MICRO_BATCHES)
-    check_range("trainer.num_sanity_val_steps", trainer["num_sanity_val_steps"] or 0, low=-1)
+    for name, (low, high) in _RANGES.items():
+        if trainer[name] is not None:
+            check_range(f"trainer.{name}", trainer[name], low=low, high=high)
     if str(trainer["devices"]).isdecimal() and trainer["accelerator"] != "cuda":
         check_range("trainer.devices", int(trainer["devices"]), low=0, high=_MOST_PROCESSES)
-    check_range("trainer.gradient_clip_val", trainer["gradient_clip_val"] or 0, low=0)
-    check_range("trainer.log_every_n_steps", trainer["log_every_n_steps"] or 0, low=0)
-    if (epochs := trainer["check_val_every_n_epoch"]) is not None:
-        check_range("trainer.check_val_every_n_epoch", epochs, low=1)
     never = "to validate never, set trainer.limit_val_batches 0"
     if trainer["val_check_interval"] in (0, 0.0):
         allowed = "a number of batches, at least 1; a share of an epoch, (0, 1]; or a time, DD:HH:MM:SS"
         raise ConfigError("trainer.val_check_interval", got=0, allowed=allowed, fix=never)
-    if verb == "fit" and trainer["limit_train_batches"] in (0, 0.0):
-        raise ConfigError("trainer.limit_train_batches", got=0, allowed="more than 0, or nothing is trained")
-    if verb == "fit" and trainer["max_epochs"] == 0:
-        raise ConfigError("trainer.max_epochs", got=0, allowed="more than 0, or nothing is trained")
+    for name in ("limit_train_batches", "max_epochs") if verb == "fit" else ():
+        if trainer[name] in (0, 0.0):
+            raise ConfigError(f"trainer.{name}", got=0, allowed="more than 0, or nothing is trained")
     for group in ("logger", "callbacks"):
-        for path, value in _walk(_plain(trainer[group]), f"trainer.{group}"):
+        for path, value in walk(_plain(trainer[group]), f"trainer.{group}"):
             *_, owner, name = path.split(".")
             if owner == "init_args" and name in _PARTS_OF_PATHS and isinstance(value, str):
                 _check_below(path, value)
@@ -81,11 +85,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Namespace):
         return value.as_dict()
     return [_plain(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        below = f"{path}.{key}" if path else str(key)
-        yield below, value
-        yield from _walk(value, below)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from enum import Enum
+from functools import partial
 from typing import Any
 
+import yaml
+from jsonargparse import set_dumper
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.cli.allowed_classes import restrict_classes
@@ -15,6 +19,13 @@ from app.cli.parsing import OneLineErrors
 from app.cli.preflight import CHECKPOINT_HELP
 
 _NAME_OR_CLASS = re.compile(r"--(trainer)\.(strategy|accelerator|profiler|plugins)")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes the members of an Enum, as some of Lightning's defaults are, by their values."""
+
+
+_Dumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
@@ -29,6 +40,7 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse's; a config file may be stacked on others (`app.cli.included_configs`)."""
+        set_dumper("yaml", partial(yaml.dump, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
         given, *rest = args or (None,)
         own = restrict_classes(sys.argv[1:] if given is None else given)
         return super().parse_args(list(_classes_as_configs(with_included(own))), *rest, **kwargs)

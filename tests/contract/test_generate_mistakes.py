@@ -45,9 +45,9 @@ MISTAKES = {
     "no brackets": (["--skipped_layers", "3,4"], "got 3,4, allowed list[int]; write [3,4], in quotes if there are"),
     "several": (["--skipped_layers", "3", "4"], "got 3, allowed list[int]; write [3], in quotes if there are spaces"),
     "spaces": (["--skipped_layers", "[3,", "4]"], "skipped_layers: got [3,, allowed list[int]; write [3], in quotes"),
-    "no value": (["--top_k", "--chat", "true"], "top_k: got no value; one that begins with a dash is written --top_k="),
-    "a value too many": (["--json=yes"], "json: got 'yes', allowed no value"),
-    "a stray word": (["hello"], "hello: belongs to no option; a text or a list with spaces goes in quotes"),
+    "no value": (["--top_k", "--chat", "true"], "top_k: expected one argument"),
+    "a value too many": (["--json=yes"], "json: ignored explicit argument 'yes'"),
+    "a stray word": (["hello"], "unrecognized arguments: hello"),
     "no config": (
         ["--config", "/nope.yaml"],
         "config: got '/nope.yaml', allowed a YAML file (no such file or directory)",

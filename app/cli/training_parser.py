@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from functools import partial
 from typing import Any
 
 import yaml
@@ -28,6 +27,10 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
+def _dump(data: Any) -> str:
+    return str(yaml.dump(data, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
+
+
 class TrainingParser(OneLineErrors, LightningArgumentParser):
     """For Lightning's verbs."""
 
@@ -40,7 +43,7 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse's; a config file may be stacked on others (`app.cli.included_configs`)."""
-        set_dumper("yaml", partial(yaml.dump, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
+        set_dumper("yaml", _dump)
         given, *rest = args or (None,)
         own = restrict_classes(sys.argv[1:] if given is None else given)
         return super().parse_args(list(_classes_as_configs(with_included(own))), *rest, **kwargs)

@@ -57,6 +57,23 @@ def test_the_bar_ends_at_its_total_and_goes_on_from_where_a_resumed_run_was(tmp_
     assert "it/s" not in shown.out
 
 
+class Failing(Watched):
+    """Ends the run at the second micro-batch, which its bar then shows."""
+
+    def on_train_batch_end(self, trainer, *rest):
+        super().on_train_batch_end(trainer, *rest)
+        if len(self.shown) == 2:
+            raise RuntimeError("the run's end")
+
+
+def test_an_error_ends_the_line_of_the_bar(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, max_steps=3, callbacks=[bar := Failing()], enable_progress_bar=True)
+    with pytest.raises(RuntimeError, match="the run's end"):
+        trainer.fit(make_module(), make_data(tmp_path))
+    assert bar.train_progress_bar.disable  # closed: it draws nothing more
+    assert capsys.readouterr().err.endswith("\n")
+
+
 def test_every_epoch_has_a_total_of_its_own_and_the_last_is_as_long_as_steps_remain(tmp_path):
     """Five micro-batches an epoch are three steps, the third of one alone."""
     bar = fit(tmp_path, accumulate=2, max_steps=5, limit_train_batches=5)

@@ -162,6 +162,15 @@ class DecodingHost(Layered, Protocol):
 
 
 @runtime_checkable
+class EndOwner(Protocol):
+    """A module whose model has ends of text of its own, beside that of the data's tokenizer."""
+
+    @property
+    def end_token_ids(self) -> Sequence[int]:
+        """Ids of the tokens that end a text."""
+
+
+@runtime_checkable
 class ExitMonitorHost(Layered, Protocol):
     """A model whose validation step returns hidden states at chosen exits.
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from app.errors import ConfigError, check_range
 from app.model.parallel import unsharded
-from app.protocols import DecodingHost, ExitableDecoder, TokenizerOwner
+from app.model.text_tokens import listed_ends
+from app.protocols import DecodingHost, EndOwner, ExitableDecoder, TokenizerOwner
 
 Part = TypeVar("Part")
 
@@ -69,10 +70,12 @@ def datamodule_of(trainer: Trainer) -> object:
     return trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
 
 
-def eos_token_ids(datamodule: object) -> tuple[int, ...]:
-    """The tokenizer's end-of-sequence id, if the datamodule has a tokenizer and that has one."""
-    eos = datamodule.tokenizer.eos_token_id if isinstance(datamodule, TokenizerOwner) else None
-    return () if eos is None else (eos,)
+def eos_token_ids(trainer: Trainer, pl_module: LightningModule) -> tuple[int, ...]:
+    """Every id that ends a text of the model once it is exported: its own ends, and the end of the data's tokenizer."""
+    datamodule = datamodule_of(trainer)
+    own = pl_module.end_token_ids if isinstance(pl_module, EndOwner) else ()
+    trained = listed_ends(datamodule.tokenizer.eos_token_id) if isinstance(datamodule, TokenizerOwner) else ()
+    return tuple(dict.fromkeys((*own, *trained)))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from callbacks.decoding_validation import (
 class ParseValidation(DecodingValidation):
     """At the end of validation and test, let the model write the parses of held-out utterances, and score them.
 
-    Decodes greedily; the tokenizer's end-of-sequence token ends an answer. Logs exact match, frame match and the share
+    Decodes greedily; an end of text of the exported model ends an answer. Logs exact match, frame match and the share
     of well-formed answers of the full model and of every early exit, overall and by domain. Self-speculative decoding
     from every exit is measured in turn with autoregressive decoding, one example at a time: exact match, acceptance,
     time per token, speedup, identity. Training is not touched, see DecodingValidation.
@@ -105,7 +105,7 @@ class ParseValidation(DecodingValidation):
             exit_layers=self.exit_layers,
             num_draft_tokens=self.num_draft_tokens,
             max_new_tokens=self.max_new_tokens,
-            eos_token_ids=eos_token_ids(datamodule_of(trainer)),
+            eos_token_ids=eos_token_ids(trainer, pl_module),
             batch_size=self.batch_size,
             time_limit_seconds=self.time_limit_seconds,
         )

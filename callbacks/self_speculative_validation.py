@@ -44,7 +44,7 @@ class SelfSpeculativeValidation(DecodingValidation):
         num_draft_tokens: Draft lengths, each at least 1; every exit is measured with every length.
         num_prompts: Prompts from the datamodule, of all ranks together, at least 1; one for each rank keeps all busy.
         prompt_length: Tokens in each prompt, at least 1.
-        max_new_tokens: Tokens decoded for each prompt, at least 2; the tokenizer's end-of-sequence token ends it.
+        max_new_tokens: Tokens decoded for each prompt, at least 2; an end of text of the exported model ends it.
         time_limit_seconds: A rank starts no further prompt after this; its first is always measured.
     """
 
@@ -109,7 +109,7 @@ class SelfSpeculativeValidation(DecodingValidation):
                 exit_layers=self.exit_layers,
                 num_draft_tokens=self.num_draft_tokens,
                 max_new_tokens=self.max_new_tokens,
-                eos_token_ids=eos_token_ids(datamodule),
+                eos_token_ids=eos_token_ids(trainer, pl_module),
                 time_limit_seconds=self.time_limit_seconds,
             )
 

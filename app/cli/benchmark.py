@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from math import ceil
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -97,7 +98,7 @@ def benchmark(
     subject = Subject(loaded.model, loaded.decoder, draft_decoder)
     # One position is kept free, so that every prompt has a new token.
     tokens = tokenize_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length - 1)
-    measured = run_benchmark(subject, tokens, settings, on_batch=_progress(len(tokens), batch_size))
+    measured = run_benchmark(subject, tokens, settings, on_batch=_progress(len(tokens), batch_size, repeats))
 
     results = benchmark_results(measured, subject=subject, settings=settings)
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
@@ -116,9 +117,9 @@ def benchmark(
     print(*(f"note: {note}" for note in document["notes"]), f"report: {file}, figure: {figure}", sep="\n")
 
 
-def _progress(num_prompts: int, batch_size: int) -> Callable[[int], None]:
+def _progress(num_prompts: int, batch_size: int, repeats: int) -> Callable[[int], None]:
     """Tells how far it is."""
-    return lambda done: _log.info("prompt %d of %d", min(done * batch_size, num_prompts), num_prompts)
+    return lambda done: _log.info("batch %d of %d", done, ceil(num_prompts / batch_size) * repeats)
 
 
 def run() -> None:

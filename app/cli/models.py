@@ -12,6 +12,7 @@ import torch
 from app.decoding.strategies import STRATEGIES
 from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu_precision import avoid_emulation
+from app.model.text_tokens import listed_ends
 from app.model.tokenizer_files import check_same_tokens
 from app.protocols import ExitableDecoder
 
@@ -103,7 +104,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Every id that ends a text: the generation config's (one or several), else the tokenizer's."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     ids = tokenizer.eos_token_id if ids is None else ids
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+    return tuple(listed_ends(ids))
 
 
 def use_threads(threads: int | None) -> None:

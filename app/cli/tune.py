@@ -53,6 +53,7 @@ def tune(
             only stored if it is faster than autoregressive decoding in each of them, and by the 95 % interval over at
             least 4 prompts and 200 tokens.
         time_limit_seconds: No prompt is started after this, but there is always one; on too few, nothing is stored.
+            All prompts are decoded once before any is decoded again.
         dtype: Of the weights, auto is the checkpoint's own, or float32 on a CPU that emulates that;
             what is fastest depends on it.
         device: Where to decode; auto takes a GPU if there is one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import product, zip_longest
 from statistics import fmean, median
 from time import perf_counter
 
@@ -182,15 +182,18 @@ def alternate(
     time_limit_seconds: float = float("inf"),
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Measurement]:
-    """Let every contender decode every batch, one after the other, and begin each time with the next of them.
+    """Let the contenders decode every batch in turn, beginning each time with the next of them, and repeat that.
+
+    All batches are decoded once before any is decoded again, so that a time limit does not favour the first of them.
 
     Args:
         contenders: At least one; each warms up before anything counts.
         batches: At least one, each of at least one prompt; used in this order.
         max_new_tokens: Of each prompt, at least 2: the first token costs no decode time.
         repeats: Times each batch is decoded by each contender, at least 1.
-        time_limit_seconds: No batch is started after this; the first is always measured.
-        on_batch: Called with the number of batches that are done.
+        time_limit_seconds: No batch is started after this; the first is always measured. A repeat that was not
+            finished does not count, unless it is the only one.
+        on_batch: Called with the number of batches that are done, those of all repeats together.
 
     Returns:
         A measurement for each contender.
@@ -200,21 +203,18 @@ def alternate(
     started = perf_counter()
     for contender in contenders:
         contender.decode(batches[0], min(max_new_tokens, _WARM_UP_TOKENS))
-    runs: list[list[list[Sequence[DecodingResult]]]] = [[] for _ in contenders]
-    first = 0
-    for done, batch in enumerate(batches, start=1):
-        for own in runs:
-            own.append([])
-        for _ in range(repeats):
-            for place in range(len(contenders)):
-                index = (first + place) % len(contenders)
-                runs[index][-1].append(contenders[index].decode(batch, max_new_tokens))
-            first += 1
+    runs: list[list[list[Sequence[DecodingResult]]]] = [[[] for _ in batches] for _ in contenders]
+    for done, (repeat, number) in enumerate(product(range(repeats), range(len(batches))), start=1):
+        for place in range(len(contenders)):
+            index = (repeat + number + place) % len(contenders)
+            runs[index][number].append(contenders[index].decode(batches[number], max_new_tokens))
         if on_batch is not None:
             on_batch(done)
         if perf_counter() - started > time_limit_seconds:
             break
-    return [Measurement(contender=contender, runs=own) for contender, own in zip(contenders, runs, strict=True)]
+    whole = max(1, done // len(batches))
+    kept = ([of_batch[:whole] for of_batch in own if of_batch] for own in runs)
+    return [Measurement(contender=contender, runs=own) for contender, own in zip(contenders, kept, strict=True)]
 
 
 def ratio(numerator: float, denominator: float) -> float | None:

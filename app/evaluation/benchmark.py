@@ -127,7 +127,7 @@ def run_benchmark(
         subject: The model, in eval mode.
         prompts: Token ids, at least one prompt; in this order they are cut into batches.
         settings: What is asked for.
-        on_batch: Called with the number of batches that are done.
+        on_batch: Called with the number of batches that are done, those of all repeats together.
 
     Raises:
         ConfigError: Something asked for cannot be done with this model; nothing was decoded.
@@ -136,7 +136,8 @@ def run_benchmark(
         raise ConfigError("prompts", got=[], allowed="at least one")
     build_contenders(subject, settings)  # refuses what is wrong before anything runs
     batches = [prompts[start : start + settings.batch_size] for start in range(0, len(prompts), settings.batch_size)]
-    moments = {ceil(len(batches) * moment / _COST_MOMENTS) for moment in range(1, _COST_MOMENTS + 1)}
+    total = len(batches) * settings.repeats
+    moments = {ceil(total * moment / _COST_MOMENTS) for moment in range(1, _COST_MOMENTS + 1)}
     with torch.inference_mode():
         costs = [_measure_costs(subject, prompts, settings)]
 

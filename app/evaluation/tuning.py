@@ -37,8 +37,8 @@ class TuningSettings:
         num_verified: Settings to run, at least 1.
         repeats: Times each prompt is decoded by each of them, at least 1; medians count. The fastest is confirmed with
             CONFIRMING_REPEATS.
-        time_limit_seconds: For outputs, verification and confirmations together, at least 0. It bounds the number of
-            prompts that each of these starts, of which there is always one; too few for a choice are told.
+        time_limit_seconds: For outputs, verification and confirmations together, at least 0. Each of these decodes
+            all prompts once before any again, and starts none after its share; too few for a choice are told.
     """
 
     max_new_tokens: int = 128
@@ -183,7 +183,7 @@ def _verify(
         max_new_tokens=settings.max_new_tokens,
         repeats=settings.repeats,
         time_limit_seconds=settings.time_limit_seconds,
-        on_batch=lambda done: _log.info("verification: prompt %d of %d", done, len(prompts)),
+        on_batch=lambda done: _log.info("verification: run %d of %d", done, len(prompts) * settings.repeats),
     )
     _, *differences = output_differences(decoder, batches, [baseline, *measured], eos_token_ids=eos_token_ids)
     return [

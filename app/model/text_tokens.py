@@ -51,5 +51,10 @@ def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
     return ids if ids[: len(before)] == before else before + ids
 
 
+def listed_ends(eos_token_id: int | list[int] | None) -> list[int]:
+    """Every id that ends a text, of a config's `eos_token_id`: one, several or none."""
+    return list(eos_token_id) if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+
+
 def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     return list(map(int, tokenizer(text, add_special_tokens=special)["input_ids"]))

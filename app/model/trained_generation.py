@@ -12,6 +12,7 @@ from app.errors import CheckpointError
 from app.model.decoding_defaults import DERIVED, read_generation_config
 from app.model.loading import quiet_transformers
 from app.model.run_record import GENERATION_CONFIG_KEY
+from app.model.text_tokens import listed_ends
 from app.model.trained_weights import TrainedWeights
 
 
@@ -39,11 +40,10 @@ def stored_generation_config(directory: Path, config: PreTrainedConfig) -> Gener
 
 
 def _check_ends(generation: GenerationConfig, *, vocab_size: int, file: Path) -> None:
-    ends = generation.eos_token_id
-    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+    for end in listed_ends(generation.eos_token_id):
         if type(end) is not int or not 0 <= end < vocab_size:
             allowed = f"a token id from 0 to {vocab_size - 1}, several of them, or null"
-            raise CheckpointError(f"{file}: eos_token_id: got {ends!r}, allowed {allowed}")
+            raise CheckpointError(f"{file}: eos_token_id: got {generation.eos_token_id!r}, allowed {allowed}")
 
 
 def trained_generation_config(trained: TrainedWeights) -> GenerationConfig:
@@ -62,8 +62,7 @@ def trained_generation_config(trained: TrainedWeights) -> GenerationConfig:
                 generation = GenerationConfig.from_model_config(trained.config)
             else:
                 generation = GenerationConfig.from_dict(dict(saved))
-            known = generation.eos_token_id
-            ends = list(known) if isinstance(known, list) else [] if known is None else [known]
+            ends = listed_ends(generation.eos_token_id)
             if end is None or end in ends:
                 return generation
             fields = {name: value for name, value in generation.to_dict().items() if name != DERIVED}

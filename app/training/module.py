@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from app.model.parallel import parallelize
 from app.model.run_record import GENERATION_CONFIG_KEY
 from app.model.sharded_loading import fill
 from app.model.spans import SpanDecoder
+from app.model.text_tokens import listed_ends
 from app.model.trained_weights import HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
 from app.training.batch import GivenBatch, check_row_length
@@ -129,6 +131,12 @@ class LayerSkipModule(EvaluationSteps):
         """A view on the live weights for decoding (protocols.DecodingHost)."""
         assert self.model is not None
         return SpanDecoder(self.model)
+
+    @property
+    def end_token_ids(self) -> Sequence[int]:
+        """Where a text of the model ends by its own generation config (protocols.EndOwner)."""
+        assert self.model is not None
+        return listed_ends(self.model.generation_config.eos_token_id)
 
     # -- model ---------------------------------------------------------------------------------------------------
 

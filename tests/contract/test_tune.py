@@ -124,7 +124,7 @@ def test_json_is_one_object_on_stdout_and_progress_goes_to_stderr(here, monkeypa
     assert len(report["confirmed"]) <= 2
     assert report["conditions"]["dtype"] == "float32"
     assert report["environment"]["dtype"] == "float32"
-    assert "verification: prompt 2 of 2" in captured.err
+    assert "verification: run 2 of 2" in captured.err
 
 
 def test_what_cannot_hold_the_choice_is_left_alone_and_the_way_to_store_it_is_named(here, monkeypatch, capsys):

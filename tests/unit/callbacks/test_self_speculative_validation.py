@@ -14,6 +14,7 @@ from app.errors import ConfigError
 from app.evaluation.decoding_comparison import DecodingComparison, compare_decoding
 from app.model.spans import SpanDecoder
 from callbacks.self_speculative_validation import SelfSpeculativeValidation
+from tests.support.runs import make_module
 from tests.support.tiny_models import tiny_llama
 
 
@@ -172,7 +173,7 @@ def test_the_table_goes_to_tensorboard_as_text(tmp_path: Path) -> None:
     assert b"| exit | drafts |" in written
 
 
-def test_the_tokenizers_eos_is_used_where_the_datamodule_has_one(
+def test_decoding_stops_at_every_end_that_the_exported_model_stops_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class WithTokenizer(_Prompts):
@@ -181,7 +182,16 @@ def test_the_tokenizers_eos_is_used_where_the_datamodule_has_one(
     seen = _spy_on_measurements(monkeypatch)
     for datamodule in (_Prompts(), WithTokenizer()):
         _trainer(tmp_path, _callback()).validate(_Module(), datamodule=datamodule, verbose=False)
-    assert seen == [(), (17,)]
+    trained = make_module()
+    trained.configure_model()
+    assert trained.model is not None
+    trained.model.generation_config.eos_token_id = [2, 5]  # as of a model that is continued
+
+    class Ended(_Module):
+        end_token_ids = trained.end_token_ids
+
+    _trainer(tmp_path, _callback()).validate(Ended(), datamodule=WithTokenizer(), verbose=False)
+    assert seen == [(), (17,), (2, 5, 17)]
 
 
 def test_a_datamodule_without_prompts_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def _measurement(*batches: Sequence[Sequence[DecodingResult]]) -> Measurement:
 def test_everyone_decodes_every_batch_in_turn_and_another_begins_each_time() -> None:
     calls: list[tuple[str, list[int], int]] = []
     alternate([_contender(name, calls) for name in "abc"], [[[1], [2]], [[3]]], max_new_tokens=20, repeats=2)
-    assert "".join(name for name, *_ in calls) == "abc" + "abcbca" + "cababc"  # warm-up, then each batch twice
-    assert [prompts for _, prompts, _ in calls] == [[1, 2]] * 9 + [[3]] * 6
+    assert "".join(name for name, *_ in calls) == "abc" + "abcbca" + "bcacab"  # warm-up, then both batches, twice
+    assert [prompts for _, prompts, _ in calls] == [[1, 2]] * 6 + [[3]] * 3 + [[1, 2]] * 3 + [[3]] * 3
     assert [budget for *_, budget in calls] == [16] * 3 + [20] * 12
 
 
@@ -52,15 +52,18 @@ def test_no_batch_is_started_after_the_time_limit_but_the_first_is_measured(monk
     ticks, done = itertools.count(), list[int]()
     monkeypatch.setattr(alternation, "perf_counter", lambda: float(next(ticks)))  # one second a batch
 
-    def measure(limit: float) -> list[Measurement]:
+    def measure(limit: float, repeats: int = 1) -> list[Measurement]:
         contenders = [_contender(name, []) for name in "ab"]
         batches = [[[1]], [[2]], [[3]]]
         return alternate(
-            contenders, batches, max_new_tokens=2, repeats=1, time_limit_seconds=limit, on_batch=done.append
+            contenders, batches, max_new_tokens=2, repeats=repeats, time_limit_seconds=limit, on_batch=done.append
         )
 
     assert [[len(each.runs) for each in measure(limit)] for limit in (0.0, 1.5, 9.0)] == [[1, 1], [2, 2], [3, 3]]
     assert done == [1, 1, 2, 1, 2, 3]
+    # All prompts are seen before any is seen again, and a repeat of some of them does not count.
+    assert [[len(of_batch) for of_batch in each.runs] for each in measure(4.5, repeats=3)] == [[1, 1, 1]] * 2
+    assert [[len(of_batch) for of_batch in each.runs] for each in measure(5.5, repeats=3)] == [[2, 2, 2]] * 2
 
 
 @pytest.mark.parametrize(("overrides", "message"), [({"max_new_tokens": 1}, "max_new"), ({"repeats": 0}, "repeats")])

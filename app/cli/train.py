@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from app.training.may_resume import check_before
 from app.training.module import LayerSkipModule
 from app.training.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
 from app.training.run_lock import hold, hold_run, release
+from app.whole_file import write_whole
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 
 _log = logging.getLogger(__name__)
@@ -52,8 +53,7 @@ _OWN_GROUPS = {"layer_dropout": LayerDropoutCurriculum, "early_exit": EarlyExitC
 class SaveFitConfig(SaveConfigCallback):
     """Saves the resolved config with the run, for `fit` alone; `validate` must not overwrite what made the run.
 
-    Not before training starts: an attempt that is refused must not overwrite it either. And without `ckpt_path`: a
-    saved config starts what it is told to, it does not silently resume.
+    Not before training starts: an attempt that is refused must not overwrite it either.
     """
 
     _goes_on = False  # from a checkpoint, and has not begun a batch since
@@ -69,10 +69,11 @@ class SaveFitConfig(SaveConfigCallback):
             log_once(trainer)
         if trainer.ckpt_path and changes_optimizer(self.config["allow_changes"]):
             take_optimizer_settings(trainer)
-        self.config = self.config.clone()
-        for name, value in (("ckpt_path", None), ("allow_changes", []), ("fall_back_to_previous", False)):
-            self.config[name] = value
-        super().setup(trainer, pl_module, "fit")
+        log_dir = trainer.log_dir  # asked on all ranks: it is broadcast
+        if trainer.is_global_zero:
+            assert log_dir is not None
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            write_whole(Path(log_dir, self.config_filename), _given_config(pl_module).text)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """What is logged from here on is new."""
@@ -85,11 +86,13 @@ class SaveFitConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint tells how it was made, wherever it is moved to."""
-        checkpoint[RUN_CONFIG_KEY] = self._dumped
+        checkpoint[RUN_CONFIG_KEY] = _given_config(pl_module).text
 
-    @cached_property
-    def _dumped(self) -> str:  # once: it takes longer than a small model's checkpoint
-        return str(self.parser.dump(self.config, skip_unset=False))
+
+def _given_config(pl_module: LightningModule) -> GivenConfig:
+    assert isinstance(pl_module, LayerSkipModule)
+    assert pl_module.given_config is not None
+    return pl_module.given_config
 
 
 class LayerSkipCLI(LightningCLI):
@@ -113,6 +116,12 @@ class LayerSkipCLI(LightningCLI):
         )
         for target in ("model.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verb that is called, alone where it is known: the parser of each takes a while to build."""
+        verbs: dict[str, set[str]] = LightningCLI.subcommands()
+        return {verb: skipped for verb, skipped in verbs.items() if verb in sys.argv[1:2]} or verbs
 
     def _set_seed(self) -> None:
         seed = self.config[self.config.subcommand]["seed_everything"]
@@ -228,8 +237,12 @@ class LayerSkipCLI(LightningCLI):
     def _check_changes(self, found: Sequence[Path]) -> None:
         """Refuse what a resumed run may not change before a logger opens its files, where the checkpoint tells."""
         options = self.config_init[self.config.subcommand]
-        parser, config = self._parser(self.subcommand), self.config[self.config.subcommand]
-        given = GivenConfig(yaml.safe_load(parser.dump(config, skip_unset=False)), config["allow_changes"])
+        config = self.config[self.config.subcommand].clone()
+        allow_changes = config["allow_changes"]
+        for name, value in (("ckpt_path", None), ("allow_changes", []), ("fall_back_to_previous", False)):
+            config[name] = value  # a saved config starts what it is told to, it does not silently resume
+        text = self._parser(self.subcommand).dump(config, skip_unset=False)
+        given = GivenConfig(yaml.safe_load(text), allow_changes, text)
         self.model.given_config = given
         if (ckpt_path := options.get("ckpt_path")) is None:
             given.check_names()

@@ -43,6 +43,8 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse's; a config file may be stacked on others (`app.cli.included_configs`)."""
+        if "namespace" in kwargs:  # The parser of all verbs asks that of one, and has made its arguments below.
+            return super().parse_args(*args, **kwargs)
         set_dumper("yaml", _dump)
         given, *rest = args or (None,)
         own = restrict_classes(sys.argv[1:] if given is None else given)

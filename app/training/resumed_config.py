@@ -53,10 +53,12 @@ class GivenConfig:
     Args:
         settings: As nested plain values.
         allow_changes: Settings that may differ: names, or groups of them.
+        text: The settings as YAML, which this run's checkpoints keep.
     """
 
     settings: Mapping[str, Any]
     allow_changes: Sequence[str] = ()
+    text: str = ""
     _text: object = field(default=None, init=False)  # the config of the run that was saved, as its checkpoint has it
     _saved: Mapping[str, Any] | None = field(default=None, init=False)
     _compared: bool = field(default=False, init=False)

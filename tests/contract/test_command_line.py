@@ -4,13 +4,17 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from app.cli import training_parser
 from app.cli.parser_messages import one_line
+from app.cli.training_parser import TrainingParser
+from app.model.run_record import RUN_CONFIG_KEY
 from tests.support.processes import run_ranks
 from tests.support.runs import cli, write_corpus
 from tests.support.saved_models import save_model
@@ -230,11 +234,32 @@ def test_print_config_shows_stacked_configs_with_the_later_winning(config, tmp_p
 
 
 @pytest.fixture(scope="module")
-def run(config):
+def started():
+    """What of a run's costly start was done, as often as it was done."""
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def run(config, started):
     """A finished run, by the real command; without the progress bar that the config lists, as cluster jobs are."""
-    patch = pytest.MonkeyPatch()
-    assert cli(patch, "fit", "--config", str(config), "--trainer.enable_progress_bar", "false") == 0
-    patch.undo()
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            started[name] += (
+                name != "dump" or "trainer" in args[1]
+            )  # the settings of a class are written with dump, too
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (TrainingParser, "dump"),
+            (TrainingParser, "add_method_arguments"),
+            (training_parser, "with_included"),
+        ):
+            patch.setattr(owner, name, counted(name, getattr(owner, name)))
+        assert cli(patch, "fit", "--config", str(config), "--trainer.enable_progress_bar", "false") == 0
     return config.parent / "run"
 
 
@@ -245,8 +270,13 @@ def test_a_second_fit_does_not_overwrite_the_first(config, run, monkeypatch, cap
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+def test_a_start_makes_one_parser_and_reads_and_writes_the_settings_once(run, started):
+    assert started == {"add_method_arguments": 1, "with_included": 1, "dump": 1}
+
+
 def test_fit_leaves_config_checkpoints_and_events(run, capsys):
-    assert (run / "config.yaml").is_file()
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (run / "config.yaml").read_text() == last[RUN_CONFIG_KEY]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert list(run.glob("events.out.tfevents.*"))
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningCLI
 
 from app.cli.main import main
 from app.training.checkpoint_io import AtomicCheckpointIO
@@ -116,22 +115,14 @@ def make_trainer(root: Path, *, max_steps: int, callbacks: list[Callback], **set
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
-    """Run the command line in this process; its exit status.
-
-    Of Lightning's verbs, which are built for every call, only the one that is called is built: the others take longer.
-    """
+    """Run the command line in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["layerskip", *args])
-    verbs, verb = LightningCLI.subcommands(), args[0] if args else ""
-    if "--help" not in args:
-        wanted = {name: verbs[name] for name in verbs if name == verb or (verb in ("data", "plan") and name == "fit")}
-        monkeypatch.setattr(LightningCLI, "subcommands", staticmethod(lambda: wanted or verbs))
     previous = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         return main()
     except SystemExit as stop:
         return int(stop.code or 0)
     finally:
-        monkeypatch.setattr(LightningCLI, "subcommands", staticmethod(lambda: verbs))
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         for name in ("app", "callbacks", "datamodules"):  # their handlers hold this test's stderr

@@ -1,4 +1,4 @@
-"""The options of `layerskip plan` that `layerskip fit` does not have: of the machines, and how to answer."""
+"""The options of `layerskip plan` that `layerskip fit` does not have: the machines, and the form of the answer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**2
 
 
 class PlanOptions(NamedTuple):
-    """What was given.
+    """The options as they were given.
 
     Attributes:
-        num_nodes: Instead of trainer.num_nodes; None keeps that.
-        devices: Instead of trainer.devices; None keeps that.
-        machine: To plan for.
-        json: Answer by one object.
+        num_nodes: Number of machines; None takes trainer.num_nodes.
+        devices: Number of devices in each; None takes trainer.devices.
+        machine: The kind of device.
+        json: Whether to print one JSON object instead of tables.
     """
 
     num_nodes: int | None
@@ -45,12 +45,16 @@ def parse_options(args: Sequence[str]) -> tuple[PlanOptions, list[str]]:
         epilog="All options of `layerskip fit` are taken too: --config FILE, --trainer.max_steps N, ...",
     )
     parser.add_argument("--num_nodes", type=int, help="number of machines, instead of trainer.num_nodes")
-    parser.add_argument("--devices", type=int, help="number of devices of each, instead of trainer.devices")
-    parser.add_argument("--device_memory", help="size of one device's, such as 80GB (10^9) or 80GiB (2^30)")
+    parser.add_argument("--devices", type=int, help="number of devices in each machine, instead of trainer.devices")
+    parser.add_argument("--device_memory", help="memory of one device, such as 80GB (10^9) or 80GiB (2^30)")
     parser.add_argument(
-        "--peak_flops", type=float, help="number of one device's a second, in the run's precision, such as 989e12"
+        "--peak_flops",
+        type=float,
+        help="number of FLOPs a second that one device can do in the run's precision, such as 989e12",
     )
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of those that a run reaches, in (0, 1]")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, help="share of --peak_flops that the run reaches, in (0, 1]"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     try:
         given, rest = parser.parse_known_args(args)

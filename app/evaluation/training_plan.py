@@ -34,8 +34,8 @@ class Machine:
 
     Attributes:
         device_memory: Bytes of one device, or None if unknown.
-        peak_flops: Of one device, a second, in the precision of the run, or None if unknown.
-        utilisation: Share of those that a run reaches, in (0, 1].
+        peak_flops: FLOPs a second that one device can do at most in the precision of the run, or None if unknown.
+        utilisation: Share of `peak_flops` that a run reaches, in (0, 1].
     """
 
     device_memory: float | None = None

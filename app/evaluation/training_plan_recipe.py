@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -122,94 +122,55 @@ class Recipe:
 
 
 def departures(recipe: Recipe) -> list[Departure]:
-    """Rules that the recipe breaks; `fit` runs it all the same."""
-    return [departure for rule in _RULES for departure in rule(recipe)]
+    """The rules that the recipe breaks, each with the setting that would keep it; `fit` runs it all the same."""
+    found: list[Departure] = []
+    if recipe.max_dropout_rate:
+        found += _dropout_departures(recipe)
+    if recipe.curriculum != "none" and recipe.early_exit_scale:
+        found += _exit_departures(recipe)
+    return [*found, *_precision_departures(recipe)]
 
 
-def _time_scale(recipe: Recipe) -> Iterator[Departure]:
-    if not recipe.max_dropout_rate:
-        return
+def _dropout_departures(recipe: Recipe) -> Iterator[Departure]:
+    section = f"{_PAPER} section 4.1.1"
     if recipe.from_scratch and recipe.time_scale != "exponential":
-        message = (
-            f"{recipe.time_scale}: from scratch the rate rises with the steps, S(t) = 2^(t/(T-1)) - 1: exponential"
-        )
-        yield Departure("layer_dropout.time_scale", message, f"{_PAPER} section 4.1.1")
+        rule = "from scratch the rate rises with the steps, S(t) = 2^(t/(T-1)) - 1: exponential"
+        yield Departure("layer_dropout.time_scale", f"{recipe.time_scale}: {rule}", section)
     if not recipe.from_scratch and recipe.time_scale != "constant":
-        message = f"{recipe.time_scale}: a pretrained model is trained at one rate, S(t) = 1: constant"
-        yield Departure("layer_dropout.time_scale", message, f"{_PAPER} section 4.1.1")
-
-
-def _learning_rate(recipe: Recipe) -> Iterator[Departure]:
-    if recipe.from_scratch and recipe.max_dropout_rate and recipe.learning_rate < _SCRATCH_LR:
-        message = (
-            f"{recipe.learning_rate:g}: layer dropout from scratch wants a higher one;"
-            f" it was raised from 4e-4 (1.5B) and 3e-4 (7B) to {_SCRATCH_LR:g}"
-        )
+        rule = "a pretrained model is trained at one rate, S(t) = 1: constant"
+        yield Departure("layer_dropout.time_scale", f"{recipe.time_scale}: {rule}", section)
+    if recipe.from_scratch and recipe.learning_rate < _SCRATCH_LR:
+        rule = "layer dropout from scratch wants a higher one; it was raised from 4e-4 (1.5B) and 3e-4 (7B) to 8e-4"
+        message = f"{recipe.learning_rate:g}: {rule}"
         yield Departure("model.optimizer.lr", message, f"{_PAPER} section 5, table of hyperparameters")
-
-
-def _rotation(recipe: Recipe) -> Iterator[Departure]:
-    interval, num_layers = recipe.rotation_interval, recipe.num_layers
-    if recipe.curriculum != "rotational" or not recipe.early_exit_scale:
-        return
-    if interval >= num_layers:
-        message = f"{interval} for {num_layers} blocks: the longest of the paper is L - 1, one early exit at every step"
-        yield Departure(
-            "early_exit.rotation_interval", message, f"{_PAPER} section 5: R = 23, 31, 39 of L = 24, 32, 40"
-        )
-    elif num_layers % interval and (num_layers - 1) % interval:
-        counts = " to ".join(map(str, sorted({min(recipe.exits_by_step), max(recipe.exits_by_step)})))
+    deepest = max(recipe.last_dropout_rates)
+    if (chance := deepest**recipe.batch_size) >= _OFTEN:
         message = (
-            f"{interval} divides neither {num_layers} nor {num_layers - 1}: {counts} exits are on,"
-            " so steps differ in cost; the paper's R divides L, or is L - 1"
+            f"{recipe.batch_size}: a block of rate {deepest:g} is dropped for all rows in {chance:.0%} of"
+            " micro-batches, which then do not train it; take more rows"
         )
-        yield Departure("early_exit.rotation_interval", message, f"{_PAPER} section 5: R = 8, 16, L - 1")
+        yield Departure("data.batch_size", message, section)
 
 
-def _scale(recipe: Recipe) -> Iterator[Departure]:
-    tokens, scale = recipe.tokens, recipe.early_exit_scale
-    if recipe.curriculum == "none" or not scale or tokens is None:
+def _exit_departures(recipe: Recipe) -> Iterator[Departure]:
+    scale, tokens, section = recipe.early_exit_scale, recipe.tokens, f"{_PAPER} section 5"
+    if tokens is None:
         return
     if tokens < _TINY_BUDGET and recipe.exit_weights == "quadratic":
         message = f"quadratic for {tokens:.2g} tokens: early exits stay too weak to draft; uniform suits few tokens"
         yield Departure("early_exit.exit_weights", message, "method card (app/layerskip/README.md), when not to use it")
     if tokens <= _SMALL_BUDGET and scale < 1.0:
         message = f"{scale:g} for {tokens:.2g} tokens: runs of 5.2 billion tokens and fewer have 1.0"
-        yield Departure("early_exit.early_exit_scale", message, f"{_PAPER} section 5: code fine-tuning and TOPv2")
+        yield Departure("early_exit.early_exit_scale", message, section)
     if tokens >= _LARGE_BUDGET and scale > 0.2:
         message = f"{scale:g} for {tokens:.2g} tokens: runs of 26 billion tokens and more have 0.1 to 0.2"
-        yield Departure(
-            "early_exit.early_exit_scale", message, f"{_PAPER} section 5: the last layer pays for the exits"
-        )
+        yield Departure("early_exit.early_exit_scale", message, section)
 
 
-def _whole_blocks(recipe: Recipe) -> Iterator[Departure]:
-    deepest = max(recipe.last_dropout_rates)
-    chance = deepest**recipe.batch_size
-    if chance >= _OFTEN:
-        message = (
-            f"{recipe.batch_size}: a block of rate {deepest:g} is dropped for all rows, on all devices, in"
-            f" {chance:.0%} of micro-batches (p^B), which then do not train it"
-        )
-        yield Departure(
-            "data.batch_size", message, f"{_PAPER} section 4.1.1: dropped per sample, alike on every device"
-        )
-
-
-def _precision(recipe: Recipe) -> Iterator[Departure]:
+def _precision_departures(recipe: Recipe) -> Iterator[Departure]:
     if recipe.small_weights:
         message = (
             "16-bit weights without a float32 copy: an update below 1/256 of a weight is rounded away, as most are"
             f" at a learning rate of {recipe.learning_rate:g}; bf16-mixed keeps float32 weights"
         )
         yield Departure("trainer.precision", message, "arXiv 1710.03740 section 3.1 (master copy of weights)")
-
-
-_RULES: tuple[Callable[[Recipe], Iterator[Departure]], ...] = (
-    _time_scale,
-    _learning_rate,
-    _rotation,
-    _scale,
-    _whole_blocks,
-    _precision,
-)

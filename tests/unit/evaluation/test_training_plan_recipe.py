@@ -66,8 +66,6 @@ def test_the_papers_recipes_break_no_rule():
         (SCRATCH, {"time_scale": "constant"}, "layer_dropout.time_scale"),
         (CONTINUAL, {"time_scale": "exponential"}, "layer_dropout.time_scale"),
         (SCRATCH, {"learning_rate": 3e-4}, "model.optimizer.lr"),
-        (CONTINUAL, {"rotation_interval": 32}, "early_exit.rotation_interval"),
-        (CONTINUAL, {"rotation_interval": 12}, "early_exit.rotation_interval"),
         (CONTINUAL, {"max_steps": 5_000}, "early_exit.early_exit_scale"),
         (CONTINUAL, {"early_exit_scale": 1.0}, "early_exit.early_exit_scale"),
         (CONTINUAL, {"max_steps": 10, "early_exit_scale": 1.0}, "early_exit.exit_weights"),
@@ -85,8 +83,6 @@ def test_a_broken_rule_is_named_with_its_source(recipe, changes, field):
     ("recipe", "changes"),
     [
         (SCRATCH, {"max_dropout_rate": 0.0, "learning_rate": 3e-4, "time_scale": "constant"}),
-        (CONTINUAL, {"rotation_interval": 16}),
-        (CONTINUAL, {"rotation_interval": 12, "curriculum": "none"}),
         (CONTINUAL, {"max_steps": 5_000, "early_exit_scale": 1.0}),
         (CONTINUAL, {"max_steps": 10, "early_exit_scale": 1.0, "exit_weights": "uniform"}),
         (CONTINUAL, {"batch_size": 1, "world_size": 256, "max_dropout_rate": 0.0}),

@@ -98,10 +98,9 @@ class WorkHost(Protocol):
 
 
 class DecoderCache(Protocol):
-    """Keys and values of every block for the tokens processed so far, sequence by sequence.
+    """Keys and values of every block for the tokens processed so far; blocks and sequences may differ in length.
 
-    Blocks may be filled to different lengths, and so may the sequences of a batch. Lengths are plain integers, so
-    asking for one waits for no device.
+    Lengths are plain integers, so asking for one waits for no device.
     """
 
     def lengths(self, layer_idx: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from app.errors import ConfigError, check_range
 from app.model.parallel import unsharded
 from app.model.text_tokens import listed_ends
 from app.protocols import DecodingHost, EndOwner, ExitableDecoder, TokenizerOwner
+from app.saved_entries import SavedEntries
 
 Part = TypeVar("Part")
 
@@ -43,7 +44,9 @@ class DecodingValidation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` saved."""
-        self._validations = state_dict["validations"]
+        saved, entry = SavedEntries(), ("callbacks", self.state_key)
+        state = saved.keys(entry, state_dict, ("validations",))
+        self._validations = saved.count((*entry, "validations"), state["validations"])
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether to measure now; counts this validation if it belongs to a fit."""

@@ -14,6 +14,7 @@ from app.errors import ConfigError
 from app.evaluation.exit_quality import ExitQuality, ExitScore
 from app.evaluation.report import exit_figure, exit_table
 from app.protocols import ExitMonitorHost, Table
+from app.saved_entries import SavedEntries
 
 
 class ExitQualityMonitor(Callback):
@@ -97,11 +98,18 @@ class ExitQualityMonitor(Callback):
         return {"history": {step: {e: tuple(s) for e, s in scores.items()} for step, scores in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.history = {
-            step: {exit_layer: ExitScore(*score) for exit_layer, score in scores.items()}
-            for step, scores in state_dict["history"].items()
-        }
+        """The inverse of `state_dict`; CheckpointError for anything else."""
+        saved, entry = SavedEntries(), ("callbacks", self.state_key, "history")
+        history: dict[int, dict[int, ExitScore]] = {}
+        for step, scores in saved.any_keys(entry, state_dict.get("history")).items():
+            at = (*entry, saved.count((*entry, step), step))
+            history[step] = {}
+            for exit_layer, score in saved.any_keys(at, scores).items():
+                figures = saved.sequence((*at, saved.count((*at, exit_layer), exit_layer, low=1)), score, length=2)
+                if not all(isinstance(figure, float) for figure in figures):  # not finite ones of a run that diverged
+                    saved.refuse((*at, exit_layer), score, "loss and agreement, as numbers")
+                history[step][exit_layer] = ExitScore(*figures)
+        self.history = history
 
     def report(self) -> Table | None:
         """Every exit as last measured by this process; after a fit beside the run's first measurement."""

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,9 +20,10 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LRSc
 
 from app.model.trained_weights import OPTIMIZER_STATES, SKIPPED_STEPS_KEY, STATE_DICT
 from app.saved_entries import MISSING, Entry, SavedEntries, shown
+from app.training.callback_states import CALLBACKS, check_callbacks
 
 _STEP, _EPOCH = "global_step", "epoch"
-_LOOPS, _SCHEDULERS, _CALLBACKS = "loops", "lr_schedulers", "callbacks"
+_LOOPS, _SCHEDULERS = "loops", "lr_schedulers"
 _LOADERS = "combined_loader"
 _INSIST = (  # of who changes them in mid-run
     "--allow_changes '[model.optimizer]' takes the configured ones, and a script starts anew from the weights"
@@ -78,7 +78,7 @@ def check_states(checkpoint: Mapping[str, Any], module: Any) -> None:
     fresh = module.optimizer_over(module.model)
     _check_optimizer(saved, checkpoint[OPTIMIZER_STATES], fresh["optimizer"], module, steps=step - skipped)
     _check_schedule(saved, checkpoint, fresh["lr_scheduler"]["scheduler"], step=step)
-    _check_callbacks(saved, checkpoint.get(_CALLBACKS), trainer.callbacks)
+    check_callbacks(saved, checkpoint.get(CALLBACKS), trainer.callbacks)
 
 
 def _check_weights(saved: SavedEntries, got: object, live: Mapping[str, Tensor]) -> None:
@@ -260,42 +260,3 @@ def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable) -
             if key not in moved and listed[0] != listed[1]:
                 entry = (OPTIMIZER_STATES, 0, "param_groups", index, key)
                 saved.refuse(entry, group[key], f"{value!r}, as configured; {_INSIST}")
-
-
-# -- callbacks ---------------------------------------------------------------------------------------------------------
-
-
-def _check_callbacks(saved: SavedEntries, got: object, live: Sequence[Callback]) -> None:
-    """States by name; what is in them their callbacks know, but that Lightning's savers of checkpoints do not look."""
-    entry: Entry = (_CALLBACKS,)
-    states = saved.any_keys(entry, got)
-    for key, state in states.items():
-        saved.any_keys((*entry, key), state)
-    for callback in live:
-        if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
-            _check_saver(saved, (*entry, callback.state_key), states[callback.state_key], callback)
-
-
-def _check_saver(saved: SavedEntries, entry: Entry, got: object, live: ModelCheckpoint) -> None:
-    """The best checkpoints and their scores."""
-    state = saved.keys(entry, got, live.state_dict())
-    scores = saved.any_keys((*entry, "best_k_models"), state["best_k_models"])
-    for path, score in scores.items():
-        _check_score(saved, (*entry, "best_k_models", path), score)
-    for key, value in state.items():
-        needed = key == "kth_value" or (key == "best_model_score" and scores)  # a resumed saver has no current one
-        if needed or (key in ("best_model_score", "current_score") and value is not None):
-            _check_score(saved, (*entry, key), value)
-        elif key.endswith("path"):
-            saved.alike((*entry, key), value, "")
-    if scores:
-        for key, others in (("best_model_path", ()), ("kth_best_model_path", ("",))):
-            if state[key] not in (*scores, *others):
-                saved.refuse((*entry, key), state[key], "one of best_k_models")
-        if state["best_model_score"] != scores[state["best_model_path"]]:
-            saved.refuse((*entry, "best_model_score"), state["best_model_score"], "that of best_model_path")
-
-
-def _check_score(saved: SavedEntries, entry: Entry, got: object) -> None:
-    if not isinstance(got, Tensor) or got.shape or not got.is_floating_point():
-        saved.refuse(entry, got, "a number, as a float tensor []")

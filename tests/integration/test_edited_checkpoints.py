@@ -5,11 +5,12 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.errors import CheckpointError
 from app.training.checkpoint_states import check_optimizer_settings, check_states
-from callbacks import LastCheckpoint
+from callbacks import ExitQualityMonitor, LastCheckpoint, ParseValidation
 from tests.support.runs import curricula, make_data, make_module, make_trainer
 
 READ = (
@@ -50,6 +51,37 @@ def check(content, module):
 
 def test_what_a_run_wrote_itself_is_taken(resumed):
     check(*resumed)
+
+
+class Strict(Callback):
+    def load_state_dict(self, state_dict):
+        self.needed = state_dict["needed"]
+
+
+SCORES = {"history": {3: {1: (2.5, 0.5)}}}
+
+
+@pytest.mark.parametrize(
+    ("callback", "junk"),
+    [
+        *((ExitQualityMonitor(), {"history": junk}) for junk in (None, "x", {"x": {}}, {3: "x"}, {3: {0: (2.5, 0.5)}})),
+        *((ExitQualityMonitor(), {"history": {3: {1: junk}}}) for junk in (2.5, (2.5,), (2.5, "x"))),
+        *((ParseValidation(exit_layers=[1]), junk) for junk in ({}, {"validations": -1}, {"validations": "x"})),
+        (Strict(), {"other": 1}),
+    ],
+)  # fmt: skip
+def test_junk_in_the_state_of_a_callback_is_refused_by_name(resumed, callback, junk, monkeypatch):
+    content, module = resumed
+    name = callback.state_key
+    monkeypatch.setattr(module.trainer, "callbacks", [*module.trainer.callbacks, callback])
+    for state in (SCORES, {"validations": 2}, {"needed": 1}):
+        with contextlib.suppress(CheckpointError):
+            check(with_edit(content, ("callbacks", name), state), module)
+            break
+    else:
+        pytest.fail("nothing is taken")
+    with pytest.raises(CheckpointError, match=rf"callbacks\.{name}.*: got .*, allowed "):
+        check(with_edit(content, ("callbacks", name), junk), module)
 
 
 def entries(node, path=()):

@@ -12,7 +12,7 @@ from torch import Tensor
 from app.cli.parsing import call_verb
 from app.errors import ConfigError
 from app.model.checkpoint_integrity import check_bytes
-from app.model.mapped_memory import give_back_freed
+from app.model.freed_memory import give_back_freed
 from app.training.checkpoint_contents import read_whole
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.checkpoint_places import standing

@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from app.errors import CheckpointError, ConfigError
 from app.model.decoding_defaults import DecodingDefaults, saveable, write_decoding_defaults
-from app.model.mapped_memory import file_mappings, give_back_freed, page_out
+from app.model.freed_memory import give_back_freed
 from app.model.output_directory import whole_or_absent
 from app.model.weight_files import check_plain
 
@@ -162,24 +162,12 @@ def _write_shards(
         planned, filename_pattern=_SHARD_NAMES, max_shard_size=settings.max_shard_size
     )
     for file, members in shards.filename_to_tensors.items():
-        _write_shard({name: _converted(read(name), dtypes[name]) for name in members}, folder / file)
+        tensors = {name: read(name).detach().to(dtypes[name]).contiguous() for name in members}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
         give_back_freed()
     if shards.is_sharded:
         metadata = {"total_parameters": num_parameters, **shards.metadata}
         index = json.dumps({"metadata": metadata, "weight_map": shards.tensor_to_filename}, indent=2, sort_keys=True)
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index + "\n", "utf-8")
     return len(shards.filename_to_tensors)
-
-
-def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
-    mappings = file_mappings()
-    for tensor in tensors.values():
-        page_out(tensor, mappings)
-
-
-def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    converted = tensor.detach().to(dtype).contiguous()
-    if converted.data_ptr() != tensor.data_ptr():
-        page_out(tensor, file_mappings())
-    return converted

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from app.model.kv_cache import KeyValueCache
-from app.model.mapped_memory import file_mappings, page_out
 from app.model.products import Product
 
 # Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))), with optional biases and
@@ -201,7 +200,6 @@ def join_projections(model: PreTrainedModel) -> None:
     """
     if not is_functional(model):
         return
-    mappings = file_mappings()
     for layer in model.get_decoder().layers:
         attention, mlp = layer.self_attn, layer.mlp
         for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
@@ -209,13 +207,10 @@ def join_projections(model: PreTrainedModel) -> None:
                 parameters = [getattr(linear, name) for linear in group]
                 if parameters[0] is None:
                     continue
-                before = [parameter.data for parameter in parameters]
-                joined = torch.cat(before)
+                joined = torch.cat([parameter.data for parameter in parameters])
                 sizes = [parameter.shape[0] for parameter in parameters]
                 for parameter, part in zip(parameters, joined.split_with_sizes(sizes), strict=True):
                     parameter.data = part
-                for tensor in before:
-                    page_out(tensor, mappings)
 
 
 def is_functional(model: PreTrainedModel) -> bool:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from app.errors import CheckpointError, ConfigError
 from app.model.checkpoint_integrity import check_bytes
-from app.model.mapped_memory import file_mappings, page_out
 from app.model.model_sources import open_source
 from app.model.trained_generation import trained_generation_config
 from app.model.trained_weights import is_trained_weights, open_shards, open_trained_weights
@@ -104,11 +103,10 @@ def fill_from(model: PreTrainedModel, device: torch.device, path: str, *, field:
         return
     stored = open_source(path, field=field).weights(None, False)
     model.generation_config = stored.generation_config
-    weights, mappings = dict(stored.named_parameters()), file_mappings()
+    weights = dict(stored.named_parameters())
     _check_complete(path, parameters, weights)
     for name, parameter in parameters.items():
         _keep_part(parameter, weights[name])
-        page_out(weights[name], mappings, last_use=True)  # ranks of a node map the same pages
 
 
 def _check_complete(path: str, wanted: Iterable[str], there: Container[str]) -> None:

@@ -22,11 +22,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from app.errors import CheckpointError, ConfigError
 from app.git_lfs import IS_POINTER, is_pointer
 from app.model.checkpoint_integrity import check_bytes
-from app.model.mapped_memory import file_mappings, page_out
 from app.model.trained_weights import TrainedWeights
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
-_PIECE_BYTES = 4 * 2**20  # small beside any model worth measuring, large beside a call
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -116,7 +114,7 @@ def from_checkpoint(weights: TrainedWeights) -> StoredWeights:
     def copy(name: str, dtype: torch.dtype | None) -> Tensor:
         if weights.path.is_dir():
             return weights.read(name, dtype)
-        return _copied(weights.read(name), dtype)
+        return weights.read(name).to(dtype, copy=True)
 
     plain = _DTYPES.values()
     dtypes = {name: dtype if dtype in plain else _said(dtype) for name, (_, dtype) in weights.shapes.items()}
@@ -142,22 +140,7 @@ def from_safetensors(directory: Path) -> StoredWeights:
     def read(name: str) -> Tensor:
         return slices[name][...]  # type: ignore[no-any-return]
 
-    return StoredWeights(str(directory), dtypes, read, lambda name, dtype: _copied(read(name), dtype))
-
-
-def _copied(stored: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy of a tensor that is mapped from a file, piece by piece: no more than a piece of it is in memory twice.
-
-    Where the file is another user's and read-only, the kernel takes no advice: then all of it counts twice.
-    """
-    mappings, whole = file_mappings(), torch.empty_like(stored, dtype=dtype)
-    if whole.dim() == 0:
-        return whole.copy_(stored)
-    rows = max(1, _PIECE_BYTES // max(1, stored[:1].nbytes))
-    for target, piece in zip(torch.split(whole, rows), torch.split(stored, rows), strict=True):
-        target.copy_(piece)
-        page_out(piece, mappings)
-    return whole
+    return StoredWeights(str(directory), dtypes, read, lambda name, dtype: read(name).to(dtype, copy=True))
 
 
 def _weight_files(directory: Path) -> list[Path]:

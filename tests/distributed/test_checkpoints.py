@@ -23,7 +23,6 @@ from app.training import checkpoint_writer
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.sharded_checkpoints import ShardedCheckpoints
 from callbacks import LastCheckpoint
-from tests.support import memory
 from tests.support.checkpoints import write_manifest
 from tests.support.memory import process_status
 from tests.support.processes import run_ranks
@@ -245,7 +244,6 @@ def test_consolidating_takes_the_memory_of_a_few_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(
         consolidate, "_mapped", lambda *given: (mapped(*given), seen.append(1024 * process_status("RssAnon")))[0]
     )
-    memory.begin()
     output = tmp_path / "whole.ckpt"
     assert cli(monkeypatch, "consolidate", "--ckpt_path", str(tmp_path / "directory"), "--output", str(output)) == 0
     assert max(seen) - seen[0] < 10 * 4 * (1 << 19) < len(seen) * 4 * (1 << 19)

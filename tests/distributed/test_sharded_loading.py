@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
 from app.errors import CheckpointError
@@ -20,9 +17,9 @@ from app.model.config_check import build_without_memory
 from app.model.early_exit import EarlyExitModel
 from app.model.parallel import DATA_PARALLEL, REPLICATE, TENSOR_PARALLEL, parallelize
 from app.model.sharded_loading import fill
-from tests.support import memory
 from tests.support.checkpoints import write_checkpoint
 from tests.support.distributed import is_sharded, whole_weights
+from tests.support.memory import Peak
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import tiny_config
 from tests.support.tokenizers import byte_level
@@ -188,9 +185,9 @@ def large(tmp_path_factory):
 
 def growth(settings, tiny):
     sharded((1, 2, 1), config=load_config(tiny), pretrained=tiny)  # a fork maps its libraries as it comes to them
-    before = memory.begin()
-    model = sharded((1, 2, 1), **settings)
-    return memory.peak() - before, sum(parameter.to_local().nbytes for parameter in model.parameters())
+    with Peak() as peak:
+        model = sharded((1, 2, 1), **settings)
+    return peak.grown, sum(parameter.to_local().nbytes for parameter in model.parameters())
 
 
 @pytest.mark.distributed
@@ -203,27 +200,3 @@ def test_a_rank_takes_the_memory_of_its_shards_and_one_tensor(small, large, form
         # Drawing makes whole tensors, one after the other, and leaves gaps behind.
         limit = 1.1 * shards + (2 if form else 4) * (4 * ROWS * WIDTH)
         assert 0.9 * shards < grown < limit < 1.9 * shards  # a whole model would be seen
-
-
-def bytes_of_a_shard(config, sizes):
-    """Of the first of so many ranks, on a group that is only claimed; and what this process took for it."""
-    before = memory.begin()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=sizes[0] * sizes[1] * sizes[2])
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=(REPLICATE, DATA_PARALLEL, TENSOR_PARALLEL))
-    root = Root(build_without_memory(config, dtype=torch.float32))
-    EarlyExitModel(root.model)
-    parallelize(root, root.model, mesh)
-    return sum(parameter.to_local().nbytes for parameter in root.model.parameters()), memory.peak() - before
-
-
-@pytest.mark.distributed
-@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells what a process took at most")
-def test_7b_under_tensor_parallelism_takes_no_memory_to_spread_over_64_ranks():
-    settings = yaml.safe_load((CONFIGS / "model" / "llama2_7b.yaml").read_text())["model"]["config"]["init_args"]
-    config = AutoConfig.for_model("llama", **settings)
-    ((weights, taken),) = run_ranks(bytes_of_a_shard, config, (1, 8, 8), world_size=1)
-    total = sum(parameter.nbytes for parameter in build_without_memory(config, dtype=torch.float32).parameters())
-    assert total > 26e9  # float32
-    assert taken < 0.01 * total
-    outside = 2 * 4 * 32000 * 4096  # embeddings, head and norms are whole on the tensor-parallel ranks
-    assert weights == pytest.approx((total - outside) / 64 + outside / 8, rel=0.01)

@@ -1,4 +1,4 @@
-"""Resident memory on Linux: what a process holds now, and its peak since then."""
+"""Memory of a process on Linux: what it holds, and the most that a piece of work adds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
 
-from app.model.mapped_memory import give_back_freed
+from app.model.freed_memory import give_back_freed
 
 Work = Callable[[], Any]
 
@@ -21,16 +22,28 @@ def process_status(field: str, process: Path = Path("/proc/self")) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def begin() -> int:
-    """Bytes held now; the peak begins anew. What was freed is given back first: reused, it would hide what is added."""
-    give_back_freed()
-    Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * process_status("VmRSS")
+class Peak:
+    """The most bytes of anonymous memory that a block adds.
 
+    Clean pages of mapped files do not count, since the system reclaims them wherever memory is short. The kernel keeps
+    no peak of the others, so they are sampled.
+    """
 
-def peak() -> int:
-    """Most bytes held since `begin`."""
-    return 1024 * process_status("VmHWM")
+    def __enter__(self) -> Peak:
+        give_back_freed()  # freed memory that is used again would hide what is added
+        self._before = self._most = process_status("RssAnon")
+        self._over, self._sampling = Event(), Thread(target=self._sample)
+        self._sampling.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._over.wait(0.0005):
+            self._most = max(self._most, process_status("RssAnon"))
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        self._sampling.join()
+        self.grown = 1024 * (max(self._most, process_status("RssAnon")) - self._before)
 
 
 def peak_memory(prepare: Callable[..., Work], *args: Any, num_threads: int) -> int:
@@ -48,6 +61,7 @@ def peak_memory(prepare: Callable[..., Work], *args: Any, num_threads: int) -> i
 def _measure(prepare: Callable[..., Work], args: tuple[Any, ...], num_threads: int) -> int:
     torch.set_num_threads(num_threads)
     work = prepare(*args)
-    before = begin()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is resident now
+    before = process_status("VmRSS")
     work()
-    return peak() - before
+    return 1024 * (process_status("VmHWM") - before)

@@ -27,7 +27,7 @@ from app.errors import CheckpointError, ConfigError
 from app.model.export import ExportSettings, architecture, write_pretrained
 from app.model.output_directory import check_output_dir
 from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, open_trained_weights
-from tests.support import memory
+from tests.support.memory import Peak
 
 SHAPE = {
     "vocab_size": 61,
@@ -322,9 +322,9 @@ def added_megabytes(checkpoint: Path, directory: Path, **settings) -> int:
     """Peak memory of a process that exports, above what it had before."""
 
     def measure() -> int:
-        before = memory.begin()
-        export(checkpoint, directory, **settings)
-        return (memory.peak() - before) // MEGABYTE
+        with Peak() as peak:
+            export(checkpoint, directory, **settings)
+        return peak.grown // MEGABYTE
 
     return in_a_child(measure)
 

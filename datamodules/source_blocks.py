@@ -93,34 +93,39 @@ class Block(NamedTuple):
     following: Place
 
 
-class SourceBlocks:
-    """Reads the blocks of one source in one lane.
+@dataclass(frozen=True, kw_only=True)
+class SourceLane:
+    """One source in one lane.
 
-    Args:
+    Attributes:
         source: Named source.
         reader: Of its records.
         index: Place of the source among all.
         lane: 0..V-1.
         settings: Of the stream.
         logged: Bad records of the source that were logged before; all lanes of a process share them.
+    """
+
+    source: Source
+    reader: Reader
+    index: int
+    lane: int
+    settings: StreamSettings
+    logged: set[BadRecord] | None = None
+
+
+class SourceBlocks:
+    """Reads the blocks of one source in one lane.
 
     Attributes:
         records: Counts of what was read so far.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        reader: Reader,
-        *,
-        index: int,
-        lane: int,
-        settings: StreamSettings,
-        logged: set[BadRecord] | None = None,
-    ) -> None:
-        self._source, self._reader, self._index, self._lane, self._settings = source, reader, index, lane, settings
+    def __init__(self, of: SourceLane) -> None:
+        self._source, self._reader, self._settings = of.source, of.reader, of.settings
+        self._index, self._lane = of.index, of.lane
         self._order = lru_cache(maxsize=1)(self._draw_order)
-        self.records = BadRecords(source.name, max_share=settings.max_bad_share, logged=logged)
+        self.records = BadRecords(of.source.name, max_share=of.settings.max_bad_share, logged=of.logged)
 
     def read(self, start: Place) -> Iterator[Block]:
         """The block that `start` lies in, and all that follow, without end.

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from datamodules.packing import PACKINGS, Row, Tokens
-from datamodules.readers.records import BadRecord, Reader
-from datamodules.source_blocks import Place, SourceBlocks, StreamSettings
-from datamodules.sources import Source
+from datamodules.source_blocks import Place, SourceBlocks, SourceLane
 from datamodules.tokenizers import Encoder
 
 _ROW_KEY = 2  # kind of randomness, beside source_blocks'
@@ -22,30 +20,14 @@ class SourceStream:
     """The rows of one source in one lane, from a place on.
 
     Args:
-        source: Named source.
-        reader: Of its records.
-        index: Place of the source among all.
-        lane: 0..V-1.
-        encode: Texts to token ids.
-        settings: Of the stream.
+        of: The source and the lane.
         place: Where to begin.
-        logged: Bad records of the source that were logged before; all lanes of a process share them.
+        encode: Texts to token ids.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        reader: Reader,
-        *,
-        index: int,
-        lane: int,
-        encode: Encoder,
-        settings: StreamSettings,
-        place: Place,
-        logged: set[BadRecord] | None = None,
-    ) -> None:
-        self._encode, self._settings, self._key = encode, settings, (index, _ROW_KEY, lane)
-        self._blocks = SourceBlocks(source, reader, index=index, lane=lane, settings=settings, logged=logged)
+    def __init__(self, of: SourceLane, place: Place, *, encode: Encoder) -> None:
+        self._encode, self._settings, self._key = encode, of.settings, (of.index, _ROW_KEY, of.lane)
+        self._blocks = SourceBlocks(of)
         self._start = self._next_start = place  # of the window, and of the row after the latest that was packed
         self._window: list[Row] = []
         self._drawn = place.drawn
@@ -54,8 +36,8 @@ class SourceStream:
         self._extents: dict[int, tuple[int, int]] = {}  # of each block that is in use: its chunks and its documents
         self._last = place  # document given to the packing
         self._finished = 0  # documents that the packing has finished
-        pack = PACKINGS[settings.packing]
-        self._rows = pack(self._documents(place), seq_len=settings.seq_len, within=place.within)
+        pack = PACKINGS[of.settings.packing]
+        self._rows = pack(self._documents(place), seq_len=of.settings.seq_len, within=place.within)
 
     @property
     def epochs(self) -> float:

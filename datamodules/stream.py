@@ -16,7 +16,7 @@ import numpy as np
 
 from datamodules.packing import Row
 from datamodules.readers.records import BadRecord, Reader
-from datamodules.source_blocks import Place, StreamSettings
+from datamodules.source_blocks import Place, SourceLane, StreamSettings
 from datamodules.source_stream import SourceStream
 from datamodules.sources import Source
 from datamodules.tokenizers import Encoder
@@ -84,20 +84,18 @@ class Lane:
         state: LaneState,
         logged: Sequence[set[BadRecord]] | None = None,
     ) -> None:
-        logged = logged or [set() for _ in sources]
-        self._streams = [
-            SourceStream(
-                source,
-                reader,
+        parts = [
+            SourceLane(
+                source=source,
+                reader=reader,
                 index=index,
                 lane=lane,
-                encode=encode,
                 settings=settings,
-                place=state.places[index],
-                logged=logged[index],
+                logged=logged[index] if logged else None,
             )
             for index, (source, reader) in enumerate(sources)
         ]
+        self._streams = [SourceStream(*each, encode=encode) for each in zip(parts, state.places, strict=True)]
         self._weights = [source.relative_weight for source, _ in sources]
         self._tokens, self._rows = list(state.tokens), list(state.rows)
         # Up to a row in advance, or all lanes would take their first row, and many later ones, from the same source.

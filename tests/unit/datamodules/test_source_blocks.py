@@ -9,14 +9,15 @@ import pytest
 
 from app.errors import DataError
 from datamodules.readers.records import EMPTY, BadRecord, LostRecords
-from datamodules.source_blocks import Block, Place, SourceBlocks
+from datamodules.source_blocks import Block, Place, SourceBlocks, SourceLane
 from datamodules.sources import Source
 from tests.unit.datamodules.list_reader import ListReader, chunks, make_settings
 
 
 def make_blocks(reader: ListReader, *, index: int = 0, lane: int = 0, **changes: Any) -> SourceBlocks:
     source = Source(kind="files", path=".", name="letters")
-    return SourceBlocks(source, reader, index=index, lane=lane, settings=make_settings(**changes))  # type: ignore[arg-type]
+    settings = make_settings(**changes)
+    return SourceBlocks(SourceLane(source=source, reader=reader, index=index, lane=lane, settings=settings))
 
 
 def take(reader: ListReader, count: int, *, start: Place = Place(), **changes: Any) -> list[Block]:  # noqa: B008

@@ -60,7 +60,7 @@ bench-memory: $(INSTALLED)
 	$(BIN)/python -m tests.bench.data_memory --output build/data_memory.json
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # Checks and tests with the newest releases that pyproject.toml allows, in an environment of their own.
 test-latest:

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from transformers import LlamaConfig
 
 from app.cli.strategies import mesh_of
-from app.cli.train import LayerSkipCLI, make_cli
+from app.cli.train import make_cli
 from app.model.checkpoint import build_model
 from app.model.early_exit import EarlyExitModel
 from callbacks import (
@@ -22,7 +22,7 @@ from callbacks import (
     ParseValidation,
     SelfSpeculativeValidation,
 )
-from tests.support.runs import cli, write_corpus
+from tests.support.runs import Built, cli, write_corpus
 from tests.support.topv2_folders import write_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -67,16 +67,6 @@ SAME_EVERYWHERE = (
     "early_exit.exit_weights", "early_exit.always_on_last",
 )  # fmt: skip
 VARIANTS = {"layer_dropout": (True, False), "early_exit": (False, True), "baseline": (False, False)}  # drops, exits
-
-
-class Built(LayerSkipCLI):
-    """The verb up to where it would run."""
-
-    def _check_checkpoints(self):
-        pass
-
-    def _run_subcommand(self, subcommand):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -284,12 +274,11 @@ def test_a_variant_of_the_small_topv2_run_is_one_file_alone_or_stacked_on_it(bui
 
 def test_the_evaluation_of_a_topv2_run_is_stacked_on_its_config(build):
     files = [experiment("topv2_small_baseline"), CONFIGS / "variant/topv2_evaluation.yaml"]
-    parsed = build("topv2_1_5b").parser.parse_args(
-        ["test", *[word for file in files for word in ("--config", str(file))]]
-    )
-    (scoring,) = parsed.test.trainer.callbacks
+    arguments = [word for file in files for word in ("--config", str(file))]
+    parsed = build("topv2_1_5b").parser.parse_args(["fit", *arguments]).fit
+    (scoring,) = parsed.trainer.callbacks
     assert (scoring.class_path, scoring.init_args.num_examples) == ("callbacks.ParseValidation", 500)
-    assert parsed.test.trainer.logger.init_args.name == "topv2-baseline"
+    assert parsed.trainer.logger.init_args.name == "topv2-baseline"
 
 
 @pytest.mark.parametrize("name", BILLION_PARAMETERS)

@@ -9,12 +9,14 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from app.cli.train import make_cli
 from app.model.checkpoint import build_model
 from datamodules.tokenizers import train_byte_level_bpe
-from tests.support.runs import cli, write_corpus
+from tests.support.runs import Built, cli, write_corpus
 from tests.support.tiny_models import tiny_config
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = [
     line
@@ -106,14 +108,25 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
     assert ran >= 5
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.name)
-def test_every_config_file_parses(path, monkeypatch, capsys):
-    stacked = ["--config", str(ROOT / "configs/quickstart.yaml"), "--config", str(path)]
-    assert cli(monkeypatch, "fit", *stacked, "--print_config") == 0
-    shown = yaml.safe_load(capsys.readouterr().out)
+@pytest.fixture(scope="module")
+def parser(tmp_path_factory):
+    """Of `layerskip fit`, made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("parser"))
+        patch.setattr("sys.argv", ["layerskip", "fit", "--config", str(CONFIGS / "quickstart.yaml")])
+        return make_cli(Built).parser
+
+
+# test_experiments.py reads those of configs/experiment, and what is stacked on them alone.
+OF_EXPERIMENTS = {*CONFIGS.glob("experiment/*"), CONFIGS / "trainer/smoke_topv2.yaml"}
+
+
+@pytest.mark.parametrize("path", sorted({*CONFIGS.glob("**/*.yaml")} - OF_EXPERIMENTS), ids=lambda path: path.name)
+def test_every_config_file_parses(path, parser):
+    settings = parser.parse_args(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(path)]).fit
     for group in ("layer_dropout", "early_exit"):
         written = (yaml.safe_load(path.read_text()) or {}).get(group, {})
-        assert written.items() <= shown[group].items()
+        assert written.items() <= settings[group].as_dict().items()
 
 
 @pytest.mark.parametrize(

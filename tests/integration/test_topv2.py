@@ -77,9 +77,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("variant", "run", "has_dropout", "has_exits"),
     [
         (None, "topv2-layerskip", True, True),
-        ("baseline", "topv2-baseline", False, False),
         ("layer_dropout", "topv2-layer-dropout", True, False),
-        ("early_exit", "topv2-early-exit", False, True),
     ],
 )
 def test_the_experiment_and_its_variants_train(
@@ -114,10 +112,9 @@ def fit(experiment: Path, name: str, *options: str) -> int:
 
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-@pytest.mark.parametrize("batch_size", [2, 1])  # in some steps one row on a rank, or none
-def test_a_run_goes_on_on_two_sharded_ranks_with_unequal_rows(experiment: Path, batch_size: int) -> None:
+def test_a_run_goes_on_on_two_sharded_ranks_with_unequal_rows(experiment: Path) -> None:
     write_folder(Path("topv2"), train=4)  # 5 rows: epochs of 2 or 3 steps, one of which has an odd number
-    rows = f"--data.init_args.batch_size={batch_size}"
+    rows = "--data.init_args.batch_size=1"  # in some steps a rank has none
     assert fit(experiment, "whole", rows, "--trainer.accumulate_grad_batches=2") == 0
     sharded = ("--config", str(CONFIGS.parent / "trainer" / "fsdp2.yaml"), "--trainer.devices=2")
     half = "runs/whole/checkpoints/before_last.ckpt"

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from app.cli.main import main
+from app.cli.train import LayerSkipCLI
 from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
@@ -112,6 +113,16 @@ def make_trainer(root: Path, *, max_steps: int, callbacks: list[Callback], **set
         "plugins": [AtomicCheckpointIO()],
     }
     return Trainer(default_root_dir=root, max_steps=max_steps, callbacks=callbacks, **(defaults | settings))
+
+
+class Built(LayerSkipCLI):
+    """The verb up to where it would run."""
+
+    def _check_checkpoints(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from contextlib import redirect_stdout, suppress
@@ -34,6 +37,7 @@ VERBS = {
     "plot": ("app.cli.plot", "Draw exact match over exits, from the results of several runs."),
 }
 
+_COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
 _WITH_OPTIONS_OF_FIT = ("fit", "validate", "test", "predict", "data", "plan")
 
 
@@ -140,13 +144,22 @@ def _thread_ended(ended: threading.ExceptHookArgs) -> None:
 
 
 def _keep_compiled_code_private() -> None:
-    """torch.compile runs what is in its cache, by default a folder of guessable name where all users may write."""
+    """torch.compile runs what is in its cache, by default a folder of guessable name where all users may write.
+
+    Without a home that can be written to, the cache is a folder that goes with the process.
+    """
+    if _COMPILED_CODE in os.environ:
+        return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchinductor")
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no home, or none to write to
-        return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        try:
+            cache = Path(tempfile.mkdtemp(prefix="torchinductor-"))
+        except OSError:  # there is no folder for temporary files either, so torch cannot have one of that name
+            return
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ[_COMPILED_CODE] = str(cache)
 
 
 def _log_to_stderr() -> None:

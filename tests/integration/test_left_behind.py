@@ -1,16 +1,35 @@
 """A run writes into its own folder and its cache, and nowhere else."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
+from app.cli import main
 from tests.support.stream_runs import write_config, write_sources
 
 # Of torch.compile, and of matplotlib, which torchmetrics imports.
 CACHES = (".cache", ".cache/torchinductor", ".cache/matplotlib", ".config", ".config/matplotlib")
+
+
+def test_compiled_code_is_private_without_a_home_too_and_goes_with_the_process(tmp_path, monkeypatch):
+    (tmp_path / "home").touch()  # nothing can be made in there
+    for name, value in (("HOME", tmp_path / "home"), ("XDG_CACHE_HOME", ""), ("TORCHINDUCTOR_CACHE_DIR", "")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda *call, **settings: at_exit.append(partial(*call, **settings)))
+    main._keep_compiled_code_private()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o077 == 0
+    at_exit[0]()
+    assert not folder.exists()
 
 
 def test_nothing_is_left_at_home_in_the_temporary_folder_or_where_the_command_was_given(tmp_path):

@@ -33,8 +33,6 @@ def compile_blocks(model: PreTrainedModel, *, backend: str | Callable[..., Any] 
         assert isinstance(block, DroppableBlock)
         if any(isinstance(module, SplitInside) for module in block.modules()):
             raise ConfigError("compile_blocks", got=True, allowed="false with tensor_parallel_size > 1")
-        for module in block.modules():
-            module.__dict__.pop("forward", None)  # float32 products by hand, which a compiler does its own way
         plain = super(DroppableBlock, block).forward
         block.compiled = _for_any_batch(torch.compile(plain, fullgraph=True, backend=backend))
 

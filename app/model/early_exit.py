@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from app.errors import ConfigError
-from app.model.cpu_attention import fast_attention
+from app.model.class_swap import swap_class
+from app.model.cpu.attention import fast_attention
 from app.model.head_check import check_plain_head
 from app.model.head_loss import WeightedCrossEntropy, cross_entropies
 
@@ -157,7 +158,7 @@ class EarlyExitModel:
             raise ConfigError("model", got=got, allowed="a plain linear LM head")
         self._decoder, self._head, self._plan = decoder, head, ForwardPlan()
         for block_idx, block in enumerate(decoder.layers):
-            block.__class__ = _swapped(DroppableBlock, type(block))
+            swap_class(block, DroppableBlock)
             block.plan, block.block_idx = self._plan, block_idx
         head.__class__ = LossHead
 
@@ -223,12 +224,3 @@ class EarlyExitModel:
 
 def _pick(hidden_BTD: Tensor, positions_N: Tensor | None) -> Tensor:
     return hidden_BTD if positions_N is None else hidden_BTD.flatten(0, 1).index_select(0, positions_N)
-
-
-_SWAPPED: dict[type, type] = {}
-
-
-def _swapped(mixin: type, base: type) -> type:
-    if base not in _SWAPPED:
-        _SWAPPED[base] = type(f"Droppable{base.__name__}", (mixin, base), {"__module__": base.__module__})
-    return _SWAPPED[base]

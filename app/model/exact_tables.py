@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from app.model.class_swap import swap_class
+
 Conversion = Callable[[Tensor], Tensor]  # what nn.Module._apply takes
 
 
@@ -34,5 +36,4 @@ def keep_tables_exact(model: nn.Module) -> None:
     for module in model.modules():
         tables, weights = (list(own(recurse=False)) for own in (module.buffers, module.parameters))
         if tables and not weights and not isinstance(module, ExactTables):
-            base = type(module)
-            module.__class__ = type(base.__name__, (ExactTables, base), {"__module__": base.__module__})
+            swap_class(module, ExactTables)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from app.model.cpu.products import Product
 from app.model.kv_cache import KeyValueCache
-from app.model.products import Product
 
 # Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))), with optional biases and
 # norms of queries and keys, and optionally no rotation in some layers.
@@ -68,11 +68,6 @@ class FunctionalBlock:
         self._gate_up = Projections(mlp.gate_proj, mlp.up_proj)
         self._down = Product(mlp.down_proj.weight, mlp.down_proj.bias)
         self._activation: Callable[[Tensor], Tensor] = F.silu if config.hidden_act == "silu" else mlp.act_fn
-
-    @property
-    def products(self) -> list[Product]:
-        """Every product with a weight, in the order of use."""
-        return [*self._qkv.products, self._output, *self._gate_up.products, self._down]
 
     def __call__(self, hidden_BTD: Tensor, *, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
         """Run the block on T new positions and append their keys and values.

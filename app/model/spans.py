@@ -16,9 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from app.errors import ConfigError, check_choice
 from app.model.attention_masks import attention_mask, causal_mask, needs_no_mask
+from app.model.cpu.products import Product
 from app.model.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, Sight, is_functional
 from app.model.kv_cache import KeyValueCache
-from app.model.products import Product, choose_ways
 from app.protocols import DecoderCache
 
 SlidingBlocks = Literal["none", "all", "by_layer_type"]
@@ -84,8 +84,6 @@ class SpanDecoder:
         self._blocks: list[FunctionalBlock] = []
         if functional and is_functional(model):
             self._blocks = [FunctionalBlock(layer, config, layer_idx=i) for i, layer in enumerate(self._layers)]
-            choose_ways([block.products for block in self._blocks])
-            choose_ways([[self._head]])
         self._query_groups = config.num_attention_heads // config.num_key_value_heads
         self._windows = _sliding_windows(config)
         self._tables: _RotaryTables | None = None

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from transformers import PreTrainedModel
 
 from app.errors import ConfigError
+from app.model.class_swap import swap_class
 
 _FIELD = "tensor_parallel_size"
 _BY_OUTPUTS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
@@ -169,11 +170,5 @@ def _place(
 
 
 def _swap(module: nn.Module, mixin: type[nn.Module], ranks: Ranks) -> None:
-    base = type(module)
-    if (mixin, base) not in _SWAPPED:
-        _SWAPPED[mixin, base] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": base.__module__})
-    module.__class__ = _SWAPPED[mixin, base]
+    swap_class(module, mixin)
     module.ranks = ranks  # type: ignore[assignment]
-
-
-_SWAPPED: dict[tuple[type, type], type] = {}

@@ -12,7 +12,7 @@ from transformers import MistralConfig, MixtralConfig, Qwen3Config
 
 from app.errors import ConfigError
 from app.evaluation.training_plan_step import FLOP_FORMULAS, Micro, build_fake, measure_micro_batch
-from app.model import cpu_attention
+from app.model.cpu import attention
 from app.training.module import LayerSkipModule
 from tests.support.tiny_models import tiny_config
 
@@ -23,7 +23,7 @@ PRECISIONS = [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfl
 @pytest.fixture(autouse=True)
 def as_on_other_devices(monkeypatch):
     """Plans are of torch's own attention, which keeps no scores."""
-    monkeypatch.setattr(cpu_attention, "_MAX_LENGTH", 0)
+    monkeypatch.setattr(attention, "_MAX_LENGTH", 0)
 
 
 def config_of(kind="llama", **settings):

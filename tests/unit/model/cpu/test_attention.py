@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from app.model import cpu_attention
-from app.model.cpu_attention import attend
+from app.model.cpu import attention
+from app.model.cpu.attention import attend
 from app.model.early_exit import EarlyExitModel
 from tests.support.tiny_models import tiny_llama
 
@@ -50,7 +50,7 @@ def test_attention_by_products_equals_torchs_with_its_gradients(case, key_heads)
 def calls(monkeypatch, *, autocast=True, train=True, length=T):
     """How often a training forward attends by products, and its hidden states."""
     seen = []
-    monkeypatch.setattr(cpu_attention, "attend", lambda *args, **kwargs: seen.append(1) or attend(*args, **kwargs))
+    monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: seen.append(1) or attend(*args, **kwargs))
     model = tiny_llama(num_layers=3).train(train)
     early = EarlyExitModel(model)
     ids = torch.arange(2 * length).view(2, length) % 61
@@ -63,13 +63,13 @@ def test_blocks_train_with_it_in_bfloat16_alone(monkeypatch):
     assert calls(monkeypatch)[0] == 3
     assert calls(monkeypatch, autocast=False)[0] == 0
     assert calls(monkeypatch, train=False)[0] == 0
-    monkeypatch.setattr(cpu_attention, "_MAX_LENGTH", T - 1)
+    monkeypatch.setattr(attention, "_MAX_LENGTH", T - 1)
     assert calls(monkeypatch)[0] == 0
 
 
 def test_a_block_computes_what_it_does_with_torchs_attention_but_for_rounding(monkeypatch):
     _, ours = calls(monkeypatch)
-    monkeypatch.setattr(cpu_attention, "_MAX_LENGTH", 0)
+    monkeypatch.setattr(attention, "_MAX_LENGTH", 0)
     _, theirs = calls(monkeypatch)
     assert 0 < (ours - theirs).norm() < 0.02 * theirs.norm()
 

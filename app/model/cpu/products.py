@@ -1,0 +1,48 @@
+"""Products of a few positions with a large float32 weight on a processor.
+
+Decoding multiplies one to a few positions with every weight, and is bound by how fast a weight is read. For these
+shapes (W x^T)^T reads the same memory as x W^T in less time where a weight has more outputs than inputs. Decoding
+SmolLM2-135M by it in one thread, against `F.linear` alone, medians of nine alternating pairs on a busy AMD EPYC:
+1.21x with AVX-512 and 1.17x with AVX2 for one position, 1.83x and 1.60x for two, 1.33x and 1.33x for four.
+
+Shape legend: `T` positions (of all sequences), `I` input width, `O` output width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MOST_POSITIONS = 4  # beyond, the two take about the same time; 0 switches the other way off
+_LEAST_ELEMENTS = 2**19  # of a weight; smaller ones stay in the cache
+
+
+class Product:
+    """x -> x W^T + b for one weight; which way is taken depends on shapes, type and device alone.
+
+    Args:
+        weight: W [O, I].
+        bias: b [O], or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        outputs, inputs = weight.shape
+        self._large = weight.numel() >= _LEAST_ELEMENTS and outputs > inputs
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[B, T, I] -> [B, T, O]."""
+        plain = inputs.device.type == "cpu" and inputs.dtype == torch.float32
+        if self._large and plain and inputs.shape[0] * inputs.shape[1] <= _MOST_POSITIONS:
+            return swapped_product(inputs, self.weight, self.bias)
+        return F.linear(inputs, self.weight, self.bias)
+
+
+def swapped_product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(W x^T)^T + b; one position is doubled, since matrix-vector kernels are the slow ones."""
+    flat_TI = inputs.reshape(-1, inputs.shape[-1])
+    outputs_TO = torch.mm(weight, (flat_TI if len(flat_TI) > 1 else flat_TI.repeat(2, 1)).t()).t()[: len(flat_TI)]
+    if bias is not None:
+        outputs_TO = outputs_TO + bias
+    return outputs_TO.reshape(*inputs.shape[:-1], -1)

@@ -4,6 +4,9 @@ Queries, keys, values, gate and up are split by outputs, o_proj and down_proj by
 two sums over the ranks a block. Everything else is on every rank, and every rank sees whole rows and whole sequences.
 Parameters are DTensors, so that optimizers, gradient norms and checkpoints see one model; what runs are their local
 parts, in plain tensors. As FSDP2 does it, classes are swapped and names stay.
+
+transformers' own `tp_plan` is not used: in release 5.24 it makes seven sums over the ranks in a step through a llama's
+block where these are four, and after two backwards its gradients of qwen3's `q_norm` are 85 % off.
 """
 
 from __future__ import annotations

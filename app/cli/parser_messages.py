@@ -101,7 +101,7 @@ def _nearest(name: str, names: Collection[str], *, cutoff: float) -> str:
 
 def _no_class(got: str, text: str) -> str:
     if got.startswith("Namespace("):
-        return f"got {shorten(got, 200)}, allowed its settings with its class_path, which comes first"
+        return "got settings alone, allowed the class before them, as in --model.optimizer torch.optim.AdamW"
     union = _UNION.search(text)
     bases = [module or result for module, result in _BASE.findall(union[1] if union else text)]
     names = {cls.__name__ for base in bases for cls in _subclasses(base) if not cls.__name__.startswith("_")}

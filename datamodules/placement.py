@@ -119,6 +119,7 @@ def check_end(trainer: Trainer) -> None:
         return
     if trainer.max_steps < 1 and not any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigError("trainer.max_steps", got=trainer.max_steps, allowed=">= 1: the stream of batches has no end")
-    if isinstance(trainer.val_check_interval, float) and trainer.limit_val_batches:  # a share of an epoch
+    interval = getattr(trainer, "val_check_interval", None)  # there is none where validation goes by the clock
+    if isinstance(interval, float) and trainer.limit_val_batches:  # a share of an epoch
         allowed = "a number of batches: the stream of batches has no epochs"
-        raise ConfigError("trainer.val_check_interval", got=trainer.val_check_interval, allowed=allowed)
+        raise ConfigError("trainer.val_check_interval", got=interval, allowed=allowed)

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
 from app.cli.messages import user_message
+from app.errors import ConfigError
+from datamodules.placement import check_end
 from tests.support.runs import cli
 
 DATA = ("--data", "TextCodeDataModule", "--data.sources", '{"code": {"kind": "stdlib_code"}}')
@@ -79,3 +81,9 @@ def test_a_default_that_is_an_enum_is_written_by_its_value(monkeypatch, capsys) 
     assert cli(monkeypatch, "fit", *DATA, *timer, "--print_config") == 0
     (callback,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
     assert callback["init_args"]["interval"] == "step"
+
+
+def test_a_stream_may_be_validated_by_the_clock() -> None:
+    check_end(Trainer(max_steps=1, val_check_interval="00:00:00:01", logger=False))
+    with pytest.raises(ConfigError, match=r"got 0\.5, allowed a number of batches"):
+        check_end(Trainer(max_steps=1, val_check_interval=0.5, logger=False))

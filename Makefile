@@ -41,7 +41,7 @@ smollm2: $(INSTALLED)
 adapt: smollm2
 	rm -rf runs/smollm2-budget
 	$(BIN)/layerskip fit --config configs/experiment/smollm2_budget.yaml --trainer.precision \
-	  "$$($(BIN)/python -c 'from app.model.cpu_precision import training_precision as here; print(here())')"
+	  "$$($(BIN)/python -c 'from app.model.cpu.precision import training_precision as here; print(here())')"
 
 runs/quickstart/checkpoints/last.ckpt:
 	$(MAKE) quickstart

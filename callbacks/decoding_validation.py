@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from app.checkpoints.entries import SavedEntries
 from app.errors import ConfigError, check_range
 from app.model.parallel import unsharded
-from app.model.text_tokens import listed_ends
 from app.protocols import DecodingHost, EndOwner, ExitableDecoder, TokenizerOwner
-from app.saved_entries import SavedEntries
+from app.text.text_tokens import listed_ends
 
 Part = TypeVar("Part")
 

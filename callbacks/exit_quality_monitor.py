@@ -10,11 +10,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from app import metric_names
+from app.checkpoints.entries import SavedEntries
 from app.errors import ConfigError
-from app.evaluation.exit_quality import ExitQuality, ExitScore
-from app.evaluation.report import exit_figure, exit_table
+from app.exits.quality import ExitQuality, ExitScore
+from app.exits.report import exit_figure, exit_table
 from app.protocols import ExitMonitorHost, Table
-from app.saved_entries import SavedEntries
 
 
 class ExitQualityMonitor(Callback):

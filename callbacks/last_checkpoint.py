@@ -6,8 +6,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from app.checkpoints.integrity import KEEP_PREVIOUS
 from app.errors import ConfigError
-from app.model.checkpoint_integrity import KEEP_PREVIOUS
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -21,7 +21,7 @@ class LastCheckpoint(ModelCheckpoint):
         dirpath: Folder; `checkpoints` beside the logs by default.
         keep_previous: Keep the one before it, too, as `before_last.ckpt`: twice the disk, and something to fall back
             on where the last one is damaged (`--fall_back_to_previous true`). In a script it needs
-            `Trainer(plugins=[AtomicCheckpointIO()])` (app.training.checkpoint_io), which the command line gives.
+            `Trainer(plugins=[AtomicCheckpointIO()])` (app.checkpoints.checkpoint_io), which the command line gives.
 
     Raises:
         ConfigError: Lightning's own CheckpointIO is to keep the previous one.
@@ -43,7 +43,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Refuse to keep what the writer of checkpoints would not."""
         super().setup(trainer, pl_module, stage)
         if self._keep_previous and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            fix = "Trainer(plugins=[app.training.checkpoint_io.AtomicCheckpointIO()]) keeps it"
+            fix = "Trainer(plugins=[app.checkpoints.checkpoint_io.AtomicCheckpointIO()]) keeps it"
             raise ConfigError("keep_previous", got=True, allowed="false with Lightning's own CheckpointIO", fix=fix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

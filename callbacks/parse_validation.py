@@ -9,13 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from app.benchmark.decoding_comparison import DecodingComparison, pooled, table_as_markdown
 from app.errors import ConfigError, DataError, check_choice, check_range
-from app.evaluation.decoding_comparison import DecodingComparison, pooled, table_as_markdown
-from app.evaluation.tasks.parse_evaluation import ParsePlan, Way, collect_results, evaluate_parses
-from app.evaluation.tasks.parse_metrics import ParseExactMatch
-from app.evaluation.tasks.parse_report import ParseReport, report_metrics, report_table, write_report
-from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
 from app.protocols import DecodingHost, ExampleOwner, Table
+from app.topv2.evaluation import ParsePlan, Way, collect_results, evaluate_parses
+from app.topv2.metrics import ParseExactMatch
+from app.topv2.report import ParseReport, report_metrics, report_table, write_report
+from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
 from callbacks.decoding_validation import (
     DecodingValidation,
     check_decoding_host,

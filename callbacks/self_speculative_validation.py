@@ -8,8 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from app import metric_names
-from app.errors import ConfigError, check_range
-from app.evaluation.decoding_comparison import (
+from app.benchmark.decoding_comparison import (
     DecodingComparison,
     best_by_speedup,
     compare_decoding,
@@ -17,6 +16,7 @@ from app.evaluation.decoding_comparison import (
     pooled,
     table_as_markdown,
 )
+from app.errors import ConfigError, check_range
 from app.protocols import PromptOwner, Table
 from callbacks.decoding_validation import (
     DecodingValidation,

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from app import metric_names
 from app.data_ranks import data_ranks
 from app.errors import ConfigError, check_range
-from app.evaluation.training_plan_step import Micro, MicroBatchCosts, build_fake, measure_micro_batch
+from app.planning.step import Micro, MicroBatchCosts, build_fake, measure_micro_batch
 from app.protocols import ArchitectureOwner, EarlyExitHost, LayerDropoutHost
 
 

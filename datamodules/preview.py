@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from app.decoding.text_stream import text_of
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import IGNORE_INDEX
 from app.protocols import CorpusOwner, StreamOwner
+from app.text.text_stream import text_of
 
 
 @dataclass

@@ -11,20 +11,20 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from app.errors import ConfigError, check_choice, check_range
-from app.model.text_tokens import around
 from app.protocols import SourceStatistics
-from datamodules.lanes import check_lanes, delivered
-from datamodules.packing import PACKINGS, LongDocuments, Packing
+from app.text.text_tokens import around
 from datamodules.placement import Placement, check_end, check_trainer
 from datamodules.readers import open_reader
 from datamodules.readers.records import Reader
+from datamodules.readers.sources import Source, token_shares, warn_of_mixed_weights
 from datamodules.row_order import check_order, goes_on, order_state
 from datamodules.row_settings import RowSettings
-from datamodules.source_blocks import StreamSettings
-from datamodules.sources import Source, token_shares, warn_of_mixed_weights
-from datamodules.stream_loader import STATE_KEY, LaneBatches, StreamLoader, stack
-from datamodules.stream_position import PositionKeeper, check_position
-from datamodules.surveyed_corpus import SurveyedCorpus
+from datamodules.streaming.lanes import check_lanes, delivered
+from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, stack
+from datamodules.streaming.packing import PACKINGS, LongDocuments, Packing
+from datamodules.streaming.position import PositionKeeper, check_position
+from datamodules.streaming.source_blocks import StreamSettings
+from datamodules.streaming.surveyed_corpus import SurveyedCorpus
 from datamodules.tokenizers import Encoder
 
 _DEFAULT_VOCAB_SIZE = 4096
@@ -34,7 +34,7 @@ class TextCodeDataModule(LightningDataModule):
     """Packed rows of text and code, streamed: memory does not grow with the corpus.
 
     A batch is a dict of int64 tensors: `input_ids`, `labels` (shifted; -100: no target), `position_ids` [B, S] and
-    `source` [B]. Feed `position_ids` with `attention_mask=None, use_cache=False` (see `datamodules.packing`).
+    `source` [B]. Feed `position_ids` with `attention_mask=None, use_cache=False` (see `datamodules.streaming.packing`).
 
     Training has no end: epochs of the sources follow one another, each in an order of its own, at each source's own
     pace. A checkpoint holds the place in the stream, and a resumed run gets exactly the batches it would have got; also

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from app.errors import ConfigError
-from app.model.checkpoint import open_tokenizer
-from app.model.text_tokens import around
+from app.model_files.open import open_tokenizer
+from app.text.text_tokens import around
 
 _log = logging.getLogger(__name__)
 

@@ -11,20 +11,20 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from app.decoding.text_stream import text_of
 from app.errors import ConfigError, check_choice, check_range
-from app.evaluation.tasks.semantic_parse import TARGET_FORMATS, TargetFormat
 from app.protocols import GenerationExample
+from app.text.text_stream import text_of
+from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
 from datamodules.data_workers import WorkerLoader, prepare_worker
-from datamodules.length_buckets import BucketSampler
 from datamodules.placement import Placement, check_trainer
 from datamodules.row_order import check_order, goes_on, order_state
 from datamodules.row_settings import RowSettings
-from datamodules.topv2_batches import ExampleRows
-from datamodules.topv2_files import Split, choose_domains
-from datamodules.topv2_prompts import generation_examples, short_prompts
-from datamodules.topv2_rows import held_out_rows, training_rows
-from datamodules.topv2_store import StoreSettings, TaskStore, open_store
+from datamodules.topv2_rows.batches import ExampleRows
+from datamodules.topv2_rows.files import Split, choose_domains
+from datamodules.topv2_rows.length_buckets import BucketSampler
+from datamodules.topv2_rows.prompts import generation_examples, short_prompts
+from datamodules.topv2_rows.rows import held_out_rows, training_rows
+from datamodules.topv2_rows.store import StoreSettings, TaskStore, open_store
 from datamodules.training_loader import TrainingLoader
 
 _DEFAULT_VOCAB_SIZE = 2048
@@ -37,7 +37,7 @@ class TOPv2DataModule(LightningDataModule):
 
     A batch is a dict of int64 tensors: `input_ids`, `labels` (shifted; -100: no target), `position_ids` [B, T] and
     `source` [B], the domain. Only the target and the end-of-text token after it have labels. Feed `position_ids` with
-    `attention_mask=None, use_cache=False` (see `datamodules.topv2_batches`). Every example comes once an epoch; those
+    `attention_mask=None, use_cache=False` (see `topv2_rows.batches`). Every example comes once an epoch; those
     longer than `seq_len` never, with a warning that counts them.
 
     Args:
@@ -47,7 +47,7 @@ class TOPv2DataModule(LightningDataModule):
         spis: Train and evaluate on the low-resource splits of this many samples per intent and slot, one of 10, 25,
             50, 100, 250, 500, 1000; only in the official folder, and for reminder and weather.
         prompt_template: The prompt, with {utterance} in it once; ends without a space, which the target brings.
-        target_format: parse: the annotation as it is; json: see `app.evaluation.tasks.semantic_parse`.
+        target_format: parse: the annotation as it is; json: see `app.topv2.semantic_parse`.
         special_tokens: One token for each label with its opening bracket, and one for the closing bracket; taken from
             the training rows and added to the tokenizer, whichever it is.
         seq_len: Longest row in tokens, the end-of-text token not counted; 2 or more.

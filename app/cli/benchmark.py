@@ -11,13 +11,10 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from app.cli.models import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
-from app.cli.parsing import call_verb
-from app.cli.tables import print_table
-from app.decoding.settings import DraftPolicyName
-from app.evaluation.benchmark import BenchmarkSettings, BenchmarkStrategy, Subject, run_benchmark
-from app.evaluation.benchmark_figure import benchmark_figure
-from app.evaluation.benchmark_report import (
+from app.benchmark.benchmark import BenchmarkSettings, BenchmarkStrategy, Subject, run_benchmark
+from app.benchmark.decoding_costs import costs_line
+from app.benchmark.figure import benchmark_figure
+from app.benchmark.report import (
     check_output,
     draft_table,
     environment,
@@ -25,9 +22,12 @@ from app.evaluation.benchmark_report import (
     speed_table,
     write_report,
 )
-from app.evaluation.benchmark_result import benchmark_results
-from app.evaluation.decoding_costs import costs_line
-from app.evaluation.prompts import read_prompts, tokenize_prompts
+from app.benchmark.result import benchmark_results
+from app.cli.parsing.verb_parser import call_verb
+from app.cli.tables import print_table
+from app.decoding.settings import DraftPolicyName
+from app.generation.model import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
+from app.generation.prompts import read_prompts, tokenize_prompts
 from app.words import counted
 
 _log = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.cli.parsing import call_verb
+from app.checkpoints.atomic import standing
+from app.checkpoints.checkpoint_io import AtomicCheckpointIO
+from app.checkpoints.contents import read_whole
+from app.checkpoints.integrity import check_bytes
+from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError
-from app.model.checkpoint_integrity import check_bytes
 from app.model.freed_memory import give_back_freed
-from app.training.checkpoint_contents import read_whole
-from app.training.checkpoint_io import AtomicCheckpointIO
-from app.training.checkpoint_places import standing
 
 _SMALL = 1 << 20  # bytes that are not worth a file
 

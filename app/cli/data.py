@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from app.cli.messages import locate
-from app.cli.option_parser import OptionParser
+from app.cli.parsing.option_parser import OptionParser
 from app.cli.tables import print_table
 from app.cli.tokenizer_choice import check_tokenizer
 from app.cli.train import LayerSkipCLI, make_cli
-from app.decoding.text_stream import prompt_text
 from app.errors import ConfigError, check_range
 from app.protocols import CorpusOwner, PromptOwner, Table, TokenizerOwner
+from app.text.text_stream import prompt_text
 from app.whole_file import write_whole
 from app.words import counted
 from datamodules.preview import Preview, check_resume, preview

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from app.model.cpu_precision import emulated
+from app.model.cpu.precision import emulated
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from app.cli.models import DTYPES, Dtype
-from app.cli.parsing import call_verb
+from app.checkpoints.integrity import check_bytes
+from app.checkpoints.run_record import RunRecord
+from app.checkpoints.weights import is_trained_weights, open_trained_weights
+from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError, check_choice
-from app.model.card_settings import CardSettings
-from app.model.carried_over import carried_defaults, holds
-from app.model.checkpoint import load_for_decoding
-from app.model.checkpoint_integrity import check_bytes
-from app.model.decoding_defaults import DecodingDefaults, read_decoding_defaults
-from app.model.export import ExportSettings, InMemory, Weights, architecture, exported_dtype, write_pretrained
-from app.model.model_card import model_card
-from app.model.output_directory import README, check_output_dir, unsigned
-from app.model.run_record import RunRecord
-from app.model.spans import SUPPORTED_MODEL_TYPES
-from app.model.tokenizer_files import check_fits
-from app.model.trained_generation import trained_generation_config
-from app.model.trained_weights import is_trained_weights, open_trained_weights
+from app.export.card_settings import CardSettings
+from app.export.carried_over import carried_defaults, holds
+from app.export.directory import ExportSettings, InMemory, Weights, architecture, exported_dtype, write_pretrained
+from app.export.model_card import model_card
+from app.export.output_directory import README, check_output_dir, unsigned
+from app.generation.model import DTYPES, Dtype
+from app.model_files.decoding_defaults import DecodingDefaults, read_decoding_defaults
+from app.model_files.open import load_for_decoding
+from app.model_files.trained_generation import trained_generation_config
+from app.spans.decoder import SUPPORTED_MODEL_TYPES
+from app.text.tokenizer_files import check_fits
 from app.words import counted
 
 _log = logging.getLogger(__name__)

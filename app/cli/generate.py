@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from app.cli.decoding_choice import choose_decoding
-from app.cli.models import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
-from app.cli.parsing import call_verb
-from app.cli.request import Request, encode
+from app.cli.parsing.verb_parser import call_verb
 from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, styled_console, styled_writer
 from app.decoding.engine import DecodingInterrupted
 from app.decoding.result import DecodingResult, Step
@@ -29,7 +26,10 @@ from app.decoding.settings import DecodingSettings, DraftPolicyName
 from app.decoding.stopping import StopStrings
 from app.decoding.strategies import STRATEGIES, Strategy
 from app.errors import ConfigError, check_range
-from app.evaluation.prompts import read_prompts
+from app.generation.defaults import choose_decoding
+from app.generation.model import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
+from app.generation.prompts import read_prompts
+from app.generation.request import Request, encode
 
 _log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import warnings
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
-from app.cli.completion import complete
-from app.cli.help_texts import keep_help, kept_help, options_in
-from app.cli.preflight import check_arguments
+from app.cli.parsing.completion import complete
+from app.cli.parsing.help_texts import keep_help, kept_help, options_in
+from app.cli.parsing.preflight import check_arguments
 from app.errors import UserError
 from app.startup_signals import note_startup_signals
 

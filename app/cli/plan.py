@@ -16,17 +16,17 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
 from app.cli.messages import locate
-from app.cli.plan_changes import Change, changes_that_fit, fits
 from app.cli.plan_options import PROG, PlanOptions, parse_options
-from app.cli.plan_report import advice, plan_tables
 from app.cli.strategies import mesh_of, mesh_settings, name_of, settings_of
 from app.cli.tables import print_table
 from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
-from app.evaluation.training_plan import Plan, plan_training
-from app.evaluation.training_plan_memory import Layout
-from app.evaluation.training_plan_recipe import Recipe
-from app.model.checkpoint import load_config
+from app.model_files.open import load_config
+from app.planning.changes import Change, changes_that_fit, fits
+from app.planning.memory import Layout
+from app.planning.plan import Plan, plan_training
+from app.planning.recipe import Recipe
+from app.planning.report import advice, plan_tables
 from app.training.batch import check_row_length
 
 _log = logging.getLogger(__name__)

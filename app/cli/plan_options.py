@@ -7,9 +7,9 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from app.cli.option_parser import OptionParser
+from app.cli.parsing.option_parser import OptionParser
 from app.errors import ConfigError, check_range
-from app.evaluation.training_plan import Machine
+from app.planning.plan import Machine
 
 PROG = "layerskip plan"
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

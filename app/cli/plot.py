@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from app.cli.parsing import call_verb
+from app.checkpoints.run_record import RunRecord
+from app.checkpoints.weights import is_trained_weights, open_trained_weights
+from app.cli.parsing.verb_parser import call_verb
 from app.errors import CheckpointError, ConfigError
-from app.evaluation.exit_curves_figure import MOST_RUNS, Curve, exit_curves_figure
-from app.evaluation.exit_quality import ExitScore
-from app.evaluation.tasks.exact_match_figure import Metric, exact_match_figure
-from app.evaluation.tasks.parse_report import read_report
-from app.model.run_record import RunRecord
-from app.model.trained_weights import is_trained_weights, open_trained_weights
+from app.exits.curves_figure import MOST_RUNS, Curve, exit_curves_figure
+from app.exits.quality import ExitScore
+from app.topv2.exact_match_figure import Metric, exact_match_figure
+from app.topv2.report import read_report
 from app.whole_file import write_whole
 
 _T = TypeVar("_T")

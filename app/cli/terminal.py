@@ -13,7 +13,7 @@ from rich.style import Style
 from transformers import PreTrainedTokenizerBase
 
 from app.decoding.result import DecodingResult, Step
-from app.decoding.text_stream import TextStream
+from app.text.text_stream import TextStream
 from app.words import counted
 
 Kind = Literal["accepted", "own", "rejected", "again"]

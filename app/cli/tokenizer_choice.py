@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydoc import locate
 from typing import Any
 
-from app.model.checkpoint import check_tokenizer_of, open_tokenizer
+from app.model_files.open import check_tokenizer_of, open_tokenizer
 from datamodules import TextCodeDataModule, TOPv2DataModule
 
 

@@ -15,33 +15,33 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import datamodules  # noqa: F401  # its classes can then be named without their module, and suggested
-from app.cli.early_refusals import refuse_early
-from app.cli.emulation import warn_of_emulation
-from app.cli.log_folders import go_on_in_latest_version, keep_metrics
-from app.cli.measured import measured_table, warn_of_poison, warn_of_random_weights
-from app.cli.messages import locate
-from app.cli.preflight import AUTO, FALL_BACK, LAST, check_checkpoint_path
-from app.cli.strategies import check_launch, check_strategy
-from app.cli.tables import print_table
-from app.cli.tokenizer_choice import check_tokenizer, take_tokenizer_of_model
-from app.cli.trainer_settings import check_numbers, check_trainer_settings, without_progress_bar
-from app.cli.training_parser import TrainingParser
-from app.errors import CheckpointError, ConfigError, check_range
-from app.model.run_record import RUN_CONFIG_KEY
-from app.protocols import Reportable
-from app.training.checkpoint_io import AtomicCheckpointIO
-from app.training.checkpoint_places import (
+from app.checkpoints.atomic import (
     checkpoint_folders,
     clear_leftovers,
     kept_previous,
     restore_interrupted,
     standing,
 )
+from app.checkpoints.checkpoint_io import AtomicCheckpointIO
+from app.checkpoints.may_resume import check_before
+from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
+from app.checkpoints.run_lock import hold, hold_run, release
+from app.checkpoints.run_record import RUN_CONFIG_KEY
+from app.cli.early_refusals import refuse_early
+from app.cli.emulation import warn_of_emulation
+from app.cli.log_folders import go_on_in_latest_version, keep_metrics
+from app.cli.measured import measured_table, warn_of_poison, warn_of_random_weights
+from app.cli.messages import locate
+from app.cli.parsing.preflight import AUTO, FALL_BACK, LAST, check_checkpoint_path
+from app.cli.parsing.training_parser import TrainingParser
+from app.cli.strategies import check_launch, check_strategy
+from app.cli.tables import print_table
+from app.cli.tokenizer_choice import check_tokenizer, take_tokenizer_of_model
+from app.cli.trainer_settings import check_numbers, check_trainer_settings, without_progress_bar
+from app.errors import CheckpointError, ConfigError, check_range
+from app.protocols import Reportable
 from app.training.logged_steps import log_once
-from app.training.may_resume import check_before
 from app.training.module import LayerSkipModule
-from app.training.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
-from app.training.run_lock import hold, hold_run, release
 from app.whole_file import write_whole
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-from app.cli.models import Device, Dtype, eos_token_ids, load_decoder, use_threads
-from app.cli.parsing import call_verb
+from app.benchmark.decoding_costs import costs_line
+from app.benchmark.report import environment
+from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError
-from app.evaluation.benchmark_report import environment
-from app.evaluation.decoding_costs import costs_line
-from app.evaluation.prompts import read_prompts, tokenize_prompts
-from app.evaluation.tuning import TuningSettings
-from app.evaluation.tuning import tune as tune_decoder
-from app.evaluation.tuning_report import exits_table, tuning_as_json, verifications_table
-from app.evaluation.tuning_result import Tuning
-from app.model.decoding_defaults import Conditions, read_generation_config, write_decoding_defaults
+from app.generation.model import Device, Dtype, eos_token_ids, load_decoder, use_threads
+from app.generation.prompts import read_prompts, tokenize_prompts
+from app.model_files.decoding_defaults import Conditions, read_generation_config, write_decoding_defaults
+from app.tuning.report import exits_table, tuning_as_json, verifications_table
+from app.tuning.result import Tuning
+from app.tuning.tune import TuningSettings
+from app.tuning.tune import tune as tune_decoder
 
 
 def tune(

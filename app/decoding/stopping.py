@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from app.decoding.text_stream import REPLACEMENT, is_byte, text_of
 from app.errors import ConfigError
+from app.text.text_stream import REPLACEMENT, is_byte, text_of
 
 
 class StopStrings:

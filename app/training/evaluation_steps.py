@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from app import metric_names
-from app.evaluation.exit_quality import GroupedTokenLoss
+from app.exits.quality import GroupedTokenLoss
 from app.layerskip.early_exit_loss import IGNORE_INDEX
 from app.model.early_exit import EarlyExitModel
 from app.protocols import CorpusOwner

@@ -18,33 +18,35 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from app.checkpoints.loop_counts import end_with_step
+from app.checkpoints.may_resume import check_resume
+from app.checkpoints.resumed_config import GivenConfig
+from app.checkpoints.run_lock import hold_run, release
+from app.checkpoints.run_record import GENERATION_CONFIG_KEY
+from app.checkpoints.weights import HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
 from app.errors import ConfigError, check_choice, check_range
 from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
 from app.layerskip.layer_dropout import KeptSamples, keep_scales
-from app.model.checkpoint import (
+from app.model.compiled_blocks import compile_blocks
+from app.model.config_check import build_without_memory, check_sizes
+from app.model.early_exit import EarlyExitModel
+from app.model.exact_tables import keep_tables_exact
+from app.model.parallel import parallelize
+from app.model_files.decoding_defaults import untuned_generation_config
+from app.model_files.open import (
     build_model,
     check_tokenizer_of,
     load_config,
     load_pretrained,
     tokenizer_to_files,
 )
-from app.model.compiled_blocks import compile_blocks
-from app.model.config_check import build_without_memory, check_sizes
-from app.model.decoding_defaults import untuned_generation_config
-from app.model.early_exit import EarlyExitModel
-from app.model.exact_tables import keep_tables_exact
-from app.model.parallel import parallelize
-from app.model.run_record import GENERATION_CONFIG_KEY
-from app.model.sharded_loading import fill
-from app.model.spans import SpanDecoder
-from app.model.text_tokens import listed_ends
-from app.model.trained_weights import HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
+from app.model_files.sharded_loading import fill
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
+from app.spans.decoder import SpanDecoder
+from app.text.text_tokens import listed_ends
 from app.training.batch import GivenBatch, check_row_length
 from app.training.divergence import DivergenceGuard, OnDivergence
 from app.training.evaluation_steps import EvaluationSteps
-from app.training.loop_counts import end_with_step
-from app.training.may_resume import check_resume
 from app.training.micro_batch_work import draw_for, show
 from app.training.optim import (
     LR_SCHEDULES,
@@ -54,8 +56,6 @@ from app.training.optim import (
     scheduler_of_class,
     scheduler_of_kind,
 )
-from app.training.resumed_config import GivenConfig
-from app.training.run_lock import hold_run, release
 from app.training.token_mean import TokenMeanStep
 
 _log = logging.getLogger(__name__)
@@ -280,6 +280,6 @@ class LayerSkipModule(EvaluationSteps):
             checkpoint[TOKENIZER_KEY] = tokenizer_to_files(datamodule.tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that this run may not go on from (app.training.may_resume), before it is taken."""
+        """Refuse a checkpoint that this run may not go on from (app.checkpoints.may_resume), before it is taken."""
         check_resume(checkpoint, self)
         self._step.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.plugins import CheckpointIO, MixedPrecision, Precision
 from torch.distributed.device_mesh import init_device_mesh
 
+from app.checkpoints.checkpoint_io import AtomicCheckpointIO
+from app.checkpoints.sharded import ShardedCheckpoints
 from app.errors import ConfigError
 from app.model.parallel import DATA_PARALLEL, REPLICATE, TENSOR_PARALLEL
-from app.training.checkpoint_io import AtomicCheckpointIO
-from app.training.sharded_checkpoints import ShardedCheckpoints
 
 
 class ShardPrecision(Precision):

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pathspec import GitIgnoreSpec
 
 from app.errors import DataError
-from datamodules.sources import Source
+from datamodules.readers.sources import Source
 
 _log = logging.getLogger(__name__)
 

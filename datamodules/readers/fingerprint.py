@@ -7,7 +7,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from datamodules.sources import Source
+from datamodules.readers.sources import Source
 
 _VERSION = 2  # raise it when the same files are cut or counted in another way
 

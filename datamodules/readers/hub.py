@@ -18,7 +18,7 @@ from datamodules.readers.files import FileList
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.json_field import JsonField
 from datamodules.readers.records import BadRecord, LostRecords, Record
-from datamodules.sources import Document, Source
+from datamodules.readers.sources import Document, Source
 
 _log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from datamodules.readers.files import FileList
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.json_field import JsonField
 from datamodules.readers.records import BadRecord, LostRecords, Record
+from datamodules.readers.sources import Document, Source
 from datamodules.readers.streams import READ_ERRORS, decode, is_compressed, open_bytes, size_change, why
-from datamodules.sources import Document, Source
 
 _BLOCK_BYTES = 1 << 20
 _COUNTED_BYTES = 1 << 26  # as far into a file as its lines are counted for a message

@@ -8,8 +8,8 @@ from datamodules.readers.hub import HubReader
 from datamodules.readers.line_files import LineReader
 from datamodules.readers.parquet import ParquetReader
 from datamodules.readers.records import Reader
+from datamodules.readers.sources import Source, SourceKind
 from datamodules.readers.whole_files import WholeFileReader
-from datamodules.sources import Source, SourceKind
 
 FILE_READERS: dict[SourceKind, type[WholeFileReader | LineReader | ParquetReader]] = {
     "stdlib_code": WholeFileReader,

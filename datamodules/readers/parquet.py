@@ -18,8 +18,8 @@ from datamodules.readers.files import FileList
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.parquet_column import ColumnError, TextColumn
 from datamodules.readers.records import BadRecord, LostRecords, Record
+from datamodules.readers.sources import Document, Source
 from datamodules.readers.streams import READ_ERRORS, decode, refuse_pointer, size_change, why
-from datamodules.sources import Document, Source
 
 _BATCH_BYTES, _BATCH_ROWS = 1 << 20, 1024
 _WHOLE_FILE = -1  # stands for the row groups of a file that could not be opened: it is one bad record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from datamodules.sources import Document
+from datamodules.readers.sources import Document
 
 EMPTY = "empty"
 

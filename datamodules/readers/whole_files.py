@@ -14,8 +14,8 @@ from datamodules.readers.docstrings import docstrings
 from datamodules.readers.files import TOPICS, FileList
 from datamodules.readers.fingerprint import fingerprint
 from datamodules.readers.records import BadRecord, Record
+from datamodules.readers.sources import Document, Source
 from datamodules.readers.streams import READ_ERRORS, decode, open_bytes, size_change, why
-from datamodules.sources import Document, Source
 
 _FILE_COST = 4096  # bytes that could be read in the time that opening a file takes
 _MIN_DOCSTRING_CHARS = 80  # shorter ones are labels, not prose

@@ -11,7 +11,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app import metric_names
-from app.model.cpu_precision import training_precision
+from app.model.cpu.precision import training_precision
 from tests.bench.results import run_verb, target_result
 
 RATE_THRESHOLD = 20.0  # times the tokens a second that training consumes

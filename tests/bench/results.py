@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from app.cli.parsing import OneLineErrors
+from app.benchmark.report import environment
+from app.cli.parsing.verb_parser import OneLineErrors
 from app.errors import ConfigError
-from app.evaluation.benchmark_report import environment
 from app.whole_file import write_whole
 
 

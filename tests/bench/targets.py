@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from app.decoding.text_stream import prompt_text
+from app.benchmark.alternation import CONFIRMING_REPEATS
 from app.errors import ConfigError
-from app.evaluation.alternation import CONFIRMING_REPEATS
-from app.model.cpu_precision import fast_dtype
+from app.model.cpu.precision import fast_dtype
+from app.text.text_stream import prompt_text
 from datamodules import TextCodeDataModule
-from datamodules.sources import Source
+from datamodules.readers.sources import Source
 from tests.bench.data_targets import measure_data_targets
 from tests.bench.decoding_targets import TARGETS, Run, winners
 from tests.bench.results import run_measurement, write_results

@@ -24,8 +24,8 @@ from app.layerskip.early_exit_loss import early_exit_loss
 from app.layerskip.exit_weights import normalised_exit_weights
 from app.layerskip.layer_dropout import draw_kept_samples
 from app.layerskip.schedules import dropout_rates
-from app.model.checkpoint import build_model
 from app.model.early_exit import EarlyExitModel, LossHead
+from app.model_files.open import build_model
 
 Step = Callable[[], float]  # forward, backward; the loss in nats a token
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.decoding import acceptance
-from app.model.spans import SpanDecoder
+from app.spans.decoder import SpanDecoder
 from tests.support.runs import cli
 from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from app.cli import training_parser
-from app.cli.parser_messages import one_line
-from app.cli.training_parser import TrainingParser
-from app.model.run_record import RUN_CONFIG_KEY
+from app.checkpoints.run_record import RUN_CONFIG_KEY
+from app.cli.parsing import training_parser
+from app.cli.parsing.parser_messages import one_line
+from app.cli.parsing.training_parser import TrainingParser
 from tests.support.processes import run_ranks
 from tests.support.runs import cli, write_corpus
 from tests.support.saved_models import save_model

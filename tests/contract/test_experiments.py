@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 
 from app.cli.strategies import mesh_of
 from app.cli.train import make_cli
-from app.model.checkpoint import build_model
 from app.model.early_exit import EarlyExitModel
+from app.model_files.open import build_model
 from callbacks import (
     DropoutAgreementCheck,
     EarlyExitCurriculum,

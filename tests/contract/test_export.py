@@ -13,8 +13,13 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from app.model.checkpoint import load_for_decoding, open_tokenizer
-from app.model.decoding_defaults import Conditions, DecodingDefaults, read_decoding_defaults, write_decoding_defaults
+from app.model_files.decoding_defaults import (
+    Conditions,
+    DecodingDefaults,
+    read_decoding_defaults,
+    write_decoding_defaults,
+)
+from app.model_files.open import load_for_decoding, open_tokenizer
 from tests.support.runs import cli, make_data, make_module, make_trainer
 from tests.support.tiny_models import tiny_llama
 

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-import app.cli.request
+import app.generation.request
 from app.decoding.engine import decode_batch
 from app.decoding.strategies import STRATEGIES
-from app.model.decoding_defaults import DecodingDefaults, write_decoding_defaults
+from app.model_files.decoding_defaults import DecodingDefaults, write_decoding_defaults
 from tests.contract.conftest import PROMPT
 from tests.support.processors import AVX2, AVX512_BF16, fake_processor
 from tests.support.saved_models import save_model, write_prompts
@@ -187,7 +187,7 @@ def test_tuned_costs_reach_the_engine(generate, tmp_path, monkeypatch):
         seen.append(settings.costs)
         return decode_batch(*args, settings=settings, **options)
 
-    monkeypatch.setattr(app.cli.request, "decode_batch", spy)
+    monkeypatch.setattr(app.generation.request, "decode_batch", spy)
     generate(model=tuned)
     generate("--strategy", "autoregressive", model=tuned)
     assert (seen[0].plain_step, seen[0].draft_step, seen[0].extra_token, seen[0].overhead) == (6.0, 5.0, 0.5, 0.25)

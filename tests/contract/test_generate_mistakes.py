@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-import app.cli.request
+import app.generation.request
 from app.decoding.engine import decode_batch
 from datamodules.tokenizers import train_byte_level_bpe
 from tests.contract.conftest import PROMPT
@@ -166,7 +166,7 @@ def interrupt_after(monkeypatch, steps):
 
         return decode_batch(*args, on_step=count, **options)
 
-    monkeypatch.setattr(app.cli.request, "decode_batch", interrupted)
+    monkeypatch.setattr(app.generation.request, "decode_batch", interrupted)
 
 
 def test_an_interrupted_file_keeps_what_was_decoded(generate_json, generate, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.cli.train import make_cli
-from app.model.checkpoint import build_model
+from app.model_files.open import build_model
 from datamodules.tokenizers import train_byte_level_bpe
 from tests.support.runs import Built, cli, write_corpus
 from tests.support.tiny_models import tiny_config

@@ -10,8 +10,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from app.checkpoints.resumed_config import refuse_changes
 from app.errors import CheckpointError, ConfigError
-from app.training.resumed_config import refuse_changes
 from tests.support.processes import run_ranks
 from tests.support.runs import cli
 from tests.support.stream_runs import losses, write_config, write_sources

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from app.cli import help_texts
 from app.cli.main import VERBS
+from app.cli.parsing import help_texts
 
 FIT_HELP = """
   -h, --help            Show this help message and exit.

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.evaluation import tuning, tuning_result
-from app.model.decoding_defaults import Conditions, read_decoding_defaults
-from app.model.tokenizer_files import tokenizer_to_files
-from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
+from app.checkpoints.weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
+from app.model_files.decoding_defaults import Conditions, read_decoding_defaults
+from app.text.tokenizer_files import tokenizer_to_files
+from app.tuning import result as tuning_result
+from app.tuning import tune as tuning
 from tests.support.runs import cli
 from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level
@@ -183,7 +184,7 @@ def test_a_mistake_ends_with_status_2_before_anything_is_decoded(here, monkeypat
             tiny_llama(vocab_size=330, **overrides).save_pretrained(here / name)
     if "damaged" in arguments:
         (here / "damaged/generation_config.json").write_text("{")
-    monkeypatch.setattr("app.evaluation.layer_agreement.decode", None)
+    monkeypatch.setattr("app.tuning.layer_agreement.decode", None)
     assert _tune(monkeypatch, "model", *arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -193,7 +194,7 @@ def test_a_mistake_ends_with_status_2_before_anything_is_decoded(here, monkeypat
 
 def test_a_directory_that_cannot_be_written_to_is_refused_before_anything_is_decoded(here, monkeypatch, capsys):
     monkeypatch.setattr("app.cli.tune.os.access", lambda path, mode: False)
-    monkeypatch.setattr("app.evaluation.layer_agreement.decode", None)
+    monkeypatch.setattr("app.tuning.layer_agreement.decode", None)
     assert _tune(monkeypatch, "model") == 2
     assert "model: got 'model', allowed a directory that can be written to" in capsys.readouterr().err
 

@@ -13,15 +13,15 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from app.checkpoints import integrity as checkpoint_integrity
+from app.checkpoints import writer as checkpoint_writer
+from app.checkpoints.checkpoint_io import AtomicCheckpointIO
+from app.checkpoints.integrity import saved_step
+from app.checkpoints.sharded import ShardedCheckpoints
+from app.checkpoints.weights import open_trained_weights
 from app.cli import consolidate
 from app.errors import CheckpointError
-from app.model import checkpoint_integrity
-from app.model.checkpoint import load_pretrained
-from app.model.checkpoint_integrity import saved_step
-from app.model.trained_weights import open_trained_weights
-from app.training import checkpoint_writer
-from app.training.checkpoint_io import AtomicCheckpointIO
-from app.training.sharded_checkpoints import ShardedCheckpoints
+from app.model_files.open import load_pretrained
 from callbacks import LastCheckpoint
 from tests.support.checkpoints import write_manifest
 from tests.support.memory import process_status

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.model.trained_weights import open_trained_weights
+from app.checkpoints.weights import open_trained_weights
 from tests.support.distributed import is_sharded, whole_weights
 from tests.support.processes import run_ranks
 from tests.support.runs import NUM_LAYERS, cli, curricula, make_data, make_module, make_trainer

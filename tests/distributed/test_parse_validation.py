@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 import callbacks.parse_validation as callback_module
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
-from app.evaluation.tasks.parse_evaluation import evaluate_parses
 from app.protocols import GenerationExample
+from app.topv2.evaluation import evaluate_parses
 from callbacks import ParseValidation
 from tests.support.distributed import Collectives, is_sharded
 from tests.support.processes import run_ranks

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from app.model.checkpoint import build_model
+from app.model_files.open import build_model
 from app.training.strategy import MeshStrategy
 from tests.support.mesh_runs import train
 from tests.support.processes import run_ranks

@@ -12,11 +12,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoConfig
 
 from app.errors import CheckpointError
-from app.model.checkpoint import build_model, load_config, load_pretrained
 from app.model.config_check import build_without_memory
 from app.model.early_exit import EarlyExitModel
 from app.model.parallel import DATA_PARALLEL, REPLICATE, TENSOR_PARALLEL, parallelize
-from app.model.sharded_loading import fill
+from app.model_files.open import build_model, load_config, load_pretrained
+from app.model_files.sharded_loading import fill
 from tests.support.checkpoints import write_checkpoint
 from tests.support.distributed import is_sharded, whole_weights
 from tests.support.memory import Peak

@@ -16,7 +16,7 @@ from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
 from app.errors import DivergenceError
 from app.model.parallel import unsharded
-from app.model.spans import SpanDecoder
+from app.spans.decoder import SpanDecoder
 from callbacks import DropoutAgreementCheck
 from datamodules import TextCodeDataModule
 from tests.support.distributed import Collectives, is_sharded, whole_weights

@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor
 from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
-from app.model.checkpoint import build_model
 from app.model.compiled_blocks import compile_blocks
 from app.model.early_exit import EarlyExitModel
 from app.model.parallel import DATA_PARALLEL, TENSOR_PARALLEL, parallelize, unsharded
-from app.model.spans import SpanDecoder
 from app.model.tensor_parallel import split
+from app.model_files.open import build_model
+from app.spans.decoder import SpanDecoder
 from tests.distributed.test_sharded_loading import config_of
 from tests.support.distributed import Collectives, is_sharded
 from tests.support.processes import run_ranks

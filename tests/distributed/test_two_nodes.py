@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from app.model.trained_weights import open_trained_weights
+from app.checkpoints.weights import open_trained_weights
 from tests.support.runs import write_corpus
 from tests.support.stream_runs import losses, write_config
 from tests.support.two_hosts import available, torchrun, two_hosts

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import callbacks.self_speculative_validation as callback_module
-from app.evaluation.decoding_comparison import compare_decoding
+from app.benchmark.decoding_comparison import compare_decoding
 from callbacks import SelfSpeculativeValidation
 from tests.support.distributed import Collectives, is_sharded, whole_weights
 from tests.support.processes import run_ranks

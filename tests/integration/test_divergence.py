@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.errors import ConfigError, DivergenceError
-from app.model.checkpoint import build_model
+from app.model_files.open import build_model
 from tests.support.runs import curricula, make_data, make_module, make_trainer
 
 

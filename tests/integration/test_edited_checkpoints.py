@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from app.checkpoints.states import check_optimizer_settings, check_states
 from app.errors import CheckpointError
-from app.training.checkpoint_states import check_optimizer_settings, check_states
 from callbacks import ExitQualityMonitor, LastCheckpoint, ParseValidation
 from tests.support.runs import curricula, make_data, make_module, make_trainer
 

@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from app.checkpoints.checkpoint_io import AtomicCheckpointIO
+from app.checkpoints.integrity import damage
+from app.checkpoints.weights import open_trained_weights
 from app.errors import CheckpointError
-from app.model.checkpoint_integrity import damage
-from app.model.trained_weights import open_trained_weights
-from app.training.checkpoint_io import AtomicCheckpointIO
 from callbacks import LastCheckpoint
 from tests.support.checkpoints import flip_bit
 from tests.support.processes import run_ranks

@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
+from app.checkpoints.shards import METADATA_FILE
 from app.errors import CheckpointError
-from app.model.shards import METADATA_FILE
-from app.model.tokenizer_files import tokenizer_from_files
+from app.text.tokenizer_files import tokenizer_from_files
 from app.training.strategy import MeshStrategy
 from tests.support.checkpoints import write_manifest
 from tests.support.processes import run_ranks

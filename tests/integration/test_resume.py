@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.errors import ConfigError
-from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.strategy import MeshStrategy
 from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LastCheckpoint, LayerDropoutCurriculum
 from tests.support.runs import Recorder, curricula, make_data, make_module, make_trainer

@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from app.model.trained_weights import open_trained_weights
+from app.checkpoints.weights import open_trained_weights
 from callbacks import ParseValidation
 from tests.support.processes import run_ranks
 from tests.support.runs import Recorder, cli, curricula, make_module, make_trainer

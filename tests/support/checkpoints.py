@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.model.checkpoint_integrity import MANIFEST_FILE, Checksum, manifest
-from app.model.tokenizer_files import tokenizer_to_files
-from app.model.trained_weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
+from app.checkpoints.integrity import MANIFEST_FILE, Checksum, manifest
+from app.checkpoints.weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
+from app.text.tokenizer_files import tokenizer_to_files
 
 
 def write_checkpoint(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **other: object) -> str:

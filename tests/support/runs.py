@@ -13,13 +13,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.cli.main import main
 from app.cli.train import LayerSkipCLI
-from app.training.checkpoint_io import AtomicCheckpointIO
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum
 from datamodules import Source, TextCodeDataModule
-from datamodules.stream_loader import STATE_KEY
+from datamodules.streaming.loader import STATE_KEY
 from tests.support.tiny_models import tiny_config
 
 NUM_LAYERS = 4

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from app.evaluation.benchmark_report import write_report as write_benchmark
-from app.evaluation.tasks.parse_evaluation import ParsePlan
-from app.evaluation.tasks.parse_report import ParseReport
-from app.evaluation.tasks.parse_report import write_report as write_parses
+from app.benchmark.report import write_report as write_benchmark
+from app.topv2.evaluation import ParsePlan
+from app.topv2.report import ParseReport
+from app.topv2.report import write_report as write_parses
 from app.whole_file import write_whole
 
 PLAN = ParsePlan(

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError, DataError
-from app.model.spans import SpanDecoder
 from app.protocols import GenerationExample
+from app.spans.decoder import SpanDecoder
 from callbacks.parse_validation import ParseValidation
 from tests.support.tiny_models import tiny_llama
 

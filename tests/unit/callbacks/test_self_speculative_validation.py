@@ -10,9 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from app import metric_names
+from app.benchmark.decoding_comparison import DecodingComparison, compare_decoding
 from app.errors import ConfigError
-from app.evaluation.decoding_comparison import DecodingComparison, compare_decoding
-from app.model.spans import SpanDecoder
+from app.spans.decoder import SpanDecoder
 from callbacks.self_speculative_validation import SelfSpeculativeValidation
 from tests.support.runs import make_module
 from tests.support.tiny_models import tiny_llama

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.packing import Tokens
 from datamodules.readers.records import BadRecord, Record
-from datamodules.source_blocks import StreamSettings
-from datamodules.sources import Document
+from datamodules.readers.sources import Document
+from datamodules.streaming.packing import Tokens
+from datamodules.streaming.source_blocks import StreamSettings
 
 SEQ_LEN = 8
 

@@ -85,7 +85,7 @@ def test_a_missing_tokenizer_names_field_and_fix(tmp_path: Path) -> None:
 def test_a_slow_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = copy.copy(TOKENIZER)
     monkeypatch.setattr(type(slow), "is_fast", False)
-    monkeypatch.setattr("app.model.tokenizer_files.AutoTokenizer.from_pretrained", lambda *_, **__: slow)
+    monkeypatch.setattr("app.text.tokenizer_files.AutoTokenizer.from_pretrained", lambda *_, **__: slow)
     with pytest.raises(ConfigError, match="a fast tokenizer"):
         load_tokenizer(str(tmp_path))
 

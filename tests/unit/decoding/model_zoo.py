@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from app.model.functional_block import join_projections
-from app.model.spans import SpanDecoder
+from app.spans.decoder import SpanDecoder
+from app.spans.functional_block import join_projections
 from tests.support.slow_twins import greedy_by_recomputation
 
 VOCAB = 61

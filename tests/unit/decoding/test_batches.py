@@ -13,7 +13,7 @@ from app.decoding.result import DecodingResult, Step
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES
-from app.model.kv_cache import KeyValueCache
+from app.spans.kv_cache import KeyValueCache
 from tests.unit.decoding.circumstances import HostileClock, ends_after, hostile_memory
 from tests.unit.decoding.model_zoo import CONTEXT, NAMES, VOCAB, LimitedDecoder, decoder_named, draft_decoder, prompt_of
 

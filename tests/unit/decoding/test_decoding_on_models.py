@@ -16,7 +16,7 @@ from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
 from app.errors import NotFiniteError
 from app.model.cpu import products
-from app.model.spans import SpanDecoder
+from app.spans.decoder import SpanDecoder
 from tests.support.slow_twins import greedy_by_recomputation
 from tests.unit.decoding.model_zoo import CONTEXT, NAMES, build, continuation, decoder_named, model_named, prompt_of
 
@@ -70,7 +70,7 @@ def test_logits_that_are_not_finite_end_decoding_by_name(temperature: float, poi
 
 def test_a_cache_that_must_grow_again_and_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.decoding.engine._RESERVE", 1)
-    monkeypatch.setattr("app.model.kv_cache._GROWTH", 1)
+    monkeypatch.setattr("app.spans.kv_cache._GROWTH", 1)
     decoder = decoder_named(_NAME)
     decoder.limit = CONTEXT
     assert _speculate(decoder, prompt_of(1)).tokens == continuation(_NAME, 1, _NUM_TOKENS)
@@ -99,7 +99,7 @@ def test_every_product_either_way_round_gives_the_same_tokens(
 def test_prompts_around_and_far_beyond_a_window_continue_as_by_transformers(
     name: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.model.spans._PIECE", 40)
+    monkeypatch.setattr("app.spans.decoder._PIECE", 40)
     model, prompt = model_named(name), prompt_of(length)
     ids = torch.tensor([prompt])
     with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES
-from app.model.spans import SpanDecoder
+from app.spans.decoder import SpanDecoder
 from tests.support.tiny_models import tiny_llama
 
 SETTINGS = DecodingSettings(max_new_tokens=4, exit_layer=1, num_draft_tokens=2, skipped_layers=(1,))

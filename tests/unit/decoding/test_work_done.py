@@ -17,7 +17,7 @@ from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES
-from app.model.spans import SpanDecoder
+from app.spans.decoder import SpanDecoder
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
 from tests.unit.decoding.circumstances import HostileClock
 from tests.unit.decoding.model_zoo import CONTEXT, VOCAB, decoder_named, draft_decoder, prompt_of

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from app.model.checkpoint import build_model
 from app.model.compiled_blocks import compile_blocks
 from app.model.early_exit import EarlyExitModel
+from app.model_files.open import build_model
 from tests.support.tiny_models import tiny_config
 
 ROWS, LENGTH = 6, 10

@@ -7,10 +7,10 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as lr_schedulers
 
+from app.checkpoints.run_record import GENERATION_CONFIG_KEY
 from app.errors import ConfigError
-from app.model.checkpoint import build_model
 from app.model.early_exit import EarlyExitModel
-from app.model.run_record import GENERATION_CONFIG_KEY
+from app.model_files.open import build_model
 from app.protocols import DecodingHost, EarlyExitHost, ExitMonitorHost, LayerDropoutHost
 from app.training.module import LayerSkipModule
 from app.training.optim import LR_SCHEDULES, lr_factor, parameter_groups, scheduler_of_class

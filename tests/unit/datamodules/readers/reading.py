@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datamodules.readers import BadRecord, Reader, Record, open_reader
-from datamodules.sources import Source
+from datamodules.readers.sources import Source
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
 

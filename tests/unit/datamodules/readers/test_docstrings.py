@@ -7,7 +7,7 @@ import pytest
 
 from datamodules.readers.docstrings import docstrings
 from datamodules.readers.files import list_files
-from datamodules.sources import Source
+from datamodules.readers.sources import Source
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MODULES = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from app.errors import DataError
 from datamodules.readers.files import list_files
-from datamodules.sources import Source
+from datamodules.readers.sources import Source
 
 NAMES = ("a.py", "b.txt", ".hidden.py", "src/a.py", "src/deep/b.py", "src/deep/[x].py", "build/a.py", "vendor/src/a.py")
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.readers import BadRecord, line_files
-from datamodules.sources import Document
+from datamodules.readers.sources import Document
 from tests.unit.datamodules.readers.reading import assert_any_start_reads_on, bad, open_path, read_all, texts
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

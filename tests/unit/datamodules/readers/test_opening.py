@@ -16,7 +16,7 @@ from app.errors import ConfigError
 from datamodules.readers import open_reader
 from datamodules.readers.files import list_files
 from datamodules.readers.opening import FILE_READERS
-from datamodules.sources import Source, SourceKind
+from datamodules.readers.sources import Source, SourceKind
 from tests.unit.datamodules.readers.reading import open_path, read_all
 
 KINDS = get_args(SourceKind)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from datamodules.readers import open_reader
-from datamodules.sources import Document, Source
+from datamodules.readers.sources import Document, Source
 from tests.unit.datamodules.readers.reading import POINTER, assert_any_start_reads_on, bad, open_path, read_all, texts
 
 

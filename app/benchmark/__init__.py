@@ -1,0 +1,1 @@
+"""Ways to decode, measured in turn on the same prompts."""

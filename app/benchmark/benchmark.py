@@ -1,0 +1,246 @@
+"""Every strategy of the engine, and transformers' own generate, on the same prompts: who decodes how fast."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import ceil
+from statistics import fmean
+from typing import Literal, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from app.benchmark.alternation import Contender, Measurement, Prompts, alternate, engine_contender
+from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
+from app.benchmark.output_differences import OutputDifferences, output_differences
+from app.benchmark.transformers_baseline import generate_contender
+from app.decoding.settings import DecodingSettings, DraftPolicyName
+from app.decoding.strategies import STRATEGIES, Strategy, check_settings
+from app.errors import ConfigError, check_choice, check_range
+from app.protocols import ExitableDecoder
+
+_log = logging.getLogger(__name__)
+
+BenchmarkStrategy = Literal[Strategy, "transformers", "transformers_early_exit"]
+# Each with the strategy of ours that takes the same options.
+BENCHMARK_STRATEGIES: dict[BenchmarkStrategy, Strategy] = {
+    **{strategy: strategy for strategy in STRATEGIES},
+    "transformers": "autoregressive",
+    "transformers_early_exit": "self_speculative",
+}
+# What a decoding's settings are called in the plural, or where a user gives them.
+_OPTIONS = {"exit_layer": "exit_layers", "draft_decoder": "draft_model"}
+_MIN_POSITIONS = 3  # that costs can be fitted to
+_COST_MOMENTS, _COST_REPEATS = 4, 2  # spread over the batches, after a first one: machines change their speed
+
+
+class Subject(NamedTuple):
+    """What is benchmarked: one model, as transformers and as the engine drive it, and one that may draft for it."""
+
+    model: PreTrainedModel
+    decoder: ExitableDecoder
+    draft_decoder: ExitableDecoder | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What is asked for; what depends on the model is checked in `build_contenders`.
+
+    Attributes:
+        strategies: At least one; autoregressive is measured in any case.
+        max_new_tokens: Of each prompt, at least 2.
+        exit_layers: Exits for the strategies that leave early; each of them is measured with every draft length.
+        num_draft_tokens: Draft lengths for the strategies that draft.
+        skipped_layers: Blocks that layer_skip leaves out of its drafts.
+        draft_policy: Of every strategy of ours that drafts.
+        fall_back: Whether those give up drafting for a prompt where it does not pay.
+        eos_token_ids: End a sequence; empty decodes every prompt to its full length.
+        batch_size: Prompts decoded together, at least 1.
+        repeats: Times every prompt is decoded by every contender, at least 1.
+    """
+
+    strategies: tuple[BenchmarkStrategy, ...]
+    max_new_tokens: int
+    exit_layers: tuple[int, ...] = ()
+    num_draft_tokens: tuple[int, ...] = ()
+    skipped_layers: tuple[int, ...] = ()
+    draft_policy: DraftPolicyName = "fixed"
+    fall_back: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    batch_size: int = 1
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.strategies:
+            raise ConfigError("strategies", got=[], allowed=f"at least one of {' | '.join(BENCHMARK_STRATEGIES)}")
+        for strategy in self.strategies:
+            check_choice("strategies", strategy, BENCHMARK_STRATEGIES)
+        check_range("max_new_tokens", self.max_new_tokens, low=2, fix="the first token costs no decode time")
+        check_range("batch_size", self.batch_size, low=1)
+        check_range("repeats", self.repeats, low=1)
+        if self.batch_size > 1 and "transformers_early_exit" in self.strategies:
+            allowed = "1 with strategy transformers_early_exit"
+            fix = "transformers drafts for one prompt at a time"
+            raise ConfigError("batch_size", got=self.batch_size, allowed=allowed, fix=fix)
+        taken = frozenset[str]().union(*map(needs, self.strategies))
+        for name, option in (("exit_layer", "exit_layers"), ("num_draft_tokens",) * 2, ("skipped_layers",) * 2):
+            if name not in taken and getattr(self, option):
+                _log.warning("%s=%s has no effect with these strategies", option, list(getattr(self, option)))
+
+
+def needs(strategy: BenchmarkStrategy) -> frozenset[str]:
+    """What a strategy takes: exit_layer, num_draft_tokens, skipped_layers, draft_decoder."""
+    return STRATEGIES[BENCHMARK_STRATEGIES[strategy]].needs
+
+
+class Costs(NamedTuple):
+    """Measured costs of decoding steps: of the model, and of the one that drafts for it if there is one."""
+
+    model: DecodingCosts
+    draft_model: DecodingCosts | None
+
+
+class Benchmark(NamedTuple):
+    """Measurements, autoregressive decoding first, and how the outputs of each differ from it.
+
+    Costs are None where the engine drafted nothing.
+    """
+
+    measurements: list[Measurement]
+    costs: Costs | None
+    differences: list[OutputDifferences]
+
+
+def run_benchmark(
+    subject: Subject,
+    prompts: Prompts,
+    settings: BenchmarkSettings,
+    *,
+    on_batch: Callable[[int], None] | None = None,
+) -> Benchmark:
+    """Let everyone decode every prompt in turn; before, between and after it fit the cost model to this machine.
+
+    Args:
+        subject: The model, in eval mode.
+        prompts: Token ids, at least one prompt; in this order they are cut into batches.
+        settings: What is asked for.
+        on_batch: Called with the number of batches that are done, those of all repeats together.
+
+    Raises:
+        ConfigError: Something asked for cannot be done with this model; nothing was decoded.
+    """
+    if not prompts:
+        raise ConfigError("prompts", got=[], allowed="at least one")
+    build_contenders(subject, settings)  # refuses what is wrong before anything runs
+    batches = [prompts[start : start + settings.batch_size] for start in range(0, len(prompts), settings.batch_size)]
+    total = len(batches) * settings.repeats
+    moments = {ceil(total * moment / _COST_MOMENTS) for moment in range(1, _COST_MOMENTS + 1)}
+    with torch.inference_mode():
+        costs = [_measure_costs(subject, prompts, settings)]
+
+        def after(done: int) -> None:
+            if done in moments:
+                costs.append(_measure_costs(subject, prompts, settings))
+            if on_batch is not None:
+                on_batch(done)
+
+        measurements = alternate(
+            build_contenders(subject, settings, costs[0] and costs[0].model),
+            batches,
+            max_new_tokens=settings.max_new_tokens,
+            repeats=settings.repeats,
+            on_batch=after,
+        )
+        differences = output_differences(subject.decoder, batches, measurements, eos_token_ids=settings.eos_token_ids)
+    return Benchmark(measurements, _median_costs([each for each in costs if each is not None]), differences)
+
+
+def build_contenders(
+    subject: Subject, settings: BenchmarkSettings, costs: DecodingCosts | None = None
+) -> list[Contender]:
+    """Autoregressive decoding, then each strategy asked for with all its exits and draft lengths; nothing is run.
+
+    Args:
+        subject: The model.
+        settings: What is asked for.
+        costs: For the drafting policies of self_speculative; by default parameter counts decide.
+
+    Raises:
+        ConfigError: A strategy lacks an option, or an option is out of this model's range.
+    """
+    strategies: list[BenchmarkStrategy] = ["autoregressive", *settings.strategies]
+    contenders = []
+    for strategy in dict.fromkeys(strategies):
+        exits = _values(strategy, "exit_layer", settings.exit_layers)
+        drafts = _values(strategy, "num_draft_tokens", settings.num_draft_tokens)
+        for exit_layer, num_draft_tokens in product(exits, drafts):
+            model = None
+            if costs is not None and strategy == "self_speculative" and exit_layer is not None:
+                model = costs.cost_model(num_layers=subject.decoder.num_layers, exit_layer=exit_layer)
+            one = DecodingSettings(
+                max_new_tokens=settings.max_new_tokens,
+                eos_token_ids=settings.eos_token_ids,
+                exit_layer=exit_layer,
+                num_draft_tokens=num_draft_tokens,
+                skipped_layers=settings.skipped_layers if "skipped_layers" in needs(strategy) else None,
+                draft_decoder=subject.draft_decoder if "draft_decoder" in needs(strategy) else None,
+                draft_policy="fixed" if num_draft_tokens is None else settings.draft_policy,
+                fall_back=settings.fall_back,
+                costs=model,
+            )
+            contenders.append(_contender(subject, strategy, one))
+    return contenders
+
+
+def _values(strategy: BenchmarkStrategy, name: str, given: Sequence[int]) -> list[int | None]:
+    """What a strategy is measured with."""
+    if name not in needs(strategy):
+        return [None]
+    if not given:
+        raise ConfigError(_OPTIONS.get(name, name), got=[], allowed=f"at least one, with strategy {strategy}")
+    return list(dict.fromkeys(given))
+
+
+def _contender(subject: Subject, strategy: BenchmarkStrategy, settings: DecodingSettings) -> Contender:
+    own = BENCHMARK_STRATEGIES[strategy]
+    try:
+        check_settings(own, settings, subject.decoder)
+    except ConfigError as error:
+        field = _OPTIONS.get(error.field, error.field)
+        raise ConfigError(field, got=error.got, allowed=error.allowed, fix=error.fix) from error
+    if strategy == own:
+        return engine_contender(subject.decoder, own, settings)
+    return generate_contender(subject.model, strategy, settings)
+
+
+def _measure_costs(subject: Subject, prompts: Prompts, settings: BenchmarkSettings) -> Costs | None:
+    """Fitted at the batch size and, halfway through, the length of these prompts."""
+    if not any(STRATEGIES[strategy].costs for strategy in STRATEGIES if strategy in settings.strategies):
+        return None
+
+    def measure(decoder: ExitableDecoder) -> DecodingCosts | None:
+        if decoder.num_layers < 2 or decoder.max_length < 2 * _MIN_POSITIONS:
+            return None  # nothing to fit to
+        positions = max(_MIN_POSITIONS, 1 + max(settings.num_draft_tokens))
+        return measure_decoding_costs(
+            decoder,
+            batch_size=min(settings.batch_size, len(prompts)),
+            context_length=int(fmean(map(len, prompts))) + settings.max_new_tokens // 2,
+            max_positions=min(positions, decoder.max_length // 2),
+            repeats=_COST_REPEATS,
+        )
+
+    model = measure(subject.decoder)
+    small = None if subject.draft_decoder is None else measure(subject.draft_decoder)
+    return None if model is None else Costs(model, small)
+
+
+def _median_costs(costs: Sequence[Costs]) -> Costs | None:
+    """Of each figure the median of those measured at different times."""
+    small = [each.draft_model for each in costs if each.draft_model is not None]
+    if not costs:
+        return None
+    return Costs(median_costs([each.model for each in costs]), median_costs(small) if small else None)

@@ -1,0 +1,172 @@
+"""Outputs that differ from autoregressive decoding: how many, and whether rounding can have decided there.
+
+A pass over several positions rounds otherwise than passes over one, so where two tokens are nearly equally likely the
+argmax may flip. At the first position that differs the full model's logits, recomputed on the autoregressive path,
+tell such a tie from a bug: the gap is the autoregressive token's logit minus the other's.
+
+Shape legend: `S` tokens so far, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import floor, log2
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from app.benchmark.alternation import Measurement, Prompts
+from app.decoding.engine import decode_batch
+from app.decoding.sampling import SamplingSettings
+from app.decoding.settings import DecodingSettings
+from app.decoding.strategies import STRATEGIES
+from app.protocols import ExitableDecoder
+
+_log = logging.getLogger(__name__)
+
+# Gaps that rounding can bridge, in spacings of the logits' dtype: several times the largest difference seen among the
+# best tokens of SmolLM2-135M between passes over 2 to 9 positions and over one (2.5 in bfloat16, 19 in float32).
+_BRIDGEABLE = {torch.float32: 256.0}
+_BRIDGEABLE_ELSE = 8.0
+
+
+class _Fork(NamedTuple):
+    """Where an output leaves the autoregressive one."""
+
+    context: tuple[int, ...]  # the prompt, and the tokens that both have
+    expected: int | None  # None where that output ends here
+    found: int | None
+
+
+class _Gap(NamedTuple):
+    logits: float
+    spacings: float
+    bridgeable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputDifferences:
+    """How the outputs of a strategy differ from autoregressive decoding's.
+
+    Attributes:
+        num_prompts: Prompts compared.
+        num_differing: Of those, with other tokens in any repeat.
+        num_unexplained: Of those, where rounding cannot have decided: the gap is too large, or there is none because
+            one output ends where the other goes on. 0 for a lossy strategy, whose gaps are not looked at.
+        largest_logit_gap: Between the two tokens at the first position that differs; None where nothing does.
+        largest_gap_in_spacings: The same, of the logits' dtype at the largest logit there.
+    """
+
+    num_prompts: int
+    num_differing: int
+    num_unexplained: int = 0
+    largest_logit_gap: float | None = None
+    largest_gap_in_spacings: float | None = None
+
+    def __str__(self) -> str:
+        """For instance "2 of 164 prompts differ; largest logit gap 0.03 (0.5 spacings)"."""
+        said = f"{self.num_differing} of {self.num_prompts} prompts differ"
+        if self.largest_logit_gap is None:
+            return said
+        return f"{said}; largest logit gap {self.largest_logit_gap:.2g} ({self.largest_gap_in_spacings:.3g} spacings)"
+
+
+def output_differences(
+    decoder: ExitableDecoder,
+    batches: Sequence[Prompts],
+    measurements: Sequence[Measurement],
+    *,
+    eos_token_ids: Sequence[int],
+) -> list[OutputDifferences]:
+    """Of each measurement from the first, which is autoregressive decoding; warns of what rounding does not explain.
+
+    Args:
+        decoder: Whose autoregressive decoding that was; a batch in which something differs runs through it once more.
+        batches: The prompts as they were decoded; those after the last that was measured do not count.
+        measurements: All of the same batches.
+        eos_token_ids: Ended the outputs.
+    """
+    baseline = measurements[0]
+    forks = [list(_forks(batches, baseline, measurement)) for measurement in measurements]
+    wanted: dict[int, set[_Fork]] = {}
+    for number, fork in (pair for own in forks for pair in own):
+        wanted.setdefault(number, set()).add(fork)
+    gaps: dict[_Fork, _Gap] = {}
+    for number, those in wanted.items():
+        gaps |= _gaps(decoder, batches[number], those, eos_token_ids)
+    found = [
+        _differences(measurement.identical_to(baseline), [gaps.get(fork) for _, fork in own])
+        for measurement, own in zip(measurements, forks, strict=True)
+    ]
+    for measurement, differences in zip(measurements, found, strict=True):
+        if differences.num_unexplained:
+            _log.warning(
+                "%s: outputs differ from autoregressive decoding, %d of them by more than rounding explains (%s);"
+                " please report it",
+                measurement.contender.label,
+                differences.num_unexplained,
+                differences,
+            )
+    return found
+
+
+def _forks(batches: Sequence[Prompts], baseline: Measurement, other: Measurement) -> Iterator[tuple[int, _Fork]]:
+    """Of each prompt whose output differs in some repeat, the number of its batch and where; none if that is lossy."""
+    if other.contender.strategy in STRATEGIES and not STRATEGIES[other.contender.strategy].lossless:
+        return
+    for number, (prompts, expected, repeats) in enumerate(zip(batches, baseline.runs, other.runs, strict=False)):
+        for place, prompt in enumerate(prompts):
+            right = expected[0][place].tokens
+            wrong = next((rows[place].tokens for rows in repeats if rows[place].tokens != right), right)
+            if wrong != right:
+                same = next((i for i, pair in enumerate(zip(right, wrong, strict=False)) if pair[0] != pair[1]), None)
+                same = min(len(right), len(wrong)) if same is None else same
+                ends = (tokens[same] if same < len(tokens) else None for tokens in (right, wrong))
+                yield number, _Fork((*prompt, *right[:same]), *ends)
+
+
+def _gaps(
+    decoder: ExitableDecoder, prompts: Prompts, forks: Iterable[_Fork], eos_token_ids: Sequence[int]
+) -> dict[_Fork, _Gap]:
+    """Decode the batch again, one token at a time, and look at the logits where outputs leave it."""
+    at = {fork.context: [other for other in forks if other.context == fork.context] for fork in forks}
+    dtype = decoder.unembed(decoder.embed(torch.zeros(1, 1, dtype=torch.long, device=decoder.device))).dtype
+    gaps: dict[_Fork, _Gap] = {}
+
+    def look(ids_1S: Tensor, scores_1V: Tensor) -> Tensor:
+        for fork in at.get(tuple(ids_1S[0].tolist()), ()):
+            if fork.expected is not None and fork.found is not None:
+                gap = abs(float(scores_1V[0, fork.expected] - scores_1V[0, fork.found]))
+                spacings = gap / _spacing(float(scores_1V.abs().max()), dtype)
+                gaps[fork] = _Gap(gap, spacings, spacings <= _BRIDGEABLE.get(dtype, _BRIDGEABLE_ELSE))
+        return scores_1V
+
+    settings = DecodingSettings(
+        max_new_tokens=1 + max(map(len, at)) - min(map(len, prompts)),
+        eos_token_ids=tuple(eos_token_ids),
+        sampling=SamplingSettings(processor=look),
+    )
+    decode_batch(decoder, prompts, strategy="autoregressive", settings=settings)
+    return gaps
+
+
+def _spacing(magnitude: float, dtype: torch.dtype) -> float:
+    """Between neighbouring numbers of this magnitude."""
+    info = torch.finfo(dtype)
+    return float(info.eps * 2.0 ** floor(log2(max(magnitude, info.tiny))))
+
+
+def _differences(identical: Sequence[bool], gaps: Sequence[_Gap | None]) -> OutputDifferences:
+    """None is a gap that could not be measured."""
+    known = [gap for gap in gaps if gap is not None]
+    largest = max(known, default=None)
+    return OutputDifferences(
+        num_prompts=len(identical),
+        num_differing=identical.count(False),
+        num_unexplained=sum(gap is None or not gap.bridgeable for gap in gaps),
+        largest_logit_gap=largest and largest.logits,
+        largest_gap_in_spacings=largest and largest.spacings,
+    )

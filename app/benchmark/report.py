@@ -1,0 +1,194 @@
+"""A benchmark's results as a JSON document, a table and a figure."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from app.benchmark.benchmark import Costs
+from app.benchmark.result import BenchmarkResult
+from app.decoding.strategies import STRATEGIES
+from app.errors import ConfigError
+from app.protocols import Table
+from app.whole_file import write_whole
+
+_PACKAGES = ("torch", "transformers", "layerskip-lightning")
+_ABSENT = "-"
+
+
+def check_output(path: str) -> Path:
+    """The file to write; ConfigError if it cannot be, before anything is measured."""
+    output = Path(path)
+    allowed = "a .json file in a folder that exists"
+    if output.suffix != ".json":
+        raise ConfigError("output", got=path, allowed=allowed, fix="the figure goes beside it as .png")
+    if not output.parent.is_dir() or output.is_dir():
+        fix = f"{output} is a folder" if output.is_dir() else f"make {output.parent}"
+        raise ConfigError("output", got=path, allowed=allowed, fix=fix)
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError("output", got=path, allowed=allowed, fix=f"{output.parent} cannot be written to")
+    return output
+
+
+def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """What a reader must know to compare figures: versions, hardware, number type, threads, date."""
+    cpu = _cpu_name()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device_type": device.type,
+        "cpu": cpu,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux tells it, elsewhere as Python does."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def report_document(
+    results: Sequence[BenchmarkResult],
+    *,
+    costs: Costs | None,
+    environment: Mapping[str, object],
+    settings: Mapping[str, object],
+) -> dict[str, Any]:
+    """The whole report; costs are null where the engine drafted nothing."""
+    return {
+        "environment": dict(environment),
+        "settings": dict(settings),
+        "costs": None if costs is None else asdict(costs.model),
+        "draft_model_costs": None if costs is None or costs.draft_model is None else asdict(costs.draft_model),
+        "results": [asdict(result) for result in results],
+        "notes": notes(results, dtype=str(environment["dtype"])),
+    }
+
+
+def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
+    """What must be said beside the figures."""
+    said = []
+    lossless = [r for r in results if r.strategy not in STRATEGIES or STRATEGIES[r.strategy].lossless]
+    differing = [r for r in lossless if r.num_differing]
+    if differing:
+        gap = max((r.largest_logit_gap for r in differing if r.largest_logit_gap is not None), default=None)
+        most = max(r.num_differing for r in differing)
+        said.append(
+            f"outputs of up to {most} of {differing[0].num_prompts} prompts differ from autoregressive decoding;"
+            f" largest logit gap {_figure(gap, '{:.2g}')} where they first do"
+        )
+        if bugs := [r for r in differing if r.num_unexplained]:
+            worst = max(r.num_unexplained for r in bugs)
+            said.append(f"WARNING: up to {worst} of them by more than rounding explains in {dtype}: please report it")
+        else:
+            said[-1] += f": ties in {dtype}, which rounding decides"
+    if any(result.strategy == "early_exit" for result in results):
+        said.append("early_exit is lossy: its output is not the full model's")
+    if all(result.speedup is None for result in results):
+        said.append("nothing to time: every output ended at its first token; ignore_eos goes on after it")
+    return said
+
+
+def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
+    """How fast each was; a column in which nothing applies is left out.
+
+    The speedup is of each batch's median repeat; beside it its 95 % interval over batches like these. Of a single batch
+    there is none, and the lowest and highest repeat take its place.
+    """
+    return _table(
+        title,
+        _names(results)
+        | {
+            "tok/s": [_figure(result.tokens_per_second, "{:.1f}") for result in results],
+            "prefill\nms": [_figure(1e3 * result.seconds_prefill, "{:.0f}") for result in results],
+            "speedup\nmedians": [_figure(result.speedup, "{:.2f}x") for result in results],
+            **_spread(results),
+            "vs\ngenerate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
+            "vs its\nearly\nexit": [_figure(r.speedup_vs_transformers_early_exit, "{:.2f}x") for r in results],
+            "outputs\ndiffer": [f"{result.num_differing} of {result.num_prompts}" for result in results],
+        },
+    )
+
+
+def draft_table(results: Sequence[BenchmarkResult]) -> Table:
+    """Why those that draft were that fast: what was accepted, and what the cost model makes of it."""
+    drafting = [result for result in results if result.drafted]
+    return _table(
+        "Drafts, and the speedup predicted from them (i.i.d.: one chance of acceptance for every draft)",
+        _names(drafting)
+        | {
+            "acceptance": [_figure(result.acceptance_rate, "{:.1%}") for result in drafting],
+            "by place, %": [_places(r) for r in drafting],
+            "tokens\na round": [_figure(result.mean_tokens_per_round, "{:.2f}") for result in drafting],
+            "speedup": [_figure(result.speedup, "{:.2f}x") for result in drafting],
+            "predicted": [
+                _prediction(r.predicted_speedup_from_rounds, r.prediction_error_from_rounds) for r in drafting
+            ],
+            "predicted,\ni.i.d.": [_prediction(r.predicted_speedup, r.prediction_error) for r in drafting],
+        },
+    )
+
+
+def _names(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
+    return {
+        "strategy": [result.strategy for result in results],
+        "exit": [_figure(result.exit_layer, "{}") for result in results],
+        "drafts": [_figure(result.num_draft_tokens, "{}") for result in results],
+    }
+
+
+def _table(title: str, columns: Mapping[str, list[str]]) -> Table:
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {_ABSENT}}
+    return Table(title, tuple(shown), list(zip(*shown.values(), strict=True)))
+
+
+def _places(result: BenchmarkResult) -> str:
+    return " ".join(
+        _figure(None if share is None else 100.0 * share, "{:.0f}") for share in result.acceptance_by_position
+    )
+
+
+def _prediction(speedup: float | None, error: float | None) -> str:
+    return _ABSENT if speedup is None or error is None else f"{speedup:.2f}x ({error:+.0%})"
+
+
+def _spread(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
+    intervals = [result.speedup_interval for result in results]
+    if any(intervals):
+        return {"95 %\ninterval": [_span(*(interval or (None, None))) for interval in intervals]}
+    return {"whole\nrepeats": [_span(result.speedup_min, result.speedup_max) for result in results]}
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return _ABSENT if low is None else f"{low:.2f}-{high:.2f}"
+
+
+def _figure(value: float | None, style: str) -> str:
+    return _ABSENT if value is None else style.format(value)
+
+
+def write_report(document: Mapping[str, Any], figure: Figure, output: Path) -> Path:
+    """Write the document to `output` and the figure beside it, each whole or not at all; the figure's path."""
+    picture = output.with_suffix(".png")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    write_whole(output, text)
+    write_whole(picture, image.getvalue())
+    return picture

@@ -1,0 +1,210 @@
+"""From measurements to the figures of a benchmark, and what the cost model would have said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from app.benchmark.alternation import Contender, Measurement, ratio
+from app.benchmark.benchmark import Benchmark, BenchmarkSettings, Costs, Subject
+from app.benchmark.output_differences import OutputDifferences
+from app.benchmark.speedup_interval import Interval, speedup_interval
+from app.decoding.cost_model import CostModel, tokens_per_round
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """One strategy with one exit and draft length; None where a figure does not apply or nothing was decoded.
+
+    Times are decode time: the prompts' pass, and the tokens that it yields, are left out.
+
+    Attributes:
+        strategy: Its name.
+        exit_layer: Blocks run where it leaves early.
+        num_draft_tokens: Most tokens drafted in a round.
+        tokens_per_second: Over all prompts; of each batch the median repeat.
+        seconds_per_token: Its inverse.
+        acceptance_rate: Accepted / drafted tokens.
+        mean_tokens_per_round: Tokens a draft-and-verify round settles.
+        speedup: Time per token of our own autoregressive decoding in the same run / this one's.
+        identical_to_autoregressive: Share of prompts whose tokens are, in every repeat, those of that decoding.
+        num_differing: Prompts whose tokens are not.
+        num_unexplained: Of those, where rounding cannot have decided.
+        largest_logit_gap: Where an output first differs, between the full model's logits of the two tokens.
+        largest_gap_in_spacings: The same, of the logits' dtype at the largest logit there.
+        speedup_min: The lowest speedup of one whole repeat; `speedup` is of each batch's median repeat.
+        speedup_max: The highest.
+        speedup_interval: 95 % interval of `speedup` over the batches (`app.benchmark.speedup_interval`).
+        speedup_vs_transformers: Over transformers' plain generate, where that was measured.
+        speedup_vs_transformers_early_exit: Over transformers' own early exit with the same exit and draft length.
+        predicted_speedup: Of the cost model, from the measured costs and a chance of acceptance that is the same for
+            every draft; for drafts of fixed length.
+        prediction_error: predicted_speedup / speedup - 1.
+        predicted_speedup_from_rounds: Of the cost model, from measured costs, tokens and drafts a round.
+        prediction_error_from_rounds: predicted_speedup_from_rounds / speedup - 1.
+        seconds_prefill: Of a batch, mean.
+        num_prompts: Prompts decoded.
+        num_tokens: New tokens, first ones included.
+        rounds: Steps or rounds after the prompts' pass.
+        drafted: Tokens proposed.
+        accepted: Of those, kept.
+        reached_by_position: For each draft position, rounds that drafted that far with everything before it accepted.
+        accepted_by_position: Rounds that accepted the draft there.
+        acceptance_by_position: The quotient of the two.
+        fell_back_share: Share of prompts for which drafting was given up.
+    """
+
+    strategy: str
+    exit_layer: int | None
+    num_draft_tokens: int | None
+    tokens_per_second: float | None
+    seconds_per_token: float | None
+    acceptance_rate: float | None
+    mean_tokens_per_round: float | None
+    speedup: float | None
+    identical_to_autoregressive: float
+    num_differing: int
+    num_unexplained: int
+    largest_logit_gap: float | None
+    largest_gap_in_spacings: float | None
+    speedup_min: float | None
+    speedup_max: float | None
+    speedup_interval: Interval | None
+    speedup_vs_transformers: float | None
+    speedup_vs_transformers_early_exit: float | None
+    predicted_speedup: float | None
+    prediction_error: float | None
+    predicted_speedup_from_rounds: float | None
+    prediction_error_from_rounds: float | None
+    seconds_prefill: float
+    num_prompts: int
+    num_tokens: int
+    rounds: int
+    drafted: int
+    accepted: int
+    reached_by_position: list[int]
+    accepted_by_position: list[int]
+    acceptance_by_position: list[float | None]
+    fell_back_share: float
+
+
+def benchmark_results(benchmark: Benchmark, *, subject: Subject, settings: BenchmarkSettings) -> list[BenchmarkResult]:
+    """The figures of each measurement, in the same order."""
+    return [
+        _result(measurement, differences, benchmark, subject, settings)
+        for measurement, differences in zip(benchmark.measurements, benchmark.differences, strict=True)
+    ]
+
+
+def _result(
+    measurement: Measurement,
+    differences: OutputDifferences,
+    benchmark: Benchmark,
+    subject: Subject,
+    settings: BenchmarkSettings,
+) -> BenchmarkResult:
+    contender, baseline = measurement.contender, benchmark.measurements[0]
+    costs = round_costs(contender, benchmark.costs, subject=subject, skipped_layers=settings.skipped_layers)
+    predicted = _predict(measurement, costs) if settings.draft_policy == "fixed" and not settings.fall_back else None
+    from_rounds = _predict_from_rounds(measurement, costs)
+    speedup = measurement.speedup_over(baseline)
+    repeats = [measurement.speedup_over(baseline, repeat) or 0.0 for repeat in range(settings.repeats)]
+    reached, accepted = measurement.reached_by_position, measurement.accepted_by_position
+    return BenchmarkResult(
+        strategy=contender.strategy,
+        exit_layer=contender.exit_layer,
+        num_draft_tokens=contender.num_draft_tokens,
+        tokens_per_second=measurement.tokens_per_second,
+        seconds_per_token=measurement.seconds_per_token(),
+        acceptance_rate=measurement.acceptance_rate,
+        mean_tokens_per_round=measurement.mean_tokens_per_round,
+        speedup=speedup,
+        identical_to_autoregressive=measurement.identical_share(baseline),
+        num_differing=differences.num_differing,
+        num_unexplained=differences.num_unexplained,
+        largest_logit_gap=differences.largest_logit_gap,
+        largest_gap_in_spacings=differences.largest_gap_in_spacings,
+        speedup_min=min(repeats) if speedup else None,
+        speedup_max=max(repeats) if speedup else None,
+        speedup_interval=speedup_interval(speedup, measurement.times_beside(baseline)),
+        speedup_vs_transformers=_over(measurement, benchmark, "transformers", None, None),
+        speedup_vs_transformers_early_exit=_over(
+            measurement, benchmark, "transformers_early_exit", contender.exit_layer, contender.num_draft_tokens
+        ),
+        predicted_speedup=predicted,
+        prediction_error=_error(predicted, speedup),
+        predicted_speedup_from_rounds=from_rounds,
+        prediction_error_from_rounds=_error(from_rounds, speedup),
+        seconds_prefill=measurement.seconds_prefill,
+        num_prompts=len(measurement.results),
+        num_tokens=sum(result.num_tokens for result in measurement.results),
+        rounds=measurement.rounds,
+        drafted=measurement.drafted,
+        accepted=measurement.accepted,
+        reached_by_position=reached,
+        accepted_by_position=accepted,
+        acceptance_by_position=[ratio(*counts) for counts in zip(accepted, reached, strict=True)],
+        fell_back_share=fmean(result.fell_back_after is not None for result in measurement.results),
+    )
+
+
+def _over(
+    measurement: Measurement, benchmark: Benchmark, strategy: str, exit_layer: int | None, drafts: int | None
+) -> float | None:
+    """Speedup over another contender, if that was measured."""
+    wanted = strategy, exit_layer, drafts
+    for other in benchmark.measurements:
+        contender = other.contender
+        if (contender.strategy, contender.exit_layer, contender.num_draft_tokens) == wanted:
+            return measurement.speedup_over(other)
+    return None
+
+
+def round_costs(
+    contender: Contender, costs: Costs | None, *, subject: Subject, skipped_layers: Sequence[int]
+) -> CostModel | None:
+    """What the rounds of a contender that drafts cost by the measured costs; None where they are not known."""
+    if costs is None:
+        return None
+    num_layers, head = subject.decoder.num_layers, costs.model.head
+    match contender.strategy:
+        case "self_speculative":
+            assert contender.exit_layer is not None
+            return costs.model.cost_model(num_layers=num_layers, exit_layer=contender.exit_layer)
+        case "layer_skip":
+            draft_step = num_layers - len(set(skipped_layers)) + costs.model.draft_head
+        case "draft_model" if costs.draft_model is not None and subject.draft_decoder is not None:
+            seconds = costs.draft_model.block_seconds * (subject.draft_decoder.num_layers + costs.draft_model.head)
+            draft_step = seconds / costs.model.block_seconds
+        case _:
+            return None
+    return CostModel.two_pass(
+        num_layers=num_layers,
+        head=head,
+        draft_step=draft_step,
+        first_extra=costs.model.first_extra,
+        extra_token=costs.model.extra_token,
+        overhead=costs.model.overhead,
+    )
+
+
+def _predict(measurement: Measurement, costs: CostModel | None) -> float | None:
+    """From one chance of acceptance, given that the drafts before were accepted: T(a, d)."""
+    chance = ratio(measurement.accepted, sum(measurement.reached_by_position))
+    drafts = measurement.contender.num_draft_tokens
+    if costs is None or chance is None or drafts is None:
+        return None
+    return costs.speedup(tokens_per_round(chance, drafts), drafts)
+
+
+def _predict_from_rounds(measurement: Measurement, costs: CostModel | None) -> float | None:
+    """From the tokens that rounds settled and drafted."""
+    settled = measurement.mean_tokens_per_round
+    if costs is None or settled is None:
+        return None
+    return costs.speedup(settled, measurement.drafted / measurement.rounds)
+
+
+def _error(predicted: float | None, measured: float | None) -> float | None:
+    return predicted / measured - 1.0 if predicted and measured else None

@@ -1,0 +1,165 @@
+"""transformers' own `generate`, measured as our strategies are: plain, and with its own `assistant_early_exit`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from app.benchmark.alternation import Contender, Prompts
+from app.decoding.result import DecodingResult, Step
+from app.decoding.settings import DecodingSettings
+from app.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateResult(DecodingResult):
+    """New tokens of one prompt; what was drafted is not known, so no acceptance is.
+
+    Attributes:
+        num_prefilled: New tokens that came at the end of `seconds_prefill`: several with `assistant_early_exit`, which
+            drafts before the full model has seen the prompt, and verifies in the prompt's own pass.
+    """
+
+    num_prefilled: int
+
+    @property
+    def num_decoded(self) -> int:
+        """New tokens that `seconds_decode` paid for."""
+        return max(self.num_tokens - self.num_prefilled, 0)
+
+
+class _Arrival(NamedTuple):
+    at: float
+    tokens: Tensor  # [B] or [1, T]
+
+
+class _Arrivals(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
+    """Notes when tokens come. generate waits for each step's tokens anyway, so this costs a microsecond a step."""
+
+    def __init__(self) -> None:
+        self._all: list[_Arrival] = []
+
+    def put(self, value: Tensor) -> None:
+        """The prompts, then what each step or round settled."""
+        self._all.append(_Arrival(perf_counter(), value))
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def by_round(self, batch_size: int) -> list[tuple[float, list[list[int]]]]:
+        """When each round ended, and what it settled for each sequence."""
+        return [(at, tokens.reshape(batch_size, -1).tolist()) for at, tokens in self._all[1:]]
+
+
+def generate_contender(model: PreTrainedModel, strategy: str, settings: DecodingSettings) -> Contender:
+    """`generate_batch` under the name `strategy`; of `settings` the budget is not used."""
+
+    def decode(prompts: Prompts, max_new_tokens: int) -> list[GenerateResult]:
+        return generate_batch(model, prompts, replace(settings, max_new_tokens=max_new_tokens))
+
+    return Contender(
+        strategy=strategy,
+        exit_layer=settings.exit_layer,
+        num_draft_tokens=settings.num_draft_tokens,
+        decode=decode,
+    )
+
+
+def generate_batch(model: PreTrainedModel, prompts: Prompts, settings: DecodingSettings) -> list[GenerateResult]:
+    """Continue prompts greedily by `model.generate`, on the left padded where they are of different lengths.
+
+    Args:
+        model: In eval mode, with SDPA attention; its generation and model configuration are put back afterwards.
+        prompts: Token ids; a single prompt where `settings.exit_layer` is given.
+        settings: Budget and end of sequence; with `exit_layer` and `num_draft_tokens` it is transformers' own
+            self-speculation. That stops a draft at a token it gives less than 0.4 (its default, which is kept).
+
+    Raises:
+        ConfigError: Several prompts with early exit.
+    """
+    if settings.exit_layer is not None and len(prompts) > 1:
+        raise ConfigError("batch_size", got=len(prompts), allowed="1 with strategy transformers_early_exit")
+    context = int(model.config.max_position_embeddings)
+    budgets = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
+    eos = list(settings.eos_token_ids)
+    config = GenerationConfig(
+        max_new_tokens=max(budgets),
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=eos or None,
+        pad_token_id=eos[0] if eos else 0,
+        num_assistant_tokens=settings.num_draft_tokens,
+        num_assistant_tokens_schedule="constant",
+    )
+    assistant = {} if settings.exit_layer is None else {"assistant_early_exit": settings.exit_layer}
+    arrivals = _Arrivals()
+    width = max(map(len, prompts))
+    started_at = perf_counter()
+    tokens_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    lengths_B1 = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)
+    mask_BT = (torch.arange(width, device=model.device) >= width - lengths_B1).long()
+    with _generation_config(model, config):
+        model.generate(tokens_BT, attention_mask=mask_BT, streamer=arrivals, **assistant)
+    rounds = arrivals.by_round(len(prompts))
+    return [
+        _result(
+            [(at, tokens[row]) for at, tokens in rounds],
+            budget=budget,
+            eos_token_ids=eos,
+            limited_by_context=budget < settings.max_new_tokens,
+            started_at=started_at,
+        )
+        for row, budget in enumerate(budgets)
+    ]
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Nothing but `config` decides inside: generate fills whatever it is not given from the model's own.
+
+    `num_assistant_tokens` is read from there alone. Early exit works by lowering `num_hidden_layers` for the time of a
+    draft; that is put back too, should it be interrupted.
+    """
+    own, num_layers = model.generation_config, model.config.num_hidden_layers
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config, model.config.num_hidden_layers = own, num_layers
+
+
+def _result(
+    rounds: Sequence[tuple[float, list[int]]],
+    *,
+    budget: int,
+    eos_token_ids: Sequence[int],
+    limited_by_context: bool,
+    started_at: float,
+) -> GenerateResult:
+    """One sequence's rounds up to its end; what comes after that is padding."""
+    settled: list[list[int]] = []
+    ended = False
+    room = budget
+    while room and not ended:
+        _, new = rounds[len(settled)]
+        new = new[:room]
+        if ends := [i + 1 for i, token in enumerate(new) if token in eos_token_ids]:
+            new, ended = new[: ends[0]], True
+        settled.append(new)
+        room -= len(new)
+    return GenerateResult(
+        tokens=[token for new in settled for token in new],
+        stop_reason="eos" if ended else "context_length" if limited_by_context else "max_new_tokens",
+        seconds_prefill=rounds[0][0] - started_at,
+        seconds_decode=rounds[len(settled) - 1][0] - rounds[0][0],
+        steps=tuple(Step(new) for new in settled[1:]),
+        num_prefilled=len(settled[0]),
+    )

@@ -1,0 +1,218 @@
+"""What is in a checkpoint, as one file or as a directory of shards, and how the one becomes the other.
+
+One file is as Lightning's: `optimizer_states` count parameters through the optimizer's groups. A directory has its
+tensors in shards, called `state_dict.NAME` and `optimizer_0.state.NAME.KEY` by the names of the parameters, and all
+else in CONTENT_FILE, `optimizer_states` without their tensors included: nothing in shards has to be unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.checkpoints.entries import SavedEntries
+from app.checkpoints.shards import Shards
+from app.checkpoints.weights import CONTENT_FILE as CONTENT_FILE  # passed on
+from app.checkpoints.weights import HF_CONFIG_KEY, OPTIMIZER_STATES, STATE_DICT, read_plain
+from app.errors import CheckpointError
+
+_VERSION, _STEP = "pytorch-lightning_version", "global_step"
+_LOOPS, _FIT_LOOP = "loops", "fit_loop"
+_LR_SCHEDULERS = "lr_schedulers"
+_KINDS: Mapping[str, type] = {  # of what Lightning and we take as it is
+    _VERSION: str,
+    _STEP: int,
+    STATE_DICT: dict,
+    OPTIMIZER_STATES: list,
+    _LR_SCHEDULERS: list,
+    _LOOPS: dict,
+    "callbacks": dict,
+    HF_CONFIG_KEY: dict,
+}
+
+OptimizerState = dict[str, Any]  # {"state": {parameter: {key: value}}, "param_groups": [{"params": [parameter]}]}
+
+
+def read_file(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """A single file's content; arguments as `read_plain`'s.
+
+    Raises:
+        CheckpointError: As `read_plain`; or it is no checkpoint that Lightning can read.
+    """
+    content = read_plain(path, map_location=map_location, mmap=mmap)
+    _check_kinds(path, content, needed=(_VERSION, _STEP, STATE_DICT))
+    return content
+
+
+def read_directory(path: Path) -> tuple[dict[str, Any], Shards]:
+    """A directory's content without its tensors, and those to be read.
+
+    Raises:
+        CheckpointError: If it is not all there, damaged, or its optimizer states are not as ours.
+    """
+    if not (path / CONTENT_FILE).is_file():
+        raise CheckpointError(f"checkpoint {path}: not all there ({CONTENT_FILE} is missing); use an earlier one")
+    content = read_plain(path / CONTENT_FILE)
+    shards = Shards(path, prefix="")
+    if OPTIMIZER_STATES not in content:
+        raise CheckpointError(
+            f"checkpoint {path}: its optimizer states are not as layerskip writes them; its weights alone can be used"
+            " (--model.pretrained)"
+        )
+    _check_kinds(path, content, needed=(_VERSION, _STEP))
+    return content, shards
+
+
+def _check_kinds(path: Path, content: Mapping[str, Any], *, needed: Sequence[str]) -> None:
+    for key in needed:
+        if key not in content:
+            raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint (no {key!r} in it)")
+    for key, kind in _KINDS.items():
+        if key in content and not isinstance(content[key], kind):
+            raise CheckpointError(f"checkpoint {path} is damaged or foreign: its {key!r} is no {kind.__name__}")
+    if not re.match(r"2\.\d+\.\d", content[_VERSION]):  # others Lightning would make over, whatever they are
+        SavedEntries(path).refuse((_VERSION,), content[_VERSION], "2.x")
+
+
+def refuse_weights_alone(path: str | Path | None, content: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that is not in there.
+
+    Raises:
+        CheckpointError: Naming what is missing, and how to start a new run.
+    """
+    held = {
+        OPTIMIZER_STATES: bool(content.get(OPTIMIZER_STATES)),  # a directory's are a list, if an empty one
+        _LR_SCHEDULERS: _LR_SCHEDULERS in content,
+        _LOOPS: isinstance(content.get(_LOOPS, {}).get(_FIT_LOOP), dict),
+    }
+    if missing := [key for key, there in held.items() if not there]:
+        raise CheckpointError(
+            f"checkpoint {path}: weights only, no run to go on with (no {', '.join(missing)} in it):"
+            f" --model.pretrained {path} starts a new run from them"
+        )
+
+
+def read_whole(path: Path, *, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Any]:
+    """A directory of shards as the content of a single file.
+
+    Args:
+        path: The directory.
+        keep: Where each tensor is kept until all are read; in memory by default.
+
+    Raises:
+        CheckpointError: As `read_directory`; or a shard is damaged.
+    """
+    content, shards = read_directory(path)
+    return made_whole(path, content, shards.shapes, lambda key: keep(shards.read(key)))
+
+
+def made_whole(
+    path: Path, content: Mapping[str, Any], keys: Collection[str], read: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    """A directory's content as that of a single file.
+
+    Args:
+        path: The directory.
+        content: Without tensors; left as it is.
+        keys: Of all that is in shards.
+        read: The tensor of a key.
+
+    Raises:
+        CheckpointError: No weights are in shards; or the optimizer states are not those of its parameters.
+    """
+    prefix = f"{STATE_DICT}."
+    weights = {key.removeprefix(prefix): read(key) for key in keys if key.startswith(prefix)}
+    if not weights:
+        raise CheckpointError(f"checkpoint {path}: no weights are in its shards; use an earlier one")
+    states = []
+    for index, state in enumerate(content[OPTIMIZER_STATES]):
+        own = state_keys(keys, index)
+        _check_named(path, state, own, index)
+        states.append(by_position(filled(state, {key: read(key) for key in own}, index)))
+    return {**content, STATE_DICT: weights, OPTIMIZER_STATES: states}
+
+
+def _check_named(path: Path, state: object, keys: Sequence[str], index: int) -> None:
+    """Whether an optimizer's states, by the names of its parameters, can be told apart at all."""
+    saved, entry = SavedEntries(path), (OPTIMIZER_STATES, index)
+    parts, names = saved.keys(entry, state, ("state", "param_groups")), set[object]()
+    for number, group in enumerate(saved.sequence((*entry, "param_groups"), parts["param_groups"])):
+        below = (*entry, "param_groups", number)
+        params = saved.any_keys(below, group).get("params")
+        for place, name in enumerate(saved.sequence((*below, "params"), params)):
+            if not isinstance(name, str) or name in names:
+                saved.refuse((*below, "params", place), name, "the name of a parameter, once")
+            names.add(name)
+    in_shards = {parameter_of(key, index) for key in keys}
+    states = saved.keys(
+        (*entry, "state"),
+        parts["state"],
+        in_shards | (saved.any_keys((*entry, "state"), parts["state"]).keys() & names),
+    )
+    for name, entries in states.items():
+        if name not in names:
+            saved.refuse((*entry, "state", name), entries, "states of the parameters in param_groups alone")
+        saved.any_keys((*entry, "state", name), entries)
+
+
+# -- optimizer states ------------------------------------------------------------------------------------------------
+
+
+def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of an optimizer's parameters, in the order in which its state counts them."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def by_name(state: OptimizerState, names: Sequence[str]) -> OptimizerState:
+    """From positions of parameters to their names."""
+    return _renamed(state, dict(enumerate(names)))
+
+
+def by_position(state: OptimizerState) -> OptimizerState:
+    """From names of parameters to their positions."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    return _renamed(state, {name: position for position, name in enumerate(names)})
+
+
+def without_tensors(state: OptimizerState, index: int) -> tuple[OptimizerState, dict[str, Tensor]]:
+    """A state by name without its tensors, and those by the keys of optimizer `index` in shards."""
+    prefix = _prefix(index)
+    tensors: dict[str, Tensor] = {}
+    plain = {}
+    for name, entries in state["state"].items():
+        plain[name] = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
+        tensors |= {f"{prefix}{name}.{key}": value for key, value in entries.items() if isinstance(value, Tensor)}
+    return {"state": plain, "param_groups": state["param_groups"]}, tensors
+
+
+def filled(state: OptimizerState, tensors: Mapping[str, Tensor], index: int) -> OptimizerState:
+    """The inverse of `without_tensors`."""
+    entries = {name: dict(plain) for name, plain in state["state"].items()}
+    for key, tensor in tensors.items():
+        entries[parameter_of(key, index)][key.rpartition(".")[2]] = tensor
+    return {"state": entries, "param_groups": state["param_groups"]}
+
+
+def parameter_of(key: str, index: int) -> str:
+    """The parameter's name in a key of optimizer `index`."""
+    return key.removeprefix(_prefix(index)).rpartition(".")[0]
+
+
+def state_keys(keys: Collection[str], index: int) -> list[str]:
+    """Those of optimizer `index`."""
+    return [key for key in keys if key.startswith(_prefix(index))]
+
+
+def _prefix(index: int) -> str:
+    return f"optimizer_{index}.state."
+
+
+def _renamed(state: OptimizerState, names: Mapping[Any, Any]) -> OptimizerState:
+    groups = [{**group, "params": [names[each] for each in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[each]: entries for each, entries in state["state"].items()}, "param_groups": groups}

@@ -1,0 +1,151 @@
+"""Whether the bytes of a checkpoint are those that were written: checksums, made at save and compared at load.
+
+A single file is a zip archive, which has a CRC-32 of every tensor; torch writes them but does not look at them when it
+loads. A directory gets a list of its files with their sizes and CRC-32s, written last: without it, it is not whole.
+Lightning's own directories have none, and are taken as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from app.checkpoints.weights import CONTENT_FILE, OPTIMIZER_STATES, read_plain
+from app.errors import CheckpointError
+
+MANIFEST_FILE = "manifest.json"
+KEEP_PREVIOUS = "keep_previous"  # among Lightning's storage_options: what is replaced is kept as `before_NAME`
+
+_CHUNK = 1 << 20  # bytes
+
+
+class Checksum(NamedTuple):
+    """Of a file.
+
+    Attributes:
+        num_bytes: Its size.
+        crc32: Of all its bytes.
+    """
+
+    num_bytes: int
+    crc32: int
+
+
+def manifest(step: int, checksums: Mapping[str, Checksum]) -> bytes:
+    """The content of a directory's MANIFEST_FILE.
+
+    Args:
+        step: Optimizer steps taken.
+        checksums: Of all other files, by name.
+    """
+    files = {name: checksum._asdict() for name, checksum in sorted(checksums.items())}
+    return json.dumps({"step": step, "files": files}, indent=1).encode()
+
+
+def check_bytes(path: Path) -> None:
+    """Read a checkpoint once and compare it with its checksums; ranks do so together.
+
+    Raises:
+        CheckpointError: As `damage` says.
+    """
+    if (found := damage(path)) is not None:
+        raise CheckpointError(found)
+
+
+def damage(path: Path) -> str | None:
+    """What is missing, truncated or damaged in a checkpoint, or None.
+
+    All ranks must ask together: they share the files of a directory, the first reads a single file, and all get the
+    same answer.
+
+    Args:
+        path: A single file, or a directory.
+    """
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    found: str | None = None
+    try:
+        _check(path, part=dist.get_rank() if num_ranks > 1 else 0, num_parts=num_ranks)
+    except CheckpointError as error:
+        found = str(error)
+    except OSError as error:  # of a failing disk; the other ranks wait for this one
+        found = f"checkpoint {path} cannot be read ({error}); use an earlier one"
+    if num_ranks == 1:
+        return found
+    of_ranks: list[str | None] = [None] * num_ranks
+    dist.all_gather_object(of_ranks, found)
+    return next((error for error in of_ranks if error is not None), None)
+
+
+def saved_step(path: Path) -> int | None:
+    """Optimizer steps at which a directory was written, damaged or not; None where nothing tells."""
+    try:
+        return int(_read_manifest(path)["step"])
+    except CheckpointError:
+        return None
+
+
+def _check(path: Path, *, part: int, num_parts: int) -> None:
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    if path.is_dir():
+        _check_directory(path, part, num_parts)
+    elif part == 0:
+        _check_file(path)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # anything can come out of damaged bytes
+        reason = textwrap.shorten(str(error), 200)
+        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({reason}); use an earlier one") from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: the bytes of {damaged.partition('/')[2]} in it are not those that were"
+            " written; use an earlier one"
+        )
+
+
+def _check_directory(path: Path, part: int, num_parts: int) -> None:
+    if not (path / MANIFEST_FILE).is_file():
+        content = path / CONTENT_FILE
+        if content.is_file() and OPTIMIZER_STATES in read_plain(content):  # Lightning puts them into shards, whole
+            raise CheckpointError(f"checkpoint {path}: not all there ({MANIFEST_FILE} is missing); use an earlier one")
+        return
+    for place, (name, expected) in enumerate(sorted(_read_manifest(path)["files"].items())):
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {path}: not all there ({name} is missing); use an earlier one")
+        if place % num_parts == part and _checksum(file)._asdict() != expected:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: the bytes of {name} are not those that were written; use an earlier one"
+            )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST_FILE
+    try:
+        content = json.loads(file.read_bytes())
+        names = [Path(name).name == name for name in content["files"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        message = f"checkpoint {path}: {MANIFEST_FILE} is missing or damaged; use an earlier one"
+        raise CheckpointError(message) from error
+    if not (all(names) and isinstance(content.get("step"), int)):
+        raise CheckpointError(f"checkpoint {path}: {MANIFEST_FILE} is damaged; use an earlier one")
+    return dict(content)
+
+
+def _checksum(file: Path) -> Checksum:
+    num_bytes, crc32 = 0, 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            num_bytes, crc32 = num_bytes + len(chunk), zlib.crc32(chunk, crc32)
+    return Checksum(num_bytes, crc32)

@@ -1,0 +1,262 @@
+"""What a run is about to go on from, held against the live run before any of it is taken.
+
+torch and Lightning copy what a checkpoint holds as it is: an optimizer state of another shape than its parameter ends a
+fused step below Python, whole numbers or an emptied state train on without a word. So every entry that they read is
+compared, by name, with the same entry of the live model, optimizer, schedule, loops and callbacks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LRScheduler, OneCycleLR
+
+from app.checkpoints.callback_states import CALLBACKS, check_callbacks
+from app.checkpoints.entries import MISSING, Entry, SavedEntries, shown
+from app.checkpoints.weights import OPTIMIZER_STATES, SKIPPED_STEPS_KEY, STATE_DICT
+
+_STEP, _EPOCH = "global_step", "epoch"
+_LOOPS, _SCHEDULERS = "loops", "lr_schedulers"
+_LOADERS = "combined_loader"
+_INSIST = (  # of who changes them in mid-run
+    "--allow_changes '[model.optimizer]' takes the configured ones, and a script starts anew from the weights"
+    " (pretrained=CHECKPOINT)"
+)
+_COUNTS = ("ready", "started", "processed", "completed")  # in the order in which Lightning counts
+_OF_EVALUATION = ("epoch_loop.val_loop.batch_progress", "batch_progress")
+_BLOCK = re.compile(r"\.layers\.(\d+)\.")
+_STAND_IN = (5, 7, 3, 2)  # no two sizes alike, so that those of a state tell which of the parameter's they are
+
+
+class Resumable(Protocol):
+    """Whom a checkpoint is loaded into: LayerSkipModule."""
+
+    trainer: Trainer
+    model: Any  # with its weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """All weights, by name."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of them."""
+
+    def optimizer_over(self, model: nn.Module) -> dict[str, Any]:
+        """A new optimizer and schedule over the weights of any model."""
+
+
+def check_states(checkpoint: Mapping[str, Any], module: Any) -> None:
+    """Compare all that will be read from a checkpoint with what will take it.
+
+    Args:
+        checkpoint: The content of a single file. Tensors without memory (meta) will do: their values are not looked at.
+        module: A `Resumable` at the point where Lightning loads weights, not yet changed.
+
+    Raises:
+        CheckpointError: Naming the first entry that does not fit, what it is and what was allowed.
+    """
+    trainer = module.trainer
+    saved = SavedEntries(trainer.ckpt_path)
+    step = saved.count((_STEP,), checkpoint.get(_STEP))
+    _check_weights(saved, checkpoint[STATE_DICT], module.state_dict())
+    loops, fn = checkpoint.get(_LOOPS, {}), trainer.state.fn
+    if fn != TrainerFn.FITTING:
+        name = f"{fn.value}_loop"
+        if name in loops:
+            _check_counts(saved, (_LOOPS, name), loops[name], getattr(trainer, name).state_dict())
+        return
+    fit_loop = loops["fit_loop"]
+    _check_counts(saved, (_LOOPS, "fit_loop"), fit_loop, trainer.fit_loop.state_dict())
+    _check_course(saved, fit_loop, step=step, epoch=checkpoint.get(_EPOCH))
+    skipped = saved.count((SKIPPED_STEPS_KEY,), checkpoint.get(SKIPPED_STEPS_KEY, 0), high=step)
+    fresh = module.optimizer_over(module.model)
+    _check_optimizer(saved, checkpoint[OPTIMIZER_STATES], fresh["optimizer"], module, steps=step - skipped)
+    _check_schedule(saved, checkpoint, fresh["lr_scheduler"]["scheduler"], step=step)
+    check_callbacks(saved, checkpoint.get(CALLBACKS), trainer.callbacks)
+
+
+def _check_weights(saved: SavedEntries, got: object, live: Mapping[str, Tensor]) -> None:
+    """Names and shapes are the model's. One precision may take the place of another, but of all weights alike."""
+    weights = saved.keys((STATE_DICT,), got, live)
+    precisions: dict[torch.dtype, torch.dtype] = {}
+    for name, weight in live.items():
+        tensor = weights[name]
+        if not isinstance(tensor, Tensor) or tensor.shape != weight.shape or not tensor.is_floating_point():
+            saved.refuse((STATE_DICT, name), tensor, shown(weight))
+        expected = precisions.setdefault(weight.dtype, tensor.dtype)
+        if tensor.dtype != expected:
+            saved.refuse((STATE_DICT, name), tensor, f"{str(expected).removeprefix('torch.')}, as the others")
+
+
+# -- where the run stands ----------------------------------------------------------------------------------------------
+
+
+def _check_counts(saved: SavedEntries, entry: Entry, got: object, like: Mapping[str, Any]) -> None:
+    """A loop's state: its counts in order, its switches switches."""
+    state = saved.keys(entry, got, like)
+    for key, value in like.items():
+        below = (*entry, key)
+        if key == "state_dict":
+            _check_loaders(saved, below, state[key])
+        elif key in ("total", "current"):
+            _check_order(saved, below, saved.keys(below, state[key], value))
+        elif isinstance(value, dict):
+            _check_counts(saved, below, state[key], value)
+        elif isinstance(value, bool) and not isinstance(state[key], bool):
+            saved.refuse(below, state[key], "true or false")
+        else:
+            saved.alike(below, state[key], value)
+    if "current" in like and entry[-1] not in _OF_EVALUATION:  # which begins to count anew at any time
+        total, current = state["total"], state["current"]
+        for name in current:
+            saved.count((*entry, "current", name), current[name], high=total[name])
+            expected = total["ready"] - (current["ready"] - current[name])
+            saved.count((*entry, "total", name), total[name], low=expected, high=expected)
+
+
+def _check_loaders(saved: SavedEntries, entry: Entry, got: object) -> None:
+    """States of data loaders, who know what is in them."""
+    state = saved.any_keys(entry, got)
+    for index, each in enumerate(saved.sequence((*entry, _LOADERS), state.get(_LOADERS, []))):
+        saved.any_keys((*entry, _LOADERS, index), each)
+
+
+def _check_order(saved: SavedEntries, entry: Entry, counts: Mapping[str, Any]) -> None:
+    """What is ready has started, but for an epoch that is about to; one at a time is being processed."""
+    first, *others = [name for name in _COUNTS if name in counts]
+    highest = saved.count((*entry, first), counts[first])
+    for name in others:
+        lowest = highest if name == "started" and "epoch_progress" not in entry else max(0, counts[first] - 1)
+        highest = saved.count((*entry, name), counts[name], low=lowest, high=highest)
+
+
+def _check_course(saved: SavedEntries, fit_loop: Mapping[str, Any], *, step: int, epoch: object) -> None:
+    """The counts of steps, micro-batches and epochs agree."""
+    entry = (_LOOPS, "fit_loop")
+    steps = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    saved.count((_STEP,), step, low=steps, high=steps)
+    counted = fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"]
+    saved.count((*entry, "epoch_loop.state_dict", "_batches_that_stepped"), counted, high=step + 1)
+    batches = fit_loop["epoch_loop.batch_progress"]["total"]["ready"]
+    saved.count((*entry, "epoch_loop.batch_progress", "total", "ready"), batches, low=step)
+    epochs = fit_loop["epoch_progress"]["current"]["processed"]
+    saved.count((_EPOCH,), epoch, low=epochs, high=epochs)
+
+
+# -- optimizer and schedule --------------------------------------------------------------------------------------------
+
+
+def _check_optimizer(saved: SavedEntries, got: object, live: Optimizer, module: Resumable, *, steps: int) -> None:
+    """States of the parameters that the live optimizer has, of the kinds that a step of it leaves."""
+    (only,) = saved.sequence((OPTIMIZER_STATES,), got, length=1)
+    entry: Entry = (OPTIMIZER_STATES, 0)
+    groups, own = saved.keys(entry, only, ("state", "param_groups"))["param_groups"], live.state_dict()["param_groups"]
+    saved.alike((*entry, "param_groups"), groups, own)
+    for index, (group, fresh) in enumerate(zip(groups, own, strict=True)):
+        if list(group["params"]) != fresh["params"]:
+            saved.refuse((*entry, "param_groups", index, "params"), group["params"], shown(fresh["params"]))
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    parameters = [parameter for group in live.param_groups for parameter in group["params"]]
+    state, entry = only["state"], (*entry, "state")
+    known = [position for position in range(len(parameters)) if not isinstance(state, dict) or position in state]
+    saved.keys(entry, state, known)
+    if not _of_torch(live):
+        return
+    kinds = _kinds_of_state(module, parameters)
+    for position, parameter in enumerate(parameters):
+        kind, below = kinds[parameter.dim(), parameter.dtype], (*entry, position)
+        if position in state:
+            for key, like in kind.items():
+                value = saved.keys(below, state[position], kind)[key]
+                _check_state(saved, (*below, key), value, like, parameter, steps=steps)
+        elif kind and not _unreached(position, known, [names[each] for each in parameters], steps=steps):
+            saved.refuse(below, MISSING, f"the states of {names[parameter]}")
+
+
+def _of_torch(live: Optimizer | LRScheduler) -> bool:
+    """Whether what its states are is known; of a user's own class, that class alone knows."""
+    return type(live).__module__.startswith("torch.optim")
+
+
+def _unreached(position: int, known: Sequence[int], names: Sequence[str], *, steps: int) -> bool:
+    """Whether a parameter had no gradient yet: no step was taken, or its block is above all exits there were."""
+    own = _BLOCK.search(names[position])
+    reached = [int(found[1]) for each in known if (found := _BLOCK.search(names[each]))]
+    return steps == 0 or (own is not None and bool(reached) and int(own[1]) > max(reached))
+
+
+def _kinds_of_state(module: Resumable, parameters: Sequence[Tensor]) -> dict[tuple[int, torch.dtype], dict[str, Any]]:
+    """What a step leaves for a parameter, by the number of its dimensions and its dtype: found out on stand-ins."""
+    kinds = sorted({(parameter.dim(), parameter.dtype) for parameter in parameters}, key=str)
+    stand_ins = nn.ParameterList([torch.zeros(_STAND_IN[:dim], dtype=dtype) for dim, dtype in kinds])
+    optimizer: Optimizer = module.optimizer_over(stand_ins)["optimizer"]
+    for group in optimizer.param_groups:
+        group.update({"capturable": False} if "capturable" in group else {})  # an accelerator's alone
+    for stand_in in stand_ins:
+        stand_in.grad = torch.zeros_like(stand_in)
+    optimizer.step()
+    return {kind: dict(optimizer.state[stand_in]) for kind, stand_in in zip(kinds, stand_ins, strict=True)}
+
+
+def _check_state(saved: SavedEntries, entry: Entry, got: object, like: object, of: Tensor, *, steps: int) -> None:
+    """One state of a parameter, like that of the stand-in for it."""
+    if not isinstance(like, Tensor):
+        saved.alike(entry, got, like)
+        return
+    sizes = [of.shape[_STAND_IN.index(size)] if size in _STAND_IN[: of.dim()] else size for size in like.shape]
+    saved.alike(entry, got, torch.empty(sizes, dtype=like.dtype, device="meta"))
+    assert isinstance(got, Tensor)
+    if entry[-1] == "step" and not got.is_meta:
+        saved.number(entry, got.item(), low=1, high=steps)
+
+
+def _check_schedule(saved: SavedEntries, checkpoint: Mapping[str, Any], scheduler: LRScheduler, *, step: int) -> None:
+    """One schedule, at the step of the run, from the rates that the optimizer began with."""
+    if not _of_torch(scheduler):
+        saved.sequence((_SCHEDULERS,), checkpoint[_SCHEDULERS], length=1)
+        saved.any_keys((_SCHEDULERS, 0), checkpoint[_SCHEDULERS][0])
+        return
+    live = scheduler.state_dict()
+    saved.alike((_SCHEDULERS,), checkpoint[_SCHEDULERS], [live])
+    state, entry = checkpoint[_SCHEDULERS][0], (_SCHEDULERS, 0)
+    saved.count((*entry, "last_epoch"), state["last_epoch"], low=step, high=step)
+    if not isinstance(scheduler, CosineAnnealingWarmRestarts):  # which does not count them
+        saved.count((*entry, "_step_count"), state["_step_count"], low=step + 1, high=step + 1)
+    for key, value in live.items():
+        if isinstance(value, bool) and state[key] is not value:
+            saved.refuse((*entry, key), state[key], str(value))
+    for index, group in enumerate(checkpoint[OPTIMIZER_STATES][0]["param_groups"]):
+        if state["base_lrs"][index] != group["initial_lr"]:
+            allowed = f"{group['initial_lr']}, the optimizer's initial_lr"
+            saved.refuse((*entry, "base_lrs", index), state["base_lrs"][index], allowed)
+
+
+def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable) -> None:
+    """Refuse settings of the optimizer that are not the configured ones, and rates that are not the schedule's.
+
+    Args:
+        checkpoint: Whose states were found to be in order.
+        module: As it is configured.
+
+    Raises:
+        CheckpointError: Naming the first.
+    """
+    saved = SavedEntries(module.trainer.ckpt_path)
+    live = module.optimizer_over(module.model)
+    fresh, scheduler = live["optimizer"].param_groups, live["lr_scheduler"]["scheduler"]
+    if not _of_torch(scheduler):
+        return  # which may set any of them
+    moved = ("params", *(("betas", "momentum") if isinstance(scheduler, OneCycleLR | CyclicLR) else ()))
+    rates = checkpoint[_SCHEDULERS][0]["_last_lr"]
+    for index, (group, own) in enumerate(zip(checkpoint[OPTIMIZER_STATES][0]["param_groups"], fresh, strict=True)):
+        for key, value in (own | {"lr": rates[index]}).items():
+            listed = [list(each) if isinstance(each, tuple) else each for each in (group[key], value)]
+            if key not in moved and listed[0] != listed[1]:
+                entry = (OPTIMIZER_STATES, 0, "param_groups", index, key)
+                saved.refuse(entry, group[key], f"{value!r}, as configured; {_INSIST}")

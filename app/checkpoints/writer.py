@@ -1,0 +1,109 @@
+"""Torch's writer of distributed checkpoints, made to leave a whole directory or none, with checksums."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import zlib
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from app.checkpoints.atomic import flush_folder, partial_of, put_in_place
+from app.checkpoints.integrity import MANIFEST_FILE, Checksum, manifest
+from app.checkpoints.shards import METADATA_FILE
+from app.checkpoints.weights import CONTENT_FILE
+
+
+class CheckpointWriter(FileSystemWriter):
+    """Every rank writes and flushes its shards beside the checkpoint's name; rank 0 then adds the rest and renames.
+
+    Args:
+        path: The checkpoint's name.
+        content: Of CONTENT_FILE, from rank 0.
+        step: Optimizer steps taken.
+        keep_previous: As for `put_in_place`.
+    """
+
+    def __init__(self, path: Path, *, content: memoryview, step: int, keep_previous: bool) -> None:
+        super().__init__(partial_of(path))
+        self.fs = self._files = _ChecksummingFiles()
+        self._target, self._content = path, content
+        self._step, self._keep_previous = step, keep_previous
+
+    def clear(self) -> None:
+        """Remove what is left of an attempt that was killed or failed; before any rank writes."""
+        shutil.rmtree(partial_of(self._target), ignore_errors=True)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's shards; their checksums travel to rank 0 with the rest of the answer."""
+        written = _Written(super().write_data(plan, planner).wait())
+        written.checksums = self._files.checksums
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(written)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0, once all shards are on the disk: what they are, what else there is, and the name."""
+        super().finish(metadata, results)
+        folder = partial_of(self._target)
+        checksums = dict(self._files.checksums)
+        checksums[METADATA_FILE] = checksums.pop(f"{METADATA_FILE}.tmp")  # torch renames it
+        for written in results:
+            checksums |= cast(_Written, written).checksums
+        checksums[CONTENT_FILE] = _write(folder / CONTENT_FILE, self._content)
+        _write(folder / MANIFEST_FILE, manifest(self._step, checksums))
+        flush_folder(folder)
+        put_in_place(self._target, keep_previous=self._keep_previous)
+
+
+class _Written(list[WriteResult]):
+    """What a rank wrote."""
+
+    checksums: Mapping[str, Checksum]
+
+
+class _ChecksummingFiles(FileSystem):
+    """Sums up what is written, on its way; by file name."""
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, Checksum] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        """As FileSystem's."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with _ChecksummingFile(io.FileIO(path, "w")) as file:
+            yield file
+        self.checksums[Path(path).name] = file.checksum
+
+
+class _ChecksummingFile(io.BufferedWriter):
+    """A file that is written from its beginning to its end."""
+
+    checksum = Checksum(0, 0)
+
+    def write(self, data: Any) -> int:
+        """As io.BufferedWriter's."""
+        num_bytes, crc32 = self.checksum
+        self.checksum = Checksum(num_bytes + memoryview(data).nbytes, zlib.crc32(data, crc32))
+        return super().write(data)
+
+
+def _write(path: Path, content: bytes | memoryview) -> Checksum:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return Checksum(len(content), zlib.crc32(content))

@@ -1,0 +1,136 @@
+"""From jsonargparse's messages, which are trees of types, to one line: field, what it got, what is allowed, what to do.
+
+Example: 'Parser key "data": ... Parser key "batch_size": ... Expected a <class 'int'>. Got value: abc' becomes
+'data.batch_size: got abc, allowed int (a whole number)'. What users rarely meet keeps jsonargparse's own words.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Iterator
+from difflib import get_close_matches
+from textwrap import shorten
+
+_KEY = re.compile(r'Parser key "([^"]+)":?')
+_BASE = re.compile(r"<class '(\w+\.[\w.]+)'>|Callable\[\[.*?\], ([\w.]+)\]")
+# An alternative that jsonargparse tries by itself: a base class with the keys that were given.
+_DENIED = re.compile(r"^ *- Problem with given class_path '([^']+)':\n +Importing .*\n", re.MULTILINE)
+# A type that no config holds, and what is wrong with the value as one of it.
+_TENSOR = re.compile(r", <class 'torch\.Tensor'>\]\n(?s:.*?)(?=Given value:)")
+_UNION = re.compile(r"(?s:.*)Subtypes: \[(.+)\]\n(?s:.*?)Given value: (.*?)(?:\. Got value|\n|$)")  # the innermost
+_UNKNOWN = re.compile(r"(?:^unrecognized arguments: --|[Oo]ption ')([^\s=']+)(?:' is not accepted)?")
+_NOT_CLASS = (
+    r"Expected a dot import path string: ([^\n]*)",
+    r"Problem with given class_path '([^']+)':\s+(?:module \S+ has no attribute|No module named)",
+    r"expects a function or a callable class: (?:.*class_path='([^']+)'|.*Got value: (.*))",
+    r"Import path does not correspond to a subclass of (?s:.*?)Given value: (.*)",
+)
+_NOT_TYPE = r"Expected an? (?!<class 'NoneType'>)(.+?)\. Got value: (.*?)(?:\. Got value: Namespace|\n|$)"
+_MEANINGS = {"int": "int (a whole number)", "float": "float (a finite number)", "bool": "true | false"}
+# What other applications of LightningCLI call settings of ours.
+_KEYS_OF_OTHERS = {
+    r"optimizer\b": "the optimizer is model.optimizer, as in --model.optimizer torch.optim.AdamW",
+    r"lr_scheduler\b": "the learning rate's schedule is model.lr_schedule, with model.warmup_steps",
+    r"model\.init_args\.(.+)": r"the model is of one class, LayerSkipModule, and has no init_args: model.\1",
+    r"model\.class_path": "the model is of one class, LayerSkipModule: its settings are model.KEY",
+}
+
+
+def one_line(text: str, *, options: Collection[str] = ()) -> str:
+    """The message in one line; one that no rule knows keeps its words.
+
+    Args:
+        text: The message.
+        options: Names of the parser's options, of which those near to a misspelt one are suggested.
+    """
+    given = text.rpartition("Given value:")[2]
+    text = _DENIED.sub(lambda found: found[0] if found[1] in given else "", _TENSOR.sub("]\n", text))
+    path = ".".join(dict.fromkeys(_KEY.findall(text)))
+    owners = re.findall(r"Problem with given class_path '([^']+)'", text)
+    if found := re.search(r"Importing '([^']+)' is not allowed", text):
+        package = found[1].partition(".")[0]
+        allowed = "a class of this application or one it knows to be harmless (app/cli/parsing/allowed_classes.py)"
+        fix = f"if you trust {package}, add --allowed_classes+ {package} to the command line, at every start"
+        return f"{path}: got {found[1]}, allowed {allowed}; {fix}"
+    if found := _UNKNOWN.search(text):
+        return unknown_key(f"{path}.{found[1]}".lstrip("."), options, of=owners[-1] if owners else "")
+    if found := re.search(r"the following arguments are required: (.*)", text):
+        names = [rest if (rest := name.partition(".")[2]) in options else name for name in found[1].split(", ")]
+        by = f" by {owners[-1]}" if owners else ""
+        return f"{', '.join(f'{path}.{name}'.lstrip('.') for name in names)}: required{by}, but not given"
+    if text.startswith("'str' object does not support item assignment"):
+        return "stop: got one text, allowed a list of texts; write [text]"  # the only option of several arguments
+    for pattern in _NOT_CLASS:
+        if found := re.search(pattern, text):
+            return f"{path}: {_no_class(next(filter(None, found.groups()), ''), text)}"
+    if found := re.search(_NOT_TYPE, text) or _UNION.search(text):
+        return f"{path}: {_wrong_type(_plain(found[1]), found[2])}"
+    if found := re.match(r"(Problems parsing|Unexpected) config: (?s:(.*))", text):
+        got = shorten(found[2], 200)
+        is_yaml = found[1] == "Unexpected"
+        return (
+            f"config: got {got!r}, allowed YAML of the form 'option: value'" if is_yaml else f"config: not YAML ({got})"
+        )
+    if path:
+        lines = (line.strip(" -") for line in _KEY.sub("", text).splitlines())
+        text = f"{path}: {next(filter(None, lines), '')}"
+    return re.sub(r"^argument --(\S+:)", r"\1", shorten(text, 400))
+
+
+def unknown_key(path: str, options: Collection[str], *, of: str = "") -> str:
+    """That there is no such key, and where it is or what is spelt like it.
+
+    Args:
+        path: The key.
+        options: Names of the parser's options.
+        of: The class whose argument it would be.
+    """
+    for pattern, key in _KEYS_OF_OTHERS.items():
+        if other := re.match(pattern, path):
+            return f"{path}: unknown key; {other.expand(key)}"
+    owner, _, name = path.rpartition(".")
+    siblings = [option.removeprefix(f"{owner}.") for option in options if option.rpartition(".")[0] == owner]
+    return f"{path}: unknown key{f' of {of}' if of else ''}{_nearest(name.replace('-', '_'), siblings, cutoff=0.5)}"
+
+
+def _nearest(name: str, names: Collection[str], *, cutoff: float) -> str:
+    near = get_close_matches(name, sorted(names), cutoff=cutoff)
+    return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def _no_class(got: str, text: str) -> str:
+    if got.startswith("Namespace("):
+        return "got settings alone, allowed the class before them, as in --model.optimizer torch.optim.AdamW"
+    union = _UNION.search(text)
+    bases = [module or result for module, result in _BASE.findall(union[1] if union else text)]
+    names = {cls.__name__ for base in bases for cls in _subclasses(base) if not cls.__name__.startswith("_")}
+    of = " | ".join(base.rpartition(".")[2] for base in bases) or "a class, as module.Class"
+    return f"got {got}, allowed the class path of {of}{_nearest(got.rpartition('.')[2], names, cutoff=0.0)}"
+
+
+def _subclasses(base: str) -> Iterator[type]:
+    """Every subclass imported so far of a class named with its module."""
+    module, _, name = base.rpartition(".")
+    pending = [getattr(sys.modules.get(module), name, None)]
+    while pending:
+        if isinstance(cls := pending.pop(), type):
+            pending += cls.__subclasses__()
+            yield from cls.__subclasses__()
+
+
+def _wrong_type(allowed: str, got: str) -> str:
+    open_list = re.fullmatch(r"list(\[\w+\])?", allowed) and not (got.startswith("[") and got.endswith("]"))
+    fix = f"; write [{got.strip('[] ,')}], in quotes if there are spaces" if open_list else ""
+    return f"got {shorten(got, 200) or repr(got)}, allowed {_MEANINGS.get(allowed, allowed)}{fix}"
+
+
+def _plain(types: str) -> str:
+    """Types as one reads them: without modules, None and typing.Literal."""
+    types = re.sub(
+        r", (?=<class |typing\.|list\[|dict\[|collections\.)", " | ", types.removesuffix(", <class 'NoneType'>")
+    )
+    types = re.sub(r"<class '([^']+)'>", r"\1", types)
+    types = re.sub(r"typing\.Literal\[([^]]*)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), types)
+    types = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types)
+    return re.sub(r"Callable\[\[\w+\], (\w+)\]", r"the class path of \1", types)

@@ -1,0 +1,133 @@
+"""Mistakes that show without the parsers, which load torch and Lightning for seconds: refused at once.
+
+Only what is certain is refused here; the parsers say the rest, and whatever is not on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+
+from app.checkpoints.atomic import kept_previous, standing
+from app.cli.parsing.included_configs import with_included
+from app.cli.parsing.parser_messages import one_line
+from app.errors import ConfigError, UserError
+from app.generation.prompts import read_prompts
+from app.model_files.paths import check_exists
+
+LAST, AUTO = "last", "auto"  # values of ckpt_path
+CHECKPOINT_HELP = "Checkpoint to go on from: a path; last (the run folder's); or auto: last if there is one, else none."
+FALL_BACK = "--fall_back_to_previous true"
+_MOST_VALUES = 100_000  # of a config; aliases make more of a few lines than memory holds
+_MODELS = ("model", "draft_model", "model.pretrained")
+
+
+def check_arguments(
+    args: Sequence[str], *, options: Collection[str] | None, of_fit: bool, needs_model: bool = True
+) -> None:
+    """Refuse files that are missing or no YAML, and options that the verb does not have.
+
+    Args:
+        args: The command line behind the verb.
+        options: Names of the verb's options, without dashes; None where they are not known yet.
+        of_fit: Whether the verb takes the options of `layerskip fit`, whose configs may be stacked.
+        needs_model: Whether the models that are named must be there; `plan` does without.
+
+    Raises:
+        UserError: Naming the first mistake.
+    """
+    given = list(_pairs(with_included(args) if of_fit else args))
+    for option, value in given:
+        names = [option.rstrip("+")]
+        if option in ("config", "c") and value is not None:
+            names = ["config", *_keys(_read_config(value))]
+        elif option == "prompts" and value is not None and not of_fit:  # `data` writes them
+            read_prompts(value, limit=1)
+        elif option == "ckpt_path" and value not in (None, "null") and of_fit:  # `export` tells its own
+            check_checkpoint_path(str(value), fall_back=("fall_back_to_previous", "true") in given)
+        elif needs_model and option in _MODELS and value not in (None, "null"):
+            check_exists(str(value), field=option)
+        for name in names:
+            if options is not None and _is_unknown(name, options):
+                raise UserError(one_line(f"Option '{name}' is not accepted", options=options))
+
+
+def check_checkpoint_path(path: str, *, fall_back: bool) -> None:
+    """Refuse a `ckpt_path` at which there is no checkpoint.
+
+    Args:
+        path: A file, a directory, or one of the words that stand for one.
+        fall_back: Whether the checkpoint kept from before will do as well; its reader then says so.
+
+    Raises:
+        ConfigError: Naming the one before it, if that was kept.
+    """
+    if path in (LAST, AUTO) or (path and standing(Path(path)).exists()):
+        return
+    fix = ""
+    if path and (kept := kept_previous(Path(path))).exists():
+        if fall_back:
+            return
+        fix = f"the one before it is {kept} ({FALL_BACK} takes it)"
+    allowed = "an existing checkpoint; last; or auto: last if there is one, else none"
+    raise ConfigError("ckpt_path", got=path, allowed=allowed, fix=fix)
+
+
+def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Options without dashes, each with the value behind it, if there is one."""
+    for arg, following in pairwise([*args, None]):
+        if arg is not None and (arg.startswith("--") or arg == "-c"):
+            option, equals, value = arg.lstrip("-").partition("=")
+            yield option, value if equals else following
+
+
+def _read_config(value: str) -> Any:
+    """The config that an option names or, if its value is a mapping, is."""
+    config = _loaded(value)
+    pending, seen = [config], 0
+    while pending and (seen := seen + 1) <= _MOST_VALUES:
+        node = pending.pop()
+        pending += node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+    if pending:
+        fix = "an alias (*NAME) within its own anchor (&NAME) never ends"
+        raise ConfigError("config", got=value, allowed=f"at most {_MOST_VALUES:,} values", fix=fix)
+    return config
+
+
+def _loaded(value: str) -> Any:
+    load = get_loader("yaml")
+    try:
+        try:
+            return load(Path(value).read_text("utf-8"))
+        except OSError as error:
+            if isinstance(inline := load(value), Mapping):
+                return inline
+            allowed = f"a YAML file ({(error.strerror or 'not a path').lower()})"
+            raise ConfigError("config", got=value, allowed=allowed) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(one_line(f"Problems parsing config: {error}")) from error
+
+
+def _keys(config: Any, above: str = "") -> Iterator[str]:
+    """The paths of the values in a config."""
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        if isinstance(value, Mapping) and value:
+            yield from _keys(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
+
+
+def _is_unknown(name: str, options: Collection[str]) -> bool:
+    """Whether no option can be meant: what is below an option without others below it is a class's to know."""
+    if name in options or any(option.startswith(f"{name}.") for option in options):
+        return False
+    owner = name
+    while owner := owner.rpartition(".")[0]:
+        if owner in options:
+            return any(option.startswith(f"{owner}.") and option != f"{owner}.help" for option in options)
+    return True

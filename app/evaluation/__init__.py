@@ -1,1 +1,0 @@
-"""Measurements: exit quality, decoding comparison, and how to show them."""

@@ -1,1 +1,0 @@
-"""Tasks that are scored on what a model generates."""

@@ -1,0 +1,1 @@
+"""How good each exit is, as numbers and pictures."""

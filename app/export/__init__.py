@@ -1,0 +1,1 @@
+"""Models out: a Hugging Face directory with its card."""

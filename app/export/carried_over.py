@@ -1,0 +1,92 @@
+"""The decoding defaults that `layerskip tune` stored elsewhere, for an export to take over."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from app.errors import ConfigError
+from app.export.directory import Weights
+from app.model_files.decoding_defaults import (
+    DEFAULTS_FIELD,
+    DecodingDefaults,
+    read_decoding_defaults,
+    read_generation_config,
+)
+
+_TELLING_ROWS = 8
+_ALLOWED = "a tuned model directory, a generation_config.json, or the output of layerskip tune --json"
+
+
+def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> DecodingDefaults | None:
+    """The defaults that were stored in a model directory or a file, as those of this model.
+
+    Args:
+        model: Of the same shape; may be on the meta device.
+        path: A directory, its generation_config.json, or the output of `layerskip tune --json`.
+        field: The setting that `path` comes from, for error messages.
+
+    Returns:
+        The defaults; None if nothing was stored there.
+
+    Raises:
+        ConfigError: They do not fit this model, or there is no such file.
+        CheckpointError: The directory's generation_config.json is damaged.
+    """
+    stored = _stored(path, field=field)
+    if stored is None:
+        return None
+    probe = copy.copy(model)  # shares everything but what is set here
+    probe.generation_config = copy.deepcopy(model.generation_config)
+    setattr(probe.generation_config, DEFAULTS_FIELD, stored)
+    try:
+        return read_decoding_defaults(probe)
+    except ConfigError as error:
+        allowed = "what layerskip tune stored for a model like this"
+        raise ConfigError(field, got=str(path), allowed=allowed, fix=str(error)) from error
+
+
+def holds(directory: Path, weights: Weights) -> bool:
+    """Whether a model directory holds these weights, in whatever dtype: the first rows of each tell.
+
+    Who trained a step more changed them; what was measured on a model is true of its weights alone.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    try:
+        return bool(files) and all(_are_of(file, weights) for file in files)
+    except (OSError, SafetensorError):  # then it holds none
+        return False
+
+
+def _are_of(file: Path, weights: Weights) -> bool:
+    with safe_open(file, framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118  # not a mapping
+            theirs = stored.get_slice(name)
+            if name not in weights.shapes or list(weights.shapes[name][0]) != theirs.get_shape():
+                return False
+            first, own = theirs[:_TELLING_ROWS], weights.read(name)[:_TELLING_ROWS].cpu()
+            if not (torch.equal(first, own.to(first.dtype)) or torch.equal(first.to(own.dtype), own)):
+                return False
+    return True
+
+
+def _stored(path: Path, *, field: str) -> Any:
+    if path.is_dir():
+        return read_generation_config(path).get(DEFAULTS_FIELD) if any(path.iterdir()) else None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(field, got=str(path), allowed=_ALLOWED, fix=str(error)) from error
+    if not isinstance(content, dict):
+        raise ConfigError(field, got=str(path), allowed=_ALLOWED)
+    if DEFAULTS_FIELD in content or "strategy" not in content:
+        return content.get(DEFAULTS_FIELD)
+    known = {entry.name for entry in fields(DecodingDefaults)}
+    return {name: value for name, value in content.items() if name in known}

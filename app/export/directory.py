@@ -1,0 +1,173 @@
+"""Models out: a Hugging Face directory that plain transformers loads, written shard by shard."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from app.errors import CheckpointError, ConfigError
+from app.export.output_directory import whole_or_absent
+from app.model.freed_memory import give_back_freed
+from app.model_files.decoding_defaults import DecodingDefaults, saveable, write_decoding_defaults
+from app.model_files.weight_files import check_plain
+
+_SHARD_NAMES = "model{suffix}.safetensors"
+
+
+class Weights(Protocol):
+    """Tensors by Hugging Face name, one at a time; a `trained_weights.TrainedWeights` is one."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of each."""
+
+    @property
+    def read(self) -> Callable[[str], Tensor]:
+        """Gives one."""
+
+
+class InMemory:
+    """The weights of a model that was loaded."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        state = model.state_dict()
+        self.shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+        self.read: Callable[[str], Tensor] = state.__getitem__
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What a user chooses.
+
+    Attributes:
+        dtype: Of the floating-point weights; None keeps each as it is.
+        max_shard_size: Of a file of weights; digits and KB, MB, GB or TB. A single weight may be larger.
+        decoding: What `layerskip tune` chose, for generation_config.json; None leaves what the model brings.
+        readme: Text of README.md.
+
+    Raises:
+        ConfigError: The size cannot be read.
+    """
+
+    dtype: torch.dtype | None = None
+    max_shard_size: str = "5GB"
+    decoding: DecodingDefaults | None = None
+    readme: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*[KMGT]B", self.max_shard_size, re.IGNORECASE):
+            allowed = "digits and a unit, such as 5GB or 500MB"
+            raise ConfigError("max_shard_size", got=self.max_shard_size, allowed=allowed)
+
+
+def architecture(config: PreTrainedConfig, generation: GenerationConfig | None = None) -> PreTrainedModel:
+    """A model without weights, on the meta device, that generates as `generation` says, or else as `config` implies."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    if generation is not None:
+        model.generation_config = generation
+    return model
+
+
+def write_pretrained(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    weights: Weights | None = None,
+    settings: ExportSettings | None = None,
+) -> int:
+    """Write configuration, generation configuration, safetensors, tokenizer and README.md: all of it, or nothing.
+
+    Names, files and their bytes are those that `save_pretrained` would write. No more than one file of weights is in
+    memory at a time, beside what `weights` itself holds.
+
+    Args:
+        model: If its generation config has no end of text, the tokenizer's is written. With `weights` it may be on the
+            meta device.
+        tokenizer: The model's; None writes none.
+        directory: From `output_directory.check_output_dir`.
+        weights: Where tensors are read; by default the model's own.
+        settings: The user's choices.
+
+    Returns:
+        Number of files of weights.
+
+    Raises:
+        CheckpointError: If it cannot be written, for instance because the disk is full; if `weights` are not those of
+            the model; or if its generation config contradicts itself.
+    """
+    settings, weights = settings or ExportSettings(), weights or InMemory(model)
+    names = _stored_names(model, weights)
+    config, generation = copy.deepcopy(model.config), saveable(model.generation_config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(exported_dtype(weights, settings.dtype)).removeprefix("torch.")
+    if tokenizer is not None and generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    with whole_or_absent(directory, readme=settings.readme) as folder:
+        num_files = _write_shards(names, weights, folder, settings=settings, num_parameters=model.num_parameters())
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        if settings.decoding is not None:
+            write_decoding_defaults(folder, settings.decoding)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return num_files
+
+
+def exported_dtype(weights: Weights, dtype: torch.dtype | None) -> torch.dtype:
+    """What `write_pretrained` makes of weights: `dtype`, or that of the first of them where it is None."""
+    own = (own for _, own in weights.shapes.values() if own.is_floating_point)
+    return dtype or next(own, torch.float32)
+
+
+def _stored_names(model: PreTrainedModel, weights: Weights) -> list[str]:
+    """The weights of the model in its order, those that are tied to another left out."""
+    own, shapes = model.state_dict(), weights.shapes
+    tied = model.all_tied_weights_keys
+    names = [name for name in own if name not in tied]
+    if unknown := sorted(shapes.keys() - own.keys()):
+        raise CheckpointError(f"{len(unknown)} weights are not of a {type(model).__name__}, the first is {unknown[0]}")
+    for name in names:
+        if name not in shapes:
+            raise CheckpointError(f"the weights of a {type(model).__name__} are not all there: {name} is missing")
+        if shapes[name][0] != own[name].shape:
+            raise CheckpointError(f"{name} has shape {[*shapes[name][0]]}, config.json says {[*own[name].shape]}")
+        if own[name].is_floating_point():
+            check_plain(f"the weights of a {type(model).__name__}", name, shapes[name][1])
+    return names
+
+
+def _write_shards(
+    names: list[str], weights: Weights, folder: Path, *, settings: ExportSettings, num_parameters: int
+) -> int:
+    shapes, read = weights.shapes, weights.read
+    dtypes = {
+        name: (settings.dtype if shapes[name][1].is_floating_point else None) or shapes[name][1] for name in names
+    }
+    planned = {name: torch.empty(shapes[name][0], dtype=dtypes[name], device="meta") for name in names}
+    shards = split_torch_state_dict_into_shards(
+        planned, filename_pattern=_SHARD_NAMES, max_shard_size=settings.max_shard_size
+    )
+    for file, members in shards.filename_to_tensors.items():
+        tensors = {name: read(name).detach().to(dtypes[name]).contiguous() for name in members}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
+        give_back_freed()
+    if shards.is_sharded:
+        metadata = {"total_parameters": num_parameters, **shards.metadata}
+        index = json.dumps({"metadata": metadata, "weight_map": shards.tensor_to_filename}, indent=2, sort_keys=True)
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index + "\n", "utf-8")
+    return len(shards.filename_to_tensors)

@@ -1,0 +1,115 @@
+"""What a user leaves open about decoding: taken from `layerskip tune` where it was run, else from rules of thumb."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from app.decoding.cost_model import CostModel
+from app.decoding.settings import DecodingSettings
+from app.decoding.strategies import STRATEGIES, Strategy, check_settings
+from app.generation.model import LoadedModel
+from app.model_files.decoding_defaults import Conditions, DecodingDefaults, read_decoding_defaults
+from app.protocols import ExitableDecoder
+
+_log = logging.getLogger(__name__)
+
+_USUAL_DRAFTS = 3
+_USUAL_SHARE = 4  # a quarter of the blocks drafts
+
+
+def choose_decoding(
+    strategy: Strategy | None, settings: DecodingSettings, loaded: LoadedModel, *, batch_size: int = 1
+) -> tuple[Strategy, DecodingSettings]:
+    """Fill in strategy, exit, drafts and costs, and say on stderr what was chosen and where it comes from.
+
+    Who names an exit or a number of drafts but no strategy wants self_speculative. What was tuned under other
+    conditions is still the best guess for strategy, exit and drafts, but its costs are not used.
+
+    Args:
+        strategy: None is open.
+        settings: With None where the user left something open.
+        loaded: The model.
+        batch_size: Prompts decoded together.
+
+    Raises:
+        ConfigError: Exit, drafts or skipped layers do not fit the model; nothing was said.
+    """
+    tuned = read_decoding_defaults(loaded.model)
+    elsewhere = _elsewhere(tuned, Conditions.of(loaded.model, batch_size=batch_size))
+    num_layers, said = loaded.decoder.num_layers, list[str]()
+    of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
+    if strategy is None and num_layers == 1 and not of_drafts:
+        _log.info("strategy autoregressive: a model of one block has no earlier exit")
+        return "autoregressive", settings
+    if strategy is None:
+        strategy = "self_speculative" if tuned is None or of_drafts else tuned.strategy
+        said.append(_say("strategy", strategy, tuned=tuned is not None and not of_drafts))
+    exit_layer, num_draft_tokens = settings.exit_layer, settings.num_draft_tokens
+    needs = STRATEGIES[strategy].needs
+    if exit_layer is None and "exit_layer" in needs:
+        known = tuned and tuned.exit_layer
+        exit_layer = known or max(1, num_layers // _USUAL_SHARE)
+        said.append(_say("exit_layer", f"{exit_layer} of {num_layers}", tuned=bool(known)))
+    if num_draft_tokens is None and "num_draft_tokens" in needs:
+        same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)
+        known = tuned.num_draft_tokens if tuned is not None and same else None
+        num_draft_tokens = known or _USUAL_DRAFTS
+        said.append(_say("num_draft_tokens", num_draft_tokens, tuned=bool(known)))
+    settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    _check(strategy, settings, loaded.decoder)
+    if said:
+        _log.info("defaults: %s; %s%s", ", ".join(said), _origin(tuned, strategy, settings), elsewhere)
+    if strategy == "self_speculative" and exit_layer is not None and not elsewhere:
+        settings = replace(settings, costs=_costs(tuned, num_layers, exit_layer))
+    return strategy, settings
+
+
+def _check(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDecoder) -> None:
+    """Refuse what does not fit the model, before anything is said; of what has no effect the engine warns."""
+    needs = STRATEGIES[strategy].needs
+    used: dict[str, Any] = {name: getattr(settings, name) for name in needs}
+    if "draft_decoder" in needs:  # the caller loads it later
+        used["draft_decoder"] = decoder
+    check_settings(strategy, DecodingSettings(max_new_tokens=settings.max_new_tokens, **used), decoder)
+
+
+def _say(name: str, value: object, *, tuned: bool) -> str:
+    return f"{name} {value} ({'tuned' if tuned else 'untuned'})"
+
+
+def _elsewhere(tuned: DecodingDefaults | None, here: Conditions) -> str:
+    """That tuning was done under other conditions; empty where it was not, or nobody knows."""
+    if tuned is None or tuned.conditions is None or not (other := tuned.conditions.differing(here)):
+        return ""
+    return f"; it was tuned for {tuned.conditions}; here {other}"
+
+
+def _origin(tuned: DecodingDefaults | None, strategy: Strategy, settings: DecodingSettings) -> str:
+    if tuned is None:
+        return "layerskip tune finds what is fastest for a model"
+    if tuned.strategy == "autoregressive":
+        return "layerskip tune found no setting that is faster than autoregressive"
+    setting = f"exit_layer {tuned.exit_layer} and num_draft_tokens {tuned.num_draft_tokens}"
+    chosen = tuned.strategy, tuned.exit_layer, tuned.num_draft_tokens
+    if chosen != (strategy, settings.exit_layer, settings.num_draft_tokens):
+        return f"layerskip tune chose otherwise: {tuned.strategy} with {setting}"
+    if tuned.measured_speedup is None:
+        return "as stored with the model; layerskip tune measures what is fastest"
+    return f"layerskip tune measured a speedup of {tuned.measured_speedup:.2f} with {setting}"
+
+
+def _costs(tuned: DecodingDefaults | None, num_layers: int, exit_layer: int) -> CostModel | None:
+    """Measured costs, which depend on the exit only by the number of blocks; None if they were not measured."""
+    if tuned is None or tuned.head is None or tuned.extra_token is None:
+        return None
+    return CostModel.self_speculative(
+        num_layers=num_layers,
+        exit_layer=exit_layer,
+        head=tuned.head,
+        draft_head=tuned.draft_head,
+        first_extra=tuned.first_extra or 0.0,
+        extra_token=tuned.extra_token,
+        overhead=tuned.overhead or 0.0,
+    )

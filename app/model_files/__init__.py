@@ -1,0 +1,1 @@
+"""Models in: Hugging Face directories and hub ids, .gguf files, checkpoints of ours."""

@@ -1,0 +1,1 @@
+"""What a training run will take, foreseen without weights, data or accelerator."""

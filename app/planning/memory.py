@@ -1,0 +1,195 @@
+"""What a training run keeps on each device: weights, gradients, optimizer states, activations and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from app.planning.step import MicroBatchCosts
+
+Strategy = Literal["single", "ddp", "fsdp2"]
+_SIDE = 256  # of a stand-in for a parameter, at most
+_GATHERED_BLOCKS = 2  # by FSDP2: the one that runs, and the next one, which is fetched meanwhile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where parameters lie.
+
+    Attributes:
+        strategy: single, ddp (a whole model on each device) or fsdp2 (each holds a part).
+        shards: Devices that one model is spread over.
+        gathers_cast: In mixed precision FSDP2 gathers weights in the type of the products and all else follows it
+            (MeshStrategy), instead of autocast's copies of weights gathered in their own.
+        bucket_views: DDP's gradients are views of its buckets, not copies.
+    """
+
+    strategy: Strategy = "single"
+    shards: int = 1
+    bucket_views: bool = False
+    gathers_cast: bool = False
+
+    def local_numel(self, parameter: Tensor) -> int:
+        """Elements on the fullest device: FSDP2 splits the first dimension."""
+        first, *others = parameter.shape or (1,)
+        return ceil(first / self.shards) * int(prod(others))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFacts:
+    """What an optimizer does with parameters, as it was seen to do with small ones.
+
+    Attributes:
+        state_bytes: For each shape of a parameter the bytes of state an element.
+        step_bytes: Bytes an element that a step needs for itself.
+        learning_rate: At its peak.
+        has_master_weights: It keeps a float32 copy of weights of a smaller type.
+    """
+
+    state_bytes: dict[tuple[int, ...], float]
+    step_bytes: int
+    learning_rate: float
+    has_master_weights: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device; the fullest one where they differ.
+
+    Attributes:
+        weights: In the type they are trained in.
+        gradients: As the weights.
+        optimizer_states: What the optimizer keeps between steps.
+        weight_copies: Under autocast, the weights of the blocks in its type, kept from forward to backward.
+        activations: What the forward keeps for the backward, no block being dropped.
+        activations_checkpointed: The same if every block kept its input alone.
+        recomputed_block: What the block that is computed again keeps then.
+        exit_loss: Chunks of logits and the gradients of hidden states and head, with the most exits on.
+        communication: FSDP2's gathered weights and gradients not yet spread; DDP's buckets.
+        optimizer_step: What the optimizer needs for itself in a step, when the activations are gone.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_states: int
+    weight_copies: int
+    activations: int
+    activations_checkpointed: int
+    recomputed_block: int
+    exit_loss: int
+    communication: int
+    optimizer_step: int
+
+    @property
+    def peak(self) -> int:
+        """Without activation checkpointing."""
+        return self._peak(self.activations + self.weight_copies + self.exit_loss)
+
+    @property
+    def peak_checkpointed(self) -> int:
+        """With activation checkpointing of every block; the loss is over when blocks are computed again."""
+        loss = self.weight_copies + self.exit_loss
+        return self._peak(self.activations_checkpointed + max(loss, self.recomputed_block))
+
+    def _peak(self, running: int) -> int:
+        kept = self.weights + self.gradients + self.optimizer_states
+        return kept + max(running + self.communication, self.optimizer_step)
+
+
+def ask_optimizer(configure: Callable[[nn.Module], Optimizer], parameters: Iterable[Tensor]) -> OptimizerFacts:
+    """Let the optimizer take a step on a small parameter for each shape there is, and see what it keeps.
+
+    Args:
+        configure: Makes the optimizer for a module.
+        parameters: Those it is to train; their types and numbers of dimensions matter, of large ones not the size.
+    """
+    shapes = {tuple(parameter.shape): parameter.dtype for parameter in parameters}
+    small = {
+        shape: nn.Parameter(torch.rand([min(side, _SIDE) for side in shape]).to(dtype))
+        for shape, dtype in shapes.items()
+    }
+    optimizer = configure(nn.ParameterList(small.values()))
+    for parameter in small.values():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    state_bytes, masters = {}, []
+    for shape, parameter in small.items():
+        states = [state for state in tree_leaves(optimizer.state[parameter]) if isinstance(state, Tensor)]
+        large = [state for state in states if state.numel() > 1]
+        state_bytes[shape] = sum(state.nbytes for state in large) / parameter.numel()
+        masters.append(any(_is_master(state, parameter) for state in large))
+    defaults = optimizer.defaults
+    # "uses ~ sizeof(params) more peak memory than the for-loop version": torch's documentation of foreach, its choice
+    # on GPUs where neither is set.
+    several = "foreach" in defaults and defaults["foreach"] is not False and not defaults.get("fused")
+    return OptimizerFacts(
+        state_bytes=state_bytes,
+        step_bytes=max(dtype.itemsize for dtype in shapes.values()) if several else 0,
+        learning_rate=float(defaults["lr"]),
+        has_master_weights=all(masters),
+    )
+
+
+def _is_master(state: Tensor, parameter: Tensor) -> bool:
+    finer = state.dtype.itemsize > parameter.dtype.itemsize
+    return finer and state.shape == parameter.shape and torch.equal(state.to(parameter.dtype), parameter)
+
+
+def plan_memory(
+    model: PreTrainedModel,
+    costs: MicroBatchCosts,
+    optimizer: OptimizerFacts,
+    layout: Layout,
+    *,
+    gathered: torch.dtype | None = None,
+) -> Memory:
+    """Add up what one device holds; nothing of `model` but shapes and types is read.
+
+    Args:
+        model: In the type its weights are kept in.
+        costs: Of the step.
+        optimizer: What it keeps.
+        layout: Where parameters lie.
+        gathered: What FSDP2 gathers weights in, if not in their own type.
+    """
+    parameters = list(model.parameters())
+    numels = [layout.local_numel(parameter) for parameter in parameters]
+    weights = sum(numel * parameter.dtype.itemsize for numel, parameter in zip(numels, parameters, strict=True))
+    states = (optimizer.state_bytes[tuple(parameter.shape)] for parameter in parameters)
+    return Memory(
+        weights=weights,
+        gradients=weights,
+        optimizer_states=int(sum(numel * state for numel, state in zip(numels, states, strict=True))),
+        weight_copies=sum(costs.copy_bytes),
+        activations=costs.activation_bytes,
+        activations_checkpointed=costs.checkpointed_bytes,
+        recomputed_block=costs.recomputed_bytes,
+        exit_loss=costs.exit_loss_bytes,
+        communication=_communication(model, layout, gradients=weights, gathered=gathered),
+        optimizer_step=sum(numels) * optimizer.step_bytes,
+    )
+
+
+def _communication(model: PreTrainedModel, layout: Layout, *, gradients: int, gathered: torch.dtype | None) -> int:
+    if layout.strategy == "ddp":
+        return 0 if layout.bucket_views else gradients
+    if layout.strategy == "single" or layout.shards == 1:
+        return 0
+    parameters: int = sum(parameter.numel() for parameter in model.parameters())
+    blocks: list[int] = [
+        sum(parameter.numel() for parameter in block.parameters()) for block in model.get_decoder().layers
+    ]
+    own: int = next(model.parameters()).dtype.itemsize
+    itemsize = own if gathered is None else gathered.itemsize
+    # Everything outside the blocks is one group, gathered for the whole step (app.model.parallel.shard); a block's
+    # gradients are there once as they are made, once as they are sent, in the weights' own type.
+    outside = 2 * itemsize * (parameters - sum(blocks))
+    return outside + (_GATHERED_BLOCKS * itemsize + itemsize + own) * max(blocks)

@@ -1,0 +1,185 @@
+"""What a training run will take: parameters, memory, tokens, FLOPs, hours, without weights, data or accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from app.planning.memory import Layout, Memory, ask_optimizer, plan_memory
+from app.planning.recipe import Departure, Recipe, departures
+from app.planning.step import Micro, build_fake, measure_micro_batch
+
+RESERVE = 0.1  # of a device: its context, the network's buffers, and gaps between tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Counts; a tied head has none of its own."""
+
+    total: int
+    embeddings: int
+    head: int
+    blocks: tuple[int, ...]
+    tied: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the run is to be done on.
+
+    Attributes:
+        device_memory: Bytes of one device, or None if unknown.
+        peak_flops: FLOPs a second that one device can do at most in the precision of the run, or None if unknown.
+        utilisation: Share of `peak_flops` that a run reaches, in (0, 1].
+    """
+
+    device_memory: float | None = None
+    peak_flops: float | None = None
+    utilisation: float = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer.
+
+    Attributes:
+        recipe: What was asked, completed by the optimizer's learning rate.
+        layout: Where parameters lie.
+        dtype: Of the weights.
+        autocast: Of the products, where it is another.
+        parameters: Counts.
+        memory: Bytes on one device.
+        fits: Whether the peak leaves RESERVE of the device free, without and with activation checkpointing.
+        step_flops: Of all devices, the mean step.
+        dropout_saving: Share of the step's FLOPs, with its exits, that layer dropout saves.
+        exits_cost: FLOPs of the exits beside the full model's, over those of the step without them or dropout.
+        recomputation_cost: The same of activation checkpointing; not in step_flops, but in the time if it is on.
+        checkpointing: Whether it is.
+        checkpoint_bytes: Weights and optimizer states.
+        export_bytes: Weights alone.
+        seconds_per_step: At the machine's utilisation.
+        departures: Rules that the recipe breaks.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    dtype: str
+    autocast: str | None
+    parameters: Parameters
+    memory: Memory
+    fits: bool | None
+    fits_checkpointed: bool | None
+    step_flops: float
+    dropout_saving: float
+    exits_cost: float
+    recomputation_cost: float
+    checkpointing: bool
+    checkpoint_bytes: int
+    export_bytes: int
+    seconds_per_step: float | None
+    departures: list[Departure]
+
+    @property
+    def flops(self) -> float | None:
+        """Of the run."""
+        return None if self.recipe.max_steps is None else self.step_flops * self.recipe.max_steps
+
+    @property
+    def hours(self) -> float | None:
+        """Of the run."""
+        if self.recipe.max_steps is None or self.seconds_per_step is None:
+            return None
+        return self.recipe.max_steps * self.seconds_per_step / 3600
+
+
+def plan_training(
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    configure: Callable[[nn.Module], Optimizer],
+    *,
+    layout: Layout,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    checkpointing: bool,
+    machine: Machine,
+) -> Plan:
+    """Find out what a run takes.
+
+    Args:
+        config: Architecture.
+        recipe: Of the run; its learning rate and `small_weights` are found here.
+        configure: Makes the run's optimizer for a module.
+        layout: Where parameters lie.
+        dtype: Of the weights.
+        autocast: Of the products, where it is another.
+        checkpointing: Whether blocks are computed again in the backward.
+        machine: What it is to be done on.
+
+    Raises:
+        ConfigError: The model cannot be built or exit early, or its shapes depend on values.
+    """
+    model, mode = build_fake(config, dtype=dtype)
+    optimizer = ask_optimizer(configure, model.parameters())
+    small = dtype.itemsize < torch.float32.itemsize and not optimizer.has_master_weights
+    recipe = replace(recipe, learning_rate=optimizer.learning_rate, small_weights=small)
+    gathered = autocast if layout.gathers_cast else None
+    micro = Micro(
+        batch_size=recipe.batch_size,
+        seq_len=recipe.seq_len,
+        num_exits=max(recipe.exits_by_step),
+        dtype=gathered or dtype,
+        autocast=None if gathered else autocast,
+    )
+    running, mode = (model, mode) if gathered is None else build_fake(config, dtype=gathered)
+    costs = measure_micro_batch(running, mode, micro)
+    memory = plan_memory(model, costs, optimizer, layout, gathered=gathered)
+    whole = plan_memory(model, costs, optimizer, Layout())
+    all_kept = [1.0] * recipe.num_layers
+    plain = costs.flops(num_exits=1, kept_shares=all_kept)
+    with_exits = costs.flops(num_exits=recipe.mean_exits, kept_shares=all_kept)
+    kept = [1 - rate for rate in recipe.mean_dropout_rates]
+    step = costs.flops(num_exits=recipe.mean_exits, kept_shares=kept)
+    recomputation_cost = sum(costs.block_flops) / 3 / plain  # a forward is a third of forward and backward
+    step_flops = step * recipe.accumulate * recipe.world_size
+    speed = machine.peak_flops and machine.peak_flops * machine.utilisation * recipe.world_size
+    room = machine.device_memory and machine.device_memory * (1 - RESERVE)
+    return Plan(
+        recipe=recipe,
+        layout=layout,
+        dtype=_name(dtype),
+        autocast=None if autocast is None else _name(autocast),
+        parameters=_count(model),
+        memory=memory,
+        fits=None if room is None else memory.peak <= room,
+        fits_checkpointed=None if room is None else memory.peak_checkpointed <= room,
+        step_flops=step_flops,
+        dropout_saving=1 - step / with_exits,
+        exits_cost=with_exits / plain - 1,
+        recomputation_cost=recomputation_cost,
+        checkpointing=checkpointing,
+        checkpoint_bytes=whole.weights + whole.optimizer_states,
+        export_bytes=whole.weights,
+        seconds_per_step=speed and step_flops * (1 + checkpointing * recomputation_cost) / speed,
+        departures=departures(recipe),
+    )
+
+
+def _count(model: PreTrainedModel) -> Parameters:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embeddings.weight
+    return Parameters(
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        embeddings=sum(parameter.numel() for parameter in embeddings.parameters()),
+        head=0 if tied else sum(parameter.numel() for parameter in head.parameters()),
+        blocks=tuple(sum(p.numel() for p in block.parameters()) for block in model.get_decoder().layers),
+        tied=tied,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,241 @@
+"""What a training step computes and keeps, found by running it on tensors that have shapes but no memory.
+
+No formula per architecture: the real blocks, head and loss run on fake tensors, and every operation of the forward and
+the backward is seen. Blocks of one kind cost alike, so one of each kind runs and the others are dropped.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from app.errors import ConfigError
+from app.layerskip.early_exit_loss import early_exit_loss
+from app.model.early_exit import EarlyExitModel
+from app.model_files.open import build_model
+
+_MANY_LABELS = 2**16  # in all exits; from there on, the loss works in chunks that do not grow
+
+
+def _product(*shapes: Sequence[int], **_: object) -> int:
+    _total, (rows, inner), (_inner, columns) = shapes
+    return 2 * rows * inner * columns
+
+
+def _attention(*shapes: Any, **_: object) -> int:
+    return int(sdpa_flop_count(*shapes[:3]))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(*shapes: Any, **_: object) -> int:
+    return int(sdpa_backward_flop_count(*shapes[:4]))  # type: ignore[no-untyped-call]
+
+
+# Operations of a step here that torch's counter does not know by itself, counted as it counts their like.
+FLOP_FORMULAS = {
+    torch.ops.aten.addmm_: _product,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Micro:
+    """The shape of a micro-batch on one device, and the numbers it is computed in.
+
+    Attributes:
+        batch_size: Rows.
+        seq_len: Tokens a row, each with a label.
+        num_exits: Exits in the loss, the full model among them.
+        dtype: Of the weights.
+        autocast: Of the products, where it is another.
+    """
+
+    batch_size: int
+    seq_len: int
+    num_exits: int
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchCosts:
+    """FLOPs of forward and backward, and bytes, of one micro-batch that drops no block.
+
+    Attributes:
+        block_flops: Of each block.
+        base_flops: Of everything else with the full model's exit alone.
+        exit_flops: Of each further exit.
+        block_bytes: What each block keeps for the backward, without `copy_bytes`.
+        copy_bytes: Each block's weights in the type of autocast, which the backward keeps as well.
+        base_bytes: What is kept outside the blocks when the loss begins.
+        exit_loss_bytes: What the loss adds to that at its peak.
+        block_input_bytes: What remains of a block under activation checkpointing.
+    """
+
+    block_flops: tuple[int, ...]
+    base_flops: int
+    exit_flops: int
+    block_bytes: tuple[int, ...]
+    copy_bytes: tuple[int, ...]
+    base_bytes: int
+    exit_loss_bytes: int
+    block_input_bytes: int
+
+    def flops(self, *, num_exits: float, kept_shares: Sequence[float]) -> float:
+        """Of a micro-batch with `num_exits` exits, in which block l runs on `kept_shares[l]` of the rows."""
+        blocks = sum(share * flops for share, flops in zip(kept_shares, self.block_flops, strict=True))
+        return blocks + self.base_flops + (num_exits - 1) * self.exit_flops
+
+    @property
+    def activation_bytes(self) -> int:
+        """Alive when the loss begins, beside the weights' copies."""
+        return sum(self.block_bytes) + self.base_bytes
+
+    @property
+    def checkpointed_bytes(self) -> int:
+        """The same where each block keeps its input alone, and is computed again in the backward."""
+        return len(self.block_bytes) * self.block_input_bytes + self.base_bytes
+
+    @property
+    def recomputed_bytes(self) -> int:
+        """Of the block that is computed again."""
+        return max(kept + copy for kept, copy in zip(self.block_bytes, self.copy_bytes, strict=True))
+
+
+def build_fake(config: PreTrainedConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, FakeTensorMode]:
+    """The model that `config` describes, of fake tensors, and the mode they live in."""
+    mode = FakeTensorMode()
+    with mode:
+        model = build_model(config, seed=0)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model.train(), mode
+
+
+def measure_micro_batch(model: PreTrainedModel, mode: FakeTensorMode, micro: Micro) -> MicroBatchCosts:
+    """Run the step of `LayerSkipModule` on fake tensors.
+
+    Rows are taken to hold several documents each, so that attention has a mask, and no block to be dropped.
+
+    Args:
+        model: Of build_fake; its blocks' classes are swapped.
+        mode: Of build_fake.
+        micro: What to run.
+
+    Raises:
+        ConfigError: The architecture cannot be run so, for instance because shapes depend on values.
+    """
+    network, blocks = EarlyExitModel(model), model.get_decoder().layers
+    kinds = [_kind(model, block, idx) for idx, block in enumerate(blocks)]
+    num_labels = micro.batch_size * micro.seq_len
+    run_exits = micro.num_exits if micro.num_exits * num_labels <= _MANY_LABELS else min(2, micro.num_exits)
+    try:
+        with mode:
+            base = _run(model, network, micro, num_labels=num_labels)
+            exits = _run(model, network, micro, num_labels=num_labels, num_exits=run_exits)
+            empty = _run(model, network, micro)
+            runs = {
+                kind: _run(model, network, micro, run_block=idx)
+                for idx, kind in enumerate(kinds)
+                if kind not in kinds[:idx]
+            }
+    except RuntimeError as error:  # torch's, in many forms, for shapes that depend on values and missing kernels
+        allowed = "an architecture whose training step can be run without its values"
+        raise ConfigError("model", got=model.config.model_type, allowed=allowed, fix=str(error)) from error
+    itemsize = 0 if micro.autocast in (None, micro.dtype) else torch.finfo(micro.autocast).bits // 8
+    copies = [itemsize * sum(p.numel() for p in block.parameters() if p.dim() > 1) for block in blocks]
+    saved = [runs[kind].bytes - empty.bytes - copy for kind, copy in zip(kinds, copies, strict=True)]
+    more = (micro.num_exits - 1) / max(1, run_exits - 1)  # exits beyond those that ran cost as the last ones did
+    width = model.config.get_text_config().hidden_size
+    return MicroBatchCosts(
+        block_flops=tuple(runs[kind].flops - empty.flops for kind in kinds),
+        base_flops=base.flops,
+        exit_flops=(exits.flops - base.flops) // max(1, run_exits - 1),
+        block_bytes=tuple(saved),
+        copy_bytes=tuple(copies),
+        base_bytes=base.bytes + int(more * (exits.bytes - base.bytes)),
+        exit_loss_bytes=base.loss_bytes + int(more * (exits.loss_bytes - base.loss_bytes)),
+        block_input_bytes=micro.batch_size * micro.seq_len * width * micro.dtype.itemsize,
+    )
+
+
+def _kind(model: PreTrainedModel, block: nn.Module, idx: int) -> tuple[Any, ...]:
+    """What makes blocks cost the same."""
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    return tuple(parameter.shape for parameter in block.parameters()), types and types[idx]
+
+
+@dataclass(frozen=True)
+class _Run:
+    flops: int
+    bytes: int  # alive when the loss begins
+    loss_bytes: int  # more than that at the peak of the loss
+
+
+def _run(
+    model: PreTrainedModel,
+    network: EarlyExitModel,
+    micro: Micro,
+    *,
+    num_labels: int = 1,
+    num_exits: int = 1,
+    run_block: int | None = None,
+) -> _Run:
+    """One step in which at most one block is not dropped."""
+    rows, length, num_layers = micro.batch_size, micro.seq_len, network.num_layers
+    tokens_BT, position_ids_BT = torch.zeros(2, rows, length, dtype=torch.long)
+    labels_N, positions_N = torch.zeros(2, num_labels, dtype=torch.long)
+    kept = [torch.arange(rows if idx == run_block else 0) for idx in range(num_layers)]
+    exits = range(num_layers - num_exits + 1, num_layers + 1)
+    model.zero_grad()
+    live = _LiveBytes([*model.parameters(), *model.buffers(), tokens_BT, labels_N, *kept])
+    counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
+    with counter, live:
+        with torch.autocast("cpu", dtype=micro.autocast or torch.bfloat16, enabled=micro.autocast is not None):
+            hidden = network.hidden_by_exit(
+                tokens_BT, position_ids_BT, exits, kept=kept, scales=[1.0] * num_layers, positions=positions_N
+            )
+            before = live.peak = live.now
+            loss = early_exit_loss(hidden, labels_N, dict.fromkeys(exits, 1 / num_exits), network.weighted_losses)
+            peak = live.peak
+        loss.weighted_sum.backward()  # type: ignore[no-untyped-call]
+    return _Run(counter.get_total_flops(), before, peak - before)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, counts the bytes of what operations allocate, as long as it lives.
+
+    Args:
+        known: Tensors that were there before.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen[storage] = True
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, num_bytes: int) -> None:
+        self.now -= num_bytes

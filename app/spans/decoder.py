@@ -1,0 +1,241 @@
+"""Run a Hugging Face decoder block by block: spans `start..stop` of its layers on our cache.
+
+Shape legend: `B` sequences, `T` new positions, `S` stored positions (new ones included), `D` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from app.errors import ConfigError, check_choice
+from app.model.cpu.products import Product
+from app.protocols import DecoderCache
+from app.spans.attention_masks import attention_mask, causal_mask, needs_no_mask
+from app.spans.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, Sight, is_functional
+from app.spans.kv_cache import KeyValueCache
+
+SlidingBlocks = Literal["none", "all", "by_layer_type"]
+
+# model_type -> which blocks see only the last `config.sliding_window` positions, as the type's own forward decides.
+# Each type's logits are tested against that forward. Types whose embedding or logits are scaled, capped or shifted
+# outside the modules driven here (gemma, granite, cohere, ...) do not belong in this table.
+SUPPORTED_MODEL_TYPES: dict[str, SlidingBlocks] = {
+    "arcee": "none",
+    "llama": "none",
+    "mistral": "all",
+    "olmo2": "none",
+    "phi3": "all",
+    "qwen2": "by_layer_type",
+    "qwen3": "by_layer_type",
+    "smollm3": "by_layer_type",
+}
+_PIECE = 512  # new positions at a time where a mask is needed: of a whole prompt it would be prompt x prompt
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others rewrite the model's buffers as text grows
+
+
+class _RotaryTables(NamedTuple):
+    """Of positions 0..P-1: ids [1, P], cos, sin and sin with its first half negated, each [1, P, K]."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    signed_sin: Tensor
+
+
+class SpanDecoder:
+    """A view on the live weights of a causal LM; implements protocols.ExitableDecoder.
+
+    It changes neither weights, modes nor gradients. Run it in eval mode and under `torch.no_grad`. The layers of most
+    types run as functions of their weights (`functional_block`), the others as the modules they are.
+
+    Args:
+        model: A causal LM of a type in SUPPORTED_MODEL_TYPES with SDPA attention; its layers may be subclasses.
+        functional: False drives the modules of every type: the slower twin, for tests.
+
+    Raises:
+        ConfigError: The model cannot be driven in spans with its own logits as the result.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, functional: bool = True) -> None:
+        config, head = model.config, model.get_output_embeddings()
+        check_choice("model_type", config.model_type, SUPPORTED_MODEL_TYPES)
+        if not isinstance(head, nn.Linear):
+            raise ConfigError("lm_head", got=type(head).__name__, allowed="a Linear whose output is the logits")
+        if config._attn_implementation != "sdpa":
+            raise ConfigError(
+                "attn_implementation",
+                got=config._attn_implementation,
+                allowed="sdpa",
+                fix='load the model with attn_implementation="sdpa"',
+            )
+        decoder: Any = model.get_decoder()
+        if decoder.rotary_emb.rope_type not in _FIXED_ROPES:
+            raise ConfigError("rope_type", got=decoder.rotary_emb.rope_type, allowed=" | ".join(_FIXED_ROPES))
+        self._model, self._decoder = model, decoder
+        self._head = Product(head.weight, head.bias)
+        self._layers = list(decoder.layers)  # slicing a ModuleList builds a new module: 50 us a call
+        self._blocks: list[FunctionalBlock] = []
+        if functional and is_functional(model):
+            self._blocks = [FunctionalBlock(layer, config, layer_idx=i) for i, layer in enumerate(self._layers)]
+        self._query_groups = config.num_attention_heads // config.num_key_value_heads
+        self._windows = _sliding_windows(config)
+        self._tables: _RotaryTables | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of blocks."""
+        return len(self._windows)
+
+    @property
+    def max_length(self) -> int:
+        """The context length: positions 0..max_length-1 exist."""
+        return int(self._model.config.max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """V: token ids are 0..vocab_size-1."""
+        return self._decoder.embed_tokens.num_embeddings  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must be."""
+        return self._decoder.embed_tokens.weight.device  # type: ignore[no-any-return]
+
+    @property
+    def block_size(self) -> int:
+        """Parameters of one block."""
+        return sum(parameter.numel() for parameter in self._layers[0].parameters())
+
+    @property
+    def head_size(self) -> int:
+        """Parameters of the LM head."""
+        return self._head.weight.numel()
+
+    def new_cache(self, *, batch_size: int = 1, capacity: int) -> KeyValueCache:
+        """An empty cache; asks for eval mode, once a decode.
+
+        Args:
+            batch_size: Sequences, at least 1.
+            capacity: Positions to reserve for each, at least 1; it may grow.
+        """
+        if any(module.training for module in self._model.modules()):
+            raise ConfigError("model", got="training mode", allowed="eval mode", fix="call model.eval() first")
+        return KeyValueCache(num_layers=self.num_layers, batch_size=batch_size, capacity=capacity)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""
+        return F.embedding(tokens_BT, self._decoder.embed_tokens.weight)
+
+    def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: DecoderCache) -> Tensor:
+        """Run blocks start..stop-1 on T new positions of each sequence, which begin at `cache.lengths(start)`.
+
+        Args:
+            hidden_BTD: What enters block `start` [B, T, D].
+            start: First block, 0..num_layers-1.
+            stop: One past the last block, up to num_layers.
+            cache: From `new_cache`; blocks start..stop-1 hold the same numbers of positions.
+
+        Returns:
+            Pre-norm hidden states [B, T, D].
+        """
+        assert isinstance(cache, KeyValueCache)
+        num_new, starts = hidden_BTD.shape[1], cache.lengths(start)
+        windows = self._windows[start:stop]
+        if num_new > _PIECE and not all(needs_no_mask(starts, num_new, window) for window in windows):
+            return self._run_in_pieces(hidden_BTD, start, stop, cache=cache)
+        tables = self._rotary_tables(cache, start, num_new, like=hidden_BTD)
+        sights = {window: self._sight(starts, tables.positions, window, like=hidden_BTD) for window in set(windows)}
+        if not self._blocks:
+            return self._run_modules(hidden_BTD, start, stop, cache=cache, sights=sights, tables=tables)
+        rotation = Rotation(tables.cos[:, :, None], tables.signed_sin[:, :, None])
+        for block, window in zip(self._blocks[start:stop], windows, strict=True):
+            hidden_BTD = block(hidden_BTD, rotation=rotation, sight=sights[window], cache=cache)
+        return hidden_BTD
+
+    def _run_in_pieces(self, hidden_BTD: Tensor, start: int, stop: int, *, cache: KeyValueCache) -> Tensor:
+        """The blocks that need a mask take the positions piece by piece, those between them all at once."""
+        starts, num_new = cache.lengths(start), hidden_BTD.shape[1]
+        for window, run in groupby(range(start, stop), self._windows.__getitem__):
+            blocks = list(run)
+            size = num_new if needs_no_mask(starts, num_new, window) else _PIECE
+            pieces = [
+                self.run_blocks(piece, start=blocks[0], stop=blocks[-1] + 1, cache=cache)
+                for piece in torch.split(hidden_BTD, size, dim=1)
+            ]
+            hidden_BTD = torch.cat(pieces, dim=1)
+        return hidden_BTD
+
+    def _run_modules(
+        self,
+        hidden_BTD: Tensor,
+        start: int,
+        stop: int,
+        *,
+        cache: KeyValueCache,
+        sights: dict[int | None, Sight],
+        tables: _RotaryTables,
+    ) -> Tensor:
+        """The layers' own forwards."""
+        for layer, window in zip(self._layers[start:stop], self._windows[start:stop], strict=True):
+            # In order, since the fourth is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on.
+            given = hidden_BTD, sights[window].mask, tables.positions, cache
+            out = layer(*given, use_cache=True, position_embeddings=(tables.cos, tables.sin))
+            hidden_BTD = out[0] if isinstance(out, tuple) else out
+        return hidden_BTD
+
+    def _sight(self, starts: Sequence[int], queries_BT: Tensor, window: int | None, *, like: Tensor) -> Sight:
+        """What blocks with this window see; few positions get a mask for query heads laid along them."""
+        num_new = queries_BT.shape[1]
+        # The layers' own forwards always look at all stored positions.
+        first = 0 if window is None or not self._blocks else max(0, min(starts) + 1 - window)
+        mask = attention_mask(starts, queries_BT=queries_BT, window=window, first=first, like=like)
+        if self._blocks and num_new <= FOLD_UP_TO:
+            if mask is None and num_new > 1:  # a causal start: SDPA's own rule does not know of folded heads
+                mask = causal_mask(num_new, num_new, like=like)
+            if mask is not None and self._query_groups > 1:
+                mask = mask.repeat(1, 1, self._query_groups, 1)
+        return Sight(first, mask)
+
+    def _rotary_tables(self, cache: KeyValueCache, start: int, num_new: int, *, like: Tensor) -> _RotaryTables:
+        """Tables of the new positions, [1, T, ...] where all sequences are equally long, else [B, T, ...].
+
+        Cut from tables made once: computing them anew would cost a short draft a fifth of its time.
+        """
+        starts = cache.lengths(start)
+        stop = max(starts) + num_new
+        if self._tables is None or self._tables.cos.shape[1] < stop or self._tables.cos.dtype != like.dtype:
+            positions_1P = torch.arange(max(stop, min(self.max_length, 2 * stop)), device=like.device)[None]
+            cos, sin = self._decoder.rotary_emb(like, positions_1P)
+            half = sin.shape[-1] // 2
+            self._tables = _RotaryTables(positions_1P, cos, sin, torch.cat((-sin[..., :half], sin[..., half:]), -1))
+        if min(starts) == max(starts):
+            return _RotaryTables(*(table[:, starts[0] : stop] for table in self._tables))
+        positions_BT = cache.next_positions(start, num_new, device=like.device)
+        return _RotaryTables(*(table[0, positions_BT] for table in self._tables))
+
+    def unembed(self, hidden_BTD: Tensor) -> Tensor:
+        """Final norm and LM head: pre-norm hidden states [B, T, D] -> logits [B, T, V]."""
+        norm = self._decoder.norm
+        if self._blocks:  # their types all end in a plain RMSNorm, whose module takes three times as long
+            normed_BTD = F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], norm.weight, norm.variance_epsilon)
+        else:
+            normed_BTD = norm(hidden_BTD)
+        return self._head(normed_BTD)
+
+
+def _sliding_windows(config: PretrainedConfig) -> list[int | None]:
+    """The sliding window of each block in positions, None where a block sees everything."""
+    match SUPPORTED_MODEL_TYPES[config.model_type]:
+        case "none":
+            return [None] * config.num_hidden_layers
+        case "all":
+            return [config.sliding_window] * config.num_hidden_layers
+        case "by_layer_type":
+            return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]

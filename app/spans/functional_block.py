@@ -1,0 +1,221 @@
+"""One decoder block as a function of its own weights, for decoding: a few large products instead of many modules.
+
+Shape legend: `B` sequences, `T` new positions, `S` stored positions, `D` width, `H` heads, `K` head width.
+The result is that of the Hugging Face layer whose weights it reads; tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from app.model.cpu.products import Product
+from app.spans.kv_cache import KeyValueCache
+
+# Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))), with optional biases and
+# norms of queries and keys, and optionally no rotation in some layers.
+FUNCTIONAL_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+FOLD_UP_TO = 32  # new positions; for more, repeating the mask for each query head costs more than it saves
+
+
+class Rotation(NamedTuple):
+    """Rotary tables, each [1 or B, T, 1, K]: x * cos + roll(x, K/2) * signed_sin rotates x."""
+
+    cos: Tensor
+    signed_sin: Tensor
+
+
+class Sight(NamedTuple):
+    """What new positions see of the stored ones.
+
+    Attributes:
+        first: None of them sees a position before this one.
+        mask: Added to the scores [1 or B, 1, T, S - first]; for T <= FOLD_UP_TO repeated for each query head of a group
+            along T. None where one position sees all, or where more than FOLD_UP_TO begin at position 0.
+    """
+
+    first: int
+    mask: Tensor | None
+
+
+class FunctionalBlock:
+    """A view on one layer's weights. Valid while the parameters keep their memory.
+
+    Args:
+        layer: A decoder layer of a type in FUNCTIONAL_MODEL_TYPES with plain linear projections.
+        config: The model's.
+        layer_idx: Its place, 0..num_layers-1.
+    """
+
+    def __init__(self, layer: Any, config: PretrainedConfig, *, layer_idx: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._layer_idx = layer_idx
+        self._head_width = attention.head_dim
+        self._num_queries, self._num_keys = config.num_attention_heads, config.num_key_value_heads
+        self._scaling = attention.scaling
+        self._rotates = bool(getattr(attention, "use_rope", True))
+        self._epsilon = config.rms_norm_eps
+        self._attention_norm, self._mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self._query_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
+        self._key_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
+        self._qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._output = Product(attention.o_proj.weight, attention.o_proj.bias)
+        self._gate_up = Projections(mlp.gate_proj, mlp.up_proj)
+        self._down = Product(mlp.down_proj.weight, mlp.down_proj.bias)
+        self._activation: Callable[[Tensor], Tensor] = F.silu if config.hidden_act == "silu" else mlp.act_fn
+
+    def __call__(self, hidden_BTD: Tensor, *, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
+        """Run the block on T new positions and append their keys and values.
+
+        Args:
+            hidden_BTD: What enters the block.
+            rotation: Of the new positions.
+            sight: What they see.
+            cache: Where this block's keys and values are.
+        """
+        width = hidden_BTD.shape[-1:]
+        attended_BTD = self._attend(
+            F.rms_norm(hidden_BTD, width, self._attention_norm, self._epsilon), rotation, sight, cache
+        )
+        hidden_BTD = attended_BTD.add_(hidden_BTD)
+        normed_BTD = F.rms_norm(hidden_BTD, width, self._mlp_norm, self._epsilon)
+        gate, up = self._gate_up(normed_BTD)
+        return self._down(self._activation(gate) * up).add_(hidden_BTD)
+
+    def _attend(self, normed_BTD: Tensor, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
+        batch, num_new, _ = normed_BTD.shape
+        rotated, value_BTHK = self._queries_and_keys(normed_BTD)
+        if self._rotates:
+            rotated = torch.addcmul(
+                rotated * rotation.cos, rotated.roll(self._head_width // 2, -1), rotation.signed_sin
+            )
+        query_BTHK, key_BTHK = _split(rotated, self._num_queries, self._num_keys)
+        keys_BHSK, values_BHSK = cache.append(key_BTHK, value_BTHK, self._layer_idx)
+        first, mask = sight
+        if first:
+            keys_BHSK, values_BHSK = keys_BHSK[:, :, first:], values_BHSK[:, :, first:]
+        if num_new > FOLD_UP_TO:
+            groups = self._num_queries // self._num_keys
+            if groups > 1 and needs_repeated_keys(query_BTHK, mask):
+                keys_BHSK, values_BHSK = (x.repeat_interleave(groups, dim=1) for x in (keys_BHSK, values_BHSK))
+            mixed_BHTK = F.scaled_dot_product_attention(
+                query_BTHK.transpose(1, 2),
+                keys_BHSK,
+                values_BHSK,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self._scaling,
+                enable_gqa=keys_BHSK.shape[1] < self._num_queries,
+            )
+            mixed_BTHK = mixed_BHTK.transpose(1, 2)
+        else:
+            # Query heads of a group as further query positions of their one key head: nothing is repeated.
+            query = query_BTHK.view(batch, num_new, self._num_keys, -1, self._head_width).permute(0, 2, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(
+                query.flatten(2, 3), keys_BHSK, values_BHSK, attn_mask=mask, scale=self._scaling
+            )
+            mixed_BTHK = mixed.view(batch, self._num_keys, -1, num_new, self._head_width).permute(0, 3, 1, 2, 4)
+        return self._output(mixed_BTHK.reshape(batch, num_new, -1))
+
+    def _queries_and_keys(self, normed_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys side by side [B, T, queries + keys, K], not yet rotated, and values [B, T, keys, K]."""
+        parts = self._qkv.joined(normed_BTD)
+        heads_BTHK = parts.view(*parts.shape[:2], -1, self._head_width)
+        rotated, value_BTHK = _split(heads_BTHK, self._num_queries + self._num_keys, self._num_keys)
+        if self._query_norm is not None and self._key_norm is not None:
+            query_BTHK, key_BTHK = _split(rotated, self._num_queries, self._num_keys)
+            query_BTHK = F.rms_norm(query_BTHK, query_BTHK.shape[-1:], self._query_norm, self._epsilon)
+            key_BTHK = F.rms_norm(key_BTHK, key_BTHK.shape[-1:], self._key_norm, self._epsilon)
+            rotated = torch.cat((query_BTHK, key_BTHK), dim=2)
+        return rotated, value_BTHK
+
+
+def needs_repeated_keys(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA would compute all scores at once for query heads that share a key head.
+
+    On a GPU only its flash kernel takes shared keys, and that one knows neither masks nor float32.
+    """
+    return query.device.type != "cpu" and (mask is not None or query.dtype == torch.float32)
+
+
+def _split(heads_BTHK: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
+    """Two groups of heads."""
+    left, right = heads_BTHK.split_with_sizes([first, second], dim=2)
+    return left, right
+
+
+class Projections:
+    """Linear layers of one input: one product where their weights lie side by side (see `join_projections`)."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        self._sizes = [layer.out_features for layer in layers]
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        weight = _side_by_side(weights)
+        bias = None if biases[0] is None else _side_by_side(biases)
+        joined = weight is not None and (biases[0] is None or bias is not None)
+        self.products = [Product(weight, bias)] if joined and weight is not None else [*map(Product, weights, biases)]
+
+    def joined(self, inputs: Tensor) -> Tensor:
+        """All outputs in one tensor [..., sum of sizes]."""
+        if len(self.products) == 1:
+            return self.products[0](inputs)
+        return torch.cat([product(inputs) for product in self.products], dim=-1)
+
+    def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
+        """Each layer's output."""
+        if len(self.products) == 1:
+            return self.products[0](inputs).split_with_sizes(self._sizes, dim=-1)
+        return [product(inputs) for product in self.products]
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One view over tensors that follow each other in one storage, or None."""
+    first = tensors[0]
+    offset = first.storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and tensor.is_contiguous() and tensor.storage_offset() == offset):
+            return None
+        offset += tensor.numel()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+@torch.no_grad()
+def join_projections(model: PreTrainedModel) -> None:
+    """Lay query, key and value weights side by side in memory, and gate and up: each group becomes one product.
+
+    The parameters stay what they are, under the same names; only where they lie changes, layer by layer, so that no
+    more than one layer exists twice. Do it to a model you own, before decoding; not to one in training.
+    """
+    if not is_functional(model):
+        return
+    for layer in model.get_decoder().layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            for name in ("weight", "bias"):
+                parameters = [getattr(linear, name) for linear in group]
+                if parameters[0] is None:
+                    continue
+                joined = torch.cat([parameter.data for parameter in parameters])
+                sizes = [parameter.shape[0] for parameter in parameters]
+                for parameter, part in zip(parameters, joined.split_with_sizes(sizes), strict=True):
+                    parameter.data = part
+
+
+def is_functional(model: PreTrainedModel) -> bool:
+    """Whether every layer can be driven by FunctionalBlock; wrapped projections (LoRA, quantised) cannot."""
+    if model.config.model_type not in FUNCTIONAL_MODEL_TYPES:
+        return False
+    return all(
+        type(linear) is nn.Linear
+        for layer in model.get_decoder().layers
+        for module in (layer.self_attn, layer.mlp)
+        for name, linear in module.named_children()
+        if name.endswith("_proj")
+    )

@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizers, where a text begins and ends, new tokens as text."""

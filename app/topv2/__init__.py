@@ -1,0 +1,1 @@
+"""TOPv2's semantic parses: read, compared, scored at every exit."""

@@ -1,0 +1,166 @@
+"""Semantic parses decoded at every exit and self-speculatively: what is right, and how fast (the paper's Table 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+from app.benchmark.alternation import Measurement, alternate, engine_contender
+from app.benchmark.decoding_comparison import DecodingComparison, measured_against
+from app.decoding.settings import DecodingSettings
+from app.decoding.strategies import Strategy
+from app.protocols import ExitableDecoder, GenerationExample
+from app.topv2.metrics import ParseExactMatch, ParseScores
+
+Examples = Sequence[GenerationExample]
+
+
+class Way(NamedTuple):
+    """A way to decode.
+
+    Attributes:
+        strategy: autoregressive, early_exit or self_speculative.
+        exit_layer: Blocks run, by drafts where there are any; num_layers for the full model.
+        num_draft_tokens: Most tokens drafted in a round; 0 for autoregressive decoding timed beside drafts; None where
+            speed is not measured.
+    """
+
+    strategy: Strategy
+    exit_layer: int
+    num_draft_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsePlan:
+    """What to decode, greedily.
+
+    Attributes:
+        num_layers: L; the full model is decoded in any case.
+        exit_layers: Early exits, each 1..num_layers-1.
+        num_draft_tokens: Draft lengths, each at least 1; every exit drafts with every length. With none nothing is
+            self-speculative, and speed is not measured.
+        max_new_tokens: Of an answer, at least 2; a longer one is cut short, and wrong.
+        eos_token_ids: Any of these ends an answer.
+        batch_size: Examples decoded together where speed is not measured, at least 1.
+        time_limit_seconds: No batch is started after this; the first is always decoded. Holds for the measurement of
+            quality and for that of speed, each by itself.
+    """
+
+    num_layers: int
+    exit_layers: tuple[int, ...]
+    num_draft_tokens: tuple[int, ...]
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    batch_size: int
+    time_limit_seconds: float
+
+    @property
+    def exits(self) -> list[Way]:
+        """The full model and the early exits, whose quality is measured."""
+        return [Way("autoregressive", self.num_layers), *(Way("early_exit", layer) for layer in self.exit_layers)]
+
+    @property
+    def timed(self) -> list[Way]:
+        """Autoregressive decoding, then what drafts, exits outermost; nothing if there are no draft lengths."""
+        drafting = [Way("self_speculative", *pair) for pair in product(self.exit_layers, self.num_draft_tokens)]
+        return [Way("autoregressive", self.num_layers, 0), *drafting] if drafting else []
+
+    @property
+    def ways(self) -> list[Way]:
+        """All of them."""
+        return [*self.exits, *self.timed]
+
+
+@dataclass(frozen=True)
+class ParseResult:
+    """What came of one way to decode.
+
+    Attributes:
+        way: Which.
+        scores: Of its answers.
+        speed: Against autoregressive decoding, in turn with it, one example at a time; None where it does not draft.
+    """
+
+    way: Way
+    scores: ParseScores
+    speed: DecodingComparison | None
+
+
+def evaluate_parses(
+    decoder: ExitableDecoder,
+    examples: Examples,
+    speed_examples: Examples,
+    *,
+    plan: ParsePlan,
+    answer: Callable[[Sequence[int]], str],
+    metrics: Mapping[Way, ParseExactMatch],
+) -> list[DecodingComparison]:
+    """Decode `examples` at every exit in batches, `speed_examples` self-speculatively one by one, and score them all.
+
+    Args:
+        decoder: The model, in eval mode.
+        examples: Any number; also none.
+        speed_examples: Any number; also none.
+        plan: What to decode.
+        answer: New token ids -> their text.
+        metrics: One for each way of the plan; takes the answers.
+
+    Returns:
+        The speed of each self-speculative way; empty where none was measured.
+    """
+    timed = _decode(decoder, plan.timed, speed_examples, plan, batch_size=1)
+    measured = timed | _decode(decoder, plan.exits, examples, plan, batch_size=plan.batch_size)
+    for way, metric in metrics.items():
+        results = measured[way].results if way in measured else []
+        done = (examples if way.num_draft_tokens is None else speed_examples)[: len(results)]
+        answers = [answer(result.tokens) for result in results]
+        metric.update(answers, [example.reference for example in done], [example.group for example in done])
+    if not timed:
+        return []
+    baseline, *drafting = timed.values()
+    return [measured_against(candidate, baseline, num_given=len(speed_examples)) for candidate in drafting]
+
+
+def collect_results(metrics: Mapping[Way, ParseExactMatch], speeds: Sequence[DecodingComparison]) -> list[ParseResult]:
+    """Results of all ranks; a way that no example was decoded with has none.
+
+    Args:
+        metrics: With this rank's answers; computing them adds those of the others.
+        speeds: Of all ranks together.
+    """
+    speed_of = {(speed.exit_layer, speed.num_draft_tokens): speed for speed in speeds}
+    scores = {way: metric.compute() for way, metric in metrics.items()}
+    return [
+        ParseResult(way, score, speed_of.get((way.exit_layer, way.num_draft_tokens or 0)))
+        for way, score in scores.items()
+        if score is not None
+    ]
+
+
+def _decode(
+    decoder: ExitableDecoder, ways: Sequence[Way], examples: Examples, plan: ParsePlan, *, batch_size: int
+) -> dict[Way, Measurement]:
+    """The ways in turn, batch by batch; nothing where there are no ways or no examples."""
+    if not ways or not examples:
+        return {}
+    settings = [
+        DecodingSettings(
+            max_new_tokens=plan.max_new_tokens,
+            eos_token_ids=plan.eos_token_ids,
+            exit_layer=None if way.strategy == "autoregressive" else way.exit_layer,
+            num_draft_tokens=way.num_draft_tokens or None,
+        )
+        for way in ways
+    ]
+    # What has no room for an answer is answered with nothing, which is wrong.
+    prompts = [example.prompt[: decoder.max_length] for example in examples]
+    measurements = alternate(
+        [engine_contender(decoder, way.strategy, own) for way, own in zip(ways, settings, strict=True)],
+        [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)],
+        max_new_tokens=plan.max_new_tokens,
+        repeats=1,
+        time_limit_seconds=plan.time_limit_seconds,
+    )
+    return dict(zip(ways, measurements, strict=True))

@@ -1,0 +1,92 @@
+"""How many generated semantic parses are right, overall and by group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from app.errors import DataError
+from app.topv2.semantic_parse import TARGET_FORMATS, Node, ParseError, TargetFormat, frame
+
+
+class ParseScore(NamedTuple):
+    """Shares of answers, each 0..1, and of how many; an answer is right or wrong, never nearly right.
+
+    Attributes:
+        exact_match: The whitespace-normalised text is the annotation's; the paper's metric.
+        frame_match: Intents, slots and the words of leaf slots are the annotation's (see `frame`).
+        well_formed: The answer is a parse at all.
+        num_examples: Answers scored, at least 1.
+    """
+
+    exact_match: float
+    frame_match: float
+    well_formed: float
+    num_examples: int
+
+
+class ParseScores(NamedTuple):
+    """The score of all answers, and of those of each group that has any."""
+
+    overall: ParseScore
+    by_group: dict[str, ParseScore]
+
+
+class ParseExactMatch(Metric):
+    """Exact match of answers with their references, summed over batches and ranks.
+
+    Texts are compared as trees: for parses these are equal where the whitespace-normalised texts are, and only there.
+
+    Args:
+        groups: What scores are told apart by; every rank names the same.
+        target_format: How answers and references are written.
+    """
+
+    counts_G4: Tensor
+
+    def __init__(self, groups: Sequence[str], *, target_format: TargetFormat) -> None:
+        super().__init__()
+        self.groups = tuple(sorted(set(groups)))
+        self._decode = TARGET_FORMATS[target_format].decode
+        zeros = torch.zeros(len(self.groups), 4, dtype=torch.int64)  # exact, frame, well-formed, all
+        self.add_state("counts_G4", zeros, dist_reduce_fx="sum")
+
+    def update(self, answers: Sequence[str], references: Sequence[str], groups: Sequence[str]) -> None:
+        """Add answers, which may be any text, with the right ones and the group of each.
+
+        Raises:
+            DataError: A reference is no parse.
+        """
+        for answer, reference, group in zip(answers, references, groups, strict=True):
+            try:
+                right = self._decode(reference)
+            except ParseError as error:
+                raise DataError(f"reference {reference!r} of {group}: {error}") from error
+            tree = self._tree(answer)
+            hits = (tree == right, tree is not None and frame(tree) == frame(right), tree is not None, True)
+            self.counts_G4[self.groups.index(group)] += torch.tensor(hits, device=self.counts_G4.device)
+
+    def compute(self) -> ParseScores | None:
+        """Scores of everything that was added; None if nothing was."""
+        counts_G4 = self.counts_G4.cpu()
+        if not counts_G4.any():
+            return None
+        by_group = {
+            group: _score(counts_4) for group, counts_4 in zip(self.groups, counts_G4, strict=True) if counts_4.any()
+        }
+        return ParseScores(_score(counts_G4.sum(0)), by_group)
+
+    def _tree(self, answer: str) -> Node | None:
+        try:
+            return self._decode(answer)
+        except ParseError:  # an answer like any other: a wrong one
+            return None
+
+
+def _score(counts_4: Tensor) -> ParseScore:
+    exact, in_frame, well_formed, total = counts_4.tolist()
+    return ParseScore(exact / total, in_frame / total, well_formed / total, total)

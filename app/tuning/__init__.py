@@ -1,0 +1,1 @@
+"""The best exit and draft length for given prompts on this machine."""

@@ -1,0 +1,190 @@
+"""What `layerskip tune` found: what was predicted, what was run, what was run again, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from app.benchmark.decoding_costs import DecodingCosts
+from app.benchmark.output_differences import OutputDifferences
+from app.benchmark.speedup_interval import Interval, interval_in_words
+from app.model_files.decoding_defaults import Conditions, DecodingDefaults
+from app.tuning.layer_agreement import LayerAgreement
+from app.tuning.speedup_prediction import Prediction, needed_agreement
+from app.words import counted, counted_of
+
+# A speedup on less is not stored: a prompt or two may draft far better than others of their kind.
+FEWEST_PROMPTS, FEWEST_TOKENS = 4, 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a setting did when it was run.
+
+    Attributes:
+        prediction: What had been expected.
+        num_prompts: Prompts run before the time was up.
+        num_given: Prompts that there were to run.
+        acceptance_rate: Accepted / drafted.
+        mean_tokens_per_round: Tokens settled by a round.
+        speedup: Over autoregressive decoding in turn with it; of each prompt the median repeat counts.
+        speedup_range: Lowest and highest of a single repeat over all prompts.
+        num_tokens: Decoded after the first token of each output.
+        interval: 95 % interval of the speedup (`app.benchmark.speedup_interval`); None of one prompt.
+        differences: Of its output from the autoregressive one.
+    """
+
+    prediction: Prediction
+    num_prompts: int
+    num_given: int
+    acceptance_rate: float | None
+    mean_tokens_per_round: float
+    speedup: float
+    speedup_range: tuple[float, float]
+    num_tokens: int
+    interval: Interval | None
+    differences: OutputDifferences
+
+    @property
+    def prompts_in_words(self) -> str:
+        """For instance "3 of 12 prompts", where the time was up before all of them ran."""
+        return counted_of(self.num_prompts, self.num_given, "prompt")
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether it ran on enough to tell."""
+        return self.num_prompts >= FEWEST_PROMPTS and self.num_tokens >= FEWEST_TOKENS
+
+    @property
+    def holds(self) -> bool:
+        """Whether this is faster than autoregressive decoding on prompts like these, as far as can be told.
+
+        That takes enough prompts and tokens, an interval above 1, and no repeat over all prompts below 1. To be asked
+        of a run that did not choose the setting.
+        """
+        above = self.interval is not None and self.interval[0] > 1.0
+        return self.is_enough and above and self.speedup_range[0] >= 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was found.
+
+    The fastest of several noisy measurements is, on average, slower than it was measured. So it is run again, alone
+    against autoregressive decoding, and only that run counts; if it does not hold, the second fastest has its turn.
+
+    Attributes:
+        agreement: Of every exit with the outputs.
+        costs: Of steps here.
+        predictions: Of every exit and draft length, exits outermost.
+        verifications: Of the settings that were run, in the order of their predictions.
+        confirmations: Of the fastest of them, in the order they were run again; none where none reached 1.
+        conditions: Under which all this was measured, if that is known.
+        limited_by: The setting that longer drafts would need to be higher.
+    """
+
+    agreement: LayerAgreement
+    costs: DecodingCosts
+    predictions: Sequence[Prediction]
+    verifications: Sequence[Verification]
+    confirmations: Sequence[Verification] = ()
+    conditions: Conditions | None = None
+    limited_by: str = "max_draft_tokens"
+
+    @property
+    def best(self) -> Verification:
+        """The fastest setting that was verified."""
+        return max(self.verifications, key=lambda verification: verification.speedup)
+
+    @property
+    def confirmed(self) -> Verification | None:
+        """The recommended setting as it was run again; None where nothing is to be drafted."""
+        return next((run for run in self.confirmations if run.holds), None)
+
+    def best_of_exit(self, exit_layer: int) -> Prediction:
+        """The draft length predicted to be fastest from this exit."""
+        own = (prediction for prediction in self.predictions if prediction.exit_layer == exit_layer)
+        return max(own, key=lambda prediction: prediction.speedup)
+
+    @property
+    def advice(self) -> str:
+        """What might find something faster still, empty if nothing comes to mind."""
+        run = self.confirmed or self.best
+        most = max(prediction.num_draft_tokens for prediction in self.predictions)
+        if self.best_of_exit(run.prediction.exit_layer).num_draft_tokens < most:
+            return ""
+        return (
+            f"exit {run.prediction.exit_layer} is predicted to be fastest with {counted(most, 'draft')}, the most that"
+            f" was looked at: raise {self.limited_by}"
+        )
+
+    @property
+    def defaults(self) -> DecodingDefaults:
+        """The recommendation: what was confirmed, or no drafts at all."""
+        plain = DecodingDefaults(
+            strategy="autoregressive",
+            head=self.costs.head,
+            draft_head=self.costs.draft_head,
+            first_extra=self.costs.first_extra,
+            extra_token=self.costs.extra_token,
+            overhead=self.costs.overhead,
+            conditions=self.conditions,
+        )
+        if (run := self.confirmed) is None:
+            return plain
+        return replace(
+            plain,
+            strategy="self_speculative",
+            exit_layer=run.prediction.exit_layer,
+            num_draft_tokens=run.prediction.num_draft_tokens,
+            measured_speedup=run.speedup,
+        )
+
+    @property
+    def shortfall(self) -> str:
+        """What is missing for a choice that is worth storing; empty where nothing is."""
+        few = [run for run in self.confirmations or self.verifications if not run.is_enough]
+        if not few:
+            return ""
+        return (
+            f"{setting_in_words(few[0].prediction)} ran at {few[0].speedup:.2f}x on {few[0].prompts_in_words} and"
+            f" {counted(few[0].num_tokens, 'token')}; a choice takes at least {counted(FEWEST_PROMPTS, 'prompt')} and"
+            f" {counted(FEWEST_TOKENS, 'token')}: give more prompts, or raise max_new_tokens or time_limit_seconds"
+        )
+
+    @property
+    def reason(self) -> str:
+        """The recommendation and why, in one sentence."""
+        if self.shortfall:
+            return f"none: {self.shortfall}"
+        best, setting, count = self.best, self.best.prediction, len(self.verifications)
+        again = "; ".join(_again(run) for run in self.confirmations)
+        if (run := self.confirmed) is not None:
+            place = "fastest" if run is self.confirmations[0] else "second fastest"
+            return f"self_speculative, {setting_in_words(run.prediction)}: the {place} of {count} settings run; {again}"
+        if again:
+            return f"autoregressive: no setting kept its lead when it was run again; {again}"
+        measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {best.prompts_in_words}"
+        slow = f"autoregressive: even {setting_in_words(setting)}, the fastest of {count} settings run, {measured}"
+        model = self.costs.cost_model(num_layers=self.agreement.num_layers, exit_layer=setting.exit_layer)
+        agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
+        if agreement >= needed:  # the costs measured apart had promised more
+            return slow
+        gains = f"with {needed:.0%}, one draft a round would gain" if needed < 1 else "no share makes a draft gain here"
+        return f"{slow}; the exit agrees with the full model on {agreement:.0%} of the tokens; {gains}"
+
+
+def setting_in_words(prediction: Prediction) -> str:
+    """For instance "exit 3 with 5 drafts"."""
+    return f"exit {prediction.exit_layer} with {counted(prediction.num_draft_tokens, 'draft')}"
+
+
+def _again(run: Verification) -> str:
+    """How the run after the choice came out."""
+    low, high = run.speedup_range
+    return (
+        f"{setting_in_words(run.prediction)} {'confirmed' if run.holds else 'not confirmed'}, measured"
+        f" {run.speedup:.3f}x (predicted {run.prediction.speedup:.3f}x) when run again on"
+        f" {run.prompts_in_words}, 95 % interval {interval_in_words(run.interval)}, whole repeats"
+        f" {low:.3f} to {high:.3f}x"
+    )

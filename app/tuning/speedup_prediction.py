@@ -1,0 +1,83 @@
+"""What every (exit, drafts) is expected to bring, and which few are worth running.
+
+    tokens per round   T(E, d) exactly, from the agreement of exit E with the full model's own outputs
+    speedup            T(E, d) * plain_step / C(E, mean drafts per round), with costs measured here
+
+The cost model's own T(a, d) takes acceptances for independent; on real text they come in runs, so T is counted instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from app.benchmark.decoding_costs import DecodingCosts
+from app.decoding.cost_model import CostModel
+from app.tuning.layer_agreement import LayerAgreement
+
+_HOPELESS = 0.8  # of the best prediction: what is predicted below is not run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a setting is expected to do for the outputs that were looked at.
+
+    Attributes:
+        exit_layer: Blocks run by a draft.
+        num_draft_tokens: Most tokens drafted in a round.
+        acceptance_rate: Accepted / drafted; None where nothing could be drafted.
+        mean_tokens_per_round: Tokens settled by a round.
+        speedup: Over autoregressive decoding, by the cost model.
+    """
+
+    exit_layer: int
+    num_draft_tokens: int
+    acceptance_rate: float | None
+    mean_tokens_per_round: float
+    speedup: float
+
+
+def predict(agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens: int) -> list[Prediction]:
+    """Every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost."""
+    predictions = []
+    for exit_layer, drafts in product(range(1, agreement.num_layers), range(1, max_draft_tokens + 1)):
+        total = agreement.rounds(exit_layer, drafts)
+        model = costs.cost_model(num_layers=agreement.num_layers, exit_layer=exit_layer)
+        tokens_per_round = agreement.num_positions / total.rounds
+        predictions.append(
+            Prediction(
+                exit_layer=exit_layer,
+                num_draft_tokens=drafts,
+                acceptance_rate=total.accepted / total.drafted if total.drafted else None,
+                mean_tokens_per_round=tokens_per_round,
+                speedup=model.speedup(tokens_per_round, total.drafted / total.rounds),
+            )
+        )
+    return predictions
+
+
+def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers: int) -> list[Prediction]:
+    """The fastest by prediction, without near neighbours of a faster one as long as there are others.
+
+    Near are two settings whose exits differ by at most a twelfth of the blocks (at least one) and whose drafts by at
+    most two: where the prediction errs, it errs for both. What is predicted far below the best is left out.
+    """
+    ranked = sorted(predictions, key=lambda prediction: -prediction.speedup)
+    ranked = [prediction for prediction in ranked if prediction.speedup >= _HOPELESS * ranked[0].speedup]
+    reach = max(1, num_layers // 12)
+    chosen: list[Prediction] = []
+    for prediction in ranked:
+        if not any(
+            abs(prediction.exit_layer - other.exit_layer) <= reach
+            and abs(prediction.num_draft_tokens - other.num_draft_tokens) <= 2
+            for other in chosen
+        ):
+            chosen.append(prediction)
+    chosen += [prediction for prediction in ranked if prediction not in chosen]
+    return sorted(chosen[:count], key=lambda prediction: -prediction.speedup)
+
+
+def needed_agreement(costs: CostModel) -> float:
+    """The acceptance at which one draft a round neither gains nor loses: (1 + a) * plain_step = C(1)."""
+    return costs.round_cost(1) / costs.plain_step - 1.0

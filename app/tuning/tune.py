@@ -1,0 +1,214 @@
+"""The best (exit, drafts) for these prompts on this machine: predicted for all, measured for a few, then confirmed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, alternate, engine_contender
+from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
+from app.benchmark.output_differences import OutputDifferences, output_differences
+from app.benchmark.speedup_interval import speedup_interval
+from app.decoding.settings import DecodingSettings
+from app.errors import DataError, check_range
+from app.model_files.decoding_defaults import Conditions
+from app.protocols import ExitableDecoder
+from app.tuning.layer_agreement import measure_layer_agreement
+from app.tuning.result import Tuning, Verification, setting_in_words
+from app.tuning.speedup_prediction import Prediction, choose_diverse, predict
+
+_log = logging.getLogger(__name__)
+
+_COST_REPEATS = 3  # at each of the three times they are measured
+_MOST_CONFIRMED = 2
+# Of the time limit; the shares add up to 1.
+_FOR_OUTPUTS, _FOR_VERIFICATION, _FOR_CONFIRMATION = 0.2, 0.4, 0.4 / _MOST_CONFIRMED
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """How thoroughly to look.
+
+    Attributes:
+        max_new_tokens: Of each output, at least 2.
+        max_draft_tokens: Longest draft considered, at least 1.
+        num_verified: Settings to run, at least 1.
+        repeats: Times each prompt is decoded by each of them, at least 1; medians count. The fastest is confirmed with
+            CONFIRMING_REPEATS.
+        time_limit_seconds: For outputs, verification and confirmations together, at least 0. Each of these decodes
+            all prompts once before any again, and starts none after its share; too few for a choice are told.
+    """
+
+    max_new_tokens: int = 128
+    max_draft_tokens: int = 12
+    num_verified: int = 4
+    repeats: int = 3
+    time_limit_seconds: float = 180.0
+
+    @property
+    def longest_draft(self) -> int:
+        """That an output has room for: its first token comes from the prompt's pass, the last from verification."""
+        return max(1, min(self.max_draft_tokens, self.max_new_tokens - 2))
+
+    def __post_init__(self) -> None:
+        check_range("max_new_tokens", self.max_new_tokens, low=2)
+        check_range("max_draft_tokens", self.max_draft_tokens, low=1)
+        check_range("num_verified", self.num_verified, low=1)
+        check_range("repeats", self.repeats, low=1)
+        check_range("time_limit_seconds", self.time_limit_seconds, low=0.0)
+
+
+def tune(
+    decoder: ExitableDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_token_ids: Sequence[int],
+    settings: TuningSettings,
+    conditions: Conditions | None = None,
+) -> Tuning:
+    """Find the fastest lossless way to decode these prompts greedily, one at a time.
+
+    Args:
+        decoder: In eval mode, with at least two blocks.
+        prompts: At least one; token ids, each shorter than the context.
+        eos_token_ids: End an output.
+        settings: How thoroughly to look.
+        conditions: To be noted with what is found.
+
+    Raises:
+        ConfigError: The model has a single block.
+        DataError: Every output ends with its first token, so that there is nothing to speed up.
+    """
+    check_range("num_layers", decoder.num_layers, low=2, fix="a single block has no exit to draft from")
+    costs: list[DecodingCosts] = []
+    context = int(fmean(map(len, prompts))) + settings.max_new_tokens // 2
+
+    def measure_costs() -> None:
+        costs.append(
+            measure_decoding_costs(
+                decoder,
+                context_length=context,
+                max_positions=max(3, min(settings.longest_draft + 1, decoder.max_length // 2)),
+                repeats=_COST_REPEATS,
+            )
+        )
+
+    def after(done: int) -> None:
+        _log.info("outputs of the full model: prompt %d of %d", done, len(prompts))
+        if done == max(1, len(prompts) // 2):
+            measure_costs()
+
+    measure_costs()  # before, halfway and after
+    agreement = measure_layer_agreement(
+        decoder,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        time_limit_seconds=_FOR_OUTPUTS * settings.time_limit_seconds,
+        on_prompt=after,
+    )
+    if not agreement.num_positions:
+        raise DataError("prompts: the model ends every output at its first token, which no draft can speed up")
+    seen = prompts[: len(agreement.outputs)]
+    measure_costs()
+    _log.info("costs of steps: median of %d measurements at a context of %d tokens", len(costs), context)
+    predictions = predict(agreement, median_costs(costs), max_draft_tokens=settings.longest_draft)
+    chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
+    _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
+    lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1]
+    lively += prompts[len(seen) :]  # not known to end at once: a choice needs more prompts than a prediction
+    verifications = _verify(
+        decoder,
+        lively,
+        chosen,
+        eos_token_ids=eos_token_ids,
+        settings=replace(settings, time_limit_seconds=_FOR_VERIFICATION * settings.time_limit_seconds),
+    )
+    return Tuning(
+        agreement=agreement,
+        costs=median_costs(costs),
+        predictions=predictions,
+        verifications=verifications,
+        confirmations=_confirm(decoder, lively, verifications, eos_token_ids=eos_token_ids, settings=settings),
+        limited_by="max_draft_tokens" if settings.longest_draft == settings.max_draft_tokens else "max_new_tokens",
+        conditions=conditions,
+    )
+
+
+def _confirm(
+    decoder: ExitableDecoder,
+    prompts: Sequence[Sequence[int]],
+    verifications: Sequence[Verification],
+    *,
+    eos_token_ids: Sequence[int],
+    settings: TuningSettings,
+) -> list[Verification]:
+    """Run the fastest again, alone against autoregressive decoding, until one holds; of those that reached 1."""
+    again = replace(
+        settings,
+        repeats=CONFIRMING_REPEATS,
+        time_limit_seconds=_FOR_CONFIRMATION * settings.time_limit_seconds,
+    )
+    confirmations: list[Verification] = []
+    for run in sorted(verifications, key=lambda run: -run.speedup)[:_MOST_CONFIRMED]:
+        if run.speedup < 1.0:
+            break
+        _log.info("confirming %s", setting_in_words(run.prediction))
+        confirmations += _verify(decoder, prompts, [run.prediction], eos_token_ids=eos_token_ids, settings=again)
+        if confirmations[-1].holds:
+            break
+    return confirmations
+
+
+def _verify(
+    decoder: ExitableDecoder,
+    prompts: Sequence[Sequence[int]],
+    chosen: Sequence[Prediction],
+    *,
+    eos_token_ids: Sequence[int],
+    settings: TuningSettings,
+) -> list[Verification]:
+    """Run the chosen settings and autoregressive decoding in turn, prompt by prompt, as long as `settings` says."""
+    plain = DecodingSettings(max_new_tokens=settings.max_new_tokens, eos_token_ids=tuple(eos_token_ids))
+    contenders = [engine_contender(decoder, "autoregressive", plain)]
+    for prediction in chosen:
+        drafting = replace(plain, exit_layer=prediction.exit_layer, num_draft_tokens=prediction.num_draft_tokens)
+        contenders.append(engine_contender(decoder, "self_speculative", drafting))
+    batches = [[prompt] for prompt in prompts]
+    baseline, *measured = alternate(
+        contenders,
+        batches,
+        max_new_tokens=settings.max_new_tokens,
+        repeats=settings.repeats,
+        time_limit_seconds=settings.time_limit_seconds,
+        on_batch=lambda done: _log.info("verification: run %d of %d", done, len(prompts) * settings.repeats),
+    )
+    _, *differences = output_differences(decoder, batches, [baseline, *measured], eos_token_ids=eos_token_ids)
+    return [
+        _verification(*each, baseline, num_given=len(prompts))
+        for each in zip(chosen, measured, differences, strict=True)
+    ]
+
+
+def _verification(
+    prediction: Prediction, own: Measurement, differences: OutputDifferences, baseline: Measurement, *, num_given: int
+) -> Verification:
+    speedup = own.speedup_over(baseline)
+    single = [own.speedup_over(baseline, repeat) or 0.0 for repeat in range(len(own.runs[0]))]
+    tokens_per_round = own.mean_tokens_per_round
+    assert speedup is not None  # outputs of a single token were left out
+    assert tokens_per_round is not None
+    return Verification(
+        prediction=prediction,
+        num_prompts=len(own.results),
+        num_given=num_given,
+        acceptance_rate=own.acceptance_rate,
+        mean_tokens_per_round=tokens_per_round,
+        speedup=speedup,
+        speedup_range=(min(single), max(single)),
+        num_tokens=own.num_decoded,
+        interval=speedup_interval(speedup, own.times_beside(baseline)),
+        differences=differences,
+    )

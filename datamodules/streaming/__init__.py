@@ -1,0 +1,1 @@
+"""The endless stream of training rows out of any number of sources."""

@@ -1,0 +1,192 @@
+"""The documents of one source in one lane, read in blocks and shuffled in each.
+
+Each source is cut into C chunks; the n-th to be read, n = 0, 1, 2, ..., is entry n mod C of the n // C-th permutation
+of them, and lane l of V reads n = l, l + V, l + 2V, ... So every chunk is read exactly once an epoch by exactly one
+lane, whatever V, and no lane waits for another.
+
+A block is about `shuffle_megabytes` of text, from chunks that lie anywhere in the corpus. Its order is a function of
+the seed and of its number, so where it begins is all one needs to have it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import DataError
+from datamodules.readers.records import BadRecord, Reader
+from datamodules.readers.sources import Source
+from datamodules.streaming.bad_records import BadRecords
+from datamodules.streaming.packing import LongDocuments, Packing
+
+_CHUNK_KEY, _DOCUMENT_KEY = 0, 1  # kinds of randomness, beside source_stream's
+_PATIENCE = 20  # passes without a document before a source counts as empty: a lane may meet the same chunks repeatedly
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """What the rows of a stream depend on, beside its sources.
+
+    Attributes:
+        seq_len: S, tokens a row.
+        packing: How documents become rows.
+        long_documents: What becomes of a document longer than a row: its further tokens go into further rows, or go.
+        shuffle_megabytes: Text of a source that a lane holds to shuffle it; 0 keeps the order of records in a chunk.
+        validation_share: Share of documents held out, which are not in the stream.
+        max_bad_share: Share of records of a source that may be bad.
+        seed: Of every order.
+        num_lanes: V.
+    """
+
+    seq_len: int
+    packing: Packing
+    long_documents: LongDocuments
+    shuffle_megabytes: float
+    validation_share: float
+    max_bad_share: float
+    seed: int
+    num_lanes: int
+
+    def generator(self, *key: int) -> np.random.Generator:
+        """Randomness of its own for each key."""
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+class Place(NamedTuple):
+    """Where a lane stands in a source.
+
+    Attributes:
+        ordinal: Chunks of the lane read to their end when the block began.
+        record: Records of the next chunk read when the block began.
+        block: Blocks before this one.
+        seen: Records read before this block.
+        skipped: Of those, the ones that were skipped.
+        failed: Of those, the ones that count as bad.
+        taken: Documents of the block that are used up, in shuffled order.
+        within: What is used up beyond them, in the packing's own unit.
+        window: Windows of rows before this one.
+        drawn: Rows of the window that were given out, in shuffled order; all else tells where the window begins.
+    """
+
+    ordinal: int = 0
+    record: int = 0
+    block: int = 0
+    seen: int = 0
+    skipped: int = 0
+    failed: int = 0
+    taken: int = 0
+    within: int = 0
+    window: int = 0
+    drawn: int = 0
+
+
+class Block(NamedTuple):
+    """Training documents that were shuffled together, where they begin, and where the next block does."""
+
+    start: Place
+    texts: list[str]
+    following: Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceLane:
+    """One source in one lane.
+
+    Attributes:
+        source: Named source.
+        reader: Of its records.
+        index: Place of the source among all.
+        lane: 0..V-1.
+        settings: Of the stream.
+        logged: Bad records of the source that were logged before; all lanes of a process share them.
+    """
+
+    source: Source
+    reader: Reader
+    index: int
+    lane: int
+    settings: StreamSettings
+    logged: set[BadRecord] | None = None
+
+
+class SourceBlocks:
+    """Reads the blocks of one source in one lane.
+
+    Attributes:
+        records: Counts of what was read so far.
+    """
+
+    def __init__(self, of: SourceLane) -> None:
+        self._source, self._reader, self._settings = of.source, of.reader, of.settings
+        self._index, self._lane = of.index, of.lane
+        self._order = lru_cache(maxsize=1)(self._draw_order)
+        self.records = BadRecords(of.source.name, max_share=of.settings.max_bad_share, logged=of.logged)
+
+    def read(self, start: Place) -> Iterator[Block]:
+        """The block that `start` lies in, and all that follow, without end.
+
+        A block ends with the epoch, so that a small corpus is not read many times to fill it.
+
+        Raises:
+            DataError: Nothing usable is in the source, or too much of it is bad.
+        """
+        records = self.records
+        records.seen, records.skipped, records.failed = start.seen, start.skipped, start.failed
+        records.chunks, record = start.ordinal, start.record
+        limit = self._settings.shuffle_megabytes * 1e6
+        texts: list[str] = []
+        size = 0
+        while True:
+            epoch, entry = self._turn(records.chunks)
+            chunk = self._reader.read(int(self._order(epoch)[entry]), start=record)
+            for read, item in enumerate(chunk, record + 1):
+                if isinstance(item, BadRecord):
+                    records.bad(item)
+                    continue
+                records.good()
+                if item.is_held_out(share=self._settings.validation_share):
+                    continue
+                texts.append(item.text)
+                size += len(item.text)
+                if size >= limit:
+                    yield (block := self._block(start, texts, read))
+                    start, texts, size = block.following, [], 0
+            records.chunks, record = records.chunks + 1, 0
+            if texts and self._turn(records.chunks)[0] > epoch:
+                yield (block := self._block(start, texts, record))
+                start, texts, size = block.following, [], 0
+            self._check()
+            if not texts and records.chunks - start.ordinal > _PATIENCE * self._reader.num_chunks:
+                raise DataError(
+                    f"source {self._source.name!r}: no usable training document in {records.seen} records;"
+                    f" add documents or lower validation_share{records.examples()}"
+                )
+
+    def epochs(self, ordinal: float) -> float:
+        """Passes over the lane's part of the source that `ordinal` chunks make."""
+        return ordinal * self._settings.num_lanes / self._reader.num_chunks
+
+    def _block(self, start: Place, texts: list[str], record: int) -> Block:
+        """What was read since `start`, up to `record` of the chunk that is being read."""
+        self._check()
+        records = self.records
+        following = Place(records.chunks, record, start.block + 1, records.seen, records.skipped, records.failed)
+        order = self._settings.generator(self._index, _DOCUMENT_KEY, self._lane, start.block).permutation(len(texts))
+        return Block(start, [texts[index] for index in order], following)
+
+    def _check(self) -> None:
+        # Of several lanes each has a random part of the chunks in every epoch, some of them often and others never.
+        alone = self._settings.num_lanes == 1
+        self.records.check(complete=alone and self.records.chunks >= self._reader.num_chunks)
+
+    def _turn(self, ordinal: int) -> tuple[int, int]:
+        """Epoch of the lane's `ordinal`-th chunk, and its number in the order of that."""
+        return divmod(self._lane + ordinal * self._settings.num_lanes, self._reader.num_chunks)
+
+    def _draw_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        return self._settings.generator(self._index, _CHUNK_KEY, epoch).permutation(self._reader.num_chunks)

@@ -1,0 +1,1 @@
+"""TOPv2 as rows of tokens."""

@@ -1,0 +1,205 @@
+"""TOPv2 as it lies on disk or on the hub: which files make up a split, and the rows in them that can be used.
+
+The official release has one TSV file for each domain and split, without quoting: a line is split at its tabs and at
+nothing else. Its low-resource splits lie in a folder beside them, with another name for the third column.
+Reading has two steps, as the cache asks: tables with a fingerprint (quick), then the rows in them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from app.errors import ConfigError, DataError
+from app.topv2.semantic_parse import ParseError
+
+_log = logging.getLogger(__name__)
+
+Split = Literal["train", "eval", "test"]
+
+DOMAINS = ("alarm", "event", "messaging", "music", "navigation", "reminder", "timer", "weather")
+LOW_RESOURCE_DOMAINS = ("reminder", "weather")
+SPIS = (10, 25, 50, 100, 250, 500, 1000)  # samples per intent and slot of the low-resource splits
+
+_COLUMNS = ("domain", "utterance", "semantic_parse")
+_HEADERS = ([*_COLUMNS], [*_COLUMNS[:2], "seqlogical"])  # of the low-resource splits
+_SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("eval", "validation"), "test": ("test",)}
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_SHOWN = 20  # bad rows in an error; the log has all
+
+
+def choose_domains(domains: Sequence[str] | None, *, spis: int | None) -> tuple[str, ...]:
+    """The domains asked for; all that there are if none are.
+
+    Args:
+        domains: Each once, of `DOMAINS`; of `LOW_RESOURCE_DOMAINS` if `spis` is given.
+        spis: One of `SPIS`, or None.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+    if spis is not None and spis not in SPIS:
+        raise ConfigError("spis", got=spis, allowed=" | ".join(map(str, SPIS)))
+    available = DOMAINS if spis is None else LOW_RESOURCE_DOMAINS
+    chosen = tuple(available if domains is None else domains)
+    wrong = [domain for domain in chosen if domain not in available]
+    if wrong or not chosen or len(set(chosen)) < len(chosen):
+        fix = f"only these have low-resource splits (spis {spis})" if spis is not None else ""
+        raise ConfigError("domains", got=list(chosen), allowed=f"each once, of {', '.join(available)}", fix=fix)
+    return chosen
+
+
+class AnnotatedUtterance(NamedTuple):
+    """One annotated utterance; `target` is the parse in the format the model is to write."""
+
+    domain: str
+    utterance: str
+    target: str
+
+
+class Table(NamedTuple):
+    """The rows of one domain and split, not looked at yet.
+
+    Attributes:
+        name: File or dataset split, for messages.
+        domain: The only domain that is right in it.
+        fingerprint: Hash of the content.
+        records: Yields the place of each row and its fields, or instead of these the reason why it has none.
+    """
+
+    name: str
+    domain: str
+    fingerprint: str
+    records: Callable[[], Iterator[tuple[int, list[str] | str]]]
+
+
+def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | None) -> list[Table]:
+    """The tables of `split`, one for each domain, in their order.
+
+    Args:
+        path: The official folder of TSV files, or a local folder or hub id that `datasets` reads.
+        split: train, eval or test.
+        domains: Of `DOMAINS`.
+        spis: One of `SPIS`: that low-resource training and evaluation split; None: the whole one. Test has one split.
+
+    Raises:
+        DataError: A file or dataset is missing or has other columns.
+        ConfigError: `spis` is asked of a dataset without low-resource splits.
+    """
+    folder = Path(path)
+    if folder.is_dir() and any(folder.glob("*.tsv")):
+        return [_read_tsv(folder / _file_name(domain, split, spis), domain) for domain in domains]
+    if spis is not None:
+        raise ConfigError("spis", got=spis, allowed="null, unless path is the official folder of TSV files")
+    return _read_dataset(path, split, domains)
+
+
+def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: float) -> list[AnnotatedUtterance]:
+    """The usable rows of `table`; others are skipped, counted and logged with their place.
+
+    Args:
+        table: What `find_tables` found.
+        encode: From the annotation to the target; raises ParseError when the annotation is none.
+        max_bad_share: Of the rows, in [0, 1].
+
+    Raises:
+        DataError: Nothing is left, or more than `max_bad_share` of the rows had to be skipped.
+    """
+    rows: list[AnnotatedUtterance] = []
+    bad: list[str] = []
+    for place, record in table.records():
+        try:
+            rows.append(_row(record, domain=table.domain, encode=encode))
+        except ParseError as error:
+            bad.append(f"{table.name}:{place}: {error}")
+    for reason in bad:
+        _log.info("skipped %s", reason)
+    total = len(rows) + len(bad)
+    report = f"{len(bad)} of {total} rows skipped" + "".join(f"\n  {reason}" for reason in bad[:_SHOWN])
+    if not rows:
+        raise DataError(f"{table.name}: no usable row; {report}")
+    if len(bad) > max_bad_share * total:
+        raise DataError(f"{table.name}: more than max_bad_share {max_bad_share} is bad; mend the rows; {report}")
+    if bad:
+        _log.warning("%s: %s", table.name, report)
+    return rows
+
+
+def _row(record: list[str] | str, *, domain: str, encode: Callable[[str], str]) -> AnnotatedUtterance:
+    if isinstance(record, str):
+        raise ParseError(record)
+    if len(record) != len(_COLUMNS):
+        raise ParseError(f"{len(record)} columns, not {len(_COLUMNS)}")
+    found, utterance, parse = record
+    if found != domain:
+        raise ParseError(f"domain {found!r}, not {domain!r}")
+    if not utterance.strip():
+        raise ParseError("no utterance")
+    return AnnotatedUtterance(domain, utterance, encode(parse))
+
+
+def _file_name(domain: str, split: Split, spis: int | None) -> str:
+    if spis is None or split == "test":
+        return f"{domain}_{split}.tsv"
+    return f"low_resource_splits/{domain}_{'valid' if split == 'eval' else split}_{spis}spis.tsv"
+
+
+def _read_tsv(file: Path, domain: str) -> Table:
+    if not file.is_file():
+        raise DataError(f"no file {str(file)!r}; correct path or domains, or complete the folder")
+    header, *lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
+    columns = header.decode("utf-8-sig", errors="replace").rstrip("\r").split("\t")
+    if columns not in _HEADERS:
+        raise DataError(f"{file}:1: got columns {columns}, allowed {' or '.join(map(str, _HEADERS))}")
+
+    def records() -> Iterator[tuple[int, list[str] | str]]:
+        for place, line in enumerate(lines, start=2):
+            try:
+                yield place, line.decode("utf-8").rstrip("\r").split("\t")
+            except UnicodeDecodeError as error:
+                yield place, f"not UTF-8 at byte {error.start}"
+
+    return Table(str(file), domain, sha256(b"\n".join(lines)).hexdigest(), records)
+
+
+def _read_dataset(path: str, split: Split, domains: Sequence[str]) -> list[Table]:
+    dataset = _load_dataset(path, split)
+    name = f"{path} ({split})"
+    if missing := [column for column in _COLUMNS if column not in dataset.column_names]:
+        raise DataError(f"{name}: no column {', '.join(missing)} in {', '.join(dataset.column_names)}")
+    fields = [list(values) for values in zip(*(list(dataset[column]) for column in _COLUMNS), strict=True)]
+    return [_table(name, domain, fields) for domain in domains]
+
+
+def _load_dataset(path: str, split: Split) -> Any:  # datasets.Dataset
+    folder = Path(path)
+    if not folder.is_dir() and not _HUB_ID.fullmatch(path):
+        raise DataError(f"no folder {path!r}; give TOPv2's, or a hub id such as owner/name")
+    try:
+        saved = (folder / "dataset_dict.json").is_file()  # by save_to_disk
+        found = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(f"{path}: neither TSV files nor a dataset that can be read: {error}") from error
+    for name in _SPLIT_NAMES[split]:
+        if name in found:
+            return found[name]
+    raise DataError(f"{path}: no split {' or '.join(_SPLIT_NAMES[split])} in {', '.join(found)}")
+
+
+def _table(name: str, domain: str, fields: Sequence[list[Any]]) -> Table:
+    """The rows of `domain` among `fields`, and for the report those without any."""
+    own = [(row, record) for row, record in enumerate(fields) if record[0] in (domain, None)]
+
+    def records() -> Iterator[tuple[int, list[str] | str]]:
+        for row, record in own:
+            wrong = [column for column, value in zip(_COLUMNS, record, strict=True) if not isinstance(value, str)]
+            yield row, f"no text in {', '.join(wrong)}" if wrong else record
+
+    return Table(name, domain, sha256(repr(own).encode()).hexdigest(), records)

@@ -1,0 +1,226 @@
+"""TOPv2 tokenised: prompt and target of every row, built once and kept in one file under a key of what they depend on.
+
+Prompt and target are tokenised apart and put together, so that generation starts from the very prompt of training.
+The file begins with a checksum of the rest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import AddedToken
+
+from app.errors import ConfigError
+from app.text.text_tokens import around
+from app.text.tokenizer_files import tokenizer_from_files, tokenizer_to_files
+from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
+from datamodules.tokenizers import MIN_VOCAB_SIZE, encode_documents, load_tokenizer, train_byte_level_bpe
+from datamodules.topv2_rows.files import AnnotatedUtterance, Split, Table, find_tables, read_rows
+
+_log = logging.getLogger(__name__)
+
+_CODE_VERSION = 2  # raise it when the same settings and files give other examples
+_DIGEST_BYTES = 32
+_COLUMNS = ("tokens", "offsets", "prompt_lengths", "sources")  # of Examples: the arrays
+# What becomes one token when special tokens are on; in a parse, always with the space before it.
+_PIECES: dict[TargetFormat, re.Pattern[str]] = {
+    "parse": re.compile(r" \[(?:IN|SL):[A-Z0-9_]+| \]"),
+    "json": re.compile(r' ?\{"(?:IN|SL):[A-Z0-9_]+":|\}'),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings:
+    """What the content of a store depends on, beside the files; the datamodule says what each means."""
+
+    path: str
+    domains: tuple[str, ...]
+    spis: int | None
+    prompt_template: str
+    target_format: TargetFormat
+    special_tokens: bool
+    tokenizer: str | None
+    vocab_size: int
+    max_bad_share: float
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one split: `N` of them, prompt, target and end-of-text token one after the other.
+
+    Attributes:
+        tokens: [total] int32, of all examples.
+        offsets: [N + 1] int64; where in `tokens` each example starts, and where the last ends.
+        prompt_lengths: [N] int32.
+        sources: [N] int64, indices of domains.
+        references: N targets as text.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    prompt_lengths: npt.NDArray[np.int32]
+    sources: npt.NDArray[np.int64]
+    references: list[str]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[N]; positions an example takes in a row: its last token is only predicted."""
+        return np.diff(self.offsets) - 1
+
+    def example(self, index: int) -> npt.NDArray[np.int32]:
+        """Token ids of one example."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def prompt(self, index: int) -> list[int]:
+        """Token ids of one example's prompt."""
+        prompt: list[int] = self.example(index)[: self.prompt_lengths[index]].tolist()
+        return prompt
+
+
+@dataclass(frozen=True)
+class TaskStore:
+    """Tokenizer and examples."""
+
+    key: str
+    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    examples: dict[Split, Examples]
+
+
+def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
+    """Load the store for `settings` and the files as they are now; build it if there is none or it is damaged.
+
+    Several processes may do so at once: a store appears in `cache_dir` whole or not at all.
+
+    Raises:
+        DataError: A file is missing, or too much of it is bad.
+        ConfigError: The tokenizer cannot be used, or `vocab_size` has no room for the special tokens.
+    """
+    tables: dict[Split, list[Table]] = {
+        split: find_tables(settings.path, split=split, domains=settings.domains, spis=settings.spis)
+        for split in get_args(Split)
+    }
+    tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
+    key = _key(settings, tables, tokenizer)
+    file = cache_dir / f"topv2-{key}.bin"
+    if file.is_file():
+        raw = file.read_bytes()
+        if raw[:_DIGEST_BYTES] == sha256(raw[_DIGEST_BYTES:]).digest():
+            return _load(raw[_DIGEST_BYTES:], key=key)
+        _log.warning("cached data in %s is damaged: building it again", file)
+    _log.info("building data in %s", file)
+    store = _build(settings, tables, tokenizer, key=key)
+    _save(store, file)
+    return store
+
+
+def _key(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any) -> str:
+    parts = asdict(settings) | {
+        "path": None,  # the content counts, not the place it lies in
+        "code_version": _CODE_VERSION,
+        "files": [table.fingerprint for split in tables for table in tables[split]],
+    }
+    if tokenizer is not None:
+        parts |= {"vocab_size": None, "tokenizer": sha256(repr(tokenizer_to_files(tokenizer)).encode()).hexdigest()}
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _build(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any, *, key: str) -> TaskStore:
+    encode = TARGET_FORMATS[settings.target_format].encode
+    rows = {
+        split: [
+            row for table in of_split for row in read_rows(table, encode=encode, max_bad_share=settings.max_bad_share)
+        ]
+        for split, of_split in tables.items()
+    }
+    tokenizer = _fit_tokenizer(settings, rows["train"], tokenizer)
+    return TaskStore(
+        key, tokenizer, {split: _encode(settings, of_split, tokenizer) for split, of_split in rows.items()}
+    )
+
+
+def _fit_tokenizer(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], tokenizer: Any) -> Any:
+    """The tokenizer given, or one trained on prompts and targets; with the special tokens, if they are asked for."""
+    targets = [_target_text(row) for row in rows]
+    found = _PIECES[settings.target_format]
+    pieces = sorted(set(chain.from_iterable(map(found.findall, targets)))) if settings.special_tokens else []
+    if tokenizer is None:
+        if settings.vocab_size < MIN_VOCAB_SIZE + len(pieces):
+            raise ConfigError(
+                "vocab_size",
+                got=settings.vocab_size,
+                allowed=f">= {MIN_VOCAB_SIZE + len(pieces)}: every byte, and {len(pieces)} special tokens",
+            )
+        between = chain.from_iterable(map(found.split, targets)) if pieces else targets
+        texts = [*(_prompt_text(settings, row) for row in rows), *filter(None, between)]
+        tokenizer = train_byte_level_bpe(texts, vocab_size=settings.vocab_size - len(pieces))
+    # Not "special" in the tokenizer's sense: those are left out of decoded text.
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in pieces])
+    return tokenizer
+
+
+def _encode(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], tokenizer: Any) -> Examples:
+    before = np.asarray(around(tokenizer).before, dtype=np.int32)
+    end = np.asarray([tokenizer.eos_token_id], dtype=np.int32)
+    texts = [text for row in rows for text in (_prompt_text(settings, row), _target_text(row))]
+    ids = encode_documents(tokenizer, texts)
+    parts = [part for prompt, target in zip(ids[::2], ids[1::2], strict=True) for part in (before, prompt, target, end)]
+    lengths = np.asarray([len(part) for part in parts]).reshape(-1, 4)
+    index = {domain: source for source, domain in enumerate(settings.domains)}
+    return Examples(
+        tokens=np.concatenate(parts),
+        offsets=np.concatenate([[0], lengths.sum(axis=1).cumsum()]),
+        prompt_lengths=lengths[:, :2].sum(axis=1).astype(np.int32),
+        sources=np.asarray([index[row.domain] for row in rows]),
+        references=[row.target for row in rows],
+    )
+
+
+def _prompt_text(settings: StoreSettings, row: AnnotatedUtterance) -> str:
+    return settings.prompt_template.replace("{utterance}", row.utterance)
+
+
+def _target_text(row: AnnotatedUtterance) -> str:
+    return f" {row.target}"  # as words go in a byte-level BPE: a space and the word
+
+
+def _save(store: TaskStore, file: Path) -> None:
+    arrays: dict[str, Any] = {"tokenizer": _text(tokenizer_to_files(store.tokenizer))}
+    for split, examples in store.examples.items():
+        arrays |= {f"{split}/{name}": getattr(examples, name) for name in _COLUMNS}
+        arrays[f"{split}/references"] = _text(examples.references)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".building-") as folder:
+        new = Path(folder) / file.name
+        new.write_bytes(sha256(content.getbuffer()).digest() + content.getbuffer())
+        new.replace(file)
+
+
+def _load(content: bytes, *, key: str) -> TaskStore:
+    with np.load(io.BytesIO(content)) as arrays:
+        examples: dict[Split, Examples] = {
+            split: Examples(
+                references=json.loads(arrays[f"{split}/references"].tobytes()),
+                **{name: arrays[f"{split}/{name}"] for name in _COLUMNS},
+            )
+            for split in get_args(Split)
+        }
+        return TaskStore(key, tokenizer_from_files(json.loads(arrays["tokenizer"].tobytes())), examples)
+
+
+def _text(value: object) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+
+from app.benchmark import alternation
+from app.benchmark.alternation import Contender, Measurement, Prompts, alternate, engine_contender
+from app.decoding.result import DecodingResult, Step
+from app.decoding.settings import DecodingSettings
+from app.errors import ConfigError
+from tests.support.fake_decoder import counting_decoder
+
+
+def _result(tokens: Sequence[int], *, seconds: float = 1.0, steps: tuple[Step, ...] = ()) -> DecodingResult:
+    return DecodingResult(
+        tokens=list(tokens), stop_reason="eos", seconds_prefill=seconds / 10, seconds_decode=seconds, steps=steps
+    )
+
+
+def _contender(name: str, calls: list[tuple[str, list[int], int]]) -> Contender:
+    """Says when it is called; its tokens are the budget's."""
+
+    def decode(prompts: Prompts, max_new_tokens: int) -> list[DecodingResult]:
+        calls.append((name, [prompt[0] for prompt in prompts], max_new_tokens))
+        return [_result(range(max_new_tokens)) for _ in prompts]
+
+    return Contender(strategy=name, decode=decode)
+
+
+def _measurement(*batches: Sequence[Sequence[DecodingResult]]) -> Measurement:
+    return Measurement(contender=Contender(strategy="x", decode=lambda *_: []), runs=batches)
+
+
+def test_everyone_decodes_every_batch_in_turn_and_another_begins_each_time() -> None:
+    calls: list[tuple[str, list[int], int]] = []
+    alternate([_contender(name, calls) for name in "abc"], [[[1], [2]], [[3]]], max_new_tokens=20, repeats=2)
+    assert "".join(name for name, *_ in calls) == "abc" + "abcbca" + "bcacab"  # warm-up, then both batches, twice
+    assert [prompts for _, prompts, _ in calls] == [[1, 2]] * 6 + [[3]] * 3 + [[1, 2]] * 3 + [[3]] * 3
+    assert [budget for *_, budget in calls] == [16] * 3 + [20] * 12
+
+
+def test_a_warm_up_is_no_longer_than_the_budget_and_counts_for_nothing() -> None:
+    calls: list[tuple[str, list[int], int]] = []
+    measured = alternate([_contender("a", calls)], [[[1]]], max_new_tokens=3, repeats=2)
+    assert [budget for *_, budget in calls] == [3, 3, 3]
+    assert len(measured[0].runs[0]) == 2
+
+
+def test_no_batch_is_started_after_the_time_limit_but_the_first_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks, done = itertools.count(), list[int]()
+    monkeypatch.setattr(alternation, "perf_counter", lambda: float(next(ticks)))  # one second a batch
+
+    def measure(limit: float, repeats: int = 1) -> list[Measurement]:
+        contenders = [_contender(name, []) for name in "ab"]
+        batches = [[[1]], [[2]], [[3]]]
+        return alternate(
+            contenders, batches, max_new_tokens=2, repeats=repeats, time_limit_seconds=limit, on_batch=done.append
+        )
+
+    assert [[len(each.runs) for each in measure(limit)] for limit in (0.0, 1.5, 9.0)] == [[1, 1], [2, 2], [3, 3]]
+    assert done == [1, 1, 2, 1, 2, 3]
+    # All prompts are seen before any is seen again, and a repeat of some of them does not count.
+    assert [[len(of_batch) for of_batch in each.runs] for each in measure(4.5, repeats=3)] == [[1, 1, 1]] * 2
+    assert [[len(of_batch) for of_batch in each.runs] for each in measure(5.5, repeats=3)] == [[2, 2, 2]] * 2
+
+
+@pytest.mark.parametrize(("overrides", "message"), [({"max_new_tokens": 1}, "max_new"), ({"repeats": 0}, "repeats")])
+def test_what_cannot_be_timed_is_refused(overrides: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        alternate([_contender("a", [])], [[[1]]], **({"max_new_tokens": 2, "repeats": 1} | overrides))
+
+
+def test_a_batch_takes_as_long_as_its_longest_row_and_of_the_repeats_the_median_counts() -> None:
+    def repeat(*seconds: float) -> list[DecodingResult]:
+        return [_result([1, 2, 3], seconds=each) for each in seconds]
+
+    measured = _measurement([repeat(1, 9), repeat(5, 2), repeat(7, 8)], [repeat(4), repeat(100), repeat(6)])
+    assert measured.seconds == 8 + 6
+    assert measured.seconds_per_token() == pytest.approx((8 + 6) / 6)  # two after the first of each of three
+    assert measured.tokens_per_second == pytest.approx(6 / 14)
+    assert [measured.seconds_per_token(i) for i in range(3)] == pytest.approx([13 / 6, 105 / 6, 14 / 6])
+    assert measured.seconds_prefill == pytest.approx((0.8 + 0.6) / 2)
+
+
+def test_speedup_is_the_ratio_of_times_per_token_whatever_the_lengths_of_outputs() -> None:
+    slow = _measurement([[_result(range(11), seconds=20.0)], [_result(range(11), seconds=40.0)]])
+    fast = _measurement([[_result(range(6), seconds=5.0)], [_result(range(6), seconds=5.0)]])
+    assert fast.speedup_over(slow) == pytest.approx(3.0)
+    assert [fast.speedup_over(slow, repeat) for repeat in (0, 1)] == pytest.approx([2.0, 4.0])
+    empty = _measurement([[_result([1], seconds=0.0)]])
+    assert (empty.speedup_over(slow), slow.speedup_over(empty), empty.tokens_per_second) == (None, None, None)
+
+
+def test_counts_are_pooled_over_prompts_and_draft_positions() -> None:
+    first = _result([1, 2, 3, 4, 5], steps=(Step([2, 3, 4], 2, (9,)), Step([5], 0, (9,))))
+    second = _result([1, 2], steps=(Step([2], 0, (8, 8)),))
+    measured = _measurement([[first]], [[second]])
+    assert (measured.drafted, measured.accepted, measured.rounds, measured.num_decoded) == (6, 2, 3, 5)
+    assert measured.reached_by_position == [3, 1, 1]
+    assert measured.accepted_by_position == [1, 1, 0]
+    assert measured.acceptance_rate == pytest.approx(2 / 6)
+    assert measured.mean_tokens_per_round == pytest.approx(5 / 3)
+
+
+def test_an_output_is_identical_if_it_is_in_every_repeat() -> None:
+    expected = _measurement([[_result([1, 2]), _result([3])], [_result([9, 9]), _result([9])]])
+    same = _measurement([[_result([1, 2]), _result([3])]] * 2)
+    once = _measurement([[_result([1, 2]), _result([3])], [_result([1, 2]), _result([3, 4])]])
+    assert same.identical_to(expected) == [True, True]
+    assert once.identical_to(expected) == [True, False]
+    assert once.identical_share(expected) == 0.5
+
+
+def test_an_engine_contender_decodes_with_its_strategy_and_the_budget_of_the_call() -> None:
+    settings = DecodingSettings(max_new_tokens=1, exit_layer=2, num_draft_tokens=3)
+    contender = engine_contender(counting_decoder(), "self_speculative", settings)
+    assert (contender.strategy, contender.exit_layer, contender.num_draft_tokens) == ("self_speculative", 2, 3)
+    results = contender.decode([[1], [10, 11]], 9)
+    assert [result.tokens for result in results] == [list(range(2, 11)), list(range(12, 21))]
+    assert [result.drafted for result in results] == [6, 6]

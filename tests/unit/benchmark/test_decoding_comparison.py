@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from app.benchmark import alternation
+from app.benchmark.decoding_comparison import (
+    DecodingComparison,
+    best_by_speedup,
+    compare_decoding,
+    comparison_table,
+    pooled,
+    table_as_markdown,
+)
+from app.errors import ConfigError
+from tests.support.fake_decoder import FakeDecoder, counting_decoder
+
+_PROMPTS = [[1, 2], [7], [11, 12, 13]]
+
+
+def _compare(decoder: FakeDecoder, **overrides: object) -> list[DecodingComparison]:
+    arguments: dict[str, object] = {
+        "exit_layers": [1, 2],
+        "num_draft_tokens": [1, 3],
+        "max_new_tokens": 9,
+        "eos_token_ids": (),
+        "time_limit_seconds": 60.0,
+    }
+    prompts = overrides.pop("prompts", _PROMPTS)
+    return compare_decoding(decoder, prompts, **(arguments | overrides))  # type: ignore[arg-type]
+
+
+def test_every_exit_is_compared_with_every_draft_length_on_every_prompt() -> None:
+    comparisons = _compare(counting_decoder())
+    assert [(c.exit_layer, c.num_draft_tokens) for c in comparisons] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    assert all(c.num_prompts == 3 and c.identical_share == 1.0 and c.acceptance_rate == 1.0 for c in comparisons)
+    assert [c.mean_tokens_per_round for c in comparisons] == [2.0, 4.0, 2.0, 4.0]  # 8 tokens after the first
+
+
+def test_figures_are_pooled_over_prompts() -> None:
+    comparison = _compare(counting_decoder(misses=(9,)), exit_layers=[1], num_draft_tokens=[1])[0]
+    assert comparison.acceptance_rate == pytest.approx((3 + 4 + 4) / 12)  # only the first prompt drafts after 9
+    assert comparison.mean_tokens_per_round == pytest.approx(3 * 8 / (5 + 4 + 4))
+    assert comparison.speedup == pytest.approx(
+        comparison.self_speculative_tokens_per_second / comparison.autoregressive_tokens_per_second  # type: ignore[operator]
+    )
+
+
+def test_time_that_has_run_out_still_measures_one_prompt_and_says_so() -> None:
+    comparisons = _compare(counting_decoder(), time_limit_seconds=0.0)
+    assert {c.num_prompts for c in comparisons} == {1}
+    assert comparison_table(comparisons).title.endswith(", 1 of 3 prompts")
+
+
+def test_measuring_stops_after_the_prompt_during_which_the_limit_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(alternation, "perf_counter", lambda: float(next(ticks)))  # one second a prompt
+    assert {c.num_prompts for c in _compare(counting_decoder(), time_limit_seconds=1.5)} == {2}
+
+
+def test_the_median_time_of_the_repeats_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = alternation.decode_batch
+    seconds = {"autoregressive": iter([7.0, 100.0, 2.0, 1.0]), "self_speculative": iter([7.0, 0.1, 30.0, 4.0])}
+
+    def timed(*args: Any, strategy: Any, **kwargs: Any) -> list[Any]:
+        results = real(*args, strategy=strategy, **kwargs)
+        return [replace(result, seconds_decode=next(seconds[strategy])) for result in results]
+
+    monkeypatch.setattr(alternation, "decode_batch", timed)  # the first time of each is the warm-up's
+    setting = {"prompts": [[1]], "exit_layers": [1], "num_draft_tokens": [2], "repeats": 3}
+    comparison = _compare(counting_decoder(), **setting)[0]
+    assert comparison.autoregressive_tokens_per_second == pytest.approx(8 / 2)
+    assert comparison.self_speculative_tokens_per_second == pytest.approx(8 / 4)
+    assert comparison.speedup == pytest.approx(1 / 2)
+    assert comparison.speedup_interval is None  # of a single prompt
+
+
+def test_parts_of_the_prompts_pool_to_the_whole_but_for_times() -> None:
+    decoder = counting_decoder(misses=(9,))
+    parts = [_compare(decoder, prompts=_PROMPTS[:1]), [], _compare(decoder, prompts=_PROMPTS[1:])]
+    for part, whole in zip(pooled(parts), _compare(decoder), strict=True):
+        times = dict.fromkeys(
+            name for name in DecodingComparison.__dataclass_fields__ if "sec" in name or "squ" in name
+        )
+        assert replace(part, **times) == replace(whole, **times)
+        assert part.acceptance_rate == whole.acceptance_rate
+    assert pooled(parts)[0].seconds == parts[0][0].seconds + parts[2][0].seconds
+    assert pooled([[], []]) == []
+
+
+def test_outputs_that_end_at_their_first_token_have_no_speed_and_divide_nothing_by_zero() -> None:
+    comparison = _compare(counting_decoder(), prompts=[[4]], eos_token_ids=(5,))[0]
+    assert (comparison.speedup, comparison.acceptance_rate, comparison.mean_tokens_per_round) == (None, None, None)
+    assert comparison_table([comparison]).title.endswith("decoding, 1 prompt")
+    assert comparison_table([comparison]).rows[0][2:] == ("-", "-", "-", "-", "-", "-", "1 of 1")
+
+
+def test_the_best_setting_is_the_fastest() -> None:
+    slow, fast = _compare(counting_decoder(), exit_layers=[1], num_draft_tokens=[1, 3])
+    by_speed = sorted((slow, fast), key=lambda c: c.speedup or 0.0)
+    assert best_by_speedup([slow, fast]) is by_speed[1]
+
+
+def test_the_table_and_its_markdown_have_a_row_for_each_setting() -> None:
+    table = comparison_table(_compare(counting_decoder()))
+    assert "3 prompts" in table.title
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    lines = table_as_markdown(table).splitlines()
+    assert lines[2].startswith("| exit | drafts |")
+    assert lines[3] == "| " + " | ".join(["---"] * 9) + " |"
+    assert len(lines) == 4 + 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"prompts": []}, "got '0 prompts"),
+        ({"exit_layers": []}, "0 exits"),
+        ({"max_new_tokens": 1}, "max_new_tokens: got 1"),
+        ({"repeats": 0}, "repeats: got 0"),
+        ({"exit_layers": [4]}, "exit_layer: got 4"),
+        ({"exit_layers": [0]}, "exit_layer: got 0"),
+        ({"num_draft_tokens": [0]}, "num_draft_tokens: got 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _compare(counting_decoder(), **overrides)

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from app.benchmark import report as benchmark_report
+from app.benchmark.benchmark import Costs
+from app.benchmark.decoding_costs import DecodingCosts
+from app.benchmark.figure import benchmark_figure
+from app.benchmark.report import (
+    check_output,
+    draft_table,
+    environment,
+    notes,
+    report_document,
+    speed_table,
+    write_report,
+)
+from app.benchmark.result import BenchmarkResult
+from app.cli.tables import print_table
+from app.errors import ConfigError
+from app.protocols import Table
+
+PLAIN = BenchmarkResult(
+    strategy="autoregressive", exit_layer=None, num_draft_tokens=None, tokens_per_second=20.0, seconds_per_token=0.05,
+    acceptance_rate=None, mean_tokens_per_round=1.0, speedup=1.0, identical_to_autoregressive=1.0, num_differing=0,
+    num_unexplained=0, largest_logit_gap=None, largest_gap_in_spacings=None, speedup_min=1.0,
+    speedup_max=1.0, speedup_interval=None,
+    speedup_vs_transformers=None, speedup_vs_transformers_early_exit=None, predicted_speedup=None,
+    prediction_error=None, predicted_speedup_from_rounds=None, prediction_error_from_rounds=None, seconds_prefill=0.1,
+    num_prompts=4, num_tokens=80, rounds=76, drafted=0, accepted=0, reached_by_position=[], accepted_by_position=[],
+    acceptance_by_position=[], fell_back_share=0.0,
+)  # fmt: skip
+DRAFTS = replace(
+    PLAIN, strategy="self_speculative", exit_layer=2, num_draft_tokens=3, speedup=1.5, acceptance_rate=0.75,
+    predicted_speedup=1.65, prediction_error=0.1, reached_by_position=[10, 8, 6], accepted_by_position=[8, 6, 3],
+    drafted=40, acceptance_by_position=[0.8, 0.75, 0.5],
+    speedup_max=1.75, speedup_interval=(1.25, 1.8),
+)  # fmt: skip
+COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=0.0, extra_token=0.05, overhead=0.5)
+
+
+def _sweep(exits: int, *, strategy: str = "self_speculative") -> list[BenchmarkResult]:
+    """Results of several exits, each with two draft lengths."""
+    return [
+        replace(DRAFTS, strategy=strategy, exit_layer=exit_layer, num_draft_tokens=drafts)
+        for exit_layer in range(1, exits + 1)
+        for drafts in (4, 2)
+    ]
+
+
+def _document(results: list[BenchmarkResult], **where: str) -> dict[str, Any]:
+    settings = {"strategies": ("autoregressive",), "limit": None}
+    costs = Costs(COSTS, None)
+    return report_document(results, costs=costs, environment={"dtype": "float32"} | where, settings=settings)
+
+
+def test_the_document_holds_what_the_contract_says() -> None:
+    document = json.loads(json.dumps(_document([PLAIN, DRAFTS]), allow_nan=False))
+    assert document["environment"] == {"dtype": "float32"}
+    assert document["settings"] == {"strategies": ["autoregressive"], "limit": None}
+    assert document["costs"] == {
+        "block_seconds": 1e-3, "head": 2.0, "draft_head": 2.0, "first_extra": 0.0, "extra_token": 0.05, "overhead": 0.5,
+    }  # fmt: skip
+    assert document["draft_model_costs"] is None
+    assert document["notes"] == []
+    assert {
+        "strategy", "exit_layer", "num_draft_tokens", "tokens_per_second", "seconds_per_token", "acceptance_rate",
+        "mean_tokens_per_round", "speedup", "identical_to_autoregressive",
+    } < set(document["results"][0])  # fmt: skip
+    assert [result["exit_layer"] for result in document["results"]] == [None, 2]
+
+
+def test_the_environment_tells_versions_hardware_number_type_and_threads() -> None:
+    where = environment(device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert set(where["versions"]) == {"python", "torch", "transformers", "layerskip-lightning"}  # type: ignore[call-overload]
+    assert where["versions"]["torch"] == torch.__version__  # type: ignore[index]
+    assert (where["dtype"], where["device_type"], where["threads"]) == ("bfloat16", "cpu", torch.get_num_threads())
+    assert where["device"] == where["cpu"]
+    assert where["cpu"]
+
+
+def test_differing_outputs_are_counted_and_called_ties_only_where_rounding_explains_them() -> None:
+    tied = replace(DRAFTS, num_differing=2, largest_logit_gap=0.03125)
+    assert notes([PLAIN, DRAFTS, tied], dtype="bfloat16") == [
+        "outputs of up to 2 of 4 prompts differ from autoregressive decoding; largest logit gap 0.031 where they first"
+        " do: ties in bfloat16, which rounding decides"
+    ]
+    wrong = replace(DRAFTS, num_differing=3, num_unexplained=1, largest_logit_gap=1.5)
+    for dtype in ("float32", "bfloat16"):
+        said, loud = notes([PLAIN, tied, wrong], dtype=dtype)
+        assert said.startswith(
+            "outputs of up to 3 of 4 prompts differ from autoregressive decoding; largest logit gap 1.5"
+        )
+        assert "ties" not in said
+        assert loud == f"WARNING: up to 1 of them by more than rounding explains in {dtype}: please report it"
+    assert notes([PLAIN, DRAFTS], dtype="bfloat16") == []
+
+
+def test_a_lossy_strategy_is_called_that_instead() -> None:
+    lossy = replace(PLAIN, strategy="early_exit", exit_layer=2, identical_to_autoregressive=0.0, num_differing=4)
+    assert notes([PLAIN, lossy], dtype="float32") == ["early_exit is lossy: its output is not the full model's"]
+
+
+def test_outputs_without_time_are_explained() -> None:
+    assert "ignore_eos" in notes([replace(PLAIN, speedup=None)], dtype="float32")[0]
+
+
+def _rows(table: Table) -> list[dict[str, str]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def test_the_table_of_speeds_has_a_row_for_each_result_and_no_column_without_figures() -> None:
+    table = speed_table([PLAIN, DRAFTS], title="t")
+    assert _rows(table) == [
+        {
+            "strategy": "autoregressive", "exit": "-", "drafts": "-", "tok/s": "20.0", "prefill\nms": "100",
+            "speedup\nmedians": "1.00x", "95 %\ninterval": "-", "outputs\ndiffer": "0 of 4",
+        },
+        {
+            "strategy": "self_speculative", "exit": "2", "drafts": "3", "tok/s": "20.0", "prefill\nms": "100",
+            "speedup\nmedians": "1.50x", "95 %\ninterval": "1.25-1.80", "outputs\ndiffer": "0 of 4",
+        },
+    ]  # fmt: skip
+    of_one_batch = replace(DRAFTS, speedup_interval=None)
+    assert _rows(speed_table([of_one_batch], title="t"))[0]["whole\nrepeats"] == "1.00-1.75"
+    assert "exit" not in speed_table([PLAIN], title="t").columns
+    assert "vs\ngenerate" in speed_table([replace(PLAIN, speedup_vs_transformers=2.0)], title="t").columns
+
+
+@pytest.mark.parametrize("num_prompts", [4, 164])
+def test_tables_with_everything_in_them_fit_120_columns_uncut(
+    capsys: pytest.CaptureFixture[str], num_prompts: int
+) -> None:
+    full = replace(
+        DRAFTS, strategy="transformers_early_exit", exit_layer=28, num_draft_tokens=12, tokens_per_second=1234.5,
+        seconds_prefill=12.345, speedup=10.25, speedup_min=10.01, speedup_max=11.11, speedup_interval=(10.01, 11.11),
+        speedup_vs_transformers=10.25,
+        speedup_vs_transformers_early_exit=10.25, num_prompts=num_prompts, num_differing=num_prompts,
+        largest_logit_gap=1.2e-05, predicted_speedup_from_rounds=10.25, prediction_error_from_rounds=-0.12,
+        acceptance_by_position=[0.8] * 12,
+    )  # fmt: skip
+    assert len(speed_table([full], title="t").columns) == 10
+    drafts = replace(full, strategy="self_speculative")  # what transformers drafts is not known
+    for table in (speed_table([full, PLAIN], title="t"), draft_table([drafts])):
+        print_table(table)
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 120
+        assert "…" not in shown
+        for part in (*(cell for cell in table.rows[0] if len(cell) < 24), *" ".join(table.columns).split()):
+            assert part in shown
+
+
+def test_the_table_of_drafts_has_a_row_for_each_result_that_drafted() -> None:
+    unseen = replace(DRAFTS, acceptance_by_position=[0.0, None], predicted_speedup=None)
+    first, second = _rows(draft_table([PLAIN, DRAFTS, unseen]))
+    assert first == {
+        "strategy": "self_speculative", "exit": "2", "drafts": "3", "acceptance": "75.0%", "by place, %": "80 75 50",
+        "tokens\na round": "1.00", "speedup": "1.50x", "predicted,\ni.i.d.": "1.65x (+10%)",
+    }  # fmt: skip
+    assert (second["by place, %"], second["predicted,\ni.i.d."]) == ("0 -", "-")
+
+
+def test_both_files_are_written_whole_and_what_fails_leaves_the_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "report.json"
+    output.write_text("earlier")
+    picture = write_report(_document([PLAIN]), Figure(), output)
+    assert json.loads(output.read_text())["results"][0]["strategy"] == "autoregressive"
+    assert picture == tmp_path / "report.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
+
+    before = output.read_bytes(), picture.read_bytes()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_report(_document([replace(PLAIN, speedup=float("nan"))]), Figure(), output)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_report(_document([DRAFTS]), Figure(), output)
+    assert (output.read_bytes(), picture.read_bytes()) == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_output(str(tmp_path / "a.json")) == tmp_path / "a.json"
+    (tmp_path / "folder.json").mkdir()
+    for name, fix in (("a.png", "goes beside it"), ("none/a.json", "make "), ("folder.json", "is a folder")):
+        with pytest.raises(ConfigError, match=fix):
+            check_output(str(tmp_path / name))
+    monkeypatch.setattr(benchmark_report.os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        check_output(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("exits", [1, 5])
+def test_the_figure_has_labelled_axes_and_a_line_for_each_exit(exits: int) -> None:
+    figure = benchmark_figure([PLAIN, *_sweep(exits)], title="the model")
+    speed, acceptance = figure.axes
+    for axes in (speed, acceptance):
+        assert axes.get_title()
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+    assert len(speed.lines) == 2 * exits + 1  # measured and predicted, and break-even
+    assert list(speed.lines[0].get_xdata()) == [2, 4]
+    assert list(speed.lines[0].get_ydata()) == [1.5, 1.5]
+    assert speed.lines[1].get_linestyle() == "--"
+    assert list(speed.lines[1].get_ydata()) == [1.65, 1.65]
+    assert set(speed.lines[-1].get_ydata()) == {1.0}
+    assert len(acceptance.lines) == exits
+    assert list(acceptance.lines[0].get_xdata()) == [1, 2, 3]
+    assert list(acceptance.lines[0].get_ydata()) == pytest.approx([80.0, 75.0, 50.0])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [*(f"exit {i + 1}" for i in range(exits)), "self_speculative", "predicted by the cost model",
+                      "autoregressive (break-even)"]  # fmt: skip
+    assert len({line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
+                for line in acceptance.lines}) == exits  # fmt: skip
+
+
+def test_the_figure_draws_what_has_no_exit_and_what_was_not_predicted() -> None:
+    results = [
+        PLAIN,
+        replace(PLAIN, strategy="transformers", speedup=0.6),
+        replace(DRAFTS, strategy="draft_model", exit_layer=None),
+        *_sweep(2, strategy="transformers_early_exit"),
+    ]
+    unpredicted = [replace(r, predicted_speedup=None) for r in results]
+    unpredicted[-1] = replace(unpredicted[-1], speedup=None, reached_by_position=[], accepted_by_position=[])
+    figure = benchmark_figure(unpredicted, title="t")
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert labels == {"exit 1", "exit 2", "transformers_early_exit", "draft_model", "autoregressive (break-even)",
+                      "transformers"}  # fmt: skip
+    assert figure.axes[0].lines[-1].get_ydata() == pytest.approx([0.6, 0.6])
+
+
+def test_where_nobody_drafts_the_figure_has_a_bar_for_each(tmp_path: Path) -> None:
+    figure = benchmark_figure([PLAIN, replace(PLAIN, strategy="early_exit", exit_layer=2, speedup=None)], title="t")
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 0.0]
+    figure.savefig(tmp_path / "figure.png")

@@ -1,0 +1,151 @@
+"""What one pass over the outputs says, against the real engine decoding them anew for every exit and draft length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from app.decoding.engine import decode
+from app.decoding.result import DecodingResult
+from app.decoding.settings import DecodingSettings
+from app.spans.decoder import SpanDecoder
+from app.tuning import layer_agreement
+from app.tuning.layer_agreement import LayerAgreement, Rounds, measure_layer_agreement, simulate_rounds
+from tests.support.fake_decoder import counting_decoder
+from tests.support.tiny_models import tiny_llama
+
+_NEW_TOKENS = 24
+_PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [58]]
+
+
+def _sometimes_agreeing_llama(num_layers: int = 4) -> LlamaForCausalLM:
+    """Blocks after the first add little, so that exits agree at some positions and not at others."""
+    model = tiny_llama(seed=1, num_layers=num_layers, tied=False)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+    return model
+
+
+def _engine(
+    decoder: SpanDecoder, prompt: list[int], exit_layer: int, drafts: int, *, eos: tuple[int, ...] = ()
+) -> DecodingResult:
+    settings = DecodingSettings(
+        max_new_tokens=_NEW_TOKENS, exit_layer=exit_layer, num_draft_tokens=drafts, eos_token_ids=eos
+    )
+    return decode(decoder, prompt, strategy="self_speculative", settings=settings)
+
+
+def test_simulated_rounds_are_those_of_the_engine_for_every_exit_and_draft_length() -> None:
+    decoder = SpanDecoder(_sometimes_agreeing_llama())
+    agreement = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS)
+    kept = set()
+    for exit_layer in (1, 2, 3):
+        for drafts in (1, 2, 3, 5, 8, 30):
+            results = [_engine(decoder, prompt, exit_layer, drafts) for prompt in _PROMPTS]
+            expected = Rounds(*(sum(getattr(r, name) for r in results) for name in Rounds._fields))
+            assert agreement.rounds(exit_layer, drafts) == expected, (exit_layer, drafts)
+            kept |= {step.accepted for result in results for step in result.steps if step.drafted == 3}
+    assert kept == {0, 1, 2, 3}  # all kinds of rounds were among them
+
+
+def test_simulated_rounds_are_those_of_the_engine_where_outputs_end_by_themselves() -> None:
+    decoder = SpanDecoder(_sometimes_agreeing_llama())
+    whole = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS).outputs
+    ended = drafted_ends = 0
+    for eos in sorted({token for output in whole for token in output})[::4]:
+        agreement = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS, eos_token_ids=(eos,))
+        for index, prompt in enumerate(_PROMPTS):
+            for exit_layer in (1, 2, 3):
+                for drafts in (1, 3, 8):
+                    result = _engine(decoder, prompt, exit_layer, drafts, eos=(eos,))
+                    assert result.tokens == agreement.outputs[index]
+                    simulated = simulate_rounds(agreement.matches[exit_layer][index], drafts, budget=_NEW_TOKENS)
+                    assert (simulated.rounds, simulated.accepted) == (result.rounds, result.accepted)
+                    if not any(eos in step.rejected for step in result.steps):
+                        assert simulated.drafted == result.drafted
+                    ended += result.stop_reason == "eos"
+                    drafted_ends += bool(result.steps) and result.steps[-1].accepted == len(result.steps[-1].tokens) - 1
+    assert ended > 20
+    assert drafted_ends > 3
+
+
+def test_simulated_rounds_are_those_of_the_engine_at_the_end_of_the_context() -> None:
+    model = tiny_llama(seed=1, num_layers=3, tied=False, max_length=20)
+    decoder, prompt = SpanDecoder(model), [3, 1, 4, 1, 5]
+    agreement = measure_layer_agreement(decoder, [prompt], max_new_tokens=_NEW_TOKENS)
+    assert agreement.budgets == [15]
+    for drafts in (1, 4, 16):
+        result = _engine(decoder, prompt, 2, drafts)
+        assert agreement.rounds(2, drafts) == (result.rounds, result.drafted, result.accepted)
+
+
+@pytest.mark.parametrize(
+    ("matches", "drafts", "budget", "expected"),
+    [
+        ([], 4, None, (0, 0, 0)),
+        ([True], 4, None, (1, 0, 0)),  # one token is left: nothing to draft
+        ([False] * 4, 2, None, (4, 5, 0)),  # limits 2, 2, 1, 0
+        ([True] * 5, 2, None, (2, 3, 3)),  # limits 2, 1
+        ([True, False, True, True, True], 3, None, (2, 5, 3)),
+        ([True] * 5, 8, 50, (1, 5, 5)),  # the fifth is an end of sequence
+        ([True, True, False], 8, 50, (1, 8, 2)),  # the correction is
+    ],
+)
+def test_rounds_by_hand(matches: list[bool], drafts: int, budget: int | None, expected: tuple[int, ...]) -> None:
+    assert simulate_rounds(matches, drafts, budget=budget) == expected
+
+
+def test_agreement_is_the_share_of_equal_choices_by_the_plain_model() -> None:
+    model = _sometimes_agreeing_llama()
+    agreement = measure_layer_agreement(SpanDecoder(model), _PROMPTS, max_new_tokens=_NEW_TOKENS)
+    for exit_layer in (1, 2, 3, 4):
+        same = total = 0
+        for prompt, output in zip(_PROMPTS, agreement.outputs, strict=True):
+            with torch.no_grad():
+                out = model(torch.tensor([prompt + output[:-1]]), output_hidden_states=True)
+                logits = out.logits
+                if exit_layer < 4:
+                    logits = model.lm_head(model.model.norm(out.hidden_states[exit_layer]))
+            same += int((logits[0, len(prompt) :].argmax(-1) == torch.tensor(output[1:])).sum())
+            total += len(output) - 1
+        assert agreement.agreement(exit_layer) == pytest.approx(same / total)
+    assert agreement.num_positions == len(_PROMPTS) * (_NEW_TOKENS - 1)
+    assert agreement.agreement(4) == 1.0
+    assert agreement.agreement(1) < agreement.agreement(3) < 1.0
+
+
+def test_chunks_of_positions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = SpanDecoder(_sometimes_agreeing_llama())
+    whole = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS)
+    monkeypatch.setattr(layer_agreement, "_LOGITS_PER_CHUNK", 3 * decoder.vocab_size)
+    longest = []
+    unembed = SpanDecoder.unembed
+    monkeypatch.setattr(SpanDecoder, "unembed", lambda self, h: longest.append(h.shape[1]) or unembed(self, h))
+    assert measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS) == whole
+    assert max(longest) == 3
+
+
+def test_the_saturation_layer_is_the_first_exit_after_the_last_miss() -> None:
+    matches = {1: [[True, True, False]], 2: [[True, False, False]], 3: [[True, True, False]], 4: [[True] * 3]}
+    agreement = LayerAgreement(num_layers=4, outputs=[[9, 9, 9, 9]], budgets=[4], matches=matches)
+    assert agreement.mean_saturation_layer == pytest.approx((1 + 3 + 4) / 3)
+
+
+def test_an_output_of_one_token_or_none_has_no_position() -> None:
+    decoder = counting_decoder(max_length=16)
+    agreement = measure_layer_agreement(decoder, [[4], list(range(16))], max_new_tokens=8, eos_token_ids=(5,))
+    assert agreement.outputs == [[5], []]
+    assert agreement.num_positions == 0
+    assert agreement.rounds(1, 4) == (0, 0, 0)
+
+
+def test_no_prompt_is_started_after_the_time_limit_but_the_first() -> None:
+    done: list[int] = []
+    agreement = measure_layer_agreement(
+        counting_decoder(), [[1], [2], [3]], max_new_tokens=4, time_limit_seconds=0.0, on_prompt=done.append
+    )
+    assert agreement.outputs == [[2, 3, 4, 5]]
+    assert done == [1]

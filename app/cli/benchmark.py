@@ -26,7 +26,7 @@ from app.benchmark.result import benchmark_results
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.decoding.settings import DraftPolicyName
-from app.generation.model import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
+from app.generation.loaded_model import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
 from app.generation.prompts import read_prompts, tokenize_prompts
 from app.words import counted
 
@@ -94,7 +94,7 @@ def benchmark(
     loaded = load_decoder(model, dtype=dtype, device=device)
     if not ignore_eos:
         settings = replace(settings, eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer))
-    draft_decoder = load_draft_decoder(draft_model, loaded, dtype=dtype, strategies=strategies)
+    draft_decoder = load_draft_decoder(draft_model, loaded, strategies=strategies)
     subject = Subject(loaded.model, loaded.decoder, draft_decoder)
     # One position is kept free, so that every prompt has a new token.
     tokens = tokenize_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length - 1)

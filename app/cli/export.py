@@ -21,7 +21,7 @@ from app.export.carried_over import carried_defaults, holds
 from app.export.directory import ExportSettings, InMemory, Weights, architecture, exported_dtype, write_pretrained
 from app.export.model_card import model_card
 from app.export.output_directory import README, check_output_dir, unsigned
-from app.generation.model import DTYPES, Dtype
+from app.generation.loaded_model import DTYPES, Dtype
 from app.model_files.decoding_defaults import DecodingDefaults, read_decoding_defaults
 from app.model_files.open import load_for_decoding
 from app.model_files.trained_generation import trained_generation_config

@@ -15,7 +15,7 @@ from app.benchmark.report import environment
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError
-from app.generation.model import Device, Dtype, eos_token_ids, load_decoder, use_threads
+from app.generation.loaded_model import Device, Dtype, eos_token_ids, load_decoder, use_threads
 from app.generation.prompts import read_prompts, tokenize_prompts
 from app.model_files.decoding_defaults import Conditions, read_generation_config, write_decoding_defaults
 from app.tuning.report import exits_table, tuning_as_json, verifications_table

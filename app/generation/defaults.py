@@ -9,7 +9,7 @@ from typing import Any
 from app.decoding.cost_model import CostModel
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
-from app.generation.model import LoadedModel
+from app.generation.loaded_model import LoadedModel
 from app.model_files.decoding_defaults import Conditions, DecodingDefaults, read_decoding_defaults
 from app.protocols import ExitableDecoder
 

@@ -1,114 +1,116 @@
-"""A model for the verbs that decode: loaded, moved to its device, laid out for decoding."""
+"""The Python API for decoding: a model that continues prompts."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.decoding.strategies import STRATEGIES
-from app.errors import ConfigError, check_choice, check_range
-from app.model.cpu.precision import avoid_emulation
-from app.protocols import ExitableDecoder
-from app.text.text_tokens import listed_ends
-from app.text.tokenizer_files import check_same_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from app.spans.decoder import SpanDecoder
-
-_log = logging.getLogger(__name__)
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Device = Literal["auto", "cpu", "cuda"]
-DTYPES: dict[str, torch.dtype | None] = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_DEVICES: tuple[Device, ...] = ("auto", "cpu", "cuda")
-_MOST_THREADS = 256  # or the cores; with many more, torch does not fail but crashes
+from app.decoding.result import Step
+from app.errors import ConfigError, check_range
+from app.generation.loaded_model import Device, Dtype, LoadedModel, load_decoder
+from app.generation.options import GenerationOptions
+from app.generation.request import Generation, Request
+from app.text.text_stream import TextStream
 
 
-class LoadedModel(NamedTuple):
-    """A model to decode with: the weights, their tokenizer, and the view that the engine drives."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    decoder: SpanDecoder
-
-
-def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -> LoadedModel:
-    """Load a model in eval mode on its device, projections joined.
+def load(path: str, *, dtype: Dtype = "auto", device: Device = "auto") -> Model:
+    """A model to continue prompts with.
 
     Args:
-        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
-        dtype: A key of DTYPES; auto keeps the checkpoint's own (float32 for .gguf), but takes float32 on a CPU that
-            would emulate it.
-        device: "auto" takes a GPU if there is one; else "cpu" or "cuda".
-        field: The setting that `model` comes from, for error messages.
+        path: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
+        dtype: Of the weights: auto, float32, bfloat16 or float16; auto is the checkpoint's own, or float32 on a CPU
+            that would emulate it.
+        device: auto, cpu or cuda; auto takes a GPU if there is one.
 
     Raises:
-        ConfigError: There is no such model or device, or the model cannot be driven in spans.
+        ConfigError: There is no such model or device, or the model cannot exit early.
         CheckpointError: A file is damaged or incomplete.
     """
-    check_choice("dtype", dtype, DTYPES)
-    check_choice("device", device, _DEVICES)
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
-    # Importing transformers' models takes longer than all checks of options: only when a model is wanted.
-    from app.model_files.open import load_for_decoding
-    from app.spans.decoder import SpanDecoder
-    from app.spans.functional_block import join_projections
-
-    weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype], field=field)
-    weights.to(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))
-    avoid_emulation(weights, field=field, chosen=dtype != "auto")
-    join_projections(weights)
-    return LoadedModel(weights, tokenizer, SpanDecoder(weights))
+    return Model(load_decoder(path, dtype=dtype, device=device, field="path"))
 
 
-def load_draft_decoder(
-    path: str | None, target: LoadedModel, *, dtype: str, strategies: Sequence[str]
-) -> ExitableDecoder | None:
-    """Load the smaller model that drafts, on the target's device; None where no strategy takes one.
+class Model:
+    """A model that continues prompts, at full depth, from an early exit, or with drafts. `load` makes one.
 
-    Args:
-        path: The user's setting `draft_model`.
-        target: The model that verifies.
-        dtype: A key of DTYPES.
-        strategies: What is to be run; those that take such a model need it.
-
-    Raises:
-        ConfigError: A strategy lacks its model, the model cannot be read, or it has other tokens than the target.
+    Attributes:
+        model: The Hugging Face model, in eval mode.
+        tokenizer: Its tokenizer.
+        num_layers: Its number of blocks; an exit after E of them has `exit_layer` E.
     """
-    takers = [name for name in strategies if name in STRATEGIES and "draft_decoder" in STRATEGIES[name].needs]
-    if not takers:
-        if path is not None:
-            _log.warning("draft_model=%s has no effect with strategy %s", path, ", ".join(strategies))
-        return None
-    if path is None:
-        raise ConfigError("draft_model", got=None, allowed=f"a model, with strategy {takers[0]}")
-    draft = load_decoder(path, dtype=dtype, device=target.decoder.device.type, field="draft_model")
-    check_same_tokens(target.tokenizer, draft.tokenizer, field="draft_model", got=path)
-    return draft.decoder
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self.model: PreTrainedModel = loaded.model
+        self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
+        self.num_layers: int = loaded.decoder.num_layers
+
+    @overload
+    def generate(self, prompt: str, *, batch_size: int | None = None, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], *, batch_size: int | None = None, **options: Any) -> list[Generation]: ...
+
+    def generate(
+        self, prompt: str | Sequence[str], *, batch_size: int | None = None, **options: Any
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or several together.
+
+        Args:
+            prompt: A text, or a list of them.
+            batch_size: Prompts of a list that are decoded together, at least 1; all by default.
+            options: The fields of `GenerationOptions`, for instance `strategy`, `exit_layer`, `max_new_tokens`,
+                `temperature` and `stop`. What is left open is taken from `layerskip tune` where that was run.
+
+        Returns:
+            For a text its continuation with times and counts; for a list one for each.
+
+        Raises:
+            ConfigError: A prompt or an option does not fit the model.
+            KeyboardInterrupt: On Ctrl-C; as app.decoding.engine.DecodingInterrupted it holds what was decoded.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not texts:
+            raise ConfigError("prompt", got=texts, allowed="a text, or a list of at least one")
+        batch_size = len(texts) if batch_size is None else batch_size
+        check_range("batch_size", batch_size, low=1)
+        request = self._request(texts, options, batch_size=batch_size)
+        results = [
+            result
+            for start in range(0, len(texts), batch_size)
+            for result in request.decode(range(start, min(start + batch_size, len(texts))))
+        ]
+        generations = [request.generation(row, result) for row, result in enumerate(results)]
+        return generations[0] if isinstance(prompt, str) else generations
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece as the full model settles it.
+
+        The pieces make up the `text` that `generate` returns. Decoding goes on as the iterator is asked for more.
+
+        Args:
+            prompt: A text.
+            options: As for `generate`.
+
+        Raises:
+            ConfigError: The prompt or an option does not fit the model.
+        """
+        request = self._request([prompt], options, batch_size=1)
+        return _pieces(iter(request.decoding()), TextStream(self.tokenizer, request.tokens[0]))
+
+    def _request(self, texts: list[str], options: dict[str, Any], *, batch_size: int) -> Request:
+        return Request.of(self._loaded, texts, GenerationOptions(**options), place="prompt", batch_size=batch_size)
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a text: the generation config's (one or several), else the tokenizer's."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return tuple(listed_ends(ids))
-
-
-def use_threads(threads: int | None) -> None:
-    """Let torch use this many CPU threads, at least 1; None leaves its own choice."""
-    if threads is not None:
-        check_range("threads", threads, low=1, high=max(_MOST_THREADS, os.cpu_count() or 1))
-        torch.set_num_threads(threads)
+def _pieces(steps: Iterator[tuple[int, Step]], text: TextStream) -> Iterator[str]:
+    while True:
+        with torch.inference_mode():  # of the rounds, and not of the caller's code between two pieces
+            index_and_step = next(steps, None)
+        if index_and_step is None:
+            break
+        if piece := "".join([text.push(token) for token in index_and_step[1].tokens]):
+            yield piece
+    if rest := text.rest():
+        yield rest

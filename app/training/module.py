@@ -10,7 +10,8 @@ import copy
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -124,6 +125,23 @@ class LayerSkipModule(EvaluationSteps):
         self._step = TokenMeanStep(DivergenceGuard(on_divergence, max_skipped_steps))
         self.given_config: GivenConfig | None = None  # to compare with that of a run to resume: the command line's
         self.model: PreTrainedModel | None = None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> Self:  # type: ignore[override]
+        """A module with the weights of a run, on the CPU, to evaluate or to train anew; a `Trainer` resumes a run.
+
+        Lightning's own method would ask for the arguments of the run, which a checkpoint holds as a config file only.
+
+        Args:
+            checkpoint_path: Of the run, a .ckpt file or a directory of FSDP2.
+            settings: Arguments of this class other than `config` and `pretrained`.
+
+        Raises:
+            ConfigError, CheckpointError: There is no such checkpoint, or it is damaged.
+        """
+        module = cls(pretrained=str(checkpoint_path), **settings)
+        module.configure_model()
+        return module
 
     # -- hosts: what callbacks may ask (app.protocols; what they may set: CurriculumHost) -------------------------
 

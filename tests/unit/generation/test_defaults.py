@@ -10,7 +10,7 @@ from app.decoding.cost_model import CostModel
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
 from app.generation.defaults import choose_decoding
-from app.generation.model import LoadedModel
+from app.generation.loaded_model import LoadedModel
 from app.model_files.decoding_defaults import Conditions, DecodingDefaults
 from app.spans.decoder import SpanDecoder
 from tests.support.tiny_models import tiny_llama

@@ -1,0 +1,119 @@
+"""A model to decode with: loaded, moved to its device, laid out for decoding."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from app.decoding.strategies import STRATEGIES
+from app.errors import ConfigError, check_choice, check_range
+from app.model.cpu.precision import avoid_emulation
+from app.protocols import ExitableDecoder
+from app.text.text_tokens import listed_ends
+from app.text.tokenizer_files import check_same_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from app.spans.decoder import SpanDecoder
+
+_log = logging.getLogger(__name__)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_DEVICES: tuple[Device, ...] = ("auto", "cpu", "cuda")
+_MOST_THREADS = 256  # or the cores; with many more, torch does not fail but crashes
+
+
+class LoadedModel(NamedTuple):
+    """A model to decode with.
+
+    Attributes:
+        model: The weights.
+        tokenizer: Theirs.
+        decoder: The view on the weights that the engine drives.
+        dtype: The key of DTYPES with which it was loaded; a draft model is loaded with the same.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decoder: SpanDecoder
+    dtype: str = "auto"
+
+
+def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -> LoadedModel:
+    """Load a model in eval mode on its device, projections joined.
+
+    Args:
+        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
+        dtype: A key of DTYPES; auto keeps the checkpoint's own (float32 for .gguf), but takes float32 on a CPU that
+            would emulate it.
+        device: "auto" takes a GPU if there is one; else "cpu" or "cuda".
+        field: The setting that `model` comes from, for error messages.
+
+    Raises:
+        ConfigError: There is no such model or device, or the model cannot be driven in spans.
+        CheckpointError: A file is damaged or incomplete.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("device", device, _DEVICES)
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
+    # Importing transformers' models takes longer than all checks of options: only when a model is wanted.
+    from app.model_files.open import load_for_decoding
+    from app.spans.decoder import SpanDecoder
+    from app.spans.functional_block import join_projections
+
+    weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype], field=field)
+    weights.to(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))
+    avoid_emulation(weights, field=field, chosen=dtype != "auto")
+    join_projections(weights)
+    return LoadedModel(weights, tokenizer, SpanDecoder(weights), dtype)
+
+
+def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Sequence[str]) -> ExitableDecoder | None:
+    """Load the smaller model that drafts, on the target's device; None where no strategy takes one.
+
+    Args:
+        path: The user's setting `draft_model`.
+        target: The model that verifies.
+        strategies: What is to be run; those that take such a model need it.
+
+    Raises:
+        ConfigError: A strategy lacks its model, the model cannot be read, or it has other tokens than the target.
+    """
+    takers = [name for name in strategies if name in STRATEGIES and "draft_decoder" in STRATEGIES[name].needs]
+    if not takers:
+        if path is not None:
+            _log.warning("draft_model=%s has no effect with strategy %s", path, ", ".join(strategies))
+        return None
+    if path is None:
+        raise ConfigError("draft_model", got=None, allowed=f"a model, with strategy {takers[0]}")
+    draft = load_decoder(path, dtype=target.dtype, device=target.decoder.device.type, field="draft_model")
+    check_same_tokens(target.tokenizer, draft.tokenizer, field="draft_model", got=path)
+    return draft.decoder
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a text: the generation config's (one or several), else the tokenizer's."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return tuple(listed_ends(ids))
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use this many CPU threads, at least 1; None leaves its own choice."""
+    if threads is not None:
+        check_range("threads", threads, low=1, high=max(_MOST_THREADS, os.cpu_count() or 1))
+        torch.set_num_threads(threads)

@@ -1,0 +1,95 @@
+"""app/README.md: its recipes are followed on a copy of the tree, and the files that it names are there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HOUSE = (ROOT / "app" / "README.md").read_text("utf-8")
+NAMED = re.compile(r"`((?:app|callbacks|datamodules|configs|tests|docs)/[\w./-]+)`")
+
+FOLLOWED = """
+import json
+import torch
+from transformers import SeedOssConfig, SeedOssForCausalLM
+from app import load
+from app.layerskip.exit_weights import normalised_exit_weights
+from app.layerskip.schedules import dropout_rates
+from datamodules.readers import open_reader
+from datamodules.readers.sources import Source
+from tests.support.saved_models import save_model
+from tests.support.tokenizers import byte_level
+
+rates = dropout_rates(0, num_layers=5, max_dropout_rate=0.2, depth="square_root")
+assert rates == tuple(0.2 * (layer / 4) ** 0.5 for layer in range(5)), rates
+weights = normalised_exit_weights([2, 3, 5], num_layers=5, early_exit_scale=0.5, kind="square")
+assert weights == {2: 0.5 / 18.5, 3: 2 / 18.5, 5: 16 / 18.5}, weights
+
+from pathlib import Path
+model = load(str(save_model(Path("llama"))))
+plain = model.generate("the end", strategy="autoregressive", max_new_tokens=30)
+for options in ({"strategy": "half"}, {"strategy": "self_speculative", "exit_layer": 1, "draft_policy": "halving"}):
+    drafted = model.generate("the end", num_draft_tokens=4, max_new_tokens=30, fall_back=False, **options)
+    assert drafted.tokens == plain.tokens and drafted.drafted > 0, options
+assert drafted.drafted < 4 * drafted.rounds - 8  # fewer than the fixed policy
+
+torch.manual_seed(0)
+sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=8)
+config = SeedOssConfig(vocab_size=330, max_position_embeddings=96, num_key_value_heads=2, **sizes)
+SeedOssForCausalLM(config).save_pretrained("other")
+byte_level().save_pretrained("other")
+other = load("other")
+ids = other.tokenizer("the end", return_tensors="pt")["input_ids"]
+expected = other.model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1]:].tolist()
+assert other.generate("the end", max_new_tokens=20, exit_layer=2, num_draft_tokens=3).tokens == expected
+
+cells = [{"cell_type": "code", "source": ["x = 1\\n", "y = 2"]}, {"cell_type": "markdown", "source": "no"}]
+Path("books").mkdir()
+Path("books/good.ipynb").write_text(json.dumps({"cells": cells}))
+Path("books/bad.ipynb").write_text("{}")
+reader = open_reader(Source(kind="notebooks", path="books"), min_chunks=1)
+records = [record for chunk in range(reader.num_chunks) for record in reader.read(chunk)]
+assert sorted(getattr(record, "text", None) or record.reason for record in records) == [
+    "not a notebook: 'cells'", "x = 1\\ny = 2"], records
+"""
+
+
+def hunks() -> list[tuple[str, str, str]]:
+    """File, old text and new text of every change that the recipes ask for."""
+    found = []
+    for block in re.findall(r"```diff\n(.*?)```", HOUSE, re.DOTALL):
+        for part in re.split(r"^# ", block, flags=re.MULTILINE)[1:]:
+            file, _, changes = part.partition("\n")
+            for hunk in re.split(r"\n{2,}", changes.strip("\n")):
+                lines = hunk.split("\n")
+                old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kept) for kept in (" -", " +"))
+                found.append((file, old, new))
+    return found
+
+
+def test_the_recipes_work_when_they_are_followed(tmp_path):
+    for room in ("app", "callbacks", "datamodules", "tests"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    assert len({file for file, *_ in hunks()}) == 8
+    for file, old, new in hunks():
+        text = (tmp_path / file).read_text("utf-8")
+        assert text.count(old) == 1, (file, old)
+        (tmp_path / file).write_text(text.replace(old, new), "utf-8")
+    ((file, code),) = re.findall(r"```python\n# (\S+)\n(.*?)```", HOUSE, re.DOTALL)
+    (tmp_path / file).write_text(code, "utf-8")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", FOLLOWED], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("document", ["app/README.md", "CONTRIBUTING.md", "datamodules/README.md", "configs/README.md"])
+def test_every_file_that_a_document_names_is_there(document):
+    missing = [name for name in NAMED.findall((ROOT / document).read_text("utf-8")) if not (ROOT / name).exists()]
+    assert missing == []

@@ -11,13 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, device
 
-
-class Table(NamedTuple):
-    """A plain table of results; the command line decides how to draw it."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+from app.tables import Table
 
 
 class Layered(Protocol):

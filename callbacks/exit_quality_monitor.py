@@ -14,7 +14,8 @@ from app.checkpoints.entries import SavedEntries
 from app.errors import ConfigError
 from app.exits.quality import ExitQuality, ExitScore
 from app.exits.report import exit_figure, exit_table
-from app.protocols import ExitMonitorHost, Table
+from app.protocols import ExitMonitorHost
+from app.tables import Table
 
 
 class ExitQualityMonitor(Callback):

@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from app.benchmark.decoding_comparison import DecodingComparison, pooled, table_as_markdown
+from app.benchmark.decoding_comparison import DecodingComparison, pooled
 from app.errors import ConfigError, DataError, check_choice, check_range
-from app.protocols import DecodingHost, ExampleOwner, Table
+from app.protocols import DecodingHost, ExampleOwner
+from app.tables import Table
 from app.topv2.evaluation import ParsePlan, Way, collect_results, evaluate_parses
 from app.topv2.metrics import ParseExactMatch
 from app.topv2.report import ParseReport, report_metrics, report_table, write_report
@@ -126,7 +127,7 @@ class ParseValidation(DecodingValidation):
             write_report(self._latest, folder / f"parse_{stage}.json")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    text = table_as_markdown(report_table(self._latest))
+                    text = report_table(self._latest).as_markdown()
                     logger.experiment.add_text(f"parse/{stage}", text, trainer.global_step)
 
     def _decode(

@@ -14,10 +14,10 @@ from app.benchmark.decoding_comparison import (
     compare_decoding,
     comparison_table,
     pooled,
-    table_as_markdown,
 )
 from app.errors import ConfigError, check_range
-from app.protocols import PromptOwner, Table
+from app.protocols import PromptOwner
+from app.tables import Table
 from callbacks.decoding_validation import (
     DecodingValidation,
     check_decoding_host,
@@ -92,7 +92,7 @@ class SelfSpeculativeValidation(DecodingValidation):
         if trainer.is_global_zero and (table := self.report()):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text("decode/self_speculative", table_as_markdown(table), trainer.global_step)
+                    logger.experiment.add_text("decode/self_speculative", table.as_markdown(), trainer.global_step)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[DecodingComparison]:
         """This rank's prompts; empty if there are none."""

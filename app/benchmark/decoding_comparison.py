@@ -10,7 +10,8 @@ from app.benchmark.alternation import Measurement, alternate, engine_contender, 
 from app.benchmark.speedup_interval import Interval, PairedTimes, interval_in_words, speedup_interval
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
-from app.protocols import ExitableDecoder, Table
+from app.protocols import ExitableDecoder
+from app.tables import Table, cell
 from app.words import counted_of
 
 
@@ -168,33 +169,21 @@ def best_by_speedup(comparisons: Sequence[DecodingComparison]) -> DecodingCompar
 def comparison_table(comparisons: Sequence[DecodingComparison]) -> Table:
     """One row a setting; times are decode time, without the prompt's pass."""
     measured, given = (comparisons[0].num_prompts, comparisons[0].num_given) if comparisons else (0, 0)
-    rows: list[tuple[str, ...]] = [
-        (
-            str(c.exit_layer),
-            str(c.num_draft_tokens),
-            _figure(c.acceptance_rate, "{:.1%}"),
-            _figure(c.mean_tokens_per_round, "{:.2f}"),
-            _figure(c.autoregressive_tokens_per_second, "{:.1f}"),
-            _figure(c.self_speculative_tokens_per_second, "{:.1f}"),
-            _figure(c.speedup, "{:.2f}x"),
-            interval_in_words(c.speedup_interval),
-            f"{c.identical} of {c.num_prompts}",
-        )
-        for c in comparisons
-    ]
-    columns = (
-        *("exit", "drafts", "acceptance", "tokens/round", "AR tok/s", "self-spec tok/s", "speedup", "95 % interval"),
-        "identical",
+    title = f"Self-speculative against autoregressive decoding, {counted_of(measured, given, 'prompt')}"
+    return Table.of_columns(
+        title,
+        {
+            "exit": [str(c.exit_layer) for c in comparisons],
+            "drafts": [str(c.num_draft_tokens) for c in comparisons],
+            "acceptance": [cell(c.acceptance_rate, "{:.1%}") for c in comparisons],
+            "tokens/round": [cell(c.mean_tokens_per_round, "{:.2f}") for c in comparisons],
+            "AR tok/s": [cell(c.autoregressive_tokens_per_second, "{:.1f}") for c in comparisons],
+            "self-spec tok/s": [cell(c.self_speculative_tokens_per_second, "{:.1f}") for c in comparisons],
+            "speedup": [cell(c.speedup, "{:.2f}x") for c in comparisons],
+            "95 % interval": [interval_in_words(c.speedup_interval) for c in comparisons],
+            "identical": [f"{c.identical} of {c.num_prompts}" for c in comparisons],
+        },
     )
-    return Table(
-        f"Self-speculative against autoregressive decoding, {counted_of(measured, given, 'prompt')}", columns, rows
-    )
-
-
-def table_as_markdown(table: Table) -> str:
-    """The table with its title, as TensorBoard and GitHub render it."""
-    lines = [table.columns, ("---",) * len(table.columns), *table.rows]
-    return f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def measured_against(candidate: Measurement, baseline: Measurement, *, num_given: int) -> DecodingComparison:
@@ -226,7 +215,3 @@ def measured_against(candidate: Measurement, baseline: Measurement, *, num_given
         baseline_squares=times.baseline_squares,
         seconds_products=times.products,
     )
-
-
-def _figure(value: float | None, style: str) -> str:
-    return "-" if value is None else style.format(value)

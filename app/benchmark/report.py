@@ -20,11 +20,10 @@ from app.benchmark.benchmark import Costs
 from app.benchmark.result import BenchmarkResult
 from app.decoding.strategies import STRATEGIES
 from app.errors import ConfigError
-from app.protocols import Table
+from app.tables import Table, cell
 from app.whole_file import write_whole
 
 _PACKAGES = ("torch", "transformers", "layerskip-lightning")
-_ABSENT = "-"
 
 
 def check_output(path: str) -> Path:
@@ -91,7 +90,7 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
         most = max(r.num_differing for r in differing)
         said.append(
             f"outputs of up to {most} of {differing[0].num_prompts} prompts differ from autoregressive decoding;"
-            f" largest logit gap {_figure(gap, '{:.2g}')} where they first do"
+            f" largest logit gap {cell(gap, '{:.2g}')} where they first do"
         )
         if bugs := [r for r in differing if r.num_unexplained]:
             worst = max(r.num_unexplained for r in bugs)
@@ -111,16 +110,16 @@ def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
     The speedup is of each batch's median repeat; beside it its 95 % interval over batches like these. Of a single batch
     there is none, and the lowest and highest repeat take its place.
     """
-    return _table(
+    return Table.of_columns(
         title,
         _names(results)
         | {
-            "tok/s": [_figure(result.tokens_per_second, "{:.1f}") for result in results],
-            "prefill\nms": [_figure(1e3 * result.seconds_prefill, "{:.0f}") for result in results],
-            "speedup\nmedians": [_figure(result.speedup, "{:.2f}x") for result in results],
+            "tok/s": [cell(result.tokens_per_second, "{:.1f}") for result in results],
+            "prefill\nms": [cell(1e3 * result.seconds_prefill, "{:.0f}") for result in results],
+            "speedup\nmedians": [cell(result.speedup, "{:.2f}x") for result in results],
             **_spread(results),
-            "vs\ngenerate": [_figure(result.speedup_vs_transformers, "{:.2f}x") for result in results],
-            "vs its\nearly\nexit": [_figure(r.speedup_vs_transformers_early_exit, "{:.2f}x") for r in results],
+            "vs\ngenerate": [cell(result.speedup_vs_transformers, "{:.2f}x") for result in results],
+            "vs its\nearly\nexit": [cell(r.speedup_vs_transformers_early_exit, "{:.2f}x") for r in results],
             "outputs\ndiffer": [f"{result.num_differing} of {result.num_prompts}" for result in results],
         },
     )
@@ -129,14 +128,14 @@ def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
 def draft_table(results: Sequence[BenchmarkResult]) -> Table:
     """Why those that draft were that fast: what was accepted, and what the cost model makes of it."""
     drafting = [result for result in results if result.drafted]
-    return _table(
+    return Table.of_columns(
         "Drafts, and the speedup predicted from them (i.i.d.: one chance of acceptance for every draft)",
         _names(drafting)
         | {
-            "acceptance": [_figure(result.acceptance_rate, "{:.1%}") for result in drafting],
+            "acceptance": [cell(result.acceptance_rate, "{:.1%}") for result in drafting],
             "by place, %": [_places(r) for r in drafting],
-            "tokens\na round": [_figure(result.mean_tokens_per_round, "{:.2f}") for result in drafting],
-            "speedup": [_figure(result.speedup, "{:.2f}x") for result in drafting],
+            "tokens\na round": [cell(result.mean_tokens_per_round, "{:.2f}") for result in drafting],
+            "speedup": [cell(result.speedup, "{:.2f}x") for result in drafting],
             "predicted": [
                 _prediction(r.predicted_speedup_from_rounds, r.prediction_error_from_rounds) for r in drafting
             ],
@@ -148,24 +147,17 @@ def draft_table(results: Sequence[BenchmarkResult]) -> Table:
 def _names(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
     return {
         "strategy": [result.strategy for result in results],
-        "exit": [_figure(result.exit_layer, "{}") for result in results],
-        "drafts": [_figure(result.num_draft_tokens, "{}") for result in results],
+        "exit": [cell(result.exit_layer, "{}") for result in results],
+        "drafts": [cell(result.num_draft_tokens, "{}") for result in results],
     }
 
 
-def _table(title: str, columns: Mapping[str, list[str]]) -> Table:
-    shown = {name: cells for name, cells in columns.items() if set(cells) != {_ABSENT}}
-    return Table(title, tuple(shown), list(zip(*shown.values(), strict=True)))
-
-
 def _places(result: BenchmarkResult) -> str:
-    return " ".join(
-        _figure(None if share is None else 100.0 * share, "{:.0f}") for share in result.acceptance_by_position
-    )
+    return " ".join(cell(None if share is None else 100.0 * share, "{:.0f}") for share in result.acceptance_by_position)
 
 
 def _prediction(speedup: float | None, error: float | None) -> str:
-    return _ABSENT if speedup is None or error is None else f"{speedup:.2f}x ({error:+.0%})"
+    return "-" if speedup is None or error is None else f"{speedup:.2f}x ({error:+.0%})"
 
 
 def _spread(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
@@ -176,11 +168,7 @@ def _spread(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
 
 
 def _span(low: float | None, high: float | None) -> str:
-    return _ABSENT if low is None else f"{low:.2f}-{high:.2f}"
-
-
-def _figure(value: float | None, style: str) -> str:
-    return _ABSENT if value is None else style.format(value)
+    return "-" if low is None else f"{low:.2f}-{high:.2f}"
 
 
 def write_report(document: Mapping[str, Any], figure: Figure, output: Path) -> Path:

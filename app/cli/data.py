@@ -18,7 +18,8 @@ from app.cli.tables import print_table
 from app.cli.tokenizer_choice import check_tokenizer
 from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
-from app.protocols import CorpusOwner, PromptOwner, Table, TokenizerOwner
+from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
+from app.tables import Table, cell
 from app.text.text_stream import prompt_text
 from app.whole_file import write_whole
 from app.words import counted
@@ -120,12 +121,12 @@ def _table(found: Preview) -> Table:
             f"{source.rows:,}",
             f"{source.tokens:,}",
             f"{source.tokens / max(1, found.tokens):.1%}",
-            "-" if source.asked is None else f"{source.asked:.1%}",
+            cell(source.asked, "{:.1%}"),
             f"{source.documents:,}",
             f"{source.tokens / source.documents:,.0f}" if source.documents >= _ENOUGH else "-",
             f"{source.bytes / source.tokens:.2f}" if source.tokens else "-",
-            "-" if source.seen is None else f"{source.seen:,}",
-            "-" if source.skipped is None else f"{source.skipped:,}",
+            cell(source.seen, "{:,}"),
+            cell(source.skipped, "{:,}"),
         )
         for name, source in found.sources.items()
     ]

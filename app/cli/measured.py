@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from app.metric_names import TEST_LOSS, VAL_LOSS
-from app.protocols import Reportable, Table
+from app.protocols import Reportable
+from app.tables import Table
 from app.training.divergence import not_finite_weights
 from app.training.module import LayerSkipModule
 

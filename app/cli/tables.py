@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from app.protocols import Table
+from app.tables import Table
 
 _LONG = 16  # characters of a cell that may be broken where the table is too wide
 _BORDER = 3  # characters beside those of each column

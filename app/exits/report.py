@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 
 from app.exits.quality import ExitScore
-from app.protocols import Table
+from app.tables import Table
 from app.words import counted
 
 History = Mapping[int, Mapping[int, ExitScore]]  # step -> exit_layer -> score

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from app.planning.changes import Change
 from app.planning.plan import RESERVE, Machine, Plan
-from app.protocols import Table
+from app.tables import Table
 
 _SIZES = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("bytes", 1))
 _SPANS = (("hours", 3600), ("minutes", 60), ("seconds", 1))

@@ -11,7 +11,7 @@ from typing import Any
 from app import metric_names
 from app.benchmark.decoding_comparison import DecodingComparison
 from app.errors import DataError
-from app.protocols import Table
+from app.tables import Table, cell
 from app.topv2.evaluation import ParsePlan, ParseResult
 from app.whole_file import write_whole
 
@@ -88,10 +88,7 @@ def report_table(report: ParseReport) -> Table:
         "speedup": ("speedup", "{:.2f}x"),
         "same": ("identical_share", "{:.1%}"),
     }
-    rows = [
-        (title, *("-" if record[key] is None else style.format(record[key]) for key, style in columns.values()))
-        for title, record in titled
-    ]
+    rows = [(title, *(cell(record[key], style) for key, style in columns.values())) for title, record in titled]
     title = f"Semantic parses generated ({report.stage}"
     title += ")" if report.step is None else f", step {report.step})"
     if report.num_ranks > 1:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from app.benchmark.speedup_interval import interval_in_words
-from app.protocols import Table
+from app.tables import Table, cell
 from app.tuning.result import Tuning, Verification
 from app.words import counted
 
@@ -22,7 +22,7 @@ def exits_table(tuning: Tuning) -> Table:
                 str(exit_layer),
                 f"{agreement.agreement(exit_layer):.1%}",
                 str(best.num_draft_tokens),
-                _share(best.acceptance_rate),
+                cell(best.acceptance_rate, "{:.1%}"),
                 f"{best.mean_tokens_per_round:.2f}",
                 f"{best.speedup:.2f}x",
             )
@@ -46,14 +46,14 @@ def verifications_table(tuning: Tuning) -> Table:
         (
             str(run.prediction.exit_layer),
             str(run.prediction.num_draft_tokens),
-            _share(run.acceptance_rate),
+            cell(run.acceptance_rate, "{:.1%}"),
             f"{run.mean_tokens_per_round:.2f}",
             f"{run.prediction.speedup:.2f}x",
             f"{run.speedup:.2f}x",
             interval_in_words(run.interval),
             "{:.2f}..{:.2f}x".format(*run.speedup_range),
             f"{run.differences.num_differing} of {run.num_prompts}",
-            "-" if run.differences.largest_logit_gap is None else f"{run.differences.largest_logit_gap:.2g}",
+            cell(run.differences.largest_logit_gap, "{:.2g}"),
             turn,
         )
         for runs, turn in ((tuning.verifications, "first"), (tuning.confirmations, "again"))
@@ -93,7 +93,3 @@ def tuning_as_json(tuning: Tuning) -> dict[str, Any]:
 def _run(run: Verification) -> dict[str, Any]:
     share = 1.0 - run.differences.num_differing / run.num_prompts
     return asdict(run) | {"identical_to_autoregressive": share}
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

@@ -17,7 +17,7 @@ import numpy as np
 
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_range
-from app.protocols import Table
+from app.tables import Table
 from tests.bench.results import run_measurement, run_verb, target_result
 
 THRESHOLD = 1.1  # greatest peak over least

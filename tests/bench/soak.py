@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_range
-from app.protocols import Table
+from app.tables import Table
 from tests.bench.results import run_measurement, run_verb, target_result, write_results
 from tests.support.memory import process_status
 

@@ -13,7 +13,6 @@ from app.benchmark.decoding_comparison import (
     compare_decoding,
     comparison_table,
     pooled,
-    table_as_markdown,
 )
 from app.errors import ConfigError
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
@@ -104,14 +103,11 @@ def test_the_best_setting_is_the_fastest() -> None:
     assert best_by_speedup([slow, fast]) is by_speed[1]
 
 
-def test_the_table_and_its_markdown_have_a_row_for_each_setting() -> None:
+def test_the_table_has_a_row_for_each_setting() -> None:
     table = comparison_table(_compare(counting_decoder()))
     assert "3 prompts" in table.title
-    assert all(len(row) == len(table.columns) for row in table.rows)
-    lines = table_as_markdown(table).splitlines()
-    assert lines[2].startswith("| exit | drafts |")
-    assert lines[3] == "| " + " | ".join(["---"] * 9) + " |"
-    assert len(lines) == 4 + 4
+    assert [row[:2] for row in table.rows] == [("1", "1"), ("1", "3"), ("2", "1"), ("2", "3")]
+    assert len(table.columns) == 9
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from app.benchmark.report import (
 from app.benchmark.result import BenchmarkResult
 from app.cli.tables import print_table
 from app.errors import ConfigError
-from app.protocols import Table
+from app.tables import Table
 
 PLAIN = BenchmarkResult(
     strategy="autoregressive", exit_layer=None, num_draft_tokens=None, tokens_per_second=20.0, seconds_per_token=0.05,

@@ -6,7 +6,7 @@ import pytest
 from rich.text import Text
 
 from app.cli.tables import print_table
-from app.protocols import Table
+from app.tables import Table
 
 TABLE = Table(
     title="Exits",

@@ -1,0 +1,32 @@
+"""Plain tables of results. The command line and TensorBoard decide how to draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
+
+_ABSENT = "-"
+
+
+class Table(NamedTuple):
+    """A title, the names of the columns, and one row of cells a result."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    @classmethod
+    def of_columns(cls, title: str, cells: Mapping[str, Sequence[str]]) -> Self:
+        """The table of these columns, without those whose cells are all empty."""
+        shown = {name: column for name, column in cells.items() if set(column) != {_ABSENT}}
+        return cls(title, tuple(shown), list(zip(*shown.values(), strict=True)))
+
+    def as_markdown(self) -> str:
+        """The table below its title, as TensorBoard and GitHub render it."""
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def cell(value: float | str | None, style: str) -> str:
+    """The value in the format `style`, or the mark of an empty cell where there is none."""
+    return _ABSENT if value is None else style.format(value)

@@ -13,19 +13,20 @@ from torch.utils.data import DataLoader
 from app.errors import ConfigError, check_choice, check_range
 from app.protocols import SourceStatistics
 from app.text.text_tokens import around
-from datamodules.placement import Placement, check_end, check_trainer
+from datamodules.loading.rank_share import RankShare
+from datamodules.loading.row_order import check_order, order_state, resumes_order
+from datamodules.loading.row_settings import RowSettings
+from datamodules.loading.tokenizers import Encoder
+from datamodules.loading.trainer_checks import check_end, check_trainer
 from datamodules.readers import open_reader
 from datamodules.readers.records import Reader
 from datamodules.readers.sources import Source, token_shares, warn_of_mixed_weights
-from datamodules.row_order import check_order, goes_on, order_state
-from datamodules.row_settings import RowSettings
 from datamodules.streaming.lanes import check_lanes, delivered
 from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, stack
 from datamodules.streaming.packing import PACKINGS, LongDocuments, Packing
 from datamodules.streaming.position import PositionKeeper, check_position
 from datamodules.streaming.source_blocks import StreamSettings
 from datamodules.streaming.surveyed_corpus import SurveyedCorpus
-from datamodules.tokenizers import Encoder
 
 _DEFAULT_VOCAB_SIZE = 4096
 
@@ -153,7 +154,7 @@ class TextCodeDataModule(LightningDataModule):
 
     def source_statistics(self) -> dict[str, SourceStatistics]:
         """What each source delivered to training on this rank so far; of epochs and records, what was read for it."""
-        return delivered(self._keeper.latest().lanes, self.source_names, place=Placement.of(self.trainer))
+        return delivered(self._keeper.latest().lanes, self.source_names, share=RankShare.of(self.trainer))
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
         """`count` prompts of `length` token ids: the beginnings of held-out documents, alternating between sources.
@@ -195,7 +196,7 @@ class TextCodeDataModule(LightningDataModule):
             encode=Encoder(self.tokenizer),
             settings=stream,
             batch_size=settings.batch_size,
-            place=Placement.of(self.trainer),
+            share=RankShare.of(self.trainer),
         )
         return StreamLoader(batches, position=self._keeper.latest, num_workers=settings.num_workers, seed=settings.seed)
 
@@ -214,7 +215,7 @@ class TextCodeDataModule(LightningDataModule):
             DataError: Fewer rows are held out than there are ranks.
         """
         return DataLoader(
-            self._corpus.validation_rows(Placement.of(self.trainer)),  # type: ignore[arg-type]  # a list is a dataset
+            self._corpus.validation_rows(RankShare.of(self.trainer)),  # type: ignore[arg-type]  # a list is a dataset
             batch_size=self._settings.batch_size,
             collate_fn=stack,
             generator=torch.Generator().manual_seed(self._settings.seed),
@@ -225,7 +226,7 @@ class TextCodeDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, of all ranks, and what it is a place in; all ranks must ask together."""
         order = order_state(self._order(), trainer=self.trainer, tokenizer=self.tokenizer)
-        return order | self._keeper.state(self._steps_taken, place=Placement.of(self.trainer))
+        return order | self._keeper.state(self._steps_taken, share=RankShare.of(self.trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the saved place; of a trainer's stages in fit alone. Lightning calls it after `setup`, at every stage.
@@ -234,8 +235,8 @@ class TextCodeDataModule(LightningDataModule):
             ConfigError, CheckpointError: As `check_state_dict`.
         """
         self.check_state_dict(state_dict)
-        if goes_on(self.trainer):
-            self._keeper.restore(state_dict, place=Placement.of(self.trainer))
+        if resumes_order(self.trainer):
+            self._keeper.restore(state_dict, share=RankShare.of(self.trainer))
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a place to go to (protocols.ResumableData); lanes that nobody counted are as many as it has.
@@ -247,10 +248,10 @@ class TextCodeDataModule(LightningDataModule):
         """
         if state_dict is self._checked:  # a trainer asks before anything is taken, and hands it over later
             return
-        if goes_on(self.trainer) and self._num_lanes is None:
+        if resumes_order(self.trainer) and self._num_lanes is None:
             self._num_lanes = state_dict.get("num_lanes")
         check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
-        if goes_on(self.trainer):
+        if resumes_order(self.trainer):
             check_position(state_dict, num_sources=len(self._sources))
             self._checked = state_dict
 
@@ -263,7 +264,7 @@ class TextCodeDataModule(LightningDataModule):
 
     def _stream_settings(self) -> StreamSettings:
         """With the number of lanes, which the trainer and the checkpoint have a say in."""
-        ranks, workers = Placement.of(self.trainer).world_size, max(1, self._settings.num_workers)
+        ranks, workers = RankShare.of(self.trainer).num_replicas, max(1, self._settings.num_workers)
         if self._num_lanes is None:
             self._num_lanes = ranks * workers
         check_lanes(self._num_lanes, ranks=ranks, workers=workers)

@@ -15,17 +15,17 @@ from app.errors import ConfigError, check_choice, check_range
 from app.protocols import GenerationExample
 from app.text.text_stream import text_of
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
-from datamodules.data_workers import WorkerLoader, prepare_worker
-from datamodules.placement import Placement, check_trainer
-from datamodules.row_order import check_order, goes_on, order_state
-from datamodules.row_settings import RowSettings
+from datamodules.loading.rank_share import RankShare
+from datamodules.loading.row_order import check_order, order_state, resumes_order
+from datamodules.loading.row_settings import RowSettings
+from datamodules.loading.trainer_checks import check_trainer
+from datamodules.loading.workers import WorkerLoader, prepare_worker
 from datamodules.topv2_rows.batches import ExampleRows
 from datamodules.topv2_rows.files import Split, choose_domains
 from datamodules.topv2_rows.length_buckets import BucketSampler
 from datamodules.topv2_rows.prompts import generation_examples, short_prompts
 from datamodules.topv2_rows.rows import held_out_rows, training_rows
 from datamodules.topv2_rows.store import StoreSettings, TaskStore, open_store
-from datamodules.training_loader import TrainingLoader
 
 _DEFAULT_VOCAB_SIZE = 2048
 _SPLITS: dict[str, Split] = {"validate": "eval", "test": "test"}  # by stage
@@ -186,23 +186,23 @@ class TOPv2DataModule(LightningDataModule):
             check_trainer(self.trainer)
         _ = self._store
 
-    def train_dataloader(self) -> TrainingLoader:
+    def train_dataloader(self) -> WorkerLoader:
         """Batches from the current optimizer step on; `len` is an epoch.
 
         Raises:
             DataError: There are too few rows.
         """
-        settings, place, examples = self._settings, Placement.of(self.trainer), self._store.examples["train"]
+        settings, share, examples = self._settings, RankShare.of(self.trainer), self._store.examples["train"]
         rows = training_rows(examples, seq_len=settings.seq_len, packed=self._packed)
         data = ExampleRows(examples, rows, length_multiple=self._length_multiple)
         sampler = BucketSampler(
             data.lengths,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            place=place,
+            share=share,
             step=lambda: 0 if self.trainer is None else self.trainer.global_step,
         )
-        return TrainingLoader(
+        return WorkerLoader(
             data,
             batch_sampler=sampler,
             collate_fn=data.collate,
@@ -238,7 +238,7 @@ class TOPv2DataModule(LightningDataModule):
         """
         if state_dict is not self._checked:
             check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
-            self._checked = state_dict if goes_on(self.trainer) else None
+            self._checked = state_dict if resumes_order(self.trainer) else None
 
     load_state_dict = check_state_dict  # there is nothing to restore; Lightning calls it after `setup`, at every stage
 
@@ -260,10 +260,10 @@ class TOPv2DataModule(LightningDataModule):
         return open_store(self._content, cache_dir=self._cache_dir)
 
     def _held_out_loader(self, split: Split) -> DataLoader[Any]:
-        settings, place, examples = self._settings, Placement.of(self.trainer), self._store.examples[split]
+        settings, share, examples = self._settings, RankShare.of(self.trainer), self._store.examples[split]
         rows = held_out_rows(examples, split=split, seq_len=settings.seq_len, per_source=settings.validation_rows)
-        share = place.share(len(rows), more=f"raise validation_rows, or add {split} rows")
-        own_rows = rows[place.rank : share * place.world_size : place.world_size]
+        count = share.equal_share(len(rows), fix=f"raise validation_rows, or add {split} rows")
+        own_rows = rows[share.rank : count * share.num_replicas : share.num_replicas]
         data = ExampleRows(examples, own_rows, length_multiple=self._length_multiple)
         return WorkerLoader(
             data,

@@ -11,7 +11,7 @@ In this order:
    the shape of the model (`check_compatible`);
    whether there is more than weights (`contents`);
    weights, loops, optimizer, schedule and callbacks, each entry (`states`);
-   the data's tokenizer, order of rows and place in the stream (`datamodules.row_order`, `.position`);
+   the data's tokenizer, order of rows and place in the stream (`datamodules.loading.row_order`, `streaming.position`);
    the config, unless that was done before, and the optimizer's settings, unless its user insists on others;
    how many micro-batches a step has (`loop_counts`).
 4. At the first step: whether the weights are finite (`divergence`).

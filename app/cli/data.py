@@ -23,7 +23,7 @@ from app.tables import Table, cell
 from app.text.text_stream import prompt_text
 from app.whole_file import write_whole
 from app.words import counted
-from datamodules.preview import Preview, check_resume, preview
+from datamodules.loading.preview import Preview, check_resume, preview
 
 # Whatever the config says about machines: data are looked at here.
 _HERE = ("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1")

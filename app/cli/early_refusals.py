@@ -25,7 +25,7 @@ from callbacks import (
 )
 from callbacks.decoding_validation import check_decoding_host
 from datamodules import TextCodeDataModule, TOPv2DataModule
-from datamodules.placement import check_end
+from datamodules.loading.trainer_checks import check_end
 
 _ASKED_TWICE = (LayerDropoutCurriculum, EarlyExitCurriculum, ExitQualityMonitor)  # the setup of others may not bear it
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from app.errors import ConfigError
 from app.protocols import SourceStatistics
-from datamodules.placement import Placement
+from datamodules.loading.rank_share import RankShare
 from datamodules.streaming.stream import LaneState
 
 
@@ -34,16 +34,16 @@ def check_lanes(num_lanes: int, *, ranks: int, workers: int) -> None:
 
 
 def delivered(
-    lanes: Mapping[int, LaneState], source_names: Sequence[str], *, place: Placement
+    lanes: Mapping[int, LaneState], source_names: Sequence[str], *, share: RankShare
 ) -> dict[str, SourceStatistics]:
     """What each source gave to the lanes of one rank.
 
     Args:
         lanes: States of lanes by number, of any ranks.
         source_names: In the order of the states' figures.
-        place: The rank.
+        share: The rank.
     """
-    own = [state for number, state in lanes.items() if number % place.world_size == place.rank]
+    own = [state for number, state in lanes.items() if number % share.num_replicas == share.rank]
     return {
         name: SourceStatistics(
             tokens=sum(state.tokens[index] for state in own),

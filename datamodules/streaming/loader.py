@@ -18,16 +18,15 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from app.errors import DataError
-from datamodules.data_workers import prepare_worker
-from datamodules.placement import Placement
+from datamodules.loading.rank_share import RankShare
+from datamodules.loading.tokenizers import Encoder
+from datamodules.loading.workers import WorkerLoader, prepare_worker
 from datamodules.readers.records import BadRecord, Reader
 from datamodules.readers.sources import Source
 from datamodules.streaming.packing import Row
 from datamodules.streaming.position import StreamPosition
 from datamodules.streaming.source_blocks import StreamSettings
 from datamodules.streaming.stream import Lane, LaneState
-from datamodules.tokenizers import Encoder
-from datamodules.training_loader import TrainingLoader
 
 STATE_KEY = "lane_state"
 
@@ -40,7 +39,7 @@ class LaneBatches(IterableDataset[Any]):
         encode: Texts to token ids.
         settings: Of the stream.
         batch_size: Rows a batch.
-        place: Which batches are this rank's.
+        share: Which batches are this rank's.
     """
 
     def __init__(
@@ -50,10 +49,10 @@ class LaneBatches(IterableDataset[Any]):
         encode: Encoder,
         settings: StreamSettings,
         batch_size: int,
-        place: Placement,
+        share: RankShare,
     ) -> None:
         self._sources, self._encode, self._settings = sources, encode, settings
-        self._batch_size, self._place = batch_size, place
+        self._batch_size, self._share = batch_size, share
         self.position = StreamPosition(0, {})
 
     def __iter__(self) -> Iterator[Any]:
@@ -64,7 +63,7 @@ class LaneBatches(IterableDataset[Any]):
         logged: list[set[BadRecord]] = [set() for _ in self._sources]
         k = self.position.batches + worker
         while True:
-            number = (k * self._place.world_size + self._place.rank) % self._settings.num_lanes
+            number = (k * self._share.num_replicas + self._share.rank) % self._settings.num_lanes
             if number not in lanes:
                 state = self.position.lanes.get(number, LaneState.start(len(self._sources)))
                 lanes[number] = Lane(
@@ -92,7 +91,7 @@ def stack(rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
     return batch | {"source": torch.tensor([source for source, _ in rows])}
 
 
-class StreamLoader(TrainingLoader):
+class StreamLoader(WorkerLoader):
     """A loader of `LaneBatches`.
 
     Args:

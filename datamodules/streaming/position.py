@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from app.checkpoints.entries import SavedEntries
-from datamodules.placement import Placement
+from datamodules.loading.rank_share import RankShare
 from datamodules.streaming.stream import LaneState
 
 
@@ -61,25 +61,25 @@ class PositionKeeper:
         """Where the data of optimizer step `step` (the next to be taken) begins."""
         return self._step_start if step == self._step else self._now
 
-    def state(self, step: int, *, place: Placement) -> dict[str, Any]:
+    def state(self, step: int, *, share: RankShare) -> dict[str, Any]:
         """`at_step` as plain values, of all ranks; all of them must ask together."""
         position = self.at_step(step)
-        lanes = _from_all_ranks(dict(position.lanes), place=place)
+        lanes = _from_all_ranks(dict(position.lanes), share=share)
         return {
-            "global_batches": position.batches * place.world_size,
+            "global_batches": position.batches * share.num_replicas,
             "lanes": {str(number): state.plain() for number, state in sorted(lanes.items())},
         }
 
-    def restore(self, state: Mapping[str, Any], *, place: Placement) -> None:
+    def restore(self, state: Mapping[str, Any], *, share: RankShare) -> None:
         """Go on from what `state` gave, on any number of ranks."""
         lanes = {int(number): LaneState.of(plain) for number, plain in state["lanes"].items()}
-        self._now = self._step_start = StreamPosition(state["global_batches"] // place.world_size, lanes)
+        self._now = self._step_start = StreamPosition(state["global_batches"] // share.num_replicas, lanes)
 
 
-def _from_all_ranks(lanes: dict[int, LaneState], *, place: Placement) -> dict[int, LaneState]:
+def _from_all_ranks(lanes: dict[int, LaneState], *, share: RankShare) -> dict[int, LaneState]:
     """Each lane's state from the rank that reads it."""
-    own = {number: state for number, state in lanes.items() if number % place.world_size == place.rank}
-    if place.world_size == 1:
+    own = {number: state for number, state in lanes.items() if number % share.num_replicas == share.rank}
+    if share.num_replicas == 1:
         return own
     gathered: list[Any] = [None] * torch.distributed.get_world_size()  # tensor-parallel ranks say the same
     torch.distributed.all_gather_object(gathered, own)

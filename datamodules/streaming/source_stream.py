@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from datamodules.loading.tokenizers import Encoder
 from datamodules.streaming.packing import PACKINGS, Row, Tokens
 from datamodules.streaming.source_blocks import Place, SourceBlocks, SourceLane
-from datamodules.tokenizers import Encoder
 
 _ROW_KEY = 2  # kind of randomness, beside source_blocks'
 _WINDOW_TOKENS = 2**19  # that rows are shuffled among

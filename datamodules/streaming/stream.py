@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from datamodules.loading.tokenizers import Encoder
 from datamodules.readers.records import BadRecord, Reader
 from datamodules.readers.sources import Source
 from datamodules.streaming.packing import Row
 from datamodules.streaming.source_blocks import Place, SourceLane, StreamSettings
 from datamodules.streaming.source_stream import SourceStream
-from datamodules.tokenizers import Encoder
 
 _CREDIT_KEY = 3  # kind of randomness, beside those of the sources
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import DataError
-from datamodules.placement import Placement
+from datamodules.loading.rank_share import RankShare
+from datamodules.loading.row_settings import RowSettings
+from datamodules.loading.tokenizers import Encoder, load_tokenizer, trained_tokenizer
 from datamodules.readers.sources import Source
-from datamodules.row_settings import RowSettings
 from datamodules.streaming.packing import Row, Tokens
 from datamodules.streaming.prompts import held_out_prompts
 from datamodules.streaming.survey import Survey, spread_rows, survey
-from datamodules.tokenizers import Encoder, load_tokenizer, trained_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class SurveyedCorpus:
             _log.warning("%d prompts asked for, %d documents held out", count, len(prompts))
         return prompts
 
-    def validation_rows(self, place: Placement) -> list[tuple[int, Row]]:
+    def validation_rows(self, share: RankShare) -> list[tuple[int, Row]]:
         """Index of a source and a row of it, sources in turn; a part as large as every other rank's.
 
         Raises:
@@ -75,8 +75,8 @@ class SurveyedCorpus:
         rows = [(source, row) for turn in turns for source, row in enumerate(turn) if row is not None]
         if not rows:
             raise self._nothing_held_out()
-        share = place.share(len(rows), more="raise validation_rows or validation_share, or add documents")
-        return rows[place.rank * share : (place.rank + 1) * share]
+        count = share.equal_share(len(rows), fix="raise validation_rows or validation_share, or add documents")
+        return rows[share.rank * count : (share.rank + 1) * count]
 
     @cached_property
     def _surveys(self) -> list[Survey]:

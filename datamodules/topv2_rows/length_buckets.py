@@ -17,7 +17,7 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from app.errors import DataError
-from datamodules.placement import Placement
+from datamodules.loading.rank_share import RankShare
 
 _POOL_BATCHES = 64
 _MIN_POOLS = 4  # in an epoch: sorted as a whole, a small one would be cut into the same batches every time
@@ -61,7 +61,7 @@ class BucketSampler(Sampler[list[int]]):
         lengths: Of the rows.
         batch_size: Rows in a micro-batch, at most.
         seed: Of the order.
-        place: Which micro-batches of each step are ours.
+        share: Which micro-batches of each step are ours.
         step: Returns the optimizer step that is next.
 
     Raises:
@@ -74,30 +74,30 @@ class BucketSampler(Sampler[list[int]]):
         *,
         batch_size: int,
         seed: int,
-        place: Placement,
+        share: RankShare,
         step: Callable[[], int],
     ) -> None:
-        if len(lengths) < place.micro_batches:
+        if len(lengths) < share.micro_batches:
             raise DataError(
                 f"training rows ({len(lengths)}) are fewer than micro-batches of an optimizer step ("
-                f"{place.micro_batches}: {place.world_size} devices x trainer.accumulate_grad_batches"
-                f" {place.accumulate}); lower one of these, or add data"
+                f"{share.micro_batches}: {share.num_replicas} devices x trainer.accumulate_grad_batches"
+                f" {share.accumulate}); lower one of these, or add data"
             )
-        self._num_steps = math.ceil(len(lengths) / (batch_size * place.micro_batches))
+        self._num_steps = math.ceil(len(lengths) / (batch_size * share.micro_batches))
         self._buckets = LengthBuckets(lengths, num_batches=self._num_steps, seed=seed)
-        self._place, self._step = place, step
+        self._share, self._step = share, step
 
     def __iter__(self) -> Iterator[list[int]]:
-        place, start = self._place, self._step()
-        epoch = place.epoch_steps(self._num_steps)
+        share, start = self._share, self._step()
+        epoch = share.epoch_steps(self._num_steps)
         for step in range(start, start - start % epoch + epoch):
             rows = self._buckets.batch(step)
-            for first in range(place.rank, place.micro_batches, place.world_size):
-                yield rows[first :: place.micro_batches].tolist()
+            for first in range(share.rank, share.micro_batches, share.num_replicas):
+                yield rows[first :: share.micro_batches].tolist()
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, before Lightning applies its limit."""
-        return self._num_steps * self._place.accumulate
+        return self._num_steps * self._share.accumulate
 
 
 def pack_rows(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:

@@ -27,7 +27,7 @@ from app.errors import ConfigError
 from app.text.text_tokens import around
 from app.text.tokenizer_files import tokenizer_from_files, tokenizer_to_files
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
-from datamodules.tokenizers import MIN_VOCAB_SIZE, encode_documents, load_tokenizer, train_byte_level_bpe
+from datamodules.loading.tokenizers import MIN_VOCAB_SIZE, encode_documents, load_tokenizer, train_byte_level_bpe
 from datamodules.topv2_rows.files import AnnotatedUtterance, Split, Table, find_tables, read_rows
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import pytest
 
 import app.generation.request
 from app.decoding.engine import decode_batch
-from datamodules.tokenizers import train_byte_level_bpe
+from datamodules.loading.tokenizers import train_byte_level_bpe
 from tests.contract.conftest import PROMPT
 from tests.support.saved_models import save_model, write_prompts
 

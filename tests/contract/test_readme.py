@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from app.cli.train import make_cli
 from app.model_files.open import build_model
-from datamodules.tokenizers import train_byte_level_bpe
+from datamodules.loading.tokenizers import train_byte_level_bpe
 from tests.support.runs import Built, cli, write_corpus
 from tests.support.tiny_models import tiny_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from datamodules.tokenizers import train_byte_level_bpe
+from datamodules.loading.tokenizers import train_byte_level_bpe
 
 TEXTS = ["Grüße aus Köln — 你好 世界 😀😀 naïve café\n" * 3, "the end of the END, then more\n\n\tx = 1 " * 3]
 

@@ -55,7 +55,7 @@ def fake_trainer(
     step: int = 0,
     accumulate: int = 1,
     rank: int = 0,
-    world_size: int = 1,
+    num_replicas: int = 1,
     fn: TrainerFn = TrainerFn.FITTING,
     limit: int | float = 1.0,
     use_distributed_sampler: bool = False,
@@ -66,7 +66,7 @@ def fake_trainer(
     return SimpleNamespace(
         global_step=step,
         accumulate_grad_batches=accumulate,
-        distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size} if world_size > 1 else None,
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": num_replicas} if num_replicas > 1 else None,
         limit_train_batches=limit,
         overfit_batches=overfit_batches,
         max_steps=max_steps,

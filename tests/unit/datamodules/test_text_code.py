@@ -168,7 +168,7 @@ def test_workers_change_no_batch(corpus: Path) -> None:
 
 def test_ranks_share_what_one_process_trains_on(corpus: Path) -> None:
     alone = train(small_datamodule(corpus, num_lanes=4), 20)
-    ranks = [train(small_datamodule(corpus, num_lanes=4), 10, world_size=2, rank=rank) for rank in (0, 1)]
+    ranks = [train(small_datamodule(corpus, num_lanes=4), 10, num_replicas=2, rank=rank) for rank in (0, 1)]
     assert same([batch for pair in zip(*ranks, strict=True) for batch in pair], alone)
 
 
@@ -207,7 +207,7 @@ def test_resuming_continues_exactly(corpus: Path, at: int, workers: int) -> None
 
 def test_resuming_on_other_ranks_and_workers_is_exact_where_lanes_allow(corpus: Path) -> None:
     def ranks(datamodules: list[TextCodeDataModule], count: int, **trainer: Any) -> Batches:
-        parts = [train(part, count, world_size=2, rank=rank, **trainer) for rank, part in enumerate(datamodules)]
+        parts = [train(part, count, num_replicas=2, rank=rank, **trainer) for rank, part in enumerate(datamodules)]
         return [batch for pair in zip(*parts, strict=True) for batch in pair]
 
     one = small_datamodule(corpus, num_lanes=4)
@@ -215,15 +215,15 @@ def test_resuming_on_other_ranks_and_workers_is_exact_where_lanes_allow(corpus: 
     first = small_datamodule(corpus, num_lanes=4)
     train(first, 16, accumulate=2)
     state = first.state_dict()
-    pair = [resumed(corpus, state, step=8, num_workers=2, trainer={"world_size": 2, "rank": rank}) for rank in (0, 1)]
+    pair = [resumed(corpus, state, step=8, num_workers=2, trainer={"num_replicas": 2, "rank": rank}) for rank in (0, 1)]
     assert same(ranks(pair, 12, step=8), whole[16:])
 
 
 def test_lanes_that_do_not_fit_ranks_and_workers_are_refused_with_the_numbers(corpus: Path) -> None:
     with pytest.raises(ConfigError, match="num_workers: got 3, allowed a divisor of 2: each of 2 ranks has 2 of the 4"):
-        train(small_datamodule(corpus, num_lanes=4, num_workers=3), 1, world_size=2)
+        train(small_datamodule(corpus, num_lanes=4, num_workers=3), 1, num_replicas=2)
     with pytest.raises(ConfigError, match="num_lanes: got 4, allowed a multiple of 3, the number of ranks"):
-        train(small_datamodule(corpus, num_lanes=4), 1, world_size=3)
+        train(small_datamodule(corpus, num_lanes=4), 1, num_replicas=3)
     state = saved(corpus)  # of one lane
     with pytest.raises(ConfigError, match="num_workers: got 2, allowed a divisor of 1"):
         resumed(corpus, state, step=1, num_workers=2)
@@ -257,7 +257,7 @@ def test_validation_rows_are_limited_ordered_and_divided_equally(corpus: Path) -
     everything = torch.cat([batch["input_ids"] for batch in datamodule.val_dataloader()])
     parts = []
     for rank in range(3):
-        datamodule.trainer = fake_trainer(rank=rank, world_size=3)
+        datamodule.trainer = fake_trainer(rank=rank, num_replicas=3)
         parts.append(torch.cat([batch["input_ids"] for batch in datamodule.val_dataloader()]))
     assert [len(part) for part in parts] == [3, 3, 3]
     assert torch.equal(torch.cat(parts), everything[:9])
@@ -344,7 +344,7 @@ def test_the_saved_state_is_plain_and_small(corpus: Path) -> None:
         ({"shuffle_megabytes": 1.0}, {}, "shuffle_megabytes"),
         ({"num_lanes": 2}, {}, "num_lanes"),
         ({}, {"accumulate": 2}, "trainer.accumulate_grad_batches times devices"),
-        ({}, {"world_size": 2}, "num_lanes"),
+        ({}, {"num_replicas": 2}, "num_lanes"),
     ],
 )
 def test_resuming_in_another_order_is_refused_in_fit_only(
@@ -420,7 +420,7 @@ def test_a_model_is_never_fed_the_ids_of_another_tokenizer(corpus: Path, tmp_pat
 
 def test_a_trainer_that_would_divide_batches_again_is_refused(corpus: Path) -> None:
     datamodule = small_datamodule(corpus)
-    datamodule.trainer = fake_trainer(world_size=2, use_distributed_sampler=True)
+    datamodule.trainer = fake_trainer(num_replicas=2, use_distributed_sampler=True)
     with pytest.raises(ConfigError, match="use_distributed_sampler"):
         datamodule.setup("fit")
     datamodule.trainer = fake_trainer(use_distributed_sampler=True)  # one device: nothing to divide

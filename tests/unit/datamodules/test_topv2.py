@@ -169,23 +169,25 @@ def test_iterating_leaves_the_global_generator_alone(root: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("world_size", "accumulate"), [(4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(("num_replicas", "accumulate"), [(4, 1), (2, 2), (1, 4)])
 def test_micro_batches_are_the_same_however_a_step_is_spread_and_where_a_run_goes_on(
-    root: Path, world_size: int, accumulate: int
+    root: Path, num_replicas: int, accumulate: int
 ) -> None:
     whole = batches(small_topv2(root, batch_size=2), accumulate=4)
     assert {len(batch["labels"]) for batch in whole} == {1, 2}  # of 177 rows
     for step in (0, 3):
         ranks = [
-            batches(small_topv2(root, batch_size=2), world_size=world_size, rank=rank, accumulate=accumulate, step=step)
-            for rank in range(world_size)
+            batches(
+                small_topv2(root, batch_size=2), num_replicas=num_replicas, rank=rank, accumulate=accumulate, step=step
+            )
+            for rank in range(num_replicas)
         ]
         assert same([batch for of_ranks in zip(*ranks, strict=True) for batch in of_ranks], whole[4 * step :])
 
 
 def test_a_rank_without_a_row_in_a_step_gets_one_without_targets(root: Path) -> None:
     ranks = [
-        batches(small_topv2(root, batch_size=1, domains=["weather"], spis=10), world_size=8, rank=rank)
+        batches(small_topv2(root, batch_size=1, domains=["weather"], spis=10), num_replicas=8, rank=rank)
         for rank in range(8)
     ]
     steps = [[int((batch["labels"] >= 0).any()) for batch in step] for step in zip(*ranks, strict=True)]
@@ -205,12 +207,12 @@ def test_held_out_rows_are_some_of_each_domain_sorted_by_length_and_divided_equa
     assert lengths == sorted(lengths)
     parts: Batches = []
     for rank in range(4):
-        datamodule.trainer = fake_trainer(rank=rank, world_size=4)
+        datamodule.trainer = fake_trainer(rank=rank, num_replicas=4)
         part = list(getattr(datamodule, f"{stage}_dataloader")())
         assert sum(len(batch["labels"]) for batch in part) == 18 // 4
         parts += part
     assert Counter(targets(datamodule, parts)) <= Counter(targets(datamodule, whole))
-    datamodule.trainer = fake_trainer(rank=0, world_size=100)
+    datamodule.trainer = fake_trainer(rank=0, num_replicas=100)
     with pytest.raises(DataError, match=r"held-out rows \(18\) are fewer than devices \(100\); raise validation_rows"):
         getattr(datamodule, f"{stage}_dataloader")()
 
@@ -277,7 +279,7 @@ def test_an_empty_answer_is_an_empty_text(root: Path) -> None:
         ({"special_tokens": True}, {}, "corpus"),
         ({"domains": ["weather"]}, {}, "domains"),
         ({}, {"accumulate": 4}, "trainer.accumulate_grad_batches times devices"),
-        ({}, {"world_size": 2, "accumulate": 2}, "trainer.accumulate_grad_batches times devices"),
+        ({}, {"num_replicas": 2, "accumulate": 2}, "trainer.accumulate_grad_batches times devices"),
     ],
 )
 def test_resuming_with_another_order_is_refused_in_fit_alone(
@@ -286,7 +288,7 @@ def test_resuming_with_another_order_is_refused_in_fit_alone(
     datamodule = small_topv2(root)
     datamodule.trainer = fake_trainer(accumulate=2)
     state = datamodule.state_dict()
-    for same in ({"accumulate": 2}, {"world_size": 2}):  # as many micro-batches a step
+    for same in ({"accumulate": 2}, {"num_replicas": 2}):  # as many micro-batches a step
         datamodule.trainer = fake_trainer(**same)
         datamodule.load_state_dict(state)
     other = small_topv2(root, **change)
@@ -304,7 +306,7 @@ def test_resuming_with_another_order_is_refused_in_fit_alone(
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_as_one(root: Path) -> None:
     datamodule = small_topv2(root)
-    datamodule.trainer = fake_trainer(world_size=2)
+    datamodule.trainer = fake_trainer(num_replicas=2)
     state = datamodule.state_dict() | {"world_size": 2, "trainer.accumulate_grad_batches": 1}
     del state["batches_per_step"]
     with pytest.raises(
@@ -316,7 +318,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_as_one(root: Path) -> Non
 @pytest.mark.parametrize(
     ("trainer", "field"),
     [
-        ({"world_size": 2, "use_distributed_sampler": True}, "trainer.use_distributed_sampler"),
+        ({"num_replicas": 2, "use_distributed_sampler": True}, "trainer.use_distributed_sampler"),
         ({"overfit_batches": 2.0}, "trainer.overfit_batches"),
     ],
 )

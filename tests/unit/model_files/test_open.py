@@ -17,7 +17,7 @@ from app.model_files import loading
 from app.model_files import sources as model_sources
 from app.model_files.open import load_config, load_for_decoding, load_pretrained
 from app.text.tokenizer_files import check_knows_tokens, check_same_tokens, tokenizer_to_files
-from datamodules.tokenizers import train_byte_level_bpe
+from datamodules.loading.tokenizers import train_byte_level_bpe
 from tests.support.tiny_models import tiny_llama
 
 TEXT = "def double(x): return 2 * x"

@@ -20,7 +20,7 @@ from app.export.directory import write_pretrained
 from app.model_files import gguf as gguf_files
 from app.model_files.gguf import read_gguf_config, read_gguf_origin, read_gguf_weights
 from app.model_files.open import load_config, load_for_decoding, load_pretrained
-from datamodules.tokenizers import load_tokenizer, train_byte_level_bpe
+from datamodules.loading.tokenizers import load_tokenizer, train_byte_level_bpe
 from tests.support.runs import cli
 from tests.support.tiny_models import tiny_llama
 

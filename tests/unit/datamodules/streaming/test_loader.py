@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from app.errors import DataError
-from datamodules.data_workers import prepare_worker
-from datamodules.placement import Placement
+from datamodules.loading.rank_share import RankShare
+from datamodules.loading.workers import prepare_worker
 from datamodules.readers.sources import Source
 from datamodules.streaming import loader as stream_loader
 from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, stack
@@ -24,34 +24,34 @@ from tests.unit.datamodules.list_reader import ListReader, chunks, encode, make_
 
 
 def make_batches(
-    reader: ListReader | None = None, *, rank: int = 0, world_size: int = 1, batch_size: int = 2, **changes: Any
+    reader: ListReader | None = None, *, rank: int = 0, num_replicas: int = 1, batch_size: int = 2, **changes: Any
 ) -> LaneBatches:
     sources = [(Source(kind="files", path=".", name="letters"), reader or ListReader(chunks(5, 6, 7)))]
-    place, settings = Placement(rank=rank, world_size=world_size), make_settings(**changes)
-    return LaneBatches(sources, encode=encode, settings=settings, batch_size=batch_size, place=place)  # type: ignore[arg-type]
+    share, settings = RankShare(rank=rank, num_replicas=num_replicas), make_settings(**changes)
+    return LaneBatches(sources, encode=encode, settings=settings, batch_size=batch_size, share=share)  # type: ignore[arg-type]
 
 
 def lane_numbers(batches: LaneBatches, count: int) -> list[int]:
     return [batch[STATE_KEY][0] for batch in islice(batches, count)]
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 1)])
+@pytest.mark.parametrize(("num_replicas", "workers"), [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 1)])
 def test_the_lane_of_a_micro_batch_is_its_number_in_the_world(
-    monkeypatch: pytest.MonkeyPatch, world_size: int, workers: int
+    monkeypatch: pytest.MonkeyPatch, num_replicas: int, workers: int
 ) -> None:
     """Whatever ranks and workers there are, micro-batch n of the world is of lane n mod V."""
     for first in (0, 3):
         found: dict[int, int] = {}
-        for rank in range(world_size):
+        for rank in range(num_replicas):
             for worker in range(workers):
                 info = SimpleNamespace(id=worker, num_workers=workers)
                 monkeypatch.setattr(stream_loader, "get_worker_info", lambda info=info: info)
-                batches = make_batches(rank=rank, world_size=world_size, num_lanes=8)
+                batches = make_batches(rank=rank, num_replicas=num_replicas, num_lanes=8)
                 batches.position = StreamPosition(first, {})
                 for turn, lane in enumerate(lane_numbers(batches, 6)):
-                    found[(first + worker + turn * workers) * world_size + rank] = lane
+                    found[(first + worker + turn * workers) * num_replicas + rank] = lane
         assert found == {number: number % 8 for number in found}
-        assert min(found) == first * world_size
+        assert min(found) == first * num_replicas
 
 
 def test_each_batch_brings_the_state_behind_it_and_one_can_go_on_from_there() -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from app.errors import CheckpointError
-from datamodules.placement import Placement
+from datamodules.loading.rank_share import RankShare
 from datamodules.streaming.position import PositionKeeper, StreamPosition, check_position
 from datamodules.streaming.stream import LaneState
 
-ALONE = Placement()
+ALONE = RankShare()
 
 
 def lane_state(tokens: int) -> LaneState:
@@ -24,7 +24,7 @@ def lane_state(tokens: int) -> LaneState:
 def test_a_new_keeper_is_at_the_beginning() -> None:
     keeper = PositionKeeper()
     assert keeper.latest() == keeper.at_step(0) == keeper.at_step(7) == StreamPosition(0, {})
-    assert keeper.state(0, place=ALONE) == {"global_batches": 0, "lanes": {}}
+    assert keeper.state(0, share=ALONE) == {"global_batches": 0, "lanes": {}}
 
 
 def test_a_step_begins_where_its_first_micro_batch_did() -> None:
@@ -44,13 +44,13 @@ def test_a_saved_position_is_restored_on_any_number_of_ranks() -> None:
     keeper = PositionKeeper()
     for batch in range(4):
         keeper.hand_over(3 - batch, lane_state(batch), step=batch)
-    state = json.loads(json.dumps(keeper.state(4, place=ALONE)))
+    state = json.loads(json.dumps(keeper.state(4, share=ALONE)))
     assert state["global_batches"] == 4
     assert list(state["lanes"]) == ["0", "1", "2", "3"]
     for ranks in (1, 2, 4):
         again = PositionKeeper()
         again.hand_over(0, lane_state(99), step=0)
-        again.restore(state, place=Placement(rank=0, world_size=ranks))
+        again.restore(state, share=RankShare(rank=0, num_replicas=ranks))
         assert again.latest() == StreamPosition(4 // ranks, keeper.latest().lanes)
         assert again.at_step(0) == again.at_step(4) == again.latest()
         again.hand_over(1, lane_state(100), step=0)  # step 0 was begun before the restore, too: it begins anew
@@ -67,11 +67,11 @@ def test_each_lane_is_told_by_the_rank_that_reads_it(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    keeper, place = PositionKeeper(), Placement(rank=rank, world_size=2)
+    keeper, share = PositionKeeper(), RankShare(rank=rank, num_replicas=2)
     everything = {"lanes": {str(number): lane_state(number).plain() for number in range(4)}, "global_batches": 6}
-    keeper.restore(everything, place=place)  # the other rank's lanes are known from the checkpoint, and go stale
+    keeper.restore(everything, share=share)  # the other rank's lanes are known from the checkpoint, and go stale
     keeper.hand_over(rank, lane_state(50), step=0)
-    state = keeper.state(1, place=place)
+    state = keeper.state(1, share=share)
     assert told == [{rank: lane_state(50), rank + 2: lane_state(rank + 2)}]
     assert state["global_batches"] == 2 * (3 + 1)
     assert {number: LaneState.of(plain).tokens[0] for number, plain in state["lanes"].items()} == {

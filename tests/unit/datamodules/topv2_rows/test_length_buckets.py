@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from app.errors import DataError
-from datamodules.placement import Placement
+from datamodules.loading.rank_share import RankShare
 from datamodules.topv2_rows.length_buckets import BucketSampler, LengthBuckets, pack_rows
 
 LENGTHS: npt.NDArray[np.int64] = np.random.default_rng(0).integers(5, 100, size=1000)
@@ -20,7 +20,7 @@ def sampler(
     *, step: Callable[[], int] = lambda: 0, num_rows: int = 1000, batch_size: int = 8, seed: int = 3, **place: Any
 ) -> BucketSampler:
     lengths = LENGTHS[:num_rows]
-    return BucketSampler(lengths, batch_size=batch_size, seed=seed, place=Placement(**place), step=step)
+    return BucketSampler(lengths, batch_size=batch_size, seed=seed, share=RankShare(**place), step=step)
 
 
 def train(*, steps: int, first_step: int = 0, **settings: Any) -> list[list[int]]:
@@ -39,21 +39,21 @@ def train(*, steps: int, first_step: int = 0, **settings: Any) -> list[list[int]
 
 
 @pytest.mark.parametrize("num_rows", [8, 63, 64, 65, 1000])
-@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (1, 3), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("num_replicas", "accumulate"), [(1, 1), (1, 3), (2, 1), (4, 2)])
 def test_every_row_comes_exactly_once_an_epoch_whatever_the_ranks(
-    num_rows: int, world_size: int, accumulate: int
+    num_rows: int, num_replicas: int, accumulate: int
 ) -> None:
     ranks = [
-        list(sampler(num_rows=num_rows, world_size=world_size, accumulate=accumulate, rank=rank))
-        for rank in range(world_size)
+        list(sampler(num_rows=num_rows, num_replicas=num_replicas, accumulate=accumulate, rank=rank))
+        for rank in range(num_replicas)
     ]
     assert Counter(row for batches in ranks for batch in batches for row in batch) == Counter(range(num_rows))
     sizes = [len(batch) for batches in ranks for batch in batches]
     assert min(sizes) >= 1
     assert max(sizes) <= 8
     assert max(sizes) - min(sizes) <= 1  # no small remainder
-    steps = -(-num_rows // (8 * world_size * accumulate))  # as few as batches of 8 allow
-    assert [len(batches) for batches in ranks] == [steps * accumulate] * world_size
+    steps = -(-num_rows // (8 * num_replicas * accumulate))  # as few as batches of 8 allow
+    assert [len(batches) for batches in ranks] == [steps * accumulate] * num_replicas
 
 
 @pytest.mark.parametrize(("step", "limit", "left"), [(0, 1.0, 125), (100, 1.0, 25), (125, 1.0, 125), (3, 10, 7)])
@@ -125,7 +125,7 @@ def gap(left: list[int], right: list[int]) -> int:
 
 
 def test_the_ranks_of_a_step_have_rows_of_like_length() -> None:
-    ranks = [list(sampler(world_size=2, rank=rank, batch_size=16)) for rank in range(2)]
+    ranks = [list(sampler(num_replicas=2, rank=rank, batch_size=16)) for rank in range(2)]
     gaps = [gap(*batches) for batches in zip(*ranks, strict=True)]
     halves = [gap(batch[:16], batch[16:]) for batch in sampler(batch_size=32)]  # negative control: not dealt out
     assert 3 * np.mean(gaps) < np.mean(halves)
@@ -137,16 +137,16 @@ def test_small_epochs_are_cut_anew() -> None:
 
 
 def test_too_few_rows_for_a_step_are_refused_with_the_numbers() -> None:
-    assert len(sampler(num_rows=8, world_size=2, accumulate=4)) == 4
+    assert len(sampler(num_rows=8, num_replicas=2, accumulate=4)) == 4
     message = "training rows (7) are fewer than micro-batches of an optimizer step (8: 2 devices x trainer.accumulate_"
     with pytest.raises(DataError, match=re.escape(message)):
-        sampler(num_rows=7, world_size=2, accumulate=4)
+        sampler(num_rows=7, num_replicas=2, accumulate=4)
     with pytest.raises(DataError, match=r"training rows \(0\) are fewer than micro-batches"):
         sampler(num_rows=0)
 
 
 def test_rows_that_fill_most_micro_batches_are_enough() -> None:
-    ranks = [list(sampler(num_rows=997, batch_size=1, world_size=8, accumulate=4, rank=rank)) for rank in range(8)]
+    ranks = [list(sampler(num_rows=997, batch_size=1, num_replicas=8, accumulate=4, rank=rank)) for rank in range(8)]
     assert Counter(row for batches in ranks for batch in batches for row in batch) == Counter(range(997))
     assert Counter(len(batch) for batches in ranks for batch in batches) == {1: 997, 0: 27}  # of 32 steps of 32
 

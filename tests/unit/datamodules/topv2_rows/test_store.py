@@ -10,7 +10,7 @@ import pytest
 
 from app.errors import ConfigError, DataError
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
-from datamodules.tokenizers import load_tokenizer
+from datamodules.loading.tokenizers import load_tokenizer
 from datamodules.topv2_rows import store as topv2_store
 from datamodules.topv2_rows.store import StoreSettings, TaskStore, open_store
 from tests.support.tokenizers import llama

@@ -10,8 +10,8 @@ import pytest
 from torch.utils.data import DataLoader
 from torch.utils.data import dataloader as torchs
 
-from datamodules import data_workers
-from datamodules.data_workers import WorkerLoader, prepare_worker
+from datamodules.loading import workers
+from datamodules.loading.workers import WorkerLoader, prepare_worker
 
 
 class WhoAndHow:
@@ -73,7 +73,7 @@ def test_a_worker_that_died_is_named_also_while_it_is_ending(told: Exception, mo
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_what_no_worker_died_of_is_said_as_it_is(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_workers, "_TO_END_SECONDS", 0.1)
+    monkeypatch.setattr(workers, "_SECONDS_TO_END", 0.1)
     rows = iter(WorkerLoader(Unreadable(), batch_size=None, num_workers=num_workers))  # type: ignore[arg-type]
     with pytest.raises(ConnectionError, match="the share is gone"):
         next(rows)

@@ -1,4 +1,4 @@
-"""Text to token ids: train a small byte-level BPE, or use a tokenizer that exists; encode documents in bulk."""
+"""Text to token ids: a tokenizer trained or loaded, told from others by a fingerprint, and documents encoded."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ _log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and END_OF_TEXT
-MAX_VOCAB_SIZE = 2**20  # the trainer takes memory for all of them at once
+MAX_VOCAB_SIZE = 2**20  # training allocates memory for the whole vocabulary at once
+TOKENIZER = "tokenizer"  # the key of a tokenizer's fingerprint in a datamodule's state
 
 _DOCUMENTS_PER_CALL = 256  # bounds the memory that encodings take beside the ids
 
 
 def train_byte_level_bpe(texts: Iterator[str] | Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE; any text survives encoding and decoding unchanged.
+    """Train a byte-level BPE, which encodes and decodes any text without loss; equal texts give equal tokenizers.
 
     Args:
-        texts: What to learn merges from; the same texts give the same tokenizer.
-        vocab_size: Upper bound, `MIN_VOCAB_SIZE` to `MAX_VOCAB_SIZE`; texts too small for it give fewer tokens.
+        texts: What to learn merges from.
+        vocab_size: Upper bound, `MIN_VOCAB_SIZE` to `MAX_VOCAB_SIZE`; small texts give fewer tokens.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,15 +46,15 @@ def train_byte_level_bpe(texts: Iterator[str] | Sequence[str], *, vocab_size: in
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _wrapped(backend)
+    return _wrap(backend)
 
 
-def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
 
 
 def trained_tokenizer(texts: Sequence[str], *, vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast:
-    """As `train_byte_level_bpe`, but trained only once for the same texts and size.
+    """Do as `train_byte_level_bpe`, but train only once for the same texts and size.
 
     Several processes may ask at once: a file appears in `cache_dir` whole or not at all.
     """
@@ -64,7 +65,7 @@ def trained_tokenizer(texts: Sequence[str], *, vocab_size: int, cache_dir: Path)
     if file.exists():
         digest, _, backend = file.read_bytes().partition(b"\n")
         if digest == sha256(backend).hexdigest().encode():
-            return _wrapped(Tokenizer.from_str(backend.decode("utf-8")))
+            return _wrap(Tokenizer.from_str(backend.decode("utf-8")))
         _log.warning("%s is damaged: training the tokenizer again", file)
     _log.info("training a tokenizer of %d tokens, kept in %s", vocab_size, file)
     tokenizer = train_byte_level_bpe(texts, vocab_size=vocab_size)
@@ -79,7 +80,7 @@ def trained_tokenizer(texts: Sequence[str], *, vocab_size: int, cache_dir: Path)
 
 
 def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
-    """Load the tokenizer of a model, wherever models come from, or of a folder that holds nothing else.
+    """Load the tokenizer of a model, or of a folder that holds nothing else.
 
     Raises:
         ConfigError: There is none, or it is not a fast tokenizer with an end-of-text token.
@@ -95,36 +96,28 @@ def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
     return tokenizer
 
 
-TOKENIZER = "tokenizer"  # what a datamodule saves its tokenizer's fingerprint under
-
-
-_fingerprints: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()  # with the number of tokens it had then
+_fingerprints: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()  # with the number of tokens at that time
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """A hash of all that decides which ids a text gets; taken once of a tokenizer, and again if it gets more tokens.
+    """A hash of all that decides which ids a text gets; computed once, and again after tokens were added.
 
-    Whether it cuts and pads, which any call may change, is left out.
+    Whether the tokenizer cuts and pads is left out, since any call may change that.
     """
     size, found = _fingerprints.get(tokenizer, (-1, ""))
     if size != len(tokenizer):
-        found = sha256(_serialized(tokenizer).encode()).hexdigest()[:16]
+        backend = tokenizer.backend_tokenizer
+        plain = backend if backend.truncation is None and backend.padding is None else _uncut(tokenizer)
+        found = sha256(plain.to_str().encode()).hexdigest()[:16]
         _fingerprints[tokenizer] = len(tokenizer), found
     return found
 
 
-def _serialized(tokenizer: Any) -> str:
-    backend = tokenizer.backend_tokenizer
-    if backend.truncation is None and backend.padding is None:
-        return str(backend.to_str())
-    return _uncut(tokenizer).to_str()
-
-
 def check_same_tokenizer(tokenizer: Any, saved: Mapping[str, Any]) -> None:
-    """Refuse to feed a model ids of another tokenizer than its own.
+    """Refuse to feed a model the ids of another tokenizer than its own.
 
     Raises:
-        ConfigError: It is not the one that a datamodule saved with the checkpoint.
+        ConfigError: The fingerprint differs from the one that a datamodule saved with the checkpoint.
     """
     if (now := fingerprint(tokenizer)) != saved[TOKENIZER]:
         raise ConfigError(
@@ -136,8 +129,8 @@ def check_same_tokenizer(tokenizer: Any, saved: Mapping[str, Any]) -> None:
 
 
 def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-    """Token ids of each text, without special tokens; one spelled out in a text is encoded as ordinary text."""
-    backend = plain_backend(tokenizer)
+    """Token ids of each text, without special tokens; a special token spelled out in a text is ordinary text."""
+    backend = _plain_backend(tokenizer)
     return [
         np.asarray(encoding.ids, dtype=np.int32)
         for start in range(0, len(texts), _DOCUMENTS_PER_CALL)
@@ -147,30 +140,25 @@ def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[n
     ]
 
 
-def plain_backend(tokenizer: Any) -> Tokenizer:
-    """A copy of the tokenizer's backend that neither cuts nor pads, and takes special tokens for ordinary text."""
+def _plain_backend(tokenizer: Any) -> Tokenizer:
+    """A copy of the backend that takes special tokens for ordinary text, and neither cuts nor pads."""
     backend = _uncut(tokenizer)
     backend.encode_special_tokens = True
     return backend
 
 
 def _uncut(tokenizer: Any) -> Tokenizer:
-    """A copy of the backend that neither cuts nor pads; the tokenizer keeps its own settings."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the tokenizer keeps its settings
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 class Encoder:
-    """Texts to token ids: each text begun as its tokenizer begins texts, and followed by the end-of-text token.
-
-    Args:
-        tokenizer: A fast tokenizer with an end-of-text token; it is copied.
-    """
+    """Encodes documents: each begins as the (fast) tokenizer begins texts, and ends with its end-of-text token."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._backend, self._eos = plain_backend(tokenizer), tokenizer.eos_token_id
+        self._backend, self._eos = _plain_backend(tokenizer), tokenizer.eos_token_id
         self._before = around(tokenizer).before
 
     def __call__(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:

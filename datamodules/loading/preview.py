@@ -1,4 +1,7 @@
-"""What a model will see: a little of the training stream, counted by source, and one row of it in words."""
+"""What a model will see: some batches of the training stream counted by source, and one row of them as text.
+
+Tested by tests/contract/test_data.py.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ class SourcePreview:
 
     Attributes:
         asked: Share of tokens that the config asks for; None where the mixture has no weights.
-        documents: Documents that end in the rows seen.
-        tokens: In the rows seen, without padding.
+        documents: Documents that end in the rows.
+        tokens: Tokens of the rows, without padding.
         targets: Tokens that bear loss.
-        bytes: Of the text of those tokens.
-        rows: Rows seen.
-        seen: Records read, also those that wait in the shuffle buffer; None where nobody counts.
+        bytes: Bytes of the tokens' text.
+        rows: Rows of the source.
+        seen: Records read, also those that wait in the shuffle buffer; None where nobody counts them.
         skipped: Bad records among those.
     """
 
@@ -45,14 +48,14 @@ class SourcePreview:
 
 @dataclass
 class Preview:
-    """Of `num_batches` batches.
+    """Counts of some batches.
 
     Attributes:
-        sources: By name.
-        positions: Of all rows, padding included.
-        seconds_to_first: Until the first batch.
-        tokens_per_second: From the start to the last batch.
-        sample: Documents of the first row, as (first token, last token, targets, text).
+        sources: The counts of each source, by its name.
+        positions: Positions of all rows, padding included.
+        seconds_to_first: Seconds until the first batch came.
+        tokens_per_second: Positions a second until the last batch came.
+        sample: The documents of the first row, as (first token, last token, targets, text).
     """
 
     sources: dict[str, SourcePreview]
@@ -63,7 +66,7 @@ class Preview:
 
     @property
     def tokens(self) -> int:
-        """Of all sources."""
+        """Tokens of all sources."""
         return sum(source.tokens for source in self.sources.values())
 
     @property
@@ -73,14 +76,14 @@ class Preview:
 
 
 class ResumeCheck(NamedTuple):
-    """Seconds from loading the place to the first batch, and whether the batches were the same."""
+    """Seconds from loading the position to the first batch, and whether the batches were the same."""
 
     seconds: float
     identical: bool
 
 
 def preview(datamodule: LightningDataModule, *, num_batches: int) -> Preview:
-    """Take `num_batches` training batches, at least 1, and count.
+    """Count `num_batches` training batches, at least 1.
 
     Raises:
         ConfigError: The datamodule does not say what it reads.
@@ -105,13 +108,7 @@ def preview(datamodule: LightningDataModule, *, num_batches: int) -> Preview:
 
 
 def check_resume(datamodule: LightningDataModule, fresh: LightningDataModule, *, num_batches: int = 4) -> ResumeCheck:
-    """Save the place of `datamodule`, go there with `fresh`, and compare the next batches of both.
-
-    Args:
-        datamodule: Some batches into its stream.
-        fresh: The same, not used yet.
-        num_batches: To compare.
-    """
+    """Save the position of `datamodule`, load it into its unused copy `fresh`, and compare the next batches of both."""
     state = json.loads(json.dumps(datamodule.state_dict()))
     expected = _next_batches(datamodule, num_batches)
     started = time.perf_counter()
@@ -132,17 +129,18 @@ def _next_batches(datamodule: LightningDataModule, count: int) -> list[dict[str,
 def _count_row(result: Preview, row: dict[str, Tensor], datamodule: Any) -> None:
     """Add one row: `input_ids`, `labels`, `position_ids` [S], `source` []."""
     source = result.sources[datamodule.source_names[int(row["source"])]]
-    documents = _documents(row)
     tokenizer = datamodule.tokenizer
-    for start, stop in documents:
+    is_first = not any(other.rows for other in result.sources.values())
+    for start, stop in _documents(row):
         ids, labels = row["input_ids"][start:stop], row["labels"][start:stop]
         text = text_of(tokenizer, ids.tolist(), special=True)
+        targets = int((labels != IGNORE_INDEX).sum())
         source.tokens += stop - start
-        source.targets += int((labels != IGNORE_INDEX).sum())
+        source.targets += targets
         source.bytes += len(text.encode())
         source.documents += int((labels == tokenizer.eos_token_id).sum())
-        if not any(other.rows for other in result.sources.values()):
-            result.sample.append((start, stop - 1, int((labels != IGNORE_INDEX).sum()), text))
+        if is_first:
+            result.sample.append((start, stop - 1, targets, text))
     source.rows += 1
 
 

@@ -12,8 +12,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from app.errors import ConfigError
-from datamodules import tokenizers
-from datamodules.tokenizers import (
+from datamodules.loading import tokenizers
+from datamodules.loading.tokenizers import (
     END_OF_TEXT,
     MIN_VOCAB_SIZE,
     Encoder,

@@ -1,0 +1,1 @@
+"""How rows reach the trainer: which of them a rank takes, in which order, through which workers, as which token ids."""

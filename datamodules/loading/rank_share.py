@@ -1,0 +1,65 @@
+"""The rows that a rank takes: of each optimizer step's micro-batches, and of the held-out rows.
+
+Tested by tests/unit/datamodules/topv2_rows/test_length_buckets.py and tests/unit/datamodules/test_topv2.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+
+from app.data_ranks import data_ranks
+from app.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankShare:
+    """The share of one data-parallel rank.
+
+    Attributes:
+        rank: The number of the rank, 0 to `num_replicas` - 1.
+        num_replicas: W, the number of ranks with rows of their own.
+        accumulate: Micro-batches of each rank in an optimizer step.
+        limit: Lightning's `limit_train_batches`: a number of micro-batches (int) or a share of the epoch (float).
+    """
+
+    rank: int = 0
+    num_replicas: int = 1
+    accumulate: int = 1
+    limit: int | float = 1.0
+
+    @classmethod
+    def of(cls, trainer: Trainer | None) -> RankShare:
+        """Read the share from a trainer; without one, a single process takes all rows."""
+        if trainer is None:
+            return cls()
+        rank, num_replicas = data_ranks(trainer)
+        return cls(
+            rank=rank,
+            num_replicas=num_replicas,
+            accumulate=trainer.accumulate_grad_batches,
+            limit=trainer.limit_train_batches,
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """M, the micro-batches of all ranks in an optimizer step."""
+        return self.num_replicas * self.accumulate
+
+    def epoch_steps(self, num_steps: int) -> int:
+        """Optimizer steps in an epoch of `num_steps` after the limit is applied; a partial last step counts as one."""
+        num_batches = num_steps * self.accumulate
+        limited = min(num_batches, self.limit) if isinstance(self.limit, int) else num_batches * self.limit
+        return max(1, math.ceil(int(limited) / self.accumulate))
+
+    def equal_share(self, num_rows: int, *, fix: str) -> int:
+        """Of `num_rows` held-out rows, the number each rank takes, so that all ranks run equally many batches.
+
+        Raises:
+            DataError: There are fewer rows than ranks; `fix` says how to get more.
+        """
+        if num_rows < self.num_replicas:
+            raise DataError(f"held-out rows ({num_rows}) are fewer than devices ({self.num_replicas}); {fix}")
+        return num_rows // self.num_replicas

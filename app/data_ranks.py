@@ -1,4 +1,4 @@
-"""Ranks with rows of their own: all of them but for tensor parallelism, whose ranks share theirs."""
+"""The data-parallel ranks: those that read rows of their own. Tensor-parallel ranks share their rows."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ from typing import Any, NamedTuple
 
 
 class DataRanks(NamedTuple):
-    """Where a process stands among those.
-
-    Attributes:
-        rank: Its number; ranks that share rows have the same.
-        size: How many there are.
-    """
+    """The data-parallel rank of a process, the same on tensor-parallel ranks, and the number of such ranks."""
 
     rank: int
-    size: int
+    num_replicas: int
 
 
 def data_ranks(trainer: Any) -> DataRanks:
-    """Of the process that a Lightning trainer runs in."""
-    replicas = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-    return DataRanks(replicas["rank"], replicas["num_replicas"])
+    """The data-parallel rank of the process in which a Lightning trainer runs."""
+    settings = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+    return DataRanks(settings["rank"], settings["num_replicas"])

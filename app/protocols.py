@@ -284,11 +284,3 @@ class Reportable(Protocol):
 
     def report(self) -> Table | None:
         """A table of results, or None when nothing was measured."""
-
-
-@runtime_checkable
-class SavesInBackground(Protocol):
-    """A strategy that may still be writing a checkpoint when saving has returned."""
-
-    def finish_saving(self) -> None:
-        """Wait until it is written; all ranks together."""

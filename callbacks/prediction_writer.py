@@ -69,4 +69,4 @@ class PredictionWriter(BasePredictionWriter):
 
 def _has_own_rows(trainer: Trainer) -> bool:
     """Whether this is the first of the ranks that share its rows; they are neighbours."""
-    return trainer.global_rank % (trainer.world_size // data_ranks(trainer).size) == 0
+    return trainer.global_rank % (trainer.world_size // data_ranks(trainer).num_replicas) == 0

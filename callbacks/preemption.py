@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
-from app.protocols import SavesInBackground
+from app.checkpoints.sharded import ShardedCheckpoints
 from app.startup_signals import take_startup_signal
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -103,7 +103,7 @@ class Preemption(Callback):
 
     def _save_and_exit(self, trainer: Trainer) -> None:
         saved = _save_last(trainer)
-        if isinstance(trainer.strategy, SavesInBackground):
+        if isinstance(trainer.strategy, ShardedCheckpoints):
             trainer.strategy.finish_saving()
         resume = f"{saved} is whole: go on with --ckpt_path last (or auto)" if saved else "nothing was saved"
         self._exit(trainer, resume, requeue=saved is not None)

@@ -119,7 +119,7 @@ class ThroughputMonitor(Callback):
             self._flops += flops * tokens / self._measured_tokens
         if not closes:
             return
-        replicas = data_ranks(trainer).size
+        replicas = data_ranks(trainer).num_replicas
         seconds = self._computing + self._waiting + self._saving
         pl_module.log(metric_names.TOKENS_PER_SECOND, self._tokens * replicas / seconds)
         if self._pauses:

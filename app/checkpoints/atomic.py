@@ -1,11 +1,9 @@
-"""How a checkpoint takes its place: whatever is killed at whatever moment, a whole one stands.
+"""How a checkpoint becomes whole or absent: a process that is killed at any moment leaves a whole one behind.
 
-A checkpoint NAME is written as `.NAME.partial`, which needs no process id: one run at a time writes to a folder
-(`run_lock`). Once it is whole and flushed, what stood under NAME becomes `.NAME.previous`, the new one takes the name,
-and the previous one goes. A directory cannot be renamed over another that is not empty, so for an instant nothing is
-called NAME: who finds that takes `.NAME.previous` (`standing`). Two renames are all it needs, which NFS and Lustre do
-as local disks do; the exchange of two names is Linux's alone, and a link in the place of the checkpoint would be what a
-user copies instead of it.
+A checkpoint NAME is written as `.NAME.partial`. Once it is complete and flushed to the disk, `publish` renames the
+checkpoint that has the name to `.NAME.previous`, renames the new one to NAME and deletes the old one. A directory
+cannot be renamed over one that is not empty, so for an instant no checkpoint is called NAME; `find_checkpoint` then
+returns `.NAME.previous`. Renames work on NFS and Lustre as on local disks; only Linux can exchange two names at once.
 """
 
 from __future__ import annotations
@@ -15,90 +13,91 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # mistakes on the command line are told without loading Lightning
+if TYPE_CHECKING:  # The command line reports mistakes without loading Lightning.
     from lightning.pytorch import Trainer
 
-_came_from: set[Path] = set()  # checkpoints that runs of this process go on from
+_resumed_from: set[Path] = set()  # checkpoints that runs of this process have resumed from
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Where a run's callbacks write checkpoints, as far as that is on a disk."""
+    """The folders on a disk that the callbacks of a run write checkpoints to."""
     beside_logs = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
     savers: list[Any] = trainer.checkpoint_callbacks
     folders = {str(getattr(saver, "dirpath", None) or beside_logs) for saver in savers}
     return [Path(folder) for folder in sorted(folders) if "://" not in folder]
 
 
-def go_on_from(path: Path) -> None:
-    """Remember what a run was read from; were it a kept one, what took its place is damaged or not wanted."""
-    _came_from.add(path.resolve())
+def note_resumed_from(path: Path) -> None:
+    """Remember that a run resumed from `path`, so that `publish` does not replace a good previous checkpoint.
+
+    A run that resumes from the previous checkpoint does so because the one that replaced it is damaged or not wanted.
+    """
+    _resumed_from.add(path.resolve())
 
 
-def partial_of(path: Path) -> Path:
-    """Where `path` is written."""
+def partial_path(path: Path) -> Path:
+    """The name under which checkpoint `path` is written."""
     return path.with_name(f".{path.name}.partial")
 
 
-def kept_previous(path: Path) -> Path:
-    """The name of the checkpoint before `path`, where that is kept; no pattern for `last` finds it."""
+def previous_checkpoint(path: Path) -> Path:
+    """The name under which the checkpoint before `path` is kept; no glob pattern for `last` matches it."""
     return path.with_name(f"before_{path.name}")
 
 
-def standing(path: Path) -> Path:
-    """`path`, or the checkpoint that was to be replaced if the replacement was interrupted between its renames."""
-    previous = _previous_of(path)
-    return previous if previous.exists() and not path.exists() else path
+def find_checkpoint(path: Path) -> Path:
+    """`path`, or the checkpoint that it was about to replace if the process died between the two renames."""
+    replaced = _replaced_path(path)
+    return replaced if replaced.exists() and not path.exists() else path
 
 
 def restore_interrupted(folder: Path) -> None:
-    """Give back their names to checkpoints whose replacement was interrupted; any number of processes may."""
-    for previous in folder.glob(".*.previous"):
-        path = folder / previous.name.removeprefix(".").removesuffix(".previous")
+    """Give checkpoints whose replacement was interrupted their names back; several processes may do so at once."""
+    for replaced in folder.glob(".*.previous"):
+        path = folder / replaced.name.removeprefix(".").removesuffix(".previous")
         if not path.exists():
             try:
-                previous.rename(path)
+                replaced.rename(path)
             except OSError:
-                if not path.exists():  # nobody else did it either
+                if not path.exists():  # no other process did it either
                     raise
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half written or half removed; only for the one who writes to the folder."""
+    """Delete what killed processes left half written or half deleted; only the run that writes to `folder` may."""
     restore_interrupted(folder)
     for pattern in (".*.ckpt.partial", ".*.ckpt.removed", ".*.ckpt.previous"):
-        for left in folder.glob(pattern):
-            _delete(left)
+        for leftover in folder.glob(pattern):
+            _delete(leftover)
 
 
-def put_in_place(path: Path, *, keep_previous: bool = False) -> None:
-    """Let the whole and flushed `partial_of(path)` take its name.
+def publish(path: Path, *, keep_previous: bool = False) -> None:
+    """Rename the complete and flushed `partial_path(path)` to `path`; the checkpoint there survives until then.
 
-    Args:
-        path: Where it is to stand; what stood there survives until then.
-        keep_previous: Keep that as `kept_previous(path)`; not in the place of the one that the run came from.
+    With `keep_previous` that checkpoint is kept as `previous_checkpoint(path)`, unless the run resumed from the one
+    that already has this name.
     """
-    partial, previous = partial_of(path), _previous_of(path)
-    kept = kept_previous(path).resolve()
-    keep_previous = keep_previous and kept not in _came_from
+    partial, replaced, previous = partial_path(path), _replaced_path(path), previous_checkpoint(path)
+    keep_previous = keep_previous and previous.resolve() not in _resumed_from
     if path.is_file() and partial.is_file() and not keep_previous:
         partial.replace(path)
     else:
         if path.exists():
-            _delete(previous)
-            path.rename(previous)
+            _delete(replaced)
+            path.rename(replaced)
         partial.rename(path)
     flush_folder(path.parent)
-    if previous.exists():
+    if replaced.exists():
         if keep_previous:
-            remove(kept_previous(path))
-            previous.rename(kept_previous(path))
+            remove(previous)
+            replaced.rename(previous)
         else:
-            _delete(previous)
-    _came_from.discard(kept)  # what stands now is whole, and may take its place
+            _delete(replaced)
+    _resumed_from.discard(previous.resolve())  # The new checkpoint is whole: the next one may replace the previous.
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, if there is one; half removed it is not called by its name any more."""
+    """Delete a checkpoint if it exists; one that is half deleted no longer has its name."""
     if path.exists():
         removed = path.with_name(f".{path.name}.removed")
         _delete(removed)
@@ -107,7 +106,7 @@ def remove(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Bring the names in it to the disk."""
+    """Write the folder's list of names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,7 +114,7 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _previous_of(path: Path) -> Path:
+def _replaced_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.previous")
 
 

@@ -1,4 +1,7 @@
-"""Checkpoints that are whole or absent: written beside their name, flushed, renamed; checked when they are read."""
+"""Lightning's plugin for checkpoints: single files are written whole or not at all, and all that is read is verified.
+
+Tested by tests/unit/checkpoints/test_atomic.py and tests/distributed/test_checkpoints.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,14 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from app.checkpoints.atomic import go_on_from, kept_previous, partial_of, put_in_place, remove, standing
+from app.checkpoints.atomic import (
+    find_checkpoint,
+    note_resumed_from,
+    partial_path,
+    previous_checkpoint,
+    publish,
+    remove,
+)
 from app.checkpoints.contents import read_file, read_whole
 from app.checkpoints.integrity import KEEP_PREVIOUS, damage, saved_step
 from app.checkpoints.run_lock import release
@@ -23,39 +33,36 @@ _log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Single-file checkpoints: streamed to disk without a second copy in memory, loaded as plain tensors only.
+    """Streams single-file checkpoints to the disk, and loads nothing but tensors and plain values.
 
-    Lightning's own writer buffers the file in memory and goes through the temporary folder, from where the last
-    step is a copy if that is another disk: a full disk would then leave half a file under the final name.
+    Lightning's own plugin buffers a file in memory and writes it through the temporary folder. If that is on another
+    disk, its last step is a copy, and a full disk then leaves half a file under the final name.
 
     Args:
-        fall_back: Where a checkpoint is damaged, load the one before it, if that was kept, and say so.
+        use_previous: Where a checkpoint is damaged, load the previous one if it was kept, and warn of it.
     """
 
-    def __init__(self, *, fall_back: bool = False) -> None:
+    def __init__(self, *, use_previous: bool = False) -> None:
         super().__init__()
-        self._fall_back = fall_back
+        self._use_previous = use_previous
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write `checkpoint` to `path`; whatever stood there survives a failure.
+        """Write `checkpoint` to `path`; the checkpoint there survives a failure.
 
         Raises:
-            CheckpointError: If the file cannot be written, for instance because the disk is full.
+            CheckpointError: The file cannot be written, for instance because the disk is full.
         """
         target = Path(path)
-        partial = partial_of(target)
+        partial = partial_path(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            put_in_place(target, keep_previous=bool((storage_options or {}).get(KEEP_PREVIOUS)))
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch's zip writer turns a failed write into a RuntimeError
+            publish(target, keep_previous=bool((storage_options or {}).get(KEEP_PREVIOUS)))
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
             partial.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__ or error
             raise CheckpointError(
@@ -69,58 +76,54 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,  # noqa: ARG005
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        """Read a checkpoint as tensors and plain values; never unpickles anything else. All ranks must ask together.
-
-        Args:
-            path: A single file, or a directory that FSDP2 wrote.
-            map_location: As torch.load's.
-            weights_only: Always.
+        """Read a single file, or a directory as if it were one; all ranks together. Nothing is ever unpickled.
 
         Raises:
-            CheckpointError: If it is missing, truncated, damaged, foreign, or holds anything but plain values.
+            CheckpointError: It is missing, truncated, damaged or foreign, or holds anything but plain values.
         """
-        whole = self.whole(Path(path))
-        return read_whole(whole) if whole.is_dir() else read_file(whole, map_location=map_location)
+        checked = self.verified(Path(path))
+        return read_whole(checked) if checked.is_dir() else read_file(checked, map_location=map_location)
 
-    def whole(self, path: Path) -> Path:
-        """The checkpoint to read, its bytes compared with their checksums: `path`, or one to fall back on.
+    def verified(self, path: Path) -> Path:
+        """The checkpoint to read, after its bytes were compared with their checksums: `path`, or the previous one.
 
-        All ranks must ask together; they share the reading, and get the same answer.
+        All ranks must call it together: they share the reading and get the same answer.
 
         Raises:
-            CheckpointError: If it is missing or damaged, and there is nothing to fall back on or that is not wanted.
+            CheckpointError: It is missing or damaged, and there is no previous one or that is not wanted.
         """
-        path = standing(path)
+        path = find_checkpoint(path)
         if (error := damage(path)) is None:
-            go_on_from(path)
+            note_resumed_from(path)
             return path
-        before = kept_previous(path)
-        if not before.exists():
+        previous = previous_checkpoint(path)
+        if not previous.exists():
             raise CheckpointError(error)
-        if not self._fall_back:
-            raise CheckpointError(f"{error}: the one before it is {before} (--fall_back_to_previous true takes it)")
-        if (again := damage(before)) is not None:
-            raise CheckpointError(f"{error}; {again}")
-        go_on_from(before)
-        _log.warning("%s. Falling back to %s: %s", error, before, _lost_steps(path, before))
-        return before
+        if not self._use_previous:
+            raise CheckpointError(
+                f"{error}: the previous checkpoint is {previous} (--fall_back_to_previous true takes it)"
+            )
+        if (also := damage(previous)) is not None:
+            raise CheckpointError(f"{error}; {also}")
+        note_resumed_from(previous)
+        _log.warning("%s. Taking the previous checkpoint %s: %s", error, previous, _lost_steps(path, previous))
+        return previous
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a file or directory; one that is half removed is not taken for a checkpoint."""
         remove(Path(path))
 
     @override
     def teardown(self) -> None:
-        """Let other runs write to this one's folders, also where it failed."""
+        """Give the folders of the run back, also if it failed."""
         release()
 
 
-def _lost_steps(damaged: Path, before: Path) -> str:
-    steps = [_step(path) for path in (damaged, before)]
-    if None in steps:
-        return "how many steps are lost cannot be told from the damaged one"
-    return f"{steps[0] - steps[1]} steps are lost, training goes on after step {steps[1]}"  # type: ignore[operator]
+def _lost_steps(damaged: Path, previous: Path) -> str:
+    last, step = _step(damaged), _step(previous)
+    if last is None or step is None:
+        return "the damaged one does not tell how many steps are lost"
+    return f"{last - step} steps are lost, training goes on after step {step}"
 
 
 def _step(path: Path) -> int | None:
@@ -128,5 +131,5 @@ def _step(path: Path) -> int | None:
         return saved_step(path)
     try:
         return int(read_plain(path, mmap=True)["global_step"])
-    except (CheckpointError, KeyError, TypeError, ValueError):  # of a damaged file
+    except (CheckpointError, KeyError, TypeError, ValueError):  # the file is damaged
         return None

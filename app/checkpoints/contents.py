@@ -1,8 +1,9 @@
-"""What is in a checkpoint, as one file or as a directory of shards, and how the one becomes the other.
+"""What is in a checkpoint, as a single file or as a directory of shards, and how one form becomes the other.
 
-One file is as Lightning's: `optimizer_states` count parameters through the optimizer's groups. A directory has its
-tensors in shards, called `state_dict.NAME` and `optimizer_0.state.NAME.KEY` by the names of the parameters, and all
-else in CONTENT_FILE, `optimizer_states` without their tensors included: nothing in shards has to be unpickled.
+A single file is as Lightning writes it: `optimizer_states` number the parameters in the order of the optimizer's
+groups. In a directory all tensors are in shards, under the keys `state_dict.NAME` and `optimizer_INDEX.state.NAME.KEY`
+with the names of the parameters. Everything else is in CONTENT_FILE, with `optimizer_states` that lack their tensors,
+so that no shard has to be unpickled. Tested by tests/distributed/test_checkpoints.py.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 
 from app.checkpoints.entries import SavedEntries
 from app.checkpoints.shards import Shards
-from app.checkpoints.weights import CONTENT_FILE as CONTENT_FILE  # passed on
-from app.checkpoints.weights import HF_CONFIG_KEY, OPTIMIZER_STATES, STATE_DICT, read_plain
+from app.checkpoints.weights import CONTENT_FILE, HF_CONFIG_KEY, OPTIMIZER_STATES, STATE_DICT, read_plain
 from app.errors import CheckpointError
 
 _VERSION, _STEP = "pytorch-lightning_version", "global_step"
 _LOOPS, _FIT_LOOP = "loops", "fit_loop"
 _LR_SCHEDULERS = "lr_schedulers"
-_KINDS: Mapping[str, type] = {  # of what Lightning and we take as it is
+_KINDS: Mapping[str, type] = {  # of the entries that Lightning and this package read without further checks
     _VERSION: str,
     _STEP: int,
     STATE_DICT: dict,
@@ -39,21 +39,17 @@ OptimizerState = dict[str, Any]  # {"state": {parameter: {key: value}}, "param_g
 
 
 def read_file(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """A single file's content; arguments as `read_plain`'s.
-
-    Raises:
-        CheckpointError: As `read_plain`; or it is no checkpoint that Lightning can read.
-    """
+    """The content of a single file. Raises CheckpointError if `read_plain` or Lightning cannot read it."""
     content = read_plain(path, map_location=map_location, mmap=mmap)
     _check_kinds(path, content, needed=(_VERSION, _STEP, STATE_DICT))
     return content
 
 
 def read_directory(path: Path) -> tuple[dict[str, Any], Shards]:
-    """A directory's content without its tensors, and those to be read.
+    """The content of a directory without its tensors, and these, not read yet.
 
     Raises:
-        CheckpointError: If it is not all there, damaged, or its optimizer states are not as ours.
+        CheckpointError: It is incomplete or damaged, or layerskip did not write its optimizer states.
     """
     if not (path / CONTENT_FILE).is_file():
         raise CheckpointError(f"checkpoint {path}: not all there ({CONTENT_FILE} is missing); use an earlier one")
@@ -75,22 +71,18 @@ def _check_kinds(path: Path, content: Mapping[str, Any], *, needed: Sequence[str
     for key, kind in _KINDS.items():
         if key in content and not isinstance(content[key], kind):
             raise CheckpointError(f"checkpoint {path} is damaged or foreign: its {key!r} is no {kind.__name__}")
-    if not re.match(r"2\.\d+\.\d", content[_VERSION]):  # others Lightning would make over, whatever they are
+    if not re.match(r"2\.\d+\.\d", content[_VERSION]):  # Lightning would migrate it, whatever it holds
         SavedEntries(path).refuse((_VERSION,), content[_VERSION], "2.x")
 
 
 def refuse_weights_alone(path: str | Path | None, content: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run that is not in there.
-
-    Raises:
-        CheckpointError: Naming what is missing, and how to start a new run.
-    """
+    """Raise CheckpointError if a checkpoint holds weights but no run, naming what is missing."""
     held = {
-        OPTIMIZER_STATES: bool(content.get(OPTIMIZER_STATES)),  # a directory's are a list, if an empty one
+        OPTIMIZER_STATES: bool(content.get(OPTIMIZER_STATES)),  # a directory has a list, which may be empty
         _LR_SCHEDULERS: _LR_SCHEDULERS in content,
         _LOOPS: isinstance(content.get(_LOOPS, {}).get(_FIT_LOOP), dict),
     }
-    if missing := [key for key, there in held.items() if not there]:
+    if missing := [key for key, is_there in held.items() if not is_there]:
         raise CheckpointError(
             f"checkpoint {path}: weights only, no run to go on with (no {', '.join(missing)} in it):"
             f" --model.pretrained {path} starts a new run from them"
@@ -98,11 +90,7 @@ def refuse_weights_alone(path: str | Path | None, content: Mapping[str, Any]) ->
 
 
 def read_whole(path: Path, *, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Any]:
-    """A directory of shards as the content of a single file.
-
-    Args:
-        path: The directory.
-        keep: Where each tensor is kept until all are read; in memory by default.
+    """A directory of shards as the content of a single file; `keep` may store each tensor elsewhere than in memory.
 
     Raises:
         CheckpointError: As `read_directory`; or a shard is damaged.
@@ -114,16 +102,10 @@ def read_whole(path: Path, *, keep: Callable[[Tensor], Tensor] = lambda tensor: 
 def made_whole(
     path: Path, content: Mapping[str, Any], keys: Collection[str], read: Callable[[str], Tensor]
 ) -> dict[str, Any]:
-    """A directory's content as that of a single file.
-
-    Args:
-        path: The directory.
-        content: Without tensors; left as it is.
-        keys: Of all that is in shards.
-        read: The tensor of a key.
+    """The content of a directory as that of a single file, with the tensor `read(key)` for each of the shards' keys.
 
     Raises:
-        CheckpointError: No weights are in shards; or the optimizer states are not those of its parameters.
+        CheckpointError: No weights are in the shards, or the optimizer states do not fit their own parameters.
     """
     prefix = f"{STATE_DICT}."
     weights = {key.removeprefix(prefix): read(key) for key in keys if key.startswith(prefix)}
@@ -133,27 +115,24 @@ def made_whole(
     for index, state in enumerate(content[OPTIMIZER_STATES]):
         own = state_keys(keys, index)
         _check_named(path, state, own, index)
-        states.append(by_position(filled(state, {key: read(key) for key in own}, index)))
+        states.append(by_index(filled(state, {key: read(key) for key in own}, index)))
     return {**content, STATE_DICT: weights, OPTIMIZER_STATES: states}
 
 
 def _check_named(path: Path, state: object, keys: Sequence[str], index: int) -> None:
-    """Whether an optimizer's states, by the names of its parameters, can be told apart at all."""
+    """Check that the states of optimizer `index` are those of its parameters, each named once."""
     saved, entry = SavedEntries(path), (OPTIMIZER_STATES, index)
     parts, names = saved.keys(entry, state, ("state", "param_groups")), set[object]()
     for number, group in enumerate(saved.sequence((*entry, "param_groups"), parts["param_groups"])):
         below = (*entry, "param_groups", number)
         params = saved.any_keys(below, group).get("params")
-        for place, name in enumerate(saved.sequence((*below, "params"), params)):
+        for param_index, name in enumerate(saved.sequence((*below, "params"), params)):
             if not isinstance(name, str) or name in names:
-                saved.refuse((*below, "params", place), name, "the name of a parameter, once")
+                saved.refuse((*below, "params", param_index), name, "the name of a parameter, once")
             names.add(name)
     in_shards = {parameter_of(key, index) for key in keys}
-    states = saved.keys(
-        (*entry, "state"),
-        parts["state"],
-        in_shards | (saved.any_keys((*entry, "state"), parts["state"]).keys() & names),
-    )
+    in_content = saved.any_keys((*entry, "state"), parts["state"])
+    states = saved.keys((*entry, "state"), in_content, in_shards | (in_content.keys() & names))
     for name, entries in states.items():
         if name not in names:
             saved.refuse((*entry, "state", name), entries, "states of the parameters in param_groups alone")
@@ -164,24 +143,24 @@ def _check_named(path: Path, state: object, keys: Sequence[str], index: int) -> 
 
 
 def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The names of an optimizer's parameters, in the order in which its state counts them."""
+    """The names of an optimizer's parameters, in the order in which its state numbers them."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def by_name(state: OptimizerState, names: Sequence[str]) -> OptimizerState:
-    """From positions of parameters to their names."""
+    """A state that numbers its parameters, with their names instead."""
     return _renamed(state, dict(enumerate(names)))
 
 
-def by_position(state: OptimizerState) -> OptimizerState:
-    """From names of parameters to their positions."""
+def by_index(state: OptimizerState) -> OptimizerState:
+    """A state that names its parameters, with their numbers instead."""
     names = [name for group in state["param_groups"] for name in group["params"]]
-    return _renamed(state, {name: position for position, name in enumerate(names)})
+    return _renamed(state, {name: index for index, name in enumerate(names)})
 
 
 def without_tensors(state: OptimizerState, index: int) -> tuple[OptimizerState, dict[str, Tensor]]:
-    """A state by name without its tensors, and those by the keys of optimizer `index` in shards."""
+    """The state of optimizer `index`, by name, without its tensors; and these by their keys in shards."""
     prefix = _prefix(index)
     tensors: dict[str, Tensor] = {}
     plain = {}
@@ -200,12 +179,12 @@ def filled(state: OptimizerState, tensors: Mapping[str, Tensor], index: int) -> 
 
 
 def parameter_of(key: str, index: int) -> str:
-    """The parameter's name in a key of optimizer `index`."""
+    """The parameter's name in a shard key of optimizer `index`."""
     return key.removeprefix(_prefix(index)).rpartition(".")[0]
 
 
 def state_keys(keys: Collection[str], index: int) -> list[str]:
-    """Those of optimizer `index`."""
+    """The shard keys of optimizer `index`."""
     return [key for key in keys if key.startswith(_prefix(index))]
 
 

@@ -29,11 +29,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedConfig
 
-from app.checkpoints.contents import CONTENT_FILE, refuse_weights_alone
+from app.checkpoints.contents import refuse_weights_alone
 from app.checkpoints.loop_counts import count_micro_batches
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer
 from app.checkpoints.states import Resumable, check_optimizer_settings, check_states
-from app.checkpoints.weights import HF_CONFIG_KEY, STATE_DICT, read_plain
+from app.checkpoints.weights import CONTENT_FILE, HF_CONFIG_KEY, STATE_DICT, read_plain
 from app.errors import CheckpointError
 from app.protocols import ResumableData
 

@@ -1,7 +1,8 @@
-"""Tensors of a torch.distributed.checkpoint directory, one at a time, in one process, its pickle not let loose."""
+"""Tensors in a directory of torch.distributed.checkpoint: read one by one, without running anything in its pickle."""
 
 from __future__ import annotations
 
+import math
 import pickle
 import textwrap
 import warnings
@@ -14,12 +15,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from app.errors import CheckpointError
 
-METADATA_FILE = ".metadata"  # written when all shards are
+METADATA_FILE = ".metadata"  # torch writes it after all shards
 
-_DESCRIPTIONS: dict[tuple[str, str], Any] = {
+_ALLOWED_NAMES: dict[tuple[str, str], Any] = {  # what the pickle may name; dtypes are allowed beside them
     **{
         (metadata.__name__, name): getattr(metadata, name)
         for name in (
@@ -36,21 +39,17 @@ _DESCRIPTIONS: dict[tuple[str, str], Any] = {
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    # Where the checkpoint was written, on whatever system: a name, never a place to open.
+    # The path that the checkpoint was written to, on whatever system; it is never opened.
     ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib._local", "PosixPath"): PurePosixPath,  # as Python 3.13 spells it
+    ("pathlib._local", "PosixPath"): PurePosixPath,  # the module's name in Python 3.13
 }
 
 
 class Shards:
-    """The tensors under a prefix; their parts are checked for being there, and read when asked for.
-
-    Args:
-        directory: What torch.distributed.checkpoint wrote.
-        prefix: Of the keys that are wanted; it is cut off their names.
+    """The tensors whose keys begin with `prefix`, which is cut off their names; `shapes` has shape and dtype of each.
 
     Raises:
-        CheckpointError: If a part is missing or a file truncated, or the metadata holds more than descriptions.
+        CheckpointError: A part is missing, a file is truncated, or the metadata is not just metadata.
     """
 
     def __init__(self, directory: Path, *, prefix: str) -> None:
@@ -64,71 +63,81 @@ class Shards:
                 self.shapes[key.removeprefix(prefix)] = entry.size, entry.properties.dtype
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, put together from its parts, in its own or another dtype.
-
-        Raises:
-            CheckpointError: If a part is damaged.
-        """
+        """One whole tensor, in its own dtype by default. Raises CheckpointError if a part is damaged."""
         shape, own_dtype = self.shapes[name]
         whole = torch.empty(shape, dtype=dtype or own_dtype)
         self.read_into({name: whole})
         return whole
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors by name; of a DTensor, this rank's part is read and nothing else. Ranks need not do it together.
+        """Fill tensors by name; of a DTensor, only this rank's part is read. Ranks need not call this together.
 
         Raises:
-            CheckpointError: If a part is damaged.
+            CheckpointError: A part is damaged.
         """
         wanted = {self._prefix + name: tensor.detach() for name, tensor in tensors.items()}
         try:
-            with warnings.catch_warnings(action="ignore"):  # that there is no process group, as is meant here
+            with warnings.catch_warnings(action="ignore"):  # torch warns that there is no process group
                 load(wanted, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:  # no subclass of Exception; it wraps whatever came out of the bytes
+        except CheckpointException as error:  # not a subclass of Exception
             reasons = [textwrap.shorten(str(reason), 200) for reason, _ in error.failures.values()]
             names = next(iter(tensors)) if len(tensors) == 1 else f"one of {len(tensors)} weights"
             raise CheckpointError(f"checkpoint {self._directory}: {names} is damaged ({'; '.join(reasons)})") from error
 
 
 class ShardReader(filesystem.FileSystemReader):
-    """torch's reader of shards, without its unguarded unpickling of the metadata.
-
-    Args:
-        path: The directory.
-        saved: What `read_metadata` found in it.
-    """
+    """torch's reader of shards, which here takes the metadata that `read_metadata` found and unpickles nothing."""
 
     def __init__(self, path: Path, saved: metadata.Metadata) -> None:
         super().__init__(path)
         self._saved = saved
 
+    @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        """What was read already."""
         return self._saved
 
 
-class _DescriptionsUnpickler(pickle.Unpickler):
-    """Makes torch's descriptions of shards and nothing else."""
+def copy_own_part(target: Tensor, whole: Tensor) -> None:
+    """Copy `whole` into `target`; into a DTensor, the part of `whole` that this rank holds of it.
 
+    Nothing is communicated, and of a tensor that is mapped from a file only this part is read.
+    """
+    if not isinstance(target, DTensor):
+        target.copy_(whole)
+        return
+    mesh = target.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    for mesh_dim in reversed(range(mesh.ndim)):  # FSDP2, the outer dimension, shards what tensor parallelism left.
+        placement = target.placements[mesh_dim]
+        if not placement.is_replicate():
+            dim = placement.dim  # type: ignore[attr-defined]
+            rows = math.ceil(whole.shape[dim] / mesh.size(mesh_dim))
+            start = min(coordinate[mesh_dim] * rows, whole.shape[dim])
+            whole = whole.narrow(dim, start, min(rows, whole.shape[dim] - start))
+    target.to_local().copy_(whole)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    @override
     def find_class(self, module: str, name: str) -> Any:
-        """Look a class up by its exact name; dotted names, which reach into a class, are in no table."""
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        if (module, name) not in _DESCRIPTIONS:
+        if (module, name) not in _ALLOWED_NAMES:  # nor is a dotted name, which would reach into a class
             raise pickle.UnpicklingError(f"{module}.{name} does not describe weights")
-        return _DESCRIPTIONS[module, name]
+        return _ALLOWED_NAMES[module, name]
 
 
 def read_metadata(file: Path) -> metadata.Metadata:
-    """The `.metadata` of torch.distributed.checkpoint, which is a pickle, without running what it may hold.
+    """The `.metadata` of torch.distributed.checkpoint, a pickle, of which only descriptions of tensors are accepted.
 
     Raises:
-        CheckpointError: If it is damaged, or holds more than descriptions of tensors and files.
+        CheckpointError: It is damaged, or names anything else.
     """
     try:
         with file.open("rb") as stream:
-            saved = _DescriptionsUnpickler(stream).load()
-    except Exception as error:  # anything can come out of damaged bytes
+            saved = _MetadataUnpickler(stream).load()
+    except Exception as error:  # damaged bytes can raise anything
         raise CheckpointError(
             f"{file}: damaged, or holds more than descriptions of weights ({textwrap.shorten(str(error), 300)})"
         ) from error
@@ -138,17 +147,17 @@ def read_metadata(file: Path) -> metadata.Metadata:
 
 
 def _check_parts(
-    path: Path, key: str, entry: metadata.TensorStorageMetadata, places: Mapping[metadata.MetadataIndex, Any]
+    path: Path, key: str, entry: metadata.TensorStorageMetadata, stored: Mapping[metadata.MetadataIndex, Any]
 ) -> None:
-    """All parts of the tensor are there, in files of this directory that are long enough."""
+    """Check that the parts of tensor `key` make a whole, in files of this directory that are long enough."""
     if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
         raise CheckpointError(f"checkpoint {path}: parts of {key} are missing")
     for chunk in entry.chunks:
-        place = places.get(metadata.MetadataIndex(key, chunk.offsets))
-        if place is None or Path(place.relative_path).name != place.relative_path:
+        part = stored.get(metadata.MetadataIndex(key, chunk.offsets))
+        if part is None or Path(part.relative_path).name != part.relative_path:
             raise CheckpointError(f"checkpoint {path}: a part of {key} is in no file of this directory")
-        shard = path / place.relative_path
-        if not shard.is_file() or shard.stat().st_size < place.offset + place.length:
+        file = path / part.relative_path
+        if not file.is_file() or file.stat().st_size < part.offset + part.length:
             raise CheckpointError(
-                f"checkpoint {path}: {place.relative_path} is missing or truncated; use an earlier one"
+                f"checkpoint {path}: {part.relative_path} is missing or truncated; use an earlier one"
             )

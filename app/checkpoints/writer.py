@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from app.checkpoints.atomic import flush_folder, partial_of, put_in_place
+from app.checkpoints.atomic import flush_folder, partial_path, publish
 from app.checkpoints.integrity import MANIFEST_FILE, Checksum, manifest
 from app.checkpoints.shards import METADATA_FILE
 from app.checkpoints.weights import CONTENT_FILE
@@ -30,18 +30,18 @@ class CheckpointWriter(FileSystemWriter):
         path: The checkpoint's name.
         content: Of CONTENT_FILE, from rank 0.
         step: Optimizer steps taken.
-        keep_previous: As for `put_in_place`.
+        keep_previous: As for `publish`.
     """
 
     def __init__(self, path: Path, *, content: memoryview, step: int, keep_previous: bool) -> None:
-        super().__init__(partial_of(path))
+        super().__init__(partial_path(path))
         self.fs = self._files = _ChecksummingFiles()
         self._target, self._content = path, content
         self._step, self._keep_previous = step, keep_previous
 
     def clear(self) -> None:
         """Remove what is left of an attempt that was killed or failed; before any rank writes."""
-        shutil.rmtree(partial_of(self._target), ignore_errors=True)
+        shutil.rmtree(partial_path(self._target), ignore_errors=True)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's shards; their checksums travel to rank 0 with the rest of the answer."""
@@ -54,7 +54,7 @@ class CheckpointWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0, once all shards are on the disk: what they are, what else there is, and the name."""
         super().finish(metadata, results)
-        folder = partial_of(self._target)
+        folder = partial_path(self._target)
         checksums = dict(self._files.checksums)
         checksums[METADATA_FILE] = checksums.pop(f"{METADATA_FILE}.tmp")  # torch renames it
         for written in results:
@@ -62,7 +62,7 @@ class CheckpointWriter(FileSystemWriter):
         checksums[CONTENT_FILE] = _write(folder / CONTENT_FILE, self._content)
         _write(folder / MANIFEST_FILE, manifest(self._step, checksums))
         flush_folder(folder)
-        put_in_place(self._target, keep_previous=self._keep_previous)
+        publish(self._target, keep_previous=self._keep_previous)
 
 
 class _Written(list[WriteResult]):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.checkpoints.atomic import standing
+from app.checkpoints.atomic import find_checkpoint
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.contents import read_whole
 from app.checkpoints.integrity import check_bytes
@@ -31,7 +31,7 @@ def consolidate(*, ckpt_path: str, output: str, overwrite: bool = False) -> None
         output: The file to make.
         overwrite: Replace the file if there is one.
     """
-    directory, target = standing(Path(ckpt_path)), Path(output)
+    directory, target = find_checkpoint(Path(ckpt_path)), Path(output)
     if not directory.is_dir():
         raise ConfigError("ckpt_path", got=ckpt_path, allowed="a checkpoint directory; a single file is whole already")
     if target.is_dir() or target.suffix != ".ckpt":

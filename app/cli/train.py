@@ -18,9 +18,9 @@ import datamodules  # noqa: F401  # its classes can then be named without their 
 from app.checkpoints.atomic import (
     checkpoint_folders,
     clear_leftovers,
-    kept_previous,
+    find_checkpoint,
+    previous_checkpoint,
     restore_interrupted,
-    standing,
 )
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.may_resume import check_before
@@ -168,7 +168,7 @@ class LayerSkipCLI(LightningCLI):
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             fall_back = self.config[self.config.subcommand]["fall_back_to_previous"]
-            plugins = [*plugins, AtomicCheckpointIO(fall_back=fall_back)]
+            plugins = [*plugins, AtomicCheckpointIO(use_previous=fall_back)]
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -213,7 +213,7 @@ class LayerSkipCLI(LightningCLI):
                 else:
                     restore_interrupted(folder)
         found = [path for folder in folders for path in folder.glob("last*.ckpt")]
-        kept = [path for folder in folders for path in folder.glob(kept_previous(folder / "last*.ckpt").name)]
+        kept = [path for folder in folders for path in folder.glob(previous_checkpoint(folder / "last*.ckpt").name)]
         if ckpt_path in (LAST, AUTO) and kept and not found:
             if not options["fall_back_to_previous"]:
                 raise CheckpointError(
@@ -247,7 +247,7 @@ class LayerSkipCLI(LightningCLI):
         if (ckpt_path := options.get("ckpt_path")) is None:
             given.check_names()
         elif not options["fall_back_to_previous"]:  # which one is taken is known when its bytes are compared
-            latest = _latest(found) if ckpt_path == LAST else standing(Path(ckpt_path))
+            latest = _latest(found) if ckpt_path == LAST else find_checkpoint(Path(ckpt_path))
             check_before(latest, given, fit=self.subcommand == "fit")
 
     def _plain_config(self) -> dict[str, Any]:
@@ -256,7 +256,9 @@ class LayerSkipCLI(LightningCLI):
 
 
 def _latest(paths: Sequence[Path]) -> Path:
-    return max(map(standing, paths), key=lambda path: path.stat().st_mtime)  # one may be replaced by a run right now
+    return max(
+        map(find_checkpoint, paths), key=lambda path: path.stat().st_mtime
+    )  # one may be replaced by a run right now
 
 
 def make_cli(kind: Callable[..., LayerSkipCLI]) -> LayerSkipCLI:

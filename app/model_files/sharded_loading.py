@@ -6,17 +6,16 @@ parts. So a rank needs its shards and one tensor, and nothing goes over the netw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from app.checkpoints.integrity import check_bytes
+from app.checkpoints.shards import copy_own_part
 from app.checkpoints.weights import is_trained_weights, open_shards, open_trained_weights
 from app.errors import CheckpointError, ConfigError
 from app.model_files.sources import open_source
@@ -58,7 +57,7 @@ def fill_at_random(model: PreTrainedModel, device: torch.device, *, seed: int) -
                 parameter = sharded[name]
                 if parameter not in filled:  # of tied ones the first counts
                     filled.add(parameter)
-                    _keep_part(parameter, whole)
+                    copy_own_part(parameter, whole)
 
 
 def _as_built(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
@@ -106,7 +105,7 @@ def fill_from(model: PreTrainedModel, device: torch.device, path: str, *, field:
     weights = dict(stored.named_parameters())
     _check_complete(path, parameters, weights)
     for name, parameter in parameters.items():
-        _keep_part(parameter, weights[name])
+        copy_own_part(parameter, weights[name])
 
 
 def _check_complete(path: str, wanted: Iterable[str], there: Container[str]) -> None:
@@ -144,28 +143,6 @@ def _draw(module: nn.Module, initialise: Callable[[], object]) -> dict[str, Tens
     finally:
         for name, parameter in sharded.items():
             setattr(module, name, parameter)
-
-
-def _keep_part(parameter: Tensor, whole: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        parameter.to_local().copy_(own_part(parameter, whole))
-    else:
-        parameter.copy_(whole)
-
-
-def own_part(parameter: DTensor, whole: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that is to be spread as `parameter` is; a view."""
-    mesh = parameter.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    for mesh_dim in reversed(range(mesh.ndim)):  # FSDP2, the outer dimension, shards what tensor parallelism left
-        placement = parameter.placements[mesh_dim]
-        if not placement.is_replicate():
-            dim = placement.dim  # type: ignore[attr-defined]
-            rows = math.ceil(whole.shape[dim] / mesh.size(mesh_dim))
-            start = min(coordinate[mesh_dim] * rows, whole.shape[dim])
-            whole = whole.narrow(dim, start, min(rows, whole.shape[dim] - start))
-    return whole
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:

@@ -32,7 +32,7 @@ def draw_for(
     """
     trainer = module.trainer
     ranks, largest = data_ranks(trainer), batch_size
-    if ranks.size > 1 and (watched or (any(rates) and module.device_mesh is not None)):
+    if ranks.num_replicas > 1 and (watched or (any(rates) and module.device_mesh is not None)):
         everyones = torch.tensor(batch_size, device=module.device)
         dist.all_reduce(everyones, op=dist.ReduceOp.MAX)
         largest = int(everyones)
@@ -44,7 +44,7 @@ def draw_for(
         batch_size=batch_size,
         seed=seed,
         step=trainer.global_step,
-        micro_batch=micro_step * ranks.size + ranks.rank,
+        micro_batch=micro_step * ranks.num_replicas + ranks.rank,
         largest_batch=largest,
     )
 

@@ -76,7 +76,9 @@ class TokenMeanStep:
             self._grad_norm = norm * factor
             weighted = sum(exit_weights[layer] * value for layer, value in totals.exit_losses.items())
             module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
-            own_share = data_ranks(trainer).size / trainer.world_size  # tensor-parallel ranks count the same rows
+            own_share = (
+                data_ranks(trainer).num_replicas / trainer.world_size
+            )  # tensor-parallel ranks count the same rows
             module.log(metric_names.TRAIN_LABEL_TOKENS, totals.num_label_tokens * own_share)
             for exit_layer, value in totals.exit_losses.items():
                 module.log(metric_names.train_exit_loss(exit_layer), value)

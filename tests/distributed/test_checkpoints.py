@@ -72,7 +72,7 @@ def fit(
         strategy=strategy,
         gradient_clip_val=0.5,
         accumulate_grad_batches=2 // ranks,
-        plugins=[AtomicCheckpointIO(fall_back=fall_back)],
+        plugins=[AtomicCheckpointIO(use_previous=fall_back)],
     )
     module = make_module(lr_schedule="constant", warmup_steps=4, **model)
     trainer.fit(module, datamodule=make_data(root, num_lanes=2), ckpt_path=resume and str(root / resume / "last.ckpt"))
@@ -309,7 +309,7 @@ def test_the_one_before_is_named_and_taken_if_that_is_allowed(runs, root, tmp_pa
     copy = damaged_copy(root / "mesh" / "last.ckpt", tmp_path, "__1_0.distcp")
     with pytest.raises(CheckpointError, match=r"before_last.ckpt \(--fall_back_to_previous true takes it\)"):
         AtomicCheckpointIO().load_checkpoint(copy)
-    assert AtomicCheckpointIO(fall_back=True).load_checkpoint(copy)["global_step"] == HALF
+    assert AtomicCheckpointIO(use_previous=True).load_checkpoint(copy)["global_step"] == HALF
     assert f"{STEPS - HALF} steps are lost, training goes on after step {HALF}" in caplog.text
 
 
@@ -375,7 +375,8 @@ def go_on(root):
 def test_ranks_killed_while_they_write_leave_the_checkpoint_before(runs, root):
     with pytest.raises(pytest.fail.Exception, match="crashed"):
         run_ranks(die_in_the_second_save, root)
-    assert sorted(path.name for path in (root / "killed").iterdir()) == [".last.ckpt.partial", "last.ckpt"]
+    left = [".fit.lock", ".last.ckpt.partial", "last.ckpt"]
+    assert sorted(path.name for path in (root / "killed").iterdir()) == left
     assert list((root / "killed" / ".last.ckpt.partial").glob("*.distcp"))  # it was in the middle
     for losses, of_rank in zip(run_ranks(go_on, root), runs, strict=True):
         assert losses == second_half(of_rank["mesh"])

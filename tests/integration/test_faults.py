@@ -243,7 +243,7 @@ def test_a_file_that_no_run_can_go_on_from_ends_in_one_message(run, tmp_path, mo
 
 def fit_on(root, *, until, resume=None):
     saver = LastCheckpoint(dirpath=str(root / "kept"), every_n_train_steps=1, keep_previous=True)
-    trainer = make_trainer(root, max_steps=until, callbacks=[saver], plugins=[AtomicCheckpointIO(fall_back=True)])
+    trainer = make_trainer(root, max_steps=until, callbacks=[saver], plugins=[AtomicCheckpointIO(use_previous=True)])
     trainer.fit(make_module(), datamodule=make_data(root), ckpt_path=resume)
 
 

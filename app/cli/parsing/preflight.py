@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
-from app.checkpoints.atomic import kept_previous, standing
+from app.checkpoints.atomic import find_checkpoint, previous_checkpoint
 from app.cli.parsing.included_configs import with_included
 from app.cli.parsing.parser_messages import one_line
 from app.errors import ConfigError, UserError
@@ -67,10 +67,10 @@ def check_checkpoint_path(path: str, *, fall_back: bool) -> None:
     Raises:
         ConfigError: Naming the one before it, if that was kept.
     """
-    if path in (LAST, AUTO) or (path and standing(Path(path)).exists()):
+    if path in (LAST, AUTO) or (path and find_checkpoint(Path(path)).exists()):
         return
     fix = ""
-    if path and (kept := kept_previous(Path(path))).exists():
+    if path and (kept := previous_checkpoint(Path(path))).exists():
         if fall_back:
             return
         fix = f"the one before it is {kept} ({FALL_BACK} takes it)"

@@ -1,4 +1,4 @@
-"""At every moment a whole checkpoint stands, under its name or where `standing` finds it."""
+"""At every moment a whole checkpoint stands, under its name or where `find_checkpoint` finds it."""
 
 import os
 import shutil
@@ -12,13 +12,13 @@ import torch.multiprocessing as mp
 from app.checkpoints import atomic as checkpoint_places
 from app.checkpoints.atomic import (
     clear_leftovers,
-    go_on_from,
-    kept_previous,
-    partial_of,
-    put_in_place,
+    find_checkpoint,
+    note_resumed_from,
+    partial_path,
+    previous_checkpoint,
+    publish,
     remove,
     restore_interrupted,
-    standing,
 )
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 
@@ -51,7 +51,7 @@ def replace(path, *, directory, keep_previous, kill_at):
 
     for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (os, "fsync")):
         setattr(owner, name, counted(getattr(owner, name)))
-    put_in_place(path, keep_previous=keep_previous)
+    publish(path, keep_previous=keep_previous)
     os._exit(0)
 
 
@@ -65,19 +65,19 @@ def test_killed_at_any_moment_of_the_replacement_the_old_or_the_new_one_stands(t
         folder.mkdir()
         path = folder / "last.ckpt"
         write(path, "old", directory=directory)
-        write(partial_of(path), "new", directory=directory)
+        write(partial_path(path), "new", directory=directory)
         settings = {"directory": directory, "keep_previous": keep_previous, "kill_at": kill_at}
         child = mp.get_context("fork").Process(target=replace, args=(path,), kwargs=settings)
         child.start()
         child.join(timeout=20)
-        found = read(standing(path))
+        found = read(find_checkpoint(path))
         assert found in ("old", "new")
         seen += [found, "all"] if child.exitcode == 0 else [found]
         clear_leftovers(folder)
         assert read(path) == found
         assert {entry.name for entry in folder.iterdir()} <= {"last.ckpt", "before_last.ckpt"}
     assert read(path) == "new"
-    assert kept_previous(path).exists() == keep_previous
+    assert previous_checkpoint(path).exists() == keep_previous
     assert seen[0] == "old"
 
 
@@ -101,19 +101,19 @@ def test_half_removed_it_is_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_places, "_delete", interrupted)
     with pytest.raises(KeyboardInterrupt):
         remove(tmp_path / "last.ckpt")
-    assert not standing(tmp_path / "last.ckpt").exists()
+    assert not find_checkpoint(tmp_path / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("directory", [False, True])
 def test_the_one_a_run_came_from_is_kept_until_another_whole_one_stands(tmp_path, directory):
     path = tmp_path / "last.ckpt"
-    write(kept_previous(path), "good", directory=directory)
+    write(previous_checkpoint(path), "good", directory=directory)
     write(path, "damaged", directory=directory)
-    go_on_from(kept_previous(path))
+    note_resumed_from(previous_checkpoint(path))
     for name, before in (("first", "good"), ("second", "first")):
-        write(partial_of(path), name, directory=directory)
-        put_in_place(path, keep_previous=True)
-        assert (read(path), read(kept_previous(path))) == (name, before)
+        write(partial_path(path), name, directory=directory)
+        publish(path, keep_previous=True)
+        assert (read(path), read(previous_checkpoint(path))) == (name, before)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["before_last.ckpt", "last.ckpt"]
 
 
@@ -140,7 +140,7 @@ def test_killed_within_a_single_file_the_one_before_stands(tmp_path):
     child.start()
     child.join(timeout=20)
     assert child.exitcode == -signal.SIGKILL
-    assert partial_of(path).stat().st_size > 1000
+    assert partial_path(path).stat().st_size > 1000
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["w"], torch.ones(1000))
     AtomicCheckpointIO().save_checkpoint(content(torch.zeros(1)), path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]

@@ -1,1 +1,1 @@
-"""Hugging Face decoders made droppable, tappable and runnable in spans."""
+"""Hugging Face decoders whose blocks can be dropped and split over ranks, and whose exits can be tapped."""

@@ -1,4 +1,4 @@
-"""Subclasses made of a mixin and the class of an object, which then becomes one of them, as FSDP2 does it."""
+"""Gives an object's class a mixin, as FSDP2 does. Tested by tests/unit/model/test_early_exit.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _MIXED: dict[tuple[type, type], type] = {}
 
 
 def swap_class(module: nn.Module, mixin: type) -> None:
-    """Put a mixin before the class of a module, in place; modules of one class get one class."""
+    """Turn the module into an instance of a class made of `mixin` and its class, in place."""
     base = type(module)
     if (mixin, base) not in _MIXED:
         _MIXED[mixin, base] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": base.__module__})

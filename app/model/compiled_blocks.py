@@ -1,4 +1,4 @@
-"""Each block's arithmetic compiled by itself: which samples enter it, and whether any, stays outside."""
+"""Compiles the arithmetic of each block, and leaves the choice of samples that enter it outside."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ from app.model.tensor_parallel import SplitInside
 
 
 def compile_blocks(model: PreTrainedModel, *, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile what blocks do in training, lazily; blocks are alike, so that one compilation serves them all.
+    """Compile what the blocks of an `EarlyExitModel` do in training, at their first use.
 
-    The number of samples is symbolic, so other masks need no other code, but for a single sample. The whole model would
-    be compiled anew for each pattern of skipped blocks.
-
-    Args:
-        model: Whose blocks are droppable (`EarlyExitModel`).
-        backend: Of torch.compile.
+    Blocks are alike, so one compilation serves all of them. The number of samples is symbolic, so it also serves every
+    mask, except one that keeps a single sample. A compiled whole model would need new code for each pattern of skipped
+    blocks.
 
     Raises:
         ConfigError: The blocks are split by tensor parallelism.
@@ -38,7 +35,7 @@ def compile_blocks(model: PreTrainedModel, *, backend: str | Callable[..., Any] 
 
 
 def _for_any_batch(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Symbolic from the first call on; not all else, as `dynamic=True` would have it: its symbols take minutes."""
+    """Make only the number of samples symbolic: with `dynamic=True` a compilation takes minutes."""
 
     def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for value in tree_leaves((hidden_states, args, kwargs)):

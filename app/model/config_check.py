@@ -1,4 +1,7 @@
-"""Whether a configuration describes a model that can be built and run, told without its memory."""
+"""Checks from a configuration alone that its model can be built and run, and that its head only multiplies.
+
+Tested by tests/contract/test_command_line.py, and the table of heads by tests/unit/spans/test_architectures.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-_NUMBERS = {  # of transformers' models, wherever they stand in a configuration: a model of others computes nothing
+_NUMBERS = {  # at any depth of a configuration; models outside these ranges compute nothing of use
     "attention_dropout": (0.0, 1.0),
     "rms_norm_eps": (0.0, 0.1),
     "rope_theta": (1.0, 1e15),
@@ -30,13 +33,22 @@ _NUMBERS = {  # of transformers' models, wherever they stand in a configuration:
 }
 _TABLES: Mapping[str, Any] = {"hidden_act": ACT2FN, "rope_type": {"default": None, **ROPE_INIT_FUNCTIONS}}
 
+# Settings that a model's forward applies at its head, for all causal LMs in transformers 5.23, and the values with
+# which they do nothing. A test compares this table with transformers' source.
+_POST_PROCESSING: dict[str, tuple[float | None, ...]] = {
+    "final_logit_softcapping": (None,),
+    "logits_soft_cap": (None,),
+    "output_logit_soft_cap": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "lm_head_multiplier": (None, 1.0),
+    "logits_mup_width_multiplier": (None, 1.0),
+    "unpadded_vocab_size": (None,),
+}
+
 
 def check_sizes(config: PreTrainedConfig) -> None:
-    """Refuse numbers of blocks, heads, features, tokens or positions, windows and rates that no model can have.
-
-    Raises:
-        ConfigError: Naming the first.
-    """
+    """Raise ConfigError for the first size, window or rate that no model can have."""
     check_range("num_hidden_layers", config.num_hidden_layers, low=1, high=_MOST_BLOCKS)
     for name in _SIZES:
         if isinstance(size := getattr(config, name, None), int):
@@ -54,12 +66,24 @@ def check_sizes(config: PreTrainedConfig) -> None:
         raise ConfigError("num_key_value_heads", got=groups, allowed=f"a divisor of num_attention_heads {heads}")
 
 
+def check_plain_head(config: PreTrainedConfig, *, field: str) -> None:
+    """Raise ConfigError if the logits are not hidden @ weight.T, as the loss and the decoder here compute them."""
+    text = config.get_text_config()
+    active = [
+        f"{name} {getattr(text, name)}"
+        for name, neutral in _POST_PROCESSING.items()
+        if getattr(text, name, None) not in neutral
+    ]
+    if active:
+        got = f"{config.model_type} with {', '.join(active)}"
+        raise ConfigError(field, got=got, allowed="a model whose logits are those of a plain linear LM head")
+
+
 @contextmanager
 def refused_as_config(config: PreTrainedConfig) -> Iterator[None]:
-    """Say what transformers and torch raise at settings they cannot work with as the configuration's fault.
+    """Turn whatever transformers and torch raise while they build a model into a ConfigError.
 
-    Raises:
-        ConfigError: Naming the setting where the error is that a table lacks its value.
+    The error names the setting where a table of transformers lacks its value.
     """
     try:
         yield
@@ -74,33 +98,29 @@ def refused_as_config(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def build_without_memory(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM on the meta device.
-
-    Raises:
-        ConfigError: If transformers cannot build it.
-    """
+    """Build a causal LM on the meta device, or raise ConfigError."""
     with refused_as_config(config), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
 
 
 def check_runs(config: PreTrainedConfig) -> int:
-    """Build the model without memory and let it see two tokens: shapes that do not fit each other show.
+    """Run a model without memory on two tokens, which shows shapes that do not fit each other.
 
     Returns:
         The number of its weights.
 
     Raises:
-        ConfigError: It cannot be built or run.
+        ConfigError: The model cannot be built or run.
     """
-    model = build_without_memory(config, dtype=torch.bfloat16).train()  # the products of experts know no other here
+    model = build_without_memory(config, dtype=torch.bfloat16).train()  # experts' products have only this dtype here
     tokens_BT = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")  # transformers makes one by looking at values
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")  # transformers would look at values to make one
     with refused_as_config(config), torch.no_grad():
         try:
             model(input_ids=tokens_BT, position_ids=tokens_BT, attention_mask=mask, use_cache=False)
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
-                raise  # otherwise what it does depends on values, which tells nothing of shapes
+                raise  # a forward that depends on values fails on the meta device, whatever its shapes
     return sum(parameter.numel() for parameter in model.parameters())
 
 

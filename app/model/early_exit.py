@@ -1,7 +1,7 @@
-"""A Hugging Face decoder whose blocks can be dropped per sample and whose exits can be tapped.
+"""Drops blocks of a Hugging Face decoder per sample, and taps its exits.
 
-The modelling code and the state-dict keys stay untouched: the classes of the decoder blocks and of the LM head
-are swapped for subclasses, the way FSDP2 swaps classes. In evaluation the model computes what it always did.
+The modelling code and the state-dict keys stay untouched: decoder blocks and LM head get subclasses of their classes,
+the way FSDP2 swaps classes. In evaluation the model computes what it did before.
 
 Shape legend: `E` exits, `B` sequences, `T` tokens, `D` model width, `V` vocabulary, `K` kept samples.
 """
@@ -20,27 +20,27 @@ from transformers import PreTrainedModel
 
 from app.errors import ConfigError
 from app.model.class_swap import swap_class
+from app.model.config_check import check_plain_head
 from app.model.cpu.attention import fast_attention
-from app.model.head_check import check_plain_head
 from app.model.head_loss import WeightedCrossEntropy, cross_entropies
 
 
 @dataclass
 class ForwardPlan:
-    """What the next forward does; one object shared by all blocks of a model, set before the forward."""
+    """What the next forward does; all blocks of a model share one plan."""
 
-    kept: Sequence[Tensor] | None = None  # for each block the kept samples [K]; None: keep all
-    scales: Sequence[float] = ()  # factor on each block's kept residual
-    entered: frozenset[int] = frozenset()  # blocks that run even if this rank keeps no sample
+    kept: Sequence[Tensor] | None = None  # for each block the kept samples [K]; None keeps all
+    scales: Sequence[float] = ()  # for each block the factor on its kept residual
+    entered: frozenset[int] = frozenset()  # blocks that run even where this rank keeps no sample
     exit_layers: frozenset[int] = frozenset()
     taps: dict[int, Tensor] = field(default_factory=dict)  # exit_layer -> pre-norm hidden states [B, T, D]
 
 
 class _Skip(torch.autograd.Function):
-    """Identity on the hidden states that gives what has no effect on them the gradient it has: zero.
+    """Identity on the hidden states that gives unused tensors the gradient zero.
 
-    Without it a block dropped by a whole batch would leave its parameters' gradients unset: DDP would wait for them,
-    and an optimizer would treat the step differently from one whose gradient is zero.
+    Without it a block that the whole batch skips would leave its parameters' gradients unset. DDP would wait for them,
+    and an optimizer treats an unset gradient differently from zero.
     """
 
     @staticmethod
@@ -59,14 +59,14 @@ class _Skip(torch.autograd.Function):
 
 
 class DroppableBlock(nn.Module):
-    """Mixin over a decoder block: x_{l+1} = x_l + M f_l(x_l) per sample (arXiv 2404.16710 section 4.1.1)."""
+    """Mixin over a decoder block that drops samples: x_{l+1} = x_l + M f_l(x_l) (arXiv 2404.16710 section 4.1.1)."""
 
     plan: ForwardPlan
     block_idx: int
     compiled: Callable[..., Tensor] | None = None  # for training (app.model.compiled_blocks)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Skip before the hooks of FSDP when nobody goes through, and tap the state that leaves the block."""
+        """Skip the block and FSDP's hooks where no rank keeps a sample, and tap the state that leaves the block."""
         kept = self.plan.kept if self.training else None
         if kept is not None and kept[self.block_idx].numel() == 0 and self.block_idx not in self.plan.entered:
             out: Tensor = _Skip.apply(hidden_states, *self.parameters())  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ class DroppableBlock(nn.Module):
         return out
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block on the kept samples alone, [B, T, D] -> [B, T, D]; the others pass by unchanged."""
+        """Run the block on the kept samples [B, T, D] and pass the others through unchanged."""
         run: Callable[..., Tensor] = super().forward
         if self.training:
             run = self.compiled or fast_attention(run, hidden_states)
@@ -85,8 +85,8 @@ class DroppableBlock(nn.Module):
             return run(hidden_states, *args, **kwargs)
         kept, scale = self.plan.kept[self.block_idx], self.plan.scales[self.block_idx]
         batch_size = hidden_states.shape[0]
-        if needless := kept.numel() == 0:  # other ranks need the block, and all gather its weights together
-            kept = kept.new_zeros(1)  # a block cannot run on nothing
+        if needless := kept.numel() == 0:  # all ranks gather a block's weights together, and another rank needs it
+            kept = kept.new_zeros(1)  # a block cannot run on an empty batch
 
         def pick(value: Any) -> Any:  # masks, position ids and rotary tables follow their samples
             per_sample = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch_size
@@ -111,13 +111,13 @@ class LossHead(nn.Linear):
     def forward(
         self, hidden: Tensor | Sequence[Tensor], labels: Tensor | None = None, weights: Sequence[float] | None = None
     ) -> Any:
-        """Normed hidden states [..., D] -> logits [..., V].
+        """Turn normed hidden states [..., D] into logits [..., V], or with labels [...] into cross entropies [...].
 
-        With labels [...] -> cross entropies [...], without gradient. With the hidden states of several exits and their
-        weights -> the weighted sum of their cross entropies, and these [E, ...].
+        The cross entropies have no gradient. Given several exits' hidden states and their weights, the result is the
+        weighted sum of the exits' cross entropies, which has one, and the cross entropies [E, ...].
         """
         if labels is None:
-            return super().forward(hidden)  # type: ignore[arg-type]  # a single exit's
+            return super().forward(hidden)  # type: ignore[arg-type]
         exits = [hidden] if isinstance(hidden, Tensor) else hidden
         rows, weight = [each.flatten(0, -2) for each in exits], self.weight
         dtype, device = rows[0].dtype, labels.device
@@ -136,22 +136,17 @@ class LossHead(nn.Linear):
 
 
 class EarlyExitModel:
-    """Drives a decoder with layer dropout and exits; swaps the classes of `model`'s blocks and head in place.
-
-    Args:
-        model: Any Llama-shaped causal LM of transformers: `get_decoder()` has `layers` and `norm`, `lm_head` is
-            linear.
+    """Drives a Llama-shaped causal LM with layer dropout and exits; swaps classes of its blocks and head in place.
 
     Raises:
-        ConfigError: If the architecture is not of that shape or its head post-processes logits.
+        ConfigError: The decoder lacks `layers` or `norm`, or the LM head is not linear or changes its logits.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         decoder, head, config = model.get_decoder(), model.get_output_embeddings(), model.config
         if not (isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "norm")):
-            raise ConfigError(
-                "model", got=config.model_type, allowed="a decoder with `layers` and `norm`, such as llama"
-            )
+            allowed = "a decoder with `layers` and `norm`, such as llama"
+            raise ConfigError("model", got=config.model_type, allowed=allowed)
         check_plain_head(config, field="model")
         if type(head) not in (nn.Linear, LossHead):
             got = f"{config.model_type} with {type(head).__name__}"
@@ -178,7 +173,7 @@ class EarlyExitModel:
         entered: Iterable[int] = (),
         positions: Tensor | None = None,
     ) -> dict[int, Tensor]:
-        """Hidden states after the final norm, [B, T, D], at each exit (blocks run, 1..num_layers).
+        """Hidden states [B, T, D] after the final norm at each exit layer in 1..num_layers.
 
         Args:
             input_ids: [B, T].
@@ -186,38 +181,38 @@ class EarlyExitModel:
             exit_layers: Exits wanted.
             kept: For each block the samples that go through it, on the device of the model; None keeps all.
             scales: For each block the factor on its kept residual; needed with `kept`.
-            entered: Blocks to enter even if no sample is kept, for ranks that share weights and keep some.
-            positions: Which of the B * T positions are wanted, [N]: then [N, D] is returned.
+            entered: Blocks that run even if no sample is kept, since ranks that share their weights keep some.
+            positions: Indices [N] of those among the B * T positions that are wanted; the result is then [N, D].
         """
         wanted = set(exit_layers)
         plan = self._plan
         plan.kept, plan.scales, plan.entered = kept, scales, frozenset(entered)
         plan.exit_layers = frozenset(wanted - {self.num_layers})
         try:
-            # use_cache=False and no mask: otherwise transformers would not see the documents in position_ids.
+            # Only without cache and mask does transformers see the documents in position_ids.
             out = self._decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
             hidden = {layer: self._decoder.norm(_pick(tap, positions)) for layer, tap in plan.taps.items()}
         finally:
             plan.exit_layers, plan.taps = frozenset(), {}
-            # `kept` stays until the next forward: activation checkpointing reads it again in the backward.
+            # `kept` stays, since activation checkpointing reads it again in the backward.
         if self.num_layers in wanted:
             hidden[self.num_layers] = _pick(out.last_hidden_state, positions)  # already normed: never norm twice
         return hidden
 
     def token_losses(self, normed: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropies [...] in nats of normed hidden states [..., D], 0 where the label is ignored; no gradient."""
+        """Cross entropies [...] in nats of normed hidden states [..., D]; 0 where the label is -100, no gradient."""
         losses: Tensor = self._head(normed, labels)
         return losses
 
     def weighted_losses(
         self, normed: Sequence[Tensor], labels: Tensor, weights: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
-        """Of each exit's states [..., D]: the sum of `weights` times token_losses, with gradient; these [E, ...]."""
+        """Sum of `weights` times the token losses of each exit's normed states, with gradient; the losses [E, ...]."""
         total, losses = self._head(normed, labels, weights)
         return total, losses
 
     def head(self, normed: Tensor) -> Tensor:
-        """LM head alone: normed hidden states [..., D] -> logits [..., V]."""
+        """Normed hidden states [..., D] -> logits [..., V]."""
         logits: Tensor = self._head(normed)
         return logits
 

@@ -1,4 +1,4 @@
-"""Numbers that a conversion of the model to bfloat16 must leave alone: rotary frequencies, sums of losses.
+"""Keeps numbers exact when a model is converted to bfloat16: rotary frequencies, sums of losses.
 
 A rounded frequency would turn far positions by whole radians, and a rounded sum would stop growing.
 """
@@ -15,7 +15,7 @@ Conversion = Callable[[Tensor], Tensor]  # what nn.Module._apply takes
 
 
 def moving_only(fn: Conversion) -> Conversion:
-    """The same to where, but not to which type."""
+    """A conversion that moves tensors to the device to which `fn` moves them, and keeps their dtype."""
 
     def move(tensor: Tensor) -> Tensor:
         return fn(tensor) if tensor.is_meta else tensor.to(fn(tensor.new_empty(0)).device)
@@ -24,7 +24,7 @@ def moving_only(fn: Conversion) -> Conversion:
 
 
 class ExactTables(nn.Module):
-    """Mixin over a module with buffers and no parameters: they are moved, but keep their type."""
+    """Mixin over a module that has buffers and no parameters: its buffers can be moved, and keep their dtype."""
 
     def _apply(self, fn: Conversion, recurse: bool = True) -> nn.Module:
         super()._apply(moving_only(fn), recurse)  # type: ignore[no-untyped-call]
@@ -32,7 +32,7 @@ class ExactTables(nn.Module):
 
 
 def keep_tables_exact(model: nn.Module) -> None:
-    """Let `model.to(dtype)` pass over the modules in it that hold nothing but tables."""
+    """Make every module that holds only buffers keep their dtype in `model.to(dtype)`."""
     for module in model.modules():
         tables, weights = (list(own(recurse=False)) for own in (module.buffers, module.parameters))
         if tables and not weights and not isinstance(module, ExactTables):

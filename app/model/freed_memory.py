@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system."""
+"""Returns freed memory to the system. Tested by the peaks in tests/unit/export/test_directory.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import ctypes
 
 
 def give_back_freed() -> None:
-    """Tell glibc to give back what was freed: pieces between those in use would count as this process's for ever."""
+    """Make glibc return freed pages, which otherwise count as this process's as long as a neighbour is in use."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none, and need none
         trim(0)

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head in chunks: the logits are never there all at once, and are computed once.
+"""Computes the cross entropy of a linear head in chunks, so that the whole logits are never in memory.
 
 Shape legend: `E` exits, `N` positions (of all, or of a chunk), `D` model width, `V` vocabulary.
 """
@@ -17,17 +17,17 @@ _ADDED_ROWS = 1024  # of the head's gradient at a time
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross entropies. Its gradients are computed with it, while a chunk's logits are there anyway.
+    """Weighted sum of cross entropies, whose gradients the forward computes while a chunk's logits are in memory.
 
-    Until the backward it keeps the gradients of the hidden states and of the head, which the backward would need first
-    thing; both are consumed by it, so that there is one backward only.
+    It keeps the gradients of the hidden states and of the head. The backward scales them in place, so there can be
+    only one.
     """
 
     @staticmethod
     def forward(
         ctx: Any, weight_VD: Tensor, labels_N: Tensor, weights: Sequence[float], dtype: torch.dtype, *hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Of each exit's hidden states [N, D]: the weighted sum of cross entropies; these [E, N], without gradient."""
+        """Weighted sum of the cross entropies of each exit's hidden states [N, D], and the cross entropies [E, N]."""
         losses_EN, *gradients = cross_entropies(
             hidden, weight_VD, labels_N, dtype=dtype, weights=weights, frozen_head=not ctx.needs_input_grad[0]
         )
@@ -37,7 +37,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward left."""
+        """Scale the gradients that the forward kept."""
         grad, _ = grads
         scaled = [gradient.mul_(grad) for gradient in ctx.saved_tensors]
         grad_weight_VD = scaled.pop() if ctx.needs_input_grad[0] else None
@@ -54,21 +54,21 @@ def cross_entropies(
     weights: Sequence[float] | None = None,
     frozen_head: bool = False,
 ) -> list[Tensor]:
-    """Cross entropies [E, N] in nats, 0 where the label is ignored; with `weights` also the gradients of their sum.
+    """Cross entropies [E, N] in nats; with `weights` also the gradients of their weighted sum.
 
     Args:
         hidden: Normed hidden states [N, D] of each exit.
-        weight_VD: Of the head.
-        labels_N: Classes, or -100 for none; the same for all exits.
-        dtype: Of the products; everything else is float32 (float64 for float64).
-        weights: Of each exit in the sum whose gradients are wanted: to each of `hidden`, then to weight_VD.
-        frozen_head: No gradient to weight_VD.
+        weight_VD: Weight of the head.
+        labels_N: Classes, the same for all exits; -100 gives a cross entropy of 0.
+        dtype: Type of the products; all else is float32, or float64 for float64.
+        weights: Weight of each exit; the gradients with respect to each of `hidden` and then to `weight_VD` follow.
+        frozen_head: Leaves out the gradient with respect to `weight_VD`.
     """
     exact, device = torch.promote_types(dtype, torch.float32), labels_N.device
     head_VD, targets_N1 = weight_VD.to(dtype), labels_N.clamp(min=0)[:, None]
     counted_N = (labels_N != _IGNORE_INDEX).to(exact)
     num_rows, (vocabulary, width) = len(labels_N), weight_VD.shape
-    # As many rows as the weight's gradient has columns: then adding to it costs less than multiplying.
+    # With as many rows as the weight's gradient has columns, adding to it costs less than multiplying.
     chunk = max(1, min(num_rows, max(width, _MIN_LOGITS // vocabulary), _MAX_LOGITS // vocabulary))
     logits_buffer, shares_buffer = torch.empty(2, chunk, vocabulary, dtype=exact, device=device)
     mixed = dtype != exact
@@ -108,7 +108,7 @@ def cross_entropies(
 
 
 def _add(total_VD: Tensor, product_VD: Tensor) -> None:
-    """Add in slices: torch turns the whole of a bfloat16 product into float32 first, in memory paged in anew."""
+    """Add in slices, since torch first copies the whole of a bfloat16 product to float32."""
     slices = zip(torch.split(total_VD, _ADDED_ROWS), torch.split(product_VD, _ADDED_ROWS), strict=True)
     for total, product in slices:
         total.add_(product)

@@ -1,23 +1,18 @@
-"""Weights spread over ranks by FSDP2 and tensor parallelism: shard a training module, and gather the whole once.
+"""Spreads the weights of a training module over ranks by FSDP2 and tensor parallelism, and gathers them.
 
-Legend of a mesh: `replicate` copies of the sharded model (HSDP), `data_parallel` shards, `tensor_parallel` parts of a
-block.
+Dimensions of a mesh: `replicate` copies of the sharded model (HSDP), `data_parallel` shards, `tensor_parallel` parts
+of a block. Tested by tests/distributed/test_sharding.py and test_tensor_parallel.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -30,13 +25,18 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 def parallelize(
     module: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None = None
 ) -> None:
-    """Spread a model over a mesh in place, with or without memory: split its blocks, then shard what is left.
+    """Split the blocks of a model over a mesh, then shard all parameters, in place; the model may have no memory yet.
+
+    A block is gathered when it runs, all other parameters for a whole step. FSDP's root is the module whose methods
+    are the steps, not the model in it: a step calls parts of the model, and only what runs inside the root's forward
+    finds the embedding, the final norm and the head gathered.
 
     Args:
-        module: Lightning's, with the model in it.
+        module: The LightningModule that holds the model.
         model: A Llama-shaped causal LM.
-        mesh: With the dimensions `data_parallel`, `tensor_parallel` and, if wanted, `replicate`.
-        compute_dtype: As for `shard`.
+        mesh: A mesh with the dimension `data_parallel`, and maybe `tensor_parallel` and `replicate`.
+        compute_dtype: Type that parameters are gathered and computed in; shards keep theirs, and gradients are summed
+            over ranks in float32. None computes in the type of the shards.
 
     Raises:
         ConfigError: The blocks cannot be split over that many tensor-parallel ranks.
@@ -46,49 +46,26 @@ def parallelize(
         split(model, mesh[TENSOR_PARALLEL])
     replicated = REPLICATE in names and mesh[REPLICATE].size() > 1
     data_mesh = mesh[REPLICATE, DATA_PARALLEL] if replicated else mesh[DATA_PARALLEL]
-    shard(module, blocks=model.get_decoder().layers, mesh=data_mesh, compute_dtype=compute_dtype)
-
-
-def shard(
-    module: nn.Module, *, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype | None = None
-) -> None:
-    """Spread the parameters over the mesh in place: each block is gathered when it runs, all others for a whole step.
-
-    The root is the module whose methods are the steps, not the model in it: a step calls parts of the model, and only
-    what runs inside the root's forward finds the embedding, the final norm and the head (tied or not) gathered.
-
-    Args:
-        module: Lightning's, with the model in it.
-        blocks: The model's decoder blocks.
-        mesh: Data-parallel ranks: shards, or copies by shards.
-        compute_dtype: What parameters are gathered in and computed with; shards keep theirs, and gradients are summed
-            over ranks in float32. None: that of the shards.
-    """
     policy = MixedPrecisionPolicy()
     if compute_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    for part in (*model.get_decoder().layers, module):
+        fully_shard(part, mesh=data_mesh, mp_policy=policy)
     for step in _STEPS:
         register_fsdp_forward_method(module, step)
 
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Whole weights on every rank inside the block, shards as before after it; does nothing without FSDP2.
+    """Give every rank the whole weights inside the `with` block; does nothing without FSDP2.
 
-    Entering gathers every parameter once, so all ranks enter together, between two steps. Inside nothing is
-    communicated: ranks may run different numbers of forwards, or none, and leave at different times. Weights are
-    plain tensors then, in the compute dtype of FSDP's mixed precision where that is on (the shards keep their own).
-    Take views of them inside only: afterwards their memory is gone. Needs room for one whole model on every rank.
-
-    Args:
-        module: FSDP's root, or what holds it.
+    Entering gathers every parameter once, so all ranks enter together, between two steps. Inside, nothing is
+    communicated: ranks may run different numbers of forwards, or none, and leave at different times. The weights are
+    plain tensors in FSDP's compute dtype, whose memory is gone after the block. Every rank needs room for the model.
     """
     sharded = [submodule for submodule in module.modules() if isinstance(submodule, FSDPModule)]
     states = [submodule._get_fsdp_state() for submodule in sharded]
-    for state in states:  # the outermost first: a block that ran before its root would take itself for the root
+    for state in states:  # the outermost first, since the first one initialised takes itself for the root
         state._lazy_init()
     groups = [group for state in states for group in state._fsdp_param_groups]
     resharding = [group.post_forward_mesh_info for group in groups]
@@ -104,15 +81,15 @@ def unsharded(module: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh_info
         for submodule, state in zip(sharded, states, strict=True):
             if state._is_root:
-                submodule.reset_iter_state()  # reshards all, even if an exception cut a block's forward short
+                submodule.reset_iter_state()  # reshards all, even where an exception ended a block's forward
 
 
 @contextmanager
 def _unsplit(module: nn.Module) -> Iterator[None]:
-    """Whole parameters on every tensor-parallel rank inside the block."""
+    """Give every tensor-parallel rank the whole parameters."""
     split_here = [submodule for submodule in module.modules() if isinstance(submodule, LocalParameters)]
     before = [dict(submodule.named_parameters(recurse=False)) for submodule in split_here]
-    whole: dict[DTensor, nn.Parameter] = {}  # tied ones once
+    whole: dict[DTensor, nn.Parameter] = {}  # tied parameters are gathered once
     try:
         for submodule, parameters in zip(split_here, before, strict=True):
             submodule.ranks.on = False

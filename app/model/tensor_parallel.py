@@ -1,12 +1,12 @@
-"""Blocks split over tensor-parallel ranks: each holds some attention heads and some of the MLP's width.
+"""Splits blocks over tensor-parallel ranks, which each hold some attention heads and some of the MLP's width.
 
-Queries, keys, values, gate and up are split by outputs, o_proj and down_proj by inputs (arXiv 1909.08053 section 3); so
-two sums over the ranks a block. Everything else is on every rank, and every rank sees whole rows and whole sequences.
-Parameters are DTensors, so that optimizers, gradient norms and checkpoints see one model; what runs are their local
-parts, in plain tensors. As FSDP2 does it, classes are swapped and names stay.
+Queries, keys, values, gate and up are split by outputs, o_proj and down_proj by inputs, so that a block makes two sums
+over the ranks (arXiv 1909.08053 section 3). All other parameters are on every rank, and every rank sees whole rows.
+Parameters are DTensors, so that optimizers, gradient norms and checkpoints see one model; modules run on their local
+parts. transformers' own `tp_plan` is not used: in release 5.24 a step through a llama's block makes seven sums instead
+of four, and after two backwards the gradients of qwen3's `q_norm` are 85 % off.
 
-transformers' own `tp_plan` is not used: in release 5.24 it makes seven sums over the ranks in a step through a llama's
-block where these are four, and after two backwards its gradients of qwen3's `q_norm` are 85 % off.
+Tested by tests/distributed/test_tensor_parallel.py.
 """
 
 from __future__ import annotations
@@ -28,29 +28,27 @@ _OF_ONE_HEAD = frozenset({"q_norm", "k_norm"})  # over the width of a head, the 
 
 
 class Ranks:
-    """The tensor-parallel ranks of a model; off while whole weights are lent to each of them."""
+    """The tensor-parallel ranks of a model; `on` is False while each of them has the whole weights."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh, self.on = mesh, True
 
     def spread(self, hidden: Tensor) -> Tensor:
-        """What every rank has, into work that is split: its gradients are added up."""
+        """Hand every rank's copy to work that is split; the backward sums its gradients over the ranks."""
         whole = DTensor.from_local(hidden, self.mesh, [Replicate()], run_check=False)
         return whole.to_local(grad_placements=[Partial()])
 
     def add_up(self, part: Tensor) -> Tensor:
-        """The sum over the ranks."""
-        summed = DTensor.from_local(part, self.mesh, [Partial()], run_check=False).redistribute(
-            placements=[Replicate()]
-        )
-        return summed.to_local()
+        """Sum over the ranks."""
+        parts = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
+        return parts.redistribute(placements=[Replicate()]).to_local()
 
 
 class LocalParameters(nn.Module):
-    """Mixin: while it runs, its parameters are this rank's parts, with gradients for the whole."""
+    """Mixin over a module that runs on this rank's parts of its parameters, whose gradients reach the DTensors."""
 
     ranks: Ranks
-    gradients: Placement | None  # of the replicated parameters' gradients; None: as the parameters
+    gradients: Placement | None  # of the parameters' gradients; None means as the parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the local parts."""
@@ -66,13 +64,13 @@ class LocalParameters(nn.Module):
 
 
 class SplitByInputs(LocalParameters):
-    """Mixin over a linear layer that sees a part of its inputs."""
+    """Mixin over a linear layer that holds the weights of a part of its inputs."""
 
     def __call__(self, hidden: Tensor) -> Any:
-        """The whole layer's outputs, on every rank."""
+        """Sum the ranks' outputs."""
         if not self.ranks.on:
             return super().__call__(hidden)
-        bias, self._parameters["bias"] = self._parameters["bias"], None  # added once, not by every rank
+        bias, self._parameters["bias"] = self._parameters["bias"], None  # not added by every rank
         try:
             out = self.ranks.add_up(super().__call__(hidden))
         finally:
@@ -81,12 +79,12 @@ class SplitByInputs(LocalParameters):
 
 
 class SplitInside(nn.Module):
-    """Mixin over the attention or the MLP: hidden states [B, T, D] come in whole."""
+    """Mixin over the attention or the MLP, which every rank enters with the whole hidden states [B, T, D]."""
 
     ranks: Ranks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Hand each rank the hidden states, the first argument."""
+        """Spread the hidden states, which are the first argument."""
         if self.ranks.on and args:
             args = (self.ranks.spread(args[0]), *args[1:])
         elif self.ranks.on:
@@ -94,15 +92,11 @@ class SplitInside(nn.Module):
         return super().__call__(*args, **kwargs)
 
 
-def split(model: PreTrainedModel, mesh: DeviceMesh) -> Ranks:
-    """Split the blocks of a model over the ranks of a mesh, in place; before FSDP2, with or without memory.
-
-    Args:
-        model: A Llama-shaped causal LM, the same on all ranks.
-        mesh: Tensor-parallel ranks, one-dimensional.
+def split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Split the blocks of a Llama-shaped causal LM over a one-dimensional mesh in place, before FSDP2 shards it.
 
     Raises:
-        ConfigError: The sizes are no multiples of the number of ranks, or a module has no place in the plan.
+        ConfigError: The number of ranks does not divide the sizes, or a block has a module that is not split here.
     """
     _check_sizes(model, mesh.size())
     ranks = Ranks(mesh)
@@ -112,19 +106,16 @@ def split(model: PreTrainedModel, mesh: DeviceMesh) -> Ranks:
         for name, module in block.named_modules():
             leaf = name.rpartition(".")[2]
             if leaf in _BY_OUTPUTS:
-                _place(module, LocalParameters, ranks, {"weight": Shard(0), "bias": Shard(0)}, tied)
+                _distribute(module, LocalParameters, ranks, {"weight": Shard(0), "bias": Shard(0)}, tied)
             elif leaf in _BY_INPUTS:
-                _place(module, SplitByInputs, ranks, {"weight": Shard(1), "bias": Replicate()}, tied)
+                _distribute(module, SplitByInputs, ranks, {"weight": Shard(1), "bias": Replicate()}, tied)
             elif leaf in _OF_ONE_HEAD:
-                _place(module, LocalParameters, ranks, {}, tied, gradients=Partial())
-            elif any(True for _ in module.parameters(recurse=False)):
-                _place(module, LocalParameters, ranks, {}, tied)
+                _distribute(module, LocalParameters, ranks, {}, tied, gradients=Partial())
         for parent in (block.self_attn, block.mlp):
             _swap(parent, SplitInside, ranks)
     for module in model.modules():
         if not isinstance(module, LocalParameters) and any(True for _ in module.parameters(recurse=False)):
-            _place(module, LocalParameters, ranks, {}, tied)
-    return ranks
+            _distribute(module, LocalParameters, ranks, {}, tied)
 
 
 def _check_sizes(model: PreTrainedModel, size: int) -> None:
@@ -153,7 +144,7 @@ def _check_modules(model: PreTrainedModel, block: nn.Module, size: int) -> None:
             raise ConfigError(_FIELD, got=size, allowed=allowed, fix=fix)
 
 
-def _place(
+def _distribute(
     module: nn.Module,
     mixin: type[LocalParameters],
     ranks: Ranks,

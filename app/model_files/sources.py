@@ -21,8 +21,7 @@ from transformers.utils import (
 
 from app.checkpoints.weights import TOKENIZER_KEY, is_trained_weights, open_trained_weights
 from app.errors import CheckpointError, ConfigError, check_range
-from app.model.config_check import check_sizes
-from app.model.head_check import check_plain_head
+from app.model.config_check import check_plain_head, check_sizes
 from app.model_files.gguf import read_gguf_config, read_gguf_tokenizer, read_gguf_weights
 from app.model_files.loading import fill_model
 from app.model_files.paths import SOURCES, check_exists

@@ -1,1 +1,1 @@
-"""Kernels for processors where PyTorch's are far from the fastest, each chosen by shapes and number types alone."""
+"""Kernels for processors where PyTorch's are slow, each chosen by shapes and dtypes alone."""

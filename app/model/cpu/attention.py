@@ -1,11 +1,11 @@
-"""Attention of training in bfloat16 on a CPU, as two batched products.
+"""Attention for training in bfloat16 on a CPU, as two batched products.
 
-PyTorch's kernel for CPUs never writes the scores down; for rows of a few hundred tokens it pays for that with many
-small products. With it a training step with two exits takes 1.5 times as long for TOPv2's small model (64 rows of 46
-tokens) and 2.0 times as long for the quickstart's (8 rows of 128): medians of alternating pairs in one thread of a busy
-AMD EPYC with AVX-512. For SmolLM2-135M (2 rows of 256) the two take the same time. Processors with AVX2 alone train in
-float32, where PyTorch's kernel stays. Here the scores are rounded to bfloat16, as in transformers' "eager" attention;
-the softmax is computed in float32 inside its kernel.
+PyTorch's kernel for CPUs never stores the scores, and pays for that with many small products in rows of a few hundred
+tokens: a training step with two exits takes 1.5 times as long for TOPv2's small model (64 rows of 46 tokens) and 2.0
+times as long for the quickstart's (8 rows of 128), and the same time for SmolLM2-135M (2 rows of 256). These are
+medians of alternating pairs in one thread of an AMD EPYC with AVX-512. Scores are rounded to bfloat16 here, as in
+transformers' "eager" attention, and the softmax is computed in float32. Processors that emulate bfloat16 train in
+float32, for which PyTorch's kernel stays.
 
 Shape legend: `B` rows, `H` heads, `T` tokens, `W` width of a head.
 """
@@ -24,7 +24,7 @@ _MAX_LENGTH = 512  # beyond, scores take more memory than their speed is worth; 
 
 
 def fast_attention(run: Callable[..., Tensor], hidden_BTD: Tensor) -> Callable[..., Tensor]:
-    """The forward `run` of a block that trains on `hidden_BTD`, attending by products where that is faster."""
+    """Wrap a training block's forward `run`, so that it attends by products where they are faster."""
     if hidden_BTD.device.type != "cpu" or hidden_BTD.shape[1] > _MAX_LENGTH:
         return run
 
@@ -42,7 +42,7 @@ class _Products(TorchFunctionMode):
             return func(*args, **kwargs)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else args[0].dtype
         if dtype != torch.bfloat16 or type(args[0]) is not Tensor:
-            return func(*args, **kwargs)  # others have no fast products, or no memory at all (`layerskip plan`)
+            return func(*args, **kwargs)  # DTensors, and fake ones in `layerskip plan`, take PyTorch's way
         settings = {name: value for name, value in kwargs.items() if name != "dropout_p"}
         with torch.autocast("cpu", enabled=False):
             return attend(*(tensor.to(dtype) for tensor in args), **settings)
@@ -58,7 +58,7 @@ def attend(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As torch's scaled_dot_product_attention with these arguments; [B, H, T, W]."""
+    """Compute what torch's scaled_dot_product_attention does with these arguments, [B, H, T, W]."""
     if enable_gqa:
         groups = query_BHTW.shape[1] // key_BHTW.shape[1]
         key_BHTW, value_BHTW = (each.repeat_interleave(groups, dim=1) for each in (key_BHTW, value_BHTW))

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from app.errors import ConfigError
+from app.model.config_check import _POST_PROCESSING
 from app.model.early_exit import EarlyExitModel
-from app.model.head_check import _POST_PROCESSING
 from app.model_files import loading
 from app.model_files.open import load_config, load_for_decoding, load_pretrained
 from app.spans.decoder import SUPPORTED_MODEL_TYPES, SpanDecoder

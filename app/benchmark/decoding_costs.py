@@ -247,7 +247,7 @@ class _Timer:
         """Seconds of one pass of the full model over 1 to `max_positions` positions after the prompt."""
         lengths = [len(prompt) for prompt in self._prompts]
         tokens_BT = torch.tensor(self._prompts, device=self._decoder.device)
-        model = FullModel(self._decoder, batch_size=len(lengths), capacity=lengths[0] + max_positions)
+        model = FullModel(self._decoder, len(lengths), lengths[0] + max_positions)
         model.prefill(tokens_BT, lengths).argmax(-1).tolist()
         seconds = {}
         for positions in range(1, max_positions + 1):

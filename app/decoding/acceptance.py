@@ -1,6 +1,5 @@
-"""Which drafted tokens the full model keeps, and the token it adds.
+"""Which drafted tokens the full model keeps, and the token it adds: a rule for greedy decoding and one for sampling.
 
-Two pure rules, and a class for each that applies it to the logits of a batch: to the decoding loop the two look alike.
 Shape legend: `B` sequences, `T` drafted tokens, `S` = T + 1 verified positions, `V` vocabulary.
 """
 
@@ -18,7 +17,7 @@ from app.decoding.rows import SequenceState, contexts
 from app.decoding.sampling import LogitsProcessor, SamplingSettings, draw, probabilities
 from app.errors import NotFiniteError
 
-Drafts = Sequence[Sequence[int]]  # of each sequence, in this round
+Drafts = Sequence[Sequence[int]]  # what was drafted for each sequence in this round
 
 
 def accept_greedy(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, int]:
@@ -38,13 +37,13 @@ def accept_sampled(
     """Speculative sampling (Leviathan et al. 2023, algorithm 1): kept tokens are distributed as the target's own.
 
     Args:
-        drafts_T: Drafted token ids [T], token t drawn from `draft_probs_TV[t]`.
-        draft_probs_TV: Laws of the early exit [T, V].
-        target_probs_SV: Laws of the full model at the same positions and the one after [S, V].
+        drafts_T: Drafted token ids; token t was drawn from `draft_probs_TV[t]`.
+        draft_probs_TV: The drafter's distributions.
+        target_probs_SV: The full model's distributions at the same positions and the one after them.
         uniforms_T: Independent draws from [0, 1), one for each draft.
 
     Returns:
-        The number of drafts kept (no dimensions), and the law [V] from which the next token must be drawn.
+        The number of drafts kept (no dimensions), and the distribution [V] from which to draw the next token.
     """
     draft_T1 = drafts_T[:, None]
     draft_prob_T = draft_probs_TV.gather(-1, draft_T1)[:, 0]
@@ -52,18 +51,18 @@ def accept_sampled(
     keep_T = uniforms_T * draft_prob_T < target_prob_T  # u < min(1, target / draft), without dividing
     accepted = keep_T.long().cumprod(0).sum()
 
-    # After a rejection norm(max(0, target - draft)). A bonus is the same against a draft that proposed nothing.
-    # index_select, for indexing with a tensor would wait for the device to know the number.
+    # The residual after a rejection is norm(max(0, target - draft)). After a full accept the draft counts as zeros.
+    # index_select keeps the number on the device, where indexing with a tensor would wait for it.
     target_V = target_probs_SV.index_select(0, accepted[None])[0]
     draft_V = pad(draft_probs_TV, (0, 0, 0, 1)).index_select(0, accepted[None])[0]
     residual_V = (target_V - draft_V).clamp(min=0.0)
     mass = residual_V.sum()
-    # Equal laws leave no residual; rounding alone can then reject, and the target itself is the right law.
+    # Equal distributions leave no residual. Only rounding can reject then, and the target itself is right.
     return accepted, torch.where(mass > 0, residual_V / mass, target_V)
 
 
 class Drafted(NamedTuple):
-    """A drafted token of each sequence: on the device to be fed on, and on the host to be looked at."""
+    """A drafted token of each sequence, on the device to be fed on and on the host to be looked at."""
 
     tokens_B: Tensor
     tokens: list[int]
@@ -73,16 +72,10 @@ class Drafted(NamedTuple):
 class ChoiceRule(Protocol):
     """How tokens are drafted and verified."""
 
-    def draft(
-        self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Sequence[Sequence[int]], live: Sequence[bool]
-    ) -> Drafted:
-        """Propose a token for each sequence.
+    def draft(self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Drafts, live: Sequence[bool]) -> Drafted:
+        """Choose a token for each sequence from the drafter's logits.
 
-        Args:
-            logits_BV: The drafter's.
-            rows: The sequences, in the same order.
-            drafts: What was drafted for each in this round.
-            live: Which of them still draft; the others get any token, and none of their randomness is used.
+        Sequences that are not `live` no longer draft: they get any token, and none of their randomness is used.
         """
 
     def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
@@ -90,20 +83,12 @@ class ChoiceRule(Protocol):
 
 
 class GreedyRule:
-    """Always the most probable token; the output is the full model's greedy output.
+    """Takes the most probable token, so that the output is the full model's greedy output."""
 
-    Args:
-        settings: For its processor.
-        confidence: Whether drafts come with the probability the drafter gives them.
-    """
-
-    def __init__(self, settings: SamplingSettings, *, confidence: bool = False) -> None:
+    def __init__(self, settings: SamplingSettings, *, confidence: bool) -> None:
         self._processor, self._confidence = settings.processor, confidence
 
-    def draft(
-        self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Sequence[Sequence[int]], live: Sequence[bool]
-    ) -> Drafted:
-        """The most probable token of each."""
+    def draft(self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Drafts, live: Sequence[bool]) -> Drafted:
         scores_BV = process(logits_BV[:, None], rows, drafts, self._processor, first=True)[:, 0]
         tokens_B = scores_BV.argmax(-1)
         if not self._confidence:
@@ -113,33 +98,29 @@ class GreedyRule:
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
     def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
-        """`accept_greedy` on the most probable tokens."""
         scores_BSV = process(logits_BSV, rows, drafts, self._processor)
-        choices_BS1 = scores_BSV.argmax(-1, keepdim=True)  # a NaN is taken for the highest
+        choices_BS1 = scores_BSV.argmax(-1, keepdim=True)  # a NaN counts as the highest
         highest_BS1 = scores_BSV.gather(-1, choices_BS1)
         choices, highest = torch.stack((choices_BS1.double(), highest_BS1.double()))[..., 0].tolist()  # one wait
         outcomes = []
         for drafted, ids, scores in zip(drafts, choices, highest, strict=True):
-            check_finite(scores[: len(drafted) + 1])  # what is behind them is padding
+            _check_finite(scores[: len(drafted) + 1])  # padding follows
             outcomes.append(accept_greedy(drafted, [int(each) for each in ids]))
         return outcomes
 
 
 class SamplingRule:
-    """Tokens drawn from processed laws; the output is distributed as the full model's.
+    """Draws tokens from processed distributions, so that the output is distributed as the full model's.
 
     Every sequence draws from its own generator, and only for itself, so that it comes out as it would alone. Drafts
-    and their laws stay on the device: but for contexts of a processor nothing is sent there.
+    and their distributions stay on the device; only a processor needs token ids sent there.
     """
 
     def __init__(self, settings: SamplingSettings) -> None:
         self._settings = settings
-        self._drafted: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of a row, by its index: token [1], law [1, V]
+        self._drafted: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by index of the row: token [1], its probs [1, V]
 
-    def draft(
-        self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Sequence[Sequence[int]], live: Sequence[bool]
-    ) -> Drafted:
-        """A token drawn from the drafter's law; both are kept for `verify`."""
+    def draft(self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Drafts, live: Sequence[bool]) -> Drafted:
         scores_BV = process(logits_BV[:, None], rows, drafts, self._settings.processor, first=True)[:, 0]
         probs_BV = probabilities(scores_BV, settings=self._settings)
         tokens_B = torch.zeros(len(rows), dtype=torch.long, device=probs_BV.device)
@@ -150,34 +131,33 @@ class SamplingRule:
                 self._drafted.setdefault(row.index, []).append((tokens_B[i : i + 1], probs_BV[i : i + 1]))
         confidence_B = probs_BV.gather(-1, tokens_B[:, None])[:, 0]
         tokens, confidences = torch.stack((tokens_B.double(), confidence_B.double())).tolist()
-        check_finite([confidence for confidence, drafting in zip(confidences, live, strict=True) if drafting])
+        _check_finite([confidence for confidence, drafting in zip(confidences, live, strict=True) if drafting])
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
     def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
-        """`accept_sampled` on the laws of the drafts and of the full model; of all rows one wait for the device."""
-        target_probs_BSV = probabilities(
-            process(logits_BSV, rows, drafts, self._settings.processor), settings=self._settings
-        )
+        scores_BSV = process(logits_BSV, rows, drafts, self._settings.processor)
         outcomes = []
-        for row, drafted, probs_SV in zip(rows, drafts, target_probs_BSV, strict=True):
+        for row, drafted, probs_SV in zip(
+            rows, drafts, probabilities(scores_BSV, settings=self._settings), strict=True
+        ):
             assert row.generator is not None
             nothing = (probs_SV.new_empty(0, dtype=torch.long), probs_SV[:0])
-            tokens, laws = zip(nothing, *self._drafted.pop(row.index, []), strict=True)
-            accepted, law_V = accept_sampled(
+            tokens, draft_probs = zip(nothing, *self._drafted.pop(row.index, []), strict=True)
+            accepted, next_probs_V = accept_sampled(
                 torch.cat(tokens),
-                draft_probs_TV=torch.cat(laws),
+                draft_probs_TV=torch.cat(draft_probs),
                 target_probs_SV=probs_SV[: len(drafted) + 1],
                 uniforms_T=torch.rand(len(drafted), generator=row.generator, device=probs_SV.device),
             )
-            token_1 = draw(law_V, generator=row.generator)
-            outcomes.append(torch.stack([accepted, token_1[0], law_V.gather(0, token_1)[0]]).double())
-        settled = torch.stack(outcomes).tolist()
-        check_finite([probability for *_, probability in settled])
+            token_1 = draw(next_probs_V, generator=row.generator)
+            outcomes.append(torch.stack([accepted, token_1[0], next_probs_V.gather(0, token_1)[0]]).double())
+        settled = torch.stack(outcomes).tolist()  # one wait for all rows
+        _check_finite([probability for *_, probability in settled])
         return [(int(accepted), int(token)) for accepted, token, _ in settled]
 
 
-def check_finite(values: Sequence[float]) -> None:
-    """Raise NotFiniteError unless the scores or probabilities of the tokens chosen are finite."""
+def _check_finite(values: Sequence[float]) -> None:
+    """Refuse scores or probabilities of chosen tokens that are not finite."""
     if not all(map(math.isfinite, values)):
         raise NotFiniteError(
             "the model's logits are not finite: look for NaN or infinity in its weights, or give a number type of more"
@@ -193,14 +173,14 @@ def process(
     *,
     first: bool = False,
 ) -> Tensor:
-    """The processor's scores [B, S, V], at each position given everything before it: prompt, settled, drafted.
+    """Apply the processor at each position, given everything before it: prompt, settled and drafted tokens.
 
     Args:
-        logits_BSV: At the latest settled token and the drafts after it; padding positions are left as they are.
-        rows: The sequences.
-        drafts: What was drafted for each in this round.
-        processor: Or None for the logits themselves.
-        first: The one position is the one after all drafts, not the one after the latest settled token.
+        logits_BSV: Logits at the latest settled token and the drafts after it. Padding positions stay as they are.
+        first: The one position is that of the latest draft, not of the latest settled token.
+
+    Returns:
+        Scores [B, S, V]; without a processor the logits themselves.
     """
     if processor is None:
         return logits_BSV
@@ -211,8 +191,3 @@ def process(
         for position, length in enumerate(lengths):
             scores_BSV[i, position] = processor(ids_1S[:, :length], scores_BSV[i, position][None])[0]
     return scores_BSV
-
-
-def choice_rule(settings: SamplingSettings, *, confidence: bool) -> ChoiceRule:
-    """The rule for these settings."""
-    return GreedyRule(settings, confidence=confidence) if settings.greedy else SamplingRule(settings)

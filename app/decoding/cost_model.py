@@ -1,17 +1,10 @@
 """What a draft-and-verify round costs and yields, in blocks (the cost model of LayerSkip's section 4.3, derived).
 
-One unit is one block over one token of one sequence. `d` drafts, acceptance `a`:
+One unit is one block over one token of one sequence. With `d` drafts and acceptance `a`:
 
     tokens per round   T(a, d) = (1 - a^(d+1)) / (1 - a)
     round              C(d)    = d * draft_step + draft_tail + verify * (1 + extra_token * d) + overhead
     speedup            T(a, d) * plain_step / C(d)
-
-Self-speculation from exit E of L blocks with a head that costs H in a step and H_d in a draft: draft_step = E + H_d,
-draft_tail = E (the last draft runs through the first blocks for verification alone), verify = L - E + H,
-plain_step = L + H.
-
-What a pass over several positions costs more than one over a single position, however many they are, is the same for
-every d: `first_extra`, a share of `verify`, counts as overhead. On a CPU, where other kernels take over, it is a fifth.
 """
 
 from __future__ import annotations
@@ -51,7 +44,12 @@ class CostModel:
         first_extra: float = 0.0,
         overhead: float = 0.0,
     ) -> CostModel:
-        """Drafting with blocks 0..exit_layer-1 and the shared head, verifying with the rest; draft_head None: head."""
+        """Costs of drafting with the first blocks and verifying with the others, by the method's symbols.
+
+        draft_step = E + H_d (H_d is H unless given), draft_tail = E, verify = L - E + H, plain_step = L + H. The last
+        draft runs through the first E blocks for verification alone. `first_extra` is the share of `verify` that a
+        pass over several positions costs more than one over a single position, however many they are.
+        """
         verify = num_layers - exit_layer + head
         return cls(
             plain_step=num_layers + head,
@@ -73,7 +71,7 @@ class CostModel:
         first_extra: float = 0.0,
         overhead: float = 0.0,
     ) -> CostModel:
-        """Drafting by something that shares no computation: all blocks verify (draft_model, layer_skip)."""
+        """Costs of drafts that share no computation with the verification, which runs all blocks."""
         plain = num_layers + head
         return cls(
             plain_step=plain,
@@ -96,8 +94,8 @@ class CostModel:
     def break_even(self, speedup: float) -> float:
         """The chance of acceptance below which one more draft slows down a decoding that runs at `speedup`.
 
-        A further draft costs draft_step + extra_token * verify and yields a token with the product of the acceptance
-        probabilities so far; at `speedup` s a token is worth plain_step / s.
+        One more draft costs draft_step + extra_token * verify. It yields a token with the product of the acceptance
+        probabilities so far, and at `speedup` s a token is worth plain_step / s.
         """
         return speedup * (self.draft_step + self.extra_token * self.verify) / self.plain_step
 

@@ -1,4 +1,4 @@
-"""Who drafts, and how the full model verifies: one class for each scheme, alike to the decoding loop.
+"""Who drafts and how the full model verifies: one class for each scheme, all with the same methods.
 
 Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts + 1), `D` width, `V` vocabulary.
 """
@@ -6,37 +6,36 @@ Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts +
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
 
 import torch
 from torch import Tensor
 
+from app.decoding.settings import DecodingSettings
 from app.protocols import ExitableDecoder
 
 
 class FullModel:
-    """Drafts nothing: every position runs through blocks 0..stop-1; fewer than all of them are lossy early exit.
+    """Drafts nothing and runs every position through blocks 0..stop-1; `stop` < num_layers is lossy early exit.
 
     A round feeds the latest settled token, which no block has seen, and what was drafted after it.
 
     Args:
         decoder: The model whose choices count.
-        batch_size: Sequences.
-        capacity: Positions each is likely to need.
-        stop: Blocks run, 1..num_layers.
+        batch_size: Number of sequences.
+        capacity: Positions that each sequence is likely to need.
+        stop: Blocks run, 1..num_layers; by default all.
     """
 
-    def __init__(self, decoder: ExitableDecoder, *, batch_size: int, capacity: int, stop: int | None = None) -> None:
+    def __init__(self, decoder: ExitableDecoder, batch_size: int, capacity: int, *, stop: int | None = None) -> None:
         self.decoder, self.stop = decoder, decoder.num_layers if stop is None else stop
         self.cache = decoder.new_cache(batch_size=batch_size, capacity=capacity)
 
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Run the prompts once; logits [B, 1, V] of each prompt's last position, and of no other.
+        """Run the prompts once; return the logits [B, 1, V] of each prompt's last position, and of no other.
 
         Args:
-            tokens_BT: Prompts, padded on the right with any id: what follows a position does not change it.
-            lengths: Of the prompts without padding.
+            tokens_BT: Prompts, padded on the right with any id, since what follows a position does not change it.
+            lengths: Lengths of the prompts without padding.
         """
         hidden_BTD = self.decoder.run_blocks(self.decoder.embed(tokens_BT), start=0, stop=self.stop, cache=self.cache)
         self.cache.truncate(lengths)
@@ -44,20 +43,20 @@ class FullModel:
         return self.decoder.unembed(hidden_BTD[torch.arange(len(lengths), device=last_B.device), last_B][:, None])
 
     def draft(self, tokens_B: Tensor) -> Tensor:
-        """Take one more token of each sequence; the drafter's logits [B, V] for the one after it."""
+        """Take one more token of each sequence; return the drafter's logits [B, V] for the one after it."""
         raise NotImplementedError("a full model does not draft")
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
-        """The full model's logits [B, S, V] at the latest settled token and the drafts after it."""
+        """Return the full model's logits [B, S, V] at the latest settled token and the drafts after it."""
         hidden_BSD = self.decoder.run_blocks(self.decoder.embed(tokens_BS), start=0, stop=self.stop, cache=self.cache)
         return self.decoder.unembed(hidden_BSD)
 
     def settle(self, lengths: Sequence[int]) -> None:
-        """Forget every position >= lengths[b] of sequence b: the round is over."""
+        """End a round: forget every position >= lengths[b] of sequence b."""
         self.cache.truncate(lengths)
 
     def end_drafting(self) -> None:
-        """No draft is to come any more: what only drafts need can go."""
+        """Drop what only drafts need, since none is to come any more."""
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only."""
@@ -71,18 +70,17 @@ class EarlyExitDrafter(FullModel):
     positions never run through the first blocks again. The last draft runs through them for verification alone.
     """
 
-    def __init__(self, decoder: ExitableDecoder, *, batch_size: int, capacity: int, exit_layer: int) -> None:
-        super().__init__(decoder, batch_size=batch_size, capacity=capacity)
-        self.exit_layer = exit_layer
+    def __init__(self, decoder: ExitableDecoder, settings: DecodingSettings, batch_size: int, capacity: int) -> None:
+        super().__init__(decoder, batch_size, capacity)
+        assert settings.exit_layer is not None
+        self.exit_layer = settings.exit_layer
         self._exit_states: list[Tensor] = []  # each [B, 1, D]
 
     def draft(self, tokens_B: Tensor) -> Tensor:
-        """Blocks 0..exit_layer-1 over the token, then the shared head."""
         self._exit_states.append(self._run_to_exit(tokens_B[:, None]))
         return self.decoder.unembed(self._exit_states[-1])[:, 0]
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
-        """Blocks exit_layer..num_layers-1 over the kept exit states."""
         exit_states = [*self._exit_states, self._run_to_exit(tokens_BS[:, len(self._exit_states) :])]
         self._exit_states = []
         hidden_BSD = self.decoder.run_blocks(
@@ -96,44 +94,38 @@ class EarlyExitDrafter(FullModel):
 
 
 class LayerSkipDrafter(FullModel):
-    """The full model without some of its middle blocks drafts (Draft & Verify, arXiv 2309.08168): no training needed.
+    """The full model without some of its blocks drafts (Draft & Verify, arXiv 2309.08168), without any training.
 
-    Blocks after a skipped one see states that the full model would not, so verification runs everything anew.
+    Blocks after a skipped one see states that the full model would not, so verification runs everything again.
     """
 
-    def __init__(
-        self, decoder: ExitableDecoder, *, batch_size: int, capacity: int, skipped_layers: Sequence[int]
-    ) -> None:
-        super().__init__(decoder, batch_size=batch_size, capacity=capacity)
-        kept = [layer for layer in range(decoder.num_layers) if layer not in skipped_layers]
-        runs = [list(map(itemgetter(1), run)) for _, run in groupby(enumerate(kept), lambda pair: pair[1] - pair[0])]
-        self._spans = [(run[0], run[-1] + 1) for run in runs]
+    def __init__(self, decoder: ExitableDecoder, settings: DecodingSettings, batch_size: int, capacity: int) -> None:
+        super().__init__(decoder, batch_size, capacity)
+        assert settings.skipped_layers is not None
+        ends = [*sorted(set(settings.skipped_layers)), decoder.num_layers]
+        starts = [0, *(layer + 1 for layer in ends)]
+        self._spans = [(start, stop) for start, stop in zip(starts, ends, strict=False) if start < stop]
         self._settled = [0] * batch_size  # positions of each sequence that the full model has run
 
     def draft(self, tokens_B: Tensor) -> Tensor:
-        """The kept blocks over the token, on the full model's own cache."""
         hidden_B1D = self.decoder.embed(tokens_B[:, None])
         for start, stop in self._spans:
             hidden_B1D = self.decoder.run_blocks(hidden_B1D, start=start, stop=stop, cache=self.cache)
         return self.decoder.unembed(hidden_B1D)[:, 0]
 
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
-        """As the full model."""
         self._settled = list(lengths)
         return super().prefill(tokens_BT, lengths)
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
-        """All blocks over all positions, in place of what the drafts left in the cache."""
-        self.cache.truncate(self._settled)
+        self.cache.truncate(self._settled)  # drafts left keys and values that the full model would not
         return super().verify(tokens_BS)
 
     def settle(self, lengths: Sequence[int]) -> None:
-        """As the full model."""
         self._settled = list(lengths)
         super().settle(lengths)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """As the full model."""
         self._settled = [self._settled[row] for row in rows]
         super().keep_rows(rows)
 
@@ -141,34 +133,31 @@ class LayerSkipDrafter(FullModel):
 class DraftModelDrafter(FullModel):
     """A second, smaller model drafts (Leviathan et al. 2023): the classical scheme the paper compares with."""
 
-    def __init__(
-        self, decoder: ExitableDecoder, *, batch_size: int, capacity: int, draft_decoder: ExitableDecoder
-    ) -> None:
-        super().__init__(decoder, batch_size=batch_size, capacity=capacity)
-        self._draft_model: FullModel | None = FullModel(draft_decoder, batch_size=batch_size, capacity=capacity)
+    def __init__(self, decoder: ExitableDecoder, settings: DecodingSettings, batch_size: int, capacity: int) -> None:
+        super().__init__(decoder, batch_size, capacity)
+        assert settings.draft_decoder is not None
+        self._draft_model: FullModel | None = FullModel(settings.draft_decoder, batch_size, capacity)
         self._fed_BS: Tensor | None = None  # what the large model was fed in this round
-        self._unseen: list[Tensor] = []  # of rounds without drafts, each [B, 1]: the small model runs them if it must
+        self._unseen: list[Tensor] = []  # tokens [B, 1] of rounds without drafts, which the small model runs later
 
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Run the prompts through both models."""
         assert self._draft_model is not None
         self._draft_model.prefill(tokens_BT, lengths)
         return super().prefill(tokens_BT, lengths)
 
     def draft(self, tokens_B: Tensor) -> Tensor:
-        """One step of the small model; its vocabulary may be padded further than the large one's."""
         assert self._draft_model is not None
         tokens_BT = torch.cat([*self._unseen, tokens_B[:, None]], dim=1)
         self._unseen = []
+        # The small model's vocabulary may be padded further than the large one's.
         return self._draft_model.verify(tokens_BT)[:, -1, : self.decoder.vocab_size]
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
-        """One pass of the large model."""
         self._fed_BS = tokens_BS
         return super().verify(tokens_BS)
 
     def settle(self, lengths: Sequence[int]) -> None:
-        """Forget in both models; where every draft was kept, the small model must still see the last one."""
+        """End a round in both models. Where every draft was kept, the small model must still see the last one."""
         super().settle(lengths)
         small = self._draft_model
         if small is None:
@@ -182,11 +171,9 @@ class DraftModelDrafter(FullModel):
         small.settle(lengths)
 
     def end_drafting(self) -> None:
-        """The small model has nothing more to see: its cache goes, and no token is kept for it."""
         self._draft_model, self._unseen = None, []
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences only, in both models."""
         super().keep_rows(rows)
         if self._draft_model is not None:
             index = torch.tensor(rows, device=self.decoder.device)

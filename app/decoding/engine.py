@@ -1,6 +1,6 @@
 """The one way to decode: check, draft, verify, stop, count and time.
 
-Shape legend: `B` sequences, `T` prompt tokens, `S` positions of a round, `V` vocabulary.
+Shape legend: `B` sequences, `T` prompt tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from app.decoding.acceptance import ChoiceRule, choice_rule
+from app.decoding.acceptance import ChoiceRule, GreedyRule, SamplingRule
 from app.decoding.cost_model import CostModel
 from app.decoding.draft_policy import POLICIES, Pace
 from app.decoding.drafters import FullModel
@@ -23,12 +23,12 @@ from app.errors import ConfigError, check_choice, check_range
 from app.protocols import ExitableDecoder
 
 OnStep = Callable[[int, Step], None]
-_RESERVE = 256  # new positions to reserve at first: a large budget is often not used up
+_RESERVE = 256  # new positions to reserve at first, since a large budget is often not used up
 _NO_DRAFTS = CostModel(plain_step=1.0, draft_step=1.0, draft_tail=0.0, verify=1.0, extra_token=0.0)
 
 
 class DecodingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during decoding; what was decoded so far is in `results`, one for each prompt."""
+    """Ctrl-C during decoding; `results` has what was decoded so far, one result for each prompt."""
 
     def __init__(self, results: list[DecodingResult]) -> None:
         super().__init__("decoding was interrupted")
@@ -63,15 +63,15 @@ def decode_batch(
 ) -> list[DecodingResult]:
     """Continue several prompts of any lengths together; each comes out as it would alone.
 
-    The arguments are those of `Decoding`; `on_step` is called with a prompt's index and what a round settled for it;
+    The arguments are those of `Decoding`. `on_step` is called with a prompt's index and what a round settled for it;
     its time counts as decode time.
 
     Returns:
-        For each prompt its new tokens with times and counts; prompt and new tokens never exceed the context together.
+        One result for each prompt. A prompt and its new tokens never exceed the context together.
 
     Raises:
         ConfigError: A prompt, a setting or a combination cannot be used with this model.
-        DecodingInterrupted: On Ctrl-C, with what was decoded.
+        DecodingInterrupted: Ctrl-C was pressed; the error has what was decoded.
     """
     decoding = Decoding(decoder, prompts, strategy=strategy, settings=settings, generators=generators)
     try:
@@ -113,8 +113,7 @@ class Decoding:
     ) -> None:
         check_choice("strategy", strategy, STRATEGIES)
         check_settings(strategy, settings, decoder)
-        _check_tokens(decoder, prompts, settings.eos_token_ids)
-        _check_generators(decoder, settings, generators, len(prompts))
+        _check_request(decoder, prompts, settings, generators)
         never_drafts = settings.draft_policy == "off" and STRATEGIES[strategy].lossless
         self._entry = STRATEGIES["autoregressive" if never_drafts else strategy]
         self._decoder, self._settings = decoder, settings
@@ -122,18 +121,14 @@ class Decoding:
         if self._entry.costs is not None:
             costs = settings.costs or self._entry.costs(decoder, settings)
         policy = POLICIES["off" if self._entry.costs is None else settings.draft_policy]
-        # One clock for all rows when greedy; when sampling, what a seed gives depends on no other row.
+        # All rows share one clock when greedy. When sampling, what a seed gives depends on no other row.
         shared_pace = Pace(costs, by_clock=True) if settings.sampling.greedy else None
         self._rows = [
             SequenceState(
                 index=index,
                 prompt=list(prompt),
-                budget=min(settings.max_new_tokens, decoder.max_length - len(prompt)),
-                limit_reason="max_new_tokens"
-                if settings.max_new_tokens <= decoder.max_length - len(prompt)
-                else "context_length",
-                eos_token_ids=frozenset(settings.eos_token_ids),
-                stop=settings.stop,
+                room=decoder.max_length - len(prompt),
+                settings=settings,
                 policy=policy(settings.num_draft_tokens or 0, costs),
                 pace=shared_pace or Pace(costs, by_clock=False),
                 generator=None if generators is None else generators[index],
@@ -143,34 +138,35 @@ class Decoding:
         self._started_at = perf_counter()
 
     def __iter__(self) -> Iterator[tuple[int, Step]]:
-        """For each round and each prompt still in it: the prompt's index, and what was settled."""
+        """For each round and each prompt still in it, yield the prompt's index and what was settled."""
         self._started_at = perf_counter()
         for row in self._rows:
-            if not row.budget:
-                row.stop_reason = row.limit_reason
-        if not (rows := [row for row in self._rows if row.budget]):
+            row.end_without_room()
+        if not (rows := [row for row in self._rows if row.stop_reason is None]):
             return
-        capacity = max(len(row.prompt) + min(row.budget, _RESERVE) for row in rows)
+        capacity = max(len(row.prompt) + min(row.remaining, _RESERVE) for row in rows)
         drafter = self._entry.new_drafter(self._decoder, self._settings, len(rows), capacity)
-        rule = choice_rule(self._settings.sampling, confidence=any(row.policy.wants_confidence for row in rows))
+        confidence = any(row.policy.wants_confidence for row in rows)
+        sampling = self._settings.sampling
+        rule = GreedyRule(sampling, confidence=confidence) if sampling.greedy else SamplingRule(sampling)
         loop = _Loop(drafter, rule)
         with torch.no_grad():
             done = loop.prefill(rows)
-        yield from _settled(rows, done)
-        while still := [place for place, row in enumerate(rows) if row.stop_reason is None]:
+        yield from _settle(rows, done)
+        while still := [i for i, row in enumerate(rows) if row.stop_reason is None]:
             with torch.no_grad():
                 if len(still) < len(rows):
                     drafter.keep_rows(still)
-                    rows = [rows[place] for place in still]
+                    rows = [rows[i] for i in still]
                 done = loop.round(rows)
-            yield from _settled(rows, done)
+            yield from _settle(rows, done)
             if self._settings.fall_back:
                 _watch(rows, done)
                 if all(row.pace.gave_up for row in rows):
                     drafter.end_drafting()
 
     def results(self) -> list[DecodingResult]:
-        """For each prompt what was decoded so far; one that has not ended was interrupted."""
+        """What was decoded so far for each prompt; one that has not ended counts as interrupted."""
         return [row.result(started_at=self._started_at) for row in self._rows]
 
 
@@ -195,15 +191,13 @@ class _Loop(NamedTuple):
         padded = [row.prompt + [0] * (max(lengths) - len(row.prompt)) for row in rows]
         tokens_BT = torch.tensor(padded, device=self.drafter.decoder.device)
         nothing: list[list[int]] = [[] for _ in rows]
-        logits_B1V = self.drafter.prefill(tokens_BT, lengths)
-        chosen = self.rule.verify(logits_B1V, rows, nothing)
+        chosen = self.rule.verify(self.drafter.prefill(tokens_BT, lengths), rows, nothing)
         return _Round([Step([token]) for _, token in chosen], perf_counter(), 0.0, 0.0)
 
     def round(self, rows: Sequence[SequenceState]) -> _Round:
         """Draft for every row until none wants more, then verify all at once.
 
-        A round may settle one token more than it drafts, so a row drafts at most `remaining` - 1. Rows that draft less
-        than others are padded with tokens that are neither verified nor kept.
+        Rows that draft less than others are padded with tokens that are neither verified nor kept.
         """
         started_at = perf_counter()
         limits = [row.draft_limit() if row.pace.drafts() else 0 for row in rows]
@@ -213,13 +207,13 @@ class _Loop(NamedTuple):
         while any(live):
             drafted = self.rule.draft(self.drafter.draft(columns[-1]), rows, drafts, live)
             columns.append(drafted.tokens_B)
-            for place, row in enumerate(rows):
-                if live[place]:
-                    drafts[place].append(drafted.tokens[place])
-                    live[place] = (
-                        len(drafts[place]) < limits[place]
-                        and drafts[place][-1] not in row.eos_token_ids  # nothing comes after it
-                        and row.policy.goes_on(drafted.confidences[place] if drafted.confidences else 1.0)
+            for i, row in enumerate(rows):
+                if live[i]:
+                    drafts[i].append(drafted.tokens[i])
+                    live[i] = (
+                        len(drafts[i]) < limits[i]
+                        and drafts[i][-1] not in row.settings.eos_token_ids  # nothing comes after the end
+                        and row.policy.goes_on(drafted.confidences[i] if drafted.confidences else 1.0)
                     )
         drafted_at = perf_counter()
         outcomes = self.rule.verify(self.drafter.verify(torch.stack(columns, dim=1)), rows, drafts)
@@ -234,8 +228,8 @@ class _Loop(NamedTuple):
         return _Round(steps, ended_at, drafted_at - started_at, ended_at - drafted_at)
 
 
-def _settled(rows: Sequence[SequenceState], done: _Round) -> Iterator[tuple[int, Step]]:
-    """Let each row take its step just before it is told of: whoever stops iterating has seen all that was taken."""
+def _settle(rows: Sequence[SequenceState], done: _Round) -> Iterator[tuple[int, Step]]:
+    """Let each row take its step just before the caller sees it, so that a caller who stops has seen all of them."""
     for row, step in zip(rows, done.steps, strict=True):
         yield row.index, row.settle(step, at=done.ended_at)
 
@@ -256,8 +250,13 @@ def _watch(rows: Sequence[SequenceState], done: _Round) -> None:
                 row.fell_back_after = len(row.tokens)
 
 
-def _check_tokens(decoder: ExitableDecoder, prompts: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> None:
-    """Refuse prompts the model cannot take; here they are still plain integers, so a check costs no wait."""
+def _check_request(
+    decoder: ExitableDecoder,
+    prompts: Sequence[Sequence[int]],
+    settings: DecodingSettings,
+    generators: Sequence[torch.Generator] | None,
+) -> None:
+    """Refuse prompts the model cannot take, while they are plain integers and checking waits for no device."""
     if not prompts:
         raise ConfigError("prompts", got=[], allowed="at least one prompt")
     for prompt in prompts:
@@ -266,21 +265,12 @@ def _check_tokens(decoder: ExitableDecoder, prompts: Sequence[Sequence[int]], eo
         if len(prompt) > decoder.max_length:
             allowed = f"at most {decoder.max_length} tokens, the model's context"
             raise ConfigError("prompt_tokens", got=f"{len(prompt)} tokens", allowed=allowed)
-    for field, tokens in (*(("prompt_tokens", prompt) for prompt in prompts), ("eos_token_ids", eos_token_ids)):
+    for field, tokens in (
+        *(("prompt_tokens", prompt) for prompt in prompts),
+        ("eos_token_ids", settings.eos_token_ids),
+    ):
         for token in {min(tokens, default=0), max(tokens, default=0)}:
             check_range(field, token, low=0, high=decoder.vocab_size - 1, fix="use the model's own tokenizer")
-
-
-def _check_generators(
-    decoder: ExitableDecoder,
-    settings: DecodingSettings,
-    generators: Sequence[torch.Generator] | None,
-    num_prompts: int,
-) -> None:
-    if settings.sampling.greedy:
-        return
-    devices = None if generators is None else {generator.device.type for generator in generators}
-    if generators is None or len(generators) != num_prompts or devices != {decoder.device.type}:
-        got = None if generators is None else f"{len(generators)} on {', '.join(sorted(devices or ()))}"
+    if not settings.sampling.greedy and len(generators or ()) != len(prompts):
         allowed = f"one torch.Generator on {decoder.device} for each prompt when temperature > 0"
-        raise ConfigError("generator", got=got, allowed=allowed)
+        raise ConfigError("generators", got=generators, allowed=allowed)

@@ -1,4 +1,4 @@
-"""What decoding hands back: while it runs a Step for every round, in the end one result for every prompt."""
+"""What decoding hands back: a Step for every round while it runs, and one result for every prompt at the end."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Step(NamedTuple):
     """What one round settled for one sequence.
 
     Attributes:
-        tokens: Settled tokens, at least one: accepted drafts, then one token of the full model.
-        accepted: How many of `tokens`, from the first on, were drafted.
+        tokens: At least one settled token: the accepted drafts, then one token of the full model.
+        accepted: How many of `tokens`, counted from the first, were drafted.
         rejected: Drafts that the full model did not keep.
     """
 
@@ -23,22 +23,20 @@ class Step(NamedTuple):
 
     @property
     def drafted(self) -> int:
-        """Tokens drafted in this round."""
         return self.accepted + len(self.rejected)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingResult:
-    """New tokens of one prompt with their times and counts.
+    """New tokens of one prompt with their times and counts. A rate is None where there is nothing to divide by.
 
     Attributes:
-        tokens: New tokens only; what ended the sequence (an end-of-sequence token, a stop string) is included.
-        stop_reason: Why decoding ended.
-        seconds_prefill: From the start to the first new token, which the prompt's own pass yields.
-        seconds_decode: From the first new token to the last. Prompts decoded together share their time: what a batch
-            took is the longest of its results.
-        steps: Rounds after the prefill, whole: the last one may have settled tokens beyond the end of the sequence.
-        fell_back_after: New tokens after which drafting was given up because it did not pay; None if it was not.
+        tokens: The new tokens, including what ended the sequence (an end-of-sequence token or a stop string).
+        seconds_prefill: Time until the first new token, which the pass over the prompt yields.
+        seconds_decode: Time from the first new token to the last. Prompts decoded together share their time, so the
+            longest of their results is what the batch took.
+        steps: The rounds after the prefill. The last round may have settled tokens beyond the end of the sequence.
+        fell_back_after: New tokens after which drafting was given up because it did not pay; None if it went on.
     """
 
     tokens: list[int]
@@ -50,7 +48,6 @@ class DecodingResult:
 
     @property
     def num_tokens(self) -> int:
-        """Number of new tokens."""
         return len(self.tokens)
 
     @property
@@ -60,32 +57,27 @@ class DecodingResult:
 
     @property
     def rounds(self) -> int:
-        """Number of rounds after the prefill."""
         return len(self.steps)
 
     @property
     def drafted(self) -> int:
-        """Tokens proposed by a draft."""
         return sum(step.drafted for step in self.steps)
 
     @property
     def accepted(self) -> int:
-        """Drafted tokens that the full model kept."""
         return sum(step.accepted for step in self.steps)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens after the first, each second of decode time; None if there was none."""
+        """Decoding speed, in which the prefill and its token do not count."""
         return self.num_decoded / self.seconds_decode if self.num_decoded else None
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted / drafted; None if nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
     def mean_tokens_per_round(self) -> float | None:
-        """Tokens after the first, each round; None if there was no round."""
         return self.num_decoded / self.rounds if self.rounds else None
 
     @property

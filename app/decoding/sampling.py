@@ -1,6 +1,6 @@
-"""From logits to the law a token is drawn from.
+"""From logits to the distribution a token is drawn from.
 
-Shape legend: `S` tokens so far, `V` vocabulary; `...` any leading dimensions.
+Shape legend: `N` distributions, `S` tokens so far, `V` vocabulary; `...` any leading dimensions.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from app.errors import ConfigError, check_range
 
 _log = logging.getLogger(__name__)
-_CANDIDATES = 1024  # of the most probable tokens, which nearly always hold top_p; finding them is faster than sorting
+_CANDIDATES = 1024  # most probable tokens to look for first: they nearly always hold top_p, and save sorting all
 
-# Token ids of one sequence so far [1, S] and the scores of the next token [1, V] -> new scores [1, V]; any
-# transformers LogitsProcessor or LogitsProcessorList whose result depends on these two alone and leaves some token
-# possible. The ids are a view of memory that the next round writes to: to be read at once, and never changed.
+# Takes the token ids of one sequence so far [1, S] and the scores of the next token [1, V], and returns new scores
+# [1, V]. Any transformers LogitsProcessor or LogitsProcessorList fits if its result depends on these two alone and
+# leaves some token possible. It must not change the ids, which later rounds use, too.
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -28,11 +28,11 @@ class SamplingSettings:
     """How a token is chosen; the default is greedy.
 
     Attributes:
-        temperature: Divides the logits, at least 0; 0 is greedy: always the most probable token.
+        temperature: Divides the logits, at least 0. At 0 decoding is greedy: it takes the most probable token.
         top_k: Keep the k most probable tokens, at least 1; None keeps all.
         top_p: Then keep the smallest set of most probable tokens that holds this share, in (0, 1]; 1 keeps all.
         min_p: Then keep the tokens at least this share as probable as the most probable one, in [0, 1]; 0 keeps all.
-        processor: Applied to the scores of every token, drafted or verified, before all of these, greedy or not.
+        processor: Applied first of all to the scores of every token, drafted or verified, greedy or not.
     """
 
     temperature: float = 0.0
@@ -53,22 +53,21 @@ class SamplingSettings:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
         return self.temperature == 0.0
 
 
 def probabilities(logits: Tensor, *, settings: SamplingSettings) -> Tensor:
-    """The law a token is drawn from: temperature, then top-k, then top-p, then min-p, renormalised.
+    """The distribution a token is drawn from: temperature, then top-k, then top-p, then min-p, renormalised.
 
     Args:
         logits: Scores [..., V].
         settings: With a temperature above 0.
 
     Returns:
-        Probabilities [..., V], at least float32; of equally probable tokens at the edge of top-k all are kept.
+        Probabilities [..., V], at least float32. Tokens as probable as the last one of top-k are all kept.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    # Subtracting the maximum first lets a tiny temperature end in a one-hot law, not in inf - inf.
+    # Subtracting the maximum first makes the best token certain at a tiny temperature, where a quotient would overflow.
     temperature = max(settings.temperature, torch.finfo(logits.dtype).tiny)
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if settings.top_k is not None and settings.top_k < probs.shape[-1]:
@@ -76,7 +75,7 @@ def probabilities(logits: Tensor, *, settings: SamplingSettings) -> Tensor:
         probs = probs.where(probs >= kth, 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     if settings.top_p < 1.0:
-        few = min(_CANDIDATES, (settings.top_k or _CANDIDATES) + 1)  # one more: 0, unless there are ties
+        few = min(_CANDIDATES, (settings.top_k or _CANDIDATES) + 1)  # the one more is 0, unless there are ties
         probs = _most_probable(probs.reshape(-1, probs.shape[-1]), top_p=settings.top_p, few=few).view_as(probs)
         probs = probs / probs.sum(-1, keepdim=True)
     if settings.min_p > 0.0:
@@ -86,11 +85,10 @@ def probabilities(logits: Tensor, *, settings: SamplingSettings) -> Tensor:
 
 
 def _most_probable(probs_NV: Tensor, *, top_p: float, few: int) -> Tensor:
-    """Top-p before it is renormalised: a token stays if those before it hold less than `top_p`.
+    """Top-p before renormalising: a token stays if the more probable ones, and equal ones of lower id, hold less.
 
-    More probable tokens are before less probable ones, and lower ids before higher ones of the same probability. On a
-    CPU only laws whose first `few` tokens hold too little are sorted as a whole; to look for them would make the host
-    wait for any other device.
+    On a CPU the `few` most probable tokens are tried first, and only the distributions of which they hold too little
+    are sorted as a whole. On another device that question would make the host wait, so all are sorted.
     """
     all_sorted = probs_NV.device.type != "cpu" or probs_NV.shape[-1] <= _CANDIDATES
     descending = probs_NV.sort(-1, descending=True).values if all_sorted else probs_NV.topk(few).values
@@ -98,12 +96,12 @@ def _most_probable(probs_NV: Tensor, *, top_p: float, few: int) -> Tensor:
     if not all_sorted and too_few_N.any():
         whole = probs_NV[too_few_N].sort(-1, descending=True).values
         least_N1[too_few_N], ties_N1[too_few_N], _ = _edge(whole, top_p)
-    place_NV = (probs_NV == least_N1).cumsum(-1, dtype=torch.int32)  # among tied tokens, from 1 on
-    return probs_NV.where((probs_NV > least_N1) | (probs_NV == least_N1) & (place_NV <= ties_N1), 0.0)
+    number_NV = (probs_NV == least_N1).cumsum(-1, dtype=torch.int32)  # counts tied tokens, from 1 on
+    return probs_NV.where((probs_NV > least_N1) | (probs_NV == least_N1) & (number_NV <= ties_N1), 0.0)
 
 
 def _edge(descending: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sorted probabilities [N, any]: the least that stays [N, 1], how often [N, 1], and whether all stay [N]."""
+    """The least of the sorted probabilities that stays [N, 1], how many equal ones stay [N, 1], and if all do [N]."""
     mass_before = descending.cumsum(-1) - descending
     kept_N1 = (mass_before < top_p).sum(-1, keepdim=True)
     least_N1 = descending.gather(-1, kept_N1 - 1)
@@ -112,11 +110,11 @@ def _edge(descending: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw(probs_V: Tensor, *, generator: torch.Generator) -> Tensor:
-    """One token id [1] from the law [V], by its inverse distribution function: one random number, no wait.
+    """Draw a token id [1] by the inverse of the distribution function, from one random number and without a wait.
 
     `torch.multinomial` checks its input on the host and takes many times as long over a large vocabulary.
     """
     sums_V = probs_V.double().cumsum(-1)
     threshold_1 = torch.rand(1, generator=generator, dtype=torch.float64, device=probs_V.device) * sums_V[-1:]
     token_1 = torch.searchsorted(sums_V, threshold_1, right=True)  # right: never a token of probability 0
-    return token_1.clamp(max=len(probs_V) - 1)  # where the law is not finite
+    return token_1.clamp(max=len(probs_V) - 1)  # searchsorted points beyond the end if the sums are NaN

@@ -14,29 +14,28 @@ from app.protocols import ExitableDecoder
 DraftPolicyName = Literal["fixed", "adaptive", "off"]
 DRAFT_POLICY_NAMES: tuple[DraftPolicyName, ...] = ("fixed", "adaptive", "off")
 
-# Called with the prompt, the new tokens so far, and how many of them are new since the last call; returns how many to
-# keep if the sequence ends inside them, else None. See `app.decoding.stopping.StopStrings`.
+# Called with the prompt, the new tokens so far, and how many of them are new since the last call. Returns how many
+# tokens to keep if the sequence ends inside them, else None. See `app.decoding.stopping.StopStrings`.
 StopCondition = Callable[[Sequence[int], Sequence[int], int], int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingSettings:
-    """Limits and choices of one decoding; what depends on the model is checked in `decode`.
+    """Limits and choices of one decoding. `Decoding` checks what depends on the model.
 
     Attributes:
         max_new_tokens: Budget of new tokens of each prompt, at least 0.
-        eos_token_ids: Any of these ends the sequence; none by default.
-        stop: A further end of the sequence, for instance a string; called for one sequence after the other, so it
-            must not keep state between calls.
-        sampling: How a token is chosen.
-        exit_layer: Blocks run before unembedding, by the strategies that leave early.
-        num_draft_tokens: Most tokens drafted in a round, at least 1, by the strategies that draft.
+        eos_token_ids: Any of these ends the sequence; by default none does.
+        stop: A further end of the sequence, for instance a string. It is called for one sequence after the other, so
+            it must not keep state between calls.
+        exit_layer: Blocks run before unembedding, for early_exit and self_speculative.
+        num_draft_tokens: Most tokens drafted in a round, at least 1, for the strategies that draft.
         skipped_layers: Blocks that layer_skip leaves out of its drafts, each 0..num_layers-1.
-        draft_decoder: The model that drafts, with the same token ids, for draft_model.
+        draft_decoder: The model that drafts for draft_model; it has the same token ids.
         draft_policy: How many of `num_draft_tokens` to draft: all, as many as pay, or none.
-        fall_back: Whether drafting stops for the rest of a request that it turned out to slow down.
-        costs: What a round costs on this machine, for adaptive drafting and for falling back when sampling; by
-            default estimated from the decoder's parameter counts.
+        fall_back: Whether drafting stops for the rest of a request that it slows down.
+        costs: What a round costs on this machine, for adaptive drafting and for falling back when sampling. By
+            default the decoder's parameter counts give an estimate.
     """
 
     max_new_tokens: int

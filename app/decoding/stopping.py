@@ -10,11 +10,11 @@ from app.text.text_stream import REPLACEMENT, is_byte, text_of
 
 
 class StopStrings:
-    """A StopCondition: ends a sequence with the first token at which its new text contains one of some strings.
+    """A StopCondition that ends a sequence with the first token at which its new text contains one of some strings.
 
     Special tokens count as the text they are written as, so that a string can name one. Only as many of the latest
-    tokens are decoded as can hold the longest string, and one before them, at which decoding may drop a space; where
-    that is of the prompt, its text is cut off.
+    tokens are decoded as can hold the longest string, and one before them, at which decoding may drop a space. Where
+    that one belongs to the prompt, its text is cut off.
 
     Args:
         tokenizer: A transformers tokenizer (PreTrainedTokenizerBase).
@@ -34,7 +34,6 @@ class StopStrings:
         self._num_tokens = max(len(string.encode()) for string in strings) + 1  # every token adds at least a byte
 
     def __call__(self, prompt: Sequence[int], tokens: Sequence[int], num_new: int) -> int | None:
-        """How many of `tokens` to keep if one of the last `num_new` completes a string, else None."""
         for stop in range(len(tokens) - num_new + 1, len(tokens) + 1):
             start, is_enough = self._start(tokens, stop, self._num_tokens)
             before = () if is_enough else prompt[self._start(prompt, len(prompt), 1)[0] :]
@@ -48,7 +47,7 @@ class StopStrings:
     def _start(self, tokens: Sequence[int], stop: int, needed: int) -> tuple[int, bool]:
         """Where the last `needed` tokens before `stop` that have a text begin, and whether there are so many.
 
-        Not within a run of fallback bytes, which is text only as a whole.
+        It is never within a run of fallback bytes, which is text only as a whole.
         """
         start, unsafe = stop, True
         while start and (needed or unsafe):

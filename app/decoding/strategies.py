@@ -1,10 +1,10 @@
-"""The ways to decode, as one closed table: what each needs, and who drafts in it."""
+"""The ways to decode, as one closed table: which settings each needs, who drafts, and what its rounds cost."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -18,11 +18,9 @@ _log = logging.getLogger(__name__)
 
 Strategy = Literal["autoregressive", "early_exit", "self_speculative", "draft_model", "layer_skip"]
 
-# k, what a further position costs in a pass, as a share of one, until `tune` measures it. Where weights are read from
-# memory for every pass it is near 0; products in float32 on a CPU soon wait for arithmetic (0.05 to 0.13 measured).
+# k, the share of a pass that a further position costs, until `tune` measures it. It is near 0 where every pass reads
+# weights from memory. Products in float32 on a CPU soon wait for arithmetic (0.05 to 0.13 measured).
 _EXTRA_TOKEN, _EXTRA_TOKEN_FLOAT32_CPU = 0.03, 0.08
-
-NewDrafter = Callable[[ExitableDecoder, DecodingSettings, int, int], FullModel]
 
 
 class StrategyEntry(NamedTuple):
@@ -36,87 +34,60 @@ class StrategyEntry(NamedTuple):
     """
 
     needs: frozenset[str]
-    new_drafter: NewDrafter
+    new_drafter: Callable[[ExitableDecoder, DecodingSettings, int, int], FullModel]
     costs: Callable[[ExitableDecoder, DecodingSettings], CostModel] | None
     lossless: bool = True
 
 
-def _full_model(decoder: ExitableDecoder, _: DecodingSettings, batch: int, capacity: int) -> FullModel:
-    return FullModel(decoder, batch_size=batch, capacity=capacity)
-
-
-def _early_exit(decoder: ExitableDecoder, settings: DecodingSettings, batch: int, capacity: int) -> FullModel:
-    return FullModel(decoder, batch_size=batch, capacity=capacity, stop=settings.exit_layer)
-
-
-def _self_speculative(decoder: ExitableDecoder, settings: DecodingSettings, batch: int, capacity: int) -> FullModel:
-    assert settings.exit_layer is not None
-    return EarlyExitDrafter(decoder, batch_size=batch, capacity=capacity, exit_layer=settings.exit_layer)
-
-
-def _draft_model(decoder: ExitableDecoder, settings: DecodingSettings, batch: int, capacity: int) -> FullModel:
-    assert settings.draft_decoder is not None
-    return DraftModelDrafter(decoder, batch_size=batch, capacity=capacity, draft_decoder=settings.draft_decoder)
-
-
-def _layer_skip(decoder: ExitableDecoder, settings: DecodingSettings, batch: int, capacity: int) -> FullModel:
-    assert settings.skipped_layers is not None
-    return LayerSkipDrafter(decoder, batch_size=batch, capacity=capacity, skipped_layers=settings.skipped_layers)
-
-
-def _head(decoder: ExitableDecoder) -> float:
-    """H, what unembedding one token costs, in blocks, by parameter counts."""
-    return decoder.head_size / decoder.block_size
-
-
-def _extra_token(decoder: ExitableDecoder) -> float:
-    """By number type and device; embedding one token tells the type."""
+def _sizes(decoder: ExitableDecoder) -> dict[str, Any]:
+    """Arguments that the cost models share: L, then H by parameter counts, then k by number type and device."""
     dtype = decoder.embed(torch.zeros(1, 1, dtype=torch.long, device=decoder.device)).dtype
     slow = dtype == torch.float32 and decoder.device.type == "cpu"
-    return _EXTRA_TOKEN_FLOAT32_CPU if slow else _EXTRA_TOKEN
+    return {
+        "num_layers": decoder.num_layers,
+        "head": decoder.head_size / decoder.block_size,
+        "extra_token": _EXTRA_TOKEN_FLOAT32_CPU if slow else _EXTRA_TOKEN,
+    }
 
 
 def _self_speculative_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
     assert settings.exit_layer is not None
-    return CostModel.self_speculative(
-        num_layers=decoder.num_layers,
-        exit_layer=settings.exit_layer,
-        head=_head(decoder),
-        extra_token=_extra_token(decoder),
-    )
+    return CostModel.self_speculative(exit_layer=settings.exit_layer, **_sizes(decoder))
 
 
 def _draft_model_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
-    assert settings.draft_decoder is not None
     small = settings.draft_decoder
-    return CostModel.two_pass(
-        num_layers=decoder.num_layers,
-        head=_head(decoder),
-        draft_step=(small.num_layers * small.block_size + small.head_size) / decoder.block_size,
-        extra_token=_extra_token(decoder),
-    )
+    assert small is not None
+    draft_step = (small.num_layers * small.block_size + small.head_size) / decoder.block_size
+    return CostModel.two_pass(draft_step=draft_step, **_sizes(decoder))
 
 
 def _layer_skip_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
     assert settings.skipped_layers is not None
+    sizes = _sizes(decoder)
     return CostModel.two_pass(
-        num_layers=decoder.num_layers,
-        head=_head(decoder),
-        draft_step=decoder.num_layers - len(set(settings.skipped_layers)) + _head(decoder),
-        extra_token=_extra_token(decoder),
+        draft_step=decoder.num_layers - len(set(settings.skipped_layers)) + sizes["head"], **sizes
     )
 
 
 STRATEGIES: dict[Strategy, StrategyEntry] = {
-    "autoregressive": StrategyEntry(frozenset(), _full_model, None),
-    "early_exit": StrategyEntry(frozenset({"exit_layer"}), _early_exit, None, lossless=False),
-    "self_speculative": StrategyEntry(
-        frozenset({"exit_layer", "num_draft_tokens"}), _self_speculative, _self_speculative_costs
+    "autoregressive": StrategyEntry(
+        frozenset(), lambda decoder, _, batch, capacity: FullModel(decoder, batch, capacity), None
     ),
-    "draft_model": StrategyEntry(frozenset({"draft_decoder", "num_draft_tokens"}), _draft_model, _draft_model_costs),
-    "layer_skip": StrategyEntry(frozenset({"skipped_layers", "num_draft_tokens"}), _layer_skip, _layer_skip_costs),
+    "early_exit": StrategyEntry(
+        frozenset({"exit_layer"}),
+        lambda decoder, settings, batch, capacity: FullModel(decoder, batch, capacity, stop=settings.exit_layer),
+        None,
+        lossless=False,
+    ),
+    "self_speculative": StrategyEntry(
+        frozenset({"exit_layer", "num_draft_tokens"}), EarlyExitDrafter, _self_speculative_costs
+    ),
+    "draft_model": StrategyEntry(
+        frozenset({"draft_decoder", "num_draft_tokens"}), DraftModelDrafter, _draft_model_costs
+    ),
+    "layer_skip": StrategyEntry(frozenset({"skipped_layers", "num_draft_tokens"}), LayerSkipDrafter, _layer_skip_costs),
 }
-_OPTIONAL = ("exit_layer", "num_draft_tokens", "skipped_layers", "draft_decoder")
 
 
 def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDecoder) -> None:
@@ -129,7 +100,7 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
     if num_layers == 1 and strategy in ("self_speculative", "layer_skip"):
         fix = "it has no blocks to leave out"
         raise ConfigError("strategy", got=strategy, allowed="autoregressive, for a model of one block", fix=fix)
-    for name in _OPTIONAL:
+    for name in ("exit_layer", "num_draft_tokens", "skipped_layers", "draft_decoder"):
         value = getattr(settings, name)
         if name in needs and value is None:
             raise ConfigError(name, got=None, allowed=f"a value, with strategy {strategy}")

@@ -143,7 +143,7 @@ def test_times_are_split_at_the_first_token() -> None:
         ([1], "self_speculative", {"num_draft_tokens": 0}, "num_draft_tokens: got 0"),
         ([1], "early_exit", {"exit_layer": 5}, r"exit_layer: got 5, allowed \[1, 4\]"),
         ([1], "autoregressive", {"max_new_tokens": -1}, "max_new_tokens: got -1"),
-        ([1], "autoregressive", {"sampling": SamplingSettings(temperature=1.0)}, "generator: got None"),
+        ([1], "autoregressive", {"sampling": SamplingSettings(temperature=1.0)}, "generators: got None"),
     ],
 )
 def test_what_cannot_be_decoded_is_named(

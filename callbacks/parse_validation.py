@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from app.benchmark.decoding_comparison import DecodingComparison, pooled
+from app.benchmark.decoding_comparison import DecodingComparison, pool_comparisons
 from app.errors import ConfigError, DataError, check_choice, check_range
 from app.protocols import DecodingHost, ExampleOwner
 from app.tables import Table
@@ -112,7 +112,7 @@ class ParseValidation(DecodingValidation):
         )
         metrics: dict[Way, ParseExactMatch] = {}
         parts = on_all_ranks(trainer, lambda: self._decode(trainer, pl_module, stage, plan, metrics))
-        results = collect_results(metrics, pooled(parts))
+        results = collect_results(metrics, pool_comparisons(parts))
         self._latest = ParseReport(
             stage=stage,
             step=trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None,  # else it begins at 0

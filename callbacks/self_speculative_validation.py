@@ -10,10 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from app import metric_names
 from app.benchmark.decoding_comparison import (
     DecodingComparison,
-    best_by_speedup,
     compare_decoding,
     comparison_table,
-    pooled,
+    pool_comparisons,
 )
 from app.errors import ConfigError, check_range
 from app.protocols import PromptOwner
@@ -87,7 +86,7 @@ class SelfSpeculativeValidation(DecodingValidation):
         if not self._is_due(trainer):
             return
         parts = on_all_ranks(trainer, lambda: self._measure(trainer, pl_module))
-        self._latest, self._num_ranks = pooled(parts), len(parts)
+        self._latest, self._num_ranks = pool_comparisons(parts), len(parts)
         pl_module.log_dict(_metrics(self._latest), sync_dist=True)  # the same on all ranks already
         if trainer.is_global_zero and (table := self.report()):
             for logger in trainer.loggers:
@@ -128,7 +127,7 @@ def _metrics(comparisons: Sequence[DecodingComparison]) -> dict[str, float]:
         figures = _figures(comparison)
         at = comparison.exit_layer, comparison.num_draft_tokens
         metrics |= {metric_names.decode_setting(name, *at): figure for name, figure in figures.items()}
-    return metrics | _figures(best_by_speedup(comparisons))
+    return metrics | _figures(max(comparisons, key=lambda comparison: comparison.speedup or 0.0))
 
 
 def _figures(comparison: DecodingComparison) -> dict[str, float]:

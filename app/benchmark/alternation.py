@@ -8,19 +8,19 @@ from itertools import product, zip_longest
 from statistics import fmean, median
 from time import perf_counter
 
-from app.benchmark.speedup_interval import PairedTimes
+from app.benchmark.round_counts import RoundCounts, ratio
+from app.benchmark.speedup_interval import Interval, PairedTimes, speedup_interval
 from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
-from app.errors import check_range
 from app.protocols import ExitableDecoder
 
 Prompts = Sequence[Sequence[int]]
 Decode = Callable[[Prompts, int], Sequence[DecodingResult]]
 
 # The fastest of several noisy measurements was lucky as a rule (winner's curse): what was chosen for its speed is
-# measured again, this often, and only that counts.
+# measured again, this often, and only the second measurement counts.
 CONFIRMING_REPEATS = 5
 _WARM_UP_TOKENS = 16
 
@@ -30,10 +30,9 @@ class Contender:
     """A way to decode.
 
     Attributes:
-        strategy: Its name.
-        exit_layer: Blocks run where it leaves early; None where it does not.
-        num_draft_tokens: Most tokens drafted in a round; None where it does not draft.
-        decode: Continues prompts together, each by at most that many tokens, greedily.
+        exit_layer: Blocks that run where decoding leaves early; None for a strategy that does not.
+        num_draft_tokens: Most tokens drafted in a round; None for a strategy that does not draft.
+        decode: Continues prompts together and greedily, each by at most the given number of tokens.
     """
 
     strategy: str
@@ -43,13 +42,13 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """Its name and setting, for instance "self_speculative, exit 2, drafts 3"."""
+        """Strategy and setting, for instance "self_speculative, exit 2, drafts 3"."""
         settings = (("exit", self.exit_layer), ("drafts", self.num_draft_tokens))
         return ", ".join([self.strategy, *(f"{name} {value}" for name, value in settings if value is not None)])
 
 
 def engine_contender(decoder: ExitableDecoder, strategy: Strategy, settings: DecodingSettings) -> Contender:
-    """A strategy of our own engine; of `settings` the budget is not used."""
+    """A strategy of our own engine. The budget of each call replaces `settings.max_new_tokens`."""
 
     def decode(prompts: Prompts, max_new_tokens: int) -> list[DecodingResult]:
         return decode_batch(
@@ -70,10 +69,9 @@ class Measurement:
 
     Every figure is a ratio of sums over the prompts, so that long outputs weigh more than short ones, and None where
     there is nothing to divide by. Times leave out the prompts' pass and the first token it yields. Counts are those
-    of the first repeat: greedy decoding repeats itself.
+    of the first repeat, because greedy decoding repeats itself.
 
     Attributes:
-        contender: Who.
         runs: Results by batch, repeat and prompt.
     """
 
@@ -82,33 +80,31 @@ class Measurement:
 
     @property
     def results(self) -> list[DecodingResult]:
-        """Of each prompt, in the first repeat."""
+        """The result of each prompt in the first repeat."""
         return [result for repeats in self.runs for result in repeats[0]]
 
     @property
-    def num_decoded(self) -> int:
-        """New tokens that decode time paid for."""
-        return sum(result.num_decoded for result in self.results)
-
-    @property
-    def seconds(self) -> float:
-        """Decode time of all prompts: the sum of each batch's median repeat."""
-        return sum(self.seconds_by_batch())
+    def counts(self) -> RoundCounts:
+        """What the rounds of all prompts came to."""
+        results = self.results
+        return RoundCounts(
+            decoded=sum(result.num_decoded for result in results),
+            rounds=sum(result.rounds for result in results),
+            drafted=sum(result.drafted for result in results),
+            accepted=sum(result.accepted for result in results),
+        )
 
     def seconds_by_batch(self, repeat: int | None = None) -> list[float]:
-        """Of one repeat, by default the median; prompts decoded together take as long as the longest of them."""
+        """Decode time of each batch in one repeat, by default the median of its repeats.
+
+        A batch takes as long as the longest of its prompts.
+        """
         by_batch = ([max(result.seconds_decode for result in rows) for rows in repeats] for repeats in self.runs)
         return [median(times) if repeat is None else times[repeat] for times in by_batch]
 
     def seconds_per_token(self, repeat: int | None = None) -> float | None:
-        """Decode time over the tokens of all prompts: of one repeat, by default of each batch's median repeat."""
-        return ratio(sum(self.seconds_by_batch(repeat)), self.num_decoded)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """The inverse of `seconds_per_token`."""
-        seconds = self.seconds_per_token()
-        return 1.0 / seconds if seconds else None
+        """Decode time over the tokens of all prompts, in one repeat or by default with each batch's median repeat."""
+        return ratio(sum(self.seconds_by_batch(repeat)), self.counts.decoded)
 
     @property
     def seconds_prefill(self) -> float:
@@ -116,38 +112,13 @@ class Measurement:
         return fmean(median(max(r.seconds_prefill for r in rows) for rows in repeats) for repeats in self.runs)
 
     @property
-    def drafted(self) -> int:
-        """Tokens proposed."""
-        return sum(result.drafted for result in self.results)
-
-    @property
-    def accepted(self) -> int:
-        """Proposed tokens that the full model kept."""
-        return sum(result.accepted for result in self.results)
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """Accepted / drafted."""
-        return ratio(self.accepted, self.drafted)
-
-    @property
-    def rounds(self) -> int:
-        """Steps after the prompts' pass, over all prompts."""
-        return sum(result.rounds for result in self.results)
-
-    @property
-    def mean_tokens_per_round(self) -> float | None:
-        """Tokens settled by a round of one sequence."""
-        return ratio(self.num_decoded, self.rounds)
-
-    @property
     def reached_by_position(self) -> list[int]:
-        """For each draft position, rounds that drafted that far with everything before it accepted."""
+        """For each position of a draft, the rounds that drafted that far with everything before it accepted."""
         return _column_sums(result.reached_by_position for result in self.results)
 
     @property
     def accepted_by_position(self) -> list[int]:
-        """For each draft position, rounds that accepted the draft there."""
+        """For each position of a draft, the rounds that accepted the draft there."""
         return _column_sums(result.accepted_by_position for result in self.results)
 
     def speedup_over(self, other: Measurement, repeat: int | None = None) -> float | None:
@@ -155,22 +126,27 @@ class Measurement:
         own, others = self.seconds_per_token(repeat), other.seconds_per_token(repeat)
         return others / own if own and others else None
 
+    def speedup_range(self, other: Measurement) -> tuple[float, float]:
+        """Lowest and highest speedup over the other in one whole repeat; 0 where there is none."""
+        single = [self.speedup_over(other, repeat) or 0.0 for repeat in range(len(self.runs[0]))]
+        return min(single), max(single)
+
     def times_beside(self, other: Measurement) -> PairedTimes:
         """The seconds of both, by batch."""
         return PairedTimes.of(self.seconds_by_batch(), other.seconds_by_batch())
 
+    def speedup_interval(self, other: Measurement) -> Interval | None:
+        """The 95 % interval of the speedup over the other, on batches like these."""
+        return speedup_interval(self.speedup_over(other), self.times_beside(other))
+
     def identical_to(self, other: Measurement) -> list[bool]:
-        """Of each prompt whether its new tokens are the other's in every repeat."""
+        """For each prompt, whether its new tokens are the other's in every repeat."""
         expected = [[result.tokens for result in repeats[0]] for repeats in other.runs]
         return [
-            all(rows[place].tokens == tokens for rows in repeats)
+            all(rows[row].tokens == tokens for rows in repeats)
             for repeats, batch in zip(self.runs, expected, strict=True)
-            for place, tokens in enumerate(batch)
+            for row, tokens in enumerate(batch)
         ]
-
-    def identical_share(self, other: Measurement) -> float:
-        """Share of prompts whose new tokens are the other's in every repeat."""
-        return fmean(self.identical_to(other))
 
 
 def alternate(
@@ -184,12 +160,13 @@ def alternate(
 ) -> list[Measurement]:
     """Let the contenders decode every batch in turn, beginning each time with the next of them, and repeat that.
 
-    All batches are decoded once before any is decoded again, so that a time limit does not favour the first of them.
+    Each contender warms up before anything counts. All batches are decoded once before any is decoded again, so that a
+    time limit does not favour the first of them.
 
     Args:
-        contenders: At least one; each warms up before anything counts.
+        contenders: At least one.
         batches: At least one, each of at least one prompt; used in this order.
-        max_new_tokens: Of each prompt, at least 2: the first token costs no decode time.
+        max_new_tokens: Budget of each prompt, at least 2: the first token costs no decode time.
         repeats: Times each batch is decoded by each contender, at least 1.
         time_limit_seconds: No batch is started after this; the first is always measured. A repeat that was not
             finished does not count, unless it is the only one.
@@ -198,15 +175,13 @@ def alternate(
     Returns:
         A measurement for each contender.
     """
-    check_range("max_new_tokens", max_new_tokens, low=2)
-    check_range("repeats", repeats, low=1)
     started = perf_counter()
     for contender in contenders:
         contender.decode(batches[0], min(max_new_tokens, _WARM_UP_TOKENS))
     runs: list[list[list[Sequence[DecodingResult]]]] = [[[] for _ in batches] for _ in contenders]
     for done, (repeat, number) in enumerate(product(range(repeats), range(len(batches))), start=1):
-        for place in range(len(contenders)):
-            index = (repeat + number + place) % len(contenders)
+        for turn in range(len(contenders)):
+            index = (repeat + number + turn) % len(contenders)
             runs[index][number].append(contenders[index].decode(batches[number], max_new_tokens))
         if on_batch is not None:
             on_batch(done)
@@ -217,9 +192,37 @@ def alternate(
     return [Measurement(contender=contender, runs=own) for contender, own in zip(contenders, kept, strict=True)]
 
 
-def ratio(numerator: float, denominator: float) -> float | None:
-    """The quotient, or None where there is nothing to divide by."""
-    return numerator / denominator if denominator else None
+def measure_drafting(
+    decoder: ExitableDecoder,
+    prompts: Prompts,
+    drafting: Sequence[tuple[int, int]],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    repeats: int,
+    time_limit_seconds: float,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Measurement]:
+    """Decode prompt by prompt, autoregressively and self-speculatively with each (exit_layer, num_draft_tokens).
+
+    See `alternate` for the other arguments.
+
+    Returns:
+        Autoregressive decoding first, then a measurement for each pair of `drafting`.
+    """
+    plain = DecodingSettings(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos_token_ids))
+    contenders = [engine_contender(decoder, "autoregressive", plain)]
+    for exit_layer, num_draft_tokens in drafting:
+        settings = replace(plain, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+        contenders.append(engine_contender(decoder, "self_speculative", settings))
+    return alternate(
+        contenders,
+        [[prompt] for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        time_limit_seconds=time_limit_seconds,
+        on_batch=on_batch,
+    )
 
 
 def _column_sums(rows: Iterable[Sequence[int]]) -> list[int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from app.benchmark.alternation import Contender, Measurement, Prompts, alternate, engine_contender
 from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
-from app.benchmark.output_differences import OutputDifferences, output_differences
+from app.benchmark.output_differences import OutputDifferences, find_output_differences
 from app.benchmark.transformers_baseline import generate_contender
 from app.decoding.settings import DecodingSettings, DraftPolicyName
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
@@ -25,16 +25,17 @@ from app.protocols import ExitableDecoder
 _log = logging.getLogger(__name__)
 
 BenchmarkStrategy = Literal[Strategy, "transformers", "transformers_early_exit"]
-# Each with the strategy of ours that takes the same options.
+# Every strategy that can be benchmarked -> the engine's strategy that takes the same options.
 BENCHMARK_STRATEGIES: dict[BenchmarkStrategy, Strategy] = {
     **{strategy: strategy for strategy in STRATEGIES},
     "transformers": "autoregressive",
     "transformers_early_exit": "self_speculative",
 }
-# What a decoding's settings are called in the plural, or where a user gives them.
+# Settings of the engine -> the user's names for them, where these differ.
 _OPTIONS = {"exit_layer": "exit_layers", "draft_decoder": "draft_model"}
-_MIN_POSITIONS = 3  # that costs can be fitted to
-_COST_MOMENTS, _COST_REPEATS = 4, 2  # spread over the batches, after a first one: machines change their speed
+_MIN_POSITIONS = 3  # fewest positions of a pass that costs can be fitted to
+# Costs are measured before the first batch and this many times more, because machines change their speed.
+_COST_MOMENTS, _COST_REPEATS = 4, 2
 
 
 class Subject(NamedTuple):
@@ -47,17 +48,17 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """What is asked for; what depends on the model is checked in `build_contenders`.
+    """What is asked for; `build_contenders` checks what depends on the model.
 
     Attributes:
         strategies: At least one; autoregressive is measured in any case.
-        max_new_tokens: Of each prompt, at least 2.
+        max_new_tokens: Budget of each prompt, at least 2.
         exit_layers: Exits for the strategies that leave early; each of them is measured with every draft length.
         num_draft_tokens: Draft lengths for the strategies that draft.
         skipped_layers: Blocks that layer_skip leaves out of its drafts.
-        draft_policy: Of every strategy of ours that drafts.
+        draft_policy: Policy of every strategy of ours that drafts.
         fall_back: Whether those give up drafting for a prompt where it does not pay.
-        eos_token_ids: End a sequence; empty decodes every prompt to its full length.
+        eos_token_ids: End a sequence; with none, every prompt is decoded to its full length.
         batch_size: Prompts decoded together, at least 1.
         repeats: Times every prompt is decoded by every contender, at least 1.
     """
@@ -85,19 +86,15 @@ class BenchmarkSettings:
             allowed = "1 with strategy transformers_early_exit"
             fix = "transformers drafts for one prompt at a time"
             raise ConfigError("batch_size", got=self.batch_size, allowed=allowed, fix=fix)
-        taken = frozenset[str]().union(*map(needs, self.strategies))
-        for name, option in (("exit_layer", "exit_layers"), ("num_draft_tokens",) * 2, ("skipped_layers",) * 2):
-            if name not in taken and getattr(self, option):
-                _log.warning("%s=%s has no effect with these strategies", option, list(getattr(self, option)))
-
-
-def needs(strategy: BenchmarkStrategy) -> frozenset[str]:
-    """What a strategy takes: exit_layer, num_draft_tokens, skipped_layers, draft_decoder."""
-    return STRATEGIES[BENCHMARK_STRATEGIES[strategy]].needs
+        taken = frozenset[str]().union(*map(_needs, self.strategies))
+        for name in ("exit_layer", "num_draft_tokens", "skipped_layers"):
+            given = getattr(self, option := _OPTIONS.get(name, name))
+            if given and name not in taken:
+                _log.warning("%s=%s has no effect with these strategies", option, list(given))
 
 
 class Costs(NamedTuple):
-    """Measured costs of decoding steps: of the model, and of the one that drafts for it if there is one."""
+    """Measured costs of decoding steps, of the model and of the one that drafts for it if there is one."""
 
     model: DecodingCosts
     draft_model: DecodingCosts | None
@@ -121,7 +118,7 @@ def run_benchmark(
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> Benchmark:
-    """Let everyone decode every prompt in turn; before, between and after it fit the cost model to this machine.
+    """Let every contender decode every prompt in turn, and measure the costs of steps on this machine meanwhile.
 
     Args:
         subject: The model, in eval mode.
@@ -154,7 +151,9 @@ def run_benchmark(
             repeats=settings.repeats,
             on_batch=after,
         )
-        differences = output_differences(subject.decoder, batches, measurements, eos_token_ids=settings.eos_token_ids)
+        differences = find_output_differences(
+            subject.decoder, batches, measurements, eos_token_ids=settings.eos_token_ids
+        )
     return Benchmark(measurements, _median_costs([each for each in costs if each is not None]), differences)
 
 
@@ -185,8 +184,8 @@ def build_contenders(
                 eos_token_ids=settings.eos_token_ids,
                 exit_layer=exit_layer,
                 num_draft_tokens=num_draft_tokens,
-                skipped_layers=settings.skipped_layers if "skipped_layers" in needs(strategy) else None,
-                draft_decoder=subject.draft_decoder if "draft_decoder" in needs(strategy) else None,
+                skipped_layers=settings.skipped_layers if "skipped_layers" in _needs(strategy) else None,
+                draft_decoder=subject.draft_decoder if "draft_decoder" in _needs(strategy) else None,
                 draft_policy="fixed" if num_draft_tokens is None else settings.draft_policy,
                 fall_back=settings.fall_back,
                 costs=model,
@@ -195,9 +194,14 @@ def build_contenders(
     return contenders
 
 
+def _needs(strategy: BenchmarkStrategy) -> frozenset[str]:
+    """The settings that a strategy takes: exit_layer, num_draft_tokens, skipped_layers, draft_decoder."""
+    return STRATEGIES[BENCHMARK_STRATEGIES[strategy]].needs
+
+
 def _values(strategy: BenchmarkStrategy, name: str, given: Sequence[int]) -> list[int | None]:
-    """What a strategy is measured with."""
-    if name not in needs(strategy):
+    """The values of a setting that a strategy is measured with; None alone where it does not take the setting."""
+    if name not in _needs(strategy):
         return [None]
     if not given:
         raise ConfigError(_OPTIONS.get(name, name), got=[], allowed=f"at least one, with strategy {strategy}")
@@ -217,13 +221,13 @@ def _contender(subject: Subject, strategy: BenchmarkStrategy, settings: Decoding
 
 
 def _measure_costs(subject: Subject, prompts: Prompts, settings: BenchmarkSettings) -> Costs | None:
-    """Fitted at the batch size and, halfway through, the length of these prompts."""
+    """Measure costs at the batch size of these prompts and at the context length halfway through their outputs."""
     if not any(STRATEGIES[strategy].costs for strategy in STRATEGIES if strategy in settings.strategies):
         return None
 
     def measure(decoder: ExitableDecoder) -> DecodingCosts | None:
         if decoder.num_layers < 2 or decoder.max_length < 2 * _MIN_POSITIONS:
-            return None  # nothing to fit to
+            return None  # the model is too small to fit costs to
         positions = max(_MIN_POSITIONS, 1 + max(settings.num_draft_tokens))
         return measure_decoding_costs(
             decoder,
@@ -239,8 +243,7 @@ def _measure_costs(subject: Subject, prompts: Prompts, settings: BenchmarkSettin
 
 
 def _median_costs(costs: Sequence[Costs]) -> Costs | None:
-    """Of each figure the median of those measured at different times."""
-    small = [each.draft_model for each in costs if each.draft_model is not None]
     if not costs:
         return None
+    small = [each.draft_model for each in costs if each.draft_model is not None]
     return Costs(median_costs([each.model for each in costs]), median_costs(small) if small else None)

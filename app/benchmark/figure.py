@@ -20,7 +20,7 @@ _AUTOREGRESSIVE = "autoregressive (break-even)"
 
 
 class _Style(NamedTuple):
-    """How a strategy that drafts is drawn; those with exits take the color of the exit."""
+    """How a strategy that drafts is drawn; without a color it takes that of its exit."""
 
     label: str
     marker: str
@@ -29,7 +29,7 @@ class _Style(NamedTuple):
 
 
 class _Series(NamedTuple):
-    """A line of the figure: results by draft length."""
+    """A line of the figure: the results of one strategy and exit by draft length."""
 
     style: _Style
     color: Any
@@ -46,7 +46,7 @@ _PREDICTED: dict[str, Any] = {"linestyle": "--", "marker": "_", "markersize": 9,
 
 
 def benchmark_figure(results: Sequence[BenchmarkResult], *, title: str) -> Figure:
-    """Two panels: speedup over draft lengths, and acceptance by place in the draft, both a line for each exit."""
+    """Speedup over draft lengths, and acceptance by position in the draft, in two panels with a line for each exit."""
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
     speed_axes, acceptance_axes = figure.subplots(1, 2)
@@ -64,7 +64,6 @@ def benchmark_figure(results: Sequence[BenchmarkResult], *, title: str) -> Figur
 
 
 def _series(results: Sequence[BenchmarkResult], colors: Mapping[int, Any]) -> list[_Series]:
-    """What drafts, by strategy and exit."""
     groups: dict[tuple[str, int | None], list[BenchmarkResult]] = {}
     for result in results:
         if result.strategy in _DRAFTING and result.speedup is not None:
@@ -100,7 +99,7 @@ def _draw_speedups(axes: Axes, results: Sequence[BenchmarkResult], series: Seque
 
 
 def _draw_bars(axes: Axes, results: Sequence[BenchmarkResult]) -> None:
-    """Where nobody drafts there is nothing to draw over."""
+    """Draw a bar for each result; without drafts there is no draft length to draw lines over."""
     names = [r.strategy if r.exit_layer is None else f"{r.strategy}, exit {r.exit_layer}" for r in results]
     axes.barh(names, [result.speedup or 0.0 for result in results], color="tab:gray")
     axes.axvline(1.0, color="black", linewidth=1.0)
@@ -109,18 +108,18 @@ def _draw_bars(axes: Axes, results: Sequence[BenchmarkResult]) -> None:
 
 
 def _draw_acceptance(axes: Axes, series: Sequence[_Series]) -> None:
-    """Over all draft lengths together: what is drafted at a place does not depend on how many come after it."""
+    """Draw all draft lengths as one: what is drafted at a position does not depend on how many drafts come after."""
     for style, color, points in series:
         reached, accepted = (
             [sum(column) for column in zip_longest(*rows, fillvalue=0)]
             for rows in zip(*((p.reached_by_position, p.accepted_by_position) for p in points), strict=True)
         )
-        places = [place for place, count in enumerate(reached) if count]
-        shares = [100.0 * accepted[place] / reached[place] for place in places]
-        axes.plot([place + 1 for place in places], shares, color=color, marker=style.marker, linestyle=style.line)
+        positions = [position for position, count in enumerate(reached) if count]
+        shares = [100.0 * accepted[position] / reached[position] for position in positions]
+        axes.plot([p + 1 for p in positions], shares, color=color, marker=style.marker, linestyle=style.line)
     axes.set(
-        title="Acceptance by place in the draft",
-        xlabel="place in the draft",
+        title="Acceptance by position in the draft",
+        xlabel="position in the draft",
         ylabel="accepted, of those with all before them accepted (%)",
         ylim=(0.0, 102.0),
     )
@@ -129,7 +128,7 @@ def _draw_acceptance(axes: Axes, series: Sequence[_Series]) -> None:
 
 
 def _legend(results: Sequence[BenchmarkResult], colors: Mapping[int, Any]) -> list[Line2D]:
-    """Colors are exits, markers and lines are strategies."""
+    """Explain that colors are exits, and markers and lines are strategies."""
     present = {result.strategy for result in results}
     handles = [Line2D([], [], color=color, linewidth=4, label=f"exit {layer}") for layer, color in colors.items()]
     for strategy, style in _DRAFTING.items():
@@ -145,5 +144,5 @@ def _legend(results: Sequence[BenchmarkResult], colors: Mapping[int, Any]) -> li
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
-    """What is not known leaves a gap."""
+    """The values as numbers; an unknown one is nan, which leaves a gap in the line."""
     return [nan if value is None else float(value) for value in values]

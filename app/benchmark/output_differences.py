@@ -1,8 +1,8 @@
 """Outputs that differ from autoregressive decoding: how many, and whether rounding can have decided there.
 
 A pass over several positions rounds otherwise than passes over one, so where two tokens are nearly equally likely the
-argmax may flip. At the first position that differs the full model's logits, recomputed on the autoregressive path,
-tell such a tie from a bug: the gap is the autoregressive token's logit minus the other's.
+argmax may flip. At the first token that differs, the full model's logits are recomputed on the autoregressive path. The
+gap between the logits of the two tokens tells such a tie from a bug.
 
 Shape legend: `S` tokens so far, `V` vocabulary.
 """
@@ -34,11 +34,11 @@ _BRIDGEABLE_ELSE = 8.0
 
 
 class _Fork(NamedTuple):
-    """Where an output leaves the autoregressive one."""
+    """The point at which an output leaves the autoregressive one."""
 
     context: tuple[int, ...]  # the prompt, and the tokens that both have
-    expected: int | None  # None where that output ends here
-    found: int | None
+    expected: int | None  # None where the autoregressive output ends here
+    found: int | None  # None where the other output ends here
 
 
 class _Gap(NamedTuple):
@@ -49,15 +49,14 @@ class _Gap(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputDifferences:
-    """How the outputs of a strategy differ from autoregressive decoding's.
+    """How the outputs of a strategy differ from those of autoregressive decoding.
 
     Attributes:
-        num_prompts: Prompts compared.
-        num_differing: Of those, with other tokens in any repeat.
-        num_unexplained: Of those, where rounding cannot have decided: the gap is too large, or there is none because
-            one output ends where the other goes on. 0 for a lossy strategy, whose gaps are not looked at.
-        largest_logit_gap: Between the two tokens at the first position that differs; None where nothing does.
-        largest_gap_in_spacings: The same, of the logits' dtype at the largest logit there.
+        num_differing: Prompts with other tokens in any repeat.
+        num_unexplained: Differing prompts where rounding cannot have decided: the gap is too large, or there is none
+            because one output ends where the other goes on. 0 for a lossy strategy, whose gaps are not measured.
+        largest_logit_gap: Largest gap between the two tokens at the first one that differs; None without differences.
+        largest_gap_in_spacings: The same gap in spacings of the logits' dtype at the largest logit there.
     """
 
     num_prompts: int
@@ -74,20 +73,20 @@ class OutputDifferences:
         return f"{said}; largest logit gap {self.largest_logit_gap:.2g} ({self.largest_gap_in_spacings:.3g} spacings)"
 
 
-def output_differences(
+def find_output_differences(
     decoder: ExitableDecoder,
     batches: Sequence[Prompts],
     measurements: Sequence[Measurement],
     *,
     eos_token_ids: Sequence[int],
 ) -> list[OutputDifferences]:
-    """Of each measurement from the first, which is autoregressive decoding; warns of what rounding does not explain.
+    """Compare the outputs of each measurement with those of the first, and warn of what rounding does not explain.
 
     Args:
-        decoder: Whose autoregressive decoding that was; a batch in which something differs runs through it once more.
-        batches: The prompts as they were decoded; those after the last that was measured do not count.
-        measurements: All of the same batches.
-        eos_token_ids: Ended the outputs.
+        decoder: The model. A batch in which something differs is decoded by it once more.
+        batches: The prompts as they were decoded; batches after the last that was measured do not count.
+        measurements: Autoregressive decoding first, then other ways to decode the same batches.
+        eos_token_ids: The tokens that ended the outputs.
     """
     baseline = measurements[0]
     forks = [list(_forks(batches, baseline, measurement)) for measurement in measurements]
@@ -96,9 +95,9 @@ def output_differences(
         wanted.setdefault(number, set()).add(fork)
     gaps: dict[_Fork, _Gap] = {}
     for number, those in wanted.items():
-        gaps |= _gaps(decoder, batches[number], those, eos_token_ids)
+        gaps |= _measure_gaps(decoder, batches[number], those, eos_token_ids)
     found = [
-        _differences(measurement.identical_to(baseline), [gaps.get(fork) for _, fork in own])
+        _sum_up(measurement.identical_to(baseline), [gaps.get(fork) for _, fork in own])
         for measurement, own in zip(measurements, forks, strict=True)
     ]
     for measurement, differences in zip(measurements, found, strict=True):
@@ -114,13 +113,13 @@ def output_differences(
 
 
 def _forks(batches: Sequence[Prompts], baseline: Measurement, other: Measurement) -> Iterator[tuple[int, _Fork]]:
-    """Of each prompt whose output differs in some repeat, the number of its batch and where; none if that is lossy."""
+    """The number of the batch and the fork of each prompt that differs in some repeat; none of a lossy strategy."""
     if other.contender.strategy in STRATEGIES and not STRATEGIES[other.contender.strategy].lossless:
         return
     for number, (prompts, expected, repeats) in enumerate(zip(batches, baseline.runs, other.runs, strict=False)):
-        for place, prompt in enumerate(prompts):
-            right = expected[0][place].tokens
-            wrong = next((rows[place].tokens for rows in repeats if rows[place].tokens != right), right)
+        for row, prompt in enumerate(prompts):
+            right = expected[0][row].tokens
+            wrong = next((rows[row].tokens for rows in repeats if rows[row].tokens != right), right)
             if wrong != right:
                 same = next((i for i, pair in enumerate(zip(right, wrong, strict=False)) if pair[0] != pair[1]), None)
                 same = min(len(right), len(wrong)) if same is None else same
@@ -128,10 +127,10 @@ def _forks(batches: Sequence[Prompts], baseline: Measurement, other: Measurement
                 yield number, _Fork((*prompt, *right[:same]), *ends)
 
 
-def _gaps(
+def _measure_gaps(
     decoder: ExitableDecoder, prompts: Prompts, forks: Iterable[_Fork], eos_token_ids: Sequence[int]
 ) -> dict[_Fork, _Gap]:
-    """Decode the batch again, one token at a time, and look at the logits where outputs leave it."""
+    """Decode the batch again, one token at a time, and read the logits where outputs leave it."""
     at = {fork.context: [other for other in forks if other.context == fork.context] for fork in forks}
     dtype = decoder.unembed(decoder.embed(torch.zeros(1, 1, dtype=torch.long, device=decoder.device))).dtype
     gaps: dict[_Fork, _Gap] = {}
@@ -154,13 +153,13 @@ def _gaps(
 
 
 def _spacing(magnitude: float, dtype: torch.dtype) -> float:
-    """Between neighbouring numbers of this magnitude."""
+    """The distance between neighbouring numbers of this magnitude."""
     info = torch.finfo(dtype)
     return float(info.eps * 2.0 ** floor(log2(max(magnitude, info.tiny))))
 
 
-def _differences(identical: Sequence[bool], gaps: Sequence[_Gap | None]) -> OutputDifferences:
-    """None is a gap that could not be measured."""
+def _sum_up(identical: Sequence[bool], gaps: Sequence[_Gap | None]) -> OutputDifferences:
+    """The differences of one measurement; a gap of None could not be measured."""
     known = [gap for gap in gaps if gap is not None]
     largest = max(known, default=None)
     return OutputDifferences(

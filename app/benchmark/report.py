@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from app.benchmark.benchmark import Costs
 from app.benchmark.result import BenchmarkResult
+from app.benchmark.speedup_interval import interval_in_words
 from app.decoding.strategies import STRATEGIES
 from app.errors import ConfigError
 from app.tables import Table, cell
@@ -27,7 +28,11 @@ _PACKAGES = ("torch", "transformers", "layerskip-lightning")
 
 
 def check_output(path: str) -> Path:
-    """The file to write; ConfigError if it cannot be, before anything is measured."""
+    """The file to write.
+
+    Raises:
+        ConfigError: The file cannot be written. This is found out before anything is measured.
+    """
     output = Path(path)
     allowed = "a .json file in a folder that exists"
     if output.suffix != ".json":
@@ -41,7 +46,7 @@ def check_output(path: str) -> Path:
 
 
 def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """What a reader must know to compare figures: versions, hardware, number type, threads, date."""
+    """What a reader must know to compare figures: versions, hardware, dtype, threads, date."""
     cpu = _cpu_name()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,7 +60,7 @@ def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object
 
 
 def _cpu_name() -> str:
-    """The processor's name as Linux tells it, elsewhere as Python does."""
+    """The processor's name as Linux tells it, elsewhere as Python tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -81,7 +86,7 @@ def report_document(
 
 
 def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
-    """What must be said beside the figures."""
+    """Remarks without which the figures would mislead."""
     said = []
     lossless = [r for r in results if r.strategy not in STRATEGIES or STRATEGIES[r.strategy].lossless]
     differing = [r for r in lossless if r.num_differing]
@@ -105,11 +110,18 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
 
 
 def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
-    """How fast each was; a column in which nothing applies is left out.
+    """How fast each strategy was.
 
-    The speedup is of each batch's median repeat; beside it its 95 % interval over batches like these. Of a single batch
-    there is none, and the lowest and highest repeat take its place.
+    The speedup takes the median repeat of each batch. Beside it stands its 95 % interval over batches like these, or,
+    for a single batch, which has no interval, the lowest and the highest repeat.
     """
+    intervals = [result.speedup_interval for result in results]
+    spread, name = intervals, "95 %\ninterval"
+    if not any(intervals):
+        name = "whole\nrepeats"
+        spread = [
+            None if r.speedup_min is None or r.speedup_max is None else (r.speedup_min, r.speedup_max) for r in results
+        ]
     return Table.of_columns(
         title,
         _names(results)
@@ -117,7 +129,7 @@ def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
             "tok/s": [cell(result.tokens_per_second, "{:.1f}") for result in results],
             "prefill\nms": [cell(1e3 * result.seconds_prefill, "{:.0f}") for result in results],
             "speedup\nmedians": [cell(result.speedup, "{:.2f}x") for result in results],
-            **_spread(results),
+            name: [interval_in_words(interval) for interval in spread],
             "vs\ngenerate": [cell(result.speedup_vs_transformers, "{:.2f}x") for result in results],
             "vs its\nearly\nexit": [cell(r.speedup_vs_transformers_early_exit, "{:.2f}x") for r in results],
             "outputs\ndiffer": [f"{result.num_differing} of {result.num_prompts}" for result in results],
@@ -126,14 +138,14 @@ def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
 
 
 def draft_table(results: Sequence[BenchmarkResult]) -> Table:
-    """Why those that draft were that fast: what was accepted, and what the cost model makes of it."""
+    """What explains the speed of strategies that draft: what was accepted, and what the cost model predicts of it."""
     drafting = [result for result in results if result.drafted]
     return Table.of_columns(
         "Drafts, and the speedup predicted from them (i.i.d.: one chance of acceptance for every draft)",
         _names(drafting)
         | {
             "acceptance": [cell(result.acceptance_rate, "{:.1%}") for result in drafting],
-            "by place, %": [_places(r) for r in drafting],
+            "by position, %": [_shares(r) for r in drafting],
             "tokens\na round": [cell(result.mean_tokens_per_round, "{:.2f}") for result in drafting],
             "speedup": [cell(result.speedup, "{:.2f}x") for result in drafting],
             "predicted": [
@@ -152,27 +164,17 @@ def _names(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
     }
 
 
-def _places(result: BenchmarkResult) -> str:
-    return " ".join(cell(None if share is None else 100.0 * share, "{:.0f}") for share in result.acceptance_by_position)
+def _shares(result: BenchmarkResult) -> str:
+    shares = result.acceptance_by_position
+    return " ".join(cell(None if share is None else 100.0 * share, "{:.0f}") for share in shares)
 
 
 def _prediction(speedup: float | None, error: float | None) -> str:
     return "-" if speedup is None or error is None else f"{speedup:.2f}x ({error:+.0%})"
 
 
-def _spread(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
-    intervals = [result.speedup_interval for result in results]
-    if any(intervals):
-        return {"95 %\ninterval": [_span(*(interval or (None, None))) for interval in intervals]}
-    return {"whole\nrepeats": [_span(result.speedup_min, result.speedup_max) for result in results]}
-
-
-def _span(low: float | None, high: float | None) -> str:
-    return "-" if low is None else f"{low:.2f}-{high:.2f}"
-
-
 def write_report(document: Mapping[str, Any], figure: Figure, output: Path) -> Path:
-    """Write the document to `output` and the figure beside it, each whole or not at all; the figure's path."""
+    """Write the document to `output` and the figure beside it, each whole or not at all; return the figure's path."""
     picture = output.with_suffix(".png")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
-from app.benchmark.alternation import Contender, Measurement, ratio
+from app.benchmark.alternation import Contender, Measurement
 from app.benchmark.benchmark import Benchmark, BenchmarkSettings, Costs, Subject
 from app.benchmark.output_differences import OutputDifferences
-from app.benchmark.speedup_interval import Interval, speedup_interval
+from app.benchmark.round_counts import ratio
+from app.benchmark.speedup_interval import Interval
 from app.decoding.cost_model import CostModel, tokens_per_round
 
 
@@ -20,36 +21,27 @@ class BenchmarkResult:
     Times are decode time: the prompts' pass, and the tokens that it yields, are left out.
 
     Attributes:
-        strategy: Its name.
-        exit_layer: Blocks run where it leaves early.
-        num_draft_tokens: Most tokens drafted in a round.
-        tokens_per_second: Over all prompts; of each batch the median repeat.
-        seconds_per_token: Its inverse.
-        acceptance_rate: Accepted / drafted tokens.
-        mean_tokens_per_round: Tokens a draft-and-verify round settles.
+        tokens_per_second: Over all prompts; the median repeat of each batch counts.
+        mean_tokens_per_round: Tokens that a draft-and-verify round settles.
         speedup: Time per token of our own autoregressive decoding in the same run / this one's.
         identical_to_autoregressive: Share of prompts whose tokens are, in every repeat, those of that decoding.
-        num_differing: Prompts whose tokens are not.
-        num_unexplained: Of those, where rounding cannot have decided.
-        largest_logit_gap: Where an output first differs, between the full model's logits of the two tokens.
-        largest_gap_in_spacings: The same, of the logits' dtype at the largest logit there.
-        speedup_min: The lowest speedup of one whole repeat; `speedup` is of each batch's median repeat.
-        speedup_max: The highest.
+        num_differing, num_unexplained, largest_logit_gap, largest_gap_in_spacings: See OutputDifferences.
+        speedup_min: The lowest speedup of one whole repeat; `speedup` takes each batch's median repeat.
+        speedup_max: The highest speedup of one whole repeat.
         speedup_interval: 95 % interval of `speedup` over the batches (`app.benchmark.speedup_interval`).
-        speedup_vs_transformers: Over transformers' plain generate, where that was measured.
-        speedup_vs_transformers_early_exit: Over transformers' own early exit with the same exit and draft length.
-        predicted_speedup: Of the cost model, from the measured costs and a chance of acceptance that is the same for
-            every draft; for drafts of fixed length.
+        speedup_vs_transformers: Speedup over transformers' plain generate, where that was measured.
+        speedup_vs_transformers_early_exit: Speedup over transformers' early exit of the same exit and draft length.
+        predicted_speedup: What the cost model says with the measured costs and one chance of acceptance for every
+            draft; for drafts of fixed length.
         prediction_error: predicted_speedup / speedup - 1.
-        predicted_speedup_from_rounds: Of the cost model, from measured costs, tokens and drafts a round.
+        predicted_speedup_from_rounds: What the cost model says with the measured costs and the measured rounds.
         prediction_error_from_rounds: predicted_speedup_from_rounds / speedup - 1.
-        seconds_prefill: Of a batch, mean.
-        num_prompts: Prompts decoded.
+        seconds_prefill: Mean over the batches.
         num_tokens: New tokens, first ones included.
         rounds: Steps or rounds after the prompts' pass.
         drafted: Tokens proposed.
-        accepted: Of those, kept.
-        reached_by_position: For each draft position, rounds that drafted that far with everything before it accepted.
+        accepted: Proposed tokens that were kept.
+        reached_by_position: For each position of a draft, rounds that drafted that far with everything before accepted.
         accepted_by_position: Rounds that accepted the draft there.
         acceptance_by_position: The quotient of the two.
         fell_back_share: Share of prompts for which drafting was given up.
@@ -104,30 +96,28 @@ def _result(
     subject: Subject,
     settings: BenchmarkSettings,
 ) -> BenchmarkResult:
-    contender, baseline = measurement.contender, benchmark.measurements[0]
+    contender, baseline, counts = measurement.contender, benchmark.measurements[0], measurement.counts
     costs = round_costs(contender, benchmark.costs, subject=subject, skipped_layers=settings.skipped_layers)
     predicted = _predict(measurement, costs) if settings.draft_policy == "fixed" and not settings.fall_back else None
-    from_rounds = _predict_from_rounds(measurement, costs)
+    from_rounds = None if costs is None else counts.predicted_speedup(costs)
+    seconds_per_token = measurement.seconds_per_token()
     speedup = measurement.speedup_over(baseline)
-    repeats = [measurement.speedup_over(baseline, repeat) or 0.0 for repeat in range(settings.repeats)]
+    lowest, highest = measurement.speedup_range(baseline)
     reached, accepted = measurement.reached_by_position, measurement.accepted_by_position
     return BenchmarkResult(
+        **asdict(differences),
         strategy=contender.strategy,
         exit_layer=contender.exit_layer,
         num_draft_tokens=contender.num_draft_tokens,
-        tokens_per_second=measurement.tokens_per_second,
-        seconds_per_token=measurement.seconds_per_token(),
-        acceptance_rate=measurement.acceptance_rate,
-        mean_tokens_per_round=measurement.mean_tokens_per_round,
+        tokens_per_second=1.0 / seconds_per_token if seconds_per_token else None,
+        seconds_per_token=seconds_per_token,
+        acceptance_rate=counts.acceptance_rate,
+        mean_tokens_per_round=counts.mean_tokens_per_round,
         speedup=speedup,
-        identical_to_autoregressive=measurement.identical_share(baseline),
-        num_differing=differences.num_differing,
-        num_unexplained=differences.num_unexplained,
-        largest_logit_gap=differences.largest_logit_gap,
-        largest_gap_in_spacings=differences.largest_gap_in_spacings,
-        speedup_min=min(repeats) if speedup else None,
-        speedup_max=max(repeats) if speedup else None,
-        speedup_interval=speedup_interval(speedup, measurement.times_beside(baseline)),
+        identical_to_autoregressive=fmean(measurement.identical_to(baseline)),
+        speedup_min=lowest if speedup else None,
+        speedup_max=highest if speedup else None,
+        speedup_interval=measurement.speedup_interval(baseline),
         speedup_vs_transformers=_over(measurement, benchmark, "transformers", None, None),
         speedup_vs_transformers_early_exit=_over(
             measurement, benchmark, "transformers_early_exit", contender.exit_layer, contender.num_draft_tokens
@@ -137,14 +127,13 @@ def _result(
         predicted_speedup_from_rounds=from_rounds,
         prediction_error_from_rounds=_error(from_rounds, speedup),
         seconds_prefill=measurement.seconds_prefill,
-        num_prompts=len(measurement.results),
         num_tokens=sum(result.num_tokens for result in measurement.results),
-        rounds=measurement.rounds,
-        drafted=measurement.drafted,
-        accepted=measurement.accepted,
+        rounds=counts.rounds,
+        drafted=counts.drafted,
+        accepted=counts.accepted,
         reached_by_position=reached,
         accepted_by_position=accepted,
-        acceptance_by_position=[ratio(*counts) for counts in zip(accepted, reached, strict=True)],
+        acceptance_by_position=[ratio(*pair) for pair in zip(accepted, reached, strict=True)],
         fell_back_share=fmean(result.fell_back_after is not None for result in measurement.results),
     )
 
@@ -190,20 +179,12 @@ def round_costs(
 
 
 def _predict(measurement: Measurement, costs: CostModel | None) -> float | None:
-    """From one chance of acceptance, given that the drafts before were accepted: T(a, d)."""
-    chance = ratio(measurement.accepted, sum(measurement.reached_by_position))
+    """The speedup by T(a, d), with a the chance of acceptance given that the drafts before were accepted."""
+    chance = ratio(measurement.counts.accepted, sum(measurement.reached_by_position))
     drafts = measurement.contender.num_draft_tokens
     if costs is None or chance is None or drafts is None:
         return None
     return costs.speedup(tokens_per_round(chance, drafts), drafts)
-
-
-def _predict_from_rounds(measurement: Measurement, costs: CostModel | None) -> float | None:
-    """From the tokens that rounds settled and drafted."""
-    settled = measurement.mean_tokens_per_round
-    if costs is None or settled is None:
-        return None
-    return costs.speedup(settled, measurement.drafted / measurement.rounds)
 
 
 def _error(predicted: float | None, measured: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""How far a speedup measured on some prompts may be from that on all prompts like them."""
+"""How far a speedup measured on some prompts may be from the speedup on all prompts like them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Student's t, two-sided at 95 %, by degrees of freedom from 1 on; more of them are taken as the last.
+# Student's t, two-sided at 95 %, from 1 degree of freedom on. More degrees than listed use the last value.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
 
 Interval = tuple[float, float]
 
 
 class PairedTimes(NamedTuple):
-    """Sums over prompts, so that those of disjoint parts add up: seconds of a way to decode, and of the baseline."""
+    """Seconds of a way to decode and of the baseline, as sums over prompts that add up over disjoint parts."""
 
     num: int
     own: float
@@ -24,7 +24,7 @@ class PairedTimes(NamedTuple):
 
     @classmethod
     def of(cls, own: Iterable[float], baseline: Iterable[float]) -> PairedTimes:
-        """Of the seconds of each prompt, the same prompts in both."""
+        """Sum the seconds of each prompt; both list the same prompts in the same order."""
         pairs = list(zip(own, baseline, strict=True))
         return cls(
             num=len(pairs),
@@ -41,15 +41,16 @@ def speedup_interval(speedup: float | None, times: PairedTimes) -> Interval | No
 
     With a_i and b_i the shares that prompt i has in the seconds of this way to decode and of the baseline, the standard
     error of log(speedup) is sqrt(n / (n - 1) * sum_i (b_i - a_i)^2): the delta method for a ratio of two means
-    (Cochran, Sampling Techniques, section 6.3). It covers how prompts differ, and the noise that differs between
-    them. With few, very uneven prompts it is a little too narrow: of eight, it held the truth in 92 of 100 trials.
+    (Cochran, Sampling Techniques, section 6.3). The interval covers how prompts differ, and the noise that differs
+    between them. With few and very uneven prompts it is a little too narrow: with eight, it held the true speedup in
+    92 of 100 trials.
 
     Args:
         speedup: Baseline / own time per token; None where nothing was decoded.
         times: Of the same prompts.
 
     Returns:
-        Lowest and highest; None where there are fewer than two prompts, or no times.
+        Lowest and highest speedup; None where there are fewer than two prompts, or no times.
     """
     if speedup is None or times.num < 2 or not times.own or not times.baseline:
         return None
@@ -64,5 +65,5 @@ def speedup_interval(speedup: float | None, times: PairedTimes) -> Interval | No
 
 
 def interval_in_words(interval: Interval | None) -> str:
-    """For instance "1.10..1.45x"; a dash where there is none."""
+    """For instance "1.10..1.45x"; a dash where there is no interval."""
     return "-" if interval is None else "{:.2f}..{:.2f}x".format(*interval)

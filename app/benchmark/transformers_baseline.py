@@ -16,12 +16,11 @@ from transformers.generation.streamers import BaseStreamer
 from app.benchmark.alternation import Contender, Prompts
 from app.decoding.result import DecodingResult, Step
 from app.decoding.settings import DecodingSettings
-from app.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateResult(DecodingResult):
-    """New tokens of one prompt; what was drafted is not known, so no acceptance is.
+    """New tokens of one prompt. transformers does not tell what it drafted, so acceptance is not known.
 
     Attributes:
         num_prefilled: New tokens that came at the end of `seconds_prefill`: several with `assistant_early_exit`, which
@@ -32,7 +31,6 @@ class GenerateResult(DecodingResult):
 
     @property
     def num_decoded(self) -> int:
-        """New tokens that `seconds_decode` paid for."""
         return max(self.num_tokens - self.num_prefilled, 0)
 
 
@@ -42,25 +40,24 @@ class _Arrival(NamedTuple):
 
 
 class _Arrivals(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
-    """Notes when tokens come. generate waits for each step's tokens anyway, so this costs a microsecond a step."""
+    """Notes when tokens come. generate waits for the tokens of each step anyway: this costs a microsecond a step."""
 
     def __init__(self) -> None:
         self._all: list[_Arrival] = []
 
-    def put(self, value: Tensor) -> None:
-        """The prompts, then what each step or round settled."""
+    def put(self, value: Tensor) -> None:  # the prompts, then what each step or round settled
         self._all.append(_Arrival(perf_counter(), value))
 
     def end(self) -> None:
-        """Nothing is held back."""
+        pass  # nothing is held back
 
     def by_round(self, batch_size: int) -> list[tuple[float, list[list[int]]]]:
-        """When each round ended, and what it settled for each sequence."""
+        """The time at which each round ended, and the tokens that it settled for each sequence."""
         return [(at, tokens.reshape(batch_size, -1).tolist()) for at, tokens in self._all[1:]]
 
 
 def generate_contender(model: PreTrainedModel, strategy: str, settings: DecodingSettings) -> Contender:
-    """`generate_batch` under the name `strategy`; of `settings` the budget is not used."""
+    """`generate_batch` under the name `strategy`. The budget of each call replaces `settings.max_new_tokens`."""
 
     def decode(prompts: Prompts, max_new_tokens: int) -> list[GenerateResult]:
         return generate_batch(model, prompts, replace(settings, max_new_tokens=max_new_tokens))
@@ -74,19 +71,14 @@ def generate_contender(model: PreTrainedModel, strategy: str, settings: Decoding
 
 
 def generate_batch(model: PreTrainedModel, prompts: Prompts, settings: DecodingSettings) -> list[GenerateResult]:
-    """Continue prompts greedily by `model.generate`, on the left padded where they are of different lengths.
+    """Continue prompts greedily by `model.generate`, padded on the left where they are of different lengths.
 
     Args:
         model: In eval mode, with SDPA attention; its generation and model configuration are put back afterwards.
         prompts: Token ids; a single prompt where `settings.exit_layer` is given.
-        settings: Budget and end of sequence; with `exit_layer` and `num_draft_tokens` it is transformers' own
-            self-speculation. That stops a draft at a token it gives less than 0.4 (its default, which is kept).
-
-    Raises:
-        ConfigError: Several prompts with early exit.
+        settings: Budget and end of sequence; with `exit_layer` and `num_draft_tokens` transformers speculates by
+            itself. It then stops a draft at a token it gives a probability below 0.4, which is its default.
     """
-    if settings.exit_layer is not None and len(prompts) > 1:
-        raise ConfigError("batch_size", got=len(prompts), allowed="1 with strategy transformers_early_exit")
     context = int(model.config.max_position_embeddings)
     budgets = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
     eos = list(settings.eos_token_ids)
@@ -123,10 +115,10 @@ def generate_batch(model: PreTrainedModel, prompts: Prompts, settings: DecodingS
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Nothing but `config` decides inside: generate fills whatever it is not given from the model's own.
+    """Let `config` alone decide inside, because generate fills what it is not given from the model's own config.
 
-    `num_assistant_tokens` is read from there alone. Early exit works by lowering `num_hidden_layers` for the time of a
-    draft; that is put back too, should it be interrupted.
+    transformers reads `num_assistant_tokens` from the model's config alone. For a draft it lowers `num_hidden_layers`,
+    which an interrupted draft would leave behind: it is put back here.
     """
     own, num_layers = model.generation_config, model.config.num_hidden_layers
     model.generation_config = config
@@ -144,7 +136,7 @@ def _result(
     limited_by_context: bool,
     started_at: float,
 ) -> GenerateResult:
-    """One sequence's rounds up to its end; what comes after that is padding."""
+    """The result of one sequence from its rounds up to its end; tokens after the end are padding."""
     settled: list[list[int]] = []
     ended = False
     room = budget

@@ -8,7 +8,7 @@ from itertools import product
 from typing import NamedTuple
 
 from app.benchmark.alternation import Measurement, alternate, engine_contender
-from app.benchmark.decoding_comparison import DecodingComparison, measured_against
+from app.benchmark.decoding_comparison import DecodingComparison, compare_measurements
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
 from app.protocols import ExitableDecoder, GenerationExample
@@ -120,7 +120,7 @@ def evaluate_parses(
     if not timed:
         return []
     baseline, *drafting = timed.values()
-    return [measured_against(candidate, baseline, num_given=len(speed_examples)) for candidate in drafting]
+    return [compare_measurements(candidate, baseline, num_given=len(speed_examples)) for candidate in drafting]
 
 
 def collect_results(metrics: Mapping[Way, ParseExactMatch], speeds: Sequence[DecodingComparison]) -> list[ParseResult]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from app.benchmark.round_counts import RoundCounts
 from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
 from app.protocols import ExitableDecoder
@@ -23,20 +23,7 @@ from app.protocols import ExitableDecoder
 _LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
 
 
-class Rounds(NamedTuple):
-    """What draft-and-verify rounds came to."""
-
-    rounds: int
-    drafted: int
-    accepted: int
-
-    def __add__(self, other: object) -> Rounds:  # as sums, not as tuples
-        """Both together."""
-        assert isinstance(other, Rounds)
-        return Rounds(self.rounds + other.rounds, self.drafted + other.drafted, self.accepted + other.accepted)
-
-
-def simulate_rounds(matches: Sequence[bool], num_draft_tokens: int, *, budget: int | None = None) -> Rounds:
+def simulate_rounds(matches: Sequence[bool], num_draft_tokens: int, *, budget: int) -> RoundCounts:
     """Rounds of greedy self-speculative decoding whose output is known, without decoding.
 
     With t tokens settled a round drafts the next min(d, budget - t - 1), of which the consecutive matches from t on
@@ -46,32 +33,30 @@ def simulate_rounds(matches: Sequence[bool], num_draft_tokens: int, *, budget: i
     Args:
         matches: For each token of the output after the first, whether the exit chooses it as well.
         num_draft_tokens: d, at least 1.
-        budget: New tokens that were allowed; by default the output used them all, that is it did not end by itself.
+        budget: New tokens that were allowed; where the output has fewer, it ended by itself.
     """
     num_tokens = len(matches) + 1
-    budget = num_tokens if budget is None else budget
-    settled, total = 1, Rounds(0, 0, 0)
+    settled, rounds, drafted, accepted = 1, 0, 0, 0
     while settled < num_tokens:
         limit = min(num_draft_tokens, budget - settled - 1)
         ahead = matches[settled - 1 : settled - 1 + limit]
-        accepted = next((i for i, match in enumerate(ahead) if not match), len(ahead))
-        ended = settled + accepted == num_tokens  # the end of sequence was drafted, and nothing after it
-        total += Rounds(1, accepted if ended else limit, accepted)
-        settled += accepted + 1
-    return total
+        kept = next((i for i, match in enumerate(ahead) if not match), len(ahead))
+        ended = settled + kept == num_tokens  # the end of sequence was drafted, and nothing after it
+        rounds, drafted, accepted = rounds + 1, drafted + (kept if ended else limit), accepted + kept
+        settled += kept + 1
+    return RoundCounts(decoded=len(matches), rounds=rounds, drafted=drafted, accepted=accepted)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAgreement:
     """Agreement of every exit with the full model's greedy outputs.
 
-    The first token of an output comes with the prompt's pass; no draft can be for it, so it is left out here.
+    The first token of an output comes with the prompt's pass. No draft can be for it, so it is left out here.
 
     Attributes:
-        num_layers: L.
         outputs: New tokens of each prompt.
-        budgets: New tokens that were allowed for each.
-        matches: Of each exit 1..L, for each prompt, whether it chooses each output token after the first. At L this
+        budgets: New tokens that were allowed for each prompt.
+        matches: Exit 1..L -> for each prompt, whether the exit chooses each output token after the first. At L this
             compares one pass over all positions with one-token passes: all true in float32, up to rounding.
     """
 
@@ -86,19 +71,17 @@ class LayerAgreement:
         return sum(max(len(output) - 1, 0) for output in self.outputs)
 
     def agreement(self, exit_layer: int) -> float:
-        """Share of those that the exit chooses as well; there must be some."""
+        """Share of the positions at which the exit chooses the output token; there must be some position."""
         return sum(map(sum, self.matches[exit_layer])) / self.num_positions
 
-    def rounds(self, exit_layer: int, num_draft_tokens: int) -> Rounds:
+    def count_rounds(self, exit_layer: int, num_draft_tokens: int) -> RoundCounts:
         """What self-speculative decoding of all prompts from this exit comes to."""
         pairs = zip(self.matches[exit_layer], self.budgets, strict=True)
-        return sum(
-            (simulate_rounds(matches, num_draft_tokens, budget=budget) for matches, budget in pairs), Rounds(0, 0, 0)
-        )
+        return RoundCounts.total([simulate_rounds(own, num_draft_tokens, budget=budget) for own, budget in pairs])
 
     @property
     def mean_saturation_layer(self) -> float:
-        """Mean over the tokens of the first exit from which on all exits choose them (LayerSkip, Fig. 2a)."""
+        """Mean over the tokens of the first exit from which on all exits choose the token (LayerSkip, Fig. 2a)."""
         needed = 0
         for by_exit in zip(*(self.matches[exit_layer] for exit_layer in range(1, self.num_layers)), strict=True):
             for token_matches in zip(*by_exit, strict=True):
@@ -121,7 +104,7 @@ def measure_layer_agreement(
     Args:
         decoder: In eval mode.
         prompts: At least one; token ids.
-        max_new_tokens: Of each output, at least 2.
+        max_new_tokens: Budget of each output, at least 2.
         eos_token_ids: End an output.
         time_limit_seconds: No prompt is started after this; the first is always used.
         on_prompt: Called with the number of prompts that are done.

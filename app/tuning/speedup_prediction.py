@@ -16,7 +16,7 @@ from app.benchmark.decoding_costs import DecodingCosts
 from app.decoding.cost_model import CostModel
 from app.tuning.layer_agreement import LayerAgreement
 
-_HOPELESS = 0.8  # of the best prediction: what is predicted below is not run
+_HOPELESS = 0.8  # share of the best prediction; what is predicted to be slower is not run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,29 +39,33 @@ class Prediction:
 
 
 def predict(agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens: int) -> list[Prediction]:
-    """Every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost."""
+    """Every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost.
+
+    `agreement` must have at least one position.
+    """
     predictions = []
     for exit_layer, drafts in product(range(1, agreement.num_layers), range(1, max_draft_tokens + 1)):
-        total = agreement.rounds(exit_layer, drafts)
-        model = costs.cost_model(num_layers=agreement.num_layers, exit_layer=exit_layer)
-        tokens_per_round = agreement.num_positions / total.rounds
+        counts = agreement.count_rounds(exit_layer, drafts)
+        speedup = counts.predicted_speedup(costs.cost_model(num_layers=agreement.num_layers, exit_layer=exit_layer))
+        assert speedup is not None
+        assert counts.mean_tokens_per_round is not None
         predictions.append(
             Prediction(
                 exit_layer=exit_layer,
                 num_draft_tokens=drafts,
-                acceptance_rate=total.accepted / total.drafted if total.drafted else None,
-                mean_tokens_per_round=tokens_per_round,
-                speedup=model.speedup(tokens_per_round, total.drafted / total.rounds),
+                acceptance_rate=counts.acceptance_rate,
+                mean_tokens_per_round=counts.mean_tokens_per_round,
+                speedup=speedup,
             )
         )
     return predictions
 
 
 def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers: int) -> list[Prediction]:
-    """The fastest by prediction, without near neighbours of a faster one as long as there are others.
+    """The settings predicted to be fastest, without near neighbours of a faster one as long as there are others.
 
-    Near are two settings whose exits differ by at most a twelfth of the blocks (at least one) and whose drafts by at
-    most two: where the prediction errs, it errs for both. What is predicted far below the best is left out.
+    Two settings are near where their exits differ by at most a twelfth of the blocks (at least one) and their drafts by
+    at most two: where the prediction errs, it errs for both. What is predicted far below the best is left out.
     """
     ranked = sorted(predictions, key=lambda prediction: -prediction.speedup)
     ranked = [prediction for prediction in ranked if prediction.speedup >= _HOPELESS * ranked[0].speedup]

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, alternate, engine_contender
+from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, measure_drafting
 from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
-from app.benchmark.output_differences import OutputDifferences, output_differences
-from app.benchmark.speedup_interval import speedup_interval
-from app.decoding.settings import DecodingSettings
+from app.benchmark.output_differences import OutputDifferences, find_output_differences
 from app.errors import DataError, check_range
 from app.model_files.decoding_defaults import Conditions
 from app.protocols import ExitableDecoder
@@ -21,9 +19,9 @@ from app.tuning.speedup_prediction import Prediction, choose_diverse, predict
 
 _log = logging.getLogger(__name__)
 
-_COST_REPEATS = 3  # at each of the three times they are measured
+_COST_REPEATS = 3  # each of the three times that costs are measured
 _MOST_CONFIRMED = 2
-# Of the time limit; the shares add up to 1.
+# Shares of the time limit, which add up to 1.
 _FOR_OUTPUTS, _FOR_VERIFICATION, _FOR_CONFIRMATION = 0.2, 0.4, 0.4 / _MOST_CONFIRMED
 
 
@@ -32,13 +30,13 @@ class TuningSettings:
     """How thoroughly to look.
 
     Attributes:
-        max_new_tokens: Of each output, at least 2.
+        max_new_tokens: Budget of each output, at least 2.
         max_draft_tokens: Longest draft considered, at least 1.
         num_verified: Settings to run, at least 1.
         repeats: Times each prompt is decoded by each of them, at least 1; medians count. The fastest is confirmed with
             CONFIRMING_REPEATS.
         time_limit_seconds: For outputs, verification and confirmations together, at least 0. Each of these decodes
-            all prompts once before any again, and starts none after its share; too few for a choice are told.
+            all prompts once before any again, and starts no prompt after its share of the time.
     """
 
     max_new_tokens: int = 128
@@ -49,7 +47,10 @@ class TuningSettings:
 
     @property
     def longest_draft(self) -> int:
-        """That an output has room for: its first token comes from the prompt's pass, the last from verification."""
+        """The longest draft that an output has room for.
+
+        Its first token comes from the prompt's pass, and its last from verification.
+        """
         return max(1, min(self.max_draft_tokens, self.max_new_tokens - 2))
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ def tune(
         prompts: At least one; token ids, each shorter than the context.
         eos_token_ids: End an output.
         settings: How thoroughly to look.
-        conditions: To be noted with what is found.
+        conditions: Dtype, device and threads, which are noted with the result.
 
     Raises:
         ConfigError: The model has a single block.
@@ -118,7 +119,7 @@ def tune(
     chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
     _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
     lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1]
-    lively += prompts[len(seen) :]  # not known to end at once: a choice needs more prompts than a prediction
+    lively += prompts[len(seen) :]  # these may end at once, but a choice needs more prompts than a prediction does
     verifications = _verify(
         decoder,
         lively,
@@ -145,7 +146,7 @@ def _confirm(
     eos_token_ids: Sequence[int],
     settings: TuningSettings,
 ) -> list[Verification]:
-    """Run the fastest again, alone against autoregressive decoding, until one holds; of those that reached 1."""
+    """Run the fastest settings that reached 1 again, alone against autoregressive decoding, until one holds."""
     again = replace(
         settings,
         repeats=CONFIRMING_REPEATS,
@@ -171,21 +172,18 @@ def _verify(
     settings: TuningSettings,
 ) -> list[Verification]:
     """Run the chosen settings and autoregressive decoding in turn, prompt by prompt, as long as `settings` says."""
-    plain = DecodingSettings(max_new_tokens=settings.max_new_tokens, eos_token_ids=tuple(eos_token_ids))
-    contenders = [engine_contender(decoder, "autoregressive", plain)]
-    for prediction in chosen:
-        drafting = replace(plain, exit_layer=prediction.exit_layer, num_draft_tokens=prediction.num_draft_tokens)
-        contenders.append(engine_contender(decoder, "self_speculative", drafting))
-    batches = [[prompt] for prompt in prompts]
-    baseline, *measured = alternate(
-        contenders,
-        batches,
+    baseline, *measured = measure_drafting(
+        decoder,
+        prompts,
+        [(prediction.exit_layer, prediction.num_draft_tokens) for prediction in chosen],
         max_new_tokens=settings.max_new_tokens,
+        eos_token_ids=eos_token_ids,
         repeats=settings.repeats,
         time_limit_seconds=settings.time_limit_seconds,
         on_batch=lambda done: _log.info("verification: run %d of %d", done, len(prompts) * settings.repeats),
     )
-    _, *differences = output_differences(decoder, batches, [baseline, *measured], eos_token_ids=eos_token_ids)
+    batches = [[prompt] for prompt in prompts]
+    _, *differences = find_output_differences(decoder, batches, [baseline, *measured], eos_token_ids=eos_token_ids)
     return [
         _verification(*each, baseline, num_given=len(prompts))
         for each in zip(chosen, measured, differences, strict=True)
@@ -195,20 +193,18 @@ def _verify(
 def _verification(
     prediction: Prediction, own: Measurement, differences: OutputDifferences, baseline: Measurement, *, num_given: int
 ) -> Verification:
-    speedup = own.speedup_over(baseline)
-    single = [own.speedup_over(baseline, repeat) or 0.0 for repeat in range(len(own.runs[0]))]
-    tokens_per_round = own.mean_tokens_per_round
+    counts, speedup = own.counts, own.speedup_over(baseline)
     assert speedup is not None  # outputs of a single token were left out
-    assert tokens_per_round is not None
+    assert counts.mean_tokens_per_round is not None
     return Verification(
         prediction=prediction,
-        num_prompts=len(own.results),
+        num_prompts=differences.num_prompts,
         num_given=num_given,
-        acceptance_rate=own.acceptance_rate,
-        mean_tokens_per_round=tokens_per_round,
+        acceptance_rate=counts.acceptance_rate,
+        mean_tokens_per_round=counts.mean_tokens_per_round,
         speedup=speedup,
-        speedup_range=(min(single), max(single)),
-        num_tokens=own.num_decoded,
-        interval=speedup_interval(speedup, own.times_beside(baseline)),
+        speedup_range=own.speedup_range(baseline),
+        num_tokens=counts.decoded,
+        interval=own.speedup_interval(baseline),
         differences=differences,
     )

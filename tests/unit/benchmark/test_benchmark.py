@@ -226,4 +226,4 @@ def test_a_model_too_small_to_fit_costs_to_is_still_benchmarked() -> None:
     subject = Subject(model, SpanDecoder(model), SpanDecoder(tiny_llama(num_layers=1, tied=False)))
     measured = run_benchmark(subject, PROMPTS[:1], _settings("draft_model", num_draft_tokens=(3,)))
     assert measured.costs is None
-    assert measured.measurements[1].acceptance_rate == 1.0  # it drafts for itself
+    assert measured.measurements[1].counts.acceptance_rate == 1.0  # it drafts for itself

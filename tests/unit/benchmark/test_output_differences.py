@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.benchmark.alternation import Contender, Measurement, Prompts, alternate, engine_contender
-from app.benchmark.output_differences import OutputDifferences, output_differences
+from app.benchmark.output_differences import OutputDifferences, find_output_differences
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.protocols import ExitableDecoder
@@ -50,7 +50,7 @@ def _differences(decoder: ExitableDecoder, *others: Contender, batches: Sequence
 ]:  # fmt: skip
     plain = engine_contender(decoder, "autoregressive", DecodingSettings(max_new_tokens=6, eos_token_ids=(40,)))
     measured: list[Measurement] = alternate([plain, *others], batches, max_new_tokens=6, repeats=2)
-    found = output_differences(decoder, batches, measured, eos_token_ids=(40,))
+    found = find_output_differences(decoder, batches, measured, eos_token_ids=(40,))
     assert found[0] == OutputDifferences(num_prompts=3, num_differing=0)
     return found[1:]
 
@@ -82,7 +82,7 @@ def test_outputs_that_are_the_same_are_not_decoded_again() -> None:
     plain = engine_contender(decoder, "autoregressive", DecodingSettings(max_new_tokens=6))
     measured = alternate([plain, plain], BATCHES, max_new_tokens=6, repeats=1)
     runs = len(decoder.spans)
-    assert output_differences(decoder, BATCHES, measured, eos_token_ids=()) == [OutputDifferences(
+    assert find_output_differences(decoder, BATCHES, measured, eos_token_ids=()) == [OutputDifferences(
         num_prompts=3, num_differing=0
     )] * 2  # fmt: skip
     assert len(decoder.spans) == runs
@@ -97,7 +97,7 @@ def test_the_batch_is_decoded_as_it_was_and_rows_that_end_leave_it() -> None:
         [plain, _contender(decoder, "self_speculative", {10: WRONG})], batches, max_new_tokens=6, repeats=1
     )
     decoder.heads.clear()
-    output_differences(decoder, batches, measured, eos_token_ids=(40,))
+    find_output_differences(decoder, batches, measured, eos_token_ids=(40,))
     assert decoder.heads[1:][: len(as_it_was)] == as_it_was  # after one that tells the number type
     assert as_it_was == [2, 1, 1, 1]
 

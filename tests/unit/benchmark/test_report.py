@@ -125,11 +125,11 @@ def test_the_table_of_speeds_has_a_row_for_each_result_and_no_column_without_fig
         },
         {
             "strategy": "self_speculative", "exit": "2", "drafts": "3", "tok/s": "20.0", "prefill\nms": "100",
-            "speedup\nmedians": "1.50x", "95 %\ninterval": "1.25-1.80", "outputs\ndiffer": "0 of 4",
+            "speedup\nmedians": "1.50x", "95 %\ninterval": "1.25..1.80x", "outputs\ndiffer": "0 of 4",
         },
     ]  # fmt: skip
     of_one_batch = replace(DRAFTS, speedup_interval=None)
-    assert _rows(speed_table([of_one_batch], title="t"))[0]["whole\nrepeats"] == "1.00-1.75"
+    assert _rows(speed_table([of_one_batch], title="t"))[0]["whole\nrepeats"] == "1.00..1.75x"
     assert "exit" not in speed_table([PLAIN], title="t").columns
     assert "vs\ngenerate" in speed_table([replace(PLAIN, speedup_vs_transformers=2.0)], title="t").columns
 
@@ -140,7 +140,7 @@ def test_tables_with_everything_in_them_fit_120_columns_uncut(
 ) -> None:
     full = replace(
         DRAFTS, strategy="transformers_early_exit", exit_layer=28, num_draft_tokens=12, tokens_per_second=1234.5,
-        seconds_prefill=12.345, speedup=10.25, speedup_min=10.01, speedup_max=11.11, speedup_interval=(10.01, 11.11),
+        seconds_prefill=12.345, speedup=9.25, speedup_min=9.01, speedup_max=9.99, speedup_interval=(9.01, 9.99),
         speedup_vs_transformers=10.25,
         speedup_vs_transformers_early_exit=10.25, num_prompts=num_prompts, num_differing=num_prompts,
         largest_logit_gap=1.2e-05, predicted_speedup_from_rounds=10.25, prediction_error_from_rounds=-0.12,
@@ -161,10 +161,10 @@ def test_the_table_of_drafts_has_a_row_for_each_result_that_drafted() -> None:
     unseen = replace(DRAFTS, acceptance_by_position=[0.0, None], predicted_speedup=None)
     first, second = _rows(draft_table([PLAIN, DRAFTS, unseen]))
     assert first == {
-        "strategy": "self_speculative", "exit": "2", "drafts": "3", "acceptance": "75.0%", "by place, %": "80 75 50",
+        "strategy": "self_speculative", "exit": "2", "drafts": "3", "acceptance": "75.0%", "by position, %": "80 75 50",
         "tokens\na round": "1.00", "speedup": "1.50x", "predicted,\ni.i.d.": "1.65x (+10%)",
     }  # fmt: skip
-    assert (second["by place, %"], second["predicted,\ni.i.d."]) == ("0 -", "-")
+    assert (second["by position, %"], second["predicted,\ni.i.d."]) == ("0 -", "-")
 
 
 def test_both_files_are_written_whole_and_what_fails_leaves_the_earlier_ones(

@@ -9,7 +9,6 @@ from transformers import LlamaForCausalLM
 from app.benchmark.transformers_baseline import GenerateResult, generate_batch, generate_contender
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
-from app.errors import ConfigError
 from app.spans.decoder import SpanDecoder
 from app.spans.functional_block import join_projections
 from tests.support.tiny_models import tiny_llama
@@ -141,12 +140,6 @@ def test_an_interrupted_draft_leaves_the_model_as_it_was(model: LlamaForCausalLM
     assert seen[-1] == 2
     assert model.config.num_hidden_layers == 4
     assert model.generation_config is own
-
-
-def test_several_prompts_cannot_leave_early_together(model: LlamaForCausalLM) -> None:
-    settings = DecodingSettings(max_new_tokens=8, exit_layer=2, num_draft_tokens=2)
-    with pytest.raises(ConfigError, match="batch_size: got 3, allowed 1 with strategy transformers_early_exit"):
-        generate_batch(model, PROMPTS, settings)
 
 
 def test_a_contender_takes_the_budget_of_the_call(model: LlamaForCausalLM) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from app.benchmark.decoding_comparison import DecodingComparison
+from app.benchmark.speedup_interval import PairedTimes
 from app.errors import DataError
 from app.protocols import GenerationExample
 from app.topv2.evaluation import ParsePlan, ParseResult, Way, collect_results, evaluate_parses
@@ -162,7 +163,8 @@ def test_the_table_has_a_row_a_way_and_a_row_a_group() -> None:
 
 def test_the_table_of_all_domains_is_at_most_120_wide() -> None:
     score = ParseScore(1.0, 1.0, 1.0, 10_000)
-    speed = DecodingComparison(**dict.fromkeys(DecodingComparison.__dataclass_fields__, 10_000) | {"seconds": 1e7})
+    times = PairedTimes(10_000, 1e7, 1e4, 1.0, 1.0, 1.0)
+    speed = DecodingComparison(**dict.fromkeys(DecodingComparison.__dataclass_fields__, 10_000) | {"times": times})
     scores = ParseScores(score, {"navigation": score, "messaging": score})
     report = _report(results=[ParseResult(way, scores, speed if way.num_draft_tokens else None) for way in PLAN.ways])
     table = report_table(report)

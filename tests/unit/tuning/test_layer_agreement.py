@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from app.benchmark.round_counts import RoundCounts
 from app.decoding.engine import decode
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.spans.decoder import SpanDecoder
 from app.tuning import layer_agreement
-from app.tuning.layer_agreement import LayerAgreement, Rounds, measure_layer_agreement, simulate_rounds
+from app.tuning.layer_agreement import LayerAgreement, measure_layer_agreement, simulate_rounds
 from tests.support.fake_decoder import counting_decoder
 from tests.support.tiny_models import tiny_llama
 
@@ -38,6 +39,10 @@ def _engine(
     return decode(decoder, prompt, strategy="self_speculative", settings=settings)
 
 
+def _counts(counts: RoundCounts) -> list[int]:
+    return [counts.rounds, counts.drafted, counts.accepted]
+
+
 def test_simulated_rounds_are_those_of_the_engine_for_every_exit_and_draft_length() -> None:
     decoder = SpanDecoder(_sometimes_agreeing_llama())
     agreement = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS)
@@ -45,8 +50,8 @@ def test_simulated_rounds_are_those_of_the_engine_for_every_exit_and_draft_lengt
     for exit_layer in (1, 2, 3):
         for drafts in (1, 2, 3, 5, 8, 30):
             results = [_engine(decoder, prompt, exit_layer, drafts) for prompt in _PROMPTS]
-            expected = Rounds(*(sum(getattr(r, name) for r in results) for name in Rounds._fields))
-            assert agreement.rounds(exit_layer, drafts) == expected, (exit_layer, drafts)
+            expected = [sum(getattr(r, name) for r in results) for name in ("rounds", "drafted", "accepted")]
+            assert _counts(agreement.count_rounds(exit_layer, drafts)) == expected, (exit_layer, drafts)
             kept |= {step.accepted for result in results for step in result.steps if step.drafted == 3}
     assert kept == {0, 1, 2, 3}  # all kinds of rounds were among them
 
@@ -79,7 +84,7 @@ def test_simulated_rounds_are_those_of_the_engine_at_the_end_of_the_context() ->
     assert agreement.budgets == [15]
     for drafts in (1, 4, 16):
         result = _engine(decoder, prompt, 2, drafts)
-        assert agreement.rounds(2, drafts) == (result.rounds, result.drafted, result.accepted)
+        assert _counts(agreement.count_rounds(2, drafts)) == [result.rounds, result.drafted, result.accepted]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,8 @@ def test_simulated_rounds_are_those_of_the_engine_at_the_end_of_the_context() ->
     ],
 )
 def test_rounds_by_hand(matches: list[bool], drafts: int, budget: int | None, expected: tuple[int, ...]) -> None:
-    assert simulate_rounds(matches, drafts, budget=budget) == expected
+    counts = simulate_rounds(matches, drafts, budget=budget or len(matches) + 1)
+    assert (*_counts(counts), counts.decoded) == (*expected, len(matches))
 
 
 def test_agreement_is_the_share_of_equal_choices_by_the_plain_model() -> None:
@@ -139,7 +145,7 @@ def test_an_output_of_one_token_or_none_has_no_position() -> None:
     agreement = measure_layer_agreement(decoder, [[4], list(range(16))], max_new_tokens=8, eos_token_ids=(5,))
     assert agreement.outputs == [[5], []]
     assert agreement.num_positions == 0
-    assert agreement.rounds(1, 4) == (0, 0, 0)
+    assert _counts(agreement.count_rounds(1, 4)) == [0, 0, 0]
 
 
 def test_no_prompt_is_started_after_the_time_limit_but_the_first() -> None:

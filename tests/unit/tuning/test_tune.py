@@ -9,6 +9,7 @@ import torch
 
 from app.benchmark.decoding_costs import DecodingCosts
 from app.benchmark.output_differences import OutputDifferences
+from app.benchmark.round_counts import RoundCounts
 from app.errors import ConfigError, DataError
 from app.model_files.decoding_defaults import Conditions, DecodingDefaults
 from app.spans.decoder import SpanDecoder
@@ -84,8 +85,7 @@ def test_a_prediction_is_tokens_per_round_over_the_cost_of_a_mean_round() -> Non
         budgets=[8],
         matches={exit_layer: [matches] for exit_layer in (1, 2, 3, 4)},
     )
-    total = agreement.rounds(3, 2)
-    assert total == (3, 5, 4)
+    assert agreement.count_rounds(3, 2) == RoundCounts(decoded=7, rounds=3, drafted=5, accepted=4)
     found = predict(agreement, _COSTS, max_draft_tokens=2)
     assert [(p.exit_layer, p.num_draft_tokens) for p in found] == [(e, d) for e in (1, 2, 3) for d in (1, 2)]
     last = found[-1]

@@ -1,0 +1,54 @@
+"""What rounds of decoding came to, summed over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from app.decoding.cost_model import CostModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundCounts:
+    """Sums over prompts, so that those of disjoint parts add up.
+
+    A round is a step after the prompt's own pass. That pass yields the first token of an output, so neither rounds nor
+    `decoded` count it. A ratio is None where its denominator is 0.
+
+    Attributes:
+        decoded: New tokens after the first of each output.
+        drafted: Tokens proposed in the rounds.
+        accepted: Proposed tokens that the full model kept.
+    """
+
+    decoded: int
+    rounds: int
+    drafted: int
+    accepted: int
+
+    @staticmethod
+    def total(parts: Sequence[RoundCounts]) -> RoundCounts:
+        """The counts of all parts together."""
+        names = [field.name for field in fields(RoundCounts)]
+        return RoundCounts(**{name: sum(getattr(part, name) for part in parts) for name in names})
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted tokens."""
+        return ratio(self.accepted, self.drafted)
+
+    @property
+    def mean_tokens_per_round(self) -> float | None:
+        """Tokens that a round of one sequence settled."""
+        return ratio(self.decoded, self.rounds)
+
+    def predicted_speedup(self, costs: CostModel) -> float | None:
+        """The speedup over autoregressive decoding, had these rounds cost what `costs` says."""
+        if not self.rounds:
+            return None
+        return costs.speedup(self.decoded / self.rounds, self.drafted / self.rounds)
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """The quotient, or None where there is nothing to divide by."""
+    return numerator / denominator if denominator else None

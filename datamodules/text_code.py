@@ -18,7 +18,7 @@ from datamodules.loading.row_order import check_order, order_state, resumes_orde
 from datamodules.loading.row_settings import RowSettings
 from datamodules.loading.tokenizers import Encoder
 from datamodules.loading.trainer_checks import check_end, check_trainer
-from datamodules.readers import open_reader
+from datamodules.readers.opening import open_reader
 from datamodules.readers.records import Reader
 from datamodules.readers.sources import Source, token_shares, warn_of_mixed_weights
 from datamodules.streaming.lanes import check_lanes, delivered

@@ -1,6 +1,5 @@
-"""Reading sources: records in chunks, in any order, in constant memory."""
+"""Sources read as records, in chunks that come in any order and in constant memory.
 
-from datamodules.readers.opening import open_reader
-from datamodules.readers.records import BadRecord, LostRecords, Reader, Record
-
-__all__ = ["BadRecord", "LostRecords", "Reader", "Record", "open_reader"]
+A `Source` (`sources`) is opened as a `Reader` (`opening`). The files of a local one are listed (`files`) and cut into
+chunks (`chunks`); reading a chunk gives documents and bad records (`records`).
+"""

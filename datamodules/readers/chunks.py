@@ -1,8 +1,8 @@
-"""How files become chunks of about equal size: pure arithmetic over sizes.
+"""Files cut into chunks of about equal size: pure arithmetic over sizes.
 
-Files come in a seeded shuffled order, so that a chunk of small files mixes folders: what lies in one folder is alike,
-a chunk is read as a whole, and a shuffle buffer is small against a corpus. Laid end to end in that order, the files
-are cut at equal distances. Either anywhere (`ByteRanges`), or only between files (`Groups`).
+Files come in a seeded random order, so that a chunk of small files mixes folders: the files of one folder are alike,
+a chunk is read as a whole, and a shuffle buffer is small beside a corpus. Laid end to end in that order, the files are
+cut at equal distances, either anywhere (`ByteRanges`) or only between files (`Groups`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _CHUNK_BYTES = 1 << 20
 _MAX_CHUNKS = 100_000
 
 
-class Piece(NamedTuple):
-    """Bytes `begin` to `end` of a file."""
+class ByteRange(NamedTuple):
+    """Bytes `begin` to `end` - 1 of a file, which is given by its index."""
 
     file: int
     begin: int
@@ -28,15 +28,15 @@ class Piece(NamedTuple):
 
 
 def chunk_count(total: int, *, min_chunks: int) -> int:
-    """Chunks for `total` bytes: of about 1 MiB, larger in a huge corpus and smaller in a tiny one."""
+    """Number of chunks for `total` bytes: 1 MiB each, more in a huge corpus and less in a tiny one."""
     return max(min(-(-total // _CHUNK_BYTES), _MAX_CHUNKS), min_chunks)
 
 
 class ByteRanges:
-    """Cuts anywhere: every chunk has the same number of bytes, to one.
+    """Chunks cut anywhere; all have the same number of bytes, give or take one.
 
     Args:
-        sizes: `[num_files]` int64, in bytes.
+        sizes: [num_files] int64, in bytes.
         min_chunks: Least number of chunks, 1 or more.
         seed: Of the order of files.
     """
@@ -47,23 +47,23 @@ class ByteRanges:
         self._total = int(self._ends[-1]) if len(sizes) else 0
         self.num_chunks = min(chunk_count(self._total, min_chunks=min_chunks), self._total)
 
-    def pieces(self, chunk: int) -> Iterator[Piece]:
-        """The ranges of bytes that make up `chunk`."""
+    def ranges(self, chunk: int) -> Iterator[ByteRange]:
+        """Yield the ranges of bytes that make up `chunk`."""
         begin, end = (self._total * number // self.num_chunks for number in (chunk, chunk + 1))
-        place = int(np.searchsorted(self._ends, begin, side="right"))
+        index = int(np.searchsorted(self._ends, begin, side="right"))
         while begin < end:
-            file_end = int(self._ends[place])
-            file_begin = int(self._ends[place - 1]) if place else 0
+            file_end = int(self._ends[index])
+            file_begin = int(self._ends[index - 1]) if index else 0
             if file_begin < file_end:
-                yield Piece(int(self.order[place]), begin - file_begin, min(end, file_end) - file_begin)
-            begin, place = file_end, place + 1
+                yield ByteRange(int(self.order[index]), begin - file_begin, min(end, file_end) - file_begin)
+            begin, index = file_end, index + 1
 
 
 class Groups:
-    """Cuts between units (files, row groups) only; there are as many chunks as units at most.
+    """Chunks cut only between units (files or row groups); there are at most as many chunks as units.
 
     Args:
-        costs: `[num_units]` int64, what reading each costs, in bytes.
+        costs: [num_units] int64, what reading each unit costs, in bytes.
         min_chunks: Least number of chunks, where there are as many units.
         seed: Of the order of units.
     """
@@ -79,12 +79,12 @@ class Groups:
         self._first = np.append(np.minimum(first, len(costs) - num_chunks + number), len(costs))
 
     def units(self, chunk: int) -> list[int]:
-        """The units that make up `chunk`; never none."""
+        """The indices of the units that make up `chunk`, at least one."""
         return [int(unit) for unit in self.order[self._first[chunk] : self._first[chunk + 1]]]
 
 
 def stride(num_units: int, *, min_chunks: int, source: str, unit: str) -> int:
-    """Chunks that each of too few units is dealt to, record by record: 1 if there are enough units, or none."""
+    """The number of chunks that a unit is dealt to record by record; above 1 where units are fewer than chunks."""
     every = -(-min_chunks // num_units) if num_units else 1
     if every > 1:
         message = "source %r: %d %s(s) for %d lanes: each is read %d times over; more, smaller ones would read faster"

@@ -1,4 +1,4 @@
-"""Which files a source has: names and sizes, nothing else."""
+"""The files of a local source: their names and sizes, and samples of their content."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _BLOCKS_A_FILE, _BLOCK_BYTES = 64, 4096
 
 
 class FileList:
-    """Names (relative to `root`, sorted by their bytes) and sizes; about 60 bytes a file, whatever their number.
+    """Names and sizes of files; it takes about 60 bytes a file, whatever their number.
 
     Args:
         root: The folder.
-        names: Relative names as bytes, sorted.
-        sizes: `[num_files]` int64, in bytes.
+        names: Names relative to `root` as bytes, sorted.
+        sizes: [num_files] int64, in bytes.
     """
 
     def __init__(self, root: Path, names: pa.Array, sizes: np.ndarray) -> None:
@@ -43,11 +43,11 @@ class FileList:
         return len(self.sizes)
 
     def name(self, file: int) -> str:
-        """The name of a file, with "/" between folders."""
+        """The relative name of a file, with "/" between folders."""
         return os.fsdecode(self._names[file].as_py())
 
     def path(self, file: int) -> Path:
-        """Where a file is."""
+        """The path of a file."""
         return self.root / self.name(file)
 
     def take(self, files: np.ndarray) -> FileList:
@@ -55,17 +55,19 @@ class FileList:
         return FileList(self.root, self._names.take(pa.array(files)), self.sizes[files])
 
     def digest_parts(self) -> Iterator[bytes]:
-        """What a hash over names, sizes and a little of the content is taken of: a rewritten file may keep its size.
+        """Yield what identifies the files: names, sizes, and some content, since a rewritten file may keep its size.
 
-        A few blocks of at most a thousand files, spread over all of them, are read; no times of change, for a copy
-        has others.
+        A few blocks are read of at most a thousand files, spread over all of them. Times of change are left out, since
+        a copy has others.
         """
         yield from (b"%b\0%d\0" % (name.as_py(), size) for name, size in zip(self._names, self.sizes, strict=True))
-        for file in _spread(len(self), _SAMPLED_FILES):
-            yield from self._sample(file, max(3, min(_SAMPLED_BLOCKS // len(self), _BLOCKS_A_FILE)))
+        sampled = min(len(self), _SAMPLED_FILES)
+        for number in range(sampled):
+            num_blocks = max(3, min(_SAMPLED_BLOCKS // len(self), _BLOCKS_A_FILE))
+            yield from self._sample(number * len(self) // sampled, num_blocks)
 
     def _sample(self, file: int, num_blocks: int) -> Iterator[bytes]:
-        """Blocks of a file from its beginning to its end; of one that cannot be read, that it cannot."""
+        """Yield blocks of a file from its beginning to its end, or the number of the error that reading it meets."""
         last = max(0, int(self.sizes[file]) - _BLOCK_BYTES)  # beginning of the last block
         try:
             with self.path(file).open("rb", buffering=0) as stream:
@@ -76,14 +78,8 @@ class FileList:
             yield f"\0{error.errno}".encode()
 
 
-def _spread(count: int, limit: int) -> Iterator[int]:
-    """`limit` of the numbers below `count`, evenly spread, or all if they are fewer."""
-    taken = min(count, limit)
-    return (number * count // taken for number in range(taken))
-
-
 def list_files(source: Source) -> FileList:
-    """The files of a local source.
+    """List the files of a local source.
 
     Raises:
         DataError: The folder is missing, no file in it matches, or all that match are empty.
@@ -106,6 +102,7 @@ def list_files(source: Source) -> FileList:
 
 
 def _walk(source: Source) -> Iterator[tuple[bytes, int]]:
+    """Yield name and size of each file that `glob` chooses and `exclude` does not; what fails is logged."""
     library = source.kind in {"stdlib_code", "stdlib_text"}
     pattern = ("**/*.py" if library else source.pattern).split("/")
     exclude = [*_LIBRARY_EXCLUDES, *([f"!/{TOPICS}"] if source.kind == "stdlib_text" else [])]
@@ -124,7 +121,12 @@ def _walk(source: Source) -> Iterator[tuple[bytes, int]]:
                 name = folder + entry.name
                 try:
                     if entry.is_dir():
-                        if not excluded(name + "/") and _is_new(source, name, entry, entered):
+                        if excluded(name + "/"):
+                            continue
+                        if entry.is_symlink() and _identity(entry.stat()) in entered:
+                            reason = "a symbolic link to a folder that it lies in"
+                            _log.warning("source %r: skipped %r: %s", source.name, name, reason)
+                        else:
                             folders.append((name + "/", entered))
                     elif _matches(name.split("/"), pattern) and not excluded(name):
                         size = entry.stat().st_size  # raises for a symbolic link to itself, or to nothing
@@ -132,14 +134,6 @@ def _walk(source: Source) -> Iterator[tuple[bytes, int]]:
                             yield os.fsencode(name), size
                 except OSError as error:
                     _log.warning("source %r: skipped %r: %s", source.name, name, error.strerror)
-
-
-def _is_new(source: Source, name: str, entry: os.DirEntry[str], entered: tuple[tuple[int, int], ...]) -> bool:
-    """Whether a folder is none of those it was reached through, as one behind a symbolic link may be."""
-    if not entry.is_symlink() or _identity(entry.stat()) not in entered:
-        return True
-    _log.warning("source %r: skipped %r: a symbolic link to a folder that it lies in", source.name, name)
-    return False
 
 
 def _identity(found: os.stat_result) -> tuple[int, int]:

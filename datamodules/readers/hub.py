@@ -1,4 +1,4 @@
-"""Kind `hub`: a dataset that the `datasets` library streams, from the Hugging Face hub or a folder; a chunk a shard."""
+"""Kind `hub`: a dataset that the `datasets` library streams, from the Hugging Face hub or a folder."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ import pyarrow as pa
 from app.errors import DataError
 from datamodules.readers.chunks import stride
 from datamodules.readers.files import FileList
-from datamodules.readers.fingerprint import fingerprint
-from datamodules.readers.json_field import JsonField
-from datamodules.readers.records import BadRecord, LostRecords, Record
-from datamodules.readers.sources import Document, Source
+from datamodules.readers.records import BadRecord, Document, LostRecords, Record, fingerprint
+from datamodules.readers.sources import Source
+from datamodules.readers.texts import JsonField
 
 _log = logging.getLogger(__name__)
 
-_BATCH_ROWS = 16  # several times as fast as one, and as few are lost with a damaged one
+_BATCH_ROWS = 16  # several times as fast as single rows, while a damaged batch loses few
 
 
 class HubReader:
-    """Chunks are shards, or every m-th record of one; see `datamodules.readers.records.Reader`."""
+    """A reader (`records.Reader`) whose chunks are shards, or every m-th record of a shard."""
 
     def __init__(self, source: Source, *, min_chunks: int) -> None:
         self._name, self._max_bytes = f"{source.path}[{source.split}]", source.max_bytes
@@ -36,25 +35,25 @@ class HubReader:
         self._stride = stride(num_shards, min_chunks=min_chunks, source=source.name, unit="shard")
         self.num_chunks = num_shards * self._stride
         chosen = repr((source.path, source.config_name, source.split, source.data_files)).encode()
-        prefix, parts = _identity(source, builder)
+        prefix, parts = _identify(source, builder)
         self.fingerprint = prefix + fingerprint(source, [chosen, *parts], num_shards, self._stride)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
-        """The records of `chunk` from index `start` on."""
+        """Yield the records of `chunk` from index `start` on."""
         shard, first = divmod(chunk, self._stride)
         return map(self._record, islice(self._rows(shard), first + start * self._stride, None, self._stride))
 
     def _rows(self, shard: int) -> Iterator[_Row | BadRecord]:
-        place, number = f"{self._name}:shard {shard + 1}", 0
+        location, number = f"{self._name}:shard {shard + 1}", 0
         part = self._dataset.shard(num_shards=self._dataset.num_shards, index=shard)
         try:
-            # Not iter(part): in a worker process that gives the whole shard to the first worker and none to the others.
+            # In a worker process iter(part) would give the whole shard to the first worker and none to the others.
             for batch in part.iter(_BATCH_ROWS):
                 for value in batch[self._column]:
                     number += 1
-                    yield _Row(f"{place}, record {number}", value)
+                    yield _Row(f"{location}, record {number}", value)
         except Exception as error:  # any format, codec or network library may have raised it
-            yield LostRecords(place, f"cannot be read on behind record {number}: {_reason(error)}")
+            yield LostRecords(location, f"cannot be read on behind record {number}: {_reason(error)}")
 
     def _record(self, row: _Row | BadRecord) -> Record:
         if isinstance(row, BadRecord):
@@ -62,15 +61,15 @@ class HubReader:
         text, problem = self._field.pick({self._column: row.value})
         if not problem and len(text.encode()) > self._max_bytes:
             problem = f"longer than {self._max_bytes} bytes"
-        return BadRecord(row.place, problem) if problem else Document(row.place, text, origin=text)
+        return BadRecord(row.location, problem) if problem else Document(row.location, text, origin=text)
 
 
 class _Row(NamedTuple):
-    place: str
+    location: str
     value: object
 
 
-def _identity(source: Source, builder: Any) -> tuple[str, Iterable[bytes]]:
+def _identify(source: Source, builder: Any) -> tuple[str, Iterable[bytes]]:
     """What tells the dataset from a later state of it: a prefix for people to read, and what to hash."""
     root = Path(source.path or "")
     if not root.is_dir():
@@ -86,17 +85,17 @@ def _identity(source: Source, builder: Any) -> tuple[str, Iterable[bytes]]:
 
 def _open(source: Source) -> tuple[Any, Any, str]:
     """The dataset's builder, the datasets.IterableDataset with only the column that is needed, and its name."""
-    import datasets  # takes a second, which runs without a hub source need not wait
+    import datasets  # this takes a second, for which runs without a hub source need not wait
 
     where = f"source {source.name!r}: dataset {source.path!r}"
     try:
-        # As load_dataset(streaming=True) does, which keeps to itself which commit it found.
+        # load_dataset(streaming=True) does the same, but does not tell which commit it found.
         builder = datasets.load_dataset_builder(
             source.path, source.config_name, data_files=list(source.data_files) or None, revision=source.revision
         )
         dataset = builder.as_streaming_dataset(split=source.split)
         columns = None if dataset.features is None else list(dataset.features)
-    except Exception as error:  # whatever the library or the network may raise
+    except Exception as error:  # the library and the network may raise anything
         raise DataError(
             f"{where} cannot be opened: {_reason(error)}; check path, config_name, split, revision and data_files,"
             " the network, and for private or gated ones `hf auth login`"

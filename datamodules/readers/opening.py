@@ -1,8 +1,7 @@
-"""From the settings of a source to its reader."""
+"""From a source to its reader."""
 
 from __future__ import annotations
 
-from app.errors import check_range
 from datamodules.readers.files import list_files
 from datamodules.readers.hub import HubReader
 from datamodules.readers.line_files import LineReader
@@ -22,17 +21,16 @@ FILE_READERS: dict[SourceKind, type[WholeFileReader | LineReader | ParquetReader
 
 
 def open_reader(source: Source, *, min_chunks: int, seed: int = 0) -> Reader:
-    """Open `source`: names, sizes and footers are read, no documents.
+    """Open `source`, which reads names, sizes and footers, but no documents.
 
     Args:
         source: What to read.
-        min_chunks: Chunks wanted at least, 1 or more; only a source with fewer files (`files`) or bytes has fewer.
+        min_chunks: Least number of chunks, 1 or more; only a source with fewer files (`files`) or bytes has fewer.
         seed: Of the order in which files are put into chunks; 0 or more.
 
     Raises:
         DataError: There is nothing to read; the message names the source, the reason and what to do.
     """
-    check_range("min_chunks", min_chunks, low=1)
     if source.kind == "hub":
         return HubReader(source, min_chunks=min_chunks)
     return FILE_READERS[source.kind](source, list_files(source), min_chunks=min_chunks, seed=seed)

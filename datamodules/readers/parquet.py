@@ -1,4 +1,4 @@
-"""Kind `parquet`: a column, by row groups. Opening reads the footers; reading holds a batch of the one column."""
+"""Kind `parquet`: one column, by row groups. Opening reads the footers; reading holds a batch of the column."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from app.errors import DataError
 from datamodules.readers.chunks import Groups, stride
 from datamodules.readers.files import FileList
-from datamodules.readers.fingerprint import fingerprint
-from datamodules.readers.parquet_column import ColumnError, TextColumn
-from datamodules.readers.records import BadRecord, LostRecords, Record
-from datamodules.readers.sources import Document, Source
-from datamodules.readers.streams import READ_ERRORS, decode, refuse_pointer, size_change, why
+from datamodules.readers.records import BadRecord, Document, LostRecords, Record, fingerprint
+from datamodules.readers.sources import Source
+from datamodules.readers.streams import READ_ERRORS, refuse_pointer, size_change, why_unreadable
+from datamodules.readers.texts import decode
 
 _BATCH_BYTES, _BATCH_ROWS = 1 << 20, 1024
-_WHOLE_FILE = -1  # stands for the row groups of a file that could not be opened: it is one bad record
-_ERRORS = (*READ_ERRORS, ColumnError)
+_UNREADABLE = -1  # in place of a row group: the whole file could not be opened, and is one bad record
+_TEXT = {pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()}
 
 
 class ParquetReader:
-    """Chunks are groups of row groups, or every m-th row of one; see `datamodules.readers.records.Reader`."""
+    """A reader (`records.Reader`) whose chunks are groups of row groups, or every m-th row of a group."""
 
     def __init__(self, source: Source, files: FileList, *, min_chunks: int, seed: int) -> None:
-        self._source, self._files, self._field, self._max_bytes = source, files, source.field, source.max_bytes
+        self._source, self._files = source, files
         # [num_units, 3]: file, row group, bytes
         units = np.array([unit for file in range(len(files)) for unit in self._units_of(file)], np.int64).reshape(-1, 3)
-        if (units[:, 1] == _WHOLE_FILE).all():
+        if (units[:, 1] == _UNREADABLE).all():
             problem = self._problem(0) if len(units) else "they have no rows"
             what = f"none of {len(files)} files can be read, {files.name(0)}: " if len(units) else "nothing to read: "
             raise DataError(f"source {source.name!r} ({source.root}): {what}{problem}; correct its field or its files")
@@ -44,12 +44,12 @@ class ParquetReader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the source; see `datamodules.readers.records.Reader`."""
+        """A hash of the files and the layout of chunks."""
         layout = (self._units, self._groups.num_chunks, self._groups.order, self._stride)
         return fingerprint(self._source, self._files.digest_parts(), *layout)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
-        """The records of `chunk` from index `start` on."""
+        """Yield the records of `chunk` from index `start` on."""
         group, first = divmod(chunk, self._stride)
         rows = (row for unit in self._groups.units(group) for row in self._rows(*map(int, self._units[unit, :2])))
         return map(self._record, islice(rows, first + start * self._stride, None, self._stride))
@@ -57,28 +57,28 @@ class ParquetReader:
     def _record(self, row: _Row | BadRecord) -> Record:
         if isinstance(row, BadRecord):
             return row
-        raw = row.column[row.at].as_py()
+        raw = row.column[row.offset].as_py()
         if raw is None:
-            text, problem = "", f"column {self._field!r} is null"
-        elif len(raw) > self._max_bytes:
-            text, problem = "", f"longer than {self._max_bytes} bytes"
+            text, problem = "", f"column {self._source.field!r} is null"
+        elif len(raw) > self._source.max_bytes:
+            text, problem = "", f"longer than {self._source.max_bytes} bytes"
         else:
             text, problem = decode(raw)
-        place = f"{row.file}:row {row.number}"
-        return BadRecord(place, problem) if problem else Document(place, text, origin=text)
+        location = f"{row.file}:row {row.number}"
+        return BadRecord(location, problem) if problem else Document(location, text, origin=text)
 
     def _units_of(self, file: int) -> list[tuple[int, int, int]]:
         try:
             with self._open(file) as (opened, column):
                 groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
                 sizes = [column.num_bytes(group) for group in groups]
-        except _ERRORS:
-            return [(file, _WHOLE_FILE, 1)]
+        except READ_ERRORS:
+            return [(file, _UNREADABLE, 1)]
         return [(file, number, size) for number, size in enumerate(sizes) if groups[number].num_rows]
 
     def _rows(self, file: int, group: int) -> Iterator[_Row | BadRecord]:
         name = self._files.name(file)
-        if group == _WHOLE_FILE:
+        if group == _UNREADABLE:
             yield LostRecords(name, self._problem(file))
             return
         try:
@@ -86,8 +86,8 @@ class ParquetReader:
             if not problem:
                 with self._open(file) as (opened, column):
                     yield from _rows_of(opened, column, name, group)
-        except _ERRORS as error:
-            problem = why(error)
+        except READ_ERRORS as error:
+            problem = why_unreadable(error)
         if problem:
             yield LostRecords(name, f"row group {group + 1}: {problem}")
 
@@ -95,29 +95,28 @@ class ParquetReader:
         try:
             with self._open(file):
                 return "could not be read when the source was opened"
-        except _ERRORS as error:
-            return why(error)
+        except READ_ERRORS as error:
+            return why_unreadable(error)
 
     @contextmanager
-    def _open(self, file: int) -> Iterator[tuple[pq.ParquetFile, TextColumn]]:
-        # With a buffer of its own, Arrow does not load whole row groups.
-        path = self._files.path(file)
-        with path.open("rb") as raw:
+    def _open(self, file: int) -> Iterator[tuple[pq.ParquetFile, _TextColumn]]:
+        with self._files.path(file).open("rb") as raw:
             refuse_pointer(raw)
+            # With a buffer of its own, Arrow does not load whole row groups.
             with pq.ParquetFile(raw, buffer_size=_BATCH_BYTES, pre_buffer=False) as opened:
-                yield opened, TextColumn(opened, self._field)
+                yield opened, _TextColumn(opened, self._source.field)
 
 
 class _Row(NamedTuple):
-    """A value that is not decoded; `number` is its row in the file, from 1."""
+    """A value that is not decoded, at `offset` in a batch; `number` is its row in the file, from 1."""
 
     file: str
     number: int
     column: pa.LargeBinaryArray
-    at: int
+    offset: int
 
 
-def _rows_of(opened: pq.ParquetFile, column: TextColumn, name: str, group: int) -> Iterator[_Row]:
+def _rows_of(opened: pq.ParquetFile, column: _TextColumn, name: str, group: int) -> Iterator[_Row]:
     metadata = opened.metadata.row_group(group)
     rows = _BATCH_BYTES * metadata.num_rows // max(column.num_bytes(metadata), 1)
     number = sum(opened.metadata.row_group(before).num_rows for before in range(group))
@@ -126,6 +125,40 @@ def _rows_of(opened: pq.ParquetFile, column: TextColumn, name: str, group: int) 
     )
     for batch in batches:
         values = column.values(batch)
-        for at in range(len(values)):
+        for index in range(len(values)):
             number += 1
-            yield _Row(name, number, values, at)
+            yield _Row(name, number, values, index)
+
+
+class _TextColumn:
+    """A column of a file; `a.b` also means `b` in a struct `a`, if there is no column `a.b`.
+
+    Raises:
+        pa.ArrowInvalid: The file has no such column, or the column does not hold text.
+    """
+
+    def __init__(self, file: pq.ParquetFile, field: str) -> None:
+        self.field = field
+        schema: pa.Schema = file.schema_arrow
+        self._path = [field] if field in schema.names else field.split(".")
+        kind = pa.struct(list(schema))
+        for key in self._path:
+            index = kind.get_field_index(key) if pa.types.is_struct(kind) else -1  # -1 also if there are two
+            if index < 0:
+                raise pa.ArrowInvalid(f"no column {field!r}; it has {', '.join(map(repr, schema.names[:20]))}")
+            kind = kind.field(index).type
+        self._is_dictionary = pa.types.is_dictionary(kind)
+        if (kind.value_type if self._is_dictionary else kind) not in _TEXT:
+            raise pa.ArrowInvalid(f"column {field!r} is {kind}, not text")
+        self._leaf = next(i for i in range(len(file.schema)) if file.schema.column(i).path == field)
+
+    def num_bytes(self, group: pq.RowGroupMetaData) -> int:
+        """Bytes of the column in a row group, uncompressed."""
+        return int(group.column(self._leaf).total_uncompressed_size)
+
+    def values(self, batch: pa.RecordBatch) -> pa.LargeBinaryArray:
+        """The texts of a batch as bytes, which need not be UTF-8."""
+        column = batch.column(self._path[0])
+        for key in self._path[1:]:
+            column = pc.struct_field(column, key)
+        return (column.dictionary_decode() if self._is_dictionary else column).cast(pa.large_binary())

@@ -1,7 +1,4 @@
-"""What a source of documents is: the settings of one entry of `data.sources`, and the documents it gives.
-
-`datamodules.readers.open_reader` reads it.
-"""
+"""A source of documents: the settings of one entry of `data.sources`."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import math
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,23 +17,6 @@ from app.errors import ConfigError, check_choice
 _log = logging.getLogger(__name__)
 
 SourceKind = Literal["stdlib_code", "stdlib_text", "files", "lines", "jsonl", "parquet", "hub"]
-
-
-class Document(NamedTuple):
-    """One text of a source.
-
-    `origin` is the text whose hash decides on which side of the split it falls. It is `text` itself, but for
-    docstrings: they follow the module they were taken from, or held-out prose would be trained on as code.
-    """
-
-    name: str
-    text: str
-    origin: str
-
-    def is_held_out(self, *, share: float) -> bool:
-        """Whether it belongs to validation: a pure function of the content, so other files cannot move it."""
-        digest = sha256(self.origin.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +88,7 @@ class Source:
 
     @property
     def relative_weight(self) -> float:
-        """The weight that counts."""
+        """The weight, 1.0 where none is given."""
         return 1.0 if self.weight is None else self.weight
 
     @property
@@ -120,7 +99,7 @@ class Source:
 
     @property
     def pattern(self) -> str:
-        """The glob that counts."""
+        """The glob, by default that of the kind."""
         return self.glob or KINDS[self.kind].glob
 
     @property
@@ -130,13 +109,13 @@ class Source:
 
 
 def token_shares(sources: Sequence[Source]) -> dict[str, float]:
-    """Share of training tokens asked of each source, by its name; they sum to 1."""
+    """Share of training tokens that each source is to give, by its name; they sum to 1."""
     total = sum(source.relative_weight for source in sources)
     return {source.name: source.relative_weight / total for source in sources}
 
 
 def warn_of_mixed_weights(sources: Sequence[Source]) -> None:
-    """Say what follows where some sources have a weight and others do not: a user may take 0.7 for 70 %."""
+    """Show the shares where only some sources have a weight: a user may take 0.7 for 70 %."""
     silent = [source.name for source in sources if source.weight is None]
     if 0 < len(silent) < len(sources):
         shares = ", ".join(f"{name} {share:.1%}" for name, share in token_shares(sources).items())
@@ -145,7 +124,7 @@ def warn_of_mixed_weights(sources: Sequence[Source]) -> None:
 
 
 class _Kind(NamedTuple):
-    """Which fields have an effect beside those that always have one, and the glob when none is given."""
+    """The fields that have an effect on some kinds alone, and the default glob."""
 
     fields: frozenset[str]
     glob: str = "**/*"

@@ -1,4 +1,7 @@
-"""Bytes of a file that may be compressed, and what can be wrong with the file itself."""
+"""The bytes of a file, which may be compressed, and what can be wrong with the file itself.
+
+Tested by tests/unit/datamodules/readers/test_line_files.py and test_whole_files.py.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ import pyarrow as pa
 
 from app.git_lfs import IS_POINTER, POINTER
 
-_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
+_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 _BLOCK_BYTES = 1 << 17
 
 
@@ -26,17 +29,17 @@ def is_compressed(name: str) -> bool:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed if its name says that it is compressed; several streams in one file join.
+    """The bytes of a file, decompressed if its name says so; several compressed streams in one file are joined.
 
     Raises:
-        One of READ_ERRORS: At opening or while reading: the file is gone, unreadable or damaged.
+        One of READ_ERRORS: The file is missing, unreadable or damaged; while it is opened or while it is read.
     """
     codec = _CODECS.get(path.suffix)
     with path.open("rb", buffering=_BLOCK_BYTES if codec is None else 0) as raw:
         refuse_pointer(raw)
         if codec is None:
             yield raw
-        elif codec == "gzip":  # unlike Arrow it takes the zeros that tapes and block devices leave at the end
+        elif codec == "gzip":  # unlike Arrow, it takes the zeros that tapes and block devices leave at the end
             with gzip.GzipFile(fileobj=raw) as unpacked:
                 yield io.BufferedReader(cast(io.RawIOBase, unpacked), _BLOCK_BYTES)
         else:
@@ -45,7 +48,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 def refuse_pointer(raw: BinaryIO) -> None:
-    """Raise OSError if a file at its beginning is what git keeps in the place of a large one; else leave it there."""
+    """Raise OSError if a file is the pointer that git-lfs keeps instead of a large one; else leave it at its start."""
     begins = raw.read(len(POINTER))
     raw.seek(0)
     if begins == POINTER:
@@ -53,25 +56,11 @@ def refuse_pointer(raw: BinaryIO) -> None:
 
 
 def size_change(path: Path, size: int) -> str:
-    """What to say if a file no longer has the size it was listed with; else nothing."""
+    """A message if a file no longer has the size it was listed with; else ""."""
     now = path.stat().st_size
     return "" if now == size else f"changed since the source was opened: from {size} to {now} bytes"
 
 
-def why(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     """The reason of a failed read, without the path."""
     return f"cannot be read: {(isinstance(error, OSError) and error.strerror) or error}"
-
-
-def decode(raw: bytes) -> tuple[str, str]:
-    """The text, or nothing and the reason why there is none."""
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return "", f"not UTF-8 at byte {error.start}"
-    return ("", "empty") if is_blank(text) else (text, "")
-
-
-def is_blank(text: str) -> bool:
-    """Whether there is nothing to learn from `text`."""
-    return not text or text.isspace()

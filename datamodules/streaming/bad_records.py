@@ -6,7 +6,7 @@ import logging
 import math
 
 from app.errors import DataError
-from datamodules.readers import BadRecord, LostRecords
+from datamodules.readers.records import BadRecord, LostRecords
 
 _log = logging.getLogger(__name__)
 
@@ -50,12 +50,12 @@ class BadRecords:
         weight = max(1, self.seen // max(1, self.chunks)) if isinstance(record, LostRecords) else 1
         self.seen, self.skipped = self.seen + weight, self.skipped + 1
         self.failed += 0 if record.is_empty else weight
-        first, count = self._reasons.get(record.reason, (record.place, 0))
+        first, count = self._reasons.get(record.reason, (record.location, 0))
         if count or len(self._reasons) < _SHOWN:
             self._reasons[record.reason] = first, count + 1
         if len(self._logged) < _SHOWN and record not in self._logged:  # it comes again in every epoch, to any lane
             self._logged.add(record)
-            _log.log(self._level, "source %r: skipped %s: %s", self._source, record.place, record.reason)
+            _log.log(self._level, "source %r: skipped %s: %s", self._source, record.location, record.reason)
             if len(self._logged) == _SHOWN:
                 _log.log(self._level, "source %r: further skipped records are only counted", self._source)
 

@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 
 from app.errors import DataError
-from datamodules.readers import BadRecord, open_reader
-from datamodules.readers.sources import Document, Source
+from datamodules.readers.opening import open_reader
+from datamodules.readers.records import BadRecord, Document
+from datamodules.readers.sources import Source
 from datamodules.streaming.bad_records import BadRecords
 from datamodules.streaming.packing import Row, Tokens, split_rows
 

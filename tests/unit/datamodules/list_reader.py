@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.readers.records import BadRecord, Record
-from datamodules.readers.sources import Document
+from datamodules.readers.records import BadRecord, Document, Record
 from datamodules.streaming.packing import Tokens
 from datamodules.streaming.source_blocks import StreamSettings
 

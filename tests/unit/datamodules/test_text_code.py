@@ -15,7 +15,7 @@ from torch import Tensor
 from app.errors import ConfigError, DataError
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
 from datamodules import Source, TextCodeDataModule, text_code
-from datamodules.readers.sources import Document
+from datamodules.readers.records import Document
 from tests.support.tokenizers import llama
 from tests.unit.datamodules.corpora import by_name, fake_trainer, small_datamodule, two_sources, write_files
 

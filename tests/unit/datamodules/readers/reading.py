@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from datamodules.readers import BadRecord, Reader, Record, open_reader
+from datamodules.readers.opening import open_reader
+from datamodules.readers.records import BadRecord, Reader, Record
 from datamodules.readers.sources import Source
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"

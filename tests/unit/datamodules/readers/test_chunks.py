@@ -16,7 +16,7 @@ def test_ranges_cover_every_byte_once_and_are_of_one_size(sizes: list[int], min_
     covered = [np.zeros(size, int) for size in sizes]
     lengths = []
     for chunk in range(ranges.num_chunks):
-        pieces = list(ranges.pieces(chunk))
+        pieces = list(ranges.ranges(chunk))
         assert all(0 <= piece.begin < piece.end <= sizes[piece.file] for piece in pieces)
         lengths.append(sum(piece.end - piece.begin for piece in pieces))
         for piece in pieces:

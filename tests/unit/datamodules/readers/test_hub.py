@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from app.errors import DataError
-from datamodules.readers import BadRecord, Reader
+from datamodules.readers.records import BadRecord, Reader
 from tests.unit.datamodules.readers.reading import assert_any_start_reads_on, bad, open_path, read_all, texts
 
 ROWS = [f"{shard} {row}" for shard in range(3) for row in range(50)]

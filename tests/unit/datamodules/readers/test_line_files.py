@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.readers import BadRecord, line_files
-from datamodules.readers.sources import Document
+from datamodules.readers import line_files
+from datamodules.readers.records import BadRecord, Document
 from tests.unit.datamodules.readers.reading import assert_any_start_reads_on, bad, open_path, read_all, texts
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -169,7 +169,7 @@ def test_a_compressed_file_that_is_cut_or_damaged_is_read_as_far_as_it_goes(
         assert {"good"} < found <= {"good", *rows}
         assert len(found) >= 8_000
         [problem] = [record for record in records if isinstance(record, BadRecord)]
-        assert problem.place == f"a.jsonl.{codec}"
+        assert problem.location == f"a.jsonl.{codec}"
         assert problem.reason.startswith("cannot be read: ")
 
 
@@ -238,9 +238,9 @@ def test_a_file_without_newlines_is_never_in_memory(tmp_path: Path, monkeypatch:
             read.append(len(line := self._stream.readline(limit)))  # type: ignore[attr-defined]
             return line  # type: ignore[no-any-return]
 
-    lines_of = line_files._Piece._lines_of
+    lines_of = line_files._LineRange._lines_of
     monkeypatch.setattr(
-        line_files._Piece, "_lines_of", lambda self, stream, size: lines_of(self, Counted(stream), size)
+        line_files._LineRange, "_lines_of", lambda self, stream, size: lines_of(self, Counted(stream), size)
     )
     assert bad(open_path(tmp_path, kind="lines", max_document_megabytes=1.0)) == [
         ("a.txt:1", "longer than 1000000 bytes")

@@ -12,10 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from app.errors import ConfigError
-from datamodules.readers import open_reader
 from datamodules.readers.files import list_files
-from datamodules.readers.opening import FILE_READERS
+from datamodules.readers.opening import FILE_READERS, open_reader
 from datamodules.readers.sources import Source, SourceKind
 from tests.unit.datamodules.readers.reading import open_path, read_all
 
@@ -183,8 +181,3 @@ def test_opening_reads_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             open_reader(source(kind, folder), min_chunks=2) for kind in ("files", "lines", "jsonl", "stdlib_code")
         ]
     assert all(read_all(reader) for reader in readers[:3])
-
-
-def test_no_chunk_at_all_cannot_be_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="min_chunks"):
-        open_path(corpus(tmp_path / "a"), kind="files", min_chunks=0)

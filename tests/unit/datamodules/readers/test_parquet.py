@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.errors import DataError
-from datamodules.readers.sources import Document
+from datamodules.readers.records import Document
 from tests.unit.datamodules.readers.reading import POINTER, assert_any_start_reads_on, bad, open_path, read_all, texts
 
 ROWS = [f"row {index} " + "word " * (index % 7) for index in range(1000)]

@@ -6,7 +6,8 @@ from typing import Any, get_args
 import pytest
 
 from app.errors import ConfigError
-from datamodules.readers.sources import KINDS, Document, Source, SourceKind
+from datamodules.readers.records import Document
+from datamodules.readers.sources import KINDS, Source, SourceKind
 
 EFFECTIVE: dict[SourceKind, dict[str, Any]] = {
     "stdlib_code": {},

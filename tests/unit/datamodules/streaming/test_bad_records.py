@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from app.errors import DataError
-from datamodules.readers import BadRecord, LostRecords
+from datamodules.readers.records import BadRecord, LostRecords
 from datamodules.streaming.bad_records import BadRecords
 
 

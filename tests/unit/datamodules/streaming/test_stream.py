@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import DataError
-from datamodules.readers.records import EMPTY, BadRecord, LostRecords, Record
-from datamodules.readers.sources import Document, Source
+from datamodules.readers.records import EMPTY, BadRecord, Document, LostRecords, Record
+from datamodules.readers.sources import Source
 from datamodules.streaming import source_stream
 from datamodules.streaming.packing import Row
 from datamodules.streaming.source_blocks import Place

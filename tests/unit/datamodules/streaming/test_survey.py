@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from app.errors import DataError
-from datamodules.readers import Record
-from datamodules.readers.sources import Document, Source
+from datamodules.readers.records import Document, Record
+from datamodules.readers.sources import Source
 from datamodules.streaming.packing import Tokens
 from datamodules.streaming.survey import Survey, spread_rows, survey
 from tests.unit.datamodules.corpora import write_files

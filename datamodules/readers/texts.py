@@ -1,4 +1,7 @@
-"""A text out of one JSON object."""
+"""Texts out of raw bytes and JSON objects, or the reason why there is none.
+
+Tested by tests/unit/datamodules/readers/test_line_files.py and test_hub.py.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,33 @@ import json
 
 import orjson
 
-from datamodules.readers.streams import decode, is_blank
+from datamodules.readers.records import EMPTY
+
+
+def decode(raw: bytes) -> tuple[str, str]:
+    """The text, or "" and the reason why there is none."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 at byte {error.start}"
+    return ("", EMPTY) if _is_blank(text) else (text, "")
 
 
 class JsonField:
-    """Reads one field.
-
-    Args:
-        field: Its name; `a.b` also for `b` inside of `a`, if there is no field `a.b`.
-    """
+    """Reads one field of JSON objects; `a.b` also means `b` inside of `a`, if there is no field `a.b`."""
 
     def __init__(self, field: str) -> None:
         self._field, self._path = field, field.split(".")
 
     def read(self, raw: bytes) -> tuple[str, str]:
-        """The text in a line, or nothing and the reason why there is none."""
+        """The text in a line, or "" and the reason why there is none."""
         try:
             return self.pick(orjson.loads(raw))
         except orjson.JSONDecodeError:
-            return self._read_mildly(raw)
+            return self._read_leniently(raw)
 
-    def _read_mildly(self, raw: bytes) -> tuple[str, str]:
-        """Reads what Python writes and orjson refuses: NaN, halves of surrogate pairs. Says better what is wrong."""
+    def _read_leniently(self, raw: bytes) -> tuple[str, str]:
+        """Read what Python writes and orjson refuses (NaN, halves of surrogate pairs), with better messages."""
         line, problem = decode(raw)
         if problem:
             return "", problem
@@ -41,7 +49,7 @@ class JsonField:
         return text, problem
 
     def pick(self, value: object) -> tuple[str, str]:
-        """The text in an object, or nothing and the reason why there is none."""
+        """The text in an object, or "" and the reason why there is none."""
         if not isinstance(value, dict):
             return "", f"not a JSON object but {type(value).__name__}"
         found: object = value
@@ -51,4 +59,8 @@ class JsonField:
             found = found[key]
         if not isinstance(found, str):
             return "", f"field {self._field!r} is {type(found).__name__}, not text"
-        return ("", f"field {self._field!r} is empty") if is_blank(found) else (found, "")
+        return ("", f"field {self._field!r} is empty") if _is_blank(found) else (found, "")
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()

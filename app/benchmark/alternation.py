@@ -79,13 +79,11 @@ class Measurement:
     runs: Sequence[Sequence[Sequence[DecodingResult]]]
 
     @property
-    def results(self) -> list[DecodingResult]:
-        """The result of each prompt in the first repeat."""
+    def results(self) -> list[DecodingResult]:  # of the first repeat
         return [result for repeats in self.runs for result in repeats[0]]
 
     @property
     def counts(self) -> RoundCounts:
-        """What the rounds of all prompts came to."""
         results = self.results
         return RoundCounts(
             decoded=sum(result.num_decoded for result in results),
@@ -95,15 +93,12 @@ class Measurement:
         )
 
     def seconds_by_batch(self, repeat: int | None = None) -> list[float]:
-        """Decode time of each batch in one repeat, by default the median of its repeats.
-
-        A batch takes as long as the longest of its prompts.
-        """
+        """Decode time of each batch, which is that of its longest prompt: of one repeat, by default the median."""
         by_batch = ([max(result.seconds_decode for result in rows) for rows in repeats] for repeats in self.runs)
         return [median(times) if repeat is None else times[repeat] for times in by_batch]
 
     def seconds_per_token(self, repeat: int | None = None) -> float | None:
-        """Decode time over the tokens of all prompts, in one repeat or by default with each batch's median repeat."""
+        """Decode time over the tokens of all prompts: of one repeat, by default of each batch's median repeat."""
         return ratio(sum(self.seconds_by_batch(repeat)), self.counts.decoded)
 
     @property
@@ -113,13 +108,11 @@ class Measurement:
 
     @property
     def reached_by_position(self) -> list[int]:
-        """For each position of a draft, the rounds that drafted that far with everything before it accepted."""
-        return _column_sums(result.reached_by_position for result in self.results)
+        return sum_columns(result.reached_by_position for result in self.results)
 
     @property
     def accepted_by_position(self) -> list[int]:
-        """For each position of a draft, the rounds that accepted the draft there."""
-        return _column_sums(result.accepted_by_position for result in self.results)
+        return sum_columns(result.accepted_by_position for result in self.results)
 
     def speedup_over(self, other: Measurement, repeat: int | None = None) -> float | None:
         """The other's time per token / this one's."""
@@ -132,11 +125,9 @@ class Measurement:
         return min(single), max(single)
 
     def times_beside(self, other: Measurement) -> PairedTimes:
-        """The seconds of both, by batch."""
         return PairedTimes.of(self.seconds_by_batch(), other.seconds_by_batch())
 
     def speedup_interval(self, other: Measurement) -> Interval | None:
-        """The 95 % interval of the speedup over the other, on batches like these."""
         return speedup_interval(self.speedup_over(other), self.times_beside(other))
 
     def identical_to(self, other: Measurement) -> list[bool]:
@@ -160,14 +151,12 @@ def alternate(
 ) -> list[Measurement]:
     """Let the contenders decode every batch in turn, beginning each time with the next of them, and repeat that.
 
-    Each contender warms up before anything counts. All batches are decoded once before any is decoded again, so that a
-    time limit does not favour the first of them.
+    All batches are decoded once before any is decoded again, so that a time limit does not favour the first of them.
 
     Args:
-        contenders: At least one.
+        contenders: At least one; each warms up before anything counts.
         batches: At least one, each of at least one prompt; used in this order.
         max_new_tokens: Budget of each prompt, at least 2: the first token costs no decode time.
-        repeats: Times each batch is decoded by each contender, at least 1.
         time_limit_seconds: No batch is started after this; the first is always measured. A repeat that was not
             finished does not count, unless it is the only one.
         on_batch: Called with the number of batches that are done, those of all repeats together.
@@ -225,5 +214,6 @@ def measure_drafting(
     )
 
 
-def _column_sums(rows: Iterable[Sequence[int]]) -> list[int]:
+def sum_columns(rows: Iterable[Sequence[int]]) -> list[int]:
+    """The sum of each column; shorter rows count as if they ended in zeros."""
     return [sum(column) for column in zip_longest(*rows, fillvalue=0)]

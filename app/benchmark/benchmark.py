@@ -54,12 +54,9 @@ class BenchmarkSettings:
         strategies: At least one; autoregressive is measured in any case.
         max_new_tokens: Budget of each prompt, at least 2.
         exit_layers: Exits for the strategies that leave early; each of them is measured with every draft length.
-        num_draft_tokens: Draft lengths for the strategies that draft.
         skipped_layers: Blocks that layer_skip leaves out of its drafts.
-        draft_policy: Policy of every strategy of ours that drafts.
-        fall_back: Whether those give up drafting for a prompt where it does not pay.
+        fall_back: Whether our strategies give up drafting for a prompt where it does not pay.
         eos_token_ids: End a sequence; with none, every prompt is decoded to its full length.
-        batch_size: Prompts decoded together, at least 1.
         repeats: Times every prompt is decoded by every contender, at least 1.
     """
 
@@ -94,7 +91,7 @@ class BenchmarkSettings:
 
 
 class Costs(NamedTuple):
-    """Measured costs of decoding steps, of the model and of the one that drafts for it if there is one."""
+    """Measured costs of decoding steps of the model, and of the one that drafts for it if there is one."""
 
     model: DecodingCosts
     draft_model: DecodingCosts | None
@@ -123,7 +120,6 @@ def run_benchmark(
     Args:
         subject: The model, in eval mode.
         prompts: Token ids, at least one prompt; in this order they are cut into batches.
-        settings: What is asked for.
         on_batch: Called with the number of batches that are done, those of all repeats together.
 
     Raises:
@@ -162,10 +158,7 @@ def build_contenders(
 ) -> list[Contender]:
     """Autoregressive decoding, then each strategy asked for with all its exits and draft lengths; nothing is run.
 
-    Args:
-        subject: The model.
-        settings: What is asked for.
-        costs: For the drafting policies of self_speculative; by default parameter counts decide.
+    The drafting policies of self_speculative go by `costs`, or by parameter counts where these are None.
 
     Raises:
         ConfigError: A strategy lacks an option, or an option is out of this model's range.

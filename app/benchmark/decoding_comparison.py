@@ -20,11 +20,8 @@ class DecodingComparison(RoundCounts):
     """One (exit_layer, num_draft_tokens) setting against autoregressive decoding of the same prompts.
 
     All times are decode time alone: the prompt's pass and the first token it yields are left out on both sides.
-    A figure is None where there was nothing to divide by, for instance when every output ended at its first token.
 
     Attributes:
-        exit_layer: Blocks run by a draft.
-        num_draft_tokens: Most tokens drafted in a round.
         num_given: Prompts that there were, before the time ran out.
         identical: Prompts with exactly the autoregressive output.
         baseline_decoded: Tokens of autoregressive decoding after the first of each output.
@@ -40,41 +37,34 @@ class DecodingComparison(RoundCounts):
 
     @property
     def num_prompts(self) -> int:
-        """Prompts measured before the time ran out."""
         return self.times.num
 
     @property
     def autoregressive_tokens_per_second(self) -> float | None:
-        """Speed of the full model, one token a step."""
         return ratio(self.baseline_decoded, self.times.baseline)
 
     @property
     def self_speculative_tokens_per_second(self) -> float | None:
-        """Speed of this setting."""
         return ratio(self.decoded, self.times.own)
 
     @property
     def speedup(self) -> float | None:
-        """Autoregressive / self-speculative mean time per token."""
         plain, own = self.autoregressive_tokens_per_second, self.self_speculative_tokens_per_second
         return own / plain if own and plain else None
 
     @property
     def speedup_interval(self) -> Interval | None:
-        """The 95 % interval of the speedup over prompts like these."""
         return speedup_interval(self.speedup, self.times)
 
     @property
     def identical_share(self) -> float:
-        """Share of prompts with exactly the autoregressive output."""
         return self.identical / self.num_prompts
 
 
 def pool_comparisons(parts: Sequence[Sequence[DecodingComparison]]) -> list[DecodingComparison]:
-    """The comparisons of all prompts from those of disjoint parts of them, each with the same settings.
+    """The comparisons of all prompts, from those of disjoint parts of them with the same settings.
 
-    Args:
-        parts: For instance one of each rank. A part that measured no prompt is empty and counts for nothing.
+    A part is for instance what one rank measured. It is empty, and counts for nothing, if that was no prompt.
     """
     return [
         replace(
@@ -104,8 +94,7 @@ def compare_decoding(
     Args:
         decoder: The model, in eval mode.
         prompts: At least one, used in this order.
-        exit_layers: Exits to draft from, each 1..num_layers-1.
-        num_draft_tokens: Draft lengths, each at least 1; every exit is measured with every length.
+        exit_layers: Exits to draft from, each 1..num_layers-1; every exit is measured with every draft length.
         max_new_tokens: Budget of each output, at least 2: the first token costs no decode time.
         eos_token_ids: End an output early; with none, every prompt is decoded to the full length.
         time_limit_seconds: No prompt is started after this; the first is always measured.

@@ -1,8 +1,7 @@
-"""What the cost model's symbols are worth on this machine: timed on a live decoder, alternating, medians.
+"""What the symbols of the cost model (`app.decoding.cost_model`) are worth on this machine, timed on a live decoder.
 
-The method's cost model (`app.decoding.cost_model`) counts in blocks at one token: L blocks, a head of H in a step and
-H_d in a draft, a share k for every further position of a pass, an overhead for every draft-and-verify round, part of
-which, a share j of what verifies, is the price of several positions at all. Here is how each is measured.
+The costs are, in blocks at one token: a head of H in a step and of H_d in a draft, a share k for every further position
+of a pass, a share j for having several positions at all, and an overhead for every draft-and-verify round.
 
 Shape legend: `B` sequences, `T` prompt tokens, `S` positions of a pass.
 """
@@ -14,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import fmean, linear_regression, median
 from time import perf_counter
-from typing import TypeVar
 
 import torch
 
@@ -22,15 +20,13 @@ from app.decoding.cost_model import CostModel
 from app.decoding.drafters import FullModel
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import Strategy
 from app.errors import check_range
 from app.protocols import ExitableDecoder
 
-_TIMED_TOKENS = 8  # of every decoding, after the first token: the first of them find cold caches
+_TIMED_TOKENS = 8  # of every decoding after the first token, the first ones of which find cold caches
 
 Clock = Callable[[], float]
 Setting = tuple[int, int]  # exit_layer, num_draft_tokens
-_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +38,7 @@ class DecodingCosts:
         head: H, in blocks: what a step costs beside its blocks, that is embedding, final norm, LM head and choosing.
         draft_head: H_d, the same of a drafted token.
         first_extra: j, what a pass over several positions costs more than one over a single position, however many they
-            are, as a share of that.
+            are, as a share of the latter.
         extra_token: k, what each further position costs beside j, as the same share.
         overhead: What a draft-and-verify round costs beside its passes, in blocks.
     """
@@ -55,16 +51,9 @@ class DecodingCosts:
     overhead: float
 
     def cost_model(self, *, num_layers: int, exit_layer: int) -> CostModel:
-        """Of self-speculative decoding from this exit."""
-        return CostModel.self_speculative(
-            num_layers=num_layers,
-            exit_layer=exit_layer,
-            head=self.head,
-            draft_head=self.draft_head,
-            first_extra=self.first_extra,
-            extra_token=self.extra_token,
-            overhead=self.overhead,
-        )
+        """The cost model of self-speculative decoding from this exit."""
+        shares = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "block_seconds"}
+        return CostModel.self_speculative(num_layers=num_layers, exit_layer=exit_layer, **shares)
 
 
 def measure_decoding_costs(
@@ -78,34 +67,30 @@ def measure_decoding_costs(
 ) -> DecodingCosts:
     """Time steps, passes and rounds on a prompt of random tokens; each repeat times everything once, in turn.
 
-    With `t` the median seconds of a step of the engine, of full decoding t(L) and of early exit t(1):
+    With t(E) the median seconds of a step of E blocks, p(S) of a pass of the full model over S positions, and
+    round(E, d) of a draft-and-verify round:
 
         block_seconds = (t(L) - t(1)) / (L - 1)        what a step costs whatever its blocks cancels out
         H             = t(L) / block_seconds - L
         j, k            of the least squares line p(S)/p(1) - 1 = j + k (S-1), S > 1
-                                                       p(S): all blocks and the head over S positions
         H_d           = mean over E of (round(E, d') - round(E, d)) / (d' - d) / block_seconds - E - k (L - E + H)
         overhead      = mean over (E, d) of round(E, d) / block_seconds - C(E, d)
 
-    where C(E, d) is the cost model's round without overhead. None of them is ever negative; H_d is H where it would be.
+    where C(E, d) is the cost model's round without overhead. No cost is ever negative; H_d is H where it would be.
 
     Args:
         decoder: In eval mode, with at least two blocks.
-        batch_size: Sequences decoded together, at least 1.
-        context_length: Tokens of the prompt, at least 1; fewer where the model's context is short.
+        context_length: Tokens of the prompt; fewer where the model's context is short.
         max_positions: Most positions of a pass, at least 3 and at most half the model's context.
         repeats: Measurements of each, at least 1; one more comes before them and does not count.
         clock: Seconds now; for tests.
 
     Raises:
-        ConfigError: An argument is out of range, or the model has a single block.
+        ConfigError: `max_positions` is out of range, or the model has a single block.
     """
     num_layers = decoder.num_layers
     check_range("num_layers", num_layers, low=2, fix="a single block has no exit to draft from")
-    check_range("batch_size", batch_size, low=1)
-    check_range("context_length", context_length, low=1)
     check_range("max_positions", max_positions, low=3, high=decoder.max_length // 2)
-    check_range("repeats", repeats, low=1)
     room = max_positions + _TIMED_TOKENS
     prompts_BT = torch.randint(
         decoder.vocab_size,
@@ -113,34 +98,36 @@ def measure_decoding_costs(
         generator=torch.Generator().manual_seed(0),
     )
     exits = sorted({max(1, num_layers // 8), max(1, num_layers // 4)})  # where drafts are worth it
-    rounds = [(exit_layer, drafts) for exit_layer in exits for drafts in ((max_positions - 1) // 2, max_positions - 1)]
+    settings = [(1, 0), (num_layers, 0)]
+    settings += [
+        (exit_layer, drafts) for exit_layer in exits for drafts in ((max_positions - 1) // 2, max_positions - 1)
+    ]
     timer = _Timer(decoder, prompts_BT.tolist(), clock)
-    steps: dict[int, list[float]] = {1: [], num_layers: []}
+    timed: dict[Setting, list[float]] = {setting: [] for setting in settings}
     passes: dict[int, list[float]] = {positions: [] for positions in range(1, max_positions + 1)}
-    timed: dict[Setting, list[float]] = {setting: [] for setting in rounds}
-    for repeat in range(repeats + 1):
-        if repeat == 1:  # the first one warmed up
-            for samples in (*steps.values(), *passes.values(), *timed.values()):
-                samples.clear()
-        for exit_layer, samples in steps.items():
-            samples += timer.steps(exit_layer)
-        for positions, seconds in timer.passes(max_positions).items():
-            passes[positions].append(seconds)
-        for setting, samples in timed.items():
-            samples += timer.rounds(*setting)
-    head_share = decoder.head_size / decoder.block_size
-    return fit_decoding_costs(_medians(steps), _medians(passes), _medians(timed), head_by_size=head_share)
+    for repeat in range(repeats + 1):  # the first one warms up
+        for setting in settings:
+            seconds = timer.rounds(*setting)
+            timed[setting] += seconds if repeat else []
+        for positions, duration in timer.passes(max_positions).items():
+            passes[positions] += [duration] if repeat else []
+    return fit_decoding_costs(
+        {exit_layer: median(samples) for (exit_layer, drafts), samples in timed.items() if not drafts},
+        {positions: median(samples) for positions, samples in passes.items()},
+        {setting: median(samples) for setting, samples in timed.items() if setting[1]},
+        head_by_size=decoder.head_size / decoder.block_size,
+    )
 
 
 def median_costs(costs: Sequence[DecodingCosts]) -> DecodingCosts:
-    """Of each figure the median of those measured at different times: a busy moment of the machine decides none."""
+    """The median of each figure over several measurements, so that a busy moment of the machine decides none."""
     return DecodingCosts(
         **{field.name: median(getattr(each, field.name) for each in costs) for field in fields(DecodingCosts)}
     )
 
 
 def costs_line(costs: DecodingCosts) -> str:
-    """The measured costs in one line; what the clipping of `fit_decoding_costs` made 0 is not called free."""
+    """The costs in one line; what `fit_decoding_costs` clipped to 0 is called too small to measure, not free."""
 
     def figure(value: float, style: str) -> str:
         return style.format(value) if value else "too small to measure"
@@ -213,30 +200,23 @@ class _Timer:
     def __init__(self, decoder: ExitableDecoder, prompts: list[list[int]], clock: Clock) -> None:
         self._decoder, self._prompts, self._clock = decoder, prompts, clock
 
-    def steps(self, exit_layer: int) -> list[float]:
-        """Seconds of decoding steps that run `exit_layer` blocks."""
-        if exit_layer == self._decoder.num_layers:
-            return self._decode("autoregressive", None, None)
-        return self._decode("early_exit", exit_layer, None)
-
     def rounds(self, exit_layer: int, num_draft_tokens: int) -> list[float]:
-        """Seconds of draft-and-verify rounds, all of this many drafts."""
-        return self._decode("self_speculative", exit_layer, num_draft_tokens)
+        """Seconds of each round after the prompt's pass in which the whole batch took part.
 
-    def _decode(self, strategy: Strategy, exit_layer: int | None, num_draft_tokens: int | None) -> list[float]:
-        """Seconds of each round after the prompt's pass in which the whole batch took part."""
-        settings = DecodingSettings(
-            max_new_tokens=_TIMED_TOKENS + 1 + (num_draft_tokens or 0),  # never so short that a draft is cut
-            stop=lambda _, tokens, __: len(tokens) if len(tokens) > _TIMED_TOKENS else None,
-            exit_layer=exit_layer,
-            num_draft_tokens=num_draft_tokens,
-        )
+        Without drafts a round is a decoding step that runs `exit_layer` blocks.
+        """
+        is_full = exit_layer == self._decoder.num_layers
         times: list[list[float]] = [[] for _ in self._prompts]
         decode_batch(
             self._decoder,
             self._prompts,
-            strategy=strategy,
-            settings=settings,
+            strategy="self_speculative" if num_draft_tokens else "autoregressive" if is_full else "early_exit",
+            settings=DecodingSettings(
+                max_new_tokens=_TIMED_TOKENS + 1 + num_draft_tokens,  # never so short that a draft is cut
+                stop=lambda _, tokens, __: len(tokens) if len(tokens) > _TIMED_TOKENS else None,
+                exit_layer=None if is_full else exit_layer,
+                num_draft_tokens=num_draft_tokens or None,
+            ),
             on_step=lambda row, _: times[row].append(self._clock()),
         )
         together = min(map(len, times))
@@ -247,7 +227,7 @@ class _Timer:
         """Seconds of one pass of the full model over 1 to `max_positions` positions after the prompt."""
         lengths = [len(prompt) for prompt in self._prompts]
         tokens_BT = torch.tensor(self._prompts, device=self._decoder.device)
-        model = FullModel(self._decoder, len(lengths), lengths[0] + max_positions)
+        model = FullModel(self._decoder, batch_size=len(lengths), capacity=lengths[0] + max_positions)
         model.prefill(tokens_BT, lengths).argmax(-1).tolist()
         seconds = {}
         for positions in range(1, max_positions + 1):
@@ -257,7 +237,3 @@ class _Timer:
             seconds[positions] = self._clock() - started
             model.settle(lengths)
         return seconds
-
-
-def _medians(samples: Mapping[_Key, Sequence[float]]) -> dict[_Key, float]:
-    return {key: median(values) for key, values in samples.items()}

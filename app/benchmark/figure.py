@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import zip_longest
 from math import nan
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,35 +13,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from app.benchmark.alternation import sum_columns
 from app.benchmark.result import BenchmarkResult
 
-_AUTOREGRESSIVE = "autoregressive (break-even)"
-
-
-class _Style(NamedTuple):
-    """How a strategy that drafts is drawn; without a color it takes that of its exit."""
-
-    label: str
-    marker: str
-    line: Literal["-", ":"] = "-"
-    color: str = ""
-
-
-class _Series(NamedTuple):
-    """A line of the figure: the results of one strategy and exit by draft length."""
-
-    style: _Style
-    color: Any
-    points: list[BenchmarkResult]
-
-
-_DRAFTING = {
-    "self_speculative": _Style("self_speculative", "o"),
-    "transformers_early_exit": _Style("transformers_early_exit", "x", ":"),
-    "draft_model": _Style("draft_model", "s", color="black"),
-    "layer_skip": _Style("layer_skip", "^", color="tab:red"),
+# How the lines of a strategy that drafts are drawn; without a color they take that of their exit.
+_DRAFTING: dict[str, dict[str, Any]] = {
+    "self_speculative": {"marker": "o"},
+    "transformers_early_exit": {"marker": "x", "linestyle": ":"},
+    "draft_model": {"marker": "s", "color": "black"},
+    "layer_skip": {"marker": "^", "color": "tab:red"},
 }
 _PREDICTED: dict[str, Any] = {"linestyle": "--", "marker": "_", "markersize": 9, "linewidth": 1.0}
+_BREAK_EVEN: dict[str, Any] = {"color": "black", "linewidth": 1.0}
+_TRANSFORMERS: dict[str, Any] = {"color": "tab:orange", "linestyle": "-."}
+
+Series = tuple[dict[str, Any], list[BenchmarkResult]]  # style, and the results of one strategy and exit
 
 
 def benchmark_figure(results: Sequence[BenchmarkResult], *, title: str) -> Figure:
@@ -52,8 +37,12 @@ def benchmark_figure(results: Sequence[BenchmarkResult], *, title: str) -> Figur
     speed_axes, acceptance_axes = figure.subplots(1, 2)
     exits = sorted({r.exit_layer for r in results if r.exit_layer is not None and r.strategy in _DRAFTING})
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(exits), 2)))
-    colors = dict(zip(exits, shades, strict=False))
-    series = _series(results, colors)
+    colors: dict[int | None, Any] = dict(zip(exits, shades, strict=False))
+    groups: dict[tuple[str, int | None], list[BenchmarkResult]] = {}
+    for result in sorted(results, key=lambda result: result.num_draft_tokens or 0):
+        if result.strategy in _DRAFTING and result.speedup is not None:
+            groups.setdefault((result.strategy, result.exit_layer), []).append(result)
+    series = [({"color": colors.get(layer)} | _DRAFTING[strategy], own) for (strategy, layer), own in groups.items()]
     if series:
         _draw_speedups(speed_axes, results, series)
     else:
@@ -63,38 +52,22 @@ def benchmark_figure(results: Sequence[BenchmarkResult], *, title: str) -> Figur
     return figure
 
 
-def _series(results: Sequence[BenchmarkResult], colors: Mapping[int, Any]) -> list[_Series]:
-    groups: dict[tuple[str, int | None], list[BenchmarkResult]] = {}
-    for result in results:
-        if result.strategy in _DRAFTING and result.speedup is not None:
-            groups.setdefault((result.strategy, result.exit_layer), []).append(result)
-    return [
-        _Series(
-            _DRAFTING[strategy],
-            _DRAFTING[strategy].color if exit_layer is None else colors[exit_layer],
-            sorted(points, key=lambda point: point.num_draft_tokens or 0),
-        )
-        for (strategy, exit_layer), points in groups.items()
-    ]
-
-
-def _draw_speedups(axes: Axes, results: Sequence[BenchmarkResult], series: Sequence[_Series]) -> None:
-    for style, color, points in series:
+def _draw_speedups(axes: Axes, results: Sequence[BenchmarkResult], series: Sequence[Series]) -> None:
+    for style, points in series:
         drafts = _numbers(point.num_draft_tokens for point in points)
-        speedups = _numbers(point.speedup for point in points)
-        axes.plot(drafts, speedups, color=color, marker=style.marker, linestyle=style.line)
-        axes.plot(drafts, _numbers(point.predicted_speedup for point in points), color=color, **_PREDICTED)
-    axes.axhline(1.0, color="black", linewidth=1.0)
+        axes.plot(drafts, _numbers(point.speedup for point in points), **style)
+        axes.plot(drafts, _numbers(point.predicted_speedup for point in points), color=style["color"], **_PREDICTED)
+    axes.axhline(1.0, **_BREAK_EVEN)
     for result in results:
         if result.strategy == "transformers" and result.speedup is not None:
-            axes.axhline(result.speedup, color="tab:orange", linestyle="-.")
+            axes.axhline(result.speedup, **_TRANSFORMERS)
     axes.set(
         title="Speedup over autoregressive decoding",
         xlabel="draft tokens a round (at most)",
         ylabel="autoregressive / measured time per token",
         ylim=(0.0, None),
     )
-    axes.set_xticks(sorted({point.num_draft_tokens or 0 for _, _, points in series for point in points}))
+    axes.set_xticks(sorted({point.num_draft_tokens or 0 for _, points in series for point in points}))
     axes.grid(alpha=0.3)
 
 
@@ -102,21 +75,18 @@ def _draw_bars(axes: Axes, results: Sequence[BenchmarkResult]) -> None:
     """Draw a bar for each result; without drafts there is no draft length to draw lines over."""
     names = [r.strategy if r.exit_layer is None else f"{r.strategy}, exit {r.exit_layer}" for r in results]
     axes.barh(names, [result.speedup or 0.0 for result in results], color="tab:gray")
-    axes.axvline(1.0, color="black", linewidth=1.0)
+    axes.axvline(1.0, **_BREAK_EVEN)
     axes.invert_yaxis()
     axes.set(title="Speedup over autoregressive decoding", xlabel="autoregressive / measured time per token")
 
 
-def _draw_acceptance(axes: Axes, series: Sequence[_Series]) -> None:
+def _draw_acceptance(axes: Axes, series: Sequence[Series]) -> None:
     """Draw all draft lengths as one: what is drafted at a position does not depend on how many drafts come after."""
-    for style, color, points in series:
-        reached, accepted = (
-            [sum(column) for column in zip_longest(*rows, fillvalue=0)]
-            for rows in zip(*((p.reached_by_position, p.accepted_by_position) for p in points), strict=True)
-        )
-        positions = [position for position, count in enumerate(reached) if count]
-        shares = [100.0 * accepted[position] / reached[position] for position in positions]
-        axes.plot([p + 1 for p in positions], shares, color=color, marker=style.marker, linestyle=style.line)
+    for style, points in series:
+        accepted = sum_columns(point.accepted_by_position for point in points)
+        reached = sum_columns(point.reached_by_position for point in points)
+        shares = {1 + i: 100.0 * accepted[i] / count for i, count in enumerate(reached) if count}
+        axes.plot(list(shares), list(shares.values()), **style)
     axes.set(
         title="Acceptance by position in the draft",
         xlabel="position in the draft",
@@ -127,20 +97,17 @@ def _draw_acceptance(axes: Axes, series: Sequence[_Series]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _legend(results: Sequence[BenchmarkResult], colors: Mapping[int, Any]) -> list[Line2D]:
+def _legend(results: Sequence[BenchmarkResult], colors: Mapping[int | None, Any]) -> list[Line2D]:
     """Explain that colors are exits, and markers and lines are strategies."""
     present = {result.strategy for result in results}
-    handles = [Line2D([], [], color=color, linewidth=4, label=f"exit {layer}") for layer, color in colors.items()]
-    for strategy, style in _DRAFTING.items():
-        if strategy in present:
-            color = style.color or "gray"
-            handles.append(Line2D([], [], color=color, marker=style.marker, linestyle=style.line, label=style.label))
+    styles = {f"exit {layer}": {"color": color, "linewidth": 4} for layer, color in colors.items()}
+    styles |= {name: {"color": "gray"} | style for name, style in _DRAFTING.items() if name in present}
     if any(result.predicted_speedup is not None for result in results):
-        handles.append(Line2D([], [], color="gray", label="predicted by the cost model", **_PREDICTED))
-    handles.append(Line2D([], [], color="black", linewidth=1.0, label=_AUTOREGRESSIVE))
+        styles["predicted by the cost model"] = {"color": "gray"} | _PREDICTED
+    styles["autoregressive (break-even)"] = _BREAK_EVEN
     if "transformers" in present:
-        handles.append(Line2D([], [], color="tab:orange", linestyle="-.", label="transformers"))
-    return handles
+        styles["transformers"] = _TRANSFORMERS
+    return [Line2D([], [], label=label, **style) for label, style in styles.items()]
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:

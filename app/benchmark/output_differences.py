@@ -82,11 +82,11 @@ def find_output_differences(
 ) -> list[OutputDifferences]:
     """Compare the outputs of each measurement with those of the first, and warn of what rounding does not explain.
 
+    The model decodes a batch in which something differs once more.
+
     Args:
-        decoder: The model. A batch in which something differs is decoded by it once more.
         batches: The prompts as they were decoded; batches after the last that was measured do not count.
         measurements: Autoregressive decoding first, then other ways to decode the same batches.
-        eos_token_ids: The tokens that ended the outputs.
     """
     baseline = measurements[0]
     forks = [list(_forks(batches, baseline, measurement)) for measurement in measurements]

@@ -20,30 +20,22 @@ class BenchmarkResult:
 
     Times are decode time: the prompts' pass, and the tokens that it yields, are left out.
 
+    Fields of the same name are explained at OutputDifferences and RoundCounts.
+
     Attributes:
-        tokens_per_second: Over all prompts; the median repeat of each batch counts.
-        mean_tokens_per_round: Tokens that a draft-and-verify round settles.
+        tokens_per_second: Over all prompts; the median repeat of each batch counts, as it does for `speedup`.
         speedup: Time per token of our own autoregressive decoding in the same run / this one's.
         identical_to_autoregressive: Share of prompts whose tokens are, in every repeat, those of that decoding.
-        num_differing, num_unexplained, largest_logit_gap, largest_gap_in_spacings: See OutputDifferences.
-        speedup_min: The lowest speedup of one whole repeat; `speedup` takes each batch's median repeat.
-        speedup_max: The highest speedup of one whole repeat.
+        speedup_min, speedup_max: The lowest and highest speedup of one whole repeat.
         speedup_interval: 95 % interval of `speedup` over the batches (`app.benchmark.speedup_interval`).
-        speedup_vs_transformers: Speedup over transformers' plain generate, where that was measured.
         speedup_vs_transformers_early_exit: Speedup over transformers' early exit of the same exit and draft length.
         predicted_speedup: What the cost model says with the measured costs and one chance of acceptance for every
-            draft; for drafts of fixed length.
-        prediction_error: predicted_speedup / speedup - 1.
+            draft; for drafts of fixed length. Its error is predicted_speedup / speedup - 1.
         predicted_speedup_from_rounds: What the cost model says with the measured costs and the measured rounds.
-        prediction_error_from_rounds: predicted_speedup_from_rounds / speedup - 1.
         seconds_prefill: Mean over the batches.
         num_tokens: New tokens, first ones included.
-        rounds: Steps or rounds after the prompts' pass.
-        drafted: Tokens proposed.
-        accepted: Proposed tokens that were kept.
         reached_by_position: For each position of a draft, rounds that drafted that far with everything before accepted.
-        accepted_by_position: Rounds that accepted the draft there.
-        acceptance_by_position: The quotient of the two.
+        acceptance_by_position: accepted_by_position / reached_by_position.
         fell_back_share: Share of prompts for which drafting was given up.
     """
 
@@ -83,23 +75,26 @@ class BenchmarkResult:
 
 def benchmark_results(benchmark: Benchmark, *, subject: Subject, settings: BenchmarkSettings) -> list[BenchmarkResult]:
     """The figures of each measurement, in the same order."""
-    return [
-        _result(measurement, differences, benchmark, subject, settings)
-        for measurement, differences in zip(benchmark.measurements, benchmark.differences, strict=True)
-    ]
+    results = []
+    for measurement, differences in zip(benchmark.measurements, benchmark.differences, strict=True):
+        costs = round_costs(
+            measurement.contender, benchmark.costs, subject=subject, skipped_layers=settings.skipped_layers
+        )
+        fixed = settings.draft_policy == "fixed" and not settings.fall_back
+        predicted = _predict(measurement, costs) if fixed else None
+        from_rounds = None if costs is None else measurement.counts.predicted_speedup(costs)
+        results.append(_result(measurement, differences, benchmark.measurements, predicted, from_rounds))
+    return results
 
 
 def _result(
     measurement: Measurement,
     differences: OutputDifferences,
-    benchmark: Benchmark,
-    subject: Subject,
-    settings: BenchmarkSettings,
+    everyone: Sequence[Measurement],
+    predicted: float | None,
+    from_rounds: float | None,
 ) -> BenchmarkResult:
-    contender, baseline, counts = measurement.contender, benchmark.measurements[0], measurement.counts
-    costs = round_costs(contender, benchmark.costs, subject=subject, skipped_layers=settings.skipped_layers)
-    predicted = _predict(measurement, costs) if settings.draft_policy == "fixed" and not settings.fall_back else None
-    from_rounds = None if costs is None else counts.predicted_speedup(costs)
+    contender, baseline, counts = measurement.contender, everyone[0], measurement.counts
     seconds_per_token = measurement.seconds_per_token()
     speedup = measurement.speedup_over(baseline)
     lowest, highest = measurement.speedup_range(baseline)
@@ -118,10 +113,8 @@ def _result(
         speedup_min=lowest if speedup else None,
         speedup_max=highest if speedup else None,
         speedup_interval=measurement.speedup_interval(baseline),
-        speedup_vs_transformers=_over(measurement, benchmark, "transformers", None, None),
-        speedup_vs_transformers_early_exit=_over(
-            measurement, benchmark, "transformers_early_exit", contender.exit_layer, contender.num_draft_tokens
-        ),
+        speedup_vs_transformers=_speedup_over(everyone, "transformers", measurement),
+        speedup_vs_transformers_early_exit=_speedup_over(everyone, "transformers_early_exit", measurement),
         predicted_speedup=predicted,
         prediction_error=_error(predicted, speedup),
         predicted_speedup_from_rounds=from_rounds,
@@ -138,14 +131,12 @@ def _result(
     )
 
 
-def _over(
-    measurement: Measurement, benchmark: Benchmark, strategy: str, exit_layer: int | None, drafts: int | None
-) -> float | None:
-    """Speedup over another contender, if that was measured."""
-    wanted = strategy, exit_layer, drafts
-    for other in benchmark.measurements:
-        contender = other.contender
-        if (contender.strategy, contender.exit_layer, contender.num_draft_tokens) == wanted:
+def _speedup_over(everyone: Sequence[Measurement], strategy: str, measurement: Measurement) -> float | None:
+    """Speedup over another strategy, at the same setting if that has settings; None where that was not measured."""
+    own = measurement.contender
+    for other in everyone:
+        setting = other.contender.exit_layer, other.contender.num_draft_tokens
+        if other.contender.strategy == strategy and setting in ((None, None), (own.exit_layer, own.num_draft_tokens)):
             return measurement.speedup_over(other)
     return None
 

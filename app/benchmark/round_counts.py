@@ -10,10 +10,9 @@ from app.decoding.cost_model import CostModel
 
 @dataclass(frozen=True, kw_only=True)
 class RoundCounts:
-    """Sums over prompts, so that those of disjoint parts add up.
+    """Sums over prompts, so that those of disjoint parts add up; a ratio is None where its denominator is 0.
 
-    A round is a step after the prompt's own pass. That pass yields the first token of an output, so neither rounds nor
-    `decoded` count it. A ratio is None where its denominator is 0.
+    A round is a step after the prompt's own pass. That pass yields the first token of an output, which is not counted.
 
     Attributes:
         decoded: New tokens after the first of each output.
@@ -34,16 +33,14 @@ class RoundCounts:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted / drafted tokens."""
         return ratio(self.accepted, self.drafted)
 
     @property
     def mean_tokens_per_round(self) -> float | None:
-        """Tokens that a round of one sequence settled."""
         return ratio(self.decoded, self.rounds)
 
     def predicted_speedup(self, costs: CostModel) -> float | None:
-        """The speedup over autoregressive decoding, had these rounds cost what `costs` says."""
+        """The speedup over autoregressive decoding if these rounds cost what `costs` says."""
         if not self.rounds:
             return None
         return costs.speedup(self.decoded / self.rounds, self.drafted / self.rounds)

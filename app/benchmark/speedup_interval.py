@@ -45,12 +45,8 @@ def speedup_interval(speedup: float | None, times: PairedTimes) -> Interval | No
     between them. With few and very uneven prompts it is a little too narrow: with eight, it held the true speedup in
     92 of 100 trials.
 
-    Args:
-        speedup: Baseline / own time per token; None where nothing was decoded.
-        times: Of the same prompts.
-
     Returns:
-        Lowest and highest speedup; None where there are fewer than two prompts, or no times.
+        Lowest and highest speedup; None where there are fewer than two prompts, or nothing was decoded.
     """
     if speedup is None or times.num < 2 or not times.own or not times.baseline:
         return None

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,19 +33,14 @@ class GenerateResult(DecodingResult):
         return max(self.num_tokens - self.num_prefilled, 0)
 
 
-class _Arrival(NamedTuple):
-    at: float
-    tokens: Tensor  # [B] or [1, T]
-
-
 class _Arrivals(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
     """Notes when tokens come. generate waits for the tokens of each step anyway: this costs a microsecond a step."""
 
     def __init__(self) -> None:
-        self._all: list[_Arrival] = []
+        self._all: list[tuple[float, Tensor]] = []
 
-    def put(self, value: Tensor) -> None:  # the prompts, then what each step or round settled
-        self._all.append(_Arrival(perf_counter(), value))
+    def put(self, value: Tensor) -> None:  # [B] or [1, T]: the prompts, then what each step or round settled
+        self._all.append((perf_counter(), value))
 
     def end(self) -> None:
         pass  # nothing is held back
@@ -138,11 +132,9 @@ def _result(
 ) -> GenerateResult:
     """The result of one sequence from its rounds up to its end; tokens after the end are padding."""
     settled: list[list[int]] = []
-    ended = False
-    room = budget
+    room, ended = budget, False
     while room and not ended:
-        _, new = rounds[len(settled)]
-        new = new[:room]
+        new = rounds[len(settled)][1][:room]
         if ends := [i + 1 for i, token in enumerate(new) if token in eos_token_ids]:
             new, ended = new[: ends[0]], True
         settled.append(new)

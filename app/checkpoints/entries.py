@@ -1,4 +1,7 @@
-"""Single entries of a checkpoint, held against what they have to be; what does not fit is refused by its name."""
+"""Compares single entries of a checkpoint with what they must be, and refuses by name those that do not fit.
+
+Tested by tests/integration/test_edited_checkpoints.py.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,20 @@ from torch import Tensor
 
 from app.errors import CheckpointError
 
-Entry = tuple[object, ...]  # the keys that lead to it
+Entry = tuple[object, ...]  # the keys that lead to an entry
 
 
 class SavedEntries:
-    """Compares entries; each method raises CheckpointError naming the entry, what it is and what it may be.
+    """Checks for the entries of one checkpoint.
 
-    Args:
-        path: Of the checkpoint, where it is known.
+    Each method raises CheckpointError naming the entry, what it is and what is allowed, and else returns the entry.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self._checkpoint = "the checkpoint" if path is None else f"checkpoint {path}"
 
     def refuse(self, entry: Entry, got: object, allowed: str) -> NoReturn:
-        """Raise CheckpointError."""
+        """Raise the CheckpointError."""
         raise CheckpointError(
             f"{self._checkpoint} is damaged or foreign: {'.'.join(map(str, entry))}: got {shown(got)}, allowed"
             f" {allowed}; use an earlier one"
@@ -46,15 +48,14 @@ class SavedEntries:
 
     def keys(self, entry: Entry, got: object, allowed: Collection[object]) -> dict[Any, Any]:
         """A dict with exactly these keys."""
-        self.any_keys(entry, got)
-        assert isinstance(got, dict)
+        entries = self.any_keys(entry, got)
         for key in allowed:
-            if key not in got:
+            if key not in entries:
                 self.refuse((*entry, key), MISSING, "an entry")
-        for key in got:
+        for key in entries:
             if key not in allowed:
-                self.refuse((*entry, key), got[key], "no such entry")
-        return got
+                self.refuse((*entry, key), entries[key], "no such entry")
+        return entries
 
     def any_keys(self, entry: Entry, got: object) -> dict[Any, Any]:
         """A dict."""
@@ -69,7 +70,7 @@ class SavedEntries:
         return got
 
     def alike(self, entry: Entry, got: object, like: object) -> None:
-        """The same types, keys, lengths, shapes and dtypes; a switch that is None may have been set, or unset."""
+        """A value with the types, keys, lengths, shapes and dtypes of `like`; a switch may be true, false or None."""
         match like:
             case Tensor():
                 if not isinstance(got, Tensor) or (got.shape, got.dtype) != (like.shape, like.dtype):
@@ -98,11 +99,11 @@ class _Missing:
         return "nothing"
 
 
-MISSING = _Missing()  # in the place of an entry that is not there
+MISSING = _Missing()  # what was got where an entry is missing
 
 
 def shown(value: object) -> str:
-    """A value in few words; a tensor as dtype and shape."""
+    """A value in few words for a message; a tensor as its dtype and shape."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return textwrap.shorten(repr(value), 80, placeholder=" ...")

@@ -1,8 +1,9 @@
-"""Whether the bytes of a checkpoint are those that were written: checksums, made at save and compared at load.
+"""Checksums, made when a checkpoint is saved and compared when it is loaded.
 
-A single file is a zip archive, which has a CRC-32 of every tensor; torch writes them but does not look at them when it
-loads. A directory gets a list of its files with their sizes and CRC-32s, written last: without it, it is not whole.
-Lightning's own directories have none, and are taken as they are.
+A single file is a zip archive with a CRC-32 of every tensor, which torch writes but does not compare. A directory has
+MANIFEST_FILE, which lists its files with their sizes and CRC-32s and is written last, so that a directory without it is
+not complete. Directories that Lightning itself wrote have neither, and are accepted as they are.
+Tested by tests/distributed/test_checkpoints.py and tests/unit/checkpoints/test_weights.py.
 """
 
 from __future__ import annotations
@@ -21,40 +22,26 @@ from app.checkpoints.weights import CONTENT_FILE, OPTIMIZER_STATES, read_plain
 from app.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
-KEEP_PREVIOUS = "keep_previous"  # among Lightning's storage_options: what is replaced is kept as `before_NAME`
+KEEP_PREVIOUS = "keep_previous"  # in Lightning's storage_options: keep the checkpoint that is replaced
 
 _CHUNK = 1 << 20  # bytes
 
 
 class Checksum(NamedTuple):
-    """Of a file.
-
-    Attributes:
-        num_bytes: Its size.
-        crc32: Of all its bytes.
-    """
+    """Size and CRC-32 of a file."""
 
     num_bytes: int
     crc32: int
 
 
 def manifest(step: int, checksums: Mapping[str, Checksum]) -> bytes:
-    """The content of a directory's MANIFEST_FILE.
-
-    Args:
-        step: Optimizer steps taken.
-        checksums: Of all other files, by name.
-    """
+    """The content of MANIFEST_FILE: the optimizer steps taken, and the checksums of all other files by name."""
     files = {name: checksum._asdict() for name, checksum in sorted(checksums.items())}
     return json.dumps({"step": step, "files": files}, indent=1).encode()
 
 
 def check_bytes(path: Path) -> None:
-    """Read a checkpoint once and compare it with its checksums; ranks do so together.
-
-    Raises:
-        CheckpointError: As `damage` says.
-    """
+    """Read a checkpoint once and raise CheckpointError if its bytes are not those written; all ranks together."""
     if (found := damage(path)) is not None:
         raise CheckpointError(found)
 
@@ -62,11 +49,8 @@ def check_bytes(path: Path) -> None:
 def damage(path: Path) -> str | None:
     """What is missing, truncated or damaged in a checkpoint, or None.
 
-    All ranks must ask together: they share the files of a directory, the first reads a single file, and all get the
-    same answer.
-
-    Args:
-        path: A single file, or a directory.
+    All ranks must ask together. They share the files of a directory, rank 0 reads a single file, and all get the same
+    answer.
     """
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     found: str | None = None
@@ -74,7 +58,7 @@ def damage(path: Path) -> str | None:
         _check(path, part=dist.get_rank() if num_ranks > 1 else 0, num_parts=num_ranks)
     except CheckpointError as error:
         found = str(error)
-    except OSError as error:  # of a failing disk; the other ranks wait for this one
+    except OSError as error:  # a disk failed; the other ranks wait for this one
         found = f"checkpoint {path} cannot be read ({error}); use an earlier one"
     if num_ranks == 1:
         return found
@@ -84,7 +68,7 @@ def damage(path: Path) -> str | None:
 
 
 def saved_step(path: Path) -> int | None:
-    """Optimizer steps at which a directory was written, damaged or not; None where nothing tells."""
+    """The optimizer steps taken when a directory was written, also if it is damaged; None if it does not tell."""
     try:
         return int(_read_manifest(path)["step"])
     except CheckpointError:
@@ -104,7 +88,7 @@ def _check_file(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # anything can come out of damaged bytes
+    except Exception as error:  # damaged bytes can raise anything
         reason = textwrap.shorten(str(error), 200)
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({reason}); use an earlier one") from error
     if damaged is not None:
@@ -117,14 +101,14 @@ def _check_file(path: Path) -> None:
 def _check_directory(path: Path, part: int, num_parts: int) -> None:
     if not (path / MANIFEST_FILE).is_file():
         content = path / CONTENT_FILE
-        if content.is_file() and OPTIMIZER_STATES in read_plain(content):  # Lightning puts them into shards, whole
+        if content.is_file() and OPTIMIZER_STATES in read_plain(content):  # Lightning itself keeps these in shards
             raise CheckpointError(f"checkpoint {path}: not all there ({MANIFEST_FILE} is missing); use an earlier one")
         return
-    for place, (name, expected) in enumerate(sorted(_read_manifest(path)["files"].items())):
+    for index, (name, expected) in enumerate(sorted(_read_manifest(path)["files"].items())):
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path}: not all there ({name} is missing); use an earlier one")
-        if place % num_parts == part and _checksum(file)._asdict() != expected:
+        if index % num_parts == part and _checksum(file)._asdict() != expected:
             raise CheckpointError(
                 f"checkpoint {path} is damaged: the bytes of {name} are not those that were written; use an earlier one"
             )

@@ -1,9 +1,10 @@
-"""Lightning's counts of micro-batches in a checkpoint, made those of a run between two optimizer steps.
+"""Lightning's counts of micro-batches in a checkpoint, changed to those of a run between two optimizer steps.
 
 A checkpoint may be written at any moment: while gradients accumulate, in a validation between two micro-batches, by any
-callback, on an exception. Weights, optimizer states and schedules are then those of the latest optimizer step, and so
-is the data's position; gradients are in no checkpoint. So the counts go back to that step, too, and a resumed run
-repeats the step that was begun, from its first micro-batch.
+callback, on an exception. Its weights, optimizer states, schedules and data position are those of the latest optimizer
+step, and it holds no gradients. So the counts go back to that step too, and a resumed run repeats the unfinished step
+from its first micro-batch. Tested by tests/contract/test_resume.py, tests/integration/test_kill.py and
+tests/unit/checkpoints/test_may_resume.py.
 """
 
 from __future__ import annotations
@@ -19,15 +20,11 @@ _OPTIMIZATION = "epoch_loop.automatic_optimization.optim_progress"
 
 
 def end_with_step(fit_loop: dict[str, Any], trainer: Trainer) -> None:
-    """Let a checkpoint's counts end with the latest optimizer step, and a validation that is not over begin anew.
+    """Change the state of Lightning's fit loop, as it is saved, so that it ends with the latest optimizer step.
 
-    Lightning itself would go on with the next micro-batch as if the gradients of those before were there. It would
-    leave out the validation that follows the step that a checkpoint was written behind, and would show one that was
-    interrupted the first rows alone.
-
-    Args:
-        fit_loop: The state of Lightning's loop, as in a checkpoint; changed in place.
-        trainer: While it saves.
+    A validation that is not over is to begin anew. Lightning itself would resume with the next micro-batch, as if it
+    had the gradients of those before. It would skip the validation that is due after the step of the checkpoint, and
+    would leave out the first rows of one that was interrupted.
     """
     batches, validation = fit_loop[_BATCHES], fit_loop[_VALIDATION]
     steps = fit_loop[_OPTIMIZATION]["optimizer"]["step"]["current"]["completed"]  # of this epoch, as `current` is
@@ -36,38 +33,33 @@ def end_with_step(fit_loop: dict[str, Any], trainer: Trainer) -> None:
         for counts in (batches["total"], batches["current"]):
             counts.update(dict.fromkeys(counts, counts["ready"] - begun))
         batches["is_last_batch"] = False
-        for counts in (validation["total"], seen):  # what stands behind that step was validated before the next began
+        for counts in (validation["total"], seen):  # the validation after that step was over before the next one began
             counts.update(dict.fromkeys(counts, counts["completed"]))
-    elif batches["current"]["completed"] < ready or _interrupted(validation, trainer):
-        for counts in (validation["total"], seen):  # as Lightning has them at a validation's first batch
+    elif batches["current"]["completed"] < ready or _is_interrupted(validation, trainer):
+        for counts in (validation["total"], seen):  # what Lightning has at the first batch of a validation
             counts.update(dict.fromkeys(counts, counts["completed"] - seen["completed"]))
             counts["ready"] = counts["started"] = counts["completed"] + 1
         validation["is_last_batch"] = False
 
 
-def _interrupted(validation: dict[str, Any], trainer: Trainer) -> bool:
+def _is_interrupted(validation: dict[str, Any], trainer: Trainer) -> bool:
     over = validation["is_last_batch"] and validation["current"]["completed"] == validation["current"]["ready"]
     return trainer.validating and not over
 
 
 def count_micro_batches(fit_loop: dict[str, Any], *, saved: int | None, given: int) -> None:
-    """Let a checkpoint's counts be those of a run that accumulates `given` micro-batches a step instead of `saved`.
+    """Change the state of a saved fit loop to that of a run with `given` micro-batches a step instead of `saved`.
 
-    Lightning takes a step when their number is a multiple of it: without this, a run that goes on on another number of
-    devices with the same global batch would take its next step after the wrong number of micro-batches. Counts that
-    are those of the run already stay as they are.
-
-    Args:
-        fit_loop: The state of Lightning's loop, as in a checkpoint; changed in place.
-        saved: By the run that was saved; None where nobody tells but the counts.
-        given: By the run that goes on.
+    Lightning takes a step when the number of micro-batches is a multiple of `accumulate_grad_batches`. A run that goes
+    on with the same global batch on another number of devices would otherwise take its next step too early or too late.
+    With `saved` None the counts themselves must tell. Counts that are right already stay as they are.
 
     Raises:
-        CheckpointError: It was saved within a step.
+        CheckpointError: The checkpoint was saved within a step.
     """
     batches, steps = fit_loop[_BATCHES], fit_loop[_OPTIMIZATION]["optimizer"]["step"]
     if saved is None:
-        saved = _micro_batches_of_step(batches, steps["current"]["completed"]) or given
+        saved = _micro_batches_a_step(batches, steps["current"]["completed"]) or given
     if saved == given or batches["total"]["ready"] == steps["total"]["completed"] * given:
         return
     for counts in (batches["total"], batches["current"]):
@@ -77,11 +69,11 @@ def count_micro_batches(fit_loop: dict[str, Any], *, saved: int | None, given: i
                 f"trainer.accumulate_grad_batches: the checkpoint was saved within a step of {saved} micro-batches;"
                 " resume it with that"
             )
-        for kind in ("ready", "started", "processed", "completed"):  # the last may be one behind the others
+        for kind in ("ready", "started", "processed", "completed"):  # the last may be one less than the others
             counts[kind] += ready // saved * given - ready
 
 
-def _micro_batches_of_step(batches: dict[str, Any], steps: int) -> int:
-    """As an epoch's counts tell it; 0 where they do not: before its first step, and at its end, whose step is cut."""
+def _micro_batches_a_step(batches: dict[str, Any], steps: int) -> int:
+    """Computed from an epoch's counts; 0 where they do not tell: before its first step, and after its last, cut one."""
     ready: int = batches["current"]["ready"]
     return 0 if steps == 0 or batches["is_last_batch"] or ready % steps else ready // steps

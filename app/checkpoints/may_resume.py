@@ -1,22 +1,20 @@
-"""May this run go on from that checkpoint? Whatever refuses is asked from here, for the command line and for scripts.
+"""Decides whether a run may resume from a checkpoint; every refusal is asked for here, or is listed here.
 
-In this order:
-
-1. Before the trainer opens files, where the command line resumes: whether there is a checkpoint, and no other run that
-   writes there (`app.cli.parsing.preflight`, `app.cli.train`, `run_lock`); then its config
-   (`resumed_config`: `check_before`).
-2. As the file is read: its bytes against their checksums, and what every checkpoint has (`checkpoint_io`,
-   `contents`). These refuse for all verbs, so whoever reads asks them.
-3. Before anything of it is taken, by `check_resume`:
-   the shape of the model (`check_compatible`);
-   whether there is more than weights (`contents`);
-   weights, loops, optimizer, schedule and callbacks, each entry (`states`);
-   the data's tokenizer, order of rows and place in the stream (`datamodules.loading.row_order`, `streaming.position`);
-   the config, unless that was done before, and the optimizer's settings, unless its user insists on others;
+1. Before the trainer opens files, the command line checks that there is a checkpoint (`app.cli.parsing.preflight`,
+   `app.cli.train`), that no other run writes to the folder (`run_lock`), and the config (`check_before` below, with
+   `resumed_config`).
+2. Whoever reads a checkpoint compares its bytes with their checksums (`checkpoint_io`, `integrity`), and finds what
+   every checkpoint has (`contents`).
+3. Before anything of it is used, `check_resume` asks, in this order:
+   whether the model has the same shape (`check_compatible` below);
+   whether there is more than weights (`contents.refuse_weights_alone`);
+   whether weights, loops, optimizer, schedule and callbacks fit, entry by entry (`states`);
+   whether the data is the same (`check_state_dict` of the datamodule: tokenizer, order of rows, position);
+   whether the config is the same, unless step 1 has asked, and the optimizer's settings, unless the user insists;
    how many micro-batches a step has (`loop_counts`).
-4. At the first step: whether the weights are finite (`divergence`).
+4. At the first step, whether the weights are finite (`app.training.divergence`).
 
-`validate`, `test` and `predict` go through the same, but take the weights and the tokenizer alone.
+`validate`, `test` and `predict` ask the same of the weights and the tokenizer, and take nothing else.
 """
 
 from __future__ import annotations
@@ -31,48 +29,56 @@ from transformers import PreTrainedConfig
 
 from app.checkpoints.contents import refuse_weights_alone
 from app.checkpoints.loop_counts import count_micro_batches
-from app.checkpoints.resumed_config import GivenConfig, changes_optimizer
+from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, saved_config
 from app.checkpoints.states import Resumable, check_optimizer_settings, check_states
 from app.checkpoints.weights import CONTENT_FILE, HF_CONFIG_KEY, STATE_DICT, read_plain
 from app.errors import CheckpointError
 from app.protocols import ResumableData
 
+_SHAPING = (  # the settings of a model that its weights depend on
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+
 
 class ResumableRun(Resumable, Protocol):
-    """Whom a checkpoint is loaded into, and what is known of the run: LayerSkipModule."""
+    """What a checkpoint is loaded into, and what is known of the run: LayerSkipModule."""
 
-    config: Any  # transformers'
+    config: Any  # of transformers
     given_config: GivenConfig | None
 
 
 def check_before(path: Path, given: GivenConfig, *, fit: bool) -> None:
-    """Refuse what the checkpoint's small values tell, before a trainer opens files for a run that is refused.
+    """Compare the configs, before a trainer opens files for a run that is then refused.
 
-    A checkpoint that cannot be read is left to who reads all of it, compares its checksums and may fall back.
-
-    Args:
-        path: A single file, or a directory.
-        given: Config of the verb.
-        fit: Whether it goes on with training; otherwise it only takes the weights and the data.
+    A checkpoint that cannot be read is not refused here: whoever reads all of it compares its checksums, and may take
+    the previous one. With `fit` False the run takes only the weights and the data.
 
     Raises:
-        ConfigError, CheckpointError: Naming what differs.
+        ConfigError, CheckpointError: Naming the setting that differs.
     """
     try:
         content = read_plain(path / CONTENT_FILE if path.is_dir() else path, mmap=True)
-        given.read(content)
+        saved_config(content)
     except CheckpointError:
         return
     given.compare(content, fit=fit)
 
 
 def check_resume(checkpoint: dict[str, Any], module: ResumableRun) -> None:
-    """Refuse to go on, or let the checkpoint count micro-batches as the run that goes on does.
+    """Refuse to resume, or change the counts of micro-batches in `checkpoint` to those of the run that resumes.
 
     Args:
-        checkpoint: The content of a single file, its counts changed in place; `check_states` tells what will do. Where
-            a strategy has taken the tensors out, it has asked before, and the rest is asked again.
-        module: At the point where Lightning loads weights, not yet changed.
+        checkpoint: The content of a single file; tensors without memory will do. A strategy that restores the tensors
+            itself asks before it does so, and then Lightning asks again with a content that lacks them.
+        module: When Lightning loads weights, not changed yet.
 
     Raises:
         ConfigError, CheckpointError: Naming what does not fit, and what to do.
@@ -82,7 +88,7 @@ def check_resume(checkpoint: dict[str, Any], module: ResumableRun) -> None:
     fit, whole = trainer.state.fn == TrainerFn.FITTING, STATE_DICT in checkpoint
     check_compatible(module.config, checkpoint)
     if not fit and f"{trainer.state.fn.value}_loop" not in checkpoint.get("loops", {}):
-        checkpoint.pop("loops", None)  # its loop starts at its beginning
+        checkpoint.pop("loops", None)  # the loop of this verb begins at its beginning
     if fit and whole:
         refuse_weights_alone(trainer.ckpt_path, checkpoint)
     if whole:
@@ -106,22 +112,9 @@ def check_compatible(config: PreTrainedConfig, checkpoint: Mapping[str, Any]) ->
     saved = checkpoint.get(HF_CONFIG_KEY)
     if saved is None:
         raise CheckpointError(f"the checkpoint was not written by LayerSkipModule (no {HF_CONFIG_KEY!r} in it)")
-    current = config.to_dict()
-    shaping = (
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "tie_word_embeddings",
-    )
+    given = config.to_dict()
     differing = [
-        f"{key} {saved.get(key)!r} (config: {current.get(key)!r})"
-        for key in shaping
-        if saved.get(key) != current.get(key)
+        f"{key} {saved.get(key)!r} (config: {given.get(key)!r})" for key in _SHAPING if saved.get(key) != given.get(key)
     ]
     if differing:
         raise CheckpointError(

@@ -1,4 +1,7 @@
-"""Which settings a resumed run may change, and what follows from those that it changes."""
+"""Which settings a resumed run may change, and what follows from those that it changes.
+
+Tested by tests/contract/test_resume.py and tests/unit/checkpoints/test_may_resume.py.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from app.errors import CheckpointError, ConfigError
 
 _log = logging.getLogger(__name__)
 
-# What a run is, and its user may insist on changing. The data's order and tokenizer are the datamodule's to compare,
-# the shape of the model the module's.
+# The settings that make a run what it is, and that its user may insist on changing. The datamodule compares the order
+# of the data and the tokenizer, and `may_resume` the shape of the model.
 _SAME = (
     "model.optimizer",
     "model.lr_schedule",
@@ -36,131 +39,109 @@ _TOKENIZER, _VOCAB_SIZE = "data.init_args.tokenizer", "data.init_args.vocab_size
 _OPTIMIZER, _SCHEDULER = "model.optimizer", "model.lr_scheduler"
 _SCHEDULER_CLASS = f"{_SCHEDULER}.class_path"
 _DEFAULT_OPTIMIZER, _ITS_CLASS = "app.training.module._default_optimizer", "torch.optim.AdamW"
-_WITH_STATES = ("amsgrad", "centered", "momentum")  # an optimizer's settings that need states of their own
+_WITH_STATES = ("amsgrad", "centered", "momentum")  # settings of an optimizer that need states of their own
 _NEW_RUN = "start a new run from the weights (--model.pretrained CHECKPOINT)"
 _LENGTH = "trainer.max_steps"
-_OF_LENGTH = (  # settings that make a run's course a function of its length, and their values that do not
+_STRETCHING = (  # settings that stretch with the length of the run, and their values that do not
     ("model.lr_schedule", ("constant",)),
     ("layer_dropout.time_scale", ("constant",)),
     ("early_exit.curriculum", ("rotational", "fixed", "none")),
 )
 
+Config = Mapping[str, Any]  # nested plain values
+
 
 @dataclass
 class GivenConfig:
-    """The config of a run that may go on from a checkpoint. The command line has one, a script has none.
+    """The config of a run that may resume. The command line has one, a script has none.
 
-    Args:
-        settings: As nested plain values.
+    Attributes:
+        settings: Its nested plain values.
         allow_changes: Settings that may differ: names, or groups of them.
-        text: The settings as YAML, which this run's checkpoints keep.
+        text: The settings as YAML, which the checkpoints of this run keep.
     """
 
-    settings: Mapping[str, Any]
+    settings: Config
     allow_changes: Sequence[str] = ()
     text: str = ""
-    _text: object = field(default=None, init=False)  # the config of the run that was saved, as its checkpoint has it
-    _saved: Mapping[str, Any] | None = field(default=None, init=False)
-    _compared: bool = field(default=False, init=False)
-
-    def read(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The config of the run that a checkpoint is of; None where none was written.
-
-        Raises:
-            CheckpointError: It is not one.
-        """
-        if RUN_CONFIG_KEY not in checkpoint:
-            self._saved = None
-        elif self._saved is None or self._text != checkpoint[RUN_CONFIG_KEY]:
-            self._text = checkpoint[RUN_CONFIG_KEY]
-            self._saved, self._compared = _run_config(self._text), False
-        return self._saved
+    _compared_with: object = field(default=None, init=False)
 
     def compare(self, checkpoint: Mapping[str, Any], *, fit: bool) -> int | None:
-        """Refuse to go on with another run; the config of one run is compared once.
+        """Refuse to resume another run. The config of the same run is compared only once.
 
-        Args:
-            checkpoint: Its small values will do.
-            fit: Whether it goes on with training; otherwise it only takes the weights and the data.
+        With `fit` False only the weights and the data are taken. Of the checkpoint, its small values are enough.
 
         Returns:
-            Micro-batches of an optimizer step of the run that was saved; None where no config tells.
+            The micro-batches of an optimizer step of the saved run; None if the checkpoint holds no config.
 
         Raises:
             ConfigError, CheckpointError: Naming what differs, and how to insist.
         """
-        saved = self.read(checkpoint)
+        saved = saved_config(checkpoint)
         if saved is None:
-            self.check_names()
+            check_names(self.allow_changes, self.settings)
             return None
-        if not self._compared:
+        if self._compared_with != checkpoint[RUN_CONFIG_KEY]:
             _refuse_another_tokenizer(saved, self.settings)
             if fit:
                 refuse_changes(saved, self.settings, allowed=self.allow_changes)
                 _warn_of_length(saved, self.settings, step=checkpoint.get("global_step"))
-            self._compared = True
+            self._compared_with = checkpoint[RUN_CONFIG_KEY]
         return int(saved["trainer"]["accumulate_grad_batches"])
 
-    def check_names(self) -> None:
-        """Refuse names in `allow_changes` of settings that no user can insist on, with ConfigError."""
-        check_names(self.allow_changes, self.settings)
 
-
-def changes_optimizer(allow_changes: Sequence[str]) -> bool:
-    """Whether a user insists on settings of the optimizer or its schedule."""
-    return any(name.split(".")[0] == "model" for name in allow_changes)
-
-
-def _run_config(text: object) -> Mapping[str, Any]:
+def saved_config(checkpoint: Mapping[str, Any]) -> Config | None:
+    """The config of the run that wrote a checkpoint, if there is one. Raises CheckpointError if it is damaged."""
+    if RUN_CONFIG_KEY not in checkpoint:
+        return None
+    text = checkpoint[RUN_CONFIG_KEY]
     try:
         config = yaml.safe_load(text) if isinstance(text, str) else text
-    except Exception as error:  # PyYAML's constructors raise anything at values that are not what their tags say
+    except Exception as error:  # PyYAML's constructors raise anything at values that do not fit their tags
         reason = textwrap.shorten(str(error), 200)
         raise CheckpointError(f"the checkpoint's {RUN_CONFIG_KEY!r} is damaged: not plain YAML ({reason})") from error
     match config:
         case {"trainer": {"accumulate_grad_batches": int(number)}} if number > 0:
-            return config  # type: ignore[return-value]
+            return dict(config)
     got = textwrap.shorten(repr(text), 100)
     raise CheckpointError(f"the checkpoint's {RUN_CONFIG_KEY!r} is damaged: got {got}, allowed a run's config as YAML")
 
 
-def check_names(names: Sequence[str], *configs: Mapping[str, Any]) -> None:
-    """Refuse names of settings that no user can insist on.
+def changes_optimizer(allow_changes: Sequence[str]) -> bool:
+    """Whether the user insists on settings of the optimizer or its schedule."""
+    return any(name.split(".")[0] == "model" for name in allow_changes)
 
-    Args:
-        names: Given as --allow_changes.
-        configs: Of the runs, whose settings a name below a group has to be among.
 
-    Raises:
-        ConfigError: Naming the first, and what is allowed.
+def check_names(names: Sequence[str], *configs: Config) -> None:
+    """Raise ConfigError unless each of `names`, given as --allow_changes, is a setting that a user may insist on.
+
+    A name below a group of settings must be in one of the configs.
     """
     known = [name for config in configs for name, _ in _flat(config)]
     for name in names:
-        below = any(_within(name, group) for group in _SAME) and any(_within(key, name) for key in known)
-        if not below and not any(_within(group, name) for group in _SAME):
+        below = any(_is_within(name, group) for group in _SAME) and any(_is_within(key, name) for key in known)
+        if not below and not any(_is_within(group, name) for group in _SAME):
             fix = "all others may differ anyway, or may not at all"
             raise ConfigError("allow_changes", got=name, allowed=f"{' | '.join(_SAME)}, or parts of them", fix=fix)
 
 
-def refuse_changes(saved: Mapping[str, Any], given: Mapping[str, Any], *, allowed: Sequence[str]) -> None:
-    """Raise where settings differ that make a run what it is and may not.
+def refuse_changes(saved: Config, given: Config, *, allowed: Sequence[str]) -> None:
+    """Compare the settings that make a run what it is.
 
     Raises:
-        ConfigError: A setting differs that must not, or a name of `allowed` is not one that may.
-        CheckpointError: Settings differ that may, if their user insists.
+        ConfigError: A setting differs that must not, or a name in `allowed` is none that may.
+        CheckpointError: Settings differ on which the user may insist.
     """
     check_names(allowed, saved, given)
     before, now = dict(_flat(saved)), dict(_flat(given))
-    if before.get(_SEED) != now.get(_SEED):
-        fix = f"batches and dropout masks are drawn from it: restore it, or {_NEW_RUN}"
-        raise ConfigError(_SEED, got=now.get(_SEED), allowed=f"{before.get(_SEED)!r}, as in the checkpoint", fix=fix)
+    _refuse_another(_SEED, before, now, fix=f"batches and dropout masks are drawn from it: restore it, or {_NEW_RUN}")
     _refuse_other_states(before, now)
     _refuse_another_scheduler(before, now)
     differing = [
         f"{name} {before.get(name)!r} (given: {now.get(name)!r})"
         for name in sorted(before.keys() | now.keys())
-        if any(_within(name, group) for group in _SAME)
-        and not any(_within(name, group) for group in allowed)
+        if any(_is_within(name, group) for group in _SAME)
+        and not any(_is_within(name, group) for group in allowed)
         and before.get(name) != now.get(name)
     ]
     if differing:
@@ -171,56 +152,56 @@ def refuse_changes(saved: Mapping[str, Any], given: Mapping[str, Any], *, allowe
         )
 
 
-def _refuse_other_states(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """An optimizer's states are of no use to one of another class, and no others are in the checkpoint."""
-    saved, given = _optimizer(before), _optimizer(now)
-    if saved != given:
-        fix = f"its states are of no use to another: restore it, or {_NEW_RUN}"
-        raise ConfigError(_OPTIMIZER, got=given, allowed=f"{saved!r}, as in the checkpoint", fix=fix)
+def _refuse_another(name: str, before: Config, now: Config, *, fix: str) -> None:
+    if before.get(name) != now.get(name):
+        allowed = f"{before.get(name)!r}, as in the checkpoint"
+        raise ConfigError(name, got=now.get(name), allowed=allowed, fix=fix)
+
+
+def _refuse_other_states(before: Config, now: Config) -> None:
+    """The saved states fit no optimizer of another class, and none that needs more states."""
+    classes = {_OPTIMIZER: _optimizer(before)}, {_OPTIMIZER: _optimizer(now)}
+    _refuse_another(_OPTIMIZER, *classes, fix=f"its states are of no use to another: restore it, or {_NEW_RUN}")
     for name in (f"{_OPTIMIZER}.init_args.{setting}" for setting in _WITH_STATES):
         if now.get(name) and not before.get(name):
             fix = f"the states that it needs are not in there: restore it, or {_NEW_RUN}"
-            raise ConfigError(name, got=now[name], allowed=f"{before.get(name)!r}, as in the checkpoint", fix=fix)
+            _refuse_another(name, before, now, fix=fix)
 
 
-def _refuse_another_scheduler(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """The state of a scheduler class goes on as it was saved, with the settings and rates that it was made from."""
-    classes = [str(flat.get(_SCHEDULER_CLASS)) for flat in (before, now)]
-    if classes == ["None", "None"]:
+def _refuse_another_scheduler(before: Config, now: Config) -> None:
+    """A scheduler class resumes from its state, which depends on all its settings and the optimizer's."""
+    classes = [{_SCHEDULER: str(flat.get(_SCHEDULER_CLASS))} for flat in (before, now)]
+    if {_SCHEDULER: "None"} == classes[0] == classes[1]:
         return
     fix = f"the scheduler's state depends on it: restore it, or {_NEW_RUN}"
-    if classes[0] != classes[1]:
-        raise ConfigError(_SCHEDULER, got=classes[1], allowed=f"{classes[0]}, as in the checkpoint", fix=fix)
+    _refuse_another(_SCHEDULER, *classes, fix=fix)
     for name in sorted(before.keys() | now.keys()):
-        if (_within(name, _SCHEDULER) or _within(name, _OPTIMIZER)) and before.get(name) != now.get(name):
-            allowed = f"{before.get(name)!r}, as in the checkpoint"
-            raise ConfigError(name, got=now.get(name), allowed=allowed, fix=fix)
+        if _is_within(name, _SCHEDULER) or _is_within(name, _OPTIMIZER):
+            _refuse_another(name, before, now, fix=fix)
 
 
-def _optimizer(flat: Mapping[str, Any]) -> str:
-    """The path of its class."""
+def _optimizer(flat: Config) -> str:
     path = str(flat.get(f"{_OPTIMIZER}.class_path") or flat.get(_OPTIMIZER))
     return _ITS_CLASS if path == _DEFAULT_OPTIMIZER else path
 
 
-def _refuse_another_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """One that is trained to another size is another; all else that it depends on, the datamodule compares."""
+def _refuse_another_tokenizer(saved: Config, given: Config) -> None:
+    """A tokenizer that the run trains depends on its size; the datamodule compares the rest."""
     before, now = dict(_flat(saved)), dict(_flat(given))
-    sizes = before.get(_VOCAB_SIZE), now.get(_VOCAB_SIZE)
-    trained = before.get(_TOKENIZER) is now.get(_TOKENIZER) is None
-    if trained and None not in sizes and sizes[0] != sizes[1]:
+    is_trained = before.get(_TOKENIZER) is now.get(_TOKENIZER) is None
+    if is_trained and None not in (before.get(_VOCAB_SIZE), now.get(_VOCAB_SIZE)):
         fix = "the model knows the tokenizer that was trained to this size, and no other: restore it"
-        raise ConfigError(_VOCAB_SIZE, got=sizes[1], allowed=f"{sizes[0]}, as in the checkpoint", fix=fix)
+        _refuse_another(_VOCAB_SIZE, before, now, fix=fix)
 
 
-def _warn_of_length(saved: Mapping[str, Any], given: Mapping[str, Any], *, step: object) -> None:
+def _warn_of_length(saved: Config, given: Config, *, step: object) -> None:
     before, now = dict(_flat(saved)), dict(_flat(given))
     length = now.get(_LENGTH)
     if length is not None and isinstance(step, int) and 0 <= length <= step:
         _log.warning("%s %s: the checkpoint is of step %d, nothing is left to train", _LENGTH, length, step)
-    idle = {"model.lr_schedule"} if _SCHEDULER_CLASS in now else set()  # of a class the settings say how long it is
-    stretched = [name for name, values in _OF_LENGTH if name not in idle and now.get(name) not in values]
-    if stretched and before.get(_LENGTH) != length:  # a longer run is a thing to want
+    idle = {"model.lr_schedule"} if _SCHEDULER_CLASS in now else set()  # a scheduler class takes its place
+    stretched = [name for name, values in _STRETCHING if name not in idle and now.get(name) not in values]
+    if stretched and before.get(_LENGTH) != length:  # a longer run may be what is wanted
         _log.warning(
             "%s %s (given: %s): %s stretched with it, so that this run is no longer the one it would have been",
             *(_LENGTH, before.get(_LENGTH), length),
@@ -229,16 +210,17 @@ def _warn_of_length(saved: Mapping[str, Any], given: Mapping[str, Any], *, step:
 
 
 def take_optimizer_settings(trainer: Trainer) -> None:
-    """Put the config's optimizer settings in the place of those that came with the checkpoint.
+    """Use the configured settings of the optimizer instead of those that came with the checkpoint.
 
-    Without this a learning rate that a user lowers for the rest of a run would be ignored without a word.
+    Otherwise a learning rate that a user lowers for the rest of a run would be ignored silently. Under a scheduler
+    class nothing may differ, so nothing is changed.
     """
     if not all(isinstance(entry.scheduler, LambdaLR) for entry in trainer.lr_scheduler_configs):
-        return  # nothing may differ under a scheduler class
+        return
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             given = {key: value for key, value in optimizer.defaults.items() if key in group}
-            if all(parameter.dim() <= 1 for parameter in group["params"]):  # whatever the setting for matrices is
+            if all(parameter.dim() <= 1 for parameter in group["params"]):  # only matrices decay
                 given.pop("weight_decay", None)
             group.update(given, initial_lr=given["lr"])
     for entry in trainer.lr_scheduler_configs:
@@ -250,7 +232,7 @@ def take_optimizer_settings(trainer: Trainer) -> None:
             group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
@@ -258,5 +240,5 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _within(name: str, group: str) -> bool:
+def _is_within(name: str, group: str) -> bool:
     return name == group or name.startswith(f"{group}.")

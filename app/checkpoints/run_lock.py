@@ -1,8 +1,8 @@
-"""One run writes to a folder at a time: two would write into the same partial files.
+"""Only one run at a time writes to a folder, since two runs would write to the same partial files.
 
-The lock is a record lock of the kernel (fcntl) on a small file that tells who holds it: gone with its process, however
-that ends, not shared with data workers, and kept by NFS across machines. Packages that lock files empty them first, so
-that a second run could not say who the first one is.
+The lock is a record lock of the kernel (fcntl) on a small file that names its holder. It ends with the process, is not
+inherited by data workers, and holds across machines on NFS. Packages that lock files empty them first, and so a second
+run could not name the first.
 """
 
 from __future__ import annotations
@@ -24,30 +24,23 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LOCK_FILE = ".fit.lock"
-_held: dict[Path, int] = {}  # descriptors by file: closing one would give the lock back
+_held: dict[Path, int] = {}  # open descriptors by file: closing one would release its lock
 
 
 def hold_run(trainer: Trainer) -> None:
-    """Hold every folder that a run writes checkpoints to; all ranks ask together.
-
-    Raises:
-        CheckpointError: As `hold`.
-    """
-    folders = checkpoint_folders(trainer)  # asked on all ranks: the logger's is broadcast
+    """Hold every folder that a run writes checkpoints to, all ranks together. Raises CheckpointError as `hold`."""
+    folders = checkpoint_folders(trainer)  # computed on all ranks, since the logger broadcasts its folder
     for folder in folders if trainer.is_global_zero else ():
         hold(folder)
 
 
 def hold(folder: Path) -> None:
-    """Let no other process's run write to a folder until `release`, or the end of this process.
+    """Let no run of another process write to a folder, made if need be, until `release` or the end of this process.
 
-    Where the file system has no locks, this warns and goes on.
-
-    Args:
-        folder: Made if it is not there.
+    On a file system without locks, this warns and goes on.
 
     Raises:
-        CheckpointError: Another run writes there; naming its process and host.
+        CheckpointError: Another run writes there; it names that run's process and host.
     """
     file = folder.absolute() / LOCK_FILE
     if file in _held:
@@ -59,7 +52,7 @@ def hold(folder: Path) -> None:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(file, descriptor):
                 break
-            os.close(descriptor)  # of a run that ended in between and removed it
+            os.close(descriptor)  # a run that ended meanwhile has removed the file
         except OSError as error:
             owner = os.read(descriptor, 300).decode(errors="replace").strip()
             os.close(descriptor)
@@ -69,7 +62,7 @@ def hold(folder: Path) -> None:
                     *(folder, error.strerror, f"; the one before was {owner}" if owner else ""),
                 )
                 return
-            if owner.startswith(f"process {os.getppid()} "):  # which started this one for a rank of its run
+            if owner.startswith(f"process {os.getppid()} "):  # it started this process as a rank of its run
                 return
             raise CheckpointError(
                 f"{folder}: another fit writes there, {owner or 'which has not said its name yet'}: wait for it or stop"
@@ -82,7 +75,7 @@ def hold(folder: Path) -> None:
 
 
 def release() -> None:
-    """Give back what this process holds."""
+    """Release all folders that this process holds."""
     while _held:
         file, descriptor = _held.popitem()
         file.unlink(missing_ok=True)

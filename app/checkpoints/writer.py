@@ -1,4 +1,7 @@
-"""Torch's writer of distributed checkpoints, made to leave a whole directory or none, with checksums."""
+"""torch's writer of distributed checkpoints, made to leave a complete directory or none, with checksums.
+
+Tested by tests/distributed/test_checkpoints.py.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from typing_extensions import override
 
 from app.checkpoints.atomic import flush_folder, partial_path, publish
 from app.checkpoints.integrity import MANIFEST_FILE, Checksum, manifest
@@ -24,13 +28,13 @@ from app.checkpoints.weights import CONTENT_FILE
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Every rank writes and flushes its shards beside the checkpoint's name; rank 0 then adds the rest and renames.
+    """Every rank writes and flushes its shards under the partial name; rank 0 then adds the rest and renames.
 
     Args:
         path: The checkpoint's name.
-        content: Of CONTENT_FILE, from rank 0.
+        content: The bytes of CONTENT_FILE; rank 0's are written.
         step: Optimizer steps taken.
-        keep_previous: As for `publish`.
+        keep_previous: Passed to `atomic.publish`.
     """
 
     def __init__(self, path: Path, *, content: memoryview, step: int, keep_previous: bool) -> None:
@@ -40,23 +44,23 @@ class CheckpointWriter(FileSystemWriter):
         self._step, self._keep_previous = step, keep_previous
 
     def clear(self) -> None:
-        """Remove what is left of an attempt that was killed or failed; before any rank writes."""
+        """Delete what a killed or failed attempt has left, before any rank writes."""
         shutil.rmtree(partial_path(self._target), ignore_errors=True)
 
+    @override
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's shards; their checksums travel to rank 0 with the rest of the answer."""
         written = _Written(super().write_data(plan, planner).wait())
         written.checksums = self._files.checksums
         done: Future[list[WriteResult]] = Future()
         done.set_result(written)
         return done
 
+    @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, once all shards are on the disk: what they are, what else there is, and the name."""
         super().finish(metadata, results)
         folder = partial_path(self._target)
         checksums = dict(self._files.checksums)
-        checksums[METADATA_FILE] = checksums.pop(f"{METADATA_FILE}.tmp")  # torch renames it
+        checksums[METADATA_FILE] = checksums.pop(f"{METADATA_FILE}.tmp")  # torch has renamed this file
         for written in results:
             checksums |= cast(_Written, written).checksums
         checksums[CONTENT_FILE] = _write(folder / CONTENT_FILE, self._content)
@@ -66,20 +70,18 @@ class CheckpointWriter(FileSystemWriter):
 
 
 class _Written(list[WriteResult]):
-    """What a rank wrote."""
+    """The answer of a rank to rank 0, which carries the checksums along."""
 
     checksums: Mapping[str, Checksum]
 
 
 class _ChecksummingFiles(FileSystem):
-    """Sums up what is written, on its way; by file name."""
-
     def __init__(self) -> None:
-        self.checksums: dict[str, Checksum] = {}
+        self.checksums: dict[str, Checksum] = {}  # by file name
 
+    @override
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        """As FileSystem's."""
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
@@ -94,8 +96,8 @@ class _ChecksummingFile(io.BufferedWriter):
 
     checksum = Checksum(0, 0)
 
+    @override
     def write(self, data: Any) -> int:
-        """As io.BufferedWriter's."""
         num_bytes, crc32 = self.checksum
         self.checksum = Checksum(num_bytes + memoryview(data).nbytes, zlib.crc32(data, crc32))
         return super().write(data)

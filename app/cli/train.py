@@ -24,7 +24,7 @@ from app.checkpoints.atomic import (
 )
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.may_resume import check_before
-from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
+from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, check_names, take_optimizer_settings
 from app.checkpoints.run_lock import hold, hold_run, release
 from app.checkpoints.run_record import RUN_CONFIG_KEY
 from app.cli.early_refusals import refuse_early
@@ -245,7 +245,7 @@ class LayerSkipCLI(LightningCLI):
         given = GivenConfig(yaml.safe_load(text), allow_changes, text)
         self.model.given_config = given
         if (ckpt_path := options.get("ckpt_path")) is None:
-            given.check_names()
+            check_names(allow_changes, given.settings)
         elif not options["fall_back_to_previous"]:  # which one is taken is known when its bytes are compared
             latest = _latest(found) if ckpt_path == LAST else find_checkpoint(Path(ckpt_path))
             check_before(latest, given, fit=self.subcommand == "fit")

@@ -264,7 +264,7 @@ def test_a_scheduler_class_goes_on_from_its_state_also_where_others_may_insist(f
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"lr_scheduler": None}, "model.lr_scheduler: got 'None', allowed torch.optim.lr_scheduler.OneCycleLR, as in"),
+        ({"lr_scheduler": None}, "model.lr_scheduler: got 'None', allowed 'torch.optim.lr_scheduler.OneCycleLR', as"),
         (
             {"lr_scheduler": CYCLE | {"init_args": {"max_lr": 2.0}}},
             "init_args.max_lr: got 2.0, allowed 0.01, as in the",

@@ -14,28 +14,24 @@ _log = logging.getLogger(__name__)
 
 
 class DataMonitor(Callback):
-    """At every logging step, of each source its share of the tokens so far, epochs and skipped records; and padding.
+    """Logs, at every logging step, each source's share of tokens, epochs and skipped records so far, and padding.
 
-    All but `skipped_records` are of the rows that were trained on; that is ahead by up to `shuffle_megabytes` of text.
-
-    Over ranks the mean is logged; each counts for its own rows, since the run began.
+    Shares, epochs and padding are of the rows that were trained on. `skipped_records` is ahead of them by up to
+    `shuffle_megabytes` of text. Each rank counts its own rows since the run began, and the mean over ranks is logged.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Warn where there is nothing to log: recipes are shared among datamodules."""
         datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
-        if stage == "fit" and not isinstance(datamodule, StreamOwner):
+        if stage == "fit" and not isinstance(datamodule, StreamOwner):  # no error: datamodules share recipes
             _log.warning("DataMonitor has no effect: %s does not mix sources", type(datamodule).__name__)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log."""
-        steps = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 logs never
-        if not steps or (batch_idx + 1) % (steps * trainer.accumulate_grad_batches):
-            return
+        steps = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 turns logging off
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(datamodule, StreamOwner):
+        is_logged = steps and (batch_idx + 1) % (steps * trainer.accumulate_grad_batches) == 0
+        if not is_logged or not isinstance(datamodule, StreamOwner):
             return
         statistics = datamodule.source_statistics()
         tokens = sum(source.tokens for source in statistics.values())

@@ -1,4 +1,7 @@
-"""What callbacks that decode in validation have in common: when, with which weights, and on which ranks."""
+"""What callbacks that decode in validation share: when they measure, with which weights, and on which ranks.
+
+Tested by tests/unit/callbacks/test_self_speculative_validation.py and tests/distributed/test_validation_decoding.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
@@ -15,6 +19,7 @@ from app.checkpoints.entries import SavedEntries
 from app.errors import ConfigError, check_range
 from app.model.parallel import unsharded
 from app.protocols import DecodingHost, EndOwner, ExitableDecoder, TokenizerOwner
+from app.tables import Table
 from app.text.text_tokens import listed_ends
 
 Part = TypeVar("Part")
@@ -23,27 +28,37 @@ Part = TypeVar("Part")
 class DecodingValidation(Callback):
     """Decodes at the end of every n-th validation.
 
-    Training is not touched: no randomness is used, the cache is its own, and the mode of every submodule is put back.
-    Weights are used as they are stored, without autocast; under FSDP2 they are gathered once, in its compute dtype.
-
-    If decoding fails on one rank, all raise. A rank that dies, or fails while weights are gathered, leaves the others
-    in a collective: gloo ends it at once, NCCL after the process group's timeout.
-
-    Args:
-        every_n_validations: Measure at every n-th validation of a fit, at least 1; outside of fits always.
+    Training is not touched: decoding uses no randomness and a cache of its own, and every submodule gets its mode
+    back. Weights are used as they are stored, without autocast; under FSDP2 they are gathered once, in its compute
+    dtype. Ranks share the work and stop at the time limit by themselves. If decoding fails on one rank, all raise. A
+    rank that dies, or fails while weights are gathered, leaves the others in a collective, which gloo ends at once and
+    NCCL after the process group's timeout. The subclasses describe the arguments.
     """
 
-    def __init__(self, *, every_n_validations: int) -> None:
+    def __init__(
+        self,
+        *,
+        exit_layers: list[int],
+        num_draft_tokens: list[int],
+        every_n_validations: int,
+        max_new_tokens: int,
+        time_limit_seconds: float,
+    ) -> None:
+        check_range("exit_layers", min(exit_layers, default=0), low=1, fix="list at least one")
+        check_range("num_draft_tokens", min(num_draft_tokens, default=1), low=1)
         check_range("every_n_validations", every_n_validations, low=1)
+        check_range("max_new_tokens", max_new_tokens, low=2)
+        check_range("time_limit_seconds", time_limit_seconds, low=0.0)
+        self.exit_layers, self.num_draft_tokens = tuple(exit_layers), tuple(num_draft_tokens)
         self.every_n_validations = every_n_validations
-        self._validations = 0  # of all fits, sanity checks not counted
+        self.max_new_tokens, self.time_limit_seconds = max_new_tokens, time_limit_seconds
+        self._validations = 0  # in all fits, without sanity checks
 
     def state_dict(self) -> dict[str, Any]:
         """The number of validations so far, so that a resumed run keeps its rhythm."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` saved."""
         saved, entry = SavedEntries(), ("callbacks", self.state_key)
         state = saved.keys(entry, state_dict, ("validations",))
         self._validations = saved.count((*entry, "validations"), state["validations"])
@@ -59,7 +74,7 @@ class DecodingValidation(Callback):
 
 
 def check_decoding_host(pl_module: LightningModule, exit_layers: Sequence[int]) -> None:
-    """ConfigError unless the module can decode, and draft from these exits."""
+    """Raise ConfigError unless the module can decode, and draft from these exits."""
     if not isinstance(pl_module, DecodingHost):
         raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
     num_layers = pl_module.num_layers
@@ -69,16 +84,23 @@ def check_decoding_host(pl_module: LightningModule, exit_layers: Sequence[int]) 
 
 
 def datamodule_of(trainer: Trainer) -> object:
-    """The datamodule, or None."""
+    """The trainer's datamodule, or None."""
     return trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
 
 
 def eos_token_ids(trainer: Trainer, pl_module: LightningModule) -> tuple[int, ...]:
-    """Every id that ends a text of the model once it is exported: its own ends, and the end of the data's tokenizer."""
+    """Every id that ends a text of the exported model: the model's own ends, and that of the data's tokenizer."""
     datamodule = datamodule_of(trainer)
     own = pl_module.end_token_ids if isinstance(pl_module, EndOwner) else ()
     trained = listed_ends(datamodule.tokenizer.eos_token_id) if isinstance(datamodule, TokenizerOwner) else ()
     return tuple(dict.fromkeys((*own, *trained)))
+
+
+def write_table(trainer: Trainer, tag: str, table: Table) -> None:
+    """Show a table in TensorBoard, if the run logs there."""
+    for logger in trainer.loggers:
+        if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(tag, table.as_markdown(), trainer.global_step)
 
 
 @contextmanager
@@ -90,16 +112,17 @@ def lent_decoder(pl_module: LightningModule) -> Iterator[ExitableDecoder]:
 
 
 def on_all_ranks(trainer: Trainer, measure: Callable[[], Part]) -> list[Part]:
-    """What `measure` gives on every rank, by rank; all wait for one another.
+    """Measure on every rank; return the results by rank. All ranks wait for one another.
 
     Raises:
-        Exception: What `measure` raised here; a RuntimeError that names the ranks if it raised elsewhere alone.
+        Exception: What `measure` raised on this rank.
+        RuntimeError: It raised on other ranks alone; the message names them.
     """
     failure: Exception | None = None
     own: tuple[Part | None, str] = None, ""
     try:
         own = measure(), ""
-    except Exception as error:  # first tell the other ranks, which would wait for ever
+    except Exception as error:  # raised below, once the other ranks, which would wait for ever, have been told
         failure, own = error, (None, f"{type(error).__name__}: {error}")
     gathered: list[Any] = [own]
     if trainer.world_size > 1:
@@ -114,7 +137,7 @@ def on_all_ranks(trainer: Trainer, measure: Callable[[], Part]) -> list[Part]:
 
 @contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each submodule's own mode after."""
+    """Evaluation mode inside the block; afterwards each submodule has its own mode again."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:

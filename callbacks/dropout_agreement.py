@@ -1,7 +1,8 @@
-"""A debug check: before each forward, all ranks must be about to run the same blocks, exits and numbers of samples.
+"""A debug check that all ranks are about to run the same blocks, exits and numbers of samples.
 
-Nothing else notices it under FSDP2. Ranks that skip equally many, but different blocks pair one block's weights with
-another's and train on without an error; ranks that skip different numbers of blocks wait for each other forever.
+Under FSDP2 nothing else notices a difference. Ranks that skip equally many, but different blocks pair one block's
+weights with another's and train on without an error; ranks that skip different numbers of blocks wait for ever.
+Tested by tests/distributed/test_agreement.py.
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ from app.protocols import MicroBatchWork, WorkHost
 
 
 class _RankWork(NamedTuple):
-    """What one rank has: of step (t, micro-batch), with the data of `data_rank`."""
+    """What one rank is about to compute; ranks with the same `data_rank` share rows."""
 
     step: int
     micro_batch: int
     data_rank: int
     work: MicroBatchWork
 
-    def shared(self) -> tuple[object, ...]:
-        """What all ranks must have alike."""
+    def hash_for_all(self) -> int:
+        """Hash of what all ranks must have in common."""
         work = self.work
-        return (self.step, self.micro_batch, work.dropout_rates, work.exit_weights, work.most_kept)
+        return _hash((self.step, self.micro_batch, work.dropout_rates, work.exit_weights, work.most_kept))
 
-    def of_its_rows(self) -> tuple[object, ...]:
-        """What ranks that share rows must have alike, too."""
-        return (self.work.batch_size, self.work.kept_samples)
+    def hash_of_rows(self) -> int:
+        """Hash of what ranks that share rows must have in common, too."""
+        return _hash((self.work.batch_size, self.work.kept_samples))
 
 
 class DropoutAgreementCheck(Callback):
     """Compares hashes of the ranks' work before the forward: one collective of 24 bytes a rank, and a wait for it.
 
-    Equal on all ranks: the step, every block's rate and how many samples it keeps of the largest batch (so which blocks
-    are skipped whole), exits and their weights. Equal on ranks that share rows (tensor parallelism): the number of
-    samples, and which of them each block keeps. Ranks with rows of their own may have more or fewer.
+    All ranks must have the same step, rates, numbers of samples that each block keeps of the largest batch (so the
+    same blocks skipped whole), exits and weights. Ranks that share rows (tensor parallelism) must also have the same
+    number of samples and keep the same ones. Ranks with rows of their own may have more or fewer.
 
     Args:
         every_n_steps: Optimizer steps between two checks, >= 1; all micro-batches of such a step are checked.
@@ -56,31 +57,27 @@ class DropoutAgreementCheck(Callback):
         self.every_n_steps = every_n_steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the module to show its work."""
         if not isinstance(pl_module, WorkHost):
             raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.WorkHost")
         if stage == "fit":
             pl_module.watch_work(lambda work: self._check(trainer, pl_module, work))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Note which micro-batch it is."""
         self._micro_batch = batch_idx % trainer.accumulate_grad_batches
 
     def _check(self, trainer: Trainer, pl_module: LightningModule, work: MicroBatchWork) -> None:
         if trainer.world_size == 1 or trainer.global_step % self.every_n_steps:
             return
         own = _RankWork(trainer.global_step, self._micro_batch, data_ranks(trainer).rank, work)
-        hashes = torch.tensor([_hash(own.shared()), _hash(own.of_its_rows()), own.data_rank], device=pl_module.device)
-        everyones = [torch.empty_like(hashes) for _ in range(trainer.world_size)]
-        dist.all_gather(everyones, hashes)
-        gathered = [of_rank.tolist() for of_rank in everyones]
-        kept_by_data_rank: dict[int, set[int]] = {}
-        for _, kept, data_rank in gathered:
-            kept_by_data_rank.setdefault(data_rank, set()).add(kept)
-        if len({shared for shared, *_ in gathered}) == 1 and all(len(kept) == 1 for kept in kept_by_data_rank.values()):
+        hashes = torch.tensor([own.hash_for_all(), own.hash_of_rows(), own.data_rank], device=pl_module.device)
+        gathered = [torch.empty_like(hashes) for _ in range(trainer.world_size)]
+        dist.all_gather(gathered, hashes)
+        for_all, of_rows, by_data_rank = zip(*(of_rank.tolist() for of_rank in gathered), strict=True)
+        num_data_ranks = len(set(by_data_rank))
+        if len(set(for_all)) == 1 and len(set(zip(by_data_rank, of_rows, strict=True))) == num_data_ranks:
             return
         by_rank: list[_RankWork] = [own] * trainer.world_size
-        dist.all_gather_object(by_rank, own)  # all ranks come to the same verdict, so all of them are here
+        dist.all_gather_object(by_rank, own)  # all ranks have compared the same hashes, so all of them are here
         raise DisagreementError(
             f"ranks were about to compute different things at step {own.step}, micro-batch {own.micro_batch}:"
             f" {next(_differences(by_rank))}; no forward was run. Give all nodes the same config, seed, code and"
@@ -89,7 +86,7 @@ class DropoutAgreementCheck(Callback):
 
 
 def _hash(value: object) -> int:
-    """Of 63 bits, the same in every process."""
+    """A hash of 63 bits that is the same in every process."""
     return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest(), "little") >> 1
 
 

@@ -1,4 +1,7 @@
-"""Carries the exits that are on and their weights (arXiv 2404.16710 section 4.1.2) from the step to the module."""
+"""Carries the exits that are on and their weights (arXiv 2404.16710 section 4.1.2) from the step to the module.
+
+Tested by tests/unit/callbacks/test_curricula.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class EarlyExitCurriculum(Callback):
 
     Args:
         curriculum: rotational, gradual (needs trainer.max_steps), fixed (`exit_layers` at every step; not the
-            paper's) or none: sets nothing, so the full model alone is trained, or what another callback sets.
+            paper's) or none, which sets nothing: the full model alone is trained, or what another callback sets.
         rotation_interval: R of the rotational curriculum, in 1..num_layers.
         early_exit_scale: e_scale in [0, 1]; 0 leaves the full model alone.
         exit_weights: e(l): quadratic (the paper's), linear or uniform.
@@ -51,19 +54,18 @@ class EarlyExitCurriculum(Callback):
             raise ConfigError("exit_layers", got=f"{list(self.exit_layers)} with {curriculum}", allowed=allowed)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the module, the run's length, and every step of one rotation."""
         if not isinstance(pl_module, EarlyExitHost):
             raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.EarlyExitHost")
         if stage != "fit":
             return
+        num_layers = pl_module.num_layers
         if self.curriculum == "gradual":
             require_total_steps(trainer.max_steps, field="curriculum", got=self.curriculum)
         for exit_layer in self.exit_layers:
-            check_range("exit_layers", exit_layer, low=1, high=pl_module.num_layers - 1)
+            check_range("exit_layers", exit_layer, low=1, high=num_layers - 1)
         if self.curriculum == "rotational":
             if not self.always_on_last and trainer.world_size > 1:  # blocks above the highest exit have no gradient
                 raise ConfigError("always_on_last", got=False, allowed="true on more than one device")
-            num_layers = pl_module.num_layers
             check_range("rotation_interval", self.rotation_interval, low=1, high=num_layers)
             for step in range(self.rotation_interval):
                 try:
@@ -87,15 +89,14 @@ class EarlyExitCurriculum(Callback):
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Set this optimizer step's exits."""
         assert isinstance(pl_module, EarlyExitHost)
         if self.curriculum != "none":
             pl_module.set_exit_weights(self._weights(trainer, trainer.global_step, pl_module.num_layers))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Log what the module has used, whoever set it."""
-        host = pl_module
-        assert isinstance(host, EarlyExitHost)
-        pl_module.log(metric_names.NUM_EXITS_ON, len(host.exit_weights))
-        for exit_layer in range(1, host.num_layers + 1):  # 0 for those that are off: Lightning repeats old values
-            pl_module.log(metric_names.train_exit_weight(exit_layer), host.exit_weights.get(exit_layer, 0.0))
+        """Log the weights that the module used, whoever set them."""
+        assert isinstance(pl_module, EarlyExitHost)
+        weights = pl_module.exit_weights
+        pl_module.log(metric_names.NUM_EXITS_ON, len(weights))
+        for exit_layer in range(1, pl_module.num_layers + 1):  # also 0 of exits that are off: Lightning repeats values
+            pl_module.log(metric_names.train_exit_weight(exit_layer), weights.get(exit_layer, 0.0))

@@ -1,4 +1,7 @@
-"""At every validation: loss, perplexity and top-1 agreement of every exit, as scalars and one figure."""
+"""Logs loss, perplexity and top-1 agreement of every exit at every validation, as scalars and one figure.
+
+Tested by tests/integration/test_monitors.py.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from app.tables import Table
 class ExitQualityMonitor(Callback):
     """Scores exits on the validation (or test) rows with torchmetrics and keeps their history.
 
-    The history is a part of the checkpoint, so that the heat map of a resumed run is whole. It starts before the first
-    step with trainer.num_sanity_val_steps -1, which validates all rows first: what a pretrained model's exits know.
+    Checkpoints hold the history, so that the heat map of a resumed run is whole. With trainer.num_sanity_val_steps -1,
+    which validates all rows before the first step, the history begins with what a pretrained model's exits know.
 
     Args:
-        exit_layers: Exits to score, in blocks run; all of them by default. Cost: one unembedding each.
+        exit_layers: Exits to score, in blocks run; by default all of them. Each costs one unembedding.
 
     Raises:
         ConfigError: If an exit is not one of the model's.
@@ -35,10 +38,9 @@ class ExitQualityMonitor(Callback):
         self._wanted = exit_layers
         self._quality: ExitQuality | None = None
         self.history: dict[int, dict[int, ExitScore]] = {}  # step -> exit_layer -> score, of validations in fits
-        self._latest: dict[int, dict[int, ExitScore]] = {}  # the same, of this process's last measurement alone
+        self._latest: dict[int, dict[int, ExitScore]] = {}  # likewise, of this process's last measurement alone
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the module for the exits' hidden states."""
         if not isinstance(pl_module, ExitMonitorHost):
             raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.ExitMonitorHost")
         num_layers = self._num_layers = pl_module.num_layers
@@ -57,7 +59,6 @@ class ExitQualityMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add a batch's hidden states."""
         assert self._quality is not None
         assert isinstance(pl_module, ExitMonitorHost)
         self._quality.to(pl_module.device)
@@ -66,7 +67,6 @@ class ExitQualityMonitor(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log every exit's scalars; in a fit also keep them, and draw the figure if TensorBoard is there."""
         scores = self._log_scores(pl_module, "val")
         in_part = trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf")
         if in_part or not scores:
@@ -80,7 +80,6 @@ class ExitQualityMonitor(Callback):
                 logger.experiment.add_figure("val/exits", exit_figure(self.history), trainer.global_step)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log every exit's scalars under test/."""
         if scores := self._log_scores(pl_module, "test"):
             self._latest = {trainer.global_step: scores}
 
@@ -95,11 +94,9 @@ class ExitQualityMonitor(Callback):
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, as plain numbers."""
         return {"history": {step: {e: tuple(s) for e, s in scores.items()} for step, scores in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; CheckpointError for anything else."""
         saved, entry = SavedEntries(), ("callbacks", self.state_key, "history")
         history: dict[int, dict[int, ExitScore]] = {}
         for step, scores in saved.any_keys(entry, state_dict.get("history")).items():
@@ -107,13 +104,13 @@ class ExitQualityMonitor(Callback):
             history[step] = {}
             for exit_layer, score in saved.any_keys(at, scores).items():
                 figures = saved.sequence((*at, saved.count((*at, exit_layer), exit_layer, low=1)), score, length=2)
-                if not all(isinstance(figure, float) for figure in figures):  # not finite ones of a run that diverged
+                if not all(isinstance(figure, float) for figure in figures):  # NaN passes: a run may have diverged
                     saved.refuse((*at, exit_layer), score, "loss and agreement, as numbers")
                 history[step][exit_layer] = ExitScore(*figures)
         self.history = history
 
     def report(self) -> Table | None:
-        """Every exit as last measured by this process; after a fit beside the run's first measurement."""
+        """Every exit as this process last measured it, after a fit beside the run's first measurement."""
         if not self._latest:
             return None
         (step,) = self._latest

@@ -1,4 +1,4 @@
-"""The checkpoint to resume from: of the latest step that was worth it, and of the last."""
+"""Keeps the checkpoint to resume from. Tested by tests/integration/test_resume.py and test_faults.py."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         every_n_train_steps: Optimizer steps between two checkpoints, >= 1.
         dirpath: Folder; `checkpoints` beside the logs by default.
-        keep_previous: Keep the one before it, too, as `before_last.ckpt`: twice the disk, and something to fall back
-            on where the last one is damaged (`--fall_back_to_previous true`). In a script it needs
+        keep_previous: Keep the previous checkpoint, too, as `before_last.ckpt`. It takes as much disk again, and
+            `--fall_back_to_previous true` resumes from it where the last one is damaged. In a script it needs
             `Trainer(plugins=[AtomicCheckpointIO()])` (app.checkpoints.checkpoint_io), which the command line gives.
 
     Raises:
-        ConfigError: Lightning's own CheckpointIO is to keep the previous one.
+        ConfigError: Lightning's own CheckpointIO, which keeps one checkpoint, is to keep the previous one.
     """
 
     def __init__(
@@ -40,24 +40,22 @@ class LastCheckpoint(ModelCheckpoint):
         self._keep_previous = keep_previous
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to keep what the writer of checkpoints would not."""
         super().setup(trainer, pl_module, stage)
         if self._keep_previous and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             fix = "Trainer(plugins=[app.checkpoints.checkpoint_io.AtomicCheckpointIO()]) keeps it"
             raise ConfigError("keep_previous", got=True, allowed="false with Lightning's own CheckpointIO", fix=fix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run does not write again what it came from: that would cost it the checkpoint before, too."""
         super().on_train_start(trainer, pl_module)
+        # A resumed run does not save what it was loaded from again: that would replace the previous checkpoint by it.
         self._last_global_step_saved = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save once more, if there was a step at all."""
         if trainer.global_step > 0:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """As ModelCheckpoint's, which knows no options of storage."""
+        """Save as ModelCheckpoint does, but with an option for the writer, which ModelCheckpoint cannot pass on."""
         if not self._keep_previous or self._last_global_step_saved == trainer.global_step:  # saved again at the end
             super()._save_checkpoint(trainer, filepath)
             return

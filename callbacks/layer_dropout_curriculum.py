@@ -1,4 +1,7 @@
-"""Carries p(l, t) of layer dropout (arXiv 2404.16710 section 4.1.1) from the optimizer step to the module."""
+"""Carries p(l, t) of layer dropout (arXiv 2404.16710 section 4.1.1) from the optimizer step to the module.
+
+Tested by tests/unit/callbacks/test_curricula.py.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app import metric_names
 from app.errors import ConfigError, check_choice, check_range, require_total_steps
-from app.layerskip.schedules import (
-    DEPTH_SCALES,
-    TIME_SCALES,
-    DepthScale,
-    TimeScale,
-    dropout_rates,
-    needs_total_steps,
-)
+from app.layerskip.schedules import DEPTH_SCALES, TIME_SCALES, DepthScale, TimeScale, dropout_rates, needs_total_steps
 from app.protocols import LayerDropoutHost
 
 
@@ -46,14 +42,12 @@ class LayerDropoutCurriculum(Callback):
         self.depth_scale, self.time_scale = depth_scale, time_scale
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the module can drop blocks and that the run's length is known where it is needed."""
         if not isinstance(pl_module, LayerDropoutHost):
             raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.LayerDropoutHost")
         if stage == "fit" and self.max_dropout_rate > 0 and needs_total_steps(self.time_scale):
             require_total_steps(trainer.max_steps, field="time_scale", got=self.time_scale)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Set the rates of this optimizer step."""
         assert isinstance(pl_module, LayerDropoutHost)
         if self.max_dropout_rate == 0:
             return
@@ -68,7 +62,7 @@ class LayerDropoutCurriculum(Callback):
         pl_module.set_dropout_rates(rates, rescale=self.rescale)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Log what the module has used, whoever set it."""
+        """Log the rates that the module used, whoever set them."""
         assert isinstance(pl_module, LayerDropoutHost)
         in_use = pl_module.dropout_rates
         pl_module.log(metric_names.DROPOUT_MEAN_RATE, sum(in_use) / len(in_use))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from app.benchmark.decoding_comparison import DecodingComparison, pool_comparisons
@@ -24,11 +23,12 @@ from callbacks.decoding_validation import (
     eos_token_ids,
     lent_decoder,
     on_all_ranks,
+    write_table,
 )
 
 
 class ParseValidation(DecodingValidation):
-    """At the end of validation and test, let the model write the parses of held-out utterances, and score them.
+    """Lets the model write the parses of held-out utterances at the end of validation and test, and scores them.
 
     Decodes greedily; an end of text of the exported model ends an answer. Logs exact match, frame match and the share
     of well-formed answers of the full model and of every early exit, overall and by domain. Self-speculative decoding
@@ -38,20 +38,20 @@ class ParseValidation(DecodingValidation):
     The latest results go to TensorBoard as a table, and to the logger's folder as `parse_validate.json` or
     `parse_test.json`, from which `layerskip plot` draws.
 
-    Ranks share the examples out: rank r of W decodes examples r, r + W, ..., and stops at the time limit by itself.
-    Every rank logs the same figures, of all of them; a speed is that of one rank decoding alone.
+    Rank r of W decodes examples r, r + W, ... Every rank logs the same figures of all examples; a speed is that of one
+    rank decoding alone.
 
     Args:
         exit_layers: Early exits to decode at and to draft from, each 1..num_layers-1.
         num_draft_tokens: Draft lengths, each at least 1; every exit is measured with every length. Without any, speed
             is not measured.
         every_n_validations: Measure at every n-th validation of a fit, at least 1; `validate` and `test` always do.
-        num_examples: Examples from the datamodule to score, of all ranks together, at least 1.
+        num_examples: Examples from the datamodule to score, for all ranks together, at least 1.
         num_speed_examples: How many of them to time, one by one, with drafts and without, at least 1; by default all.
         batch_size: Examples decoded together where speed is not measured, at least 1.
-        max_new_tokens: Of an answer, at least 2; a longer one is cut short, and wrong.
-        time_limit_seconds: A rank starts no further batch after this; its first is always decoded. Holds for quality
-            and for speed, each by itself: both together may take twice as long.
+        max_new_tokens: Most tokens of an answer, at least 2; a longer answer is cut short, and wrong.
+        time_limit_seconds: A rank starts no further batch after this; its first is always decoded. The limit holds for
+            quality and for speed each, so that both together may take twice as long.
     """
 
     def __init__(
@@ -66,37 +66,33 @@ class ParseValidation(DecodingValidation):
         max_new_tokens: int = 128,
         time_limit_seconds: float = 60.0,
     ) -> None:
-        super().__init__(every_n_validations=every_n_validations)
-        check_range("exit_layers", min(exit_layers, default=0), low=1, fix="list at least one")
-        check_range("num_draft_tokens", min(num_draft_tokens or [1]), low=1)
+        super().__init__(
+            exit_layers=exit_layers,
+            num_draft_tokens=num_draft_tokens or [],
+            every_n_validations=every_n_validations,
+            max_new_tokens=max_new_tokens,
+            time_limit_seconds=time_limit_seconds,
+        )
         check_range("num_examples", num_examples, low=1)
         check_range("num_speed_examples", num_examples if num_speed_examples is None else num_speed_examples, low=1)
         check_range("batch_size", batch_size, low=1)
-        check_range("max_new_tokens", max_new_tokens, low=2)
-        check_range("time_limit_seconds", time_limit_seconds, low=0.0)
-        self.exit_layers, self.num_draft_tokens = tuple(exit_layers), tuple(num_draft_tokens or ())
         self.num_examples, self.num_speed_examples = num_examples, num_speed_examples
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.time_limit_seconds = time_limit_seconds
+        self.batch_size = batch_size
         self._latest: ParseReport | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module or datamodule this cannot work with, before anything runs."""
         if stage == "predict":
             return
         check_decoding_host(pl_module, self.exit_layers)
-        datamodule = datamodule_of(trainer)
-        if not isinstance(datamodule, ExampleOwner):
+        if not isinstance(datamodule := datamodule_of(trainer), ExampleOwner):
             raise ConfigError("data", got=type(datamodule).__name__, allowed="a datamodule with generation_examples()")
         check_choice("target_format", datamodule.target_format, TARGET_FORMATS)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, log and keep the results, when it is time."""
         if self._is_due(trainer):
             self._evaluate(trainer, pl_module, "validate")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same on test examples; keys begin with test/."""
         self._evaluate(trainer, pl_module, "test")
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,23 +108,19 @@ class ParseValidation(DecodingValidation):
         )
         metrics: dict[Way, ParseExactMatch] = {}
         parts = on_all_ranks(trainer, lambda: self._decode(trainer, pl_module, stage, plan, metrics))
-        results = collect_results(metrics, pool_comparisons(parts))
         self._latest = ParseReport(
             stage=stage,
-            step=trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None,  # else it begins at 0
+            step=trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None,  # it is 0 outside of fits
             checkpoint=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
             num_ranks=len(parts),
             plan=plan,
-            results=results,
+            results=collect_results(metrics, pool_comparisons(parts)),
         )
         pl_module.log_dict(report_metrics(self._latest), sync_dist=True)  # the same on all ranks already
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks: it is broadcast
+        write_table(trainer, f"parse/{stage}", report_table(self._latest))
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks ask, since log_dir is broadcast
         if trainer.is_global_zero:
             write_report(self._latest, folder / f"parse_{stage}.json")
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    text = report_table(self._latest).as_markdown()
-                    logger.experiment.add_text(f"parse/{stage}", text, trainer.global_step)
 
     def _decode(
         self,
@@ -138,10 +130,10 @@ class ParseValidation(DecodingValidation):
         plan: ParsePlan,
         metrics: dict[Way, ParseExactMatch],
     ) -> list[DecodingComparison]:
-        """Decode this rank's examples into `metrics`, one for each way; the speeds, empty if there are no examples."""
+        """Decode this rank's examples into `metrics`, one for each way; return the speeds, if there are examples."""
         datamodule = datamodule_of(trainer)
         assert isinstance(datamodule, ExampleOwner)  # checked in setup
-        with lent_decoder(pl_module) as decoder:  # also where no example is left: all ranks gather together
+        with lent_decoder(pl_module) as decoder:  # also without an example, since all ranks gather weights together
             examples = datamodule.generation_examples(stage, self.num_examples)
             if not examples:
                 raise DataError(f"the datamodule has no example to generate in stage {stage}")
@@ -160,5 +152,4 @@ class ParseValidation(DecodingValidation):
             )
 
     def report(self) -> Table | None:
-        """The latest measurement, of all ranks."""
         return None if self._latest is None else report_table(self._latest)

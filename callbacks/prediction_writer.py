@@ -1,4 +1,7 @@
-"""`layerskip predict`: one JSON line a row with its mean loss at every exit."""
+"""Writes what `layerskip predict` finds: one JSON line for each row, with its mean loss at every exit.
+
+Tested by tests/integration/test_monitors.py.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ class PredictionWriter(BasePredictionWriter):
     """Appends predictions to `filename` in the run's folder while they are made, one file for each rank.
 
     Args:
-        filename: Name of the file; ranks above 0 add their number. Ranks without rows of their own (tensor parallelism)
-            write none.
+        filename: Name of the file; ranks above 0 add their number. Of ranks that share their rows (tensor parallelism)
+            only the first writes.
     """
 
     def __init__(self, *, filename: str = "predictions.jsonl") -> None:
@@ -35,8 +38,8 @@ class PredictionWriter(BasePredictionWriter):
         return Path(trainer.log_dir or trainer.default_root_dir) / name
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new file."""
-        self._writes = _has_own_rows(trainer)
+        ranks_of_a_row = trainer.world_size // data_ranks(trainer).num_replicas  # they are neighbours
+        self._writes = trainer.global_rank % ranks_of_a_row == 0
         if not self._writes:
             return
         path = self._path(trainer)
@@ -54,19 +57,11 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append one line for each row of the batch."""
         if not self._writes:
             return
-        sources = prediction["source"].tolist()
         losses = {layer: values.tolist() for layer, values in sorted(prediction["loss_by_exit"].items())}
         with self._path(trainer).open("a") as file:
-            for idx, source in enumerate(sources):
+            for idx, source in enumerate(prediction["source"].tolist()):
                 by_exit = {layer: round(values[idx], 6) for layer, values in losses.items()}
-                file.write(
-                    json.dumps({"batch": batch_idx, "row": idx, "source": source, "loss_by_exit": by_exit}) + "\n"
-                )
-
-
-def _has_own_rows(trainer: Trainer) -> bool:
-    """Whether this is the first of the ranks that share its rows; they are neighbours."""
-    return trainer.global_rank % (trainer.world_size // data_ranks(trainer).num_replicas) == 0
+                record = {"batch": batch_idx, "row": idx, "source": source, "loss_by_exit": by_exit}
+                file.write(json.dumps(record) + "\n")

@@ -1,4 +1,7 @@
-"""A run that is told to stop finishes its step, saves, and says how it goes on; under SLURM it queues itself again."""
+"""Ends a run that is told to stop: it finishes its step, saves, says how to go on, and queues itself under SLURM.
+
+Tested by tests/integration/test_preemption.py.
+"""
 
 from __future__ import annotations
 
@@ -20,43 +23,40 @@ from app.checkpoints.sharded import ShardedCheckpoints
 from app.startup_signals import take_startup_signal
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# One event may reach a process twice: from whoever sends it, and passed on by torchrun or srun.
+# One event may reach a process twice: from its sender, and passed on by torchrun or srun.
 _ONE_EVENT_SECONDS = 3.0
 
 _log = logging.getLogger(__name__)
 
 
 class Preemption(Callback):
-    """On SIGTERM or SIGUSR1 at any rank, all ranks take the step they are in, save `last.ckpt` and exit with status 0.
+    """On SIGTERM or SIGUSR1 at any rank, all ranks finish their step, save `last.ckpt` and exit with status 0.
 
-    Ranks agree where the losses of a step are summed anyway, by one more integer: nothing waits that did not wait
-    there. A validation is finished first. A second signal, more than three seconds later, ends the process at once.
-    SIGUSR1 that came before training began (under `layerskip fit`) ends it there; SIGTERM then ends a process as ever.
+    Ranks agree by one more integer where they sum the losses of a step anyway, so nothing waits longer. A validation
+    is finished first. A second signal, more than three seconds later, ends the process at once. SIGUSR1 that comes
+    before training begins (under `layerskip fit`) ends the run there; SIGTERM then ends the process as usual.
 
     SIGUSR1, which SLURM sends before a job's time is up (`--signal`), queues the job again. SIGTERM does not: SLURM
-    does that itself for a job that it preempts (`--requeue`), and one that its user cancels is to stay away.
+    itself queues a job that it preempts (`--requeue`), and a job that its user cancels is not to come back.
 
     Args:
-        requeue: Of a SLURM job, on SIGUSR1.
+        requeue: Whether SIGUSR1 queues a SLURM job again.
     """
 
     def __init__(self, *, requeue: bool = True) -> None:
         self._requeue = requeue
         self._received: int | None = None
         self._received_at = 0.0
-        self._stop_by: int | None = None  # the signal, as agreed by all ranks
-
-    # -- signals -----------------------------------------------------------------------------------------------------
+        self._stop_by: int | None = None  # the signal that all ranks have agreed on
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As on_train_start, which comes later."""
         self._listen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning has set its own handlers by now, which communicate from inside them; it takes ours back later."""
         self._listen(trainer)
 
     def _listen(self, trainer: Trainer) -> None:
+        """Replace Lightning's handlers, which communicate from inside a signal. Lightning restores the earlier ones."""
         if trainer.training or trainer.sanity_checking:
             for signum in _SIGNALS:
                 signal.signal(signum, self._note)
@@ -73,28 +73,23 @@ class Preemption(Callback):
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
-    # -- stopping ----------------------------------------------------------------------------------------------------
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop after the validation in which a signal came, once all that it brings is done: `best.ckpt` comes last."""
+        """Stop after a validation in which a signal came; only here has ModelCheckpoint written `best.ckpt`."""
         if self._stop_by is not None:
             self._save_and_exit(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Agree whether this step is the last."""
         self._agree(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop after the step that was agreed on."""
         if self._stop_by is not None:
-            trainer._logger_connector.update_train_step_metrics()  # after this hook; its losses would be missing
+            trainer._logger_connector.update_train_step_metrics()  # Lightning logs the step only after this hook
             self._save_and_exit(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Agree whether a signal came: a validation needs no further step."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:  # to stop, no further step is needed
             self._agree(trainer)
 
     def _agree(self, trainer: Trainer) -> None:
@@ -118,14 +113,13 @@ class Preemption(Callback):
         raise SystemExit(0)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ctrl-C ends at once, as Lightning has it; what was saved before is what there is to go on from."""
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             step = trainer.global_step
             _log.warning("interrupted after step %d; --ckpt_path last goes on from the last checkpoint", step)
 
 
 def _save_last(trainer: Trainer) -> str | None:
-    """Where the run's own `last.ckpt` is, or would be; None for a run without checkpoints."""
+    """Save the run's `last.ckpt`; return its path, or None for a run without checkpoints."""
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     if not savers:
         return None
@@ -145,7 +139,7 @@ def _requeue_job() -> None:
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)  # noqa: S603, S607
     except OSError as error:
-        _log.error("cannot queue SLURM job %s again: %s", job, error)  # nothing of ours to trace
+        _log.error("cannot queue SLURM job %s again: %s", job, error)
         return
     if done.returncode:
         _log.error("cannot queue SLURM job %s again: %s", job, done.stderr.strip() or f"status {done.returncode}")

@@ -18,7 +18,7 @@ from app.protocols import EarlyExitHost
 
 
 def _on_stderr(make: Callable[[Any], Tqdm]) -> Callable[[Any], Tqdm]:
-    """`make`, whose bar Lightning would draw on stdout."""
+    """Draw the bar that `make` makes on stderr; Lightning draws on stdout."""
 
     @wraps(make)
     def made(bar: Any) -> Tqdm:
@@ -47,10 +47,7 @@ class LayerSkipProgressBar(TQDMProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Micro-batches of this epoch when it ends, those before a resume included, as the bar counts them.
-
-        Lightning's is the number of optimizer steps that remain.
-        """
+        """Micro-batches of this epoch when it ends, with those before a resume. Lightning counts remaining steps."""
         trainer = self.trainer
         epoch: int | float = trainer.num_training_batches
         if trainer.max_steps < 1:
@@ -61,34 +58,31 @@ class LayerSkipProgressBar(TQDMProgressBar):
 
     @property
     def _taken(self) -> int:
-        """Micro-batches of this epoch so far: as many as the steps that are counted are made of."""
-        trainer = self.trainer
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        taken: int = progress.processed  # type: ignore[attr-defined]  # of a base class that does without
-        return taken if taken < trainer.num_training_batches else 0  # of the epoch before, when one starts
+        """Micro-batches of this epoch so far."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        taken: int = progress.processed  # type: ignore[attr-defined]  # the base class lacks it
+        return taken if taken < self.trainer.num_training_batches else 0  # an epoch starts with the last one's count
 
     def on_train_start(self, trainer: Trainer, *rest: Any) -> None:
-        """An epoch that is resumed in its midst does not start again."""
         super().on_train_start(trainer, *rest)
+        # Lightning does not start an epoch that is resumed in its midst, and so would show no bar for it.
         if trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end:
             self.on_train_epoch_start(trainer)
 
     def on_exception(self, *_: Any) -> None:
-        """End the bar's line: what ended the run is told on the next one."""
+        """End the line of every bar, so that the error stands on the next one."""
         bars = (self._train_progress_bar, self._val_progress_bar, self._test_progress_bar, self._predict_progress_bar)
         for bar in bars:
             if bar is not None:
                 bar.close()
 
     def on_train_epoch_start(self, trainer: Trainer, *rest: Any) -> None:
-        """What was done before a resume took no time of this process."""
         super().on_train_epoch_start(trainer, *rest)
-        if taken := self._taken:
+        if taken := self._taken:  # before a resume: it counts as done, and took no time of this process
             self.train_progress_bar.n = self.train_progress_bar.initial = taken
             self.train_progress_bar.refresh()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The logged prog_bar metrics without the version number, then exits on and tokens/s."""
         items: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
         if isinstance(pl_module, EarlyExitHost):

@@ -1,10 +1,9 @@
-"""`layerskip benchmark`: every way to decode the same prompts, timed in turn, beside transformers' own."""
+"""`layerskip benchmark`: ways to decode the same prompts, timed in turn. Tested by tests/contract/test_benchmark.py."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
@@ -27,7 +26,7 @@ from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.decoding.settings import DraftPolicyName
 from app.generation.loaded_model import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
-from app.generation.prompts import read_prompts, tokenize_prompts
+from app.generation.prompts import encode_prompts, read_prompts
 from app.words import counted
 
 _log = logging.getLogger(__name__)
@@ -54,28 +53,28 @@ def benchmark(
     device: Device = "auto",
     threads: int | None = None,
 ) -> None:
-    """Decode the same prompts greedily in every way asked for, in turn, and compare; transformers' ways included.
+    """Decode the same prompts greedily in each of several ways, transformers' own included, and compare them.
 
     Args:
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
-        prompts: JSON lines file, one object with a string "prompt" a line.
-        output: JSON file to write; a figure goes beside it as .png.
-        strategies: Ways to decode; autoregressive, which speedups refer to, is measured in any case.
+        prompts: JSON lines file; each line is an object with a string "prompt".
+        output: JSON file to write; a figure is written beside it as .png.
+        strategies: Ways to decode. autoregressive, which speedups refer to, is measured in any case.
         exit_layers: Exits for self_speculative, early_exit and transformers_early_exit.
         num_draft_tokens: Draft lengths; each is measured with each exit.
-        max_new_tokens: Budget of each prompt.
-        draft_model: Smaller model with the same tokenizer that drafts for strategy draft_model.
-        skipped_layers: Blocks that the drafts of layer_skip leave out, counted from 0.
-        draft_policy: Draft all num_draft_tokens, or adaptively as many as pay, or none.
-        fall_back: Let our strategies stop drafting for a prompt that it turns out to slow down.
-        ignore_eos: Decode every prompt to its full budget.
+        max_new_tokens: Largest number of new tokens for each prompt.
+        draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
+        skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
+        draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), or none (off).
+        fall_back: Let our strategies stop drafting for a prompt that drafting slows down.
+        ignore_eos: Decode every prompt to max_new_tokens.
         limit: Use this many prompts from the start of the file.
-        batch_size: Prompts decoded together.
-        repeats: Times each prompt is decoded in each way; medians count.
-        dtype: Of the weights, auto is the checkpoint's own, or float32 on a CPU that emulates that;
-            losslessness is exact in float32.
-        device: Where to decode; auto takes a GPU if there is one.
-        threads: CPU threads to use; by default torch's own choice.
+        batch_size: Number of prompts decoded together.
+        repeats: How often each prompt is decoded in each way; the median counts.
+        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
+            Lossless decoding is exact in float32.
+        device: Device to decode on; auto takes a GPU if there is one.
+        threads: Number of CPU threads; by default torch's own choice.
     """
     file = check_output(output)
     use_threads(threads)
@@ -96,9 +95,11 @@ def benchmark(
         settings = replace(settings, eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer))
     draft_decoder = load_draft_decoder(draft_model, loaded, strategies=strategies)
     subject = Subject(loaded.model, loaded.decoder, draft_decoder)
-    # One position is kept free, so that every prompt has a new token.
-    tokens = tokenize_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length - 1)
-    measured = run_benchmark(subject, tokens, settings, on_batch=_progress(len(tokens), batch_size, repeats))
+    tokens = encode_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length)
+    num_batches = ceil(len(tokens) / batch_size) * repeats
+    measured = run_benchmark(
+        subject, tokens, settings, on_batch=lambda done: _log.info("batch %d of %d", done, num_batches)
+    )
 
     results = benchmark_results(measured, subject=subject, settings=settings)
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
@@ -117,12 +118,7 @@ def benchmark(
     print(*(f"note: {note}" for note in document["notes"]), f"report: {file}, figure: {figure}", sep="\n")
 
 
-def _progress(num_prompts: int, batch_size: int, repeats: int) -> Callable[[int], None]:
-    """Tells how far it is."""
-    return lambda done: _log.info("batch %d of %d", done, ceil(num_prompts / batch_size) * repeats)
-
-
 def run() -> None:
-    """Parse and run the verb."""
-    transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
+    """Parses the command line and runs the verb."""
+    transformers_logging.set_verbosity_error()  # its early exit calls its generate in a way that generate warns of
     call_verb(benchmark, sys.argv[2:])

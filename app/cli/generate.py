@@ -1,4 +1,4 @@
-"""`layerskip generate`: continue one prompt, or those of a file."""
+"""`layerskip generate`: continue one prompt, or those of a file. Tested by tests/contract/test_generate.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import partial
 from textwrap import shorten
 from typing import Any
 
-from app.cli.parsing.verb_parser import call_verb
+from app.cli.parsing.verb_parser import JSON_FLAG, call_verb
 from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, styled_console, styled_writer
 from app.decoding.engine import DecodingInterrupted
 from app.decoding.result import DecodingResult, Step
@@ -43,15 +43,13 @@ def generate(
 
     Args:
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
-        prompt: Text to continue.
-        prompts: JSON lines file of prompts to continue instead, one object with a string "prompt" a line.
-        batch_size: Prompts of the file decoded together.
-        dtype: Of the weights, auto is the checkpoint's own, or float32 on a CPU that emulates that;
-            losslessness is exact in float32.
-        device: Where to decode; auto takes a GPU if there is one.
-        threads: CPU threads to use; by default torch's own choice.
-        json: Print one JSON object for each prompt instead of text.
-        options: As in Python.
+        prompts: JSON lines file of prompts to continue instead; each line is an object with a string "prompt".
+        batch_size: Number of prompts of the file that are decoded together.
+        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
+            Lossless decoding is exact in float32.
+        device: Device to decode on; auto takes a GPU if there is one.
+        threads: Number of CPU threads; by default torch's own choice.
+        options: See GenerationOptions.
     """
     chosen = GenerationOptions(**options)
     check_range("batch_size", batch_size, low=1)
@@ -60,8 +58,8 @@ def generate(
     if prompts is None and batch_size > 1:
         _log.warning("batch_size=%d has no effect on a single prompt", batch_size)
     loaded = load_decoder(model, dtype=dtype, device=device)
-    place = "prompt" if prompts is None else f"{prompts}: prompt"
-    request = Request.of(loaded, texts, chosen, place=place, batch_size=batch_size)
+    location = "prompt" if prompts is None else f"{prompts}: prompt"
+    request = Request.of(loaded, texts, chosen, location=location, batch_size=batch_size)
     _run(request, batch_size=batch_size, live=prompts is None, json=json)
 
 
@@ -83,9 +81,9 @@ def _show(printer: BatchPrinter | None, check: Callable[[], None], row: int, ste
 
 @contextmanager
 def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
-    """Ctrl-C takes effect where the yielded function is called: no step is half printed or half counted.
+    """Lets Ctrl-C raise only when the yielded function is called, so that no step is half printed or half counted.
 
-    A second Ctrl-C takes effect at once.
+    A second Ctrl-C raises at once.
     """
     asked = False
 
@@ -106,7 +104,7 @@ def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
 
 
 def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
-    """Decode batch by batch and print; after Ctrl-C what there is of the batch, then no more."""
+    """Decodes batch by batch and prints. After Ctrl-C it prints what the batch has so far, and stops."""
     console = None if json else styled_console()
     write = plain_writer if console is None else styled_writer(console)
     batches: list[list[DecodingResult]] = []
@@ -138,14 +136,14 @@ def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
 
 
 def run() -> None:
-    """Parse and run the verb."""
+    """Parses the command line and runs the verb."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model's text may hold what the terminal's encoding lacks
-    ends = "One or several texts, any of which ends the output; it stays part of it, with all of its last token."
+    ends = "One or several texts, any of which ends the output. The output includes that text."
     by_hand: dict[str, dict[str, Any]] = {
-        # Texts as they are: the types read from a signature would take "null" and "#include" for nothing.
+        # These texts are taken as they are. As types of a signature, "null" and "#include" would be read as nothing.
         "prompt": {"type": str, "help": "Text to continue."},
         "stop": {"type": str, "nargs": "+", "help": ends},
-        "json": {"action": "store_true", "help": "Print one JSON object for each prompt instead of text."},
+        "json": JSON_FLAG | {"help": "Print one JSON object for each prompt instead of text."},
     }
     call_verb(generate, sys.argv[2:], by_hand=by_hand)

@@ -1,4 +1,4 @@
-"""`layerskip tune`: the fastest lossless way to decode given prompts with a model, on this machine."""
+"""`layerskip tune`: the fastest lossless way to decode given prompts here. Tested by tests/contract/test_tune.py."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from app.benchmark.decoding_costs import costs_line
 from app.benchmark.report import environment
-from app.cli.parsing.verb_parser import call_verb
+from app.cli.parsing.verb_parser import JSON_FLAG, call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError
 from app.generation.loaded_model import Device, Dtype, eos_token_ids, load_decoder, use_threads
-from app.generation.prompts import read_prompts, tokenize_prompts
+from app.generation.prompts import encode_prompts, read_prompts
 from app.model_files.decoding_defaults import Conditions, read_generation_config, write_decoding_defaults
 from app.tuning.report import exits_table, tuning_as_json, verifications_table
 from app.tuning.result import Tuning
@@ -28,51 +29,34 @@ def tune(
     *,
     model: str,
     prompts: str,
-    max_new_tokens: int = 128,
     limit: int = 16,
-    max_draft_tokens: int = 12,
-    num_verified: int = 4,
-    repeats: int = 3,
-    time_limit_seconds: float = 180.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: int | None = None,
     store: bool = True,
     json: bool = False,
+    **options: Any,
 ) -> None:
-    """Find the fastest (exit, drafts) for these prompts here, and store it with the model; never one below 1x.
+    """Find the fastest exit and draft length for these prompts on this machine, and store them with the model.
 
     Args:
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
-        prompts: JSON lines, one object with a `prompt` string each; take texts like those the model will continue.
-        max_new_tokens: Of each output, at least 2.
-        limit: Prompts to read.
-        max_draft_tokens: Longest draft considered.
-        num_verified: Settings to run, best predictions first.
-        repeats: Times each prompt is decoded by each of them; medians count. The fastest is run again, five times, and
-            only stored if it is faster than autoregressive decoding in each of them, and by the 95 % interval over at
-            least 4 prompts and 200 tokens.
-        time_limit_seconds: No prompt is started after this, but there is always one; on too few, nothing is stored.
-            All prompts are decoded once before any is decoded again.
-        dtype: Of the weights, auto is the checkpoint's own, or float32 on a CPU that emulates that;
-            what is fastest depends on it.
-        device: Where to decode; auto takes a GPU if there is one.
-        threads: CPU threads to use; by default torch's own choice.
+        prompts: JSON lines file; each line is an object with a string "prompt". Take texts like those that the model
+            will continue.
+        limit: Use this many prompts from the start of the file.
+        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it. What
+            is fastest depends on it.
+        device: Device to decode on; auto takes a GPU if there is one.
+        threads: Number of CPU threads; by default torch's own choice.
         store: Write the choice into generation_config.json of a model directory, where generate finds it.
-        json: Print one JSON object instead of tables.
+        options: See TuningSettings.
     """
-    settings = TuningSettings(
-        max_new_tokens=max_new_tokens,
-        max_draft_tokens=max_draft_tokens,
-        num_verified=num_verified,
-        repeats=repeats,
-        time_limit_seconds=time_limit_seconds,
-    )
+    settings = TuningSettings(**options)
     use_threads(threads)
     texts = read_prompts(prompts, limit=limit)
     loaded = load_decoder(model, dtype=dtype, device=device)
     directory = _storable(model) if store else None
-    tokens = tokenize_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length - 1)
+    tokens = encode_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length)
     with torch.inference_mode():
         tuning = tune_decoder(
             loaded.decoder,
@@ -82,7 +66,7 @@ def tune(
             conditions=Conditions.of(loaded.model),
         )
     if not json:
-        _print(tuning)  # before storing: a full disk must not cost the answer
+        _print(tuning)  # before it is stored, since a full disk must not cost the answer
     file = None if directory is None or tuning.shortfall else write_decoding_defaults(directory, tuning.defaults)
     if json:
         where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
@@ -93,7 +77,7 @@ def tune(
 
 
 def _storable(model: str) -> Path | None:
-    """The model directory if `model` is one: checked now, so that nothing fails after the work is done."""
+    """The model directory if `model` is one, checked before the work so that storing does not fail after it."""
     directory = Path(model)
     if not directory.is_dir():
         return None
@@ -123,7 +107,6 @@ def _why_not(model: str, store: bool) -> str:
 
 
 def _print(tuning: Tuning) -> None:
-    """Why, then what."""
     print_table(exits_table(tuning))
     print_table(verifications_table(tuning))
     print(f"costs: {costs_line(tuning.costs)}")
@@ -133,13 +116,12 @@ def _print(tuning: Tuning) -> None:
 
 
 def _flags(tuning: Tuning) -> str:
-    """What `generate` takes for the recommendation."""
+    """The options of `generate` for the recommended setting."""
     values = asdict(tuning.defaults)
     names = ("strategy", "exit_layer", "num_draft_tokens")
     return " ".join(f"--{name} {values[name]}" for name in names if values[name] is not None)
 
 
 def run() -> None:
-    """Parse and run the verb."""
-    json_flag = {"action": "store_true", "help": "Print one JSON object instead of tables."}
-    call_verb(tune, sys.argv[2:], by_hand={"json": json_flag})
+    """Parses the command line and runs the verb."""
+    call_verb(tune, sys.argv[2:], by_hand={"json": JSON_FLAG})

@@ -1,4 +1,4 @@
-"""What a user leaves open about decoding: taken from `layerskip tune` where it was run, else from rules of thumb."""
+"""Defaults of decoding: what `layerskip tune` stored with the model, else rules of thumb."""
 
 from __future__ import annotations
 
@@ -16,25 +16,22 @@ from app.protocols import ExitableDecoder
 _log = logging.getLogger(__name__)
 
 _USUAL_DRAFTS = 3
-_USUAL_SHARE = 4  # a quarter of the blocks drafts
+_USUAL_SHARE = 4  # drafts run a quarter of the blocks
 
 
 def choose_decoding(
     strategy: Strategy | None, settings: DecodingSettings, loaded: LoadedModel, *, batch_size: int = 1
 ) -> tuple[Strategy, DecodingSettings]:
-    """Fill in strategy, exit, drafts and costs, and say on stderr what was chosen and where it comes from.
+    """Fills in what is None of strategy, exit, drafts and costs, and logs what was chosen and why.
 
-    Who names an exit or a number of drafts but no strategy wants self_speculative. What was tuned under other
-    conditions is still the best guess for strategy, exit and drafts, but its costs are not used.
+    An exit or a number of drafts without a strategy means self_speculative. Strategy, exit and drafts that were tuned
+    under other conditions are still the best guess, but their costs are not used.
 
     Args:
-        strategy: None is open.
-        settings: With None where the user left something open.
-        loaded: The model.
-        batch_size: Prompts decoded together.
+        batch_size: Number of prompts decoded together.
 
     Raises:
-        ConfigError: Exit, drafts or skipped layers do not fit the model; nothing was said.
+        ConfigError: Exit, drafts or skipped layers do not fit the model; then nothing is logged.
     """
     tuned = read_decoding_defaults(loaded.model)
     elsewhere = _elsewhere(tuned, Conditions.of(loaded.model, batch_size=batch_size))
@@ -67,10 +64,10 @@ def choose_decoding(
 
 
 def _check(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDecoder) -> None:
-    """Refuse what does not fit the model, before anything is said; of what has no effect the engine warns."""
+    """Checks the settings that the strategy uses; the engine warns of the others, which have no effect."""
     needs = STRATEGIES[strategy].needs
     used: dict[str, Any] = {name: getattr(settings, name) for name in needs}
-    if "draft_decoder" in needs:  # the caller loads it later
+    if "draft_decoder" in needs:  # the caller loads the draft model later
         used["draft_decoder"] = decoder
     check_settings(strategy, DecodingSettings(max_new_tokens=settings.max_new_tokens, **used), decoder)
 
@@ -80,7 +77,7 @@ def _say(name: str, value: object, *, tuned: bool) -> str:
 
 
 def _elsewhere(tuned: DecodingDefaults | None, here: Conditions) -> str:
-    """That tuning was done under other conditions; empty where it was not, or nobody knows."""
+    """Says under which other conditions the model was tuned; empty if they are the same or not known."""
     if tuned is None or tuned.conditions is None or not (other := tuned.conditions.differing(here)):
         return ""
     return f"; it was tuned for {tuned.conditions}; here {other}"
@@ -101,7 +98,7 @@ def _origin(tuned: DecodingDefaults | None, strategy: Strategy, settings: Decodi
 
 
 def _costs(tuned: DecodingDefaults | None, num_layers: int, exit_layer: int) -> CostModel | None:
-    """Measured costs, which depend on the exit only by the number of blocks; None if they were not measured."""
+    """The measured costs, which hold for any exit; None if they were not measured."""
     if tuned is None or tuned.head is None or tuned.extra_token is None:
         return None
     return CostModel.self_speculative(

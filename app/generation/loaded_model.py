@@ -1,4 +1,4 @@
-"""A model to decode with: loaded, moved to its device, laid out for decoding."""
+"""Loads models to decode with, onto their device and laid out for decoding."""
 
 from __future__ import annotations
 
@@ -32,16 +32,13 @@ DTYPES: dict[str, torch.dtype | None] = {
     "float16": torch.float16,
 }
 _DEVICES: tuple[Device, ...] = ("auto", "cpu", "cuda")
-_MOST_THREADS = 256  # or the cores; with many more, torch does not fail but crashes
+_MOST_THREADS = 256  # allowed on a machine with fewer cores; with many more threads, torch crashes
 
 
 class LoadedModel(NamedTuple):
-    """A model to decode with.
+    """A model to decode with, its tokenizer, and the view on its weights that the engine drives.
 
     Attributes:
-        model: The weights.
-        tokenizer: Theirs.
-        decoder: The view on the weights that the engine drives.
         dtype: The key of DTYPES with which it was loaded; a draft model is loaded with the same.
     """
 
@@ -52,14 +49,14 @@ class LoadedModel(NamedTuple):
 
 
 def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -> LoadedModel:
-    """Load a model in eval mode on its device, projections joined.
+    """Loads a model in eval mode on its device, and joins the projections of each block to decode faster.
 
     Args:
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
         dtype: A key of DTYPES; auto keeps the checkpoint's own (float32 for .gguf), but takes float32 on a CPU that
             would emulate it.
-        device: "auto" takes a GPU if there is one; else "cpu" or "cuda".
-        field: The setting that `model` comes from, for error messages.
+        device: auto takes a GPU if there is one.
+        field: Names the setting that `model` comes from in an error.
 
     Raises:
         ConfigError: There is no such model or device, or the model cannot be driven in spans.
@@ -70,7 +67,7 @@ def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
-    # Importing transformers' models takes longer than all checks of options: only when a model is wanted.
+    # Importing transformers' models takes longer than all checks above.
     from app.model_files.open import load_for_decoding
     from app.spans.decoder import SpanDecoder
     from app.spans.functional_block import join_projections
@@ -83,12 +80,12 @@ def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -
 
 
 def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Sequence[str]) -> ExitableDecoder | None:
-    """Load the smaller model that drafts, on the target's device; None where no strategy takes one.
+    """Loads the smaller model that drafts, on the target's device; returns None where no strategy takes one.
 
     Args:
         path: The user's setting `draft_model`.
-        target: The model that verifies.
-        strategies: What is to be run; those that take such a model need it.
+        target: The model that verifies the drafts.
+        strategies: The strategies that will run.
 
     Raises:
         ConfigError: A strategy lacks its model, the model cannot be read, or it has other tokens than the target.
@@ -106,14 +103,14 @@ def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Seq
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a text: the generation config's (one or several), else the tokenizer's."""
+    """Every token id that ends a text: those of the generation config, else the tokenizer's."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     ids = tokenizer.eos_token_id if ids is None else ids
     return tuple(listed_ends(ids))
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch use this many CPU threads, at least 1; None leaves its own choice."""
+    """Lets torch use this many CPU threads, at least 1; None leaves torch's own choice."""
     if threads is not None:
         check_range("threads", threads, low=1, high=max(_MOST_THREADS, os.cpu_count() or 1))
         torch.set_num_threads(threads)

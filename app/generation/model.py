@@ -8,7 +8,6 @@ from typing import Any, overload
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.decoding.result import Step
 from app.errors import ConfigError, check_range
 from app.generation.loaded_model import Device, Dtype, LoadedModel, load_decoder
 from app.generation.options import GenerationOptions
@@ -17,13 +16,12 @@ from app.text.text_stream import TextStream
 
 
 def load(path: str, *, dtype: Dtype = "auto", device: Device = "auto") -> Model:
-    """A model to continue prompts with.
+    """Loads a model to continue prompts with.
 
     Args:
         path: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
-        dtype: Of the weights: auto, float32, bfloat16 or float16; auto is the checkpoint's own, or float32 on a CPU
-            that would emulate it.
-        device: auto, cpu or cuda; auto takes a GPU if there is one.
+        dtype: Type of the weights; auto keeps that of the file, but takes float32 on a CPU that would emulate it.
+        device: auto takes a GPU if there is one.
 
     Raises:
         ConfigError: There is no such model or device, or the model cannot exit early.
@@ -33,12 +31,12 @@ def load(path: str, *, dtype: Dtype = "auto", device: Device = "auto") -> Model:
 
 
 class Model:
-    """A model that continues prompts, at full depth, from an early exit, or with drafts. `load` makes one.
+    """A model that continues prompts at full depth, from an early exit, or with drafts; `load` makes one.
 
     Attributes:
         model: The Hugging Face model, in eval mode.
         tokenizer: Its tokenizer.
-        num_layers: Its number of blocks; an exit after E of them has `exit_layer` E.
+        num_layers: Number of its blocks; an exit after E of them has `exit_layer` E.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -56,20 +54,16 @@ class Model:
     def generate(
         self, prompt: str | Sequence[str], *, batch_size: int | None = None, **options: Any
     ) -> Generation | list[Generation]:
-        """Continue a prompt, or several together.
+        """Continues a prompt, or each of a list of prompts.
 
         Args:
-            prompt: A text, or a list of them.
-            batch_size: Prompts of a list that are decoded together, at least 1; all by default.
+            batch_size: Number of prompts of a list that are decoded together, at least 1; all by default.
             options: The fields of `GenerationOptions`, for instance `strategy`, `exit_layer`, `max_new_tokens`,
                 `temperature` and `stop`. What is left open is taken from `layerskip tune` where that was run.
 
-        Returns:
-            For a text its continuation with times and counts; for a list one for each.
-
         Raises:
             ConfigError: A prompt or an option does not fit the model.
-            KeyboardInterrupt: On Ctrl-C; as app.decoding.engine.DecodingInterrupted it holds what was decoded.
+            KeyboardInterrupt: After Ctrl-C, as app.decoding.engine.DecodingInterrupted with what was decoded.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
@@ -86,31 +80,30 @@ class Model:
         return generations[0] if isinstance(prompt, str) else generations
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """The continuation of a prompt, piece by piece as the full model settles it.
+        """Yields the continuation piece by piece, as the full model settles it.
 
         The pieces make up the `text` that `generate` returns. Decoding goes on as the iterator is asked for more.
 
         Args:
-            prompt: A text.
             options: As for `generate`.
 
         Raises:
             ConfigError: The prompt or an option does not fit the model.
         """
         request = self._request([prompt], options, batch_size=1)
-        return _pieces(iter(request.decoding()), TextStream(self.tokenizer, request.tokens[0]))
+        return self._pieces(request)
 
     def _request(self, texts: list[str], options: dict[str, Any], *, batch_size: int) -> Request:
-        return Request.of(self._loaded, texts, GenerationOptions(**options), place="prompt", batch_size=batch_size)
+        return Request.of(self._loaded, texts, GenerationOptions(**options), location="prompt", batch_size=batch_size)
 
-
-def _pieces(steps: Iterator[tuple[int, Step]], text: TextStream) -> Iterator[str]:
-    while True:
-        with torch.inference_mode():  # of the rounds, and not of the caller's code between two pieces
-            index_and_step = next(steps, None)
-        if index_and_step is None:
-            break
-        if piece := "".join([text.push(token) for token in index_and_step[1].tokens]):
-            yield piece
-    if rest := text.rest():
-        yield rest
+    def _pieces(self, request: Request) -> Iterator[str]:
+        steps, text = iter(request.decoding()), TextStream(self.tokenizer, request.tokens[0])
+        while True:
+            with torch.inference_mode():  # left before each piece is yielded, or the caller's code would run in it
+                index_and_step = next(steps, None)
+            if index_and_step is None:
+                break
+            if piece := "".join([text.push(token) for token in index_and_step[1].tokens]):
+                yield piece
+        if rest := text.rest():
+            yield rest

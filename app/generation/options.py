@@ -17,23 +17,23 @@ class GenerationOptions:
     """How prompts are continued.
 
     Args:
-        chat: Put the prompt into the tokenizer's chat template, as what the user says.
-        strategy: How to decode; by default what layerskip tune chose, else self_speculative.
-        exit_layer: Blocks run by early_exit and by self_speculative's drafts; by default what layerskip tune chose,
-            else a quarter of them.
-        num_draft_tokens: Most tokens drafted in a round; by default what layerskip tune chose, else 3.
-        draft_model: Smaller model with the same tokenizer that drafts for strategy draft_model.
-        skipped_layers: Blocks that the drafts of layer_skip leave out, counted from 0.
-        draft_policy: Draft all num_draft_tokens, or adaptively as many as pay, or none.
-        fall_back: Stop drafting for the rest of a text that it turns out to slow down.
-        max_new_tokens: Budget of each prompt.
-        stop: One or several texts, any of which ends the output; it stays part of it, with all of its last token.
-        temperature: 0 is greedy.
+        chat: Put the prompt into the tokenizer's chat template, as the user's message.
+        strategy: How to decode. By default, what layerskip tune stored with the model, else self_speculative.
+        exit_layer: Number of blocks that early_exit runs and that self_speculative drafts with. By default, what
+            layerskip tune stored, else a quarter of the blocks.
+        num_draft_tokens: Largest number of tokens drafted in a round. By default, what layerskip tune stored, else 3.
+        draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
+        skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
+        draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), or none (off).
+        fall_back: Stop drafting for the rest of a text when drafting slows it down.
+        max_new_tokens: Largest number of new tokens for each prompt.
+        stop: Texts, any of which ends the output. The output includes that text and the whole of its last token.
+        temperature: Temperature of the sampling; 0 is greedy.
         top_k: Sample among the k most likely tokens only.
-        top_p: Sample among the most likely tokens of this total probability only.
-        min_p: Sample among tokens at least this share as likely as the most likely one only.
-        repetition_penalty: Divides the scores of tokens that occurred before; 1 is off.
-        seed: Of the sampling; each prompt draws numbers of its own.
+        top_p: Sample among the most likely tokens that together have this probability.
+        min_p: Sample among the tokens that are at least this share as likely as the most likely one.
+        repetition_penalty: Divisor of the scores of tokens that occurred before; 1 is off.
+        seed: Seed of the sampling. Each prompt has a random stream of its own.
 
     Raises:
         ConfigError: An option is out of its range, whatever the model.
@@ -63,7 +63,7 @@ class GenerationOptions:
         self.settings()
 
     def settings(self) -> DecodingSettings:
-        """The engine's settings, as far as they do not depend on the model."""
+        """The engine's settings, without those that depend on the model."""
         penalty = self.repetition_penalty
         return DecodingSettings(
             max_new_tokens=self.max_new_tokens,

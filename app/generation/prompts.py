@@ -1,4 +1,4 @@
-"""Prompts in: JSON lines to token ids, every mistake named by its place."""
+"""Prompts: read from a file of JSON lines and turned into token ids; an error names the line or the prompt."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.errors import DataError, check_range
+from app.errors import ConfigError, DataError, check_range
 from app.text.text_tokens import prompt_tokens
 
-if TYPE_CHECKING:  # read before transformers is loaded: a file that is missing is refused at once
+if TYPE_CHECKING:  # a missing file is refused before transformers, which loads for seconds, is imported
     from transformers import PreTrainedTokenizerBase
 
 
 def read_prompts(path: str, *, limit: int | None = None) -> list[str]:
-    """The prompts of a JSON lines file: one object a line, with a string `prompt`; blank lines do not count.
+    """Reads a JSON lines file in UTF-8: each line holds one object with a string `prompt`, or is blank.
 
     Args:
-        path: The file, UTF-8.
-        limit: Read this many prompts, at least 1, and nothing after them; None reads all.
+        limit: Read at most this many prompts, at least 1, and nothing after them.
 
     Raises:
         DataError: The file cannot be read or holds no prompt, or a line of it is not such an object.
@@ -33,7 +32,7 @@ def read_prompts(path: str, *, limit: int | None = None) -> list[str]:
                 if len(prompts) == limit:
                     break
                 if line.strip():
-                    prompts.append(_prompt(line, place=f"{path}, line {number}"))
+                    prompts.append(_prompt(line, location=f"{path}, line {number}"))
     except OSError as error:
         raise DataError(f"prompts: {path} cannot be read: {error.strerror}") from error
     if not prompts:
@@ -41,45 +40,71 @@ def read_prompts(path: str, *, limit: int | None = None) -> list[str]:
     return prompts
 
 
-def _prompt(line: bytes, *, place: str) -> str:
+def _prompt(line: bytes, *, location: str) -> str:
     try:
         entry = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise DataError(f"{location}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error})") from error
+        raise DataError(f"{location}: not JSON ({error})") from error
     if not isinstance(entry, dict):
-        raise DataError(f'{place}: got {type(entry).__name__}, allowed an object with a string "prompt"')
+        raise DataError(f'{location}: got {type(entry).__name__}, allowed an object with a string "prompt"')
     if "prompt" not in entry:
-        raise DataError(f'{place}: no "prompt", only {sorted(entry)}')
+        raise DataError(f'{location}: no "prompt", only {sorted(entry)}')
     prompt = entry["prompt"]
     if not isinstance(prompt, str):
-        raise DataError(f'{place}: "prompt" is {type(prompt).__name__}, allowed a string')
+        raise DataError(f'{location}: "prompt" is {type(prompt).__name__}, allowed a string')
     if not prompt:
-        raise DataError(f'{place}: "prompt" is empty, allowed at least one character')
+        raise DataError(f'{location}: "prompt" is empty, allowed at least one character')
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f'{place}: "prompt" is not Unicode text ({error.reason})') from error
+        raise DataError(f'{location}: "prompt" is not Unicode text ({error.reason})') from error
     return prompt
 
 
-def tokenize_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[list[int]]:
-    """Token ids of each prompt, begun as the tokenizer begins a text.
+def encode_prompts(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chat: bool = False,
+    location: str = "prompt",
+) -> list[list[int]]:
+    """Token ids of each prompt, 1 to `max_length` - 1 of them, so that at least one new token fits.
 
     Args:
-        prompts: Texts.
-        tokenizer: The model's own.
-        max_length: Most tokens of a prompt, at least 1.
+        max_length: Tokens of the model's context.
+        chat: Put each text into the tokenizer's chat template, as the user's message.
+        location: Names the prompts in an error; a number is added where there are several.
 
     Raises:
-        DataError: A prompt, named by its number from 1 on, has no token, or too many.
+        ConfigError: A prompt is empty, too long or not Unicode, or no chat template takes it.
     """
-    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    for number, ids in enumerate(tokens, start=1):
-        if not 1 <= len(ids) <= max_length:
-            raise DataError(
-                f"prompt {number}: got {len(ids)} tokens, allowed 1 to {max_length}, so that at least one new token"
-                " fits the model's context"
-            )
-    return tokens
+    prompts = []
+    for number, text in enumerate(texts, start=1):
+        field = location if len(texts) == 1 else f"{location} {number}"
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(field, got=text, allowed="Unicode text") from error
+        ids = _chat_tokens(tokenizer, text) if chat else prompt_tokens(tokenizer, text)
+        if not 1 <= len(ids) < max_length:
+            allowed = f"1 to {max_length - 1} tokens, so that a new one fits the model's context"
+            raise ConfigError(field, got=f"{len(ids)} tokens" if text else text, allowed=allowed)
+        prompts.append(ids)
+    return prompts
+
+
+def _chat_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise ConfigError("chat", got=True, allowed="false: this tokenizer has no chat template")
+    message = {"role": "user", "content": text}
+    try:
+        conversation = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError) as error:
+        raise ConfigError("chat", got=True, allowed="a template that takes a user's message", fix=str(error)) from error
+    # The template writes the beginning of the conversation, so the tokenizer must not add its own.
+    return list(tokenizer(conversation, add_special_tokens=False)["input_ids"])

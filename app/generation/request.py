@@ -1,4 +1,4 @@
-"""A request to continue prompts: their texts and tokens, how to decode them, and what comes of it."""
+"""A request to continue prompts with a model: their tokens, complete settings, and what came of each."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from app.decoding.engine import Decoding, OnStep, decode_batch
 from app.decoding.result import DecodingResult, StopReason
 from app.decoding.settings import DecodingSettings
 from app.decoding.stopping import StopStrings
 from app.decoding.strategies import STRATEGIES, Strategy
-from app.errors import ConfigError
 from app.generation.defaults import choose_decoding
 from app.generation.loaded_model import LoadedModel, eos_token_ids, load_draft_decoder
 from app.generation.options import GenerationOptions
+from app.generation.prompts import encode_prompts
 from app.text.text_stream import continuation
-from app.text.text_tokens import prompt_tokens
 
 _log = logging.getLogger(__name__)
 
-_STRIDE = 0x9E3779B97F4A7C15  # odd, as are its low 32 bits, all that a CPU generator looks at
+_STRIDE = 0x9E3779B97F4A7C15  # odd, and so are its low 32 bits, which are all that a CPU generator looks at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +30,20 @@ class Generation:
 
     Attributes:
         text: What the new tokens add to the prompt.
-        tokens: New token ids.
-        num_tokens: How many they are.
+        tokens: Ids of the new tokens.
         seconds_prefill: From the start to the first new token.
         seconds_decode: From the first new token to the last.
-        tokens_per_second: Tokens after the first, each second of decode time; None if there was none.
+        tokens_per_second: Tokens after the first, per second of `seconds_decode`; None if there is only one.
         acceptance_rate: Accepted / drafted; None if nothing was drafted.
-        mean_tokens_per_round: Tokens after the first, each round; None if there was no round.
-        rounds: Rounds of draft and verify.
-        drafted: Tokens that were drafted.
-        accepted: Drafted tokens that the full model kept.
+        mean_tokens_per_round: Tokens after the first, per round; None if there was no round.
+        rounds: Number of rounds of draft and verify.
+        drafted: Number of drafted tokens.
+        accepted: Number of drafted tokens that the full model kept.
         prompt: The text that was continued.
-        stop_reason: Why decoding ended.
-        strategy: How it was decoded.
         lossless: Whether this strategy gives the full model's own output.
-        exit_layer: Blocks that drafted, or that were run at all; None where the strategy has none.
-        num_draft_tokens: Most tokens drafted in a round; None where the strategy drafts nothing.
-        fell_back_after: New tokens after which drafting was given up because it did not pay; None if it was not.
+        exit_layer: Number of blocks that drafted, or that were run at all; None where the strategy has no exit.
+        num_draft_tokens: Largest number of tokens drafted in a round; None where the strategy drafts nothing.
+        fell_back_after: Number of new tokens after which drafting was given up; None if it was not.
     """
 
     text: str
@@ -74,16 +68,7 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Prompts to continue with a model.
-
-    Attributes:
-        loaded: The model.
-        texts: The prompts.
-        tokens: Their token ids.
-        strategy: How to decode.
-        settings: Complete.
-        seed: Of the sampling.
-    """
+    """Prompts to continue with a model, by a strategy and with complete settings."""
 
     loaded: LoadedModel
     texts: Sequence[str]
@@ -94,30 +79,19 @@ class Request:
 
     @classmethod
     def of(
-        cls, loaded: LoadedModel, texts: Sequence[str], options: GenerationOptions, *, place: str, batch_size: int
+        cls, loaded: LoadedModel, texts: Sequence[str], options: GenerationOptions, *, location: str, batch_size: int
     ) -> Request:
-        """Complete the options for a model, which may load a draft model.
+        """Encodes the prompts and completes the options for a model; loads the draft model if one is needed.
 
         Args:
-            loaded: The model.
-            texts: Prompts, at least one.
-            options: As the user gave them.
-            place: Where the prompts were written, for error messages; its number follows where there are several.
-            batch_size: Prompts to be decoded together.
+            location: Names the prompts in an error.
+            batch_size: Number of prompts that will be decoded together.
 
         Raises:
             ConfigError: A prompt or an option does not fit the model.
         """
-        tokens = [
-            encode(
-                loaded.tokenizer,
-                text,
-                chat=options.chat,
-                place=place if len(texts) == 1 else f"{place} {number}",
-                max_length=loaded.decoder.max_length,
-            )
-            for number, text in enumerate(texts, start=1)
-        ]
+        max_length = loaded.decoder.max_length
+        tokens = encode_prompts(texts, loaded.tokenizer, max_length=max_length, chat=options.chat, location=location)
         stop = None if options.stop is None else StopStrings(loaded.tokenizer, options.stop)
         batch_size = min(batch_size, len(texts))
         strategy, settings = choose_decoding(options.strategy, options.settings(), loaded, batch_size=batch_size)
@@ -128,16 +102,17 @@ class Request:
             draft_decoder=load_draft_decoder(options.draft_model, loaded, strategies=[strategy]),
         )
         if STRATEGIES[strategy].costs is not None and loaded.model.dtype != torch.float32:
+            dtype = str(loaded.model.dtype).removeprefix("torch.")
             _log.info(
-                "%s: outputs can differ from decoding one token at a time where two tokens tie; layerskip benchmark"
-                " measures how often",
-                str(loaded.model.dtype).removeprefix("torch."),
+                "%s: where two tokens tie, the output can differ from decoding one token at a time; layerskip"
+                " benchmark measures how often",
+                dtype,
             )
         return cls(loaded=loaded, texts=texts, tokens=tokens, strategy=strategy, settings=settings, seed=options.seed)
 
     @property
     def label(self) -> str:
-        """How it is decoded, in a few words; a strategy with another output than the full model's says so."""
+        """The strategy and its settings in a few words, with a warning if it is lossy."""
         needs, num_layers = STRATEGIES[self.strategy].needs, self.loaded.decoder.num_layers
         parts: list[str] = [self.strategy]
         if "exit_layer" in needs:
@@ -149,7 +124,7 @@ class Request:
         return ", ".join(parts)
 
     def decode(self, rows: range, *, on_step: OnStep | None = None) -> list[DecodingResult]:
-        """Continue these prompts together. What is drawn for a prompt depends on `seed` and its row alone."""
+        """Continues the prompts of these indices together. A prompt's random stream depends on seed and index alone."""
         with torch.inference_mode():
             return decode_batch(
                 self.loaded.decoder,
@@ -161,7 +136,7 @@ class Request:
             )
 
     def decoding(self) -> Decoding:
-        """All prompts, to be decoded together by whoever iterates."""
+        """A decoding of all prompts together, which runs as its caller iterates over it."""
         return Decoding(
             self.loaded.decoder,
             self.tokens,
@@ -175,7 +150,7 @@ class Request:
         return [torch.Generator(self.loaded.decoder.device).manual_seed(seed) for seed in seeds]
 
     def generation(self, row: int, result: DecodingResult) -> Generation:
-        """What came of a prompt."""
+        """Puts together what a user is told of the prompt at index `row`."""
         entry = STRATEGIES[self.strategy]
         return Generation(
             text=continuation(self.loaded.tokenizer, self.tokens[row], result.tokens),
@@ -197,41 +172,3 @@ class Request:
             num_draft_tokens=self.settings.num_draft_tokens if "num_draft_tokens" in entry.needs else None,
             fell_back_after=result.fell_back_after,
         )
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, place: str, max_length: int) -> list[int]:
-    """Token ids of a prompt, 1 to `max_length` - 1 of them: a new one must fit.
-
-    Args:
-        tokenizer: Of the model.
-        text: The prompt.
-        chat: Whether it is what a user says, to be put into the tokenizer's chat template.
-        place: Where it was written, for error messages.
-        max_length: The model's context.
-
-    Raises:
-        ConfigError: It is empty, too long or no Unicode text, or there is no chat template that takes it.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(place, got=text, allowed="Unicode text") from error
-    ids: list[int]
-    if chat:  # the template says how a conversation begins
-        ids = list(tokenizer(_in_template(tokenizer, text), add_special_tokens=False)["input_ids"])
-    else:
-        ids = prompt_tokens(tokenizer, text)
-    if not 1 <= len(ids) < max_length:
-        allowed = f"1 to {max_length - 1} tokens, so that a new one fits the model's context"
-        raise ConfigError(place, got=f"{len(ids)} tokens" if text else text, allowed=allowed)
-    return ids
-
-
-def _in_template(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    if tokenizer.chat_template is None:
-        raise ConfigError("chat", got=True, allowed="false: this tokenizer has no chat template")
-    message = {"role": "user", "content": text}
-    try:
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)  # type: ignore[no-any-return]
-    except (TemplateError, ValueError) as error:
-        raise ConfigError("chat", got=True, allowed="a template that takes a user's message", fix=str(error)) from error

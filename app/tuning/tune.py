@@ -27,16 +27,17 @@ _FOR_OUTPUTS, _FOR_VERIFICATION, _FOR_CONFIRMATION = 0.2, 0.4, 0.4 / _MOST_CONFI
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSettings:
-    """How thoroughly to look.
+    """How thoroughly to look for the fastest setting; `layerskip tune --help` shows these texts.
 
-    Attributes:
-        max_new_tokens: Budget of each output, at least 2.
-        max_draft_tokens: Longest draft considered, at least 1.
-        num_verified: Settings to run, at least 1.
-        repeats: Times each prompt is decoded by each of them, at least 1; medians count. The fastest is confirmed with
-            CONFIRMING_REPEATS.
-        time_limit_seconds: For outputs, verification and confirmations together, at least 0. Each of these decodes
-            all prompts once before any again, and starts no prompt after its share of the time.
+    Args:
+        max_new_tokens: Largest number of new tokens for each prompt, at least 2.
+        max_draft_tokens: Longest draft that is considered, at least 1.
+        num_verified: Number of settings that are run, those with the best predictions, at least 1.
+        repeats: How often each of them decodes each prompt, at least 1; the median counts. The fastest is then run five
+            more times. It is only stored if it beats autoregressive decoding in each of these, and by the 95 % interval
+            over at least 4 prompts and 200 tokens.
+        time_limit_seconds: No prompt is started after this time, at least 0, but one is always decoded. All prompts are
+            decoded once before any is decoded again. Nothing is stored if the prompts that were decoded are too few.
     """
 
     max_new_tokens: int = 128

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import ConfigError, DataError
-from app.generation.prompts import read_prompts, tokenize_prompts
+from app.generation.prompts import encode_prompts, read_prompts
 
 GOOD = b'{"prompt": "one"}\n'
 
@@ -77,13 +77,13 @@ def test_a_file_without_prompts_and_one_that_cannot_be_read_are_told_apart(tmp_p
 
 
 def test_prompts_become_the_tokenizers_ids() -> None:
-    assert tokenize_prompts(["a bc", "def"], _words, max_length=2) == [[1, 2], [3]]  # type: ignore[arg-type]
+    assert encode_prompts(["a bc", "def"], _words, max_length=3) == [[1, 2], [3]]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("texts", "message"), [(["a", "a b c"], "prompt 2: got 3"), ([" "], "prompt 1: got 0")])
+@pytest.mark.parametrize(("texts", "message"), [(["a", "a b c"], "prompt 2: got '3"), ([" "], "prompt: got '0")])
 def test_a_prompt_without_tokens_or_with_too_many_is_named_by_its_number(texts: list[str], message: str) -> None:
-    with pytest.raises(DataError, match=f"{message} tokens, allowed 1 to 2"):
-        tokenize_prompts(texts, _words, max_length=2)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"{message} tokens', allowed 1 to 2"):
+        encode_prompts(texts, _words, max_length=3)  # type: ignore[arg-type]
 
 
 def test_what_json_lines_files_are_made_of_is_read_back(tmp_path: Path) -> None:

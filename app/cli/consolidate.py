@@ -1,4 +1,4 @@
-"""`layerskip consolidate`: a directory of shards as the single file that DDP and one device resume from."""
+"""`layerskip consolidate`: a directory of shards as one file. Tested by tests/distributed/test_checkpoints.py."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError
 from app.model.freed_memory import give_back_freed
 
-_SMALL = 1 << 20  # bytes that are not worth a file
+_SMALL = 1 << 20  # bytes of a tensor that is not worth a file
 
 
 def consolidate(*, ckpt_path: str, output: str, overwrite: bool = False) -> None:
-    """Write a checkpoint directory of several ranks as one file, which resumes on one device and under DDP exactly.
+    """Write a checkpoint directory of several ranks as one file, which resumes exactly on one device and under DDP.
 
-    Memory is that of the largest tensor: the others wait in files that are mapped, beside the output, so that for a
-    moment the disk holds them twice.
+    This takes memory for the largest tensor only. The others are kept in mapped files beside the output, so that the
+    disk holds them twice for a while.
 
     Args:
         ckpt_path: The directory, as `fit` writes it under MeshStrategy.
-        output: The file to make.
+        output: The .ckpt file to write.
         overwrite: Replace the file if there is one.
     """
     directory, target = find_checkpoint(Path(ckpt_path)), Path(output)
@@ -48,17 +48,17 @@ def consolidate(*, ckpt_path: str, output: str, overwrite: bool = False) -> None
 
 
 def _mapped(tensor: Tensor, folder: Path) -> Tensor:
-    """A copy that the kernel may move to the disk; its file has no name any more and goes with it."""
+    """A copy that the kernel may move to the disk. Its file has no name any more and is removed with the copy."""
     if tensor.nbytes < _SMALL:
         return tensor
     file = folder / "tensor"
     copy = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
     file.unlink()
     copy.copy_(tensor.flatten())
-    give_back_freed()  # or small objects made meanwhile keep the gaps that tensors leave: two thirds of them all
+    give_back_freed()  # else small objects made meanwhile keep two thirds of the memory that tensors leave
     return copy.view(tensor.shape)
 
 
 def run() -> None:
-    """Parse and run the verb."""
+    """Parses the command line and runs the verb."""
     call_verb(consolidate, sys.argv[2:])

@@ -1,4 +1,4 @@
-"""`layerskip data`: what a config's datamodule will feed the model, before any money is spent on training."""
+"""`layerskip data`: what a config's datamodule feeds the model. Tested by tests/contract/test_data.py."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import copy
 import json
 import resource
 import sys
-from argparse import Namespace
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from typing_extensions import override
+
+from app.cli.beside_fit import BesideFitCLI, run_beside_fit
 from app.cli.messages import locate
-from app.cli.parsing.option_parser import OptionParser
+from app.cli.refusals import check_tokenizer
 from app.cli.tables import print_table
-from app.cli.tokenizer_choice import check_tokenizer
-from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
 from app.tables import Table, cell
@@ -25,26 +23,43 @@ from app.whole_file import write_whole
 from app.words import counted
 from datamodules.loading.preview import Preview, check_resume, preview
 
-# Whatever the config says about machines: data are looked at here.
-_HERE = ("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1")
+# The data are looked at on this machine, whatever machines the config names.
+_HERE = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1")
+_PLAIN = ("--trainer.strategy=auto", "--trainer.precision=32-true")
 _ENOUGH = 10  # documents for a mean length
-_ALONE = ("--trainer.strategy", "auto", "--trainer.precision", "32-true")
 
 
-class DataCLI(LayerSkipCLI):
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Stream a little of a config's training data and show what the model will see.
+
+    Args:
+        num_batches: Number of training batches to look at.
+        prompts: Write held-out prompts for tune and benchmark to this file, and do nothing else.
+        num_prompts: Number of prompts to write.
+        prompt_length: Tokens of each prompt.
+    """
+
+    num_batches: int = 64
+    check_resume: bool = False
+    prompts: str | None = None
+    num_prompts: int = 16
+    prompt_length: int = 64
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_batches", "num_prompts", "prompt_length"):
+            check_range(name, getattr(self, name), low=1)
+
+
+class DataCLI(BesideFitCLI):
     """`fit` up to the point where training would begin."""
 
-    def __init__(self, *args: Any, options: Namespace, **kwargs: Any) -> None:
-        self._options = options
-        super().__init__(*args, **kwargs)
+    _options: DataOptions
 
-    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Its errors point to this verb's help, not to that of `fit`."""
-        super().setup_parser(*args, **kwargs)
-        self._subcommand_parsers["fit"].prog = "layerskip data"
-
+    @override
     def _check_checkpoints(self) -> None:
-        """Nothing is written: an earlier run is safe."""
+        pass  # nothing is written, so an earlier run is safe
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -54,9 +69,9 @@ class DataCLI(LayerSkipCLI):
             if isinstance(self.datamodule, CorpusOwner):
                 self.model.check_corpus(self.datamodule)
         except ConfigError as error:
-            raise locate(error, self._plain_config()) from error
+            raise locate(error, self.plain_config()) from error
         if self._options.prompts is not None:
-            self._write_prompts(self._options.prompts)
+            self._write_prompts(Path(self._options.prompts))
             return
         found = preview(self.datamodule, num_batches=self._options.num_batches)
         resumed = check_resume(self.datamodule, fresh) if self._options.check_resume else None
@@ -70,7 +85,6 @@ class DataCLI(LayerSkipCLI):
             print(f"\nresumed after {found.tokens:,} tokens: first batch after {resumed.seconds:.1f} s, {same}")
 
     def _write_prompts(self, path: Path) -> None:
-        """Held-out prompts for `tune` and `benchmark`."""
         data, options = self.datamodule, self._options
         if not (isinstance(data, PromptOwner) and isinstance(data, TokenizerOwner)):
             raise ConfigError("prompts", got=type(data).__name__, allowed="a datamodule with validation_prompts")
@@ -84,7 +98,7 @@ class DataCLI(LayerSkipCLI):
 
 
 def peak_memory_mib() -> float:
-    """Of this process so far."""
+    """Peak memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -95,7 +109,7 @@ def _print(found: Preview) -> None:
         f"{found.tokens:,} tokens in {found.positions:,} positions (packing efficiency {found.packing_efficiency:.1%});"
         f" first batch after {found.seconds_to_first:.1f} s, {found.tokens_per_second:,.0f} tokens/s in all;"
         f" peak memory {peak_memory_mib():,.0f} MiB\n"
-        "Read and skipped count what was read so far, ahead of the rows, and a record again in every pass.\n"
+        "Read and skipped count all records read so far, which is ahead of the rows; a record counts in every pass.\n"
     )
     print("The first row, document by document:")
     for start, stop, targets, text in found.sample:
@@ -134,23 +148,5 @@ def _table(found: Preview) -> Table:
 
 
 def run() -> None:
-    """Parse and run the verb."""
-    own = OptionParser(
-        allow_abbrev=False,
-        prog="layerskip data",
-        description="Stream a little of a config's training data and show what the model will see.",
-        epilog="All options of `layerskip fit` are taken too: --config FILE, --data.init_args.KEY VALUE, ...",
-    )
-    own.add_argument("--num_batches", type=int, default=64, help="training batches to look at")
-    own.add_argument("--check_resume", action="store_true", help="go to the same place in a fresh stream, and compare")
-    own.add_argument(
-        "--prompts", type=Path, help="write held-out prompts here, for tune and benchmark, and nothing else"
-    )
-    own.add_argument("--num_prompts", type=int, default=16, help="how many")
-    own.add_argument("--prompt_length", type=int, default=64, help="tokens of each")
-    own.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    options, rest = own.parse_known_args(sys.argv[2:])
-    for name in ("num_batches", "num_prompts", "prompt_length"):
-        check_range(name, getattr(options, name), low=1)
-    sys.argv[1:] = ["fit", *rest, *_HERE, *_ALONE]
-    make_cli(partial(DataCLI, options=options))
+    """Parses the command line and runs the verb."""
+    run_beside_fit(DataCLI, "data", DataOptions, fixed=[*_HERE, *_PLAIN])

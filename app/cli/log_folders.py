@@ -1,4 +1,7 @@
-"""Logs of a run that goes on stay one: in the folder that its last attempt wrote to, with what stood there before."""
+"""Lets a resumed run log into the folder of its last attempt, and keep the log that is there.
+
+Tested by tests/contract/test_command_line.py.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,9 @@ _VERSION = re.compile(r"version_(\d+)")
 
 
 def go_on_in_latest_version(trainer: Trainer) -> None:
-    """Let loggers that would count up to a new, empty version take the latest one that has a `last.ckpt`.
+    """Lets loggers that would begin a new version of their folder take the latest version that has a `last.ckpt`.
 
-    Args:
-        trainer: Asked to go on from `last` or `auto`; nobody has asked it for its `log_dir` yet.
+    This must come before the trainer is asked for its `log_dir`.
     """
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
@@ -25,14 +27,14 @@ def go_on_in_latest_version(trainer: Trainer) -> None:
         checkpoints = Path(logger.root_dir).glob("version_*/checkpoints/*last*.ckpt")
         found = (_VERSION.fullmatch(path.parents[1].name) for path in checkpoints)
         if versions := [int(version[1]) for version in found if version]:
-            for other in trainer.loggers:  # the first one's folder is the run's
+            for other in trainer.loggers:  # the run's folder is that of the first logger
                 if isinstance(other, TensorBoardLogger | CSVLogger) and other._version is None:
                     other._version = max(versions)
         return
 
 
 def keep_metrics(trainer: Trainer) -> None:
-    """Open CSV loggers so that they append to their `metrics.csv`, which they delete otherwise."""
+    """Opens CSV loggers so that they append to their `metrics.csv` instead of deleting it."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if not isinstance(logger, CSVLogger) or not (folder := Path(logger.log_dir)).is_dir():
             continue

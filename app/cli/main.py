@@ -1,4 +1,7 @@
-"""Verbs, and what happens to their errors: one clear message on stderr and exit status 2."""
+"""The verbs of `layerskip`. An error that the user can mend is one message on stderr and exit status 2.
+
+Tested by tests/contract/test_command_line.py and test_start_up.py.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,7 @@ import warnings
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
-from app.cli.parsing.completion import complete
-from app.cli.parsing.help_texts import keep_help, kept_help, options_in
+from app.cli.parsing.help_texts import complete, keep_help, kept_help, options_in
 from app.cli.parsing.preflight import check_arguments
 from app.errors import UserError
 from app.startup_signals import note_startup_signals
@@ -28,13 +30,13 @@ VERBS = {
     "test": ("app.cli.train", "Measure every exit on the test rows."),
     "predict": ("app.cli.train", "Write each row's loss at every exit to predictions.jsonl."),
     "data": ("app.cli.data", "Show what a config's training data look like to the model, before training."),
-    "plan": ("app.cli.plan", "Say what a config's run will take: memory, tokens, FLOPs, hours; touches no weights."),
+    "plan": ("app.cli.plan", "Say what a config's run will take: memory, tokens, FLOPs, hours."),
     "generate": ("app.cli.generate", "Continue a prompt: autoregressively, from an early exit, or self-speculatively."),
-    "benchmark": ("app.cli.benchmark", "Time every way to decode the same prompts, transformers' own included."),
+    "benchmark": ("app.cli.benchmark", "Time ways to decode the same prompts, transformers' own included."),
     "export": ("app.cli.export", "Write a model as a Hugging Face directory, which plain transformers loads."),
-    "consolidate": ("app.cli.consolidate", "Write a checkpoint directory of several ranks as one file to resume from."),
-    "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with a model."),
-    "plot": ("app.cli.plot", "Draw exact match over exits, from the results of several runs."),
+    "consolidate": ("app.cli.consolidate", "Write a checkpoint of several ranks as one file to resume from."),
+    "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with the model."),
+    "plot": ("app.cli.plot", "Draw what the exits of several runs score, in one picture."),
 }
 
 _COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
@@ -42,22 +44,18 @@ _WITH_OPTIONS_OF_FIT = ("fit", "validate", "test", "predict", "data", "plan")
 
 
 def main() -> int:
-    """Run the verb named on the process's command line.
+    """Runs the verb on the process's command line.
 
     Returns:
-        Exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C, 141 when the reader of
-        stdout has gone. Anything else raises: it is a bug of ours.
+        The exit status: 0; 2 after an error that the user can mend; 130 after Ctrl-C; 141 if the reader of stdout has
+        gone. Any other error is a bug of ours and raises.
     """
     args = sys.argv[1:]
     complete(VERBS, lambda verb: options_in(_help(verb)))
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {verb:11} {summary}" for verb, (_, summary) in VERBS.items()]
-        print(
-            "usage: layerskip VERB [options]\n\nverbs:",
-            *lines,
-            "\nlayerskip VERB --help shows a verb's options.",
-            sep="\n",
-        )
+        print("usage: layerskip VERB [options]\n\nverbs:", *lines, sep="\n")
+        print("\nlayerskip VERB --help shows the options of a verb.")
         return 0
     if args[0] not in VERBS:
         return _fail(f"verb: got {args[0]!r}, allowed {' | '.join(VERBS)}")
@@ -69,36 +67,38 @@ def main() -> int:
         check_arguments(args[1:], options=_known_options(verb), of_fit=of_fit, needs_model=verb != "plan")
     except UserError as error:
         return _fail(f"{error}\n(options: layerskip {args[0]} --help)")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the data workers' forks do not mix
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the forks of data workers
     _keep_compiled_code_private()
     _log_to_stderr()
-    # Said at every run, about nothing a user could mend: lightning 2.6 with torch 2.13, and resuming into a folder.
+    # These are shown in every run, and no user can do anything about them.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-    if (module := VERBS[args[0]][0]) != "app.cli.train":  # Lightning's trainer sees to its own signals
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written is cleared away
+    if (module := VERBS[args[0]][0]) != "app.cli.train":  # Lightning's trainer handles signals itself
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+        )  # so that half-written files are removed
     elif args[0] == "fit":
         note_startup_signals()
     try:
         return _run(module)
-    except KeyboardInterrupt:  # likewise of a verb of ours
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except SystemExit as stop:  # of Lightning's trainer, with 1; it has said that it was interrupted
+    except SystemExit as stop:  # Lightning's trainer has reported the interruption and ends with 1
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         return 130
-    except BrokenPipeError:  # `layerskip generate | head`: the reader has what it wants
+    except BrokenPipeError:  # as in `layerskip generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def _help(verb: str) -> str:
-    """The verb's help; where it is not known, all parsers are asked: loading what they need is what takes long."""
+    """The verb's help. If it is not known, that of every verb is made: importing takes most of the time for one."""
     if (kept := kept_help(verb)) is not None:
         return kept
-    os.environ.pop("_ARGCOMPLETE", None)  # the parsers would take it for their own
+    os.environ.pop("_ARGCOMPLETE", None)  # the parsers would answer the shell themselves
     os.environ["COLUMNS"] = "100"
     texts = {verb: io.StringIO() for verb in VERBS}
     for name, text in texts.items():
@@ -110,13 +110,13 @@ def _help(verb: str) -> str:
 
 
 def _known_options(verb: str) -> set[str] | None:
-    """The names of the verb's options, as far as its help has been made before."""
+    """The names of the verb's options, or None if its help has not been made yet."""
     texts = [kept_help(name) for name in (verb, "fit") if name == verb or verb in ("data", "plan")]
     return {"allowed_classes"}.union(*map(options_in, filter(None, texts))) if all(texts) else None
 
 
 def _run(module: str) -> int:
-    verb = importlib.import_module(module)  # torch loads after the cheap checks, and what else a verb needs
+    verb = importlib.import_module(module)  # this loads torch, so it comes after the cheap checks
     before, threading.excepthook = threading.excepthook, _thread_ended
     try:
         verb.run()
@@ -131,32 +131,32 @@ def _run(module: str) -> int:
 
 
 def _user_message(error: BaseException) -> str | None:
-    from app.cli.messages import user_message  # it knows torch's errors, so it loads torch
+    from app.cli.messages import user_message  # this loads torch
 
     return user_message(error)
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    """Leave an error that a thread keeps for those it works for, as TensorBoard's writer does, to them."""
+    """Says nothing of an error that the thread keeps for its owner to raise, as TensorBoard's writer does."""
     kept = ended.exc_value if getattr(ended.thread, "exception", None) is ended.exc_value else None
     if kept is None or _user_message(kept) is None:
         threading.__excepthook__(ended)
 
 
 def _keep_compiled_code_private() -> None:
-    """torch.compile runs what is in its cache, by default a folder of guessable name where all users may write.
+    """Moves torch.compile's cache, whose code is run, out of a folder of guessable name where all users may write.
 
-    Without a home that can be written to, the cache is a folder that goes with the process.
+    Without a home that can be written to, the cache is a folder that is removed when the process ends.
     """
     if _COMPILED_CODE in os.environ:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torchinductor")
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or none to write to
+    except (OSError, RuntimeError):  # there is no home, or it cannot be written to
         try:
             cache = Path(tempfile.mkdtemp(prefix="torchinductor-"))
-        except OSError:  # there is no folder for temporary files either, so torch cannot have one of that name
+        except OSError:  # torch has no folder for temporary files either
             return
         atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ[_COMPILED_CODE] = str(cache)
@@ -165,16 +165,13 @@ def _keep_compiled_code_private() -> None:
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    for name in ("app", "callbacks", "datamodules"):  # Lightning sees to its own
+    for name in ("app", "callbacks", "datamodules"):  # Lightning sets up its own
         logger = logging.getLogger(name)
         logger.handlers[:], logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    """Lightning 2.6 recommends a service of its makers at every start."""
-    return not record.getMessage().startswith("\N{ELECTRIC LIGHT BULB} Tip: ")
+    # Lightning 2.6 advertises a service of its makers at every start.
+    lightnings = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightnings.addFilter(lambda record: not record.getMessage().startswith("\N{ELECTRIC LIGHT BULB} Tip: "))
 
 
 def _fail(message: str) -> int:

@@ -1,4 +1,4 @@
-"""What `validate` and `test` found, in place of Lightning's table of numbers with seventeen digits."""
+"""The results of `validate` and `test`, in place of Lightning's table, and warnings of what would spoil them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from app.metric_names import TEST_LOSS, VAL_LOSS
+from app.model.cpu.precision import emulated
 from app.protocols import Reportable
 from app.tables import Table
 from app.training.divergence import not_finite_weights
@@ -19,7 +20,7 @@ _IN_OTHER_TABLES = ("exit_loss/", "exit_perplexity/", "exit_agreement/", "decode
 
 
 def measured_table(trainer: Trainer) -> Table | None:
-    """The metrics that were logged, but for those that callbacks show in tables of their own; None without any."""
+    """The logged metrics, without those that callbacks report in tables of their own; None if there are none."""
     told = any(isinstance(callback, Reportable) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     rows: list[tuple[str, ...]] = [
         (name, f"{float(value):.4g}")
@@ -29,14 +30,22 @@ def measured_table(trainer: Trainer) -> Table | None:
     return Table("Held-out rows", ("metric", "value"), rows) if rows else None
 
 
+def warn_of_emulation(trainer: Trainer) -> None:
+    """Warns if the CPU emulates `trainer.precision`, which makes training several times slower."""
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).partition("-")[0])
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if dtype and on_cpu and trainer.is_global_zero and (why := emulated(dtype)):
+        _log.warning("trainer.precision %s: %s; --trainer.precision 32-true does not", trainer.precision, why)
+
+
 def warn_of_random_weights(module: LayerSkipModule, ckpt_path: object) -> None:
-    """What is measured of a model that nothing was read into is told of by no number."""
+    """Warns if a model is measured that has no weights from anywhere."""
     if ckpt_path is None and module.pretrained is None:
         _log.warning("no --ckpt_path is given: what follows is measured on random weights")
 
 
 def warn_of_poison(trainer: Trainer, module: LightningModule) -> None:
-    """A loss that is not finite is no measurement; a table shows it as one."""
+    """Warns if a measured loss is not finite, and says whether the weights are to blame."""
     for name in (VAL_LOSS, TEST_LOSS):
         loss = trainer.callback_metrics.get(name)
         if loss is None or torch.isfinite(loss) or not trainer.is_global_zero:

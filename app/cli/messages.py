@@ -1,4 +1,4 @@
-"""From an exception to the one message a user needs, with the full path of the field."""
+"""From an exception to the one message that a user needs, with the full path of the field."""
 
 from __future__ import annotations
 
@@ -10,22 +10,44 @@ from traceback import walk_tb
 from types import FrameType
 from typing import Any
 
-from app.cli.faults import fault_message
+import torch.distributed as dist
+
 from app.errors import ConfigError, UserError, causes
 
-_LIGHTNINGS = "MisconfigurationException"  # by name: verbs that decode do without loading Lightning
-
+_LIGHTNINGS = "MisconfigurationException"  # by name, since the verbs that decode do not load Lightning
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_OF_DISKS = (*_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)  # with or without a file's name
-
-
-# Base classes of Lightning's and torch's, by name, and the setting that chooses a class of theirs.
+_OF_DISKS = (*_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)  # with or without the name of a file
+# The setting that chooses a class made of one of these base classes of Lightning and torch.
 _CHOSEN_BY = {
     "Callback": "trainer.callbacks",
     "Logger": "trainer.logger",
     "Profiler": "trainer.profiler",
     "Optimizer": "model.optimizer",
     "LRScheduler": "model.lr_scheduler",
+}
+_RESUME = "go on from the last checkpoint, if there is one, with --ckpt_path auto"
+# Words of torch's errors for the faults of other processes and of the config, and what to do about them.
+_FAULTS = {
+    r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (?:exited unexpectedly|is killed by signal: (.*?)\.)": (
+        "data worker process {0} died ({1}); most often the machine ran out of memory (`dmesg` tells): give fewer"
+        f" workers (--data.num_workers) or a machine with more, and {_RESUME}"
+    ),
+    r"Timed out waiting (\d+)ms for|Watchdog caught collective operation timeout.*Timeout\(ms\)=(\d+)": (
+        "rank {rank} waited for another rank for {seconds:g} s, the timeout: look at the output of the others for one"
+        " that is stuck or gone; if one is only slow, raise the strategy's timeout"
+        f" (--trainer.strategy.init_args.timeout 1:00:00); then {_RESUME}"
+    ),
+    r"Operator (\S+) does not have a sharding strategy": (
+        "{0} does not work on sharded weights: most often it is a fused optimizer's; give"
+        " --model.optimizer.init_args.fused false, or torch.optim.AdamW"
+    ),
+    r"The CombinedLoader has (\d+) stateful loaders, but found (\d+) states in the checkpoint": (
+        "the checkpoint's loops.fit_loop.state_dict.combined_loader: got states of {1} data loaders, allowed those of"
+        " the {0} that the datamodule has; use an earlier one"
+    ),
+    r"Connection (?:closed|reset) by peer|Broken pipe|Socket closed": (
+        f"rank {{rank}} lost another rank, which died: its own output says why; mend that, and {_RESUME}"
+    ),
 }
 
 
@@ -34,28 +56,27 @@ class LocatedError(UserError):
 
 
 def user_message(error: BaseException) -> str | None:
-    """The message for an error the user can mend, or None if it is a bug of ours."""
+    """The message for an error that the user can mend, or None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
     if (message := _of_chosen_class(error)) or type(error).__name__ == _LIGHTNINGS:
         return message or str(error)
     if isinstance(error, OSError) and (error.errno in _OF_DISKS or error.filename is not None):
         named = isinstance(error.filename, str | bytes | os.PathLike)
-        place = f": {os.fsdecode(error.filename)}" if named else ""
+        file = f": {os.fsdecode(error.filename)}" if named else ""
         mend = "make room" if error.errno in _FULL else "mend that"
         return (
-            f"{error.strerror or error}{place}; files written before are whole: {mend} and repeat"
+            f"{error.strerror or error}{file}; files written before are whole: {mend} and repeat"
             " (fit resumes with --ckpt_path auto)"
         )
-    return fault_message(error)
+    return _of_fault(error)
 
 
 def locate(error: Exception, config: Any) -> LocatedError:
-    """Complete the field to its path, found as the only place in `config` that holds the offending value.
+    """Completes the field of a ConfigError to its path: that of the only value in `config` it can mean.
 
     Args:
-        error: Raised by a constructor, which knows its own argument's name but not where it was written;
-            jsonargparse may have wrapped it.
+        error: Raised by a constructor, which knows its own argument's name only; jsonargparse may have wrapped it.
         config: The parsed configuration as nested dicts and lists.
     """
     raised_from = list(causes(error))
@@ -67,10 +88,19 @@ def locate(error: Exception, config: Any) -> LocatedError:
     return LocatedError(cause.message(paths[0] if len(paths) == 1 else cause.field))
 
 
-def _of_chosen_class(error: BaseException) -> str | None:
-    """What a class of Lightning's or torch's says of its settings or of the run, with the setting that chose it.
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every value in nested dicts and lists with its path, which begins with `path`."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        below = f"{path}.{key}" if path else str(key)
+        yield below, value
+        yield from walk(value, below)
 
-    None if code of anybody else was running: its error needs a traceback.
+
+def _of_chosen_class(error: BaseException) -> str | None:
+    """The message of a class of Lightning or torch, after the setting that chose the class.
+
+    It is None if other code raised the error, which then needs a traceback.
     """
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     text = re.sub(r"<[\w.]+?(\w+) object at \w+>", r"\1", " ".join(str(error).split()))
@@ -88,26 +118,27 @@ def _of_chosen_class(error: BaseException) -> str | None:
 
 
 def _of_trainer(frame: FrameType, text: str) -> str:
-    """The sentence that the Trainer's constructor refuses an argument with, after the argument and its value."""
+    """The message of the Trainer's constructor, after the argument that it names first and that argument's value."""
     code, given = frame.f_code, frame.f_locals
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     found = {name: re.search(rf"\b{name.removesuffix('s')}s?\b", text) for name in names}
-    places = {name: place.start() for name, place in found.items() if place}
+    starts = {name: match.start() for name, match in found.items() if match}
     of_value = (name for name in names if isinstance(given[name], str) and given[name] in text)
-    name = min(places, key=places.__getitem__) if places else next(of_value, "")
+    name = min(starts, key=starts.__getitem__) if starts else next(of_value, "")
     got = f"got {given[name]!r}; " if isinstance(given.get(name), str | int | float) else ""
     return f"trainer{'.' if name else ''}{name}: {got}{text}"
 
 
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values in nested dicts and lists, each with its path.
+def _of_fault(error: BaseException) -> str | None:
+    """The message for an error of torch, or what it was raised from, that another process or the config caused."""
+    for cause in causes(error):
+        for pattern, message in _FAULTS.items() if isinstance(cause, RuntimeError) else ():
+            if found := re.search(pattern, str(cause), re.DOTALL):
+                given = [group for group in found.groups() if group]
+                seconds = int(given[0]) / 1000 if given and given[0].isdigit() else 0.0
+                return message.format(*given, "no reason given", rank=_rank(), seconds=seconds)
+    return None
 
-    Args:
-        node: The dict or list.
-        path: Where it stands itself.
-    """
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        below = f"{path}.{key}" if path else str(key)
-        yield below, value
-        yield from walk(value, below)
+
+def _rank() -> str:
+    return str(dist.get_rank()) if dist.is_initialized() else os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))

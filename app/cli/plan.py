@@ -1,12 +1,11 @@
-"""`layerskip plan`: what a config's run will take on given machines, before any of them is rented."""
+"""`layerskip plan`: what a config's run will take on given machines. Tested by tests/contract/test_plan.py."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
-from dataclasses import asdict
-from functools import partial
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,23 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
+from app.cli.beside_fit import BesideFitCLI, run_beside_fit
 from app.cli.messages import locate
-from app.cli.plan_options import PROG, PlanOptions, parse_options
 from app.cli.strategies import mesh_of, mesh_settings, name_of, settings_of
 from app.cli.tables import print_table
-from app.cli.train import LayerSkipCLI, make_cli
 from app.errors import ConfigError, check_range
 from app.model_files.open import load_config
 from app.planning.changes import Change, changes_that_fit, fits
 from app.planning.memory import Layout
-from app.planning.plan import Plan, plan_training
+from app.planning.plan import Machine, Plan, plan_training
 from app.planning.recipe import Recipe
 from app.planning.report import advice, plan_tables
 from app.training.batch import check_row_length
 
 _log = logging.getLogger(__name__)
-# Type of the weights, and of the products where it is another.
+# The type of the weights, and that of the products where it differs.
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "64-true": (torch.float64, None),
     "32-true": (torch.float32, None),
@@ -44,24 +43,66 @@ _ARCHITECTURE_FIRST = (
     "give its architecture before the file that continues it: --config configs/model/NAME.yaml --config ...;"
     " in that order it is planned as a model that is continued (fit takes one or the other)"
 )
-# Nothing is trained, so it is planned wherever one is.
+# The trainer that is built on this machine. It trains nothing.
 _HERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
 
 
-class PlanCLI(LayerSkipCLI):
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Say what a config's run will take: memory, tokens, FLOPs, hours. No weights, data or GPU are needed.
+
+    Args:
+        num_nodes: Number of machines, instead of trainer.num_nodes.
+        devices: Number of devices in each machine, instead of trainer.devices.
+        device_memory: Memory of one device, such as 80GB (10^9) or 80GiB (2^30).
+        peak_flops: FLOPs that one device does in a second in the run's precision, such as 989e12.
+        utilisation: Share of peak_flops that the run reaches, in (0, 1].
+    """
+
+    num_nodes: int | None = None
+    devices: int | None = None
+    device_memory: str | None = None
+    peak_flops: float | None = None
+    utilisation: float = 0.4
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("num_nodes", 1 if self.num_nodes is None else self.num_nodes, low=1)
+        check_range("devices", 1 if self.devices is None else self.devices, low=1)
+        if self.peak_flops is not None and not 0 < self.peak_flops < float("inf"):
+            raise ConfigError("peak_flops", got=self.peak_flops, allowed="(0, inf)")
+        if not 0 < self.utilisation <= 1:
+            raise ConfigError("utilisation", got=self.utilisation, allowed="(0, 1]")
+        self.machine()
+
+    def machine(self) -> Machine:
+        """The kind of device that is planned for.
+
+        Raises:
+            ConfigError: `device_memory` is not a size.
+        """
+        memory = None if self.device_memory is None else _parse_bytes(self.device_memory)
+        return Machine(device_memory=memory, peak_flops=self.peak_flops, utilisation=self.utilisation)
+
+
+def _parse_bytes(text: str) -> float:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", text.upper())
+    if not found or not float(found[1]):
+        raise ConfigError("device_memory", got=text, allowed="a size, such as 80GB or 80GiB")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+class PlanCLI(BesideFitCLI):
     """`fit` up to the point where model and data would be made."""
 
-    def __init__(self, *args: Any, options: PlanOptions, **kwargs: Any) -> None:
-        self._options = options
-        super().__init__(*args, **kwargs)
+    _options: PlanOptions
 
-    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """As `fit`'s, but that what is wrong with an option is said by this verb's name."""
-        super().setup_parser(*args, **kwargs)
-        self._subcommand_parsers["fit"].prog = PROG
-
+    @override
     def before_instantiate_classes(self) -> None:
-        """Note what the config says of machines, data and model, and make none of them."""
+        # Notes what the config says of machines, data and model, and replaces it so that none of them is made.
         config = self.config[self.config.subcommand]
         trainer, model = config["trainer"], config["model"]
         for name in ("num_nodes", "devices"):
@@ -69,7 +110,7 @@ class PlanCLI(LayerSkipCLI):
                 trainer[name] = count
         super().before_instantiate_classes()
         self._world_size = _count("num_nodes", trainer["num_nodes"]) * _count("devices", trainer["devices"])
-        self._layout = read_layout(trainer["strategy"], num_nodes=trainer["num_nodes"], world_size=self._world_size)
+        self._layout = _read_layout(trainer["strategy"], num_nodes=trainer["num_nodes"], world_size=self._world_size)
         given = _SHORT.get(str(trainer["precision"]), str(trainer["precision"]))
         if given not in _PRECISIONS:
             raise ConfigError("trainer.precision", got=given, allowed=" | ".join(_PRECISIONS))
@@ -83,7 +124,7 @@ class PlanCLI(LayerSkipCLI):
             check_range(f"data.init_args.{name}", self._data[name], low=1)
         self._from_scratch = model["pretrained"] is None
         if model["config"] is not None:
-            model["pretrained"] = None  # with both, the one describes the other, which need not be here yet
+            model["pretrained"] = None  # the config describes the pretrained model, which need not be here yet
         elif model["pretrained"] is not None:
             model["config"], model["pretrained"] = _read_architecture(model["pretrained"]), None
         else:
@@ -96,11 +137,11 @@ class PlanCLI(LayerSkipCLI):
             is_short = fits(plan, checkpointing=plan.checkpointing) is False
             changes = changes_that_fit(plan, self._plan) if is_short else []
         except ConfigError as error:
-            raise locate(error, self._plain_config()) from error
+            raise locate(error, self.plain_config()) from error
         if self._options.json:
             print(json.dumps(_as_dict(plan, changes)))
             return
-        for table in plan_tables(plan, self._options.machine):
+        for table in plan_tables(plan, self._options.machine()):
             print_table(table)
         if is_short:
             print(f"\n{advice(changes)}")
@@ -149,12 +190,12 @@ class PlanCLI(LayerSkipCLI):
             dtype=self._dtype,
             autocast=self._autocast,
             checkpointing=module.activation_checkpointing,
-            machine=self._options.machine,
+            machine=self._options.machine(),
         )
 
 
 def _read_architecture(path: str) -> PreTrainedConfig:
-    """As `fit` reads and refuses it: weights need not be there yet."""
+    """Reads a model's config as `fit` does. Its weights need not be there yet."""
     try:
         return load_config(path, field="model.pretrained")
     except ConfigError as error:
@@ -165,7 +206,7 @@ def _read_architecture(path: str) -> PreTrainedConfig:
 
 
 def _check_dense(config: PreTrainedConfig) -> None:
-    """Refuse a mixture of experts, whose FLOPs torch does not count either."""
+    """Refuses a mixture of experts, whose FLOPs depend on which experts the tokens choose."""
     for name, value in config.get_text_config().to_dict().items():
         if name.endswith("experts") and type(value) is int and value > 1:
             fix = "which experts a token takes depends on values, and plan counts without any"
@@ -174,7 +215,6 @@ def _check_dense(config: PreTrainedConfig) -> None:
 
 
 def _count(name: str, given: Any) -> int:
-    """Of nodes or devices."""
     if isinstance(given, list):
         return len(given)
     if str(given) in ("auto", "-1"):
@@ -187,12 +227,8 @@ def _count(name: str, given: Any) -> int:
     return int(given)
 
 
-def read_layout(strategy: Any, *, num_nodes: int, world_size: int) -> Layout:
-    """Where parameters lie under trainer.strategy, as it is parsed: a name, or a class path with arguments.
-
-    Raises:
-        ConfigError: A strategy that the module does not train with, or whose mesh is not of this size.
-    """
+def _read_layout(strategy: Any, *, num_nodes: int, world_size: int) -> Layout:
+    """Where the parameters lie under `trainer.strategy`, which is a name or a class path with arguments."""
     name, arguments = name_of(strategy), settings_of(strategy)
     if (settings := mesh_settings(strategy)) is not None:
         _, shards, parts = mesh_of(settings, num_nodes=num_nodes, world_size=world_size)
@@ -217,7 +253,5 @@ def _as_dict(plan: Plan, changes: list[Change]) -> dict[str, Any]:
 
 
 def run() -> None:
-    """Parse and run the verb."""
-    options, rest = parse_options(sys.argv[2:])
-    sys.argv[1:] = ["fit", *rest]
-    make_cli(partial(PlanCLI, options=options))
+    """Parses the command line and runs the verb."""
+    run_beside_fit(PlanCLI, "plan", PlanOptions)

@@ -1,4 +1,4 @@
-"""`layerskip plot`: runs in one picture, by what exits score on generated parses, or by what training taught them."""
+"""`layerskip plot`: what the exits of several runs score, in one picture."""
 
 from __future__ import annotations
 
@@ -29,15 +29,11 @@ def plot(
     checkpoints: list[str] | None = None,
     metric: Metric = "exact_match",
 ) -> None:
-    """Draw several runs in one picture: exact match of generated parses over exits, or what training taught every exit.
+    """Draw several runs in one picture: scores of generated parses over exits, or of each exit over training.
 
     Args:
         output: PNG file to write.
-        results: One or several LABEL=FILE, each file written by callbacks.ParseValidation into a run's folder
-            (parse_test.json or parse_validate.json).
-        checkpoints: Instead, one to four LABEL=CHECKPOINT of runs with callbacks.ExitQualityMonitor: agreement of early
-            exits and loss of the full model over tokens, a line style for each run.
-        metric: What is drawn of `results`.
+        metric: Score that is drawn of the results.
     """
     path = _check_output(output)
     if (results is None) == (checkpoints is None):
@@ -55,7 +51,7 @@ def plot(
 
 
 def _read(field: str, given: list[str], read: Callable[[Path], _T]) -> dict[str, _T]:
-    """What is in the file of each label."""
+    """Reads the file of each label."""
     runs: dict[str, _T] = {}
     for named in given:
         label, equals, file = named.partition("=")
@@ -68,15 +64,15 @@ def _read(field: str, given: list[str], read: Callable[[Path], _T]) -> dict[str,
 
 
 def _read_curve(path: Path) -> Curve:
-    """What validations of a run measured, by tokens: those of the whole run, shared among its steps alike."""
+    """What the validations of a run measured, by the number of tokens trained on until then."""
     if not is_trained_weights(path):
         allowed = "a checkpoint of layerskip fit: a .ckpt file, or a directory of shards"
         raise ConfigError("checkpoints", got=str(path), allowed=allowed)
     record = RunRecord.of(path, open_trained_weights(path).metadata)
     if not record.history or not record.tokens:
-        unknown = "no count of tokens, as datamodules.TextCodeDataModule keeps one,"
-        what = unknown if record.history else "no measurement of callbacks.ExitQualityMonitor"
-        raise CheckpointError(f"checkpoint {path}: there is {what} in it to be drawn")
+        lacks = "no count of tokens, as datamodules.TextCodeDataModule keeps one"
+        what = lacks if record.history else "no measurement of callbacks.ExitQualityMonitor"
+        raise CheckpointError(f"checkpoint {path}: there is {what}")
     return {
         round(step * record.tokens / record.steps): {layer: ExitScore(*score) for layer, score in scores.items()}
         for step, scores in record.history.items()
@@ -91,9 +87,14 @@ def _check_output(output: str) -> Path:
 
 
 def run() -> None:
-    """Parse and run the verb."""
+    """Parses the command line and runs the verb."""
+    results = "One or several LABEL=FILE, with files that callbacks.ParseValidation wrote (parse_test.json)."
+    checkpoints = (
+        "Instead, one to four LABEL=CHECKPOINT of runs with callbacks.ExitQualityMonitor: agreement of early exits and"
+        " loss of the full model are drawn over tokens."
+    )
     by_hand: dict[str, dict[str, Any]] = {
-        "results": {"type": str, "nargs": "+", "help": "LABEL=FILE of callbacks.ParseValidation, several."},
-        "checkpoints": {"type": str, "nargs": "+", "help": "Instead LABEL=CHECKPOINT, one to four."},
+        "results": {"type": str, "nargs": "+", "help": results},
+        "checkpoints": {"type": str, "nargs": "+", "help": checkpoints},
     }
     call_verb(plot, sys.argv[2:], by_hand=by_hand)

@@ -1,4 +1,4 @@
-"""Which of Lightning's strategies train this model, said before processes start, and what their "auto" means."""
+"""Which of Lightning's strategies train this model, with which mesh. Tested by tests/contract/test_strategies.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.errors import ConfigError
 from app.training.strategy import MeshStrategy, mesh_sizes
 
 _PATH = "trainer.strategy"
-_SHARDED = f"app.training.strategy.{MeshStrategy.__name__}"  # imported here, so that its name alone will do
+_SHARDED = f"app.training.strategy.{MeshStrategy.__name__}"  # imported here so that users may give its bare name
 _REFUSED = {
     "fsdp": "FSDP1 renames the classes that layer dropout swaps",
     "deepspeed": "it takes the step over from the module, and its checkpoints are pickles",
@@ -23,14 +23,10 @@ _log = logging.getLogger(__name__)
 
 
 def check_strategy(trainer: Namespace) -> None:
-    """Refuse a strategy that cannot train here, or a mesh that its devices do not fill.
+    """Refuses a strategy that cannot train this model, or a mesh that the devices do not fill.
 
-    Args:
-        trainer: The parsed settings. In the place of Lightning's ModelParallelStrategy comes MeshStrategy: it takes the
-            same settings, and its checkpoints are whole or absent and hold nothing that a reader would unpickle.
-
-    Raises:
-        ConfigError: Naming what to use instead, or both numbers.
+    Lightning's ModelParallelStrategy is replaced by MeshStrategy in `trainer`: it takes the same settings, and its
+    checkpoints are whole or absent and hold no pickles.
     """
     name = name_of(trainer["strategy"])
     for kind, reason in _REFUSED.items():
@@ -40,29 +36,21 @@ def check_strategy(trainer: Namespace) -> None:
     settings = mesh_settings(trainer["strategy"])
     if settings is None:
         return
-    if name != MeshStrategy.__name__ or isinstance(
-        trainer["strategy"], str
-    ):  # a name alone is parsed as a name of Lightning's
+    # A bare name is parsed as the name of a strategy of Lightning's.
+    if name != MeshStrategy.__name__ or isinstance(trainer["strategy"], str):
         trainer["strategy"] = dict_to_namespace({"class_path": _SHARDED, "init_args": settings})
     if (world_size := world_size_of(trainer)) is not None:
         mesh_of(settings, num_nodes=trainer["num_nodes"], world_size=world_size)
 
 
 def check_launch(trainer: Namespace) -> None:
-    """Refuse another number of processes than torchrun or srun started.
-
-    Args:
-        trainer: The parsed settings.
-
-    Raises:
-        ConfigError: With both numbers.
-    """
+    """Refuses settings that ask for another number of processes than torchrun or srun started."""
     devices, num_nodes = world_size_of(trainer, num_nodes=1), trainer["num_nodes"]
     if devices is None:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ and (started := int(os.environ["WORLD_SIZE"])) != devices * num_nodes:
         got = f"{devices} with trainer.num_nodes {num_nodes}"
-        fix = "--nnodes and --nproc-per-node of torchrun are to be trainer.num_nodes and trainer.devices"
+        fix = "give torchrun --nnodes as in trainer.num_nodes, --nproc-per-node as in trainer.devices"
         raise ConfigError("trainer.devices", got=got, allowed=f"{started} in all, as torchrun started", fix=fix)
     if not SLURMEnvironment.detect():
         cores = os.cpu_count() or devices
@@ -74,34 +62,34 @@ def check_launch(trainer: Namespace) -> None:
         ("num_nodes", num_nodes, "SLURM_NNODES"),
     ):
         if (started := int(os.environ.get(variable, ours))) != ours:
-            fix = "--ntasks-per-node and --nodes of the job are to be trainer.devices and trainer.num_nodes"
+            fix = "give the job --nodes as in trainer.num_nodes, --ntasks-per-node as in trainer.devices"
             raise ConfigError(f"trainer.{field}", got=ours, allowed=f"{started}, as {variable} says", fix=fix)
 
 
 def name_of(strategy: Any) -> str:
-    """A strategy's name as the user gave it, without the modules of a class."""
+    """The name of a strategy as the user gave it, without the module of a class."""
     return str(strategy["class_path"] if isinstance(strategy, Namespace) else strategy).rpartition(".")[2]
 
 
 def settings_of(strategy: Any) -> Any:
-    """Its arguments, the parsed ones themselves."""
+    """The parsed arguments of a strategy; empty if it was given by name."""
     return (isinstance(strategy, Namespace) and strategy.get("init_args")) or {}
 
 
 def mesh_settings(strategy: Any) -> dict[str, Any] | None:
-    """MeshStrategy's arguments, also in the words of Lightning's ModelParallelStrategy; None of any other's."""
+    """The arguments of MeshStrategy or of Lightning's ModelParallelStrategy; None for any other strategy."""
     if name_of(strategy) not in (MeshStrategy.__name__, "ModelParallelStrategy"):
         return None
     settings = {"replicate_size": 1, "data_parallel_size": "auto", "tensor_parallel_size": 1} | dict(
         settings_of(strategy)
     )
-    if settings["tensor_parallel_size"] == "auto":  # Lightning's default; ours is to split no block unasked
+    if settings["tensor_parallel_size"] == "auto":  # Lightning's default, which would split blocks unasked
         settings["tensor_parallel_size"] = 1
     return settings
 
 
 def mesh_of(settings: Any, *, num_nodes: int, world_size: int) -> tuple[int, int, int]:
-    """MeshStrategy's copies, shards and tensor-parallel ranks.
+    """The sizes of MeshStrategy's mesh: replicas, shards, tensor-parallel ranks.
 
     Raises:
         ConfigError: They do not multiply to the number of devices.
@@ -120,7 +108,7 @@ def mesh_of(settings: Any, *, num_nodes: int, world_size: int) -> tuple[int, int
 
 
 def world_size_of(trainer: Namespace, *, num_nodes: int | None = None) -> int | None:
-    """Devices of all nodes, or of so many; None where only the machines know."""
+    """The number of devices on `num_nodes` nodes, by default all; None if only the machines know it."""
     devices = trainer["devices"]
     count = str(len(devices) if isinstance(devices, list) else devices)  # the command line gives digits as text
     return (num_nodes or trainer["num_nodes"]) * int(count) if count.isdigit() else None

@@ -110,7 +110,7 @@ def test_packing_can_be_compared_before_training(data):
             "data.seq_len: got x, allowed int (a whole number)\n(options: layerskip data --help)",
         ),
         (["--seq_len", "8"], "seq_len: unknown key"),
-        (["--num_batches", "x"], "argument --num_batches: invalid int value: 'x'\n(options: layerskip data --help)"),
+        (["--num_batches", "x"], "num_batches: got x, allowed int (a whole number)\n(options: layerskip data --help)"),
     ],
 )
 def test_a_mistake_is_told_in_one_message(data, arguments, message):

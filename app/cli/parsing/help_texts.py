@@ -1,6 +1,7 @@
-"""What `layerskip VERB --help` prints, kept between calls: only the real parser knows it, and that loads Lightning.
+"""The texts of `layerskip VERB --help`, kept between calls, since the parsers that make them load Lightning.
 
-A text is made anew where the application's files, or the packages whose options it shows, have changed.
+A text is made again when the files of this application, or the packages whose options it shows, have changed. The shell
+completes verbs, options and values from the texts. Tested by tests/contract/test_start_up.py.
 """
 
 from __future__ import annotations
@@ -10,28 +11,32 @@ import os
 import platform
 import re
 import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import argcomplete
+
 from app.whole_file import write_whole
 
-_PACKAGES = ("jsonargparse", "lightning", "torch", "transformers")  # the texts show their signatures and docstrings
+_PACKAGES = ("jsonargparse", "lightning", "torch", "transformers")  # their docstrings are in the texts
 _ROOMS = ("app", "callbacks", "datamodules")
 _OPTION = re.compile(r"(?m)^ +(?:-\w(?: \S+)?, )?--([\w.]+)\+?(?:[ =](\{[^}]*\}))?")
 
 
 def kept_help(verb: str) -> str | None:
-    """The help text of a verb, or None where it has to be made first."""
+    """The help text of a verb, or None if it has to be made first."""
     try:
         kept: dict[str, Any] = json.loads(_file(verb).read_text("utf-8"))
-    except (OSError, RuntimeError, ValueError):  # there is none, or no home, or a damaged one
+    except (OSError, RuntimeError, ValueError):  # there is no file or no home, or the file is damaged
         return None
     return str(kept["text"]) if kept.get("made_from") == _made_from() else None
 
 
 def keep_help(verb: str, text: str) -> None:
-    """Store the help text of a verb; a home that cannot be written to costs time at the next call, and no more."""
+    """Stores the help text of a verb. If that fails, the next call has to make the text again, which takes seconds."""
     try:
         file = _file(verb)
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -41,11 +46,33 @@ def keep_help(verb: str, text: str) -> None:
 
 
 def options_in(text: str) -> dict[str, tuple[str, ...]]:
-    """The options that a help text lists, without dashes, each with its values where the text lists those, too."""
+    """The options in a help text, without dashes, each with its values if the text lists them."""
     options: dict[str, tuple[str, ...]] = {}
     for name, values in _OPTION.findall(text):
         options[name] = options.get(name) or tuple(filter(None, values.strip("{}").split(",")))
     return options
+
+
+def complete(verbs: Iterable[str], options_of: Callable[[str], Mapping[str, tuple[str, ...]]]) -> None:
+    """Answers a shell that asks for completions, and ends the process; returns at once if no shell asks.
+
+    The user turns this on with `eval "$(register-python-argcomplete layerskip)"`.
+
+    Args:
+        verbs: The verbs.
+        options_of: The options of a verb, without dashes, each with its values where these are few.
+    """
+    if "_ARGCOMPLETE" not in os.environ:
+        return
+    words = os.environ["COMP_LINE"].split()
+    parser = ArgumentParser(prog="layerskip")
+    below = parser.add_subparsers()
+    for verb in verbs:
+        own = below.add_parser(verb, allow_abbrev=False)
+        for option, values in options_of(verb).items() if verb in words[1:2] else ():
+            if option != "help":
+                own.add_argument(f"--{option}", choices=values or None)
+    argcomplete.autocomplete(parser)
 
 
 def _file(verb: str) -> Path:
@@ -54,7 +81,7 @@ def _file(verb: str) -> Path:
 
 
 def _made_from() -> list[str]:
-    """All that a text depends on: this installation's files and releases."""
+    """The state of this installation's files and packages, on which a text depends."""
     top = Path(__file__).parents[3]
     files = [file for room in _ROOMS for file in (top / room).rglob("*.py")]
     latest = max(file.stat().st_mtime_ns for file in files)

@@ -1,8 +1,9 @@
 """Config files that are stacked on others: a file's `config` lists those below it, by paths relative to the file.
 
-`config: [../data/text_code.yaml, ../trainer/ddp.yaml]` in a file means what these options mean before the file's own:
-`--config ../data/text_code.yaml --config ../trainer/ddp.yaml`. jsonargparse itself takes a `config` in a file, too, but
-whole groups of the file then replace those of the included one: settings would go missing without a word.
+`config: [../data/text_code.yaml, ../trainer/ddp.yaml]` in a file means the same as the options
+`--config ../data/text_code.yaml --config ../trainer/ddp.yaml` before that file. jsonargparse also takes a `config` in a
+file, but then a group of the file replaces the whole group of the included one, and settings go missing silently.
+Tested by tests/contract/test_experiments.py.
 """
 
 from __future__ import annotations
@@ -23,27 +24,22 @@ _OPTIONS = ("--config", "-c")
 def with_included(args: Sequence[str]) -> list[str]:
     """The arguments, with each `--config FILE` preceded by one for every file that FILE is stacked on.
 
-    Args:
-        args: The command line, without the program's name.
-
     Raises:
         ConfigError: A file's `config` is not a list of files, or leads back to the file.
     """
-    return list(_expanded(iter(args)))
-
-
-def _expanded(args: Iterator[str]) -> Iterator[str]:
-    for arg in args:
+    expanded, remaining = list[str](), iter(args)
+    for arg in remaining:
         option, equals, value = arg.partition("=")
-        if option not in _OPTIONS or (not equals and not (value := next(args, ""))):
-            yield arg
+        if option not in _OPTIONS or (not equals and not (value := next(remaining, ""))):
+            expanded.append(arg)
             continue
         for file in _stack(value, above=()):
-            yield from ("--config", file)
+            expanded += ["--config", file]
+    return expanded
 
 
 def _stack(file: str, *, above: tuple[Path, ...]) -> Iterator[str]:
-    """`file` and all below it, the lowest first."""
+    """Yields `file` and all files below it, the lowest first."""
     path = Path(file).resolve()
     if path in above:
         raise ConfigError(_KEY, got=file, allowed=f"files that are not stacked on themselves, as {above[0]} is")
@@ -57,7 +53,7 @@ def _stack(file: str, *, above: tuple[Path, ...]) -> Iterator[str]:
 
 
 def _read(path: Path) -> Any:
-    """What is in the file; None where the parser, which reads it next, will say what is wrong with it."""
+    """The content of the file, or None if it cannot be read: the parser, which reads it next, says why."""
     try:
         return get_loader("yaml")(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -1,7 +1,8 @@
-"""From jsonargparse's messages, which are trees of types, to one line: field, what it got, what is allowed, what to do.
+"""Turns jsonargparse's messages, which are trees of types, into one line: field, got, allowed, fix.
 
 Example: 'Parser key "data": ... Parser key "batch_size": ... Expected a <class 'int'>. Got value: abc' becomes
-'data.batch_size: got abc, allowed int (a whole number)'. What users rarely meet keeps jsonargparse's own words.
+'data.batch_size: got abc, allowed int (a whole number)'. Messages that users rarely meet keep jsonargparse's words.
+Tested by tests/contract/test_command_line.py and test_generate_mistakes.py.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from textwrap import shorten
 
 _KEY = re.compile(r'Parser key "([^"]+)":?')
 _BASE = re.compile(r"<class '(\w+\.[\w.]+)'>|Callable\[\[.*?\], ([\w.]+)\]")
-# An alternative that jsonargparse tries by itself: a base class with the keys that were given.
+# jsonargparse also tries a base class with the given keys. If that class is denied, the user did not name it.
 _DENIED = re.compile(r"^ *- Problem with given class_path '([^']+)':\n +Importing .*\n", re.MULTILINE)
-# A type that no config holds, and what is wrong with the value as one of it.
+# A type that no config can hold, with jsonargparse's remarks on it.
 _TENSOR = re.compile(r", <class 'torch\.Tensor'>\]\n(?s:.*?)(?=Given value:)")
 _UNION = re.compile(r"(?s:.*)Subtypes: \[(.+)\]\n(?s:.*?)Given value: (.*?)(?:\. Got value|\n|$)")  # the innermost
 _UNKNOWN = re.compile(r"(?:^unrecognized arguments: --|[Oo]ption ')([^\s=']+)(?:' is not accepted)?")
@@ -28,7 +29,7 @@ _NOT_CLASS = (
 )
 _NOT_TYPE = r"Expected an? (?!<class 'NoneType'>)(.+?)\. Got value: (.*?)(?:\. Got value: Namespace|\n|$)"
 _MEANINGS = {"int": "int (a whole number)", "float": "float (a finite number)", "bool": "true | false"}
-# What other applications of LightningCLI call settings of ours.
+# Names that other applications of LightningCLI have for settings of ours.
 _KEYS_OF_OTHERS = {
     r"optimizer\b": "the optimizer is model.optimizer, as in --model.optimizer torch.optim.AdamW",
     r"lr_scheduler\b": "the learning rate's schedule is model.lr_schedule, with model.warmup_steps",
@@ -38,11 +39,11 @@ _KEYS_OF_OTHERS = {
 
 
 def one_line(text: str, *, options: Collection[str] = ()) -> str:
-    """The message in one line; one that no rule knows keeps its words.
+    """The message in one line; a message that no rule knows keeps its words.
 
     Args:
         text: The message.
-        options: Names of the parser's options, of which those near to a misspelt one are suggested.
+        options: Names of the parser's options, from which those like a misspelt one are suggested.
     """
     given = text.rpartition("Given value:")[2]
     text = _DENIED.sub(lambda found: found[0] if found[1] in given else "", _TENSOR.sub("]\n", text))
@@ -54,13 +55,13 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
         fix = f"if you trust {package}, add --allowed_classes+ {package} to the command line, at every start"
         return f"{path}: got {found[1]}, allowed {allowed}; {fix}"
     if found := _UNKNOWN.search(text):
-        return unknown_key(f"{path}.{found[1]}".lstrip("."), options, of=owners[-1] if owners else "")
+        return _unknown_key(f"{path}.{found[1]}".lstrip("."), options, of=owners[-1] if owners else "")
     if found := re.search(r"the following arguments are required: (.*)", text):
         names = [rest if (rest := name.partition(".")[2]) in options else name for name in found[1].split(", ")]
         by = f" by {owners[-1]}" if owners else ""
         return f"{', '.join(f'{path}.{name}'.lstrip('.') for name in names)}: required{by}, but not given"
     if text.startswith("'str' object does not support item assignment"):
-        return "stop: got one text, allowed a list of texts; write [text]"  # the only option of several arguments
+        return "stop: got one text, allowed a list of texts; write [text]"  # the only option that is a list of texts
     for pattern in _NOT_CLASS:
         if found := re.search(pattern, text):
             return f"{path}: {_no_class(next(filter(None, found.groups()), ''), text)}"
@@ -78,14 +79,8 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
     return re.sub(r"^argument --(\S+:)", r"\1", shorten(text, 400))
 
 
-def unknown_key(path: str, options: Collection[str], *, of: str = "") -> str:
-    """That there is no such key, and where it is or what is spelt like it.
-
-    Args:
-        path: The key.
-        options: Names of the parser's options.
-        of: The class whose argument it would be.
-    """
+def _unknown_key(path: str, options: Collection[str], *, of: str = "") -> str:
+    """Says that there is no such key (of the class `of`), and what it is called here or which keys are like it."""
     for pattern, key in _KEYS_OF_OTHERS.items():
         if other := re.match(pattern, path):
             return f"{path}: unknown key; {other.expand(key)}"
@@ -110,7 +105,7 @@ def _no_class(got: str, text: str) -> str:
 
 
 def _subclasses(base: str) -> Iterator[type]:
-    """Every subclass imported so far of a class named with its module."""
+    """Yields all subclasses, imported so far, of the class at this path."""
     module, _, name = base.rpartition(".")
     pending = [getattr(sys.modules.get(module), name, None)]
     while pending:
@@ -126,7 +121,7 @@ def _wrong_type(allowed: str, got: str) -> str:
 
 
 def _plain(types: str) -> str:
-    """Types as one reads them: without modules, None and typing.Literal."""
+    """Types in plain words: without modules, None and typing.Literal."""
     types = re.sub(
         r", (?=<class |typing\.|list\[|dict\[|collections\.)", " | ", types.removesuffix(", <class 'NoneType'>")
     )

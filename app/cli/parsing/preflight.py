@@ -1,6 +1,6 @@
-"""Mistakes that show without the parsers, which load torch and Lightning for seconds: refused at once.
+"""Refuses at once mistakes that show without the parsers, which load torch and Lightning for seconds.
 
-Only what is certain is refused here; the parsers say the rest, and whatever is not on the command line.
+It refuses only what is certainly wrong; the parsers find the rest. Tested by tests/contract/test_start_up.py.
 """
 
 from __future__ import annotations
@@ -21,35 +21,34 @@ from app.generation.prompts import read_prompts
 from app.model_files.paths import check_exists
 
 LAST, AUTO = "last", "auto"  # values of ckpt_path
-CHECKPOINT_HELP = "Checkpoint to go on from: a path; last (the run folder's); or auto: last if there is one, else none."
-FALL_BACK = "--fall_back_to_previous true"
-_MOST_VALUES = 100_000  # of a config; aliases make more of a few lines than memory holds
+CHECKPOINT_HELP = (
+    "Checkpoint to go on from: a path; last, in the run's folder; or auto: last if there is one, else none."
+)
+USE_PREVIOUS = "--fall_back_to_previous true"
+_MOST_VALUES = 100_000  # in a config; aliases make more of a few lines than memory holds
 _MODELS = ("model", "draft_model", "model.pretrained")
 
 
 def check_arguments(
     args: Sequence[str], *, options: Collection[str] | None, of_fit: bool, needs_model: bool = True
 ) -> None:
-    """Refuse files that are missing or no YAML, and options that the verb does not have.
+    """Refuses files that are missing or not YAML, and options that the verb does not have.
 
     Args:
-        args: The command line behind the verb.
-        options: Names of the verb's options, without dashes; None where they are not known yet.
+        args: What follows the verb on the command line.
+        options: Names of the verb's options, without dashes; None if they are not known yet.
         of_fit: Whether the verb takes the options of `layerskip fit`, whose configs may be stacked.
-        needs_model: Whether the models that are named must be there; `plan` does without.
-
-    Raises:
-        UserError: Naming the first mistake.
+        needs_model: Whether the named models must exist; `plan` does without them.
     """
     given = list(_pairs(with_included(args) if of_fit else args))
     for option, value in given:
         names = [option.rstrip("+")]
         if option in ("config", "c") and value is not None:
             names = ["config", *_keys(_read_config(value))]
-        elif option == "prompts" and value is not None and not of_fit:  # `data` writes them
+        elif option == "prompts" and value is not None and not of_fit:  # `data` writes this file
             read_prompts(value, limit=1)
-        elif option == "ckpt_path" and value not in (None, "null") and of_fit:  # `export` tells its own
-            check_checkpoint_path(str(value), fall_back=("fall_back_to_previous", "true") in given)
+        elif option == "ckpt_path" and value not in (None, "null") and of_fit:  # `export` has messages of its own
+            check_checkpoint_path(str(value), use_previous=("fall_back_to_previous", "true") in given)
         elif needs_model and option in _MODELS and value not in (None, "null"):
             check_exists(str(value), field=option)
         for name in names:
@@ -57,29 +56,26 @@ def check_arguments(
                 raise UserError(one_line(f"Option '{name}' is not accepted", options=options))
 
 
-def check_checkpoint_path(path: str, *, fall_back: bool) -> None:
-    """Refuse a `ckpt_path` at which there is no checkpoint.
+def check_checkpoint_path(path: str, *, use_previous: bool) -> None:
+    """Refuses a `ckpt_path` at which there is no checkpoint.
 
     Args:
-        path: A file, a directory, or one of the words that stand for one.
-        fall_back: Whether the checkpoint kept from before will do as well; its reader then says so.
-
-    Raises:
-        ConfigError: Naming the one before it, if that was kept.
+        path: A file, a directory, last or auto.
+        use_previous: Whether the previous checkpoint will do as well; its reader then warns.
     """
     if path in (LAST, AUTO) or (path and find_checkpoint(Path(path)).exists()):
         return
     fix = ""
     if path and (kept := previous_checkpoint(Path(path))).exists():
-        if fall_back:
+        if use_previous:
             return
-        fix = f"the one before it is {kept} ({FALL_BACK} takes it)"
+        fix = f"the previous checkpoint is {kept} ({USE_PREVIOUS} takes it)"
     allowed = "an existing checkpoint; last; or auto: last if there is one, else none"
     raise ConfigError("ckpt_path", got=path, allowed=allowed, fix=fix)
 
 
 def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Options without dashes, each with the value behind it, if there is one."""
+    """Yields each option, without its dashes, with the argument that follows it."""
     for arg, following in pairwise([*args, None]):
         if arg is not None and (arg.startswith("--") or arg == "-c"):
             option, equals, value = arg.lstrip("-").partition("=")
@@ -87,7 +83,7 @@ def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _read_config(value: str) -> Any:
-    """The config that an option names or, if its value is a mapping, is."""
+    """Reads a config, which is a file or a mapping on the command line, and refuses one that is too large."""
     config = _loaded(value)
     pending, seen = [config], 0
     while pending and (seen := seen + 1) <= _MOST_VALUES:
@@ -114,7 +110,7 @@ def _loaded(value: str) -> Any:
 
 
 def _keys(config: Any, above: str = "") -> Iterator[str]:
-    """The paths of the values in a config."""
+    """Yields the paths of the values in a config."""
     for key, value in config.items() if isinstance(config, Mapping) else ():
         if isinstance(value, Mapping) and value:
             yield from _keys(value, f"{above}{key}.")
@@ -123,7 +119,7 @@ def _keys(config: Any, above: str = "") -> Iterator[str]:
 
 
 def _is_unknown(name: str, options: Collection[str]) -> bool:
-    """Whether no option can be meant: what is below an option without others below it is a class's to know."""
+    """Whether no option can be meant. Keys below an option that takes a class are that class's to know."""
     if name in options or any(option.startswith(f"{name}.") for option in options):
         return False
     owner = name

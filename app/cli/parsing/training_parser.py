@@ -1,4 +1,4 @@
-"""The parser of Lightning's verbs: stacked configs, classes by name, one-line errors."""
+"""The parser of Lightning's verbs. Tested by tests/contract/test_command_line.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import set_dumper
 from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
 
 from app.cli.parsing.allowed_classes import restrict_classes
 from app.cli.parsing.included_configs import with_included
@@ -21,7 +22,7 @@ _NAME_OR_CLASS = re.compile(r"--(trainer)\.(strategy|accelerator|profiler|plugin
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes the members of an Enum, as some of Lightning's defaults are, by their values."""
+    """Writes the members of an Enum by their values; some of Lightning's defaults are such members."""
 
 
 _Dumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -32,18 +33,18 @@ def _dump(data: Any) -> str:
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
-    """For Lightning's verbs."""
+    """Takes stacked configs, lets them name allowed classes only, and reports an error in one line."""
 
+    @override
     def add_method_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """As jsonargparse's; Lightning's help does not know all that `ckpt_path` takes here."""
         added: list[str] = super().add_method_arguments(*args, **kwargs)
-        if "ckpt_path" in added:
+        if "ckpt_path" in added:  # Lightning's help does not know the values last and auto
             self._option_string_actions["--ckpt_path"].help = CHECKPOINT_HELP
         return added
 
+    @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's; a config file may be stacked on others (`app.cli.parsing.included_configs`)."""
-        if "namespace" in kwargs:  # The parser of all verbs asks that of one, and has made its arguments below.
+        if "namespace" in kwargs:  # the parser of all verbs calls that of one, with the arguments that are made below
             return super().parse_args(*args, **kwargs)
         set_dumper("yaml", _dump)
         given, *rest = args or (None,)
@@ -52,10 +53,10 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 
 
 def _classes_as_configs(args: Sequence[str]) -> Iterator[str]:
-    """The arguments, with `--trainer.strategy '{class_path: ...}'` and its like written as configs.
+    """Yields the arguments, with `--trainer.strategy '{class_path: ...}'` and its like written as configs.
 
-    jsonargparse takes what is no class for a name, which these settings may be too: Lightning then says that there is
-    no strategy of the name '{class_path: ...}'. Of a config, it says what is wrong with the class.
+    These settings may be names as well as classes. On the command line jsonargparse takes a misspelt class for a name,
+    which Lightning then does not find; in a config it says what is wrong with the class.
     """
     rest = iter(args)
     for arg in rest:

@@ -1,4 +1,4 @@
-"""Parsers whose errors are one line each."""
+"""Parsers of verbs: the options are the arguments of a function or class, and an error is one line."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from jsonargparse import (  # type: ignore[attr-defined]  # ActionConfigFile is 
 
 from app.cli.parsing.parser_messages import one_line
 
+JSON_FLAG: dict[str, Any] = {"action": "store_true", "help": "Print one JSON object instead of tables."}
+
 
 class OneLineErrors(ArgumentParser):
-    """A parser that says what is wrong in one line, and where help is."""
+    """A parser that prints an error as one line, says where help is, and exits with status 2."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's, which takes every file of settings for UTF-8, and follows aliases without end."""
+        """Reports two errors that jsonargparse lets pass: a config that is not UTF-8, and one that contains itself."""
         try:
             return super().parse_args(*args, **kwargs)
         except UnicodeDecodeError as error:
@@ -27,7 +29,6 @@ class OneLineErrors(ArgumentParser):
             self.error("Problems parsing config: a value contains itself, or is nested too deeply", error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message in one line, say where help is, and exit with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         parser = self._of_verb()
@@ -37,7 +38,7 @@ class OneLineErrors(ArgumentParser):
         self.exit(2)
 
     def _of_verb(self) -> ArgumentParser:
-        """The parser of Lightning's verb that was given; for our own verbs there is but one parser."""
+        """The parser of the training verb on the command line; the other verbs have no parser below this one."""
         for action in self._actions:
             if isinstance(action.choices, dict):
                 return next((action.choices[arg] for arg in getattr(self, "args", ()) if arg in action.choices), self)
@@ -45,21 +46,27 @@ class OneLineErrors(ArgumentParser):
 
 
 def call_verb(
-    verb: Callable[..., None], args: Sequence[str], *, by_hand: Mapping[str, Mapping[str, Any]] | None = None
+    verb: Callable[..., None], args: Sequence[str], *, by_hand: Mapping[str, dict[str, Any]] | None = None
 ) -> None:
-    """Call the function of a verb with the options on the command line.
+    """Calls the function of a verb with the options on the command line.
 
     Args:
         verb: Has the verb's name. Its arguments are the options, and the first line of its docstring describes it.
         args: What follows the verb on the command line.
         by_hand: Settings of `add_argument` by option, for those that the function's signature does not describe well.
     """
-    by_hand = by_hand or {}
-    parser = OneLineErrors(prog=f"layerskip {verb.__name__}", description=(verb.__doc__ or "").splitlines()[0])
+    parser = parser_of(verb, verb.__name__, by_hand or {})
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
-    for name, settings in by_hand.items():
-        parser.add_argument(f"--{name}", **settings)
-    parser.add_function_arguments(verb, as_group=False, skip={*by_hand})
     options = parser.parse_args(args).as_dict()
     options.pop("config")
     verb(**options)
+
+
+def parser_of(kind: Callable[..., Any], verb: str, by_hand: Mapping[str, dict[str, Any]]) -> OneLineErrors:
+    """A parser whose options are the arguments of a function or class, described by its docstring."""
+    parser = OneLineErrors(prog=f"layerskip {verb}", description=(kind.__doc__ or "").splitlines()[0])
+    for name, settings in by_hand.items():
+        parser.add_argument(f"--{name}", **settings)
+    add = parser.add_class_arguments if isinstance(kind, type) else parser.add_function_arguments
+    add(kind, as_group=False, skip={*by_hand})
+    return parser

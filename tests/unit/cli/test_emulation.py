@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from app.cli.emulation import warn_of_emulation
+from app.cli.measured import warn_of_emulation
 from app.model.cpu.precision import emulated, fast_dtype, training_precision
 from tests.support.processors import ARM, AVX2, AVX512_BF16, fake_processor
 

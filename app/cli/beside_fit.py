@@ -1,0 +1,60 @@
+"""Verbs that take the options of `layerskip fit` and some of their own, and stop where training would begin."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from typing_extensions import override
+
+from app.cli.parsing.verb_parser import JSON_FLAG, parser_of
+from app.cli.train import LayerSkipCLI, make_cli
+
+_FLAGS: dict[str, dict[str, Any]] = {
+    "json": JSON_FLAG,
+    "check_resume": {"action": "store_true", "help": "Resume a fresh stream where this one stopped, and compare."},
+}
+
+
+class BesideFitCLI(LayerSkipCLI):
+    """`fit` up to the point where training would begin, for a verb that has options of its own."""
+
+    def __init__(self, *args: Any, verb: str, options: Any, **kwargs: Any) -> None:
+        self._verb, self._options = verb, options
+        super().__init__(*args, **kwargs)
+
+    @override
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        self._subcommand_parsers["fit"].prog = f"layerskip {self._verb}"  # named in errors
+
+
+def run_beside_fit(kind: type[BesideFitCLI], verb: str, options: type[Any], *, fixed: Sequence[str] = ()) -> None:
+    """Parses the command line and runs the verb.
+
+    Args:
+        kind: The verb's command line.
+        verb: Its name.
+        options: A dataclass whose fields are the verb's own options.
+        fixed: Options of `fit` that the verb sets, whatever the user gives.
+    """
+    own, rest = _split(options, verb, sys.argv[2:])
+    sys.argv[1:] = ["fit", *rest, *fixed]
+    make_cli(partial(kind, verb=verb, options=own))
+
+
+def _split(options: Callable[..., Any], verb: str, args: Sequence[str]) -> tuple[Any, list[str]]:
+    """The verb's own options, and the arguments that are left for `fit`."""
+    parser = parser_of(options, verb, {name: _FLAGS[name] for name in _FLAGS if name in options.__annotations__})
+    parser.epilog = "All options of `layerskip fit` are taken too: --config FILE, --trainer.max_steps N, ..."
+    own, rest, remaining = list[str](), list[str](), iter(args)
+    for arg in remaining:
+        option, equals, _ = arg.partition("=")
+        action = parser._option_string_actions.get(option)
+        if action is not None and action.nargs != 0 and not equals and (value := next(remaining, None)) is not None:
+            own.append(f"{option}={value}")
+        else:
+            (rest if action is None else own).append(arg)
+    return options(**parser.parse_args(own).as_dict()), rest

@@ -1,0 +1,172 @@
+"""Refuses a config for what can be told before a run writes anything: Lightning opens the log files first.
+
+Tested by tests/contract/test_command_line.py.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path, PurePath
+from pydoc import locate
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+
+from app.cli.messages import walk
+from app.errors import ConfigError, check_range
+from app.model.config_check import check_runs
+from app.model_files.open import check_tokenizer_of, open_tokenizer
+from app.training.batch import check_row_length
+from app.training.module import LayerSkipModule
+from callbacks import (
+    EarlyExitCurriculum,
+    ExitQualityMonitor,
+    LayerDropoutCurriculum,
+    ParseValidation,
+    SelfSpeculativeValidation,
+)
+from callbacks.decoding_validation import check_decoding_host
+from datamodules import TextCodeDataModule, TOPv2DataModule
+from datamodules.loading.trainer_checks import check_end
+
+_LARGEST = 2**63 - 1  # the largest number that a tensor holds
+_MOST_PROCESSES = max(64, os.cpu_count() or 1)  # on a CPU Lightning starts as many as it is told to
+_RANGES = {  # Lightning accepts values outside of these silently
+    "accumulate_grad_batches": (1, 1_000_000),
+    "num_sanity_val_steps": (-1, None),
+    "gradient_clip_val": (0, None),
+    "log_every_n_steps": (0, None),
+    "check_val_every_n_epoch": (1, None),
+    "min_steps": (0, None),
+    "min_epochs": (0, None),
+}
+_HEADS = ("num_attention_heads", "num_key_value_heads")  # transformers divides by these
+_PARTS_OF_PATHS = ("name", "version", "sub_dir", "filename")  # settings of loggers and checkpoint callbacks
+_SET_UP_TWICE = (LayerDropoutCurriculum, EarlyExitCurriculum, ExitQualityMonitor)  # others may not bear it
+
+
+def check_numbers(config: Namespace) -> None:
+    """Refuses whole numbers beyond 64 bits anywhere in the config, and models without attention heads."""
+    for path, value in walk(config.as_dict()):
+        if isinstance(value, int):
+            check_range(path, value, low=1 if path.endswith(_HEADS) else -_LARGEST, high=_LARGEST)
+
+
+def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
+    """Refuses settings that Lightning divides by, accepts silently, or writes outside of their folder for."""
+    for name, (low, high) in _RANGES.items():
+        if trainer[name] is not None:
+            check_range(f"trainer.{name}", trainer[name], low=low, high=high)
+    if str(trainer["devices"]).isdecimal() and trainer["accelerator"] != "cuda":
+        check_range("trainer.devices", int(trainer["devices"]), low=0, high=_MOST_PROCESSES)
+    if trainer["val_check_interval"] in (0, 0.0):
+        allowed = "a number of batches, at least 1; a share of an epoch, (0, 1]; or a time, DD:HH:MM:SS"
+        fix = "to validate never, set trainer.limit_val_batches 0"
+        raise ConfigError("trainer.val_check_interval", got=0, allowed=allowed, fix=fix)
+    for name in ("limit_train_batches", "max_epochs") if verb == "fit" else ():
+        if trainer[name] in (0, 0.0):
+            raise ConfigError(f"trainer.{name}", got=0, allowed="more than 0, or nothing is trained")
+    for group in ("logger", "callbacks"):
+        for path, value in walk(_plain(trainer[group]), f"trainer.{group}"):
+            *_, owner, name = path.split(".")
+            if owner == "init_args" and name in _PARTS_OF_PATHS and isinstance(value, str):
+                _check_below(path, value)
+
+
+def _check_below(path: str, value: str) -> None:
+    part = PurePath(value)
+    if part.is_absolute() or ".." in part.parts:
+        fix = "the folder itself is save_dir of a logger, dirpath of a checkpoint callback"
+        raise ConfigError(path, got=value, allowed="a name or path below its folder, without '..'", fix=fix)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def take_tokenizer_of_model(config: Namespace) -> None:
+    """Names the tokenizer of the model that is continued where the config names none; changes the config in place."""
+    pretrained, arguments = config["model"]["pretrained"], _data_arguments(config)
+    if pretrained is not None and arguments is not None and arguments["tokenizer"] is None:
+        arguments["tokenizer"] = pretrained
+
+
+def check_tokenizer(config: Namespace) -> None:
+    """Refuses a tokenizer with other ids than those of the model that is continued.
+
+    Only our own datamodules are asked here; the module asks the others when training starts.
+
+    Raises:
+        ConfigError: The ids differ, or the tokenizer cannot be read.
+        CheckpointError: The tokenizer is that of a damaged checkpoint.
+    """
+    pretrained, arguments = config["model"]["pretrained"], _data_arguments(config)
+    if pretrained is not None and arguments is not None and arguments["tokenizer"] != pretrained:
+        tokenizer = open_tokenizer(arguments["tokenizer"], field="tokenizer")
+        check_tokenizer_of(pretrained, tokenizer, got=arguments["tokenizer"])
+
+
+def _data_arguments(config: Namespace) -> Any:
+    """The arguments of a datamodule of ours or of a class made of one; None for others, whose settings are unknown."""
+    data = config["data"]
+    kind = locate(data["class_path"]) if data else None
+    is_ours = isinstance(kind, type) and issubclass(kind, TextCodeDataModule | TOPv2DataModule)
+    return data["init_args"] if is_ours and "tokenizer" in data["init_args"] else None
+
+
+def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataModule) -> None:
+    """Runs the checks of a fit that need neither weights nor rows, in the order in which Lightning will repeat them.
+
+    Args:
+        trainer: The trainer before it runs.
+        module: The module before its model is built. It is attached to the trainer, and otherwise left as it is.
+        data: The datamodule. It is not asked for its tokenizer, which it may have to train.
+    """
+    module.trainer = trainer
+    if isinstance(data, TextCodeDataModule):
+        check_end(trainer)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SelfSpeculativeValidation | ParseValidation):
+            check_decoding_host(module, callback.exit_layers)
+        elif type(callback) in _SET_UP_TWICE:
+            callback.setup(trainer, module, "fit")
+    if isinstance(data, TextCodeDataModule | TOPv2DataModule):
+        check_row_length(data.seq_len, module.config)
+    if module.pretrained is None:
+        _check_memory(check_runs(module.config), trainer)
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks, since it is broadcast
+    if trainer.is_global_zero:
+        _check_folder(folder)
+    module.optimizer_over(nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)]))  # a tensor for each of its two groups
+
+
+def _check_memory(num_weights: int, trainer: Trainer) -> None:
+    """Refuses a model that does not fit this machine's memory in float32, unless it is built in parts."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * num_weights > there and not isinstance(trainer.strategy, ModelParallelStrategy):
+        got, allowed = f"{num_weights:,} weights", f"what {there / 1e9:.0f} GB of memory hold, at 4 bytes each"
+        raise ConfigError("config", got=got, allowed=allowed, fix="a MeshStrategy never holds the whole model")
+
+
+def _check_folder(folder: Path) -> None:
+    """Tries whether files can be made in the run's folder, and removes the folders that this made."""
+    new = [above for above in (folder, *folder.parents) if not above.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        allowed = "a folder that can be written to"
+        raise ConfigError("trainer.logger", got=str(folder), allowed=allowed, fix=error.strerror or "") from error
+    finally:
+        for above in new:
+            with suppress(OSError):  # another process may use it by now
+                above.rmdir()

@@ -23,8 +23,8 @@ from app.export.model_card import model_card
 from app.export.output_directory import README, check_output_dir, unsigned
 from app.generation.loaded_model import DTYPES, Dtype
 from app.model_files.decoding_defaults import DecodingDefaults, read_decoding_defaults
+from app.model_files.generation_config import trained_generation_config
 from app.model_files.open import load_for_decoding
-from app.model_files.trained_generation import trained_generation_config
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
 from app.text.tokenizer_files import check_fits
 from app.words import counted

@@ -18,7 +18,8 @@ from app.cli.tables import print_table
 from app.errors import ConfigError
 from app.generation.loaded_model import Device, Dtype, eos_token_ids, load_decoder, use_threads
 from app.generation.prompts import encode_prompts, read_prompts
-from app.model_files.decoding_defaults import Conditions, read_generation_config, write_decoding_defaults
+from app.model_files.decoding_defaults import Conditions, write_decoding_defaults
+from app.model_files.generation_config import read_generation_config
 from app.tuning.report import exits_table, tuning_as_json, verifications_table
 from app.tuning.result import Tuning
 from app.tuning.tune import TuningSettings

@@ -14,12 +14,8 @@ from transformers import PreTrainedModel
 
 from app.errors import ConfigError
 from app.export.directory import Weights
-from app.model_files.decoding_defaults import (
-    DEFAULTS_FIELD,
-    DecodingDefaults,
-    read_decoding_defaults,
-    read_generation_config,
-)
+from app.model_files.decoding_defaults import DecodingDefaults, read_decoding_defaults
+from app.model_files.generation_config import DEFAULTS_FIELD, read_generation_config
 
 _TELLING_ROWS = 8
 _ALLOWED = "a tuned model directory, a generation_config.json, or the output of layerskip tune --json"

@@ -1,51 +1,46 @@
-"""How a model is best decoded, stored with it in `generation_config.json`: a field of ours, and transformers' own.
+"""What `layerskip tune` chose for a model, stored in its `generation_config.json`.
 
-`assistant_early_exit` and its companions make plain `model.generate` of transformers draft from the same exit. It then
-takes one prompt at a time; for a batch pass it `assistant_early_exit=None`.
+The fields `assistant_early_exit` and its companions make plain `model.generate` of transformers draft from the same
+exit. It then takes one prompt at a time; for a batch pass it `assistant_early_exit=None`.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import logging
-import re
 import sys
-import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from app.errors import CheckpointError, ConfigError, check_choice, check_range
+from app.model_files.generation_config import (
+    DEFAULTS_FIELD,
+    DERIVED,
+    EARLY_EXIT,
+    NUM_TOKENS,
+    SCHEDULE,
+    read_generation_config,
+)
 from app.whole_file import write_whole
 from app.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # loading all of transformers' models takes seconds
 
-_log = logging.getLogger(__name__)
-
 DefaultStrategy = Literal["self_speculative", "autoregressive"]
-
-_FILE: str = GENERATION_CONFIG_NAME
-DEFAULTS_FIELD = "layerskip"
-_EARLY_EXIT, _NUM_TOKENS, _SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
-DERIVED = "_from_model_config"  # while it is set, transformers drops fields it does not know; old ones read config.json
-_IDLE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)  # in what transformers says of a config that it does not save
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Under what a choice was measured: under others, something else may be fastest.
+    """What a measurement was made under: under other conditions something else may be fastest.
 
     Attributes:
-        dtype: Of the weights, as torch names it.
-        device_type: Of the device, as torch names it.
+        dtype: Type of the weights, as torch names it.
+        device_type: As torch names it.
         threads: CPU threads, at least 1; None on another device.
         batch_size: Sequences decoded together, at least 1.
     """
@@ -66,7 +61,7 @@ class Conditions:
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, batch_size: int = 1) -> Conditions:
-        """Those of decoding with this model here and now."""
+        """The conditions of decoding with this model in this process."""
         return cls(
             dtype=str(model.dtype).removeprefix("torch."),
             device_type=model.device.type,
@@ -83,7 +78,7 @@ class Conditions:
         return parts[0] if len(parts) == 1 else f"{parts[0]} with {' and '.join(parts[1:])}"
 
     def differing(self, here: Conditions) -> str:
-        """What is otherwise `here`, in words; empty if nothing is."""
+        """Those conditions of `here`, in words, that differ from these; empty if none does."""
         parts = [here.dtype] if here.dtype != self.dtype else []
         if here.device_type != self.device_type:
             parts.append(here.device_type)
@@ -96,20 +91,20 @@ class Conditions:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingDefaults:
-    """What `layerskip tune` chose for a model, and what its choice rests on.
+    """What `layerskip tune` chose for a model, and the costs that it measured; None stands for an unknown cost.
 
     Attributes:
-        strategy: The faster one.
-        exit_layer: Blocks run by a draft, 1..num_layers-1; None where nothing is drafted.
+        strategy: The fastest one.
+        exit_layer: Blocks that a draft runs, 1..num_layers-1; None where nothing is drafted.
         num_draft_tokens: Drafts in a round, at least 1; None where nothing is drafted.
-        head: H, a step's cost beside its blocks, in blocks; None if unknown.
-        draft_head: H_d, the same of a draft; None: as `head`.
-        first_extra: j, cost of several positions in a pass at all, as a share of the pass over one; None if unknown.
-        extra_token: k, cost of each further position, as the same share; None if unknown.
-        overhead: Of a round, in blocks; None if unknown.
-        measured_speedup: Over autoregressive decoding, at least 1; None where nothing is drafted, or it was measured on
-            other weights.
-        conditions: Of the measurements; None in files written before they were noted.
+        head: H, the cost of a step beside its blocks, in blocks.
+        draft_head: H_d, the same for a draft; None means as `head`.
+        first_extra: j, the cost of having more than one position in a pass, as a share of a pass over one.
+        extra_token: k, the cost of each further position, as the same share.
+        overhead: Cost of a round beside its passes, in blocks.
+        measured_speedup: Speedup over autoregressive decoding, at least 1; None where nothing is drafted, or where it
+            was measured on other weights.
+        conditions: What was measured under; None in files of versions that did not store it.
     """
 
     strategy: DefaultStrategy
@@ -147,116 +142,55 @@ def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
     stored = getattr(model.generation_config, DEFAULTS_FIELD, None)
     if stored is None:
         return None
-    fix = f"run layerskip tune again, or take {DEFAULTS_FIELD!r} out of {_FILE}"
+    where = f"{GENERATION_CONFIG_NAME}: {DEFAULTS_FIELD}"
+    fix = f"run layerskip tune again, or take {DEFAULTS_FIELD!r} out of {GENERATION_CONFIG_NAME}"
     if not isinstance(stored, Mapping) or "strategy" not in stored:
-        raise ConfigError(f"{_FILE}: {DEFAULTS_FIELD}", got=stored, allowed="an object with a strategy", fix=fix)
+        raise ConfigError(where, got=stored, allowed="an object with a strategy", fix=fix)
     try:
-        defaults = DecodingDefaults(**_known(stored, DecodingDefaults))
-        num_layers = model.config.get_text_config().num_hidden_layers
+        defaults = DecodingDefaults(**_arguments(stored, DecodingDefaults))
         if defaults.exit_layer is not None:
-            check_range("exit_layer", defaults.exit_layer, low=1, high=num_layers - 1)
+            last = model.config.get_text_config().num_hidden_layers - 1
+            check_range("exit_layer", defaults.exit_layer, low=1, high=last)
     except ConfigError as error:
-        field = f"{_FILE}: {DEFAULTS_FIELD}.{error.field}"
-        raise ConfigError(field, got=error.got, allowed=error.allowed, fix=fix) from error
+        raise ConfigError(f"{where}.{error.field}", got=error.got, allowed=error.allowed, fix=fix) from error
     return defaults
 
 
-def _known(stored: Mapping[str, Any], kind: type[DecodingDefaults | Conditions]) -> dict[str, Any]:
-    """What was stored, as arguments of `kind`."""
+def _arguments(stored: Mapping[str, Any], kind: type[DecodingDefaults | Conditions]) -> dict[str, Any]:
     names = sorted(field.name for field in fields(kind))
     if unknown := sorted(map(str, stored.keys() - set(names))):
         raise ConfigError(unknown[0], got=stored[unknown[0]], allowed=f"one of {', '.join(names)}")
-    known = dict(stored)
-    conditions = known.get("conditions")
-    if conditions is not None:
-        if not isinstance(conditions, Mapping) or not {"dtype", "device_type"} <= conditions.keys():
-            raise ConfigError("conditions", got=conditions, allowed="an object with dtype and device_type, or null")
-        known["conditions"] = Conditions(**_known(conditions, Conditions))
-    return known
+    conditions = stored.get("conditions")
+    if conditions is None:
+        return dict(stored)
+    if not isinstance(conditions, Mapping) or not {"dtype", "device_type"} <= conditions.keys():
+        raise ConfigError("conditions", got=conditions, allowed="an object with dtype and device_type, or null")
+    return {**stored, "conditions": Conditions(**_arguments(conditions, Conditions))}
 
 
 def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path:
-    """Store the defaults in the model directory's `generation_config.json`, all of it or nothing.
+    """Store the defaults in a model directory's `generation_config.json`, all of it or nothing.
 
-    Every other field stays, but for the mark that the file was derived from config.json: it no longer is. Where
-    nothing is drafted, `assistant_early_exit` and its companions are taken out.
-
-    Args:
-        directory: A Hugging Face model directory.
-        defaults: To store.
+    Other fields stay, except the mark that the file was derived from config.json. Where nothing is drafted,
+    `assistant_early_exit` and its companions are taken out.
 
     Returns:
         The file.
 
     Raises:
-        CheckpointError: If the file is damaged or cannot be written.
+        CheckpointError: The file is damaged or cannot be written.
     """
     content = read_generation_config(directory)
     content.pop(DERIVED, None)
     if defaults.strategy == "self_speculative":
-        content[_EARLY_EXIT], content[_NUM_TOKENS] = defaults.exit_layer, defaults.num_draft_tokens
-        content[_SCHEDULE] = "constant"
-    elif content.pop(_EARLY_EXIT, None) is not None:
-        content.pop(_NUM_TOKENS, None)
-        content.pop(_SCHEDULE, None)
+        content |= {EARLY_EXIT: defaults.exit_layer, NUM_TOKENS: defaults.num_draft_tokens, SCHEDULE: "constant"}
+    elif content.pop(EARLY_EXIT, None) is not None:
+        content.pop(NUM_TOKENS, None)
+        content.pop(SCHEDULE, None)
     content[DEFAULTS_FIELD] = asdict(defaults)
-    file = directory / _FILE
+    file: Path = directory / GENERATION_CONFIG_NAME
     try:
         write_whole(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {file}: {error}") from error
     return file
-
-
-def read_generation_config(directory: Path) -> dict[str, Any]:
-    """The fields of a model directory's `generation_config.json`; those that config.json implies if there is none.
-
-    Raises:
-        CheckpointError: If it is damaged.
-    """
-    file = directory / _FILE
-    if not file.exists():
-        implied: dict[str, Any] = GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        ).to_diff_dict()
-        return implied
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: unreadable or damaged ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: damaged, not a JSON object")
-    return content
-
-
-def saveable(generation: GenerationConfig) -> GenerationConfig:
-    """A copy that transformers agrees to save: it refuses, for instance, a temperature without do_sample.
-
-    Fields that it calls of no effect are dropped, with a warning; so generation stays what it was.
-
-    Raises:
-        CheckpointError: It contradicts itself in another way.
-    """
-    kept = copy.deepcopy(generation)
-    try:
-        kept.validate(strict=True)
-    except ValueError as error:
-        dropped = {name: getattr(kept, name) for name in _IDLE.findall(str(error))}
-        if not dropped:
-            reason = textwrap.shorten(str(error), 300)
-            raise CheckpointError(f"the model's {_FILE} contradicts itself, mend it there: {reason}") from error
-        for name in dropped:
-            setattr(kept, name, None)
-        said = ", ".join(f"{name} {value}" for name, value in dropped.items())
-        _log.warning("%s: dropped, since they have no effect as it is: %s", _FILE, said)
-    return kept
-
-
-def untuned_generation_config(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's generation config as plain values, without what was tuned: weights that are trained want it anew."""
-    stored = json.loads(model.generation_config.to_json_string(use_diff=True))
-    return {
-        name: value
-        for name, value in stored.items()
-        if name not in (DEFAULTS_FIELD, _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE)
-    }

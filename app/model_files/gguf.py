@@ -1,4 +1,7 @@
-"""GGUF files in: llama.cpp's quantized weights, unpacked into a plain model; needs the extra `gguf`."""
+"""Reads GGUF files: unpacks llama.cpp's quantized weights into a plain model. It needs the extra `gguf`.
+
+Tested by tests/unit/model_files/test_open_gguf.py.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +35,12 @@ _HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 
 
 class GgufOrigin(NamedTuple):
-    """What a file's metadata tell of where its weights come from; None where they do not.
+    """What a file's metadata say of where its weights come from; None where they say nothing."""
 
-    Attributes:
-        file_type: How most weights are stored, as llama.cpp calls it, such as Q4_1 or F16.
-        name: Organization and name.
-        license: As the hub names it.
-        base_model: Hub id of the model it was made from.
-    """
-
-    file_type: str | None
-    name: str | None
-    license: str | None
-    base_model: str | None
+    file_type: str | None  # how llama.cpp calls the storage of most weights, such as Q4_1 or F16
+    name: str | None  # organization and name
+    license: str | None  # as the hub names it
+    base_model: str | None  # hub id of the model it was made from
 
     def __str__(self) -> str:
         stored = f" of type {self.file_type}" if self.file_type else ""
@@ -54,7 +50,7 @@ class GgufOrigin(NamedTuple):
 
 
 def read_gguf_origin(path: Path) -> GgufOrigin:
-    """Origin, from the metadata of a file that `read_gguf_config` has read."""
+    """The origin that a file which `read_gguf_config` has read states."""
     from gguf import GGUFReader, LlamaFileType  # of an extra
 
     fields = GGUFReader(path).fields
@@ -74,11 +70,11 @@ def read_gguf_origin(path: Path) -> GgufOrigin:
 
 
 def read_gguf_config(path: Path, *, field: str) -> PreTrainedConfig:
-    """Architecture, from the file's metadata and, for rope scaling, a tensor.
+    """The architecture, from the file's metadata and, for rope scaling, a tensor.
 
     Raises:
-        ConfigError: If the packages that read GGUF are not installed, or the file states what cannot be obeyed.
-        CheckpointError: If the file is truncated, damaged, or of an architecture that transformers cannot read.
+        ConfigError: The packages that read GGUF are not installed, or the file states what no model here can do.
+        CheckpointError: The file is truncated, damaged, or of an architecture that transformers cannot read.
     """
     if not (is_gguf_available() and is_accelerate_available()):
         allowed = "a .gguf file only where the packages gguf and accelerate are installed"
@@ -90,7 +86,7 @@ def read_gguf_config(path: Path, *, field: str) -> PreTrainedConfig:
         obey_metadata(config, GGUFReader(path), field=field, path=str(path))
     except ConfigError:
         raise
-    except Exception as error:  # the readers unpack structs and shape arrays: anything can come out of damaged bytes
+    except Exception as error:  # the readers raise anything at damaged bytes
         raise _unreadable(path, error) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights will not be quantized
@@ -98,11 +94,7 @@ def read_gguf_config(path: Path, *, field: str) -> PreTrainedConfig:
 
 
 def read_gguf_tokenizer(path: Path) -> Any:
-    """Tokenizer, from the file's metadata.
-
-    Raises:
-        CheckpointError: If it is damaged, or of a kind that transformers cannot read.
-    """
+    """The tokenizer in a file's metadata, or CheckpointError where transformers cannot read it."""
     try:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:
@@ -112,13 +104,11 @@ def read_gguf_tokenizer(path: Path) -> Any:
 def read_gguf_weights(
     path: Path, config: PreTrainedConfig, *, dtype: torch.dtype | None, field: str = "pretrained"
 ) -> PreTrainedModel:
-    """The model; its weights are unpacked to `dtype`, by default to float32.
-
-    `dequantize` also keeps the model free of a `quantization_config`, with which it could not be saved.
+    """The model with its weights unpacked to `dtype`, or to float32 for None.
 
     Raises:
-        CheckpointError: If the file is truncated or damaged, or weights are missing.
-        ConfigError: If it has weights besides.
+        CheckpointError: The file is truncated or damaged, or weights are missing.
+        ConfigError: The file has weights that the model has not.
     """
     from gguf import GGUFReader
 
@@ -130,7 +120,7 @@ def read_gguf_weights(
                 config=config,
                 dtype=dtype or torch.float32,
                 attn_implementation="sdpa",
-                quantization_config=GgufConfig(dequantize=True),
+                quantization_config=GgufConfig(dequantize=True),  # otherwise the model could not be saved
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `check_complete` names them
             )
@@ -143,10 +133,7 @@ def read_gguf_weights(
 
 @contextmanager
 def _progress_on_terminals_only() -> Iterator[None]:
-    """Switch transformers' progress bars off where stderr is no terminal.
-
-    The one of its GGUF reader is tqdm's own, which transformers' switch does not reach.
-    """
+    """Switch off the progress bars where stderr is no terminal; transformers' switch does not reach its GGUF reader."""
     was_on, reader_bar = transformers_logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

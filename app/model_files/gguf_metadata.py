@@ -1,4 +1,7 @@
-"""What a GGUF file states and transformers passes over: obeyed in the configuration, or refused by name."""
+"""Obeys what a GGUF file states and transformers passes over, or refuses it by name.
+
+Tested by tests/unit/model_files/test_open_gguf.py.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ if TYPE_CHECKING:  # of an extra
     from gguf import GGUFReader
 
 _ROPE_FACTORS = "rope_freqs.weight"  # llama.cpp divides the frequency of each pair of dimensions by it
-_LLAMA3_LENGTHS = 8192, *(2**power for power in range(5, 21))  # before scaling; 8192 in every published Llama 3
+_LLAMA3_LENGTHS = 8192, *(2**power for power in range(5, 21))  # before scaling; every published Llama 3 has 8192
 _SIZES = ("context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size")
 _ATTENTION = ("head_count", "head_count_kv", "layer_norm_rms_epsilon", "key_length", "value_length")
 _ROPE = ("freq_base", "dimension_count", "scale_linear")
 _SCALING = ("type", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow", "finetuned")
-_OBEYED = {  # by transformers or below; `finetuned` and the layout tell of the file's past
+_OBEYED = {  # by transformers or below; `finetuned` and the layout say only how the file was made
     *(*_SIZES, "tensor_data_layout"),
     *(f"attention.{key}" for key in _ATTENTION),
     *(f"rope.{key}" for key in _ROPE),
@@ -33,7 +36,7 @@ _ATTRIBUTES = {  # keys that are attributes of those configurations that know th
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-_NEUTRAL = {  # of any other key 0: no experts, no clamp, no bias
+_NEUTRAL = {  # values that change nothing; for any other key 0, such as no experts, no clamp, no bias
     "attention.causal": 1,
     "logit_scale": 1,
     "embedding_scale": 1,
@@ -46,18 +49,18 @@ _Refuse = Callable[[str, str], ConfigError]
 
 
 def obey_metadata(config: PreTrainedConfig, reader: GGUFReader, *, field: str, path: str) -> None:
-    """Put into `config`, as transformers made it of the file, what the file states besides.
+    """Put into `config`, as transformers made it from the file, what the file states besides, in place.
 
-    The keys are those of the GGUF specification; what a file leaves out is what llama.cpp takes it for.
+    The keys are those of the GGUF specification, and the defaults are llama.cpp's.
 
     Args:
-        config: Changed in place.
-        reader: Of the file.
+        config: Architecture.
+        reader: Reader of the file.
         field: The setting that the file comes from, for error messages.
         path: The file, for error messages.
 
     Raises:
-        ConfigError: If the file states what no configuration of this architecture can say, or what is not known here.
+        ConfigError: The file states what no configuration of this architecture can say, or what is not known here.
     """
     prefix = f"{reader.fields['general.architecture'].contents()}."
     stated = {name[len(prefix) :]: part.contents() for name, part in reader.fields.items() if name.startswith(prefix)}
@@ -84,7 +87,7 @@ def obey_metadata(config: PreTrainedConfig, reader: GGUFReader, *, field: str, p
 
 
 def _set_head(config: PreTrainedConfig, stated: Mapping[str, Any], refuse: _Refuse) -> None:
-    """Width of a head, and how much of it rotates; transformers takes the second for the first."""
+    """Set the width of a head and the part of it that rotates, which transformers takes for the width."""
     usual = config.hidden_size // config.num_attention_heads
     head_dim = stated.get("attention.key_length", usual)
     if stated.get("attention.value_length", head_dim) != head_dim:
@@ -103,9 +106,8 @@ def _set_rope(config: PreTrainedConfig, stated: Mapping[str, Any], tensors: Mapp
     config.rope_parameters.setdefault("rope_theta", 10_000.0)
     scaling = _stated_scaling(stated, refuse)
     if longrope := [name for name in tensors if name.startswith("rope_factors_")]:
-        raise refuse(
-            longrope[0], "rope scaling of type longrope, which changes with a text's length, is not known here"
-        )
+        why = "rope scaling of type longrope, which changes with a text's length, is not known here"
+        raise refuse(longrope[0], why)
     factors = tensors.get(_ROPE_FACTORS)
     if factors is not None and not np.allclose(factors, 1.0):
         found = None if scaling else _llama3(config, torch.tensor(factors))
@@ -116,12 +118,12 @@ def _set_rope(config: PreTrainedConfig, stated: Mapping[str, Any], tensors: Mapp
         config.rope_parameters = {**config.rope_parameters, **scaling}
         try:
             config.validate_rope()
-        except (ValueError, KeyError) as error:  # of classes that know some types only
+        except (ValueError, KeyError) as error:  # the class knows only some types
             raise refuse("rope.scaling.type", str(error)) from error
 
 
 def _stated_scaling(stated: Mapping[str, Any], refuse: _Refuse) -> dict[str, Any]:
-    """Scaling that the keys state, as `rope_parameters` has it; {} for none."""
+    """The scaling that the keys state, as `rope_parameters` has it; {} for none."""
     factor = stated.get("rope.scaling.factor", stated.get("rope.scale_linear", 0.0))
     kind = stated.get("rope.scaling.type", "linear")
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
@@ -129,19 +131,18 @@ def _stated_scaling(stated: Mapping[str, Any], refuse: _Refuse) -> dict[str, Any
     if kind == "linear":
         return {"rope_type": kind, "factor": factor}
     if kind != "yarn" or not factor or "rope.scaling.original_context_length" not in stated:
-        raise refuse(
-            "rope.scaling.type", "known are none, linear, and yarn with a factor and an original_context_length"
-        )
+        why = "known are none, linear, and yarn with a factor and an original_context_length"
+        raise refuse("rope.scaling.type", why)
     length = stated["rope.scaling.original_context_length"]
     betas = {name: stated[key] for name in ("beta_fast", "beta_slow") if (key := f"rope.scaling.yarn_{name}") in stated}
     return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": length, **betas}
 
 
 def _llama3(config: PreTrainedConfig, factors: torch.Tensor) -> dict[str, Any] | None:
-    """The parameters of rope type llama3 that give these factors [head_dim / 2], which a file has in their place.
+    """The parameters of rope type llama3 that give these factors [head_dim / 2], or None.
 
-    Low and high are 1 and 4, as everywhere; the factor is the slowest pair's, which no text of the original length
-    turns once. Lengths that give equal factors give equal models.
+    The low and high frequency factors are 1 and 4, as in every published model. The slowest pair does not turn once in
+    a text of the original length, so its factor is the scaling's. Lengths that give equal factors give equal models.
     """
     trial = copy.deepcopy(config)
     default = trial.rope_parameters["rope_theta"] ** (-torch.arange(len(factors)) / len(factors))
@@ -161,7 +162,7 @@ def _llama3(config: PreTrainedConfig, factors: torch.Tensor) -> dict[str, Any] |
 
 
 def check_all_used(model: PreTrainedModel, reader: GGUFReader, *, field: str, path: str) -> None:
-    """Raise ConfigError if the file has tensors that no weight of `model` comes from: transformers leaves them out."""
+    """Raise ConfigError if the file has tensors that `model` has not, since transformers leaves them out silently."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     named = reader.fields["general.architecture"].contents()
@@ -169,5 +170,5 @@ def check_all_used(model: PreTrainedModel, reader: GGUFReader, *, field: str, pa
     names = get_tensor_name_map(architecture, model.config.num_hidden_layers)
     used = {names.get_name(weight, try_suffixes=(".weight", ".bias")) for weight in model.state_dict()}
     if unused := sorted({tensor.name for tensor in reader.tensors} - used - {_ROPE_FACTORS}):
-        fix = f"{len(unused)} of its tensors have no place in a {model.config.model_type} of transformers: {unused[0]}"
+        fix = f"{len(unused)} of its tensors are not in a {model.config.model_type} of transformers: {unused[0]}"
         raise ConfigError(field, got=path, allowed="a .gguf file that can be obeyed", fix=fix)

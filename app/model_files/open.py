@@ -1,26 +1,64 @@
-"""Models in: a configuration, a Hugging Face directory or hub id, a .gguf file or a Lightning checkpoint of ours."""
+"""Opens models: Hugging Face directories and hub ids, .gguf files, checkpoints of ours, and new ones."""
 
 from __future__ import annotations
 
+import json
 import logging
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from huggingface_hub import snapshot_download
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
-from app.checkpoints.weights import is_trained_weights
-from app.errors import CheckpointError, ConfigError
-from app.model.config_check import refused_as_config
-from app.model_files.sources import open_source
+from app.checkpoints.weights import TOKENIZER_KEY, is_trained_weights, open_trained_weights
+from app.errors import CheckpointError, ConfigError, check_range
+from app.model.config_check import check_plain_head, check_sizes, refused_as_config
+from app.model_files.generation_config import stored_generation_config, trained_generation_config
+from app.model_files.gguf import read_gguf_config, read_gguf_tokenizer, read_gguf_weights
+from app.model_files.loading import conversion, fill_model, from_checkpoint, from_safetensors, is_pickle
+from app.model_files.paths import SOURCES, check_exists
 from app.text.tokenizer_files import check_fits, check_knows_tokens, load_tokenizer
-from app.text.tokenizer_files import tokenizer_to_files as tokenizer_to_files  # passed on to app.training
 
+_OWN_CODE = (
+    "it brings Python code of its own (auto_map in config.json), which could do anything and is never run: "
+    "take a model of an architecture that transformers has itself"
+)
+_MOST_LABELS = 2**20
 _log = logging.getLogger(__name__)
 
 
+class Source(NamedTuple):
+    """A model that was found and checked as far as that is possible without its weights.
+
+    Attributes:
+        config: Architecture.
+        tokenizer: Reads the tokenizer.
+        weights: Reads the weights in a dtype (None keeps theirs), and where the flag is True into their own memory.
+    """
+
+    config: PreTrainedConfig
+    tokenizer: Callable[[], Any]
+    weights: Callable[[torch.dtype | None, bool], PreTrainedModel]
+
+
 def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
-    """A randomly initialised causal LM in fp32; the weights depend on `config` and `seed` alone."""
+    """Build a causal LM in float32 whose random weights depend on `config` and `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with refused_as_config(config):
@@ -28,51 +66,33 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
 
 
 def load_config(path: str, *, field: str = "pretrained") -> PreTrainedConfig:
-    """The architecture of a model that `load_pretrained` can load, without reading its weights.
-
-    Args:
-        path: As there.
-        field: The setting that `path` comes from, for error messages.
-
-    Raises:
-        ConfigError: If there is no such model, or its head does more than multiply.
-        CheckpointError: If its file is damaged.
-    """
+    """The architecture of a model that `load_pretrained` can load; arguments and errors are the same."""
     return open_source(path, field=field).config
 
 
 def load_pretrained(
     path: str, *, dtype: torch.dtype | None = torch.float32, field: str = "pretrained"
 ) -> PreTrainedModel:
-    """A causal LM to train: every weight in memory of its own, so the files may change from then on.
+    """Load a causal LM to train, with every weight in memory of its own, so that its files may change.
 
     Args:
-        path: Hugging Face directory or hub id (safetensors only, no remote code), `.gguf` file, or checkpoint of
-            ours, of which the weights are taken and nothing else.
-        dtype: Of the weights; None keeps those of the checkpoint (float32 for GGUF).
+        path: Hugging Face directory or hub id (safetensors only, no code of its own), `.gguf` file, or checkpoint of
+            ours, of which only the weights are taken.
+        dtype: Type of the weights; None keeps that of the files (float32 for GGUF).
         field: The setting that `path` comes from, for error messages.
 
     Raises:
-        ConfigError: If there is no such model, or only pickled weights, or its head does more than multiply.
-        CheckpointError: If its weights are damaged or not all there.
+        ConfigError: There is no such model, its weights are pickled, or its head does more than multiply.
+        CheckpointError: Its weights are damaged or incomplete.
     """
     return open_source(path, field=field).weights(dtype, True)
 
 
 def load_for_decoding(path: str, *, dtype: torch.dtype | None, field: str = "model") -> tuple[PreTrainedModel, Any]:
-    """Model in eval mode and tokenizer; whatever is cheap to check is checked before the weights are read.
+    """Load a model in eval mode and its tokenizer, which are checked before the weights are read.
 
-    Weights that need no conversion are maps of their files: the model is there once their bytes are checked, and takes
-    memory as it runs.
-
-    Args:
-        path: As for `load_pretrained`.
-        dtype: Of the weights; None keeps those of the checkpoint (float32 for GGUF).
-        field: The setting that `path` comes from, for error messages.
-
-    Raises:
-        ConfigError: If there is no model there that can be decoded with, or its tokenizer does not fit it.
-        CheckpointError: If a file is damaged or incomplete.
+    Weights that need no conversion are maps of their files, which take memory as the model runs. Arguments and errors
+    are those of `load_pretrained`; a tokenizer that does not fit the model is a ConfigError too.
     """
     source = open_source(path, field=field)
     tokenizer = source.tokenizer()
@@ -81,11 +101,7 @@ def load_for_decoding(path: str, *, dtype: torch.dtype | None, field: str = "mod
 
 
 def open_tokenizer(path: str, *, field: str) -> Any:
-    """The tokenizer that comes with a model, or the one in a folder that holds nothing else.
-
-    Args:
-        path: As for `load_pretrained`, or such a folder.
-        field: The setting that `path` comes from, for error messages.
+    """The tokenizer that comes with a model, or the one in a directory that holds nothing else.
 
     Raises:
         ConfigError: There is none that can be read.
@@ -100,20 +116,17 @@ def open_tokenizer(path: str, *, field: str) -> Any:
 
 
 def check_tokenizer_of(pretrained: str, tokenizer: Any, *, field: str = "tokenizer", got: str) -> None:
-    """Refuse to feed a model the ids of a tokenizer that knows its tokens by other ids.
+    """Raise ConfigError if a token of the model `pretrained` has another id in `tokenizer`, or none.
 
-    Where the model comes without a tokenizer that can be read, a warning says that nothing was compared.
+    A warning says so where the model comes without a tokenizer that can be read, and nothing is compared.
 
     Args:
-        pretrained: Where the model comes from, as for `load_pretrained`.
-        tokenizer: That is to feed it.
+        pretrained: As the path of `load_pretrained`.
+        tokenizer: The tokenizer that is to feed the model.
         field: The setting that names the tokenizer.
         got: Its value.
-
-    Raises:
-        ConfigError: A token of the model has another id there, or none.
     """
-    if tokenizer.name_or_path == pretrained:  # of a GGUF file it takes seconds to read it again
+    if tokenizer.name_or_path == pretrained:  # reading that of a GGUF file again takes seconds
         return
     try:
         own = open_tokenizer(pretrained, field="pretrained")
@@ -121,3 +134,128 @@ def check_tokenizer_of(pretrained: str, tokenizer: Any, *, field: str = "tokeniz
         _log.warning("whether the tokenizer is the model's own cannot be told: %s", error)
         return
     check_knows_tokens(tokenizer, own, field=field, got=got, model=pretrained)
+
+
+def open_source(path: str, *, field: str) -> Source:
+    """Find a model and check all but its weights; arguments and errors are those of `load_pretrained`."""
+    if is_trained_weights(path):
+        source = _open_checkpoint(Path(path), field=field)
+    elif path.endswith(".gguf") and Path(path).is_file():
+        source = _open_gguf(Path(path), field=field)
+    else:
+        source = _open_pretrained(path, field=field)
+    if type(source.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(field, got=type(source.config).__name__, allowed="a causal LM", fix="this is none")
+    try:
+        text = source.config.get_text_config()
+        if not isinstance(text, PreTrainedConfig):
+            raise ConfigError("text_config", got=text, allowed="the settings of a model of text")
+        check_sizes(text)
+    except ConfigError as error:
+        fix = f"{CONFIG_NAME}: {error}"
+        raise ConfigError(field, got=path, allowed="a model that can be built", fix=fix) from error
+    check_plain_head(source.config, field=field)
+    if getattr(source.config, "quantization_config", None) is not None:
+        fix = "dequantize it with transformers and save_pretrained it first"
+        raise ConfigError(field, got=path, allowed="a model whose weights are not quantized", fix=fix)
+    return source
+
+
+def _open_checkpoint(path: Path, *, field: str) -> Source:
+    trained = open_trained_weights(path)
+
+    def tokenizer() -> Any:
+        if trained.tokenizer is None:
+            lack = f"holds no tokenizer ({TOKENIZER_KEY!r}), so it cannot read a prompt"
+            raise CheckpointError(f"checkpoint {path}: {lack}")
+        return trained.tokenizer
+
+    def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:
+        stored, generation = from_checkpoint(trained), trained_generation_config(trained)
+        return fill_model(trained.config, stored, dtype=dtype, own=own, field=field, generation_config=generation)
+
+    return Source(trained.config, tokenizer, weights)
+
+
+def _open_gguf(path: Path, *, field: str) -> Source:
+    config = read_gguf_config(path, field=field)
+
+    def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:  # noqa: ARG001  # unpacked into its own
+        return read_gguf_weights(path, config, dtype=dtype, field=field)
+
+    return Source(config, lambda: read_gguf_tokenizer(path), weights)
+
+
+def _open_pretrained(path: str, *, field: str) -> Source:
+    _check_path(path, field=field)
+    config = _read_config(path, field=field)
+
+    def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:
+        directory = Path(path) if Path(path).is_dir() else _download(path, field=field)
+        stored = from_safetensors(directory, field=field)
+        generation = stored_generation_config(directory, config)
+        return fill_model(config, stored, dtype=dtype, own=own, field=field, generation_config=generation)
+
+    return Source(config, lambda: load_tokenizer(path, field=field), weights)
+
+
+def _check_path(path: str, *, field: str) -> None:
+    """Refuse files and directories that are known to be no Hugging Face model."""
+    given = Path(path)
+    if not given.exists():
+        check_exists(path, field=field)
+        return
+    if given.is_dir():
+        if not (given / CONFIG_NAME).is_file():
+            fix = "there is no config.json in this directory"
+        elif (given / ADAPTER_CONFIG_NAME).is_file():
+            fix = "merge the adapter into its model first: peft's merge_and_unload, then save_pretrained"
+        else:
+            return
+    elif is_pickle(given):
+        fix = f"pickled weights can run code; {conversion(given.parent)}"
+    elif given.suffix == ".safetensors":
+        fix = f"give its directory, where config.json is: {given.parent}"
+    else:
+        kind = f"ending in {given.suffix!r}" if given.suffix else "without an ending"
+        fix = f"files {kind} are not known"
+    raise ConfigError(field, got=path, allowed=SOURCES, fix=fix)
+
+
+def _read_config(path: str, *, field: str) -> PreTrainedConfig:
+    is_local = Path(path).is_dir()
+    try:
+        if is_local:
+            _check_object(Path(path) / CONFIG_NAME)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of a file that comes from anywhere, or of the network
+        where = f"{CONFIG_NAME}: " if is_local else "no such directory here, nor on the hub: "
+        fix = where + (_OWN_CODE if "trust_remote_code" in str(error) else _reason(error))
+        raise ConfigError(field, got=path, allowed=SOURCES, fix=fix) from error
+
+
+def _check_object(file: Path) -> None:
+    """Raise an error unless the file is a JSON object of which transformers can soon make a configuration."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a valid JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise TypeError("not a JSON object")
+    if type(labels := content.get("num_labels")) is int:  # transformers makes a name for each
+        check_range("num_labels", labels, low=0, high=_MOST_LABELS)
+
+
+def _reason(error: Exception) -> str:
+    """The error's message, without the hub's advice on settings of its own."""
+    return textwrap.shorten(str(error).partition("\nCheck your internet connection")[0], 300)
+
+
+def _download(hub_id: str, *, field: str) -> Path:
+    """Put a model's safetensors and generation config into the hub's local cache, where they are not there yet."""
+    patterns = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*.safetensors", GENERATION_CONFIG_NAME]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # of the network, or of the hub
+        fix = f"it cannot be downloaded: {_reason(error)}"
+        raise ConfigError(field, got=hub_id, allowed=SOURCES, fix=fix) from error

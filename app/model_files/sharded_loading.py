@@ -1,12 +1,14 @@
-"""A model that no rank ever holds whole: built without memory, sharded, then filled part by part.
+"""Fills a model that was built without memory and spread over ranks, so that no rank ever holds it whole.
 
-Every rank makes or maps one whole tensor at a time and keeps its own part of it; a checkpoint of shards is read by
-parts. So a rank needs its shards and one tensor, and nothing goes over the network.
+Every rank makes or maps one whole tensor at a time and keeps its part of it; a checkpoint of shards is read by parts.
+So a rank needs memory for its shards and one tensor, and nothing goes over the network.
+
+Tested by tests/distributed/test_sharded_loading.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,32 +20,39 @@ from app.checkpoints.integrity import check_bytes
 from app.checkpoints.shards import copy_own_part
 from app.checkpoints.weights import is_trained_weights, open_shards, open_trained_weights
 from app.errors import CheckpointError, ConfigError
-from app.model_files.sources import open_source
-from app.model_files.trained_generation import trained_generation_config
-from app.model_files.weight_files import check_plain
-
-
-def fill(model: PreTrainedModel, device: torch.device, *, pretrained: str | None, seed: int) -> None:
-    """The weights of the stored model `pretrained`, or those that `build_model` draws from `seed`."""
-    if pretrained:
-        fill_from(model, device, pretrained)
-    else:
-        fill_at_random(model, device, seed=seed)
+from app.model_files.generation_config import trained_generation_config
+from app.model_files.loading import check_plain
+from app.model_files.open import open_source
 
 
 @torch.no_grad()
-def fill_at_random(model: PreTrainedModel, device: torch.device, *, seed: int) -> None:
-    """The weights that `build_model` draws from this seed, bit for bit.
-
-    Building a model draws twice: in the constructors of its layers, which nobody sees, and in transformers' own
-    initialisation, of the decoder before the head is there. Both are done again here, in that order, module by module.
+def fill(model: PreTrainedModel, device: torch.device, *, pretrained: str | None, seed: int) -> None:
+    """Give a model from `build_without_memory`, sharded, its weights on `device`; all ranks call this together.
 
     Args:
-        model: From `build_without_memory`, sharded.
-        device: Where its shards shall be.
+        model: Built with the configuration of `pretrained`, if that is given.
+        device: Device of the shards.
+        pretrained: A path as for `load_pretrained`. Safetensors and `.ckpt` files are mapped, not read whole; every
+            rank unpacks the whole of a GGUF file. None draws the weights that `build_model` draws.
         seed: As for `build_model`.
+
+    Raises:
+        ConfigError: There is no such model, or its tables cannot be sharded.
+        CheckpointError: Its weights are damaged or incomplete.
     """
     _take_memory(model, device)
+    if pretrained:
+        _fill_from(model, pretrained)
+    else:
+        _fill_at_random(model, seed=seed)
+
+
+def _fill_at_random(model: PreTrainedModel, *, seed: int) -> None:
+    """Draw the weights that `build_model` draws from this seed, bit for bit.
+
+    Building a model draws twice: in the constructors of its layers, and in transformers' own initialisation, which
+    overwrites that and comes to the decoder before the head is built. Both are repeated here in that order.
+    """
     filled: set[nn.Parameter] = set()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
@@ -55,13 +64,13 @@ def fill_at_random(model: PreTrainedModel, device: torch.device, *, seed: int) -
                 continue
             for name, whole in _draw(module, partial(model._init_weights, module)).items():
                 parameter = sharded[name]
-                if parameter not in filled:  # of tied ones the first counts
+                if parameter not in filled:  # the first of tied ones counts
                     filled.add(parameter)
                     copy_own_part(parameter, whole)
 
 
 def _as_built(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
-    """Every module twice, as transformers comes to it: when it is constructed (True) and when it is initialised."""
+    """Every module twice, in transformers' order: when it is constructed (True) and when it is initialised (False)."""
     inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     for child in model.children():
         if child in inner:
@@ -74,54 +83,34 @@ def _as_built(model: PreTrainedModel) -> Iterator[tuple[nn.Module, bool]]:
     yield model, False
 
 
-@torch.no_grad()
-def fill_from(model: PreTrainedModel, device: torch.device, path: str, *, field: str = "pretrained") -> None:
-    """The weights of a stored model; ranks do this together.
-
-    Args:
-        model: From `build_without_memory` with that model's configuration, sharded.
-        device: Where its shards shall be.
-        path: As for `load_pretrained`. Safetensors and `.ckpt` files are mapped, not read whole; a GGUF file is
-            unpacked whole by every rank.
-        field: The setting that `path` comes from, for error messages.
-
-    Raises:
-        ConfigError: If there is no such model.
-        CheckpointError: If its weights are damaged or not all there.
-    """
-    _take_memory(model, device)
+def _fill_from(model: PreTrainedModel, path: str) -> None:
     parameters = dict(model.named_parameters())
-    if is_trained_weights(path) and Path(path).is_dir():
-        trained = open_trained_weights(path)
-        _check_complete(path, parameters, trained.shapes)
-        for name in parameters:
-            check_plain(path, name, trained.shapes[name][1])
-        check_bytes(Path(path))
-        model.generation_config = trained_generation_config(trained)
-        open_shards(Path(path)).read_into(parameters)
+    if not (is_trained_weights(path) and Path(path).is_dir()):
+        stored = open_source(path, field="pretrained").weights(None, False)
+        model.generation_config = stored.generation_config
+        weights = dict(stored.named_parameters())
+        for name, parameter in parameters.items():
+            copy_own_part(parameter, weights[name])
         return
-    stored = open_source(path, field=field).weights(None, False)
-    model.generation_config = stored.generation_config
-    weights = dict(stored.named_parameters())
-    _check_complete(path, parameters, weights)
-    for name, parameter in parameters.items():
-        copy_own_part(parameter, weights[name])
-
-
-def _check_complete(path: str, wanted: Iterable[str], there: Container[str]) -> None:
-    if missing := sorted(name for name in wanted if name not in there):
+    trained = open_trained_weights(path)
+    if missing := sorted(parameters.keys() - trained.shapes.keys()):
         raise CheckpointError(f"{path}: {len(missing)} weights of the model are missing, the first is {missing[0]}")
+    for name in parameters:
+        check_plain(path, name, trained.shapes[name][1])
+    check_bytes(trained.path)
+    model.generation_config = trained_generation_config(trained)
+    open_shards(trained.path).read_into(parameters)
 
 
 def _take_memory(model: PreTrainedModel, device: torch.device) -> None:
-    """Memory for the shards, and what is in no checkpoint: tables such as the rotary frequencies."""
+    """Allocate the shards, and compute the tables that no checkpoint holds, such as rotary frequencies."""
     names: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             names.setdefault(parameter, []).append((module, name))
     model.to_empty(device=device)
     for (module, name), *others in names.values():
-        for other, other_name in others:  # tied ones, which to_empty separates
+        for other, other_name in others:  # to_empty separates tied parameters
             setattr(other, other_name, getattr(module, name))
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
@@ -133,7 +122,7 @@ def _take_memory(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _draw(module: nn.Module, initialise: Callable[[], object]) -> dict[str, Tensor]:
-    """What `initialise` makes of the module's own parameters, whole and in float32; the module stays as it is."""
+    """The whole parameters, in float32, that `initialise` draws for the module, whose own parameters stay."""
     sharded = dict(module.named_parameters(recurse=False))
     try:
         for name, parameter in sharded.items():
@@ -146,7 +135,7 @@ def _draw(module: nn.Module, initialise: Callable[[], object]) -> dict[str, Tens
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:
-    """In the order in which transformers initialises."""
+    """The modules in the order in which transformers initialises them."""
     for child in module.children():
         yield from _children_first(child)
     yield module

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from app.checkpoints.weights import HF_CONFIG_KEY, TOKENIZER_KEY
 from app.errors import CheckpointError, ConfigError, UserError
 from app.model_files import loading
-from app.model_files import sources as model_sources
+from app.model_files import open as opening
 from app.model_files.open import load_config, load_for_decoding, load_pretrained
 from app.text.tokenizer_files import check_knows_tokens, check_same_tokens, tokenizer_to_files
 from datamodules.loading.tokenizers import train_byte_level_bpe
@@ -238,7 +238,7 @@ BROKEN_DIRECTORIES = {
     "block too many": (
         lambda d: set_config(d, num_hidden_layers=3),
         CheckpointError,
-        r"9 weights of blocks have no place .*model\.layers\.3\.",
+        r"9 weights of blocks are not in a model .*model\.layers\.3\.",
     ),
     "shard missing": (remove("*-00002-of-*"), CheckpointError, r"1 of \d+ weight files are missing: \['model-00002-of"),
     "index cut": (truncate("*.index.json"), CheckpointError, r"index\.json: damaged"),
@@ -297,7 +297,7 @@ def test_weights_beside_the_model_are_left_out_with_a_warning(directory, model, 
     content["weight_map"]["v_head.weight"] = "model-00000-of-00001.safetensors"
     index.write_text(json.dumps(content))
     assert torch.equal(logits(load_for_decoding(str(directory), dtype=None)[0]), logits(model))
-    assert "1 weights have no place in the model and are left out: ['v_head.weight']" in caplog.text
+    assert "1 weights are not in the model and are left out: ['v_head.weight']" in caplog.text
 
 
 def test_weights_of_several_dtypes_are_converted_from_their_own(tmp_path):
@@ -368,7 +368,7 @@ def test_training_refuses_missing_weights_too(directory):
 )
 def test_what_is_no_model_is_refused_with_what_is_allowed(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model_sources.AutoConfig, "from_pretrained", None)  # the hub is not asked
+    monkeypatch.setattr(opening.AutoConfig, "from_pretrained", None)  # the hub is not asked
     (tmp_path / "here").mkdir()
     for file in ("weights.safetensors", "weights.onnx", "weights"):
         (tmp_path / file).touch()
@@ -380,7 +380,7 @@ def test_hub_id_that_cannot_be_had_says_that_there_is_no_such_directory_either(m
     def refuse(*args, **kwargs):
         raise OSError("We couldn't connect\nto the hub\nCheck your internet connection or see ...")
 
-    monkeypatch.setattr(model_sources.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(opening.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ConfigError, match=r"no such directory here, nor on the hub: We couldn't connect to the hub$"):
         load_for_decoding("owner/absent", dtype=None)
 

@@ -176,7 +176,7 @@ def test_what_a_gguf_states_of_positions_heads_and_biases_is_obeyed(parts, tmp_p
         (say(attention__sliding_window=16), r"llama\.attention\.sliding_window = 16: nothing here obeys it"),
         (
             lambda writer: writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(8, dtype=np.float32)),
-            r"1 of its tensors have no place in a llama of transformers: blk\.0\.attn_q_norm\.weight",
+            r"1 of its tensors are not in a llama of transformers: blk\.0\.attn_q_norm\.weight",
         ),
     ],
 )

@@ -1,0 +1,155 @@
+"""How a stored model generates: `generation_config.json` read, checked and made fit to be saved.
+
+Tested by tests/unit/model_files/test_open.py and tests/unit/export/test_directory.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import logging as transformers_logging
+
+from app.checkpoints.run_record import GENERATION_CONFIG_KEY
+from app.errors import CheckpointError
+from app.text.text_tokens import listed_ends
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # loading all of transformers' models takes seconds
+
+    from app.checkpoints.weights import TrainedWeights
+
+_log = logging.getLogger(__name__)
+
+DEFAULTS_FIELD = "layerskip"  # what `layerskip tune` chose
+EARLY_EXIT, NUM_TOKENS, SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
+# While this mark is set, transformers drops fields that it does not know, and older versions read config.json instead.
+DERIVED = "_from_model_config"
+_IDLE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)  # in what transformers says of a config that it does not save
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Switch off transformers' progress bars, and its warnings of what is said or mended here."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def stored_generation_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """The generation config of a model directory, or the one that `config` implies where there is no such file.
+
+    Raises:
+        CheckpointError: It is damaged, contradicts itself, or names ends of text that are no token ids.
+    """
+    file = directory / GENERATION_CONFIG_NAME
+    try:
+        with quiet_transformers():
+            if file.exists():
+                read_generation_config(directory)  # transformers passes over a damaged file
+                generation = GenerationConfig.from_pretrained(directory)
+            else:
+                file, generation = directory / CONFIG_NAME, GenerationConfig.from_model_config(config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers' validation raises anything
+        reason = textwrap.shorten(str(error), 300)
+        raise CheckpointError(f"{file}: contradicts itself ({reason})") from error
+    vocab_size = config.get_text_config().vocab_size
+    for end in listed_ends(generation.eos_token_id):
+        if type(end) is not int or not 0 <= end < vocab_size:
+            allowed = f"a token id from 0 to {vocab_size - 1}, several of them, or null"
+            raise CheckpointError(f"{file}: eos_token_id: got {generation.eos_token_id!r}, allowed {allowed}")
+    return generation
+
+
+def trained_generation_config(trained: TrainedWeights) -> GenerationConfig:
+    """The generation config of a checkpoint's model, with the end that it was trained on among its ends of text.
+
+    The rows of the run ended with its tokenizer's end-of-text token, which need not be one of the model continued.
+
+    Raises:
+        CheckpointError: The checkpoint's generation config or tokenizer is damaged.
+    """
+    saved = trained.metadata.get(GENERATION_CONFIG_KEY)
+    end = None if trained.tokenizer is None else trained.tokenizer.eos_token_id
+    try:
+        with quiet_transformers():
+            if saved is None:
+                generation = GenerationConfig.from_model_config(trained.config)
+            else:
+                generation = GenerationConfig.from_dict(dict(saved))
+            ends = listed_ends(generation.eos_token_id)
+            if end is None or end in ends:
+                return generation
+            fields = {name: value for name, value in generation.to_dict().items() if name != DERIVED}
+            return GenerationConfig.from_dict(fields | {"eos_token_id": [*ends, end] if ends else end})
+    except Exception as error:  # transformers' validation raises anything
+        reason = textwrap.shorten(str(error), 300)
+        damage = f"its {GENERATION_CONFIG_KEY!r} is damaged ({reason})"
+        raise CheckpointError(f"checkpoint {trained.path}: {damage}") from error
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """The fields of a directory's `generation_config.json`, or those that config.json implies where there is none.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    file = directory / GENERATION_CONFIG_NAME
+    if not file.exists():
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        return GenerationConfig.from_model_config(config).to_diff_dict()  # type: ignore[no-any-return]
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: unreadable or damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: damaged, not a JSON object")
+    return content
+
+
+def saveable(generation: GenerationConfig) -> GenerationConfig:
+    """A copy that transformers agrees to save, which it refuses for instance for a temperature without do_sample.
+
+    Fields that transformers calls of no effect are dropped with a warning, so generation stays the same.
+
+    Raises:
+        CheckpointError: The config contradicts itself in another way.
+    """
+    kept = copy.deepcopy(generation)
+    try:
+        kept.validate(strict=True)
+    except ValueError as error:
+        dropped = {name: getattr(kept, name) for name in _IDLE.findall(str(error))}
+        if not dropped:
+            reason = textwrap.shorten(str(error), 300)
+            message = f"the model's {GENERATION_CONFIG_NAME} contradicts itself, mend it there: {reason}"
+            raise CheckpointError(message) from error
+        for name in dropped:
+            setattr(kept, name, None)
+        said = ", ".join(f"{name} {value}" for name, value in dropped.items())
+        _log.warning("%s: dropped, since they have no effect as it is: %s", GENERATION_CONFIG_NAME, said)
+    return kept
+
+
+def untuned_generation_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's generation config as plain values, without what `layerskip tune` chose for its present weights."""
+    stored = json.loads(model.generation_config.to_json_string(use_diff=True))
+    tuned = (DEFAULTS_FIELD, EARLY_EXIT, NUM_TOKENS, SCHEDULE)
+    return {name: value for name, value in stored.items() if name not in tuned}

@@ -1,4 +1,4 @@
-"""Text and code from any number of sources, streamed and mixed by weight: for pre-training and finetuning alike."""
+"""Text and code from any number of sources, streamed and mixed by weight: for pretraining and finetuning alike."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from datamodules.loading.trainer_checks import check_end, check_trainer
 from datamodules.readers.opening import open_reader
 from datamodules.readers.records import Reader
 from datamodules.readers.sources import Source, token_shares, warn_of_mixed_weights
-from datamodules.streaming.lanes import check_lanes, delivered
-from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, stack
+from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, check_lanes, stack
 from datamodules.streaming.packing import PACKINGS, LongDocuments, Packing
 from datamodules.streaming.position import PositionKeeper, check_position
 from datamodules.streaming.source_blocks import StreamSettings
@@ -38,29 +37,30 @@ class TextCodeDataModule(LightningDataModule):
     `source` [B]. Feed `position_ids` with `attention_mask=None, use_cache=False` (see `datamodules.streaming.packing`).
 
     Training has no end: epochs of the sources follow one another, each in an order of its own, at each source's own
-    pace. A checkpoint holds the place in the stream, and a resumed run gets exactly the batches it would have got; also
-    on another number of ranks or workers, if their product divides `num_lanes` and the global batch is the same.
+    pace. A checkpoint holds the position in the stream, and a resumed run gets exactly the batches it would have got;
+    also on another number of ranks or workers, if their product divides `num_lanes` and the global batch is the same.
 
     Args:
         sources: What to read, by name. Stacked configs replace the whole; equal names are merged field by field.
         seq_len: S, tokens a row; 2 or more.
         batch_size: B, rows a batch on each device; 1 or more.
-        packing: `split`: the stream of documents is cut into rows, no token is dropped or padded; `best_fit`: documents
-            that fit into a row are not cut, rows are padded.
-        long_documents: `split`: what goes beyond a row goes into further rows; `truncate`: it is left out.
-        shuffle_megabytes: Text of each source that a lane holds to shuffle documents; beside that, chunks of the whole
-            corpus are shuffled. 0 or more; a rank's memory grows by about this, times sources, times lanes it has.
-        num_lanes: Parts the stream is read in, a multiple of ranks times workers; by default just that. More allow a
-            later resume on more ranks or workers.
+        packing: `split` cuts the stream of documents into rows, and drops and pads nothing; `best_fit` leaves documents
+            that fit into a row whole, and pads rows.
+        long_documents: Whether the tokens of a document beyond a row go into further rows (`split`) or are left out
+            (`truncate`).
+        shuffle_megabytes: Text of each source that a lane holds to shuffle documents; chunks of the whole corpus are
+            shuffled besides. 0 or more; a rank's memory grows by about this, times sources, times its lanes.
+        num_lanes: Parts that the stream is read in, a multiple of ranks times workers, which is the default. More parts
+            allow a later resume on more ranks or workers.
         validation_share: Share of documents held out, chosen by content; in (0, 1).
-        validation_rows: Rows a source gives to validation at most; 1 or more.
-        vocab_size: Size of the tokenizer to train, 257 or more; smaller if the training text is too small for it.
-        tokenizer: Folder of one, or a model whose own to use, instead of training one; the commands take that of
-            model.pretrained by default.
-        num_workers: Processes that prepare batches; 0 or more; changes no batch, given `num_lanes`.
-        seed: Of the order of training rows; 0 or more.
+        validation_rows: Most rows that a source gives to validation; 1 or more.
+        vocab_size: Size of the tokenizer to train, 257 or more; it is smaller if the training text is too small.
+        tokenizer: A folder with a tokenizer, or a model with one, to use instead of training one; the commands take
+            that of model.pretrained by default.
+        num_workers: Processes that prepare batches; 0 or more. They change no batch if `num_lanes` is given.
+        seed: Seed of the order of training rows; 0 or more.
         max_bad_share: Share of a source's records that may be unusable before the run stops; in [0, 1].
-        cache_dir: Where the trained tokenizer is kept between runs.
+        cache_dir: Folder in which the trained tokenizer is kept between runs.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -113,7 +113,7 @@ class TextCodeDataModule(LightningDataModule):
             validation_share=validation_share,
             max_bad_share=max_bad_share,
             seed=seed,
-            num_lanes=0,  # known when the trainer is
+            num_lanes=0,  # set once the trainer is known
         )
         self._sources = tuple(replace(source, name=name) for name, source in sources.items())
         warn_of_mixed_weights(self._sources)
@@ -122,19 +122,17 @@ class TextCodeDataModule(LightningDataModule):
         )
         self._num_lanes = num_lanes
         self._keeper = PositionKeeper()
-        self._checked: dict[str, Any] | None = None  # the state that a fit was found to go on from
-        self._opened: dict[int, list[Reader]] = {}  # for a number of lanes
-
-    # What others ask for.
+        self._checked: dict[str, Any] | None = None  # the state from which a fit may resume
+        self._opened: dict[int, list[Reader]] = {}  # by number of lanes
 
     @property
     def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerFast
-        """The tokenizer of the data; asking for it before `setup` trains it if need be."""
+        """The tokenizer of the data; it is trained when first asked for, also before `setup`."""
         return self._corpus.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, as trained; asking for it before `setup` trains the tokenizer if need be."""
+        """Number of token ids of the tokenizer."""
         return len(self.tokenizer)
 
     @property
@@ -144,40 +142,38 @@ class TextCodeDataModule(LightningDataModule):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """Names of the sources; `batch["source"]` indexes them."""
+        """Names of the sources, which `batch["source"]` indexes."""
         return tuple(source.name for source in self._sources)
 
     @property
     def source_weights(self) -> dict[str, float]:
-        """Share of tokens asked of each source; they sum to 1."""
+        """Share of tokens that each source is to give; they sum to 1."""
         return token_shares(self._sources)
 
     def source_statistics(self) -> dict[str, SourceStatistics]:
-        """What each source delivered to training on this rank so far; of epochs and records, what was read for it."""
-        return delivered(self._keeper.latest().lanes, self.source_names, share=RankShare.of(self.trainer))
+        """What each source gave to training on this rank so far; records count as they are read, also ahead."""
+        return self._keeper.statistics(self.source_names, share=RankShare.of(self.trainer))
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
-        """`count` prompts of `length` token ids: the beginnings of held-out documents, alternating between sources.
+        """`count` prompts of `length` token ids, the same at every call (see `SurveyedCorpus.prompts`).
 
-        The same at every call. Documents with something left to continue come first; if there are too few of them,
-        shorter ones give shorter prompts, and if there are too few of all, fewer prompts come back, with a warning.
+        They are the beginnings of held-out documents. Too few long documents give shorter prompts, and too few
+        documents fewer prompts.
 
         Raises:
             DataError: Nothing is held out.
         """
         return self._corpus.prompts(count, length)
 
-    # What Lightning asks for.
-
     def prepare_data(self) -> None:
-        """Train the tokenizer, on one process of each node; the others find it in the cache."""
+        """Train the tokenizer in one process of each node; the others find it in the cache."""
         _ = self.tokenizer
 
     def setup(self, stage: str) -> None:
-        """Check that the trainer takes the stream as it is.
+        """Check the trainer.
 
         Raises:
-            ConfigError: The trainer would shard or repeat batches that already have their place, or never end.
+            ConfigError: The trainer would divide or repeat batches, or never end.
         """
         if self.trainer is not None:
             check_trainer(self.trainer)
@@ -185,7 +181,7 @@ class TextCodeDataModule(LightningDataModule):
                 check_end(self.trainer)
 
     def train_dataloader(self) -> StreamLoader:
-        """Batches without end, from the latest one that was trained on.
+        """Batches without end, from behind the latest one that was trained on.
 
         Raises:
             ConfigError: `num_lanes` does not fit the ranks and workers.
@@ -201,7 +197,7 @@ class TextCodeDataModule(LightningDataModule):
         return StreamLoader(batches, position=self._keeper.latest, num_workers=settings.num_workers, seed=settings.seed)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take note of a training batch's place in the stream: it is about to be trained on."""
+        """Note the position behind a training batch, which is about to be trained on, and take it out of the batch."""
         if STATE_KEY not in batch:
             return batch
         number, state = batch[STATE_KEY]
@@ -209,7 +205,7 @@ class TextCodeDataModule(LightningDataModule):
         return {name: column for name, column in batch.items() if name != STATE_KEY}
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Held-out rows spread evenly over each source's documents, sources in turn; every rank takes an equal part.
+        """Held-out rows, spread evenly over each source's documents; sources take turns, and ranks get equally many.
 
         Raises:
             DataError: Fewer rows are held out than there are ranks.
@@ -224,12 +220,12 @@ class TextCodeDataModule(LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream, of all ranks, and what it is a place in; all ranks must ask together."""
+        """The position in the stream, and the settings it depends on; all ranks must ask together."""
         order = order_state(self._order(), trainer=self.trainer, tokenizer=self.tokenizer)
         return order | self._keeper.state(self._steps_taken, share=RankShare.of(self.trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the saved place; of a trainer's stages in fit alone. Lightning calls it after `setup`, at every stage.
+        """Go to the saved position, in fit alone. Lightning calls this after `setup`, at every stage.
 
         Raises:
             ConfigError, CheckpointError: As `check_state_dict`.
@@ -239,14 +235,14 @@ class TextCodeDataModule(LightningDataModule):
             self._keeper.restore(state_dict, share=RankShare.of(self.trainer))
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a place to go to (protocols.ResumableData); lanes that nobody counted are as many as it has.
+        """Refuse a position that training cannot resume from; lanes that no setting counts are as many as it has.
 
         Raises:
-            ConfigError: A setting that the stream depends on differs from the checkpoint's; or, at any stage, the
+            ConfigError: In fit, a setting that the stream depends on differs from the checkpoint's; at any stage, the
                 tokenizer does.
-            CheckpointError: In fit, it is no place in the stream.
+            CheckpointError: In fit, the state is no position of the stream.
         """
-        if state_dict is self._checked:  # a trainer asks before anything is taken, and hands it over later
+        if state_dict is self._checked:  # protocols.ResumableData: a trainer asks first, and loads it later
             return
         if resumes_order(self.trainer) and self._num_lanes is None:
             self._num_lanes = state_dict.get("num_lanes")
@@ -255,19 +251,17 @@ class TextCodeDataModule(LightningDataModule):
             check_position(state_dict, num_sources=len(self._sources))
             self._checked = state_dict
 
-    # Helpers.
-
     @property
     def _steps_taken(self) -> int:
-        """Optimizer steps; without a trainer, every batch is a step of its own."""
+        """Optimizer steps taken; without a trainer, every batch is a step of its own."""
         return self._keeper.latest().batches if self.trainer is None else self.trainer.global_step
 
     def _stream_settings(self) -> StreamSettings:
-        """With the number of lanes, which the trainer and the checkpoint have a say in."""
-        ranks, workers = RankShare.of(self.trainer).num_replicas, max(1, self._settings.num_workers)
+        """The settings with the number of lanes, which depends on the trainer and the checkpoint."""
+        num_replicas, workers = RankShare.of(self.trainer).num_replicas, max(1, self._settings.num_workers)
         if self._num_lanes is None:
-            self._num_lanes = ranks * workers
-        check_lanes(self._num_lanes, ranks=ranks, workers=workers)
+            self._num_lanes = num_replicas * workers
+        check_lanes(self._num_lanes, num_replicas=num_replicas, workers=workers)
         return replace(self._stream, num_lanes=self._num_lanes)
 
     def _readers(self, num_lanes: int) -> list[Reader]:
@@ -276,7 +270,7 @@ class TextCodeDataModule(LightningDataModule):
         return self._opened[num_lanes]
 
     def _order(self) -> dict[str, int | float | str]:
-        """All that the stream of training batches depends on, but for the micro-batches of a step."""
+        """All that the stream of training batches depends on, except the micro-batches of a step."""
         settings = self._stream_settings()
         readers = zip(self.source_names, self._readers(settings.num_lanes), strict=True)
         own = {

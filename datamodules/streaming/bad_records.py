@@ -1,4 +1,4 @@
-"""What could not be read of a source: skipped, counted, logged with its place, and an error when it is too much."""
+"""Bad records of a source: skipped, counted and logged with their locations, and an error when they are too many."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ _SHOWN = 20
 
 
 class BadRecords:
-    """The records of one source as one process reads them.
+    """Counts the records of one source as one process reads them.
 
-    What is bad often comes together: a shard with the wrong field is several chunks. So as long as not everything has
-    been seen, bad records are judged as if they came by whole chunks, and only more than chance explains stops a run.
+    Bad records often come together: a shard with the wrong field is several chunks. So as long as not everything has
+    been read, bad records are judged as if they came by whole chunks, and only more of them than chance explains stop
+    a run.
 
     Args:
         source: Name of the source.
-        max_share: Share of records that may be bad, in [0, 1]; those without any text are skipped, but not held
-            against it: they are common (`__init__.py`) and no damage.
+        max_share: Share of records that may be bad, in [0, 1]. Those without any text are skipped but not counted as
+            bad: they are common (`__init__.py`) and no damage.
         quiet: Log nothing.
-        logged: Records of the source that were logged before, by others in this process; those that are here join them.
+        logged: Records of the source that others in this process logged before; this object adds its own.
 
     Attributes:
-        chunks: Read to their end so far.
-        seen: Records read so far; of what was lost, as many as a chunk has on average.
+        chunks: Chunks read to their end so far.
+        seen: Records read so far; lost records count as many as a chunk has on average.
         skipped: Records skipped so far.
-        failed: Those of `seen` that count against the share.
+        failed: Those of `seen` that count as bad.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class BadRecords:
         self._source, self._max_share, self._level = source, max_share, logging.DEBUG if quiet else logging.INFO
         self.chunks = self.seen = self.skipped = self.failed = 0
         self._logged = set() if logged is None else logged
-        self._reasons: dict[str, tuple[str, int]] = {}  # first place and number of records
+        self._reasons: dict[str, tuple[str, int]] = {}  # first location and number of records
 
     def good(self) -> None:
         """Count a document."""
@@ -60,7 +61,7 @@ class BadRecords:
                 _log.log(self._level, "source %r: further skipped records are only counted", self._source)
 
     def check(self, *, complete: bool) -> None:
-        """Stop when too much is bad; `complete`: all there is was read, so that the share is what it is.
+        """Stop when too much is bad; `complete` means that all there is was read, so that the share is exact.
 
         Raises:
             DataError: More than `max_share` of the records are bad.
@@ -68,18 +69,17 @@ class BadRecords:
         allowed = self._max_share * self.seen
         if not complete:  # chance may bring three standard deviations more of bad chunks, and three chunks at once
             expected = self._max_share * self.chunks
-            in_a_chunk = max(1, self.seen / max(1, self.chunks))  # a long line fills many that have no record then
+            in_a_chunk = max(1, self.seen / max(1, self.chunks))  # a long line may fill many chunks without a record
             allowed += (3 * math.sqrt(expected) + 3) * in_a_chunk
-        if self.failed <= allowed:
-            return
-        raise DataError(
-            f"source {self._source!r}: {self.failed} of {self.seen} records are bad, more than max_bad_share"
-            f" {self._max_share}; mend or exclude them, give a glob, or raise max_bad_share{self.examples()}"
-        )
+        if self.failed > allowed:
+            raise DataError(
+                f"source {self._source!r}: {self.failed} of {self.seen} records are bad, more than max_bad_share"
+                f" {self._max_share}; mend or exclude them, give a glob, or raise max_bad_share{self.examples()}"
+            )
 
     def examples(self) -> str:
         """The first record skipped for each reason, a line each."""
         return "".join(
-            f"\n  {place}: {reason}" + (f" (and {count - 1} more)" if count > 1 else "")
-            for reason, (place, count) in self._reasons.items()
+            f"\n  {location}: {reason}" + (f" (and {count - 1} more)" if count > 1 else "")
+            for reason, (location, count) in self._reasons.items()
         )

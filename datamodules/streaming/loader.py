@@ -1,11 +1,10 @@
-"""The training loader of a stream: which lane a batch comes from, and where every lane stands when a step ends.
+"""The training loader of a stream: which lane a batch comes from, and what state of the lane it brings along.
 
-Micro-batch `k` of rank `r` in a world of W comes from lane (k W + r) mod V, and of K workers the (k mod K)-th prepares
-it; V is a multiple of W K, so that every lane has one owner. Global micro-batch k W + r is therefore the same whatever
-W and K are.
+Micro-batch `k` of rank `r` of W comes from lane (k W + r) mod V, and of K workers the (k mod K)-th prepares it. V is a
+multiple of W K, so every lane has one owner, and global micro-batch k W + r is the same whatever W and K are.
 
-Each batch brings along the state its lane has after it. What counts is the state of the batches that were trained on,
-not of those that workers have prepared already; no loader has to be asked, stopped or replayed.
+Each batch brings along the state that its lane has after it. The states that count are those of the batches that were
+trained on, not of those that workers have prepared already, so no loader has to be asked, stopped or replayed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from app.errors import DataError
+from app.errors import ConfigError, DataError
 from datamodules.loading.rank_share import RankShare
 from datamodules.loading.tokenizers import Encoder
 from datamodules.loading.workers import WorkerLoader, prepare_worker
@@ -31,16 +30,26 @@ from datamodules.streaming.stream import Lane, LaneState
 STATE_KEY = "lane_state"
 
 
-class LaneBatches(IterableDataset[Any]):
-    """The batches of one rank from a position on, without end; each worker yields those that are its turn.
+def check_lanes(num_lanes: int, *, num_replicas: int, workers: int) -> None:
+    """Refuse ranks and workers that would not have equally many lanes; `workers` is 1 where a rank reads itself.
 
-    Args:
-        sources: Each with its reader.
-        encode: Texts to token ids.
-        settings: Of the stream.
-        batch_size: Rows a batch.
-        share: Which batches are this rank's.
+    Raises:
+        ConfigError: Naming the setting that does not fit, and what would.
     """
+    if num_lanes % num_replicas:
+        raise ConfigError(
+            "num_lanes",
+            got=num_lanes,
+            allowed=f"a multiple of {num_replicas}, the number of ranks",
+            fix="a resumed run keeps its lanes: change the number of devices",
+        )
+    if (own := num_lanes // num_replicas) % workers:
+        allowed = f"a divisor of {own}: each of {num_replicas} ranks has {own} of the {num_lanes} lanes"
+        raise ConfigError("num_workers", got=workers, allowed=allowed)
+
+
+class LaneBatches(IterableDataset[Any]):
+    """The batches of one rank from `position` on, without end; each worker yields those that are its turn."""
 
     def __init__(
         self,
@@ -56,7 +65,7 @@ class LaneBatches(IterableDataset[Any]):
         self.position = StreamPosition(0, {})
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches, each with its lane's number and state; or the error that ended a source."""
+        """Yield batches, each with its lane's number and state; or the error that ended a source."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         lanes: dict[int, Lane] = {}
@@ -65,22 +74,20 @@ class LaneBatches(IterableDataset[Any]):
         while True:
             number = (k * self._share.num_replicas + self._share.rank) % self._settings.num_lanes
             if number not in lanes:
-                state = self.position.lanes.get(number, LaneState.start(len(self._sources)))
                 lanes[number] = Lane(
                     self._sources,
                     lane=number,
                     encode=self._encode,
                     settings=self._settings,
-                    state=state,
+                    state=self.position.lanes.get(number, LaneState.start(len(self._sources))),
                     logged=logged,
                 )
             try:
-                yield stack([lanes[number].next_row() for _ in range(self._batch_size)]) | {
-                    STATE_KEY: (number, lanes[number].state)
-                }
+                batch = stack([lanes[number].next_row() for _ in range(self._batch_size)])
             except DataError as error:  # a worker's exception would arrive as a traceback in a string
                 yield error
                 return
+            yield batch | {STATE_KEY: (number, lanes[number].state)}
             k += workers
 
 
@@ -92,14 +99,7 @@ def stack(rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
 
 
 class StreamLoader(WorkerLoader):
-    """A loader of `LaneBatches`.
-
-    Args:
-        batches: What to load.
-        position: Asked where to begin whenever an iteration does.
-        num_workers: Processes that prepare batches.
-        seed: Of the workers, which draw nothing from it; without one, torch would draw from its global generator.
-    """
+    """A loader of `LaneBatches` that asks `position` where to begin whenever an iteration does."""
 
     def __init__(
         self, batches: LaneBatches, *, position: Callable[[], StreamPosition], num_workers: int, seed: int
@@ -108,15 +108,13 @@ class StreamLoader(WorkerLoader):
             batches,
             batch_size=None,
             num_workers=num_workers,
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator().manual_seed(seed),  # else torch would draw from its global generator
             worker_init_fn=prepare_worker,
         )
         self._batches, self._position = batches, position
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Batches.
-
-        Nothing is read before the first is wanted: Lightning may ask for the iterator before it restores a checkpoint.
+        """Yield batches; nothing is read before the first is asked for (see `WorkerLoader`).
 
         Raises:
             DataError: A source has too many bad records, or no usable one.

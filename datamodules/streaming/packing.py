@@ -2,17 +2,16 @@
 
 Shape legend: `S` tokens a row.
 
-Every document is followed by the end-of-text token. Attention must not cross from one document into another:
-transformers derives that mask from position ids that restart, if it is given no attention mask and no cache
-(`attention_mask=None, use_cache=False`; with either, documents leak into one another silently).
+Every document is followed by the end-of-text token. Attention must not cross from one document into another.
+transformers derives that mask from position ids that restart, provided it is given no attention mask and no cache
+(`attention_mask=None, use_cache=False`); with either, documents see one another, and nothing tells of it.
 
-Rows can be asked for from the middle: each comes with the place at which the next one begins, and the same documents
-from that place on give the same rows again.
+Packing can begin in the middle: each row comes with the point at which the next one begins, and the same documents
+give the same rows from there on.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Literal, NamedTuple
@@ -21,12 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from app.layerskip.early_exit_loss import IGNORE_INDEX
+from datamodules.loading.best_fit import best_fit
 
 Tokens = npt.NDArray[np.int32]
 Packing = Literal["split", "best_fit"]
 LongDocuments = Literal["split", "truncate"]
 
-_ROWS_A_GROUP = 32  # documents that best fit chooses from: tokens of so many rows
+_ROWS_A_GROUP = 32  # best fit chooses from the documents of about so many rows
 
 
 class Row(NamedTuple):
@@ -37,7 +37,7 @@ class Row(NamedTuple):
         labels: [S]; the token that follows in the same document, else `IGNORE_INDEX`. The last position is labelled
             with the first token of the next row if the document goes on there.
         position_ids: [S]; restart at 0 with every document and with every row.
-        num_tokens: Of documents and their end-of-text tokens, 1..S; the others are padding.
+        num_tokens: Tokens of documents, with their end-of-text tokens, 1 to S; the others are padding.
     """
 
     input_ids: Tokens
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 class PackedRow(NamedTuple):
-    """A row, and where the next one begins: `within` the last document of `finished` + 1, in the packing's own unit."""
+    """A row, and where the next one begins: behind `finished` documents, and `within` further units of the packing."""
 
     row: Row
     finished: int
@@ -55,7 +55,7 @@ class PackedRow(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Tokens start..stop-1 of a document."""
+    """Tokens `start` to `stop` - 1 of a document."""
 
     document: Tokens
     start: int
@@ -63,10 +63,10 @@ class _Piece(NamedTuple):
 
 
 def split_rows(documents: Iterator[Tokens | None], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
-    """Cut the stream of documents into rows: no token is dropped, a document may go on in the next row.
+    """Cut the stream of documents into rows: no token is dropped, and a document may go on in the next row.
 
     Args:
-        documents: Token ids of each, ending with the end-of-text token; the row they end in is padded. None is skipped.
+        documents: Token ids of each, ending with the end-of-text token; the last row is padded. None is skipped.
         seq_len: S, at least 2.
         within: Tokens of the first document that earlier rows took.
 
@@ -93,10 +93,9 @@ def split_rows(documents: Iterator[Tokens | None], *, seq_len: int, within: int 
 
 
 def best_fit_rows(documents: Iterator[Tokens | None], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
-    """Put whole documents into rows: of the rows begun, the fullest with room; a document longer than a row is cut.
+    """Put whole documents into rows by best fit; only a document longer than a row is cut, and rows are padded.
 
-    Documents are packed in groups of about 32 rows of tokens, the longest first (best fit decreasing, Ding et al. 2024,
-    arXiv 2404.10830); rows are padded.
+    Documents are packed in groups of about 32 rows of tokens (see `loading.best_fit`).
 
     Args:
         documents: Token ids of each, ending with the end-of-text token; None ends a group before it is full.
@@ -132,27 +131,14 @@ def _group(documents: Iterator[Tokens | None], *, at_least: int) -> list[Tokens]
 
 
 def _best_fit(group: list[Tokens], seq_len: int) -> list[list[_Piece]]:
-    """Rows of pieces; in the order in which their first documents came, so that long ones are not all first."""
+    """Rows of pieces, in the order of their first documents, so that long documents do not all come first."""
     pieces = [
-        (index, _Piece(document, start, min(len(document), start + seq_len)))
-        for index, document in enumerate(group)
+        _Piece(document, start, min(len(document), start + seq_len))
+        for document in group
         for start in range(0, len(document), seq_len)
     ]
-    pieces.sort(key=lambda item: item[1].start - item[1].stop)  # stable
-    rows: list[list[tuple[int, _Piece]]] = []
-    by_room: list[tuple[int, int]] = []  # (room, row), ascending
-    for index, piece in pieces:
-        size = piece.stop - piece.start
-        place = bisect_left(by_room, (size, 0))
-        if place == len(by_room):
-            rows.append([])
-            room, row = seq_len, len(rows) - 1
-        else:
-            room, row = by_room.pop(place)
-        rows[row].append((index, piece))
-        insort(by_room, (room - size, row))
-    rows.sort(key=lambda row: min(index for index, _ in row))
-    return [[piece for _, piece in row] for row in rows]
+    rows = best_fit([piece.stop - piece.start for piece in pieces], capacity=seq_len)
+    return [[pieces[index] for index in row] for row in sorted(rows, key=min)]
 
 
 def _row(pieces: list[_Piece], seq_len: int) -> Row:

@@ -1,25 +1,26 @@
-"""Where the stream stands: what was trained on, of all lanes of all ranks."""
+"""Where the stream stands: what was trained on, in all lanes of all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from app.checkpoints.entries import SavedEntries
+from app.protocols import SourceStatistics
 from datamodules.loading.rank_share import RankShare
 from datamodules.streaming.stream import LaneState
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where the stream of the whole world stands.
+    """Where the stream of all ranks stands.
 
     Attributes:
         batches: Micro-batches that every rank trained on.
-        lanes: State of each lane that delivered something.
+        lanes: State of each lane that has delivered something, by its number.
     """
 
     batches: int
@@ -27,7 +28,7 @@ class StreamPosition:
 
 
 def check_position(state: Mapping[str, Any], *, num_sources: int) -> None:
-    """Refuse a saved place of the stream that none can be.
+    """Refuse a saved state that is no position of a stream.
 
     Raises:
         CheckpointError: Naming the entry.
@@ -37,7 +38,7 @@ def check_position(state: Mapping[str, Any], *, num_sources: int) -> None:
     num_lanes = saved.count((*entry, "num_lanes"), state.get("num_lanes"), low=1)
     for number, lane in saved.any_keys((*entry, "lanes"), state.get("lanes")).items():
         saved.count((*entry, "lanes", number), int(number) if str(number).isdigit() else number, high=num_lanes - 1)
-        saved.alike((*entry, "lanes", number), lane, LaneState.start(num_sources).plain())
+        saved.alike((*entry, "lanes", number), lane, LaneState.start(num_sources).to_lists())
 
 
 class PositionKeeper:
@@ -48,11 +49,11 @@ class PositionKeeper:
         self._step: int | None = None  # optimizer steps taken when the latest batch was handed over
 
     def latest(self) -> StreamPosition:
-        """Behind the latest batch that was handed over: where an iteration goes on."""
+        """The position behind the latest batch that was handed over, where an iteration goes on."""
         return self._now
 
     def hand_over(self, number: int, state: LaneState, *, step: int) -> None:
-        """A batch of lane `number` is about to be trained on, `step` optimizer steps having been taken."""
+        """Note that a batch of lane `number` is about to be trained on, after `step` optimizer steps."""
         if step != self._step:
             self._step, self._step_start = step, self._now
         self._now = StreamPosition(self._now.batches + 1, {**self._now.lanes, number: state})
@@ -62,25 +63,38 @@ class PositionKeeper:
         return self._step_start if step == self._step else self._now
 
     def state(self, step: int, *, share: RankShare) -> dict[str, Any]:
-        """`at_step` as plain values, of all ranks; all of them must ask together."""
+        """`at_step` of all ranks as plain values; all of them must ask together."""
         position = self.at_step(step)
-        lanes = _from_all_ranks(dict(position.lanes), share=share)
+        lanes = _own_lanes(position, share)
+        if share.num_replicas > 1:
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()  # tensor-parallel ranks say the same
+            torch.distributed.all_gather_object(gathered, lanes)
+            lanes = {number: state for part in gathered for number, state in part.items()}
         return {
             "global_batches": position.batches * share.num_replicas,
-            "lanes": {str(number): state.plain() for number, state in sorted(lanes.items())},
+            "lanes": {str(number): state.to_lists() for number, state in sorted(lanes.items())},
         }
 
     def restore(self, state: Mapping[str, Any], *, share: RankShare) -> None:
         """Go on from what `state` gave, on any number of ranks."""
-        lanes = {int(number): LaneState.of(plain) for number, plain in state["lanes"].items()}
+        lanes = {int(number): LaneState.from_lists(lists) for number, lists in state["lanes"].items()}
         self._now = self._step_start = StreamPosition(state["global_batches"] // share.num_replicas, lanes)
 
+    def statistics(self, source_names: Sequence[str], *, share: RankShare) -> dict[str, SourceStatistics]:
+        """What each source gave to the lanes of this rank; names in the order of the lanes' figures."""
+        own = _own_lanes(self._now, share).values()
+        return {
+            name: SourceStatistics(
+                tokens=sum(state.tokens[index] for state in own),
+                rows=sum(state.rows[index] for state in own),
+                epochs=sum(state.epochs[index] for state in own) / max(1, len(own)),
+                seen=sum(state.seen[index] for state in own),
+                skipped=sum(state.skipped[index] for state in own),
+            )
+            for index, name in enumerate(source_names)
+        }
 
-def _from_all_ranks(lanes: dict[int, LaneState], *, share: RankShare) -> dict[int, LaneState]:
-    """Each lane's state from the rank that reads it."""
-    own = {number: state for number, state in lanes.items() if number % share.num_replicas == share.rank}
-    if share.num_replicas == 1:
-        return own
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()  # tensor-parallel ranks say the same
-    torch.distributed.all_gather_object(gathered, own)
-    return {number: state for part in gathered for number, state in part.items()}
+
+def _own_lanes(position: StreamPosition, share: RankShare) -> dict[int, LaneState]:
+    """The states of the lanes that this rank reads; those of others are as old as the checkpoint."""
+    return {number: state for number, state in position.lanes.items() if number % share.num_replicas == share.rank}

@@ -1,11 +1,11 @@
-"""The documents of one source in one lane, read in blocks and shuffled in each.
+"""The documents of one source in one lane, read in blocks and shuffled within each block.
 
-Each source is cut into C chunks; the n-th to be read, n = 0, 1, 2, ..., is entry n mod C of the n // C-th permutation
+Each source is cut into C chunks. The n-th to be read, n = 0, 1, 2, ..., is entry n mod C of the (n // C)-th permutation
 of them, and lane l of V reads n = l, l + V, l + 2V, ... So every chunk is read exactly once an epoch by exactly one
-lane, whatever V, and no lane waits for another.
+lane, whatever V is, and no lane waits for another.
 
 A block is about `shuffle_megabytes` of text, from chunks that lie anywhere in the corpus. Its order is a function of
-the seed and of its number, so where it begins is all one needs to have it again.
+the seed and of its number, so the position at which it begins is enough to read it again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from datamodules.readers.sources import Source
 from datamodules.streaming.bad_records import BadRecords
 from datamodules.streaming.packing import LongDocuments, Packing
 
-_CHUNK_KEY, _DOCUMENT_KEY = 0, 1  # kinds of randomness, beside source_stream's
+_CHUNK_KEY, _DOCUMENT_KEY = 0, 1  # kinds of randomness; source_stream and stream have others
 _PATIENCE = 20  # passes without a document before a source counts as empty: a lane may meet the same chunks repeatedly
 
 
@@ -35,11 +35,11 @@ class StreamSettings:
     Attributes:
         seq_len: S, tokens a row.
         packing: How documents become rows.
-        long_documents: What becomes of a document longer than a row: its further tokens go into further rows, or go.
+        long_documents: Whether the tokens of a document beyond a row go into further rows, or are left out.
         shuffle_megabytes: Text of a source that a lane holds to shuffle it; 0 keeps the order of records in a chunk.
         validation_share: Share of documents held out, which are not in the stream.
         max_bad_share: Share of records of a source that may be bad.
-        seed: Of every order.
+        seed: Seed of every order.
         num_lanes: V.
     """
 
@@ -53,20 +53,20 @@ class StreamSettings:
     num_lanes: int
 
     def generator(self, *key: int) -> np.random.Generator:
-        """Randomness of its own for each key."""
+        """A generator of its own for each key."""
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
 
-class Place(NamedTuple):
-    """Where a lane stands in a source.
+class SourcePosition(NamedTuple):
+    """Where a lane stands in a source; the order of the fields is that of checkpoints.
 
     Attributes:
         ordinal: Chunks of the lane read to their end when the block began.
         record: Records of the next chunk read when the block began.
         block: Blocks before this one.
         seen: Records read before this block.
-        skipped: Of those, the ones that were skipped.
-        failed: Of those, the ones that count as bad.
+        skipped: Records among them that were skipped.
+        failed: Records among them that count as bad.
         taken: Documents of the block that are used up, in shuffled order.
         within: What is used up beyond them, in the packing's own unit.
         window: Windows of rows before this one.
@@ -88,9 +88,9 @@ class Place(NamedTuple):
 class Block(NamedTuple):
     """Training documents that were shuffled together, where they begin, and where the next block does."""
 
-    start: Place
+    start: SourcePosition
     texts: list[str]
-    following: Place
+    following: SourcePosition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +99,10 @@ class SourceLane:
 
     Attributes:
         source: Named source.
-        reader: Of its records.
-        index: Place of the source among all.
-        lane: 0..V-1.
-        settings: Of the stream.
+        reader: Reader of its records.
+        index: Number of the source among all.
+        lane: Number of the lane, 0 to V - 1.
+        settings: Settings of the stream.
         logged: Bad records of the source that were logged before; all lanes of a process share them.
     """
 
@@ -115,20 +115,16 @@ class SourceLane:
 
 
 class SourceBlocks:
-    """Reads the blocks of one source in one lane.
+    """Reads the blocks of one source in one lane, and counts in `records` what was read so far."""
 
-    Attributes:
-        records: Counts of what was read so far.
-    """
-
-    def __init__(self, of: SourceLane) -> None:
-        self._source, self._reader, self._settings = of.source, of.reader, of.settings
-        self._index, self._lane = of.index, of.lane
+    def __init__(self, part: SourceLane) -> None:
+        self._source, self._reader, self._settings = part.source, part.reader, part.settings
+        self._index, self._lane = part.index, part.lane
         self._order = lru_cache(maxsize=1)(self._draw_order)
-        self.records = BadRecords(of.source.name, max_share=of.settings.max_bad_share, logged=of.logged)
+        self.records = BadRecords(part.source.name, max_share=part.settings.max_bad_share, logged=part.logged)
 
-    def read(self, start: Place) -> Iterator[Block]:
-        """The block that `start` lies in, and all that follow, without end.
+    def read(self, start: SourcePosition) -> Iterator[Block]:
+        """Yield the block that `start` lies in and all that follow, without end.
 
         A block ends with the epoch, so that a small corpus is not read many times to fill it.
 
@@ -171,21 +167,21 @@ class SourceBlocks:
         """Passes over the lane's part of the source that `ordinal` chunks make."""
         return ordinal * self._settings.num_lanes / self._reader.num_chunks
 
-    def _block(self, start: Place, texts: list[str], record: int) -> Block:
-        """What was read since `start`, up to `record` of the chunk that is being read."""
+    def _block(self, start: SourcePosition, texts: list[str], record: int) -> Block:
+        """The block of all that was read since `start`, up to `record` of the chunk that is being read."""
         self._check()
-        records = self.records
-        following = Place(records.chunks, record, start.block + 1, records.seen, records.skipped, records.failed)
+        seen = self.records
+        following = SourcePosition(seen.chunks, record, start.block + 1, seen.seen, seen.skipped, seen.failed)
         order = self._settings.generator(self._index, _DOCUMENT_KEY, self._lane, start.block).permutation(len(texts))
         return Block(start, [texts[index] for index in order], following)
 
     def _check(self) -> None:
-        # Of several lanes each has a random part of the chunks in every epoch, some of them often and others never.
+        # Each of several lanes has a random part of the chunks in every epoch, some of them often and others never.
         alone = self._settings.num_lanes == 1
         self.records.check(complete=alone and self.records.chunks >= self._reader.num_chunks)
 
     def _turn(self, ordinal: int) -> tuple[int, int]:
-        """Epoch of the lane's `ordinal`-th chunk, and its number in the order of that."""
+        """The epoch of the lane's `ordinal`-th chunk, and its index in the order of that epoch."""
         return divmod(self._lane + ordinal * self._settings.num_lanes, self._reader.num_chunks)
 
     def _draw_order(self, epoch: int) -> npt.NDArray[np.int64]:

@@ -1,6 +1,7 @@
-"""The rows of one source in one lane: its documents tokenised, packed, and the rows shuffled in windows.
+"""The rows of one source in one lane: its documents tokenised and packed, and the rows shuffled in windows.
 
-A long document gives many rows, so these are shuffled once more, in windows of half a million tokens of one block.
+A long document gives many rows, so rows are shuffled once more, in windows of half a million tokens of one block.
+Tested by tests/unit/datamodules/streaming/test_stream.py.
 """
 
 from __future__ import annotations
@@ -9,48 +10,43 @@ from collections.abc import Iterator
 
 from datamodules.loading.tokenizers import Encoder
 from datamodules.streaming.packing import PACKINGS, Row, Tokens
-from datamodules.streaming.source_blocks import Place, SourceBlocks, SourceLane
+from datamodules.streaming.source_blocks import SourceBlocks, SourceLane, SourcePosition
 
-_ROW_KEY = 2  # kind of randomness, beside source_blocks'
-_WINDOW_TOKENS = 2**19  # that rows are shuffled among
-_DOCUMENTS_A_CALL = 64  # of the tokenizer
+_ROW_KEY = 2  # kind of randomness; source_blocks and stream have others
+_WINDOW_TOKENS = 2**19  # rows are shuffled among so many tokens
+_DOCUMENTS_A_CALL = 64  # given to the tokenizer at once
 
 
 class SourceStream:
-    """The rows of one source in one lane, from a place on.
+    """The rows of one source in one lane, from a position on."""
 
-    Args:
-        of: The source and the lane.
-        place: Where to begin.
-        encode: Texts to token ids.
-    """
-
-    def __init__(self, of: SourceLane, place: Place, *, encode: Encoder) -> None:
-        self._encode, self._settings, self._key = encode, of.settings, (of.index, _ROW_KEY, of.lane)
-        self._blocks = SourceBlocks(of)
-        self._start = self._next_start = place  # of the window, and of the row after the latest that was packed
+    def __init__(self, part: SourceLane, position: SourcePosition, *, encode: Encoder) -> None:
+        self._encode, self._settings, self._key = encode, part.settings, (part.index, _ROW_KEY, part.lane)
+        self._blocks = SourceBlocks(part)
+        # Where the window begins, and the row after the latest one that was packed.
+        self._start = self._next_start = position
         self._window: list[Row] = []
-        self._drawn = place.drawn
-        self._places: list[Place] = []  # of the documents that the packing was given and has not finished
-        self._block_documents = 0  # of the block that was read last
-        self._extents: dict[int, tuple[int, int]] = {}  # of each block that is in use: its chunks and its documents
-        self._last = place  # document given to the packing
+        self._drawn = position.drawn
+        self._unfinished: list[SourcePosition] = []  # documents that the packing was given and has not finished
         self._finished = 0  # documents that the packing has finished
-        pack = PACKINGS[of.settings.packing]
-        self._rows = pack(self._documents(place), seq_len=of.settings.seq_len, within=place.within)
+        self._last = position  # of the document that the packing was given last
+        self._block_documents = 0  # of the block that was read last
+        self._extents: dict[int, tuple[int, int]] = {}  # chunks and documents of each block that is in use
+        pack = PACKINGS[part.settings.packing]
+        self._rows = pack(self._documents(position), seq_len=part.settings.seq_len, within=position.within)
 
     @property
     def epochs(self) -> float:
-        """Passes over the lane's part of the source that were given out; within a window, in proportion to its rows."""
+        """Passes over the lane's part of the source given out so far; within a window, in proportion to its rows."""
         start = self._passes(self._start)
         if not self._window:
             return start
         return start + (self._passes(self._next_start) - start) * self._drawn / len(self._window)
 
-    def _passes(self, at: Place) -> float:
-        """Passes up to a place; within a block, in proportion to its documents."""
-        chunks, documents = self._extents.get(at.block, (0, 1))
-        return self._blocks.epochs(at.ordinal + chunks * at.taken / documents)
+    def _passes(self, position: SourcePosition) -> float:
+        """Passes up to a position; within a block, in proportion to its documents."""
+        chunks, documents = self._extents.get(position.block, (0, 1))
+        return self._blocks.epochs(position.ordinal + chunks * position.taken / documents)
 
     @property
     def records(self) -> tuple[int, int]:
@@ -58,12 +54,12 @@ class SourceStream:
         return self._blocks.records.seen, self._blocks.records.skipped
 
     @property
-    def place(self) -> Place:
+    def position(self) -> SourcePosition:
         """Where the next row comes from."""
         return self._start._replace(drawn=self._drawn)
 
     def next_row(self) -> Row:
-        """The next row; `place` is then where the one after it comes from.
+        """Return the next row and advance `position`.
 
         Raises:
             DataError: Nothing usable is left in the source, or too much of it is bad.
@@ -85,29 +81,31 @@ class SourceStream:
             rows.append(self._pack_row()[0])
         if self._settings.shuffle_megabytes == 0:
             return rows
-        return [rows[at] for at in self._settings.generator(*self._key, self._start.window).permutation(len(rows))]
+        return [
+            rows[index] for index in self._settings.generator(*self._key, self._start.window).permutation(len(rows))
+        ]
 
     def _pack_row(self) -> tuple[Row, int]:
         """The next row in order, and the block in which it begins."""
         packed = next(self._rows)
-        begins_in = self._places[0].block
-        del self._places[: packed.finished - self._finished]
+        block = self._unfinished[0].block
+        del self._unfinished[: packed.finished - self._finished]
         self._finished = packed.finished
-        if self._places:
-            self._next_start = self._places[0]._replace(within=packed.within)
+        if self._unfinished:
+            self._next_start = self._unfinished[0]._replace(within=packed.within)
         else:
             self._next_start = self._last._replace(taken=self._last.taken + 1, within=0)
-        return packed.row, begins_in
+        return packed.row, block
 
-    def _documents(self, place: Place) -> Iterator[Tokens | None]:
-        """Token ids of the documents from `place` on, and None at the end of each block."""
-        for start, texts, following in self._blocks.read(place):
+    def _documents(self, position: SourcePosition) -> Iterator[Tokens | None]:
+        """Yield the token ids of each document from `position` on, and None at the end of each block."""
+        for start, texts, following in self._blocks.read(position):
             self._block_documents = len(texts)
             in_use = {block: extent for block, extent in self._extents.items() if block >= self._start.block}
             self._extents = in_use | {start.block: (following.ordinal - start.ordinal, len(texts))}
             for first in range(start.taken, len(texts), _DOCUMENTS_A_CALL):
                 for taken, ids in enumerate(self._encode(texts[first : first + _DOCUMENTS_A_CALL]), first):
                     self._last = start._replace(taken=taken)
-                    self._places.append(self._last)
+                    self._unfinished.append(self._last)
                     yield ids[: self._settings.seq_len] if self._settings.long_documents == "truncate" else ids
             yield None

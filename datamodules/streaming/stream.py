@@ -1,10 +1,10 @@
 """The endless stream of training rows of one lane: the rows of all its sources, mixed by weight.
 
-A run has V lanes, and a lane is what one worker process reads: a part of every source, disjoint from the parts of all
-other lanes (`source_blocks`), packed and shuffled source by source (`source_stream`).
+A run has V lanes. A lane is what one worker process reads: a part of every source, disjoint from the parts of all other
+lanes (`source_blocks`), packed and shuffled source by source (`source_stream`).
 
-Everything is a function of the seed and of the place, so a place is all that a checkpoint needs: ten integers for each
-source of a lane. A lane set to a place reads one block and packs one window of rows again.
+Everything is a function of the seed and of the position, so a checkpoint holds ten integers for each source of a lane.
+A lane set to a position reads one block and packs one window of rows again.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from datamodules.loading.tokenizers import Encoder
 from datamodules.readers.records import BadRecord, Reader
 from datamodules.readers.sources import Source
 from datamodules.streaming.packing import Row
-from datamodules.streaming.source_blocks import Place, SourceLane, StreamSettings
+from datamodules.streaming.source_blocks import SourceLane, SourcePosition, StreamSettings
 from datamodules.streaming.source_stream import SourceStream
 
-_CREDIT_KEY = 3  # kind of randomness, beside those of the sources
+_CREDIT_KEY = 3  # kind of randomness; source_blocks and source_stream have others
 
 
 class LaneState(NamedTuple):
-    """All of a lane.
+    """The state of a lane: for each source its position, and what it gave so far.
 
     Attributes:
-        places: Of each source, where its next row begins.
-        tokens: Of each source, delivered so far, without padding.
-        rows: Of each source, delivered so far.
-        epochs: Of each source, passes over the lane's part of it; for information, as what follows.
-        seen: Of each source, records read.
-        skipped: Of each source, bad records among those.
+        positions: Where the next row of each source begins.
+        tokens: Tokens delivered, without padding.
+        rows: Rows delivered.
+        epochs: Passes over the lane's part of the source; this and the next two are for information.
+        seen: Records read.
+        skipped: Bad records among those.
     """
 
-    places: tuple[Place, ...]
+    positions: tuple[SourcePosition, ...]
     tokens: tuple[int, ...]
     rows: tuple[int, ...]
     epochs: tuple[float, ...]
@@ -45,33 +45,33 @@ class LaneState(NamedTuple):
 
     @classmethod
     def start(cls, num_sources: int) -> LaneState:
-        """Of a lane that delivered nothing yet."""
+        """The state of a lane that has delivered nothing."""
         zeros = (0,) * num_sources
-        return cls((Place(),) * num_sources, zeros, zeros, (0.0,) * num_sources, zeros, zeros)
+        return cls((SourcePosition(),) * num_sources, zeros, zeros, (0.0,) * num_sources, zeros, zeros)
 
-    def plain(self) -> list[list[Any]]:
-        """As lists of numbers, for a checkpoint."""
-        return [[list(place) for place in self.places], *map(list, self[1:])]
+    def to_lists(self) -> list[list[Any]]:
+        """The state as lists of numbers, for a checkpoint."""
+        return [[list(position) for position in self.positions], *map(list, self[1:])]
 
     @classmethod
-    def of(cls, plain: list[list[Any]]) -> LaneState:
-        """From what `plain` gave."""
-        places, *figures = plain
-        return cls(tuple(Place(*place) for place in places), *map(tuple, figures))
+    def from_lists(cls, lists: list[list[Any]]) -> LaneState:
+        """The inverse of `to_lists`."""
+        positions, *figures = lists
+        return cls(tuple(SourcePosition(*position) for position in positions), *map(tuple, figures))
 
 
 class Lane:
-    """The endless mixture of all sources in one lane: of the sources, the one that is furthest behind gives a row.
+    """The endless mixture of all sources in one lane: the source that is furthest behind its weight gives a row.
 
     So the tokens delivered keep to the weights, to within a row of each source, at any time.
 
     Args:
         sources: Each with its reader.
-        lane: 0..V-1.
+        lane: Number of the lane, 0 to V - 1.
         encode: Texts to token ids.
-        settings: Of the stream.
+        settings: Settings of the stream.
         state: Where to begin.
-        logged: Of each source the bad records that were logged before; all lanes of a process share them.
+        logged: For each source the bad records that were logged before; all lanes of a process share them.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Lane:
             )
             for index, (source, reader) in enumerate(sources)
         ]
-        self._streams = [SourceStream(*each, encode=encode) for each in zip(parts, state.places, strict=True)]
+        self._streams = [SourceStream(*each, encode=encode) for each in zip(parts, state.positions, strict=True)]
         self._weights = [source.relative_weight for source, _ in sources]
         self._tokens, self._rows = list(state.tokens), list(state.rows)
         # Up to a row in advance, or all lanes would take their first row, and many later ones, from the same source.
@@ -117,13 +117,12 @@ class Lane:
     @property
     def state(self) -> LaneState:
         """Where the next row comes from."""
-        streams = self._streams
-        seen, skipped = zip(*(stream.records for stream in streams), strict=True)
+        seen, skipped = zip(*(stream.records for stream in self._streams), strict=True)
         return LaneState(
-            places=tuple(stream.place for stream in streams),
+            positions=tuple(stream.position for stream in self._streams),
             tokens=tuple(self._tokens),
             rows=tuple(self._rows),
-            epochs=tuple(stream.epochs for stream in streams),
+            epochs=tuple(stream.epochs for stream in self._streams),
             seen=seen,
             skipped=skipped,
         )

@@ -68,13 +68,13 @@ def test_each_lane_is_told_by_the_rank_that_reads_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     keeper, share = PositionKeeper(), RankShare(rank=rank, num_replicas=2)
-    everything = {"lanes": {str(number): lane_state(number).plain() for number in range(4)}, "global_batches": 6}
+    everything = {"lanes": {str(number): lane_state(number).to_lists() for number in range(4)}, "global_batches": 6}
     keeper.restore(everything, share=share)  # the other rank's lanes are known from the checkpoint, and go stale
     keeper.hand_over(rank, lane_state(50), step=0)
     state = keeper.state(1, share=share)
     assert told == [{rank: lane_state(50), rank + 2: lane_state(rank + 2)}]
     assert state["global_batches"] == 2 * (3 + 1)
-    assert {number: LaneState.of(plain).tokens[0] for number, plain in state["lanes"].items()} == {
+    assert {number: LaneState.from_lists(plain).tokens[0] for number, plain in state["lanes"].items()} == {
         "0": 10,
         "1": 11,
         "2": 12,
@@ -83,7 +83,7 @@ def test_each_lane_is_told_by_the_rank_that_reads_it(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("junk", ["x", -1, None, [1]])
 def test_a_place_that_none_can_be_is_refused_by_name(junk):
-    lane = LaneState.start(2).plain()
+    lane = LaneState.start(2).to_lists()
     check_position({"global_batches": 3, "num_lanes": 1, "lanes": {"0": lane}}, num_sources=2)
     lane[0][1][9] = junk
     with pytest.raises(CheckpointError, match=r"data\.lanes\.0\.0\.1\.9: got"):

@@ -10,7 +10,7 @@ import pytest
 from app.errors import DataError
 from datamodules.readers.records import EMPTY, BadRecord, LostRecords
 from datamodules.readers.sources import Source
-from datamodules.streaming.source_blocks import Block, Place, SourceBlocks, SourceLane
+from datamodules.streaming.source_blocks import Block, SourceBlocks, SourceLane, SourcePosition
 from tests.unit.datamodules.list_reader import ListReader, chunks, make_settings
 
 
@@ -20,7 +20,7 @@ def make_blocks(reader: ListReader, *, index: int = 0, lane: int = 0, **changes:
     return SourceBlocks(SourceLane(source=source, reader=reader, index=index, lane=lane, settings=settings))
 
 
-def take(reader: ListReader, count: int, *, start: Place = Place(), **changes: Any) -> list[Block]:  # noqa: B008
+def take(reader: ListReader, count: int, *, start: SourcePosition = SourcePosition(), **changes: Any) -> list[Block]:  # noqa: B008
     return list(islice(make_blocks(reader, **changes).read(start), count))
 
 
@@ -40,7 +40,7 @@ def test_where_a_block_ends_is_told_by_chunks_and_records() -> None:
     reader = ListReader(chunks(3, 3))
     places = [block.following[:2] for block in take(reader, 4, shuffle_megabytes=10e-6)]
     assert places == [(0, 2), (1, 1), (1, 3), (2, 2)]  # the third has all of the epoch, but its end was not seen yet
-    assert take(reader, 1, shuffle_megabytes=1.0)[0].following == Place(2, 0, 1, 6)
+    assert take(reader, 1, shuffle_megabytes=1.0)[0].following == SourcePosition(2, 0, 1, 6)
 
 
 @pytest.mark.parametrize("at", range(1, 7))
@@ -60,7 +60,7 @@ def test_what_was_read_is_counted_up_to_each_block() -> None:
 
     texts: list[list[str | None]] = [["a", None, None], ["b", None]]
     blocks = make_blocks(Empties(texts), shuffle_megabytes=1.0, max_bad_share=0.5)
-    first, second = islice(blocks.read(Place()), 2)
+    first, second = islice(blocks.read(SourcePosition()), 2)
     assert first.following[3:6] == (5, 3, 2)  # seen, skipped, failed: empty ones are no failures
     assert second.following[3:6] == (10, 6, 4)
     assert (blocks.records.seen, blocks.records.skipped, blocks.records.failed) == (10, 6, 4)
@@ -77,7 +77,7 @@ def test_a_lost_chunk_weighs_what_the_ones_before_it_had() -> None:
             yield from super().read(chunk, start=start) if opened != 3 else [LostRecords("shard", "gone")]
 
     blocks = make_blocks(Lossy(chunks(10, 10, 10, 10)), shuffle_megabytes=1.0, max_bad_share=0.5)
-    assert next(blocks.read(Place())).following[3:6] == (40, 1, 10)
+    assert next(blocks.read(SourcePosition())).following[3:6] == (40, 1, 10)
 
 
 def test_no_document_behind_too_much_that_is_bad_is_given_even_in_the_same_chunk() -> None:
@@ -86,7 +86,7 @@ def test_no_document_behind_too_much_that_is_bad_is_given_even_in_the_same_chunk
             bad = [BadRecord("shard", "bad")] * (200 if len(self.opened) == 30 else 0)
             yield from (*bad, *super().read(chunk, start=start))
 
-    blocks = make_blocks(Spoilt(chunks(*[1] * 40)), shuffle_megabytes=0.0, max_bad_share=0.05).read(Place())
+    blocks = make_blocks(Spoilt(chunks(*[1] * 40)), shuffle_megabytes=0.0, max_bad_share=0.05).read(SourcePosition())
     assert all(len(next(blocks).texts) == 1 for _ in range(30))
     with pytest.raises(DataError, match="200 of 231 records are bad"):
         next(blocks)
@@ -97,7 +97,7 @@ def test_a_bad_line_longer_than_many_chunks_stops_no_lane(lane: int) -> None:
     """It begins in a chunk of its own, the good ones lie in two: a lane meets either often or never."""
     reader = ListReader([[None], *([[]] * 29), *chunks(1000, 1000, length=1)])
     blocks = make_blocks(reader, lane=lane, num_lanes=8, max_bad_share=0.01, shuffle_megabytes=100e-6)
-    read = blocks.read(Place())
+    read = blocks.read(SourcePosition())
     while blocks.records.chunks < 3 * reader.num_chunks:
         next(read)
 
@@ -135,7 +135,7 @@ def test_without_a_buffer_records_keep_their_order_in_a_chunk() -> None:
 
 def test_chunks_are_opened_once_an_epoch_and_as_late_as_possible() -> None:
     reader = ListReader(chunks(4, 4))
-    blocks = make_blocks(reader, shuffle_megabytes=10e-6).read(Place())
+    blocks = make_blocks(reader, shuffle_megabytes=10e-6).read(SourcePosition())
     assert reader.opened == []
     opened = []
     for _ in range(4):
@@ -160,7 +160,7 @@ def test_epochs_are_passes_over_all_chunks_by_all_lanes() -> None:
 
 def test_held_out_documents_are_read_and_left_out() -> None:
     blocks = make_blocks(ListReader(chunks(20)), validation_share=0.5, shuffle_megabytes=1.0)
-    block = next(blocks.read(Place()))
+    block = next(blocks.read(SourcePosition()))
     assert 2 < len(block.texts) < 18
     assert block.following.seen == 20
     assert block.following.skipped == 0

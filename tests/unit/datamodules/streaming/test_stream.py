@@ -18,7 +18,7 @@ from datamodules.readers.records import EMPTY, BadRecord, Document, LostRecords,
 from datamodules.readers.sources import Source
 from datamodules.streaming import source_stream
 from datamodules.streaming.packing import Row
-from datamodules.streaming.source_blocks import Place
+from datamodules.streaming.source_blocks import SourcePosition
 from datamodules.streaming.stream import Lane, LaneState
 from tests.unit.datamodules.list_reader import SEQ_LEN, ListReader, chunks, encode, make_settings
 
@@ -94,17 +94,17 @@ def test_a_window_s_rows_are_shuffled_among_one_another_alone(monkeypatch: pytes
     texts: list[list[str | None]] = [[chr(number) + "x" * 6 for number in range(65, 95)]]  # a document a row
     in_order = make_lane(ListReader(texts), shuffle_megabytes=0.0)  # 1 block, 1 window and 1 row a document
     assert [row.input_ids[0] for _, row in take(in_order, 30)] == list(range(65, 95))
-    assert in_order.state.places[0][2:] == (29, 29, 0, 0, 1, 0, 30, 0)
+    assert in_order.state.positions[0][2:] == (29, 29, 0, 0, 1, 0, 30, 0)
     one_block = make_lane(ListReader([["x" * 239]]), shuffle_megabytes=1.0)  # 30 rows of one document
     for window in range(7):
         for drawn in range(4):
-            place = one_block.state.places[0]
+            place = one_block.state.positions[0]
             assert (place.window, place.drawn) == (window, drawn)
             assert (place.taken, place.within) == (0, 4 * SEQ_LEN * window)
             one_block.next_row()
-    assert [one_block.state.places[0].window, one_block.state.places[0].within] == [7, 28 * SEQ_LEN]
+    assert [one_block.state.positions[0].window, one_block.state.positions[0].within] == [7, 28 * SEQ_LEN]
     take(one_block, 2)  # a block's last window ends with it
-    assert one_block.state.places[0] == Place(taken=1, window=8)
+    assert one_block.state.positions[0] == SourcePosition(taken=1, window=8)
 
 
 def test_rows_of_a_long_document_come_in_another_order_in_each_window_lane_and_source(
@@ -134,14 +134,14 @@ def test_the_smallest_window_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_stream, "_WINDOW_TOKENS", SEQ_LEN - 1)
     lane = make_lane(ListReader([["a" * 8 + "b" * 8 + "c" * 7]]), shuffle_megabytes=1.0)
     assert [row.input_ids[0] for _, row in take(lane, 6)] == [*map(ord, "abcabc")]
-    assert lane.state.places[0].window == 6
+    assert lane.state.positions[0].window == 6
 
 
 def test_a_window_keeps_to_the_block_it_begins_in() -> None:
     lane = make_lane(ListReader(chunks(4, length=7)), shuffle_megabytes=14e-6)  # 2 documents a block, 1 row each
     windows = []
     for _ in range(8):
-        windows.append(lane.state.places[0].window)
+        windows.append(lane.state.positions[0].window)
         lane.next_row()
     assert windows == [0, 0, 1, 1, 2, 2, 3, 3]
 
@@ -200,7 +200,7 @@ def test_a_lane_goes_on_from_any_place_as_if_it_had_not_stopped(data: st.DataObj
     with patch.object(source_stream, "_WINDOW_TOKENS", window * SEQ_LEN):
         whole = make_lane(ListReader(texts), ListReader(other), **changes)
         take(whole, before)
-        state = LaneState.of(whole.state.plain())
+        state = LaneState.from_lists(whole.state.to_lists())
         assert state == whole.state
         expected = take(whole, 25)
         resumed = make_lane(ListReader(texts), ListReader(other), state=state, **changes)
@@ -265,7 +265,7 @@ def test_bad_records_are_skipped_counted_and_too_many_stop_the_stream() -> None:
     texts: list[list[str | None]] = [["a" * 7, None], ["b" * 7], [None, "c" * 7]]
     lane = make_lane(ListReader(texts), max_bad_share=0.5)
     assert {chr(row.input_ids[0]) for _, row in take(lane, 6)} == {"a", "b", "c"}
-    assert lane.state.places[0].skipped == pytest.approx(lane.state.places[0].seen * 0.4, abs=2)
+    assert lane.state.positions[0].skipped == pytest.approx(lane.state.positions[0].seen * 0.4, abs=2)
     why = r"'source0': 2 of 5 records are bad, more than max_bad_share 0.3[^$]*: bad \(and 1 more\)"
     with pytest.raises(DataError, match=why):
         take(make_lane(ListReader(texts), max_bad_share=0.3), 6)

@@ -13,7 +13,8 @@ from app.errors import DataError
 from datamodules.readers.records import Document, Record
 from datamodules.readers.sources import Source
 from datamodules.streaming.packing import Tokens
-from datamodules.streaming.survey import Survey, spread_rows, survey
+from datamodules.streaming.survey import Survey
+from datamodules.streaming.surveyed_corpus import spread_rows
 from tests.unit.datamodules.corpora import write_files
 from tests.unit.datamodules.list_reader import ListReader
 
@@ -25,7 +26,7 @@ def look(folder: Path, **changes: Any) -> Survey:
         "validation_share": 0.3,
         "max_bad_share": 0.05,
     }
-    return survey(Source(kind="files", path=str(folder), name="code"), **(settings | changes))
+    return Survey(Source(kind="files", path=str(folder), name="code"), **(settings | changes))
 
 
 def is_held_out(text: str) -> bool:

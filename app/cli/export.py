@@ -16,10 +16,9 @@ from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import is_trained_weights, open_trained_weights
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError, check_choice
-from app.export.card_settings import CardSettings
 from app.export.carried_over import carried_defaults, holds
-from app.export.directory import ExportSettings, InMemory, Weights, architecture, exported_dtype, write_pretrained
-from app.export.model_card import model_card
+from app.export.directory import ExportSettings, Weights, architecture, exported_dtype, write_pretrained
+from app.export.model_card import CardSettings, model_card
 from app.export.output_directory import README, check_output_dir, unsigned
 from app.generation.loaded_model import DTYPES, Dtype
 from app.model_files.decoding_defaults import DecodingDefaults, read_decoding_defaults
@@ -72,7 +71,7 @@ def export(
     card = card.completed_from_card(directory, name="the card that was there")
     chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # wrong settings before any reading
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
-    source = weights or InMemory(loaded)
+    source = weights or Weights.of(loaded)
     decoding = _decoding(loaded, source, generation_defaults, directory)
     name = _name(exported_dtype(source, chosen.dtype))
     if (own := Path(path) / README).is_file():  # a copy needs no other words than the model's own
@@ -110,7 +109,8 @@ def _open(
         vocab_size = trained.config.get_text_config().vocab_size
         check_fits(trained.tokenizer, vocab_size=vocab_size, field=field, got=path)
     check_bytes(trained.path)
-    return model, trained.tokenizer, trained, RunRecord.of(Path(path), trained.metadata)
+    weights = Weights(trained.shapes, trained.read)
+    return model, trained.tokenizer, weights, RunRecord.of(Path(path), trained.metadata)
 
 
 def _decoding(model: PreTrainedModel, weights: Weights, given: str | None, directory: Path) -> DecodingDefaults | None:

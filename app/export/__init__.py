@@ -1,1 +1,1 @@
-"""Models out: a Hugging Face directory with its card."""
+"""Models out: Hugging Face directories with their cards."""

@@ -1,4 +1,4 @@
-"""The decoding defaults that `layerskip tune` stored elsewhere, for an export to take over."""
+"""Takes over decoding defaults that `layerskip tune` stored elsewhere. Tested by tests/contract/test_export.py."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ _ALLOWED = "a tuned model directory, a generation_config.json, or the output of 
 
 
 def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> DecodingDefaults | None:
-    """The defaults that were stored in a model directory or a file, as those of this model.
+    """The defaults stored in a model directory, a generation_config.json or an output of `layerskip tune --json`.
 
     Args:
-        model: Of the same shape; may be on the meta device.
-        path: A directory, its generation_config.json, or the output of `layerskip tune --json`.
+        model: The model that gets them, which may be on the meta device.
+        path: The directory or file.
         field: The setting that `path` comes from, for error messages.
 
     Returns:
-        The defaults; None if nothing was stored there.
+        The defaults; None if there are none in it.
 
     Raises:
-        ConfigError: They do not fit this model, or there is no such file.
+        ConfigError: The defaults do not fit this model, or there is no such file.
         CheckpointError: The directory's generation_config.json is damaged.
     """
     stored = _stored(path, field=field)
     if stored is None:
         return None
-    probe = copy.copy(model)  # shares everything but what is set here
+    probe = copy.copy(model)  # which shares everything but its generation config
     probe.generation_config = copy.deepcopy(model.generation_config)
     setattr(probe.generation_config, DEFAULTS_FIELD, stored)
     try:
@@ -50,14 +50,14 @@ def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> Decod
 
 
 def holds(directory: Path, weights: Weights) -> bool:
-    """Whether a model directory holds these weights, in whatever dtype: the first rows of each tell.
+    """Whether a model directory holds these weights, in any dtype, judged by the first rows of each.
 
-    Who trained a step more changed them; what was measured on a model is true of its weights alone.
+    A single step of training changes those rows, and what was measured on a model is true only of its weights.
     """
     files = sorted(directory.glob("*.safetensors"))
     try:
         return bool(files) and all(_are_of(file, weights) for file in files)
-    except (OSError, SafetensorError):  # then it holds none
+    except (OSError, SafetensorError):  # it holds no weights that can be read
         return False
 
 

@@ -1,4 +1,4 @@
-"""Models out: a Hugging Face directory that plain transformers loads, written shard by shard."""
+"""Writes a model as a Hugging Face directory that plain transformers loads, file by file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -27,39 +27,31 @@ from app.model_files.loading import check_plain
 _SHARD_NAMES = "model{suffix}.safetensors"
 
 
-class Weights(Protocol):
-    """Tensors by Hugging Face name, one at a time; a `trained_weights.TrainedWeights` is one."""
+class Weights(NamedTuple):
+    """Shapes and dtypes of tensors by Hugging Face name, and a function that reads one of them."""
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of each."""
+    shapes: Mapping[str, tuple[torch.Size, torch.dtype]]
+    read: Callable[[str], Tensor]
 
-    @property
-    def read(self) -> Callable[[str], Tensor]:
-        """Gives one."""
-
-
-class InMemory:
-    """The weights of a model that was loaded."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Weights:
+        """The weights of a loaded model."""
         state = model.state_dict()
-        self.shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-        self.read: Callable[[str], Tensor] = state.__getitem__
+        return cls({name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}, state.__getitem__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What a user chooses.
+    """What a user chooses about an export.
 
     Attributes:
-        dtype: Of the floating-point weights; None keeps each as it is.
-        max_shard_size: Of a file of weights; digits and KB, MB, GB or TB. A single weight may be larger.
-        decoding: What `layerskip tune` chose, for generation_config.json; None leaves what the model brings.
+        dtype: Type of the floating-point weights; None keeps that of each.
+        max_shard_size: Size of a file of weights, in digits and KB, MB, GB or TB; a single weight may be larger.
+        decoding: What `layerskip tune` chose, for generation_config.json; None keeps what the model brings.
         readme: Text of README.md.
 
     Raises:
-        ConfigError: The size cannot be read.
+        ConfigError: The size is not in this form.
     """
 
     dtype: torch.dtype | None = None
@@ -74,7 +66,7 @@ class ExportSettings:
 
 
 def architecture(config: PreTrainedConfig, generation: GenerationConfig | None = None) -> PreTrainedModel:
-    """A model without weights, on the meta device, that generates as `generation` says, or else as `config` implies."""
+    """A model on the meta device with this generation config, or else the one that `config` implies."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     if generation is not None:
@@ -90,27 +82,26 @@ def write_pretrained(
     weights: Weights | None = None,
     settings: ExportSettings | None = None,
 ) -> int:
-    """Write configuration, generation configuration, safetensors, tokenizer and README.md: all of it, or nothing.
+    """Write configurations, safetensors, tokenizer and README.md, byte for byte as `save_pretrained` would, or nothing.
 
-    Names, files and their bytes are those that `save_pretrained` would write. No more than one file of weights is in
-    memory at a time, beside what `weights` itself holds.
+    At most one file of weights is in memory at a time, beside what `weights` itself holds.
 
     Args:
-        model: If its generation config has no end of text, the tokenizer's is written. With `weights` it may be on the
-            meta device.
-        tokenizer: The model's; None writes none.
-        directory: From `output_directory.check_output_dir`.
-        weights: Where tensors are read; by default the model's own.
+        model: The model. Given `weights` it may be on the meta device. If its generation config has no end of text,
+            that of the tokenizer is written.
+        tokenizer: The model's tokenizer; None writes none.
+        directory: Output of `check_output_dir`.
+        weights: The tensors to write; by default those of `model`.
         settings: The user's choices.
 
     Returns:
         Number of files of weights.
 
     Raises:
-        CheckpointError: If it cannot be written, for instance because the disk is full; if `weights` are not those of
-            the model; or if its generation config contradicts itself.
+        CheckpointError: The directory cannot be written, for instance because the disk is full; `weights` are not
+            those of the model; or its generation config contradicts itself.
     """
-    settings, weights = settings or ExportSettings(), weights or InMemory(model)
+    settings, weights = settings or ExportSettings(), weights or Weights.of(model)
     names = _stored_names(model, weights)
     config, generation = copy.deepcopy(model.config), saveable(model.generation_config)
     config.architectures = [type(model).__name__]
@@ -129,13 +120,13 @@ def write_pretrained(
 
 
 def exported_dtype(weights: Weights, dtype: torch.dtype | None) -> torch.dtype:
-    """What `write_pretrained` makes of weights: `dtype`, or that of the first of them where it is None."""
+    """The type that `write_pretrained` notes for weights: `dtype`, or for None that of the first one."""
     own = (own for _, own in weights.shapes.values() if own.is_floating_point)
     return dtype or next(own, torch.float32)
 
 
 def _stored_names(model: PreTrainedModel, weights: Weights) -> list[str]:
-    """The weights of the model in its order, those that are tied to another left out."""
+    """Names of the model's weights, in its order, without those that are tied to another."""
     own, shapes = model.state_dict(), weights.shapes
     tied = model.all_tied_weights_keys
     names = [name for name in own if name not in tied]
@@ -155,13 +146,11 @@ def _write_shards(
     names: list[str], weights: Weights, folder: Path, *, settings: ExportSettings, num_parameters: int
 ) -> int:
     shapes, read = weights.shapes, weights.read
-    dtypes = {
-        name: (settings.dtype if shapes[name][1].is_floating_point else None) or shapes[name][1] for name in names
-    }
+    own = {name: shapes[name][1] for name in names}
+    dtypes = {name: (settings.dtype if dtype.is_floating_point else None) or dtype for name, dtype in own.items()}
     planned = {name: torch.empty(shapes[name][0], dtype=dtypes[name], device="meta") for name in names}
-    shards = split_torch_state_dict_into_shards(
-        planned, filename_pattern=_SHARD_NAMES, max_shard_size=settings.max_shard_size
-    )
+    size = settings.max_shard_size
+    shards = split_torch_state_dict_into_shards(planned, filename_pattern=_SHARD_NAMES, max_shard_size=size)
     for file, members in shards.filename_to_tensors.items():
         tensors = {name: read(name).detach().to(dtypes[name]).contiguous() for name in members}
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -1,25 +1,102 @@
-"""The model card of an export, README.md: what was trained, on what, what its exits learned, how to decode with it.
+"""Writes the model card of an export, README.md: how it was trained, what its exits learned, how to decode with it.
 
-The words are those of `model_card.md.jinja`; here are the values that it shows.
+Its words are in `model_card.md.jinja`, and its values come from here. Licence and base model are what the user says,
+or else what the card or file says that comes before it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedModel
 
 from app.checkpoints.run_record import RunRecord
-from app.export.card_settings import UNKNOWN_LICENSE, CardSettings
+from app.errors import ConfigError
+from app.export.output_directory import README
 from app.model_files.decoding_defaults import DecodingDefaults
+from app.model_files.gguf import read_gguf_origin
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
 
-_UNTUNED_SHARE = 4  # a quarter of the blocks drafts
+_UNKNOWN_LICENSE = "unknown"  # the hub's own word
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_NAMES = ("license", "base_model")
+_UNTUNED_SHARE = 4  # a model that was not tuned drafts with a quarter of its blocks
 _DATA_SETTINGS = ("domains", "target_format", "seq_len", "batch_size", "packing", "packed")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardSettings:
+    """What a user says about a model that its checkpoint cannot know.
+
+    Attributes:
+        title: Name of the model.
+        license: As the hub names licences, such as apache-2.0 or llama2; None if nobody chose one.
+        base_model: Hub id or ids of the model it was trained from; None takes what the run was given.
+        origin: Where the weights come from, in words, if that is known and no run made them.
+
+    Raises:
+        ConfigError: The licence is not in the form of the hub's names.
+    """
+
+    title: str
+    license: str | None = None
+    base_model: str | list[str] | None = None
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        if self.license is not None and not _LICENSE.fullmatch(self.license):
+            allowed = "an identifier of the hub's, such as apache-2.0, mit, llama2 or other"
+            raise ConfigError("license", got=self.license, allowed=allowed)
+
+    def completed_from_card(self, folder: Path, *, name: str) -> CardSettings:
+        """Take what the user left open from the card in a directory, if there is one; the log calls it `name`."""
+        readme = folder / README
+        if not readme.is_file():
+            return self
+        data = ModelCard(readme.read_text("utf-8", errors="replace"), ignore_metadata_errors=True).data
+        return self._completed({field: getattr(data, field, None) for field in _NAMES}, of=name)
+
+    def completed_from_origin(self, path: str, record: RunRecord | None) -> CardSettings:
+        """Take what the user left open from the exported .gguf file, or from the card of the model a run continued."""
+        if Path(path).suffix == ".gguf":
+            origin = read_gguf_origin(Path(path))
+            completed = self._completed({field: getattr(origin, field) for field in _NAMES}, of=path)
+            return replace(completed, origin=str(origin))
+        if record is not None and (folder := record.pretrained_folder) is not None:
+            return self.completed_from_card(folder, name=f"the card of {folder}")
+        return self
+
+    def relabelled(self, readme: str) -> str:
+        """Put the given licence and base model, if any, into the README.md of a copied model."""
+        given = {field: value for field in _NAMES if (value := getattr(self, field)) is not None}
+        if not given:
+            return readme
+        card = ModelCard(readme, ignore_metadata_errors=True)
+        for field, value in given.items():
+            setattr(card.data, field, value)
+        return str(card)
+
+    def _completed(self, said: Mapping[str, object], *, of: str) -> CardSettings:
+        known: dict[str, Any] = {
+            field: value for field, value in said.items() if value and getattr(self, field) is None
+        }
+        licence = known.pop("license", _UNKNOWN_LICENSE)
+        if not (isinstance(licence, str) and _LICENSE.fullmatch(licence)):
+            _log.warning("license: %s says %r, which is no name of the hub's: give one by --license", of, licence)
+        elif licence != _UNKNOWN_LICENSE:
+            known["license"] = licence
+        for field, value in known.items():
+            _log.info("kept from %s: %s %s", of, field, value)
+        return replace(self, **known)
 
 
 def model_card(
@@ -30,18 +107,18 @@ def model_card(
     dtype: str,
     card: CardSettings,
 ) -> str:
-    """The text of README.md, its front matter first.
+    """The text of README.md, which begins with its front matter.
 
     Args:
-        model: For its shape; may be on the meta device.
+        model: The model, which may be on the meta device.
         record: The run that trained it; None if it came from elsewhere.
         decoding: What `layerskip tune` chose for it; None if it was not tuned.
-        dtype: Of its weights.
+        dtype: Name of its weights' type.
         card: The user's words.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     methods = _methods(record.config) if record is not None and record.config else []
-    # What a model from elsewhere was taught nobody knows, so nothing is claimed of it.
+    # Nobody knows what a model from elsewhere was taught, so nothing is claimed of it.
     has_exits = record is not None and (bool(methods) or not record.config)
     loader = PackageLoader("app.export", "")
     templates = Environment(  # noqa: S701  # Markdown, in which nothing is escaped
@@ -72,7 +149,7 @@ def model_card(
 def _front_matter(record: RunRecord | None, card: CardSettings, *, has_exits: bool) -> ModelCardData:
     layerskip = ["layerskip", "early-exit", "self-speculative-decoding"]
     return ModelCardData(
-        license=card.license or UNKNOWN_LICENSE,
+        license=card.license or _UNKNOWN_LICENSE,
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=card.base_model or (record.base_model if record else None),
@@ -81,14 +158,14 @@ def _front_matter(record: RunRecord | None, card: CardSettings, *, has_exits: bo
 
 
 def _methods(config: Mapping[str, Any]) -> list[str]:
-    """The parts of LayerSkip that were on."""
+    """Names of the parts of LayerSkip that were on."""
     dropout, exits = config["layer_dropout"], config["early_exit"]
     parts = ["layer dropout"] if dropout["max_dropout_rate"] else []
     return parts + (["early-exit loss"] if exits["curriculum"] != "none" and exits["early_exit_scale"] else [])
 
 
 def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
-    """Of the run, as far as its checkpoint tells."""
+    """Names and values of the run's settings, as far as its checkpoint tells."""
     config = record.config
     if config:
         yield "started from", record.pretrained or "random weights"
@@ -98,7 +175,7 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
     if not config:
         return
     model, trainer, methods = config["model"], config["trainer"], _methods(config)
-    if isinstance(optimizer := model["optimizer"], Mapping):  # else a function's name, which tells nothing
+    if isinstance(optimizer := model["optimizer"], Mapping):  # otherwise a function's name, which tells nothing
         yield "optimizer", f"{optimizer['class_path'].rpartition('.')[2]}, peak {_plain(optimizer['init_args'])}"
     yield "learning rate", _schedule(model)
     yield "gradient clipping", str(trainer["gradient_clip_val"] or "off")
@@ -109,7 +186,7 @@ def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _schedule(model: Mapping[str, Any]) -> str:
-    if isinstance(scheduler := model.get("lr_scheduler"), Mapping):  # of runs since there is one
+    if isinstance(scheduler := model.get("lr_scheduler"), Mapping):  # absent from older runs
         return f"{scheduler['class_path'].rpartition('.')[2]}, {_plain(scheduler['init_args'])}"
     return f"{model['lr_schedule']} after {model['warmup_steps']:,} steps of warmup"
 
@@ -130,6 +207,6 @@ def _sources(record: RunRecord) -> Iterator[tuple[str, ...]]:
 
 
 def _plain(settings: Mapping[str, Any]) -> str:
-    """Settings that are on, `name value`."""
+    """`name value` of each setting that is on."""
     on = ((name, value) for name, value in settings.items() if value not in (None, [], {}) and value is not False)
     return ", ".join(name if value is True else f"{name} {value}" for name, value in on)

@@ -1,7 +1,9 @@
-"""A directory that is written whole or not at all, and that replaces nothing but what an export wrote.
+"""Writes a directory as a whole or not at all, and replaces nothing but what an export wrote.
 
-The last line of an export's README.md, a comment, lists the export's files and signs the text above it. So an export
-needs no file of its own to be known by, and what a person added or edited is noticed.
+The last line of an export's README.md is a comment that lists the export's files and signs the text above it. It shows
+that a directory is an export, and whether a person added or edited a file.
+
+Tested by tests/unit/export/test_directory.py.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ _SIGNATURE = re.compile(r"\n<!-- layerskip export: (\{.*\}) -->\n\Z")
 
 
 def check_output_dir(output_dir: str, *, overwrite: bool = False) -> Path:
-    """The directory to write to, absolute.
+    """The absolute path of a directory that may be written: it is new, empty, or an export that nobody changed.
 
     Args:
-        output_dir: New, empty, or an export of ours that nobody added to since.
-        overwrite: Take any directory of files with a config.json among them, too; all of it will be replaced.
+        output_dir: The directory.
+        overwrite: Also accept any directory of files with a config.json among them, all of which will be replaced.
 
     Raises:
-        ConfigError: If it holds what must not be lost, or is a file.
+        ConfigError: It holds what must not be lost, or is a file.
     """
     directory = Path(output_dir).resolve()
     _put_back(directory)
@@ -51,7 +53,7 @@ def check_output_dir(output_dir: str, *, overwrite: bool = False) -> Path:
 
 
 def _reason_to_keep(directory: Path) -> str:
-    """Why it must not be replaced; empty if it is an export as it was written, tuned or not."""
+    """Why a directory must not be replaced; empty for an export that nobody but `layerskip tune` changed."""
     readme = directory / README
     text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     signature = _SIGNATURE.search(text)
@@ -65,12 +67,12 @@ def _reason_to_keep(directory: Path) -> str:
 
 
 def unsigned(text: str) -> str:
-    """The text of a README.md without what `sign` added."""
+    """The text of a README.md without its signature."""
     return _SIGNATURE.sub("", text)
 
 
 def _sign(directory: Path, text: str) -> None:
-    """Write README.md, the last of the directory's files."""
+    """Write README.md as the last of the directory's files."""
     files = sorted({README, *(entry.name for entry in directory.iterdir())})
     signature = json.dumps({"files": files, "sha256": _digest(text)})
     (directory / README).write_text(f"{text}\n<!-- layerskip export: {signature} -->\n", "utf-8")
@@ -82,17 +84,17 @@ def _digest(text: str) -> str:
 
 @contextmanager
 def whole_or_absent(directory: Path, *, readme: str) -> Iterator[Path]:
-    """A folder to write files into; it takes the directory's place, README.md added, when the block ends well.
+    """A folder to write files into, which gets README.md and replaces the directory when the block ends well.
 
-    Killed at any moment, nothing that is not whole has the directory's name. What a killed export leaves beside it, in
-    hidden folders, the next one takes away.
+    A process killed at any moment leaves nothing incomplete under the directory's name, and the next export removes
+    the hidden folders that it leaves beside it.
 
     Args:
-        directory: From `check_output_dir`.
+        directory: Output of `check_output_dir`.
         readme: Text of README.md.
 
     Raises:
-        CheckpointError: If it cannot be written, for instance because the disk is full.
+        CheckpointError: The folder cannot be written, for instance because the disk is full.
     """
     partial, replaced = _beside(directory, "partial"), _beside(directory, "replaced")  # a rename needs the same disk
     try:
@@ -117,7 +119,7 @@ def _beside(directory: Path, what: str) -> Path:
 
 
 def _put_back(directory: Path) -> None:
-    """Where an export was killed between moving the old directory away and the new one in, undo the first."""
+    """Restore the old directory where an export was killed before it had moved the new one in."""
     replaced = _beside(directory, "replaced")
     if not replaced.exists():
         return
@@ -128,11 +130,11 @@ def _put_back(directory: Path) -> None:
 
 
 def _to_disk(folder: Path) -> None:
-    """Wait until the files are on the disk, all readable for whom the first is."""
+    """Wait until the files are on the disk, and give all the permissions of README.md."""
     mode = (folder / README).stat().st_mode
     for path in [*folder.iterdir(), folder]:
         if path != folder:
-            path.chmod(mode)  # safetensors writes for the owner's eyes only
+            path.chmod(mode)  # only the owner can read what safetensors writes
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -12,9 +12,8 @@ from transformers import GPTNeoXConfig
 
 from app.checkpoints.run_record import RUN_CONFIG_KEY, RunRecord
 from app.errors import CheckpointError, ConfigError
-from app.export.card_settings import CardSettings
 from app.export.directory import architecture
-from app.export.model_card import model_card
+from app.export.model_card import CardSettings, model_card
 from app.model_files.decoding_defaults import Conditions, DecodingDefaults
 from tests.support.tiny_models import tiny_config
 

@@ -13,10 +13,9 @@ from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import is_trained_weights, open_trained_weights
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import CheckpointError, ConfigError
-from app.exits.curves_figure import MOST_RUNS, Curve, exit_curves_figure
 from app.exits.quality import ExitScore
-from app.topv2.exact_match_figure import Metric, exact_match_figure
-from app.topv2.report import read_report
+from app.exits.report import MOST_RUNS, History, exit_curves_figure
+from app.topv2.report import Metric, exact_match_figure, read_report
 from app.whole_file import write_whole
 
 _T = TypeVar("_T")
@@ -63,7 +62,7 @@ def _read(field: str, given: list[str], read: Callable[[Path], _T]) -> dict[str,
     return runs
 
 
-def _read_curve(path: Path) -> Curve:
+def _read_curve(path: Path) -> History:
     """What the validations of a run measured, by the number of tokens trained on until then."""
     if not is_trained_weights(path):
         allowed = "a checkpoint of layerskip fit: a .ckpt file, or a directory of shards"

@@ -1,4 +1,4 @@
-"""How good each exit is on held-out tokens: loss, perplexity, top-1 agreement with the full model.
+"""Measures how good each exit is on held-out tokens: loss, perplexity, top-1 agreement with the full model.
 
 Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary, `E` exits, `G` groups.
 """
@@ -16,11 +16,11 @@ from torchmetrics import Metric
 from app.layerskip.early_exit_loss import IGNORE_INDEX
 from app.model.exact_tables import Conversion, moving_only
 
-_TOKENS_PER_CHUNK = 512  # logits of one chunk: 64 MiB in fp32 at a vocabulary of 32k
+_TOKENS_PER_CHUNK = 512  # their logits take 64 MiB in fp32 at a vocabulary of 32k
 
 
 class GroupedTokenLoss(Metric):
-    """Mean loss a token, over all tokens and within each group of rows (here: each data source)."""
+    """Mean loss of a token, over all tokens and within each group of rows, such as a data source."""
 
     loss_sum_G: Tensor
     count_G: Tensor
@@ -31,16 +31,16 @@ class GroupedTokenLoss(Metric):
         self.add_state("count_G", torch.zeros(num_groups, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, losses_BT: Tensor, counted_BT: Tensor, group_B: Tensor) -> None:
-        """Add cross entropies [B, T], of which `counted_BT` count, of rows in groups [B]."""
+        """Add the cross entropies where `counted_BT`; the others are 0."""
         self.loss_sum_G.index_add_(0, group_B, losses_BT.sum(dim=1, dtype=torch.float64))
         self.count_G.index_add_(0, group_B, counted_BT.sum(dim=1).double())
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """(mean over all tokens, mean of each group [G]; NaN for a group without tokens)."""
+        """Return the mean over all tokens, and the mean of each group [G], NaN for a group without tokens."""
         return self.loss_sum_G.sum() / self.count_G.sum(), self.loss_sum_G / self.count_G
 
     def _apply(self, fn: Conversion, exclude_state: Sequence[str] = ()) -> nn.Module:
-        return super()._apply(moving_only(fn), exclude_state)  # bf16-true converts the model it is part of
+        return super()._apply(moving_only(fn), exclude_state)  # bf16-true, which converts the module, keeps sums exact
 
 
 class ExitScore(NamedTuple):
@@ -51,16 +51,13 @@ class ExitScore(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
         return float(torch.tensor(self.loss, dtype=torch.float64).exp())
 
 
 class ExitQuality(Metric):
-    """Loss and top-1 agreement of chosen exits, token-weighted over batches and ranks.
+    """Loss and top-1 agreement of `exit_layers`, token-weighted over batches and ranks.
 
-    Args:
-        exit_layers: Exits to score, in blocks run.
-        num_layers: L; exit L is the full model, the reference of the agreement.
+    Exit `num_layers` is the full model, with whose first choice exits agree or not.
     """
 
     loss_sum_E: Tensor
@@ -70,20 +67,17 @@ class ExitQuality(Metric):
     def __init__(self, exit_layers: Sequence[int], *, num_layers: int) -> None:
         super().__init__()
         self.exit_layers, self.num_layers = tuple(exit_layers), num_layers
-        for name, size in (
-            ("loss_sum_E", len(self.exit_layers)),
-            ("agreeing_E", len(self.exit_layers)),
-            ("count", 1),
-        ):
-            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("loss_sum_E", "agreeing_E"):
+            self.add_state(name, torch.zeros(len(self.exit_layers), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, hidden_by_exit: Mapping[int, Tensor], labels_BT: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         """Add a batch; logits exist for one chunk of tokens at a time.
 
         Args:
-            hidden_by_exit: exit_layer -> normed hidden states [B, T, D]; must hold the full model's.
+            hidden_by_exit: exit_layer -> normed hidden states [B, T, D], the full model's among them.
             labels_BT: Targets, IGNORE_INDEX where there is none.
-            head: LM head: [N, D] -> [N, V].
+            head: The LM head, from [N, D] to [N, V].
         """
         counted = labels_BT != IGNORE_INDEX
         for rows in torch.split(counted.flatten().nonzero().squeeze(1), _TOKENS_PER_CHUNK):
@@ -98,7 +92,7 @@ class ExitQuality(Metric):
             self.count += len(rows)
 
     def compute(self) -> dict[int, ExitScore]:
-        """exit_layer -> ExitScore; empty if no token was seen."""
+        """Return the score of each exit layer, or nothing if no token was seen."""
         if not self.count:
             return {}
         means = torch.stack([self.loss_sum_E, self.agreeing_E]) / self.count

@@ -1,20 +1,26 @@
-"""Results as plain tables and figures."""
+"""Shows how good each exit is, as tables and figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
+import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from app.exits.quality import ExitScore
 from app.tables import Table
 from app.words import counted
 
-History = Mapping[int, Mapping[int, ExitScore]]  # step -> exit_layer -> score
+History = Mapping[int, Mapping[int, ExitScore]]  # step, or tokens trained on -> exit_layer -> score
+_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+MOST_RUNS = len(_STYLES)
 
 
 def exit_table(history: History, *, num_layers: int) -> Table:
-    """Held-out loss of every exit at the first and the last measurement (one column if it is one), and agreement."""
+    """Held-out loss of every exit at the first and the last measurement, which may be one, and its latest agreement."""
     (first_step, first), (last_step, last) = min(history.items()), max(history.items())
     trend = first_step < last_step
     rows = []
@@ -65,3 +71,38 @@ def exit_figure(history: History) -> Figure:
     agreement_axes.set_ylabel("top-1 agreement with the full model", color="tab:orange")
     agreement_axes.set_ylim(0, 1.02)
     return figure
+
+
+def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
+    """Draw every early exit's agreement with the full model, and the full model's loss, over tokens trained on.
+
+    `runs` gives the curve for each label, at most MOST_RUNS. The deepest exit of a curve is the full model.
+    """
+    figure = Figure(figsize=(11.0, 4.8), layout="constrained")
+    agreement_axes, loss_axes = figure.subplots(1, 2, width_ratios=(3, 2))
+    full = {label: max(max(scores) for scores in curve.values()) for label, curve in runs.items()}
+    exits = sorted({layer for label, curve in runs.items() for scores in curve.values() for layer in scores})
+    early = [layer for layer in exits if layer not in full.values()]
+    colors = dict(zip(early, mpl.colormaps["viridis"].resampled(max(2, len(early))).colors, strict=False))  # type: ignore[attr-defined]
+    for (label, curve), style in zip(runs.items(), _STYLES, strict=False):
+        for layer in early:
+            points = [(tokens, 100 * scores[layer].agreement) for tokens, scores in curve.items() if layer in scores]
+            _line(agreement_axes, points, linestyle=style, color=colors[layer])
+        points = [(tokens, scores[full[label]].loss) for tokens, scores in curve.items() if full[label] in scores]
+        _line(loss_axes, points, linestyle=style, color="black", label=label)
+    agreement_axes.set(title="Early exits", ylabel="agreement with the full model's first choice (%)", ylim=(0, 100))
+    loss_axes.set(title="Full model", ylabel="held-out loss (nats a token)")
+    for axes in (agreement_axes, loss_axes):
+        axes.set(xlabel="tokens trained on (thousands)", xlim=(0, None))
+        axes.grid(alpha=0.3)
+    by_exit = [Line2D([], [], color=colors[layer], label=f"exit {layer}") for layer in reversed(early)]
+    by_run = [
+        Line2D([], [], color="black", linestyle=style, label=label) for label, style in zip(runs, _STYLES, strict=False)
+    ]
+    agreement_axes.legend(handles=[*by_run, *by_exit], frameon=False, ncols=2, loc="upper left")
+    return figure
+
+
+def _line(axes: Axes, points: Sequence[tuple[int, float]], **style: object) -> None:
+    tokens, values = zip(*sorted(points), strict=True) if points else ((), ())
+    axes.plot([count / 1000 for count in tokens], values, marker="o", markersize=4, **style)  # type: ignore[arg-type]

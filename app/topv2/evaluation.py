@@ -23,8 +23,8 @@ class Way(NamedTuple):
     Attributes:
         strategy: autoregressive, early_exit or self_speculative.
         exit_layer: Blocks run, by drafts where there are any; num_layers for the full model.
-        num_draft_tokens: Most tokens drafted in a round; 0 for autoregressive decoding timed beside drafts; None where
-            speed is not measured.
+        num_draft_tokens: Most tokens drafted in a round. It is 0 for autoregressive decoding that is timed beside
+            drafts, and None where speed is not measured.
     """
 
     strategy: Strategy
@@ -34,18 +34,9 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ParsePlan:
-    """What to decode, greedily.
+    """What to decode, greedily: the full model, every early exit, and every exit with every draft length.
 
-    Attributes:
-        num_layers: L; the full model is decoded in any case.
-        exit_layers: Early exits, each 1..num_layers-1.
-        num_draft_tokens: Draft lengths, each at least 1; every exit drafts with every length. With none nothing is
-            self-speculative, and speed is not measured.
-        max_new_tokens: Of an answer, at least 2; a longer one is cut short, and wrong.
-        eos_token_ids: Any of these ends an answer.
-        batch_size: Examples decoded together where speed is not measured, at least 1.
-        time_limit_seconds: No batch is started after this; the first is always decoded. Holds for the measurement of
-            quality and for that of speed, each by itself.
+    `callbacks.ParseValidation` describes the settings. Without draft lengths speed is not measured.
     """
 
     num_layers: int
@@ -58,30 +49,23 @@ class ParsePlan:
 
     @property
     def exits(self) -> list[Way]:
-        """The full model and the early exits, whose quality is measured."""
+        """The full model and the early exits, whose quality is measured in batches."""
         return [Way("autoregressive", self.num_layers), *(Way("early_exit", layer) for layer in self.exit_layers)]
 
     @property
     def timed(self) -> list[Way]:
-        """Autoregressive decoding, then what drafts, exits outermost; nothing if there are no draft lengths."""
+        """Autoregressive decoding, then what drafts, ordered by exit; nothing if there are no draft lengths."""
         drafting = [Way("self_speculative", *pair) for pair in product(self.exit_layers, self.num_draft_tokens)]
         return [Way("autoregressive", self.num_layers, 0), *drafting] if drafting else []
 
     @property
     def ways(self) -> list[Way]:
-        """All of them."""
         return [*self.exits, *self.timed]
 
 
 @dataclass(frozen=True)
 class ParseResult:
-    """What came of one way to decode.
-
-    Attributes:
-        way: Which.
-        scores: Of its answers.
-        speed: Against autoregressive decoding, in turn with it, one example at a time; None where it does not draft.
-    """
+    """Scores of one way to decode, and its speed beside autoregressive decoding; None where it does not draft."""
 
     way: Way
     scores: ParseScores
@@ -101,10 +85,8 @@ def evaluate_parses(
 
     Args:
         decoder: The model, in eval mode.
-        examples: Any number; also none.
-        speed_examples: Any number; also none.
-        plan: What to decode.
-        answer: New token ids -> their text.
+        examples: Any number, as `speed_examples`; also none.
+        answer: Gives the text of new token ids.
         metrics: One for each way of the plan; takes the answers.
 
     Returns:
@@ -126,9 +108,7 @@ def evaluate_parses(
 def collect_results(metrics: Mapping[Way, ParseExactMatch], speeds: Sequence[DecodingComparison]) -> list[ParseResult]:
     """Results of all ranks; a way that no example was decoded with has none.
 
-    Args:
-        metrics: With this rank's answers; computing them adds those of the others.
-        speeds: Of all ranks together.
+    Computing the metrics, which hold this rank's answers, adds those of the others. `speeds` are of all ranks already.
     """
     speed_of = {(speed.exit_layer, speed.num_draft_tokens): speed for speed in speeds}
     scores = {way: metric.compute() for way, metric in metrics.items()}
@@ -142,7 +122,7 @@ def collect_results(metrics: Mapping[Way, ParseExactMatch], speeds: Sequence[Dec
 def _decode(
     decoder: ExitableDecoder, ways: Sequence[Way], examples: Examples, plan: ParsePlan, *, batch_size: int
 ) -> dict[Way, Measurement]:
-    """The ways in turn, batch by batch; nothing where there are no ways or no examples."""
+    """Decode batch by batch, the ways in turn; nothing where there are no ways or no examples."""
     if not ways or not examples:
         return {}
     settings = [
@@ -154,7 +134,7 @@ def _decode(
         )
         for way in ways
     ]
-    # What has no room for an answer is answered with nothing, which is wrong.
+    # A prompt that fills the context gets an empty answer, which is wrong.
     prompts = [example.prompt[: decoder.max_length] for example in examples]
     measurements = alternate(
         [engine_contender(decoder, way.strategy, own) for way, own in zip(ways, settings, strict=True)],

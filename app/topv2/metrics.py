@@ -14,13 +14,13 @@ from app.topv2.semantic_parse import TARGET_FORMATS, Node, ParseError, TargetFor
 
 
 class ParseScore(NamedTuple):
-    """Shares of answers, each 0..1, and of how many; an answer is right or wrong, never nearly right.
+    """Shares of answers, each 0..1, and the number of answers.
 
     Attributes:
-        exact_match: The whitespace-normalised text is the annotation's; the paper's metric.
+        exact_match: The whitespace-normalised text is the annotation's (the paper's metric).
         frame_match: Intents, slots and the words of leaf slots are the annotation's (see `frame`).
         well_formed: The answer is a parse at all.
-        num_examples: Answers scored, at least 1.
+        num_examples: At least 1.
     """
 
     exact_match: float
@@ -30,7 +30,7 @@ class ParseScore(NamedTuple):
 
 
 class ParseScores(NamedTuple):
-    """The score of all answers, and of those of each group that has any."""
+    """The score of all answers, and that of each group which has any."""
 
     overall: ParseScore
     by_group: dict[str, ParseScore]
@@ -39,10 +39,10 @@ class ParseScores(NamedTuple):
 class ParseExactMatch(Metric):
     """Exact match of answers with their references, summed over batches and ranks.
 
-    Texts are compared as trees: for parses these are equal where the whitespace-normalised texts are, and only there.
+    Texts are compared as trees, which are equal exactly where the whitespace-normalised texts of parses are.
 
     Args:
-        groups: What scores are told apart by; every rank names the same.
+        groups: What scores are told apart by, the same on every rank.
         target_format: How answers and references are written.
     """
 
@@ -56,11 +56,7 @@ class ParseExactMatch(Metric):
         self.add_state("counts_G4", zeros, dist_reduce_fx="sum")
 
     def update(self, answers: Sequence[str], references: Sequence[str], groups: Sequence[str]) -> None:
-        """Add answers, which may be any text, with the right ones and the group of each.
-
-        Raises:
-            DataError: A reference is no parse.
-        """
+        """Add answers, which may be any text; DataError if a reference is no parse."""
         for answer, reference, group in zip(answers, references, groups, strict=True):
             try:
                 right = self._decode(reference)
@@ -71,7 +67,7 @@ class ParseExactMatch(Metric):
             self.counts_G4[self.groups.index(group)] += torch.tensor(hits, device=self.counts_G4.device)
 
     def compute(self) -> ParseScores | None:
-        """Scores of everything that was added; None if nothing was."""
+        """Return the scores of everything that was added; None if nothing was."""
         counts_G4 = self.counts_G4.cpu()
         if not counts_G4.any():
             return None
@@ -83,7 +79,7 @@ class ParseExactMatch(Metric):
     def _tree(self, answer: str) -> Node | None:
         try:
             return self._decode(answer)
-        except ParseError:  # an answer like any other: a wrong one
+        except ParseError:  # it counts as a wrong answer
             return None
 
 

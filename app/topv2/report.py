@@ -1,12 +1,17 @@
-"""Results of an evaluation of semantic parses: as records, which a table, metrics and a file are made of."""
+"""Results of an evaluation of semantic parses as records, from which tables, metrics, files and figures are made."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
+from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from app import metric_names
 from app.benchmark.decoding_comparison import DecodingComparison
@@ -18,6 +23,14 @@ from app.whole_file import write_whole
 _SHARES = ("exact_match", "frame_match", "well_formed")
 _SPEEDS = ("acceptance_rate", "mean_tokens_per_round", "ms_per_token", "speedup", "identical_share")
 
+Metric = Literal["exact_match", "frame_match", "well_formed"]
+_TITLES: dict[Metric, str] = {
+    "exact_match": "exact match (%)",
+    "frame_match": "exact match of intents, slots and slot texts (%)",
+    "well_formed": "well-formed answers (%)",
+}
+_MARKERS = "osD^vPX*"  # they tell lines apart that coincide
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParseReport:
@@ -25,11 +38,10 @@ class ParseReport:
 
     Attributes:
         stage: validate or test.
-        step: Optimizer steps the model has taken; None where that is not known, outside of fits.
-        checkpoint: Where its weights were loaded from, if they were.
+        step: Optimizer steps the model has taken; None outside of fits, where that is not known.
+        checkpoint: The source of its weights, if they were loaded.
         num_ranks: Ranks that shared the examples.
-        plan: What was asked for.
-        results: Of each way of the plan, in its order.
+        results: In the order of the plan's ways.
     """
 
     stage: str
@@ -40,7 +52,7 @@ class ParseReport:
     results: Sequence[ParseResult]
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat record a way to decode; a figure is None where it was not measured, or nothing to divide by.
+        """One flat record for each way; a figure is None where it was not measured or there is nothing to divide by.
 
         Keys: strategy, exit_layer, num_draft_tokens; num_examples, exact_match, frame_match, well_formed (shares) and
         by_group, the same of each group; acceptance_rate, mean_tokens_per_round, ms_per_token (decode time, without the
@@ -57,7 +69,7 @@ class ParseReport:
 
 
 def report_metrics(report: ParseReport) -> dict[str, float]:
-    """Everything to log: exact match also by group."""
+    """Every figure to log, by its metric name."""
     logged = {}
     for record in report.records():
         at = report.stage, record["exit_layer"], record["num_draft_tokens"]
@@ -70,7 +82,7 @@ def report_metrics(report: ParseReport) -> dict[str, float]:
 
 
 def report_table(report: ParseReport) -> Table:
-    """One row a way to decode, then one a group for the full model."""
+    """One row for each way to decode, then one for each group of the full model."""
     records = report.records()
     full = records[0]
     titled = [("full model", full), *((record["strategy"].replace("_", " "), record) for record in records[1:])]
@@ -97,7 +109,7 @@ def report_table(report: ParseReport) -> Table:
 
 
 def write_report(report: ParseReport, path: Path) -> None:
-    """Write the records as a JSON file, whole or not at all; folders are made."""
+    """Write the records as a JSON file, whole or not at all, and its folders if need be."""
     document = {
         "stage": report.stage,
         "step": report.step,
@@ -111,10 +123,10 @@ def write_report(report: ParseReport, path: Path) -> None:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The document that `write_report` wrote.
+    """Read the document that `write_report` wrote.
 
     Raises:
-        DataError: There is none at this place.
+        DataError: There is none at this path.
     """
     try:
         document: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -127,12 +139,50 @@ def read_report(path: Path) -> dict[str, Any]:
         found = error.strerror if isinstance(error, OSError) else unlike
         fix = "write one with callbacks.ParseValidation"
         raise DataError(f"{path}: no results of semantic parses ({found}); {fix}") from error
-    else:
-        return document
+    return document
+
+
+def exact_match_figure(runs: Mapping[str, Mapping[str, Any]], *, metric: Metric = "exact_match") -> Figure:
+    """Draw the metric of every run over the exits it was decoded at, with one standard error up and down.
+
+    `runs` gives each line's name and its document of `read_report`, whose self-speculative results are left out.
+    """
+    figure = Figure(figsize=(7.5, 5.0), layout="constrained")
+    axes = figure.subplots()
+    stages, counts = set(), set()
+    for marker, (label, document) in zip(cycle(_MARKERS), runs.items(), strict=False):
+        records = [record for record in document["results"] if record["num_draft_tokens"] is None]
+        records.sort(key=lambda record: record["exit_layer"])
+        exits, shares = [r["exit_layer"] for r in records], [r[metric] for r in records]
+        counts |= {r["num_examples"] for r in records}
+        stages.add(document["stage"])
+        errors = [100.0 * sqrt(s * (1.0 - s) / r["num_examples"]) for s, r in zip(shares, records, strict=True)]
+        axes.errorbar(
+            exits,
+            [100.0 * share for share in shares],
+            yerr=errors,
+            label=label,
+            marker=marker,
+            markersize=7,
+            capsize=3,
+            alpha=0.85,
+        )
+    some = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    axes.set(
+        title=f"{some} examples ({', '.join(sorted(stages))}); bars: one standard error",
+        xlabel="exit layer (blocks run; the last is the full model)",
+        ylabel=_TITLES[metric],
+        xlim=(0.0, None),
+        ylim=(-2.0, 102.0),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
 
 
 def _speeds(speed: DecodingComparison | None, against: DecodingComparison | None) -> dict[str, float | int | None]:
-    """Of a way that drafts, or of autoregressive decoding, which has only its time in a comparison."""
+    """Figures of a way that drafts, or `against` other ways of autoregressive decoding, which has only its time."""
     figures: dict[str, float | int | None] = dict.fromkeys(_SPEEDS)
     if against is not None:
         return figures | {"ms_per_token": _milliseconds(against.autoregressive_tokens_per_second)}

@@ -1,4 +1,4 @@
-"""TOPv2's bracketed semantic parses: read, written, compared, and spelled as JSON.
+"""Reads, writes and compares TOPv2's bracketed semantic parses, and spells them as JSON.
 
 A parse is a tree of intents (IN:) and slots (SL:) over the words of an utterance:
 
@@ -27,7 +27,7 @@ _MAX_DEPTH = 64  # annotations have at most 8; a model may open brackets for eve
 
 
 class ParseError(ValueError):
-    """Text that is no semantic parse; says what is wrong and where."""
+    """Text that is no semantic parse; the message says what is wrong and where."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Node:
     Attributes:
         label: "IN:" or "SL:" and a name of capitals, digits and underscores.
         children: In order; a string is one word, without whitespace and brackets.
-        depth: Nodes on the longest way down, this one included: 1 for a leaf.
+        depth: Number of nodes from here to the deepest one below; 1 for a leaf.
 
     Raises:
         ParseError: A label or a word cannot be written, or the tree is deeper than 64 nodes.
@@ -59,22 +59,19 @@ class Node:
 
 
 def normalise(text: str) -> str:
-    """Any text in the official spacing: single spaces, `[` at its label, `]` by itself.
-
-    No word has a bracket in it, so whitespace around brackets says nothing.
-    """
+    """Give any text the official spacing: single spaces, `[` at its label, `]` by itself."""
     return " ".join(re.sub(r"\[\s*", " [", text).replace("]", " ] ").split())
 
 
 def read_parse(text: str) -> Node:
-    """The tree of a bracketed parse, whatever its whitespace.
+    """Read a bracketed parse, whatever its whitespace.
 
     Raises:
-        ParseError: It is no tree whose root is an intent; the place is counted in words and brackets, from 1.
+        ParseError: It is no tree whose root is an intent. The message counts words and brackets from 1.
     """
     open_nodes: list[tuple[str, list[Node | str]]] = []
     root: Node | None = None
-    for place, word in enumerate(normalise(text).split(), start=1):
+    for number, word in enumerate(normalise(text).split(), start=1):
         try:
             if root is not None:
                 raise ParseError("the parse has ended before it")
@@ -93,7 +90,7 @@ def read_parse(text: str) -> Node:
             else:
                 open_nodes[-1][1].append(word)
         except ParseError as error:
-            raise ParseError(f"at {place}, {word!r}: {error}") from None
+            raise ParseError(f"at {number}, {word!r}: {error}") from None
     if root is None:
         still_open = ", ".join(label for label, _ in open_nodes[:3]) or "nothing was opened"
         raise ParseError(f"at the end: no ] for {still_open}" if open_nodes else f"at the end: {still_open}")
@@ -101,22 +98,18 @@ def read_parse(text: str) -> Node:
 
 
 def write_parse(node: Node) -> str:
-    """The official spelling: single spaces, a space before every `]`."""
+    """Write the official spelling: single spaces, a space before every `]`."""
     parts = (child if isinstance(child, str) else write_parse(child) for child in node.children)
     return " ".join([f"[{node.label}", *parts, "]"])
 
 
 def to_json(node: Node) -> str:
-    """Our JSON form, on one line."""
+    """Write our JSON form, on one line."""
     return json.dumps(_plain(node), ensure_ascii=False, separators=(",", ":"))
 
 
 def from_json(text: str) -> Node:
-    """The tree of our JSON form, whatever the whitespace.
-
-    Raises:
-        ParseError: It is no JSON, or no tree whose root is an intent.
-    """
+    """Read our JSON form, whatever the whitespace; ParseError if it is no JSON, or no tree whose root is an intent."""
     try:
         value = json.loads(text, object_pairs_hook=_node, parse_int=float)  # int() refuses very long numbers
     except json.JSONDecodeError as error:
@@ -129,10 +122,10 @@ def from_json(text: str) -> Node:
 
 
 def frame(node: Node) -> Node:
-    """What the parse asks for: intents, slots and the words of leaf slots, in order.
+    """Reduce a parse to what it asks for: intents, slots and the words of leaf slots, in order.
 
-    All other words are left out: those of intents, and those beside a nested intent in a slot. This is the decoupled
-    representation of Aghajanyan et al. 2020 (arXiv 2009.13655). Frames are compared with ==.
+    The words of intents and those beside a nested intent in a slot are left out: the decoupled representation of
+    Aghajanyan et al. 2020 (arXiv 2009.13655). Frames are compared with ==.
     """
     nodes = tuple(frame(child) for child in node.children if isinstance(child, Node))
     is_leaf_slot = node.label.startswith("SL:") and not nodes
@@ -140,15 +133,10 @@ def frame(node: Node) -> Node:
 
 
 class FormatEntry(NamedTuple):
-    """How answers are written.
+    """How answers are written. Both functions raise ParseError on a text that is no parse."""
 
-    Attributes:
-        encode: The annotation, a bracketed parse -> the text a model learns to write; ParseError if it is no parse.
-        decode: That text, or a model's -> the tree; ParseError if it is none.
-    """
-
-    encode: Callable[[str], str]
-    decode: Callable[[str], Node]
+    encode: Callable[[str], str]  # the annotation, a bracketed parse -> the text a model learns to write
+    decode: Callable[[str], Node]  # that text, or what a model wrote -> the tree
 
 
 TARGET_FORMATS: dict[TargetFormat, FormatEntry] = {
@@ -180,7 +168,7 @@ def _plain(node: Node) -> dict[str, object]:
 
 
 def _node(pairs: list[tuple[str, object]]) -> Node:
-    """A JSON object, whose own objects are nodes already."""
+    """The node of a JSON object, in which inner objects are nodes already."""
     if len(pairs) != 1:
         raise ParseError(f"an object of keys {[key for key, _ in pairs]}, allowed exactly one")
     ((label, value),) = pairs

@@ -8,8 +8,8 @@ import pytest
 
 from app.cli.plot import run
 from app.errors import CheckpointError, ConfigError, DataError
-from app.exits.curves_figure import exit_curves_figure
 from app.exits.quality import ExitScore
+from app.exits.report import exit_curves_figure
 from callbacks import ExitQualityMonitor
 from tests.support.runs import curricula, make_data, make_module, make_trainer
 

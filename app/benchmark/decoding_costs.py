@@ -82,8 +82,7 @@ def measure_decoding_costs(
         decoder: In eval mode, with at least two blocks.
         context_length: Tokens of the prompt; fewer where the model's context is short.
         max_positions: Most positions of a pass, at least 3 and at most half the model's context.
-        repeats: Measurements of each, at least 1; one more comes before them and does not count.
-        clock: Seconds now; for tests.
+        repeats: Measurements of each, at least 1; one more warms up.
 
     Raises:
         ConfigError: `max_positions` is out of range, or the model has a single block.

@@ -21,9 +21,8 @@ from app.cli.strategies import mesh_of, mesh_settings, name_of, settings_of
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_range
 from app.model_files.open import load_config
-from app.planning.changes import Change, changes_that_fit, fits
 from app.planning.memory import Layout
-from app.planning.plan import Machine, Plan, plan_training
+from app.planning.plan import Change, Machine, Plan, changes_that_fit, plan_training
 from app.planning.recipe import Recipe
 from app.planning.report import advice, plan_tables
 from app.training.batch import check_row_length
@@ -134,7 +133,7 @@ class PlanCLI(BesideFitCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             plan = self._plan(self._recipe(), self._layout)
-            is_short = fits(plan, checkpointing=plan.checkpointing) is False
+            is_short = plan.fits_with(checkpointing=plan.checkpointing) is False
             changes = changes_that_fit(plan, self._plan) if is_short else []
         except ConfigError as error:
             raise locate(error, self.plain_config()) from error

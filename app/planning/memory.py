@@ -16,20 +16,20 @@ from transformers import PreTrainedModel
 from app.planning.step import MicroBatchCosts
 
 Strategy = Literal["single", "ddp", "fsdp2"]
-_SIDE = 256  # of a stand-in for a parameter, at most
-_GATHERED_BLOCKS = 2  # by FSDP2: the one that runs, and the next one, which is fetched meanwhile
+_SIDE = 256  # largest side of a stand-in for a parameter
+_GATHERED_BLOCKS = 2  # FSDP2 holds the block that runs, and the next one, which is fetched meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where parameters lie.
+    """How the parameters are spread over devices.
 
     Attributes:
         strategy: single, ddp (a whole model on each device) or fsdp2 (each holds a part).
         shards: Devices that one model is spread over.
-        gathers_cast: In mixed precision FSDP2 gathers weights in the type of the products and all else follows it
-            (MeshStrategy), instead of autocast's copies of weights gathered in their own.
         bucket_views: DDP's gradients are views of its buckets, not copies.
+        gathers_cast: In mixed precision FSDP2 gathers weights in the dtype of the products and all else follows it
+            (MeshStrategy). Otherwise autocast copies weights that were gathered in their own dtype.
     """
 
     strategy: Strategy = "single"
@@ -38,7 +38,7 @@ class Layout:
     gathers_cast: bool = False
 
     def local_numel(self, parameter: Tensor) -> int:
-        """Elements on the fullest device: FSDP2 splits the first dimension."""
+        """Elements of the parameter on the fullest device; FSDP2 splits the first dimension."""
         first, *others = parameter.shape or (1,)
         return ceil(first / self.shards) * int(prod(others))
 
@@ -48,10 +48,10 @@ class OptimizerFacts:
     """What an optimizer does with parameters, as it was seen to do with small ones.
 
     Attributes:
-        state_bytes: For each shape of a parameter the bytes of state an element.
-        step_bytes: Bytes an element that a step needs for itself.
-        learning_rate: At its peak.
-        has_master_weights: It keeps a float32 copy of weights of a smaller type.
+        state_bytes: Shape of a parameter -> bytes of state for each element.
+        step_bytes: Bytes for each element that a step needs for itself.
+        learning_rate: The peak learning rate.
+        has_master_weights: Whether it keeps a float32 copy of weights of a smaller dtype.
     """
 
     state_bytes: dict[tuple[int, ...], float]
@@ -62,18 +62,16 @@ class OptimizerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device; the fullest one where they differ.
+    """Bytes on one device; on the fullest one where devices differ.
 
     Attributes:
-        weights: In the type they are trained in.
-        gradients: As the weights.
         optimizer_states: What the optimizer keeps between steps.
-        weight_copies: Under autocast, the weights of the blocks in its type, kept from forward to backward.
+        weight_copies: Weights of the blocks in the dtype of autocast, kept from forward to backward.
         activations: What the forward keeps for the backward, no block being dropped.
         activations_checkpointed: The same if every block kept its input alone.
-        recomputed_block: What the block that is computed again keeps then.
+        recomputed_block: What the block that is computed again keeps meanwhile.
         exit_loss: Chunks of logits and the gradients of hidden states and head, with the most exits on.
-        communication: FSDP2's gathered weights and gradients not yet spread; DDP's buckets.
+        communication: FSDP2's gathered weights and gradients not yet spread, or DDP's buckets.
         optimizer_step: What the optimizer needs for itself in a step, when the activations are gone.
     """
 
@@ -90,12 +88,11 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Without activation checkpointing."""
         return self._peak(self.activations + self.weight_copies + self.exit_loss)
 
     @property
     def peak_checkpointed(self) -> int:
-        """With activation checkpointing of every block; the loss is over when blocks are computed again."""
+        """The peak with activation checkpointing of every block; the loss is over when blocks are computed again."""
         loss = self.weight_copies + self.exit_loss
         return self._peak(self.activations_checkpointed + max(loss, self.recomputed_block))
 
@@ -105,11 +102,9 @@ class Memory:
 
 
 def ask_optimizer(configure: Callable[[nn.Module], Optimizer], parameters: Iterable[Tensor]) -> OptimizerFacts:
-    """Let the optimizer take a step on a small parameter for each shape there is, and see what it keeps.
+    """Let the optimizer take a step on a small stand-in for each shape of parameter, and see what it keeps.
 
-    Args:
-        configure: Makes the optimizer for a module.
-        parameters: Those it is to train; their types and numbers of dimensions matter, of large ones not the size.
+    `configure` makes the optimizer for a module.
     """
     shapes = {tuple(parameter.shape): parameter.dtype for parameter in parameters}
     small = {
@@ -151,14 +146,9 @@ def plan_memory(
     *,
     gathered: torch.dtype | None = None,
 ) -> Memory:
-    """Add up what one device holds; nothing of `model` but shapes and types is read.
+    """Add up what one device holds; only shapes and dtypes of `model` are read.
 
-    Args:
-        model: In the type its weights are kept in.
-        costs: Of the step.
-        optimizer: What it keeps.
-        layout: Where parameters lie.
-        gathered: What FSDP2 gathers weights in, if not in their own type.
+    FSDP2 gathers weights in the dtype `gathered`, by default in their own.
     """
     parameters = list(model.parameters())
     numels = [layout.local_numel(parameter) for parameter in parameters]
@@ -190,6 +180,6 @@ def _communication(model: PreTrainedModel, layout: Layout, *, gradients: int, ga
     own: int = next(model.parameters()).dtype.itemsize
     itemsize = own if gathered is None else gathered.itemsize
     # Everything outside the blocks is one group, gathered for the whole step (app.model.parallel.shard); a block's
-    # gradients are there once as they are made, once as they are sent, in the weights' own type.
+    # gradients are there once as they are made, once as they are sent, in the weights' own dtype.
     outside = 2 * itemsize * (parameters - sum(blocks))
     return outside + (_GATHERED_BLOCKS * itemsize + itemsize + own) * max(blocks)

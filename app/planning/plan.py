@@ -1,9 +1,11 @@
-"""What a training run will take: parameters, memory, tokens, FLOPs, hours, without weights, data or accelerator."""
+"""What a training run will take: parameters, memory, tokens, FLOPs, hours; and what to change if it does not fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,15 +13,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from app.planning.memory import Layout, Memory, ask_optimizer, plan_memory
-from app.planning.recipe import Departure, Recipe, departures
+from app.planning.recipe import Departure, Recipe, find_departures
 from app.planning.step import Micro, build_fake, measure_micro_batch
 
-RESERVE = 0.1  # of a device: its context, the network's buffers, and gaps between tensors
+RESERVE = 0.1  # share of a device for its context, the network's buffers, and gaps between tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Counts; a tied head has none of its own."""
+    """How many there are. A tied head has none of its own."""
 
     total: int
     embeddings: int
@@ -30,11 +32,11 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the run is to be done on.
+    """A device of the run; None where a figure is unknown.
 
     Attributes:
-        device_memory: Bytes of one device, or None if unknown.
-        peak_flops: FLOPs a second that one device can do at most in the precision of the run, or None if unknown.
+        device_memory: Bytes.
+        peak_flops: FLOPs a second that the device can do at most in the precision of the run.
         utilisation: Share of `peak_flops` that a run reaches, in (0, 1].
     """
 
@@ -45,25 +47,22 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The answer.
+    """What a run takes.
 
     Attributes:
         recipe: What was asked, completed by the optimizer's learning rate.
-        layout: Where parameters lie.
         dtype: Of the weights.
         autocast: Of the products, where it is another.
-        parameters: Counts.
         memory: Bytes on one device.
-        fits: Whether the peak leaves RESERVE of the device free, without and with activation checkpointing.
-        step_flops: Of all devices, the mean step.
-        dropout_saving: Share of the step's FLOPs, with its exits, that layer dropout saves.
-        exits_cost: FLOPs of the exits beside the full model's, over those of the step without them or dropout.
-        recomputation_cost: The same of activation checkpointing; not in step_flops, but in the time if it is on.
-        checkpointing: Whether it is.
+        fits, fits_checkpointed: Whether the peak leaves RESERVE of the device free, without and with activation
+            checkpointing; None where the device is unknown.
+        step_flops: FLOPs of the mean step on all devices, without recomputation.
+        dropout_saving: Share of the FLOPs of a step with its exits that layer dropout saves.
+        exits_cost: FLOPs of the early exits over those of a step with neither exits nor dropout.
+        recomputation_cost: FLOPs of activation checkpointing over the same; they count for the time if it is on.
         checkpoint_bytes: Weights and optimizer states.
         export_bytes: Weights alone.
         seconds_per_step: At the machine's utilisation.
-        departures: Rules that the recipe breaks.
     """
 
     recipe: Recipe
@@ -82,19 +81,33 @@ class Plan:
     checkpoint_bytes: int
     export_bytes: int
     seconds_per_step: float | None
-    departures: list[Departure]
 
     @property
     def flops(self) -> float | None:
-        """Of the run."""
+        """FLOPs of the whole run, without recomputation."""
         return None if self.recipe.max_steps is None else self.step_flops * self.recipe.max_steps
 
     @property
     def hours(self) -> float | None:
-        """Of the run."""
         if self.recipe.max_steps is None or self.seconds_per_step is None:
             return None
         return self.recipe.max_steps * self.seconds_per_step / 3600
+
+    @property
+    def departures(self) -> list[Departure]:
+        """The paper's rules that the recipe breaks."""
+        return find_departures(self.recipe)
+
+    def fits_with(self, *, checkpointing: bool) -> bool | None:
+        """Whether the run fits its devices; None where these are unknown."""
+        return self.fits_checkpointed if checkpointing else self.fits
+
+
+class Change(NamedTuple):
+    """Options of the command line, given last, with which a run fits, and the peak in bytes on one device then."""
+
+    options: str
+    peak: int
 
 
 def plan_training(
@@ -108,17 +121,14 @@ def plan_training(
     checkpointing: bool,
     machine: Machine,
 ) -> Plan:
-    """Find out what a run takes.
+    """Find out what a run takes, without weights, data or accelerator.
 
     Args:
         config: Architecture.
-        recipe: Of the run; its learning rate and `small_weights` are found here.
+        recipe: What the configuration says; its learning rate and `small_weights` are found here.
         configure: Makes the run's optimizer for a module.
-        layout: Where parameters lie.
-        dtype: Of the weights.
-        autocast: Of the products, where it is another.
+        dtype: Of the weights; `autocast` is that of the products, where it is another.
         checkpointing: Whether blocks are computed again in the backward.
-        machine: What it is to be done on.
 
     Raises:
         ConfigError: The model cannot be built or exit early, or its shapes depend on values.
@@ -128,6 +138,7 @@ def plan_training(
     small = dtype.itemsize < torch.float32.itemsize and not optimizer.has_master_weights
     recipe = replace(recipe, learning_rate=optimizer.learning_rate, small_weights=small)
     gathered = autocast if layout.gathers_cast else None
+    running, mode = (model, mode) if gathered is None else build_fake(config, dtype=gathered)
     micro = Micro(
         batch_size=recipe.batch_size,
         seq_len=recipe.seq_len,
@@ -135,15 +146,13 @@ def plan_training(
         dtype=gathered or dtype,
         autocast=None if gathered else autocast,
     )
-    running, mode = (model, mode) if gathered is None else build_fake(config, dtype=gathered)
     costs = measure_micro_batch(running, mode, micro)
     memory = plan_memory(model, costs, optimizer, layout, gathered=gathered)
     whole = plan_memory(model, costs, optimizer, Layout())
     all_kept = [1.0] * recipe.num_layers
     plain = costs.flops(num_exits=1, kept_shares=all_kept)
     with_exits = costs.flops(num_exits=recipe.mean_exits, kept_shares=all_kept)
-    kept = [1 - rate for rate in recipe.mean_dropout_rates]
-    step = costs.flops(num_exits=recipe.mean_exits, kept_shares=kept)
+    step = costs.flops(num_exits=recipe.mean_exits, kept_shares=[1 - rate for rate in recipe.mean_dropout_rates])
     recomputation_cost = sum(costs.block_flops) / 3 / plain  # a forward is a third of forward and backward
     step_flops = step * recipe.accumulate * recipe.world_size
     speed = machine.peak_flops and machine.peak_flops * machine.utilisation * recipe.world_size
@@ -165,8 +174,28 @@ def plan_training(
         checkpoint_bytes=whole.weights + whole.optimizer_states,
         export_bytes=whole.weights,
         seconds_per_step=speed and step_flops * (1 + checkpointing * recomputation_cost) / speed,
-        departures=departures(recipe),
     )
+
+
+def changes_that_fit(plan: Plan, replan: Callable[[Recipe, Layout], Plan]) -> list[Change]:
+    """Each way to make the run fit, with the largest micro-batch that it allows; the batch of a step stays as it is."""
+    ways = [("", plan.layout, plan.checkpointing)]
+    if not plan.checkpointing:
+        ways.append(("--model.activation_checkpointing true", plan.layout, True))
+    if plan.recipe.world_size > 1 and plan.layout.strategy != "fsdp2":
+        sharded = Layout(strategy="fsdp2", shards=plan.recipe.world_size, gathers_cast=True)
+        ways.append(("--config configs/trainer/fsdp2.yaml", sharded, True))
+    replan, found = cache(replan), []
+    for options, layout, checkpointing in ways:
+        recipe, tried = plan.recipe, plan if layout == plan.layout else replan(plan.recipe, layout)
+        while not tried.fits_with(checkpointing=checkpointing) and recipe.batch_size % 2 == 0:
+            recipe = replace(recipe, batch_size=recipe.batch_size // 2, accumulate=recipe.accumulate * 2)
+            tried = replan(recipe, layout)
+        if tried.fits_with(checkpointing=checkpointing):
+            smaller = f"--data.batch_size {recipe.batch_size} --trainer.accumulate_grad_batches {recipe.accumulate}"
+            said = [options] * bool(options) + [smaller] * (recipe != plan.recipe)
+            found.append(Change(" ".join(said), tried.memory.peak_checkpointed if checkpointing else tried.memory.peak))
+    return found
 
 
 def _count(model: PreTrainedModel) -> Parameters:

@@ -12,21 +12,16 @@ from app.layerskip.exit_weights import ExitWeights, normalised_exit_weights
 from app.layerskip.schedules import DepthScale, TimeScale, dropout_rates, time_scale
 
 _PAPER = "arXiv 2404.16710"
-_SCRATCH_LR = 8e-4  # of the paper's models trained from scratch with layer dropout
-_SMALL_BUDGET, _LARGE_BUDGET = 5.3e9, 26e9  # tokens: the paper's runs below have e_scale 1.0, those above 0.2 or less
+_SCRATCH_LR = 8e-4  # learning rate of the paper's models trained from scratch with layer dropout
+# Tokens: the paper's runs below the first number have e_scale 1.0, those above the second have 0.2 or less.
+_SMALL_BUDGET, _LARGE_BUDGET = 5.3e9, 26e9
 _TINY_BUDGET = 5e7  # tokens
-_OFTEN = 0.01  # of steps
+_OFTEN = 0.01  # share of micro-batches
 _GRADUAL_SAMPLES = 1000  # steps at which the gradual curriculum is looked at
 
 
 class Departure(NamedTuple):
-    """A rule that a recipe breaks.
-
-    Attributes:
-        field: The setting, by its path.
-        message: What is so, and what the rule is.
-        source: Who says so.
-    """
+    """A rule that a recipe breaks: the path of the setting, what it is and what the rule says, and who says so."""
 
     field: str
     message: str
@@ -38,15 +33,14 @@ class Recipe:
     """What a configuration says of a run.
 
     Attributes:
-        num_layers: L.
-        from_scratch: Random weights at the start.
+        from_scratch: Whether the run starts from random weights.
         batch_size: Rows of a micro-batch on one device.
         seq_len: Tokens a row.
         accumulate: Micro-batches a step.
-        world_size: Devices.
+        world_size: Number of devices.
         max_steps: T, or None if the run has no fixed length.
-        learning_rate: At its peak.
-        small_weights: Weights of 16 bits without a float32 copy.
+        learning_rate: The peak learning rate.
+        small_weights: Whether weights have 16 bits and no float32 copy.
 
     The others are named as in `LayerDropoutCurriculum` and `EarlyExitCurriculum`.
     """
@@ -72,38 +66,35 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all devices."""
         return self.batch_size * self.seq_len * self.accumulate * self.world_size
 
     @property
     def tokens(self) -> int | None:
-        """Of the run."""
         return None if self.max_steps is None else self.tokens_per_step * self.max_steps
 
     @cached_property
     def mean_dropout_rates(self) -> tuple[float, ...]:
-        """p(l, t) of every block, the mean over all steps."""
+        """The mean over all steps of p(l, t), for every block."""
         steps = range(self.max_steps or 1)
         mean = sum(time_scale(step, total_steps=self.max_steps, kind=self.time_scale) for step in steps) / len(steps)
         return tuple(mean * rate for rate in self.last_dropout_rates)
 
     @property
     def last_dropout_rates(self) -> tuple[float, ...]:
-        """p(l, t) where S(t) = 1."""
+        """p(l, t) of every block where S(t) = 1."""
         return dropout_rates(
             0, num_layers=self.num_layers, max_dropout_rate=self.max_dropout_rate, depth=self.depth_scale
         )
 
     @cached_property
     def exits_by_step(self) -> tuple[int, ...]:
-        """How many exits are on, at steps that stand for all."""
+        """How many exits are on, at steps that represent all steps."""
         every = max(1, (self.max_steps or 1) // _GRADUAL_SAMPLES)
         periods = {"rotational": range(self.rotation_interval), "gradual": range(0, self.max_steps or 1, every)}
         return tuple(len(self._weights(step)) for step in periods.get(self.curriculum, range(1)))
 
     @property
     def mean_exits(self) -> float:
-        """Exits in the loss of a step, on average."""
         return sum(self.exits_by_step) / len(self.exits_by_step)
 
     def _weights(self, step: int) -> dict[int, float]:
@@ -121,8 +112,8 @@ class Recipe:
         )
 
 
-def departures(recipe: Recipe) -> list[Departure]:
-    """The rules that the recipe breaks, each with the setting that would keep it; `fit` runs it all the same."""
+def find_departures(recipe: Recipe) -> list[Departure]:
+    """The rules that the recipe breaks, each with the setting that would keep it. `fit` runs it all the same."""
     found: list[Departure] = []
     if recipe.max_dropout_rate:
         found += _dropout_departures(recipe)

@@ -1,12 +1,11 @@
-"""A plan as tables."""
+"""A plan as tables, and advice for a run that does not fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from app.planning.changes import Change
-from app.planning.plan import RESERVE, Machine, Plan
+from app.planning.plan import RESERVE, Change, Machine, Plan
 from app.tables import Table
 
 _SIZES = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("bytes", 1))
@@ -14,7 +13,7 @@ _SPANS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 def plan_tables(plan: Plan, machine: Machine) -> Iterator[Table]:
-    """Parameters, memory, and work."""
+    """Tables of parameters, memory and work."""
     start = "drawn at random" if plan.recipe.from_scratch else "pretrained"
     yield Table(f"Parameters, {start}", ("part", "parameters"), list(_parameters(plan)))
     shared = f", {plan.layout.strategy} on {plan.recipe.world_size} devices" if plan.recipe.world_size > 1 else ""
@@ -57,7 +56,7 @@ def _memory(plan: Plan, machine: Machine) -> Iterator[tuple[str, str, str]]:
 
 
 def shown_bytes(size: float) -> str:
-    """In the largest unit of which there is one."""
+    """The size in the largest unit of which there is at least one."""
     return _shown(size, _SIZES)
 
 
@@ -68,7 +67,7 @@ def _shown(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def advice(changes: Sequence[Change]) -> str:
-    """What to do about a run that does not fit."""
+    """What to do about a run that does not fit its devices."""
     if not changes:
         return "It does not fit, nor with a smaller batch, checkpointing or FSDP2: take larger devices, or more of them"
     lines = [f"    {change.options}    ({shown_bytes(change.peak)})" for change in changes]

@@ -1,7 +1,7 @@
 """What a training step computes and keeps, found by running it on tensors that have shapes but no memory.
 
-No formula per architecture: the real blocks, head and loss run on fake tensors, and every operation of the forward and
-the backward is seen. Blocks of one kind cost alike, so one of each kind runs and the others are dropped.
+There is no formula per architecture. The real blocks, head and loss run on fake tensors, and every operation of the
+forward and the backward is counted. Blocks of one kind cost the same, so one of each kind runs and the rest is dropped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from app.layerskip.early_exit_loss import early_exit_loss
 from app.model.early_exit import EarlyExitModel
 from app.model_files.open import build_model
 
-_MANY_LABELS = 2**16  # in all exits; from there on, the loss works in chunks that do not grow
+_MANY_LABELS = 2**16  # labels in all exits, from which on the loss works in chunks that do not grow
 
 
 def _product(*shapes: Sequence[int], **_: object) -> int:
@@ -41,7 +41,7 @@ def _attention_backward(*shapes: Any, **_: object) -> int:
     return int(sdpa_backward_flop_count(*shapes[:4]))  # type: ignore[no-untyped-call]
 
 
-# Operations of a step here that torch's counter does not know by itself, counted as it counts their like.
+# Operations of a step that torch's counter does not know, counted as it counts similar ones.
 FLOP_FORMULAS = {
     torch.ops.aten.addmm_: _product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -51,10 +51,9 @@ FLOP_FORMULAS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Micro:
-    """The shape of a micro-batch on one device, and the numbers it is computed in.
+    """The shape of a micro-batch on one device, and the dtypes it is computed in.
 
     Attributes:
-        batch_size: Rows.
         seq_len: Tokens a row, each with a label.
         num_exits: Exits in the loss, the full model among them.
         dtype: Of the weights.
@@ -73,11 +72,11 @@ class MicroBatchCosts:
     """FLOPs of forward and backward, and bytes, of one micro-batch that drops no block.
 
     Attributes:
-        block_flops: Of each block.
-        base_flops: Of everything else with the full model's exit alone.
-        exit_flops: Of each further exit.
+        block_flops: FLOPs of each block.
+        base_flops: FLOPs of everything else with the full model's exit alone.
+        exit_flops: FLOPs of each further exit.
         block_bytes: What each block keeps for the backward, without `copy_bytes`.
-        copy_bytes: Each block's weights in the type of autocast, which the backward keeps as well.
+        copy_bytes: Each block's weights in the dtype of autocast, which the backward keeps as well.
         base_bytes: What is kept outside the blocks when the loss begins.
         exit_loss_bytes: What the loss adds to that at its peak.
         block_input_bytes: What remains of a block under activation checkpointing.
@@ -93,28 +92,28 @@ class MicroBatchCosts:
     block_input_bytes: int
 
     def flops(self, *, num_exits: float, kept_shares: Sequence[float]) -> float:
-        """Of a micro-batch with `num_exits` exits, in which block l runs on `kept_shares[l]` of the rows."""
+        """FLOPs of a micro-batch with `num_exits` exits, in which block l runs on `kept_shares[l]` of the rows."""
         blocks = sum(share * flops for share, flops in zip(kept_shares, self.block_flops, strict=True))
         return blocks + self.base_flops + (num_exits - 1) * self.exit_flops
 
     @property
     def activation_bytes(self) -> int:
-        """Alive when the loss begins, beside the weights' copies."""
+        """What is alive when the loss begins, beside the weights and their copies."""
         return sum(self.block_bytes) + self.base_bytes
 
     @property
     def checkpointed_bytes(self) -> int:
-        """The same where each block keeps its input alone, and is computed again in the backward."""
+        """`activation_bytes` where each block keeps its input alone, and is computed again in the backward."""
         return len(self.block_bytes) * self.block_input_bytes + self.base_bytes
 
     @property
     def recomputed_bytes(self) -> int:
-        """Of the block that is computed again."""
+        """The bytes of the block that is computed again in the backward."""
         return max(kept + copy for kept, copy in zip(self.block_bytes, self.copy_bytes, strict=True))
 
 
 def build_fake(config: PreTrainedConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, FakeTensorMode]:
-    """The model that `config` describes, of fake tensors, and the mode they live in."""
+    """The model that `config` describes, made of fake tensors, and the mode these live in."""
     mode = FakeTensorMode()
     with mode:
         model = build_model(config, seed=0)
@@ -124,14 +123,9 @@ def build_fake(config: PreTrainedConfig, *, dtype: torch.dtype) -> tuple[PreTrai
 
 
 def measure_micro_batch(model: PreTrainedModel, mode: FakeTensorMode, micro: Micro) -> MicroBatchCosts:
-    """Run the step of `LayerSkipModule` on fake tensors.
+    """Run the step of `LayerSkipModule` on the fake tensors of `build_fake`; the classes of the blocks are swapped.
 
     Rows are taken to hold several documents each, so that attention has a mask, and no block to be dropped.
-
-    Args:
-        model: Of build_fake; its blocks' classes are swapped.
-        mode: Of build_fake.
-        micro: What to run.
 
     Raises:
         ConfigError: The architecture cannot be run so, for instance because shapes depend on values.
@@ -171,7 +165,7 @@ def measure_micro_batch(model: PreTrainedModel, mode: FakeTensorMode, micro: Mic
 
 
 def _kind(model: PreTrainedModel, block: nn.Module, idx: int) -> tuple[Any, ...]:
-    """What makes blocks cost the same."""
+    """Blocks of the same kind cost the same."""
     types = getattr(model.config.get_text_config(), "layer_types", None)
     return tuple(parameter.shape for parameter in block.parameters()), types and types[idx]
 
@@ -214,11 +208,7 @@ def _run(
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, counts the bytes of what operations allocate, as long as it lives.
-
-    Args:
-        known: Tensors that were there before.
-    """
+    """Counts the bytes of what operations inside allocate, as long as that lives; `known` was there before."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What `layerskip tune` found, as plain tables and as one object."""
+"""What `layerskip tune` found, as tables and as one JSON object."""
 
 from __future__ import annotations
 
@@ -13,57 +13,45 @@ from app.words import counted
 
 def exits_table(tuning: Tuning) -> Table:
     """Every exit with the draft length that is predicted to be fastest from it."""
-    agreement = tuning.agreement
-    rows: list[tuple[str, ...]] = []
-    for exit_layer in range(1, agreement.num_layers):
-        best = tuning.best_of_exit(exit_layer)
-        rows.append(
-            (
-                str(exit_layer),
-                f"{agreement.agreement(exit_layer):.1%}",
-                str(best.num_draft_tokens),
-                cell(best.acceptance_rate, "{:.1%}"),
-                f"{best.mean_tokens_per_round:.2f}",
-                f"{best.speedup:.2f}x",
-            )
-        )
-    full = f"{agreement.num_layers} (full, one pass)"
-    rows.append((full, f"{agreement.agreement(agreement.num_layers):.1%}", "-", "-", "-", "-"))
+    agreement, num_layers = tuning.agreement, tuning.agreement.num_layers
+    best = [tuning.best_of_exit(exit_layer) for exit_layer in range(1, num_layers)]
     title = (
         f"Exits on {agreement.num_positions} tokens of the model's own output"
         f" ({counted(len(agreement.outputs), 'prompt')}), mean saturation layer {agreement.mean_saturation_layer:.1f}"
     )
-    return Table(
+    return Table.of_columns(
         title,
-        ("exit", "agreement", "best drafts", "acceptance", "tokens/round", "predicted"),
-        rows,
+        {
+            "exit": [*(str(each.exit_layer) for each in best), f"{num_layers} (full, one pass)"],
+            "agreement": [f"{agreement.agreement(exit_layer):.1%}" for exit_layer in range(1, num_layers + 1)],
+            "best drafts": [*(str(each.num_draft_tokens) for each in best), "-"],
+            "acceptance": [*(cell(each.acceptance_rate, "{:.1%}") for each in best), "-"],
+            "tokens/round": [*(f"{each.mean_tokens_per_round:.2f}" for each in best), "-"],
+            "predicted": [*(f"{each.speedup:.2f}x" for each in best), "-"],
+        },
     )
 
 
 def verifications_table(tuning: Tuning) -> Table:
     """Every setting that was run against autoregressive decoding, the fastest once again."""
-    rows: list[tuple[str, ...]] = [
-        (
-            str(run.prediction.exit_layer),
-            str(run.prediction.num_draft_tokens),
-            cell(run.acceptance_rate, "{:.1%}"),
-            f"{run.mean_tokens_per_round:.2f}",
-            f"{run.prediction.speedup:.2f}x",
-            f"{run.speedup:.2f}x",
-            interval_in_words(run.interval),
-            "{:.2f}..{:.2f}x".format(*run.speedup_range),
-            f"{run.differences.num_differing} of {run.num_prompts}",
-            cell(run.differences.largest_logit_gap, "{:.2g}"),
-            turn,
-        )
-        for runs, turn in ((tuning.verifications, "first"), (tuning.confirmations, "again"))
-        for run in runs
-    ]
-    columns = (
-        *("exit", "drafts", "acceptance", "tokens\na round", "predicted", "measured\n(medians)", "95 %\ninterval"),
-        *("of whole\nrepeats", "outputs\ndiffer", "largest\nlogit gap", "turn"),
+    runs = [*tuning.verifications, *tuning.confirmations]
+    turns = ["first"] * len(tuning.verifications) + ["again"] * len(tuning.confirmations)
+    return Table.of_columns(
+        "Run in turn with autoregressive decoding",
+        {
+            "exit": [str(run.prediction.exit_layer) for run in runs],
+            "drafts": [str(run.prediction.num_draft_tokens) for run in runs],
+            "acceptance": [cell(run.acceptance_rate, "{:.1%}") for run in runs],
+            "tokens\na round": [f"{run.mean_tokens_per_round:.2f}" for run in runs],
+            "predicted": [f"{run.prediction.speedup:.2f}x" for run in runs],
+            "measured\n(medians)": [f"{run.speedup:.2f}x" for run in runs],
+            "95 %\ninterval": [interval_in_words(run.interval) for run in runs],
+            "of whole\nrepeats": [interval_in_words(run.speedup_range) for run in runs],
+            "outputs\ndiffer": [f"{run.differences.num_differing} of {run.num_prompts}" for run in runs],
+            "largest\nlogit gap": [cell(run.differences.largest_logit_gap, "{:.2g}") for run in runs],
+            "turn": turns,
+        },
     )
-    return Table("Run in turn with autoregressive decoding", columns, rows)
 
 
 def tuning_as_json(tuning: Tuning) -> dict[str, Any]:

@@ -22,16 +22,12 @@ class Verification:
     """What a setting did when it was run.
 
     Attributes:
-        prediction: What had been expected.
         num_prompts: Prompts run before the time was up.
         num_given: Prompts that there were to run.
-        acceptance_rate: Accepted / drafted.
-        mean_tokens_per_round: Tokens settled by a round.
-        speedup: Over autoregressive decoding in turn with it; of each prompt the median repeat counts.
-        speedup_range: Lowest and highest of a single repeat over all prompts.
-        num_tokens: Decoded after the first token of each output.
+        speedup: Over autoregressive decoding in turn with it; the median repeat of each prompt counts.
+        speedup_range: Lowest and highest speedup of one whole repeat.
+        num_tokens: New tokens after the first of each output.
         interval: 95 % interval of the speedup (`app.benchmark.speedup_interval`); None of one prompt.
-        differences: Of its output from the autoregressive one.
     """
 
     prediction: Prediction
@@ -52,15 +48,15 @@ class Verification:
 
     @property
     def is_enough(self) -> bool:
-        """Whether it ran on enough to tell."""
+        """Whether it ran on enough prompts and tokens to tell."""
         return self.num_prompts >= FEWEST_PROMPTS and self.num_tokens >= FEWEST_TOKENS
 
     @property
     def holds(self) -> bool:
         """Whether this is faster than autoregressive decoding on prompts like these, as far as can be told.
 
-        That takes enough prompts and tokens, an interval above 1, and no repeat over all prompts below 1. To be asked
-        of a run that did not choose the setting.
+        That takes enough prompts and tokens, an interval above 1, and no repeat over all prompts below 1. The answer
+        means nothing for the run by which the setting was chosen.
         """
         above = self.interval is not None and self.interval[0] > 1.0
         return self.is_enough and above and self.speedup_range[0] >= 1.0
@@ -68,19 +64,17 @@ class Verification:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was found.
+    """Predictions, the runs of a few settings, and the recommendation.
 
     The fastest of several noisy measurements is, on average, slower than it was measured. So it is run again, alone
-    against autoregressive decoding, and only that run counts; if it does not hold, the second fastest has its turn.
+    against autoregressive decoding, and only that run counts; if it does not hold, the second fastest is run again.
 
     Attributes:
-        agreement: Of every exit with the outputs.
-        costs: Of steps here.
-        predictions: Of every exit and draft length, exits outermost.
-        verifications: Of the settings that were run, in the order of their predictions.
-        confirmations: Of the fastest of them, in the order they were run again; none where none reached 1.
-        conditions: Under which all this was measured, if that is known.
-        limited_by: The setting that longer drafts would need to be higher.
+        predictions: For every exit and draft length, exits outermost.
+        verifications: The settings that were run, in the order of their predictions.
+        confirmations: The fastest of them, in the order they were run again; none where none reached 1.
+        conditions: Dtype, device and threads of all this, if known.
+        limited_by: The setting that would have to be higher for longer drafts.
     """
 
     agreement: LayerAgreement
@@ -108,7 +102,7 @@ class Tuning:
 
     @property
     def advice(self) -> str:
-        """What might find something faster still, empty if nothing comes to mind."""
+        """What might find a faster setting, or nothing."""
         run = self.confirmed or self.best
         most = max(prediction.num_draft_tokens for prediction in self.predictions)
         if self.best_of_exit(run.prediction.exit_layer).num_draft_tokens < most:
@@ -142,7 +136,7 @@ class Tuning:
 
     @property
     def shortfall(self) -> str:
-        """What is missing for a choice that is worth storing; empty where nothing is."""
+        """What is missing for a choice that is worth storing, or nothing."""
         few = [run for run in self.confirmations or self.verifications if not run.is_enough]
         if not few:
             return ""
@@ -154,21 +148,21 @@ class Tuning:
 
     @property
     def reason(self) -> str:
-        """The recommendation and why, in one sentence."""
+        """The recommendation and its reason in one sentence."""
         if self.shortfall:
             return f"none: {self.shortfall}"
         best, setting, count = self.best, self.best.prediction, len(self.verifications)
-        again = "; ".join(_again(run) for run in self.confirmations)
+        again = "; ".join(_run_again(run) for run in self.confirmations)
         if (run := self.confirmed) is not None:
-            place = "fastest" if run is self.confirmations[0] else "second fastest"
-            return f"self_speculative, {setting_in_words(run.prediction)}: the {place} of {count} settings run; {again}"
+            rank = "fastest" if run is self.confirmations[0] else "second fastest"
+            return f"self_speculative, {setting_in_words(run.prediction)}: the {rank} of {count} settings run; {again}"
         if again:
             return f"autoregressive: no setting kept its lead when it was run again; {again}"
         measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {best.prompts_in_words}"
         slow = f"autoregressive: even {setting_in_words(setting)}, the fastest of {count} settings run, {measured}"
         model = self.costs.cost_model(num_layers=self.agreement.num_layers, exit_layer=setting.exit_layer)
         agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
-        if agreement >= needed:  # the costs measured apart had promised more
+        if agreement >= needed:  # the costs measured apart had promised more, so agreement is not the reason
             return slow
         gains = f"with {needed:.0%}, one draft a round would gain" if needed < 1 else "no share makes a draft gain here"
         return f"{slow}; the exit agrees with the full model on {agreement:.0%} of the tokens; {gains}"
@@ -179,8 +173,7 @@ def setting_in_words(prediction: Prediction) -> str:
     return f"exit {prediction.exit_layer} with {counted(prediction.num_draft_tokens, 'draft')}"
 
 
-def _again(run: Verification) -> str:
-    """How the run after the choice came out."""
+def _run_again(run: Verification) -> str:
     low, high = run.speedup_range
     return (
         f"{setting_in_words(run.prediction)} {'confirmed' if run.holds else 'not confirmed'}, measured"

@@ -13,7 +13,7 @@ from app.benchmark.output_differences import OutputDifferences, find_output_diff
 from app.errors import DataError, check_range
 from app.model_files.decoding_defaults import Conditions
 from app.protocols import ExitableDecoder
-from app.tuning.layer_agreement import measure_layer_agreement
+from app.tuning.layer_agreement import LayerAgreement, measure_layer_agreement
 from app.tuning.result import Tuning, Verification, setting_in_words
 from app.tuning.speedup_prediction import Prediction, choose_diverse, predict
 
@@ -84,17 +84,44 @@ def tune(
         DataError: Every output ends with its first token, so that there is nothing to speed up.
     """
     check_range("num_layers", decoder.num_layers, low=2, fix="a single block has no exit to draft from")
+    agreement, costs = _look(decoder, prompts, eos_token_ids=eos_token_ids, settings=settings)
+    if not agreement.num_positions:
+        raise DataError("prompts: the model ends every output at its first token, which no draft can speed up")
+    predictions = predict(agreement, costs, max_draft_tokens=settings.longest_draft)
+    chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
+    _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
+    # The model was not yet run on the other prompts. Their outputs may end at once, but a choice needs more prompts
+    # than a prediction does.
+    seen, unseen = prompts[: len(agreement.outputs)], prompts[len(agreement.outputs) :]
+    lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1] + [*unseen]
+    share = replace(settings, time_limit_seconds=_FOR_VERIFICATION * settings.time_limit_seconds)
+    verifications = _verify(decoder, lively, chosen, eos_token_ids=eos_token_ids, settings=share)
+    return Tuning(
+        agreement=agreement,
+        costs=costs,
+        predictions=predictions,
+        verifications=verifications,
+        confirmations=_confirm(decoder, lively, verifications, eos_token_ids=eos_token_ids, settings=settings),
+        limited_by="max_draft_tokens" if settings.longest_draft == settings.max_draft_tokens else "max_new_tokens",
+        conditions=conditions,
+    )
+
+
+def _look(
+    decoder: ExitableDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_token_ids: Sequence[int],
+    settings: TuningSettings,
+) -> tuple[LayerAgreement, DecodingCosts]:
+    """Measure the agreement of the exits, and the costs of steps before, halfway and after."""
     costs: list[DecodingCosts] = []
     context = int(fmean(map(len, prompts))) + settings.max_new_tokens // 2
 
     def measure_costs() -> None:
+        positions = max(3, min(settings.longest_draft + 1, decoder.max_length // 2))
         costs.append(
-            measure_decoding_costs(
-                decoder,
-                context_length=context,
-                max_positions=max(3, min(settings.longest_draft + 1, decoder.max_length // 2)),
-                repeats=_COST_REPEATS,
-            )
+            measure_decoding_costs(decoder, context_length=context, max_positions=positions, repeats=_COST_REPEATS)
         )
 
     def after(done: int) -> None:
@@ -102,7 +129,7 @@ def tune(
         if done == max(1, len(prompts) // 2):
             measure_costs()
 
-    measure_costs()  # before, halfway and after
+    measure_costs()
     agreement = measure_layer_agreement(
         decoder,
         prompts,
@@ -111,32 +138,9 @@ def tune(
         time_limit_seconds=_FOR_OUTPUTS * settings.time_limit_seconds,
         on_prompt=after,
     )
-    if not agreement.num_positions:
-        raise DataError("prompts: the model ends every output at its first token, which no draft can speed up")
-    seen = prompts[: len(agreement.outputs)]
     measure_costs()
     _log.info("costs of steps: median of %d measurements at a context of %d tokens", len(costs), context)
-    predictions = predict(agreement, median_costs(costs), max_draft_tokens=settings.longest_draft)
-    chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
-    _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
-    lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1]
-    lively += prompts[len(seen) :]  # these may end at once, but a choice needs more prompts than a prediction does
-    verifications = _verify(
-        decoder,
-        lively,
-        chosen,
-        eos_token_ids=eos_token_ids,
-        settings=replace(settings, time_limit_seconds=_FOR_VERIFICATION * settings.time_limit_seconds),
-    )
-    return Tuning(
-        agreement=agreement,
-        costs=median_costs(costs),
-        predictions=predictions,
-        verifications=verifications,
-        confirmations=_confirm(decoder, lively, verifications, eos_token_ids=eos_token_ids, settings=settings),
-        limited_by="max_draft_tokens" if settings.longest_draft == settings.max_draft_tokens else "max_new_tokens",
-        conditions=conditions,
-    )
+    return agreement, median_costs(costs)
 
 
 def _confirm(

@@ -7,7 +7,7 @@ import pytest
 
 from app.layerskip.exit_curricula import gradual_exits
 from app.layerskip.schedules import dropout_rates
-from app.planning.recipe import Recipe, departures
+from app.planning.recipe import Recipe, find_departures
 
 # The paper's Llama 2 7B: continual pretraining on 52 billion tokens, and from scratch on 26 billion.
 CONTINUAL = Recipe(
@@ -21,7 +21,7 @@ SCRATCH = replace(
 
 
 def fields(recipe):
-    return [departure.field for departure in departures(recipe)]
+    return [departure.field for departure in find_departures(recipe)]
 
 
 def test_tokens_are_those_of_the_paper():
@@ -74,7 +74,7 @@ def test_the_papers_recipes_break_no_rule():
     ],
 )
 def test_a_broken_rule_is_named_with_its_source(recipe, changes, field):
-    (departure,) = departures(replace(recipe, **changes))
+    (departure,) = find_departures(replace(recipe, **changes))
     assert departure.field == field
     assert "arXiv" in departure.source or "method card" in departure.source
 
@@ -95,5 +95,5 @@ def test_a_rule_that_does_not_apply_is_not_named(recipe, changes):
 
 
 def test_the_chance_that_a_whole_block_is_dropped_is_told():
-    (departure,) = departures(replace(CONTINUAL, batch_size=1, world_size=256))
+    (departure,) = find_departures(replace(CONTINUAL, batch_size=1, world_size=256))
     assert "in 10% of micro-batches" in departure.message

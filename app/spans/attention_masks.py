@@ -1,6 +1,7 @@
-"""Which stored positions a new one sees, as what is added to the scores of attention.
+"""Masks that say which stored positions a new one sees; they are added to the scores of attention.
 
 Shape legend: `B` sequences, `T` new positions, `S` stored positions (new ones included).
+Tested by tests/unit/spans/test_decoder.py.
 """
 
 from __future__ import annotations
@@ -14,20 +15,17 @@ from torch import Tensor
 def attention_mask(
     starts: Sequence[int], *, queries_BT: Tensor, window: int | None, first: int = 0, like: Tensor
 ) -> Tensor | None:
-    """What new positions may see of the stored ones from `first` on, or None where SDPA's own rule says just that.
+    """Zeros and -inf [1 or B, 1, T, S - first] for the scores, or None where SDPA needs no mask.
 
-    A position i sees every j <= i, and with a window w only j > i - w. Without a mask SDPA lets one query see
-    everything and treats several as causal from position 0, so those two cases need none.
+    Position i sees every j <= i, and with a window w only j > i - w. Without a mask SDPA lets one query see everything
+    and treats several as causal from position 0, so those two cases need none.
 
     Args:
         starts: Stored positions of each sequence.
         queries_BT: The new positions, which begin there; [1, T] where all sequences are equally long.
         window: w, or None.
-        first: Stored positions before it are left out; no new position sees them.
-        like: Of the type and device wanted.
-
-    Returns:
-        What to add to the scores, 0 or -inf: [1 or B, 1, T, S - first].
+        first: First position that any new one sees.
+        like: A tensor of the wanted type and device.
     """
     num_new = queries_BT.shape[1]
     num_stored = max(starts) + num_new
@@ -40,13 +38,11 @@ def attention_mask(
     hidden_BTS = key_S > query_BT1
     if window is not None:
         hidden_BTS |= key_S <= query_BT1 - window
-    return torch.zeros(hidden_BTS.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden_BTS, float("-inf"))[
-        :, None
-    ]
+    return like.new_zeros(hidden_BTS.shape).masked_fill_(hidden_BTS, float("-inf"))[:, None]
 
 
 def needs_no_mask(starts: Sequence[int], num_new: int, window: int | None, first: int = 0) -> bool:
-    """Whether SDPA's own rule is right for `num_new` positions that see stored ones from `first` on."""
+    """Whether SDPA is right without a mask for `num_new` positions that see stored ones from `first` on."""
     fits = _fits(max(starts) + num_new - first, window)
     return min(starts) == max(starts) and fits and (num_new == 1 or max(starts) == 0)
 
@@ -56,6 +52,6 @@ def _fits(num_positions: int, window: int | None) -> bool:
 
 
 def causal_mask(num_new: int, num_stored: int, *, like: Tensor) -> Tensor:
-    """0 where one of the last `num_new` positions sees a stored one, -inf where it does not: [1, 1, T, S]."""
-    blocked = torch.full((num_new, num_stored), float("-inf"), dtype=like.dtype, device=like.device)
+    """The mask [1, 1, T, S] of the last `num_new` of the stored positions without a window."""
+    blocked = like.new_full((num_new, num_stored), float("-inf"))
     return blocked.triu_(num_stored - num_new + 1)[None, None]

@@ -1,4 +1,4 @@
-"""Run a Hugging Face decoder block by block: spans `start..stop` of its layers on our cache.
+"""Runs a Hugging Face decoder block by block: spans `start..stop` of its layers on our cache.
 
 Shape legend: `B` sequences, `T` new positions, `S` stored positions (new ones included), `D` width, `V` vocabulary.
 """
@@ -23,9 +23,9 @@ from app.spans.kv_cache import KeyValueCache
 
 SlidingBlocks = Literal["none", "all", "by_layer_type"]
 
-# model_type -> which blocks see only the last `config.sliding_window` positions, as the type's own forward decides.
-# Each type's logits are tested against that forward. Types whose embedding or logits are scaled, capped or shifted
-# outside the modules driven here (gemma, granite, cohere, ...) do not belong in this table.
+# model_type -> the blocks that see only the last `config.sliding_window` positions, as the type's own forward decides.
+# Tests compare the logits of each type with that forward. Types that scale, cap or shift embedding or logits outside
+# the modules that run here (gemma, granite, cohere, ...) do not belong in this table.
 SUPPORTED_MODEL_TYPES: dict[str, SlidingBlocks] = {
     "arcee": "none",
     "llama": "none",
@@ -36,12 +36,12 @@ SUPPORTED_MODEL_TYPES: dict[str, SlidingBlocks] = {
     "qwen3": "by_layer_type",
     "smollm3": "by_layer_type",
 }
-_PIECE = 512  # new positions at a time where a mask is needed: of a whole prompt it would be prompt x prompt
-_FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others rewrite the model's buffers as text grows
+_PIECE = 512  # new positions at a time where a mask is needed, which for a whole prompt would be prompt x prompt
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others rewrite the model's buffers as a text grows
 
 
 class _RotaryTables(NamedTuple):
-    """Of positions 0..P-1: ids [1, P], cos, sin and sin with its first half negated, each [1, P, K]."""
+    """Position ids [1, P], and for each cos, sin, and sin with its first half negated, each [1, P, K]."""
 
     positions: Tensor
     cos: Tensor
@@ -50,17 +50,17 @@ class _RotaryTables(NamedTuple):
 
 
 class SpanDecoder:
-    """A view on the live weights of a causal LM; implements protocols.ExitableDecoder.
+    """A view on the live weights of a causal LM that implements protocols.ExitableDecoder.
 
     It changes neither weights, modes nor gradients. Run it in eval mode and under `torch.no_grad`. The layers of most
-    types run as functions of their weights (`functional_block`), the others as the modules they are.
+    types run as functions of their weights (`functional_block`), the others as modules.
 
     Args:
         model: A causal LM of a type in SUPPORTED_MODEL_TYPES with SDPA attention; its layers may be subclasses.
-        functional: False drives the modules of every type: the slower twin, for tests.
+        functional: False runs the layers of every type as modules, which is slower; tests compare the two.
 
     Raises:
-        ConfigError: The model cannot be driven in spans with its own logits as the result.
+        ConfigError: Running the model in spans would not give its own logits.
     """
 
     def __init__(self, model: PreTrainedModel, *, functional: bool = True) -> None:
@@ -95,17 +95,17 @@ class SpanDecoder:
 
     @property
     def max_length(self) -> int:
-        """The context length: positions 0..max_length-1 exist."""
+        """The context length in tokens."""
         return int(self._model.config.max_position_embeddings)
 
     @property
     def vocab_size(self) -> int:
-        """V: token ids are 0..vocab_size-1."""
+        """V, the number of token ids."""
         return self._decoder.embed_tokens.num_embeddings  # type: ignore[no-any-return]
 
     @property
     def device(self) -> torch.device:
-        """Where token ids must be."""
+        """The device on which token ids must be."""
         return self._decoder.embed_tokens.weight.device  # type: ignore[no-any-return]
 
     @property
@@ -119,11 +119,10 @@ class SpanDecoder:
         return self._head.weight.numel()
 
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> KeyValueCache:
-        """An empty cache; asks for eval mode, once a decode.
+        """An empty cache with room for `capacity` positions of each sequence, which may grow.
 
-        Args:
-            batch_size: Sequences, at least 1.
-            capacity: Positions to reserve for each, at least 1; it may grow.
+        Raises:
+            ConfigError: The model is in training mode.
         """
         if any(module.training for module in self._model.modules()):
             raise ConfigError("model", got="training mode", allowed="eval mode", fix="call model.eval() first")
@@ -136,14 +135,8 @@ class SpanDecoder:
     def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: DecoderCache) -> Tensor:
         """Run blocks start..stop-1 on T new positions of each sequence, which begin at `cache.lengths(start)`.
 
-        Args:
-            hidden_BTD: What enters block `start` [B, T, D].
-            start: First block, 0..num_layers-1.
-            stop: One past the last block, up to num_layers.
-            cache: From `new_cache`; blocks start..stop-1 hold the same numbers of positions.
-
-        Returns:
-            Pre-norm hidden states [B, T, D].
+        The hidden states [B, T, D] that enter block `start` become the pre-norm ones that leave block `stop - 1`. In
+        the cache, from `new_cache`, all these blocks hold the same numbers of positions.
         """
         assert isinstance(cache, KeyValueCache)
         num_new, starts = hidden_BTD.shape[1], cache.lengths(start)
@@ -160,7 +153,7 @@ class SpanDecoder:
         return hidden_BTD
 
     def _run_in_pieces(self, hidden_BTD: Tensor, start: int, stop: int, *, cache: KeyValueCache) -> Tensor:
-        """The blocks that need a mask take the positions piece by piece, those between them all at once."""
+        """Give the positions piece by piece to blocks that need a mask, and all at once to the blocks between them."""
         starts, num_new = cache.lengths(start), hidden_BTD.shape[1]
         for window, run in groupby(range(start, stop), self._windows.__getitem__):
             blocks = list(run)
@@ -182,31 +175,29 @@ class SpanDecoder:
         sights: dict[int | None, Sight],
         tables: _RotaryTables,
     ) -> Tensor:
-        """The layers' own forwards."""
         for layer, window in zip(self._layers[start:stop], self._windows[start:stop], strict=True):
-            # In order, since the fourth is `past_key_values` up to transformers 5.23 and `cache` from 5.24 on.
+            # The fourth argument is named `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
             given = hidden_BTD, sights[window].mask, tables.positions, cache
             out = layer(*given, use_cache=True, position_embeddings=(tables.cos, tables.sin))
             hidden_BTD = out[0] if isinstance(out, tuple) else out
         return hidden_BTD
 
     def _sight(self, starts: Sequence[int], queries_BT: Tensor, window: int | None, *, like: Tensor) -> Sight:
-        """What blocks with this window see; few positions get a mask for query heads laid along them."""
         num_new = queries_BT.shape[1]
         # The layers' own forwards always look at all stored positions.
         first = 0 if window is None or not self._blocks else max(0, min(starts) + 1 - window)
         mask = attention_mask(starts, queries_BT=queries_BT, window=window, first=first, like=like)
         if self._blocks and num_new <= FOLD_UP_TO:
-            if mask is None and num_new > 1:  # a causal start: SDPA's own rule does not know of folded heads
+            if mask is None and num_new > 1:  # SDPA's causal rule is wrong for query heads folded into positions
                 mask = causal_mask(num_new, num_new, like=like)
             if mask is not None and self._query_groups > 1:
                 mask = mask.repeat(1, 1, self._query_groups, 1)
         return Sight(first, mask)
 
     def _rotary_tables(self, cache: KeyValueCache, start: int, num_new: int, *, like: Tensor) -> _RotaryTables:
-        """Tables of the new positions, [1, T, ...] where all sequences are equally long, else [B, T, ...].
+        """Tables of the new positions, [1, T, ...] where all sequences are equally long, otherwise [B, T, ...].
 
-        Cut from tables made once: computing them anew would cost a short draft a fifth of its time.
+        They are cut from tables made once, since computing them anew would take a fifth of a short draft's time.
         """
         starts = cache.lengths(start)
         stop = max(starts) + num_new
@@ -223,7 +214,7 @@ class SpanDecoder:
     def unembed(self, hidden_BTD: Tensor) -> Tensor:
         """Final norm and LM head: pre-norm hidden states [B, T, D] -> logits [B, T, V]."""
         norm = self._decoder.norm
-        if self._blocks:  # their types all end in a plain RMSNorm, whose module takes three times as long
+        if self._blocks:  # these types end in a plain RMSNorm, whose module takes three times as long
             normed_BTD = F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], norm.weight, norm.variance_epsilon)
         else:
             normed_BTD = norm(hidden_BTD)

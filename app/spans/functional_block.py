@@ -1,7 +1,7 @@
-"""One decoder block as a function of its own weights, for decoding: a few large products instead of many modules.
+"""Runs a decoder block as a function of its weights, in a few large products instead of many modules.
 
 Shape legend: `B` sequences, `T` new positions, `S` stored positions, `D` width, `H` heads, `K` head width.
-The result is that of the Hugging Face layer whose weights it reads; tests compare the two.
+Tested by tests/unit/spans/test_decoder.py and test_architectures.py against the Hugging Face layers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from app.model.cpu.products import Product
 from app.spans.kv_cache import KeyValueCache
 
-# Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))), with optional biases and
-# norms of queries and keys, and optionally no rotation in some layers.
+# Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))). Biases, norms of queries
+# and keys, and layers without rotation are optional.
 FUNCTIONAL_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
-FOLD_UP_TO = 32  # new positions; for more, repeating the mask for each query head costs more than it saves
+FOLD_UP_TO = 32  # new positions; beyond, repeating the mask for each query head costs more than it saves
 
 
 class Rotation(NamedTuple):
@@ -34,9 +34,9 @@ class Sight(NamedTuple):
     """What new positions see of the stored ones.
 
     Attributes:
-        first: None of them sees a position before this one.
-        mask: Added to the scores [1 or B, 1, T, S - first]; for T <= FOLD_UP_TO repeated for each query head of a group
-            along T. None where one position sees all, or where more than FOLD_UP_TO begin at position 0.
+        first: First position that any of them sees.
+        mask: What is added to the scores [1 or B, 1, T, S - first], repeated along T for each query head of a group
+            where T <= FOLD_UP_TO. None where one position sees all, or where more than FOLD_UP_TO begin at position 0.
     """
 
     first: int
@@ -44,13 +44,7 @@ class Sight(NamedTuple):
 
 
 class FunctionalBlock:
-    """A view on one layer's weights. Valid while the parameters keep their memory.
-
-    Args:
-        layer: A decoder layer of a type in FUNCTIONAL_MODEL_TYPES with plain linear projections.
-        config: The model's.
-        layer_idx: Its place, 0..num_layers-1.
-    """
+    """A view on the weights of a layer that `is_functional`; it is valid while the parameters keep their memory."""
 
     def __init__(self, layer: Any, config: PretrainedConfig, *, layer_idx: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -70,19 +64,10 @@ class FunctionalBlock:
         self._activation: Callable[[Tensor], Tensor] = F.silu if config.hidden_act == "silu" else mlp.act_fn
 
     def __call__(self, hidden_BTD: Tensor, *, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
-        """Run the block on T new positions and append their keys and values.
-
-        Args:
-            hidden_BTD: What enters the block.
-            rotation: Of the new positions.
-            sight: What they see.
-            cache: Where this block's keys and values are.
-        """
+        """Run the block on T new positions [B, T, D] and append their keys and values to the cache."""
         width = hidden_BTD.shape[-1:]
-        attended_BTD = self._attend(
-            F.rms_norm(hidden_BTD, width, self._attention_norm, self._epsilon), rotation, sight, cache
-        )
-        hidden_BTD = attended_BTD.add_(hidden_BTD)
+        normed_BTD = F.rms_norm(hidden_BTD, width, self._attention_norm, self._epsilon)
+        hidden_BTD = self._attend(normed_BTD, rotation, sight, cache).add_(hidden_BTD)
         normed_BTD = F.rms_norm(hidden_BTD, width, self._mlp_norm, self._epsilon)
         gate, up = self._gate_up(normed_BTD)
         return self._down(self._activation(gate) * up).add_(hidden_BTD)
@@ -91,9 +76,8 @@ class FunctionalBlock:
         batch, num_new, _ = normed_BTD.shape
         rotated, value_BTHK = self._queries_and_keys(normed_BTD)
         if self._rotates:
-            rotated = torch.addcmul(
-                rotated * rotation.cos, rotated.roll(self._head_width // 2, -1), rotation.signed_sin
-            )
+            rolled = rotated.roll(self._head_width // 2, -1)
+            rotated = torch.addcmul(rotated * rotation.cos, rolled, rotation.signed_sin)
         query_BTHK, key_BTHK = _split(rotated, self._num_queries, self._num_keys)
         keys_BHSK, values_BHSK = cache.append(key_BTHK, value_BTHK, self._layer_idx)
         first, mask = sight
@@ -114,7 +98,7 @@ class FunctionalBlock:
             )
             mixed_BTHK = mixed_BHTK.transpose(1, 2)
         else:
-            # Query heads of a group as further query positions of their one key head: nothing is repeated.
+            # Query heads of a group become further query positions of their one key head, so no key is repeated.
             query = query_BTHK.view(batch, num_new, self._num_keys, -1, self._head_width).permute(0, 2, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(
                 query.flatten(2, 3), keys_BHSK, values_BHSK, attn_mask=mask, scale=self._scaling
@@ -136,21 +120,20 @@ class FunctionalBlock:
 
 
 def needs_repeated_keys(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether SDPA would compute all scores at once for query heads that share a key head.
+    """Whether SDPA would store all scores for query heads that share a key head.
 
-    On a GPU only its flash kernel takes shared keys, and that one knows neither masks nor float32.
+    On a GPU only its flash kernel takes shared keys, and that kernel has neither masks nor float32.
     """
     return query.device.type != "cpu" and (mask is not None or query.dtype == torch.float32)
 
 
 def _split(heads_BTHK: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
-    """Two groups of heads."""
     left, right = heads_BTHK.split_with_sizes([first, second], dim=2)
     return left, right
 
 
 class Projections:
-    """Linear layers of one input: one product where their weights lie side by side (see `join_projections`)."""
+    """Linear layers of one input, which are one product where `join_projections` has joined their weights."""
 
     def __init__(self, *layers: nn.Linear) -> None:
         self._sizes = [layer.out_features for layer in layers]
@@ -161,20 +144,20 @@ class Projections:
         self.products = [Product(weight, bias)] if joined and weight is not None else [*map(Product, weights, biases)]
 
     def joined(self, inputs: Tensor) -> Tensor:
-        """All outputs in one tensor [..., sum of sizes]."""
+        """The outputs of all layers in one tensor [..., sum of sizes]."""
         if len(self.products) == 1:
             return self.products[0](inputs)
         return torch.cat([product(inputs) for product in self.products], dim=-1)
 
     def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
-        """Each layer's output."""
+        """The output of each layer."""
         if len(self.products) == 1:
             return self.products[0](inputs).split_with_sizes(self._sizes, dim=-1)
         return [product(inputs) for product in self.products]
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
-    """One view over tensors that follow each other in one storage, or None."""
+    """A view over tensors that follow one another in one storage, or None."""
     first = tensors[0]
     offset = first.storage_offset()
     for tensor in tensors:
@@ -188,10 +171,10 @@ def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
 
 @torch.no_grad()
 def join_projections(model: PreTrainedModel) -> None:
-    """Lay query, key and value weights side by side in memory, and gate and up: each group becomes one product.
+    """Move query, key and value weights next to one another in memory, and gate and up, so each group is one product.
 
-    The parameters stay what they are, under the same names; only where they lie changes, layer by layer, so that no
-    more than one layer exists twice. Do it to a model you own, before decoding; not to one in training.
+    The parameters and their names stay; at most one group exists twice at a time. Do it to a model you own and do not
+    train, before decoding.
     """
     if not is_functional(model):
         return
@@ -209,7 +192,7 @@ def join_projections(model: PreTrainedModel) -> None:
 
 
 def is_functional(model: PreTrainedModel) -> bool:
-    """Whether every layer can be driven by FunctionalBlock; wrapped projections (LoRA, quantised) cannot."""
+    """Whether FunctionalBlock can run every layer, which it cannot with wrapped projections (LoRA, quantised)."""
     if model.config.model_type not in FUNCTIONAL_MODEL_TYPES:
         return False
     return all(

@@ -1,4 +1,4 @@
-"""Keys and values of every block: written by index, read as views, truncated by moving a number.
+"""Stores keys and values of every block: they are written by index, read as views, and truncated without a copy.
 
 Shape legend: `B` sequences, `H` key/value heads, `T` new positions, `S` stored positions, `C` capacity, `K` head width.
 """
@@ -18,20 +18,12 @@ _GROWTH = 256  # positions, the least that a full store grows by
 class KeyValueCache:
     """Keys and values of every block; implements protocols.DecoderCache.
 
-    Position p of a sequence lies at index p of its row, whatever the other rows hold. Blocks may be filled to
-    different lengths, which is what lets drafting run ahead in the first blocks; so may rows.
-
-    Args:
-        num_layers: Number of blocks, at least 1.
-        batch_size: Sequences, at least 1.
-        capacity: Positions to reserve for each, at least 1; a full store grows by half. A block's memory is taken at
-            its first `append`, which is where the shape, type and device of the keys are learned.
+    Position p of a sequence is at index p of its row, whatever the other rows hold. Rows may differ in length, and
+    blocks too, so that drafting can run ahead in the first blocks. A block allocates `capacity` positions a row at its
+    first `append`, which knows the shape, type and device of the keys; a full store grows by half.
     """
 
     def __init__(self, *, num_layers: int, batch_size: int = 1, capacity: int) -> None:
-        check_range("num_layers", num_layers, low=1)
-        check_range("batch_size", batch_size, low=1)
-        check_range("capacity", capacity, low=1)
         self._lengths: list[tuple[int, ...]] = [(0,) * batch_size] * num_layers
         self._capacity = capacity
         self._stores: list[tuple[Tensor, Tensor] | None] = [None] * num_layers  # keys, values: each [B, C, H, K]
@@ -43,7 +35,7 @@ class KeyValueCache:
         return self._lengths[layer_idx]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The longest row, under the name Hugging Face modules look for."""
+        """Length of the longest row; Hugging Face modules use this name."""
         return max(self._lengths[layer_idx])
 
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -62,13 +54,13 @@ class KeyValueCache:
             self._lengths[layer_idx] = tuple(self._lengths[layer_idx][row] for row in rows)
             if store is not None:
                 keys_BCHK, values_BCHK = store
-                index = index.to(keys_BCHK.device)  # sent there once
+                index = index.to(keys_BCHK.device)  # copied to the device once
                 self._stores[layer_idx] = keys_BCHK.index_select(0, index), values_BCHK.index_select(0, index)
 
     def next_positions(self, layer_idx: int, num_new: int, *, device: torch.device) -> Tensor:
-        """Where `num_new` further positions of each row would lie in block `layer_idx` [B, T].
+        """The next `num_new` positions of each row in block `layer_idx` [B, T].
 
-        Sent to the device once for all blocks that are filled alike.
+        They are copied to the device once for all blocks that are filled alike.
         """
         key = self._lengths[layer_idx], num_new, device
         if self._positions is None or self._positions[0] != key:
@@ -77,16 +69,11 @@ class KeyValueCache:
         return self._positions[1]
 
     def append(self, key_BTHK: Tensor, value_BTHK: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append T positions to every row of block `layer_idx`, each where that row ends.
-
-        Args:
-            key_BTHK: New keys [B, T, H, K], rotated.
-            value_BTHK: New values [B, T, H, K].
-            layer_idx: The block, 0..num_layers-1.
+        """Append rotated keys and values [B, T, H, K] of T positions at the end of every row of block `layer_idx`.
 
         Returns:
-            Views of the block's keys and values, each [B, H, S, K]; S is the longest row after appending. Beyond its
-            own length a row holds what was left there: masks hide it.
+            Views of the block's keys and values, each [B, H, S, K], where S is the length of the longest row. Beyond
+            its own length a row holds arbitrary values, which masks hide.
         """
         starts, num_new = self._lengths[layer_idx], key_BTHK.shape[1]
         stop = max(starts) + num_new
@@ -103,21 +90,21 @@ class KeyValueCache:
         return keys_BCHK[:, :stop].transpose(1, 2), values_BCHK[:, :stop].transpose(1, 2)
 
     def update(self, key_BHTK: Tensor, value_BHTK: Tensor, layer_idx: int, **_: object) -> tuple[Tensor, Tensor]:
-        """`append` as Hugging Face attention modules call it: with heads before positions.
+        """Append as Hugging Face attention modules ask for it, with heads before positions.
 
-        What else they pass (since 5.24 their own arguments, as `kwargs`) concerns caches that choose what to keep.
+        Their further arguments concern caches that choose what to keep.
         """
         return self.append(key_BHTK.transpose(1, 2), value_BHTK.transpose(1, 2), layer_idx)
 
     def _room(self, needed: int, *, like_BTHK: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """The block's store with room for `needed` positions; block by block, so that little exists twice."""
+        """The block's store, enlarged if it lacks room for `needed` positions."""
         store = self._stores[layer_idx]
         if store is not None and store[0].shape[1] >= needed:
             return store
         batch, _, heads, width = like_BTHK.shape
         capacity = self._capacity if store is None else store[0].shape[1] + max(_GROWTH, store[0].shape[1] // 2)
         shape = batch, max(needed, capacity), heads, width
-        # Masks hide what a short row has beyond its end by adding -inf, which does not hide a NaN of unwritten memory.
+        # Masks add -inf to what a short row has beyond its end, which does not hide a NaN of unwritten memory.
         new_store = like_BTHK.new_zeros if batch > 1 else like_BTHK.new_empty
         fresh = new_store(shape), new_store(shape)
         if store is not None:
@@ -127,7 +114,7 @@ class KeyValueCache:
         return fresh
 
     def _flat_slots(self, positions_BT: Tensor, *, capacity: int) -> Tensor:
-        """Indices [B * T] of the new positions in a store seen as one long row; the same for every block of a span."""
+        """Indices [B * T] of the new positions in a store seen as one long row; all blocks of a span share them."""
         if self._slots is None or self._slots[0] is not positions_BT or self._slots[1] != capacity:
             rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
             self._slots = positions_BT, capacity, (rows_B1 * capacity + positions_BT).flatten()

@@ -1,1 +1,1 @@
-"""Text and token ids: tokenizers, where a text begins and ends, new tokens as text."""
+"""Turns text into token ids and back: tokenizers, the tokens around a text, text that arrives token by token."""

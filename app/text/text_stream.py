@@ -1,4 +1,4 @@
-"""Token ids to text: what new ones add to a prompt's, at once or as they come at a cost that does not grow."""
+"""Turns token ids into the text that they add to a prompt's, at once or token by token at a constant cost."""
 
 from __future__ import annotations
 
@@ -7,53 +7,44 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
 
-_WINDOW = 8  # tokens kept: an unfinished character takes up to three, and what a cut spoils stays before the last four
+_WINDOW = 8  # tokens kept: an unfinished character takes up to three, and a cut spoils none of the last four
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def is_byte(piece: str) -> bool:
-    """Whether a vocabulary entry is one byte of SentencePiece's fallback; a run of them is text only as a whole."""
+    """Whether a vocabulary entry is a byte of SentencePiece's fallback, which only a whole run of them makes text."""
     return _BYTE.fullmatch(piece) is not None
 
 
 def text_of(tokenizer: Any, tokens: Iterable[int], *, special: bool = False) -> str:
-    """The text of token ids, as they spell it: some tokenizers would tidy spaces up, which code does not bear.
+    """The text of token ids, with special tokens only if `special` is True.
 
-    Args:
-        tokenizer: A transformers tokenizer (PreTrainedTokenizerBase).
-        tokens: Any ids; those beyond the vocabulary have no text.
-        special: Whether special tokens are written out, or left out.
+    Ids beyond the vocabulary have no text. Spaces stay as they are, since tidying them up would break code.
     """
     text: str = tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
     return text
 
 
 def prompt_text(tokenizer: Any, tokens: Iterable[int]) -> str:
-    """The text of a document's first tokens, to be continued: without a character that they leave unfinished."""
+    """The text of a document's first tokens, without a character that they leave unfinished."""
     return text_of(tokenizer, tokens).rstrip(REPLACEMENT)
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that new tokens add to a prompt's.
 
-    Not the text of the new tokens alone: where SentencePiece begins a text it drops a space, which the first line of a
-    continuation needs.
+    It is not the text of the new tokens alone, since SentencePiece drops the space at the beginning of a text.
     """
     return text_of(tokenizer, [*prompt, *tokens])[len(text_of(tokenizer, prompt)) :]
 
 
 class TextStream:
-    """The text of tokens that arrive one by one; a character whose bytes are not all there yet waits.
+    """The text of tokens that arrive one by one; a character waits until all its bytes are there.
 
-    All that `push` returned, and then `rest`, make up `continuation(tokenizer, prompt, tokens)`. To know what a token
-    adds it must be decoded with those before it, but a few of them suffice: a decoder treats the first token of a text
-    in its own way, joins bytes to characters, and else looks at no neighbours. So the window begins with the prompt's
-    last tokens, and then moves on.
-
-    Args:
-        tokenizer: A transformers tokenizer (PreTrainedTokenizerBase).
-        prompt: Token ids that come before; none for a text from its beginning.
+    What `push` returned and then `rest` make up `continuation(tokenizer, prompt, tokens)`. A token is decoded with a
+    few tokens before it: a decoder treats the first token of a text in its own way and joins bytes to characters, and
+    looks at no other neighbours. So this window begins with the prompt's last tokens and moves on.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
@@ -66,7 +57,7 @@ class TextStream:
                 self._window.insert(0, token)
             if len(self._window) >= _WINDOW and piece is not None and not is_byte(piece):
                 break
-        self._shown = len(self._text())  # characters of the window's text that are the prompt's or were handed out
+        self._shown = len(self._text())  # characters of the window's text that belong to the prompt or were returned
 
     def push(self, token: int) -> str:
         """The text that is settled with this token."""
@@ -83,16 +74,16 @@ class TextStream:
         return new
 
     def rest(self) -> str:
-        """The text that still waits, as it stands."""
+        """The text that still waits, with an unfinished character replaced."""
         return self._text()[self._shown :]
 
     def preview(self, tokens: Iterable[int]) -> str:
-        """The text that these tokens would add if nothing came after them."""
+        """The text that these tokens would add if they were the last."""
         ahead = copy(self)
         return "".join([ahead.push(token) for token in tokens]) + ahead.rest()
 
     def _piece(self, token: int) -> str | None:
-        """The vocabulary's entry; None where it has no text: beyond the vocabulary, or special."""
+        """The vocabulary's entry; None for a special token or an id beyond the vocabulary, which have no text."""
         piece: str | None = None if token in self._hidden else self._tokenizer.convert_ids_to_tokens(token)
         return piece
 

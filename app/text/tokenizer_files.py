@@ -1,4 +1,7 @@
-"""Tokenizers: read beside a model, checked against its vocabulary, and against another model's tokenizer."""
+"""Reads tokenizers, and checks them against a model's vocabulary or another model's tokenizer.
+
+Tested by tests/unit/model_files/test_open.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from app.errors import ConfigError
 
-# Entries that only fill a vocabulary up, such as [PAD151936], <unused7>, <|reserved_special_token_9|>, <pad>.
+# Entries that only pad a vocabulary, such as [PAD151936], <unused7>, <|reserved_special_token_9|>, <pad>.
 _FILLER = re.compile(r"[\[<].*(pad|unused|reserved|extra|dummy).*[\]>]", re.IGNORECASE)
 
 
@@ -26,11 +29,7 @@ def tokenizer_to_files(tokenizer: Any) -> dict[str, str]:
 
 
 def tokenizer_from_files(files: Mapping[str, str]) -> Any:
-    """The inverse of `tokenizer_to_files`; the files may come from anywhere.
-
-    Raises:
-        ValueError: A name leads out of the folder.
-    """
+    """The inverse of `tokenizer_to_files`; it raises ValueError for a name that leads out of the folder."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             if Path(name).name != name:
@@ -40,21 +39,17 @@ def tokenizer_from_files(files: Mapping[str, str]) -> Any:
 
 
 def load_tokenizer(path: str, *, field: str) -> Any:
-    """The tokenizer of a Hugging Face directory or hub id.
-
-    Raises:
-        ConfigError: If there is none, or none that can be read.
-    """
+    """The tokenizer of a Hugging Face directory or hub id; ConfigError if there is none that can be read."""
     allowed = "a model with a tokenizer (tokenizer.json, or what its class needs)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not isinstance(longest := tokenizer.model_max_length, int | float):
             raise TypeError(f"{TOKENIZER_CONFIG_FILE}: model_max_length: got {longest!r}, allowed a number")
-        tokenizer.decode(tokenizer("a")["input_ids"])  # what it cannot do shows before a model is loaded
+        tokenizer.decode(tokenizer("a")["input_ids"])  # shows what fails before a model is loaded
     except Exception as error:  # these files come from anywhere; their readers raise anything
         reason = f"its tokenizer cannot be read: {textwrap.shorten(str(error), 300)}"
         raise ConfigError(field, got=path, allowed=allowed, fix=reason) from error
-    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes of no files, for some classes
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes such ones without files
         raise ConfigError(field, got=path, allowed=allowed, fix="copy the files of the tokenizer it was trained with")
     return tokenizer
 
@@ -72,15 +67,9 @@ def check_fits(tokenizer: Any, *, vocab_size: int, field: str, got: str) -> None
 
 
 def check_same_tokens(target_tokenizer: Any, draft_tokenizer: Any, *, field: str = "draft_model", got: str) -> None:
-    """Raise ConfigError unless an id means the same token to both models.
+    """Raise ConfigError, for `field` with the value `got`, unless an id means the same token to both models.
 
-    Entries that only fill one vocabulary up at its end (`[PAD7]`, `<unused7>`, ...) may be missing in the other.
-
-    Args:
-        target_tokenizer: Of the model that decides.
-        draft_tokenizer: Of the model that drafts.
-        field: The setting that names the draft model.
-        got: Its value.
+    Entries that only pad one vocabulary at its end (`[PAD7]`, `<unused7>`, ...) may be missing in the other.
     """
     target, draft = target_tokenizer.get_vocab(), draft_tokenizer.get_vocab()
     end = min(max(target.values()), max(draft.values()))
@@ -91,15 +80,15 @@ def check_same_tokens(target_tokenizer: Any, draft_tokenizer: Any, *, field: str
 def check_knows_tokens(tokenizer: Any, own_tokenizer: Any, *, field: str, got: str, model: str) -> None:
     """Raise ConfigError unless every token of a model has the same id in the tokenizer that is to feed it.
 
-    That one may have more tokens behind the model's own, such as those that a datamodule adds for a task; entries that
-    only fill the model's vocabulary up at its end may be missing.
+    The tokenizer may have more tokens at its end, such as those that a datamodule adds for a task, and may lack
+    entries that only pad the model's vocabulary at its end.
 
     Args:
-        tokenizer: That is to feed the model.
-        own_tokenizer: Of the model.
-        field: The setting that names the first.
+        tokenizer: The tokenizer that is to feed the model.
+        own_tokenizer: The model's own tokenizer.
+        field: The setting that names `tokenizer`.
         got: Its value.
-        model: Where the model comes from.
+        model: The model's path, for the error message.
     """
     given, own = tokenizer.get_vocab(), own_tokenizer.get_vocab()
     if differences := _told(own.items() - given.items(), max(given.values()), model=own, tokenizer=given):
@@ -108,7 +97,7 @@ def check_knows_tokens(tokenizer: Any, own_tokenizer: Any, *, field: str, got: s
 
 
 def _told(entries: Iterable[tuple[str, int]], end: int, **vocabularies: Mapping[str, int]) -> str:
-    """What two vocabularies differ in, but for entries behind `end` that fill one up; empty if in nothing."""
+    """The differences of two vocabularies in words, without padding behind `end`; empty if there are none."""
     differing = sorted((idx, token) for token, idx in entries if idx <= end or not _FILLER.fullmatch(token))
     if not differing:
         return ""

@@ -1,1 +1,1 @@
-"""The LightningModule and its optimizer."""
+"""The LightningModule, its optimizer steps, and the strategy that spreads it over devices."""

@@ -1,6 +1,6 @@
 """What a datamodule hands to the module: which tensors, of what shapes, and what is refused at the first batch.
 
-Shape legend: `B` rows, `T` tokens, `N` positions of a batch.
+Shape legend: `B` rows, `T` tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ _log = logging.getLogger(__name__)
 class GivenBatch(TypedDict):
     """A batch as a datamodule gives it: int64 tensors.
 
-    B and T are 1 or more, and may differ from batch to batch and from rank to rank; but all ranks have as many batches.
+    B and T are 1 or more and may differ between batches and ranks, but all ranks have the same number of batches.
 
     Attributes:
         input_ids: [B, T] in 0..V-1.
-        labels: [B, T], the token that follows each position, shifted by the datamodule: labels[:, t] is what
-            input_ids[:, t + 1] would be. -100 where there is nothing to learn. Transformers shifts in the model; this
-            module does not.
+        labels: [B, T], the token that follows each position: labels[:, t] is what input_ids[:, t + 1] would be, and
+            -100 where there is nothing to learn. The datamodule shifts them; transformers' models do so themselves.
         position_ids: [B, T]; 0 begins a document, and attention does not cross that. By default a row is a document.
-        source: [B], indices of CorpusOwner.source_names (app.protocols), by which held-out losses are told apart; 0 by
+        source: [B], indices of CorpusOwner.source_names (app.protocols) for the held-out losses by source; 0 by
             default.
     """
 
@@ -42,7 +41,7 @@ class GivenBatch(TypedDict):
 
 
 class Batch(TypedDict):
-    """A batch as the module uses it: GivenBatch with its defaults."""
+    """A GivenBatch with its defaults."""
 
     input_ids: Tensor
     labels: Tensor
@@ -51,7 +50,7 @@ class Batch(TypedDict):
 
 
 def completed(given: GivenBatch | Batch) -> Batch:
-    """The batch with the defaults of what it lacks."""
+    """The batch with defaults for what it lacks."""
     input_ids = given["input_ids"]
     if (positions := given.get("position_ids")) is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -61,12 +60,7 @@ def completed(given: GivenBatch | Batch) -> Batch:
 
 
 def check_batch(given: Any, *, config: PreTrainedConfig, num_sources: int) -> None:
-    """Look at a batch as a datamodule gives it, once; it waits for the device.
-
-    Args:
-        given: The batch.
-        config: Of the model: its vocabulary and context.
-        num_sources: What `source` may index.
+    """Check one batch that a datamodule gives, for a model of this config; waits for the device.
 
     Raises:
         ConfigError: It is not a GivenBatch, or its labels are not shifted.
@@ -101,16 +95,12 @@ def _described(value: object) -> str:
 def _check_values(batch: Batch, *, config: PreTrainedConfig, num_sources: int) -> None:
     vocab_size = config.get_text_config().vocab_size
     targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
+    of_sources = "indices of the datamodule's source_names (CorpusOwner)"
     for name, values, size, fix in (
         ("input_ids", batch["input_ids"], vocab_size, "the model's vocabulary"),
         ("labels", targets, vocab_size, f"or {IGNORE_INDEX} where there is nothing to learn"),
         ("position_ids", batch["position_ids"], longest_row(config), "they restart at 0 with each document"),
-        (
-            "source",
-            batch["source"],
-            num_sources,
-            "indices of the datamodule's source_names (CorpusOwner)",
-        ),
+        ("source", batch["source"], num_sources, of_sources),
     ):
         wrong = values[(values < 0) | (values >= size)]
         if len(wrong):
@@ -127,7 +117,7 @@ def _check_shift(input_ids_BT: Tensor, labels_BT: Tensor) -> None:
 
 
 def _check_mask(mask: Any, labels_BT: Tensor) -> None:
-    """A mask is not read; one that says no more than causal attention and labels do is fine."""
+    """Accept only a mask that says no more than causal attention and labels do, since it is not read."""
     says_no_more = isinstance(mask, Tensor) and mask.shape == labels_BT.shape
     if says_no_more:
         padding = mask == 0
@@ -140,17 +130,12 @@ def _check_mask(mask: Any, labels_BT: Tensor) -> None:
 
 
 def longest_row(config: PreTrainedConfig) -> float:
-    """Tokens of the model's context; infinity where it has no end."""
+    """Tokens of the model's context; infinity if it has no limit."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return math.inf if longest is None else int(longest)
 
 
 def check_row_length(seq_len: int, config: PreTrainedConfig, *, field: str = "seq_len") -> None:
-    """Refuse rows that are longer than the model's context.
-
-    Raises:
-        ConfigError: They are.
-    """
+    """Raise ConfigError if rows are longer than the model's context."""
     if seq_len > (longest := longest_row(config)):
-        allowed = f"1..{longest}, the model's max_position_embeddings"
-        raise ConfigError(field, got=seq_len, allowed=allowed)
+        raise ConfigError(field, got=seq_len, allowed=f"1..{longest}, the model's max_position_embeddings")

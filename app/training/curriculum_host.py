@@ -1,18 +1,24 @@
-"""What callbacks may ask of a module in training, and set in it (protocols of app.protocols, but for decoding)."""
+"""What callbacks may set in a module that trains, and ask of it: the hosts of app.protocols, but for decoding.
+
+Tested by tests/unit/callbacks/test_own_curricula.py and tests/unit/callbacks/test_curricula.py.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Generic, NamedTuple, TypeVar
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from typing_extensions import override
 
 from app.errors import ConfigError, check_range
 from app.training.micro_batch_work import WorkWatcher
-from app.training.owned_setting import OwnedSetting
 
-_OWN = "one of them is enough; of the command line's, --{} leaves it to a callback of your own"
+_FIX = "one of them is enough; of the command line's, --{} leaves it to a callback of your own"
+Value = TypeVar("Value")
 
 
 class Dropout(NamedTuple):
@@ -23,20 +29,16 @@ class Dropout(NamedTuple):
 
 
 class CurriculumHost(LightningModule):
-    """Keeps what curricula set, and who set it; a fit in which nobody sets anything is plain next-token training.
-
-    Args:
-        num_layers: L, the number of blocks.
-    """
+    """Keeps what curricula set, and which callback set it. A fit in which none does is plain next-token training."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
         self._num_layers = num_layers
         self._dropout = OwnedSetting(
-            "dropout rates", Dropout((0.0,) * num_layers), fix=_OWN.format("layer_dropout.max_dropout_rate 0")
+            "dropout rates", Dropout((0.0,) * num_layers), fix=_FIX.format("layer_dropout.max_dropout_rate 0")
         )
         self._exits: OwnedSetting[Mapping[int, float]] = OwnedSetting(
-            "exit weights", {num_layers: 1.0}, fix=_OWN.format("early_exit.curriculum none")
+            "exit weights", {num_layers: 1.0}, fix=_FIX.format("early_exit.curriculum none")
         )
         self._dropped_shares = self.dropout_rates
         self._monitored: set[int] = set()
@@ -88,15 +90,15 @@ class CurriculumHost(LightningModule):
         self._exits.write(dict(weights))
 
     def monitor_exits(self, exit_layers: Sequence[int]) -> None:
-        """Return these exits' hidden states, too, from every evaluation step (protocols.ExitMonitorHost)."""
+        """Return the hidden states of these exits, too, from every evaluation step (protocols.ExitMonitorHost)."""
         self._monitored.update(exit_layers)
 
     def watch_work(self, watcher: WorkWatcher) -> None:
-        """Show the work of every later training micro-batch, before its forward (protocols.WorkHost)."""
+        """Show `watcher` the work of every later training micro-batch, before its forward (protocols.WorkHost)."""
         self._work_watchers.append(watcher)
 
+    @override
     def setup(self, stage: str) -> None:
-        """Nothing stays in use that a callback of an earlier fit has set."""
         if stage == "fit":
             self._dropout.start_fit(self.trainer.callbacks)  # type: ignore[attr-defined]
             self._exits.start_fit(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -113,3 +115,61 @@ class CurriculumHost(LightningModule):
             allowed = f"the full model, exit {self.num_layers}, among them on more than one device"
             raise ConfigError("set_exit_weights", got=dict(weights), allowed=allowed)
         return dropout, weights
+
+
+class _Writer(NamedTuple):
+    """What wrote a setting: its name in messages, and the identity of the callback; None for other code."""
+
+    name: str
+    callback_id: int | None
+
+    def is_among(self, callbacks: Iterable[Callback]) -> bool:
+        """Whether it can write in a fit with these callbacks; code outside of callbacks always can."""
+        return self.callback_id is None or self.callback_id in map(id, callbacks)
+
+
+class OwnedSetting(Generic[Value]):
+    """A value that at most one callback may write in a step, so that no callback's value is ignored.
+
+    The writer is found on the call stack, so that writing takes no extra argument. For the message, `name` is what is
+    set, in the plural, and `fix` what to do about two writers.
+    """
+
+    def __init__(self, name: str, default: Value, *, fix: str) -> None:
+        self.name, self.default, self.fix = name, default, fix
+        self.value = default
+        self._writers: list[_Writer] = []  # since the latest training micro-batch, in order
+        self._latest: _Writer | None = None
+
+    def write(self, value: Value) -> None:
+        """Use `value` from the next micro-batch on."""
+        self.value, self._latest = value, _writer(inspect.currentframe())
+        if self._latest not in self._writers:
+            self._writers.append(self._latest)
+
+    def start_fit(self, callbacks: Iterable[Callback]) -> None:
+        """Return to the default if a callback of an earlier fit wrote the value."""
+        if self._latest is not None and not self._latest.is_among(callbacks):
+            self.value = self.default
+
+    def start_micro_batch(self, callbacks: Iterable[Callback]) -> Value:
+        """The value to use. Raises ConfigError if two have written it since the last micro-batch, naming them."""
+        writers = [writer.name for writer in self._writers if writer.is_among(callbacks)]
+        self._writers = []
+        if len(writers) > 1:
+            allowed = f"one that sets the {self.name}"
+            raise ConfigError("trainer.callbacks", got=" and ".join(writers), allowed=allowed, fix=self.fix)
+        return self.value
+
+
+def _writer(write: FrameType | None) -> _Writer:
+    """The innermost callback among the callers of the setter that called `write`, else the setter's caller."""
+    setter = write and write.f_back
+    caller = frame = setter and setter.f_back
+    while frame is not None:
+        if isinstance(own := frame.f_locals.get("self"), Callback):
+            return _Writer(type(own).__name__, id(own))
+        frame = frame.f_back
+    assert caller is not None  # CPython has frames
+    code = caller.f_code
+    return _Writer(f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno})", None)

@@ -1,15 +1,15 @@
-"""A loss or gradient that is not finite: found on all ranks alike, before it reaches the weights.
+"""A loss or gradient that is not finite, found on all ranks alike before it reaches the weights.
 
-A skipped step changes neither weights nor optimizer states. It still is a step: `global_step`, the data position and
-with them every schedule (learning rate, dropout, exits) go on, since all of them are functions of the step. So a run
-that skips sees the same batches at the same steps as one that does not, and resumes as exactly.
+A skipped step changes neither weights nor optimizer states. It still counts: `global_step`, the data position and every
+schedule (learning rate, dropout, exits) go on, since all are functions of the step. So a run that skips sees the same
+batches at the same steps as one that does not, and resumes as exactly. Tested by tests/integration/test_divergence.py.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,16 +24,17 @@ _log = logging.getLogger(__name__)
 
 OnDivergence = Literal["stop", "skip"]
 
+_LOWER = "with a lower learning rate"
+_EARLIER = "resume an earlier checkpoint (callbacks.LastCheckpoint: keep_previous keeps one)"
+
 
 class DivergenceGuard:
-    """What to do about steps that are not finite, and how often it was done.
+    """Decides about steps that are not finite, and counts those skipped: `skipped_steps` of the whole run.
 
-    Args:
-        on_divergence: stop (DivergenceError at the first), or skip.
-        max_skipped_steps: Steps that may be skipped in the whole run, resumed or not, >= 1; one more ends it.
+    `stop` raises DivergenceError at the first such step. `skip` raises it when `max_skipped_steps`, >= 1, were skipped.
 
     Raises:
-        ConfigError: On a value out of range.
+        ConfigError: A value is out of range.
     """
 
     def __init__(self, on_divergence: OnDivergence, max_skipped_steps: int) -> None:
@@ -52,15 +53,15 @@ class DivergenceGuard:
         totals: StepTotals,
         grad_norm: Tensor,
     ) -> bool:
-        """Whether this step is to be taken; if not, the optimizer will find no gradient. The same on all ranks.
+        """Whether this step is to be taken, the same on all ranks. If not, the optimizer's gradients are dropped.
 
         Args:
             module: At the step; the message names its parameters.
             optimizer: Whose gradients they are.
-            sums: The step's losses, micro-batch by micro-batch.
-            totals: Over all ranks.
-            grad_norm: Of this rank's gradient, as it is now: under fp16 loss scaling a fused optimizer's is still
-                scaled, any other's is not.
+            sums: The losses of the step by micro-batch.
+            totals: Their totals over all ranks.
+            grad_norm: Norm of this rank's gradient as it is now. Under fp16 loss scaling that of a fused optimizer is
+                still scaled.
 
         Raises:
             DivergenceError: The step is not finite, and the policy is to stop or has skipped often enough.
@@ -70,11 +71,14 @@ class DivergenceGuard:
         if losses_finite and (totals.grads_finite or _scaler_will_mend(trainer)):
             self._steps_taken += 1
             return True
-        at = f"at step {trainer.global_step} with exits {sorted(totals.exit_losses)} on"
+        found = f"at step {trainer.global_step} with exits {sorted(totals.exit_losses)} on"
         if losses_finite:
-            found = f"gradient norm is {float(grad_norm)} {at}, {_gradients_at(module)}"
+            grads = [(name, p.grad) for name, p in module.named_parameters() if p.requires_grad]
+            found = f"gradient norm is {float(grad_norm)} {found}, in {_names_and_ranks(grads, module)}"
         else:
-            found = f"{_losses(totals.exit_losses)} {at}, {_losses_at(sums)}"
+            exit_layer, loss = next(each for each in totals.exit_losses.items() if not math.isfinite(each[1]))
+            micro_batches = [f"rank {rank} micro-batch {micro}" for rank, micro in sums.not_finite_at()]
+            found = f"loss at exit {exit_layer} is {loss} {found}, {_listed(micro_batches)}"
         if not self.skips:
             raise DivergenceError(f"{found}; the step was not taken: {self._advice(module)}")
         if self.skipped_steps == self._max_skipped_steps:
@@ -89,13 +93,14 @@ class DivergenceGuard:
         return False
 
     def _advice(self, module: LightningModule) -> str:
-        """What helps, by what the weights are and whether a checkpoint has them. All ranks must ask together."""
+        """What may help, by the state of the weights and of the checkpoints. All ranks must call it together."""
         trainer = module.trainer
         resumed, skip = bool(trainer.ckpt_path), "or skip such steps with --model.on_divergence skip"
-        if poisoned := _places([(name, parameter) for name, parameter in module.named_parameters()], module):
+        if poisoned := _names_and_ranks([*module.named_parameters()], module):
             if self._steps_taken:
                 return f"a step before left weights that are not finite in {poisoned}: {_EARLIER}, {_LOWER}"
-            return f"the weights that it began with are not finite in {poisoned}: {_EARLIER if resumed else _OTHERS}"
+            fix = _EARLIER if resumed else "start from others"
+            return f"the weights that it began with are not finite in {poisoned}: {fix}"
         if not self._steps_taken and resumed:
             return f"it is the first one after the checkpoint, whatever the learning rate: {_EARLIER}, {skip}"
         if not self._steps_taken:
@@ -105,33 +110,28 @@ class DivergenceGuard:
         return f"no checkpoint was saved yet: start anew {_LOWER}, {skip}"
 
 
-_LOWER = "with a lower learning rate"
-_EARLIER = "resume an earlier checkpoint (callbacks.LastCheckpoint: keep_previous keeps one)"
-_OTHERS = "start from others"
-
-
 def _has_saved(saver: Any) -> bool:
     """Whether a callback, Lightning's or a user's, has written a checkpoint."""
     return bool(getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", ""))
 
 
 def _scaler(trainer: Trainer) -> Any:  # torch.amp.GradScaler | None
-    """That of precision 16-mixed."""
+    """The gradient scaler of precision 16-mixed."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _scaler_will_mend(trainer: Trainer) -> bool:
-    """Whether the gradient left fp16's range because it is scaled: the scaler itself skips the step and scales less.
+    """Whether the gradient may be out of fp16's range only because it is scaled; the scaler then skips and scales less.
 
-    Once the scale is down to 1, scaling is not to blame.
+    At a scale of 1 or less, scaling is not the cause.
     """
     scaler = _scaler(trainer)
     return scaler is not None and scaler.get_scale() > 1
 
 
 def _drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-    """So that the optimizer, whose step cannot be called off any more, leaves weights and states as they are."""
-    # A fused optimizer is told by the scaler to do nothing; the scaler looks for gradients that make it say so.
+    """Let the optimizer's step, which cannot be cancelled any more, leave weights and states as they are."""
+    # The scaler tells a fused optimizer to do nothing if it finds gradients that are not finite.
     scaler_decides = _scaler(trainer) is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -141,23 +141,9 @@ def _drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
                 parameter.grad.fill_(torch.inf)
 
 
-def _losses(exit_losses: Mapping[int, float]) -> str:
-    layer, value = next((layer, value) for layer, value in exit_losses.items() if not math.isfinite(value))
-    return f"loss at exit {layer} is {value}"
-
-
-def _losses_at(sums: StepSums) -> str:
-    return _listed([f"rank {rank} micro-batch {micro}" for rank, micro in sums.not_finite_at()])
-
-
-def _gradients_at(module: LightningModule) -> str:
-    """Where the gradient is not finite, by parameter and rank; a gradient that was summed over ranks is so on all."""
-    return f"in {_places([(name, p.grad) for name, p in module.named_parameters() if p.requires_grad], module)}"
-
-
-def _places(tensors: Sequence[tuple[str, Tensor | None]], module: LightningModule) -> str:
-    """Names and ranks of those that are not finite; empty if all are. All ranks must ask together."""
-    found_WN = gathered(torch.tensor([_not_finite(tensor) for _, tensor in tensors], device=module.device))
+def _names_and_ranks(tensors: Sequence[tuple[str, Tensor | None]], module: LightningModule) -> str:
+    """Names and ranks of the tensors that are not finite; empty if all are. All ranks must call it together."""
+    found_WN = gathered(torch.tensor([_is_not_finite(tensor) for _, tensor in tensors], device=module.device))
     names = _listed([tensors[idx][0] for idx in found_WN.any(dim=0).nonzero().flatten().tolist()])
     ranks = _listed([str(rank) for rank in found_WN.any(dim=1).nonzero().flatten().tolist()])
     return names and f"{names} on rank {ranks}"
@@ -165,15 +151,12 @@ def _places(tensors: Sequence[tuple[str, Tensor | None]], module: LightningModul
 
 def not_finite_weights(module: LightningModule) -> str:
     """Names of this rank's parameters that are not finite; empty if all are."""
-    return _listed([name for name, parameter in module.named_parameters() if _not_finite(parameter)])
+    return _listed([name for name, parameter in module.named_parameters() if _is_not_finite(parameter)])
 
 
-def _not_finite(tensor: Tensor | None) -> bool:
-    return tensor is not None and not bool(torch.isfinite(_local(tensor)).all())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _is_not_finite(tensor: Tensor | None) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local is not None and not bool(torch.isfinite(local).all())
 
 
 def _listed(items: list[str], *, most: int = 3) -> str:

@@ -1,6 +1,6 @@
-"""What a module in training does with held-out rows: it measures losses by source, and hidden states by exit.
+"""What a module that trains does with held-out rows: losses by source, and hidden states by exit.
 
-Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary.
+Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary. Tested by tests/integration/test_monitors.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
 from app import metric_names
 from app.exits.quality import GroupedTokenLoss
@@ -22,11 +23,7 @@ from app.training.curriculum_host import CurriculumHost
 
 
 class EvaluationSteps(CurriculumHost):
-    """Validates, tests and predicts without dropout, at every exit that is monitored.
-
-    Args:
-        config: Of the model, which a subclass builds.
-    """
+    """Validates, tests and predicts without dropout, at every exit that is monitored; a subclass builds the model."""
 
     _network: EarlyExitModel
 
@@ -34,11 +31,11 @@ class EvaluationSteps(CurriculumHost):
         super().__init__(config.num_hidden_layers)
         self.config = config
         self.source_loss: GroupedTokenLoss | None = None
-        self._loops_checked: set[str] = set()  # of whose batches one was looked at
-        self._logged_step = 0  # at which Lightning logs the losses of the latest step, and of a validation behind it
+        self._loops_checked: set[str] = set()  # the loops whose first batch was checked
+        self._logged_step = 0  # where Lightning logs the losses of the latest step, and of a validation after it
 
+    @override
     def setup(self, stage: str) -> None:
-        """Look at the first batch of each loop anew, and tell losses by the sources that there are."""
         super().setup(stage)
         self._loops_checked.clear()
         self.source_loss = GroupedTokenLoss(len(self._corpus.source_names) if self._corpus else 1)
@@ -53,35 +50,35 @@ class EvaluationSteps(CurriculumHost):
         return datamodule if isinstance(datamodule, CorpusOwner) else None
 
     def _checked(self, given: GivenBatch, loop: str) -> Batch:
-        """The batch with its defaults; the first of a loop is looked at."""
+        """The batch with its defaults, after the first one of a loop was checked."""
         if loop not in self._loops_checked:
             self._loops_checked.add(loop)
             num_sources = len(self._corpus.source_names) if self._corpus else 1
             check_batch(given, config=self.config, num_sources=num_sources)
         return completed(given)
 
+    @override
     def on_validation_start(self) -> None:
-        """Log at the step that was taken last, also where a resumed run begins with this validation."""
+        # Log at the latest step, also if a resumed run begins with this validation.
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = self._logged_step
 
     def validation_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
-        """Full-model loss by source; returns hidden states and labels for exit monitors."""
+        """Measure the full model's loss by source; returns hidden states and labels for exit monitors."""
         return self._evaluate(self._checked(given, "validate"))
 
+    @override
     def test_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
-        """As validation_step."""
         return self._evaluate(self._checked(given, "test"))
 
     def predict_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
         """Score each row: its mean cross entropy in nats a token at each monitored exit, {exit_layer: [B]}."""
         batch = self._checked(given, "predict")
         labels = batch["labels"]
-        hidden = self._evaluation_hidden(batch)
         counts = (labels != IGNORE_INDEX).sum(dim=1).clamp(min=1)
         loss_by_exit = {
             layer: self._network.token_losses(normed[None], labels[None])[0].sum(dim=1) / counts
-            for layer, normed in hidden.items()
+            for layer, normed in self._evaluation_hidden(batch).items()
         }
         return {"loss_by_exit": loss_by_exit, "source": batch["source"]}
 
@@ -96,15 +93,16 @@ class EvaluationSteps(CurriculumHost):
         exits = {*self._monitored, self.num_layers}
         return self._network.hidden_by_exit(batch["input_ids"], batch["position_ids"], exits)
 
+    @override
     def on_validation_epoch_end(self) -> None:
-        """Log the full model's loss, token-weighted over all ranks, and each source's."""
         self._log_losses("val", metric_names.VAL_LOSS)
 
+    @override
     def on_test_epoch_end(self) -> None:
-        """As on_validation_epoch_end, under test/."""
         self._log_losses("test", metric_names.TEST_LOSS)
 
     def _log_losses(self, stage: str, name: str) -> None:
+        """Log the full model's loss over the tokens of all ranks, and each source's."""
         assert self.source_loss is not None
         total, by_source = self.source_loss.compute()
         self.source_loss.reset()

@@ -1,8 +1,8 @@
-"""Logs of a run that goes on hold every point once: a killed run logged what its latest checkpoint does not know of.
+"""Keeps each point once in the logs of a resumed run: a killed run logged points behind its latest checkpoint.
 
-Lightning logs the step that is number n, counted from 1, at n - 1, and so the validation behind it. Our callbacks draw
-figures and write texts at n. A run that goes on from step n logs all points from n on anew, and those of the validation
-behind step n if that was still due.
+Lightning logs step number n, counted from 1, and the validation after it at n - 1. Our callbacks draw figures and write
+texts at n. A run that resumes at step n logs all points from n on again, and those of the validation after step n if it
+was still due. Tested by tests/contract/test_resume.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from app.whole_file import write_whole
 
 
 def log_once(trainer: Trainer) -> None:
-    """Drop points of a resumed run's logs that it logs again, or has logged again.
+    """Drop the points that a resumed run will log again, or has logged again.
 
-    Args:
-        trainer: Its checkpoint read and its first batch still to come, before and after a validation that was due.
+    Called between the reading of the checkpoint and the first batch, before and after a validation that was due.
     """
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, TensorBoardLogger):
@@ -36,13 +35,13 @@ def log_once(trainer: Trainer) -> None:
 
 
 def _purge(logger: TensorBoardLogger, step: int) -> None:
-    """Tell TensorBoard to forget all from the latest logged step on, and write that step's points again.
+    """Tell TensorBoard to forget everything from the latest logged step on, and write the points of that step again.
 
-    SummaryWriter's `purge_step` is of no use: Lightning opens the writer before it reads the checkpoint.
+    SummaryWriter's `purge_step` cannot do this, since Lightning opens the writer before it reads the checkpoint.
     """
     first_void = max(0, step - 1)
     logger.experiment.flush()
-    kept: dict[tuple[str, int], tuple[Event, Any]] = {}  # of a point that was logged twice, the later one
+    kept: dict[tuple[str, int], tuple[Event, Any]] = {}  # the later one of a point that was logged twice
     for event, value in _values(Path(logger.log_dir)):
         if event.step == step - 1 or (event.step == step and not value.HasField("simple_value")):
             kept[value.tag, event.step] = event, value
@@ -55,14 +54,14 @@ def _purge(logger: TensorBoardLogger, step: int) -> None:
 
 
 def _values(folder: Path) -> Iterator[tuple[Any, Any]]:
-    for file in sorted(folder.glob("events.out.tfevents.*")):  # by the time at which they were opened
+    for file in sorted(folder.glob("events.out.tfevents.*")):  # their names begin with the time they were opened
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 yield event, value
 
 
 def _drop_rows(file: Path, step: int) -> None:
-    """Keep rows of earlier steps, and of those of the latest logged one the last with the same columns."""
+    """Keep the rows of earlier steps; of those of the latest logged step, keep the last one with the same columns."""
     if not file.is_file():
         return
     with file.open(newline="") as lines:

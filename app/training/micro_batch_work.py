@@ -1,8 +1,12 @@
-"""What a training micro-batch is about to compute: drawn outside the blocks, and shown to those who watch."""
+"""Draws the samples that each block keeps in a training micro-batch, so that all ranks keep as many.
+
+All ranks draw the count from the seed that they share (`app.layerskip.layer_dropout`). Ranks that share weights also
+agree on the largest micro-batch among them, by an all_reduce here. Tested by tests/distributed/test_agreement.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,24 +22,24 @@ WorkWatcher = Callable[[MicroBatchWork], None]
 def draw_for(
     module: LightningModule, rates: Sequence[float], *, batch_size: int, batch_idx: int, seed: int, watched: bool
 ) -> KeptSamples | None:
-    """The samples each block keeps in the micro-batch at hand, on the CPU; None when nothing can be dropped.
+    """The samples that each block keeps in the micro-batch at hand, on the CPU; None if none can be dropped.
 
-    Ranks that share weights ask together: they must know which blocks nobody needs, whatever rows each of them has.
+    Ranks that share weights call it together: whatever rows each has, all must know which blocks no rank needs.
 
     Args:
         module: At the step.
         rates: p(l, t), one for each block.
         batch_size: Samples in the micro-batch.
-        batch_idx: Of the micro-batch, as Lightning counts.
-        seed: Of the run.
-        watched: Whether ranks compare their work, also where they share no weights or have no rate above 0.
+        batch_idx: Lightning's count of the micro-batch.
+        seed: The run's.
+        watched: Whether ranks compare their work, also if they share no weights or have no rate above 0.
     """
     trainer = module.trainer
-    ranks, largest = data_ranks(trainer), batch_size
-    if ranks.num_replicas > 1 and (watched or (any(rates) and module.device_mesh is not None)):
-        everyones = torch.tensor(batch_size, device=module.device)
-        dist.all_reduce(everyones, op=dist.ReduceOp.MAX)
-        largest = int(everyones)
+    (rank, num_replicas), largest = data_ranks(trainer), batch_size
+    if num_replicas > 1 and (watched or (any(rates) and module.device_mesh is not None)):
+        of_all_ranks = torch.tensor(batch_size, device=module.device)
+        dist.all_reduce(of_all_ranks, op=dist.ReduceOp.MAX)
+        largest = int(of_all_ranks)
     if not any(rates):
         return None
     micro_step = batch_idx % trainer.accumulate_grad_batches
@@ -44,23 +48,6 @@ def draw_for(
         batch_size=batch_size,
         seed=seed,
         step=trainer.global_step,
-        micro_batch=micro_step * ranks.num_replicas + ranks.rank,
+        micro_batch=micro_step * num_replicas + rank,
         largest_batch=largest,
     )
-
-
-def show(
-    watchers: Sequence[WorkWatcher],
-    kept: KeptSamples | None,
-    *,
-    batch_size: int,
-    rates: tuple[float, ...],
-    exit_weights: Mapping[int, float],
-) -> None:
-    """Show every watcher the work, as plain values."""
-    if watchers:
-        samples = None if kept is None else tuple(tuple(of_block.tolist()) for of_block in kept.by_block)
-        most = None if kept is None else kept.most
-        work = MicroBatchWork(batch_size, rates, samples, most, tuple(sorted(exit_weights.items())))
-        for watch in watchers:
-            watch(work)

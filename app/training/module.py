@@ -1,14 +1,12 @@
 """The LightningModule: a Hugging Face Llama trained with layer dropout and early-exit loss.
 
-It implements the host protocols; it knows of no curriculum, schedule or e_scale: callbacks carry those in.
-Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary.
+It implements the host protocols of app.protocols, through which callbacks set what the curricula say.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,8 +14,8 @@ from typing import Any, Self
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import override
 
 from app.checkpoints.loop_counts import end_with_step
 from app.checkpoints.may_resume import check_resume
@@ -25,7 +23,7 @@ from app.checkpoints.resumed_config import GivenConfig
 from app.checkpoints.run_lock import hold_run, release
 from app.checkpoints.run_record import GENERATION_CONFIG_KEY
 from app.checkpoints.weights import HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
-from app.errors import ConfigError, check_choice, check_range
+from app.errors import ConfigError
 from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
 from app.layerskip.layer_dropout import KeptSamples, keep_scales
 from app.model.compiled_blocks import compile_blocks
@@ -34,32 +32,18 @@ from app.model.early_exit import EarlyExitModel
 from app.model.exact_tables import keep_tables_exact
 from app.model.parallel import parallelize
 from app.model_files.generation_config import untuned_generation_config
-from app.model_files.open import (
-    build_model,
-    check_tokenizer_of,
-    load_config,
-    load_pretrained,
-)
+from app.model_files.open import build_model, check_tokenizer_of, load_config, load_pretrained
 from app.model_files.sharded_loading import fill
-from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
+from app.protocols import CorpusOwner, ExitableDecoder, MicroBatchWork, TokenizerOwner
 from app.spans.decoder import SpanDecoder
 from app.text.text_tokens import listed_ends
 from app.text.tokenizer_files import tokenizer_to_files
 from app.training.batch import GivenBatch, check_row_length
 from app.training.divergence import DivergenceGuard, OnDivergence
 from app.training.evaluation_steps import EvaluationSteps
-from app.training.micro_batch_work import draw_for, show
-from app.training.optim import (
-    LR_SCHEDULES,
-    LRSchedule,
-    LRSchedulerClass,
-    parameter_groups,
-    scheduler_of_class,
-    scheduler_of_kind,
-)
+from app.training.micro_batch_work import draw_for
+from app.training.optim import LearningRate, LRSchedule, LRSchedulerClass, parameter_groups
 from app.training.token_mean import TokenMeanStep
-
-_log = logging.getLogger(__name__)
 
 
 def _default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -67,28 +51,28 @@ def _default_optimizer(params: Any) -> torch.optim.Optimizer:
 
 
 class LayerSkipModule(EvaluationSteps):
-    """Trains a Llama-shaped causal LM; with no callbacks it is plain next-token training (the baseline).
+    """Trains a Llama-shaped causal LM. Without callbacks it is plain next-token training (the baseline).
 
     Args:
         config: Architecture to initialise at random, e.g. a transformers.LlamaConfig. Exactly one of `config` and
             `pretrained` is given.
-        pretrained: What to continue from: a Hugging Face directory or hub id (safetensors only), a .gguf file, or the
+        pretrained: Model to continue from: a Hugging Face directory or hub id (safetensors only), a .gguf file, or the
             weights of another run's checkpoint, a .ckpt file or a directory of FSDP2.
         optimizer: Called with the parameter groups; AdamW (3e-4, betas 0.9/0.95, decay 0.1) by default.
         lr_schedule: constant, linear or cosine, after the warmup; all but constant need trainer.max_steps.
         warmup_steps: Optimizer steps of linear warmup, >= 0.
         final_lr_ratio: Learning rate at the last step over the peak, in [0, 1].
-        lr_scheduler: In place of these three, a scheduler class with its settings, stepped once an optimizer step:
-            for instance torch.optim.lr_scheduler.OneCycleLR.
-        activation_checkpointing: Keep a block's input alone and compute the block again in the backward: memory for a
-            third more time.
-        compile_blocks: Compile the blocks (torch.compile, inductor): needs a compiler, and not tensor parallelism.
-        on_divergence: At a loss or gradient that is not finite: stop, or skip the step (app.training.divergence).
-        max_skipped_steps: How many steps of the whole run may be skipped, >= 1.
-        seed: Of the random initialisation and the dropout masks; the command line links it to seed_everything.
+        lr_scheduler: Instead of these three, a scheduler class with its settings that is stepped once an optimizer
+            step, for instance torch.optim.lr_scheduler.OneCycleLR.
+        activation_checkpointing: Keep only the input of each block and compute the block again in the backward, which
+            saves memory and takes about a third more time.
+        compile_blocks: Compile the blocks (torch.compile, inductor); needs a compiler, and no tensor parallelism.
+        on_divergence: At a loss or gradient that is not finite: stop, or skip the step.
+        max_skipped_steps: Steps of the whole run that may be skipped, >= 1.
+        seed: Seed of the random initialisation and the dropout masks; the command line links it to seed_everything.
 
     Raises:
-        ConfigError: On a setting out of range, or an architecture that cannot exit early.
+        ConfigError: A setting is out of range, or the architecture cannot exit early.
     """
 
     def __init__(
@@ -110,31 +94,23 @@ class LayerSkipModule(EvaluationSteps):
         if (config is None) == (pretrained is None):
             got = "both" if config else "neither"
             raise ConfigError("config", got=got, allowed="exactly one of model.config and model.pretrained")
-        check_choice("lr_schedule", lr_schedule, LR_SCHEDULES)
-        if lr_scheduler is not None and (lr_schedule, warmup_steps, final_lr_ratio) != ("cosine", 0, 0.1):
-            _log.warning("lr_schedule, warmup_steps and final_lr_ratio have no effect: lr_scheduler takes their place")
-        check_range("warmup_steps", warmup_steps, low=0)
-        check_range("final_lr_ratio", final_lr_ratio, low=0, high=1)
         own_config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
         check_sizes(own_config)
         super().__init__(own_config)
         self.pretrained, self.seed = pretrained, seed
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
-        self._optimizer, self._lr_schedule, self._lr_scheduler = optimizer, lr_schedule, lr_scheduler
-        self._warmup_steps, self._final_lr_ratio = warmup_steps, final_lr_ratio
+        self._optimizer = optimizer
+        self._learning_rate = LearningRate(lr_schedule, warmup_steps, final_lr_ratio, lr_scheduler)
         self._step = TokenMeanStep(DivergenceGuard(on_divergence, max_skipped_steps))
-        self.given_config: GivenConfig | None = None  # to compare with that of a run to resume: the command line's
+        self.given_config: GivenConfig | None = None  # set by the command line, to compare with a run to resume
         self.model: PreTrainedModel | None = None
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> Self:  # type: ignore[override]
         """A module with the weights of a run, on the CPU, to evaluate or to train anew; a `Trainer` resumes a run.
 
-        Lightning's own method would ask for the arguments of the run, which a checkpoint holds as a config file only.
-
-        Args:
-            checkpoint_path: Of the run, a .ckpt file or a directory of FSDP2.
-            settings: Arguments of this class other than `config` and `pretrained`.
+        Lightning's own method would need the arguments of the run. `settings` are arguments of this class other than
+        `config` and `pretrained`.
 
         Raises:
             ConfigError, CheckpointError: There is no such checkpoint, or it is damaged.
@@ -143,7 +119,7 @@ class LayerSkipModule(EvaluationSteps):
         module.configure_model()
         return module
 
-    # -- hosts: what callbacks may ask (app.protocols; what they may set: CurriculumHost) -------------------------
+    # -- what callbacks may ask beside what CurriculumHost has ---------------------------------------------------
 
     def exitable_decoder(self) -> ExitableDecoder:
         """A view on the live weights for decoding (protocols.DecodingHost)."""
@@ -152,14 +128,14 @@ class LayerSkipModule(EvaluationSteps):
 
     @property
     def end_token_ids(self) -> Sequence[int]:
-        """Where a text of the model ends by its own generation config (protocols.EndOwner)."""
+        """The tokens that end a text by the model's own generation config (protocols.EndOwner)."""
         assert self.model is not None
         return listed_ends(self.model.generation_config.eos_token_id)
 
     # -- model ---------------------------------------------------------------------------------------------------
 
+    @override
     def setup(self, stage: str) -> None:
-        """Check that data and model fit each other, before anything is built."""
         super().setup(stage)
         if (data := self._corpus) is None:
             return
@@ -168,7 +144,7 @@ class LayerSkipModule(EvaluationSteps):
             self.config.eos_token_id = data.tokenizer.eos_token_id
 
     def check_corpus(self, data: CorpusOwner) -> None:
-        """Refuse rows or tokens that the model has no place for, with ConfigError."""
+        """Raise ConfigError if the data has longer rows than the model's context, or tokens outside its vocabulary."""
         check_row_length(data.seq_len, self.config)
         if self.pretrained is not None:
             check_tokenizer_of(self.pretrained, data.tokenizer, got=f"one of {len(data.tokenizer)} tokens")
@@ -176,9 +152,9 @@ class LayerSkipModule(EvaluationSteps):
             allowed = f">= {len(data.tokenizer)}, the tokenizer's size"
             raise ConfigError("vocab_size", got=self.config.vocab_size, allowed=allowed)
 
+    @override
     def configure_model(self) -> None:
-        """Build the model and swap in droppable blocks; called by Lightning once a stage, acts once."""
-        if self.model is not None:
+        if self.model is not None:  # Lightning calls this once a stage
             return
         if (mesh := self.device_mesh) is not None:  # of MeshStrategy or Lightning's ModelParallelStrategy
             self.model = build_without_memory(self.config, dtype=torch.get_default_dtype())
@@ -186,10 +162,10 @@ class LayerSkipModule(EvaluationSteps):
             self.model = (
                 load_pretrained(self.pretrained) if self.pretrained else build_model(self.config, seed=self.seed)
             )
-        self.model.train()  # transformers loads in eval mode and Lightning keeps that: no block would ever drop
+        self.model.train()  # transformers loads in eval mode, which Lightning keeps, and no block would ever drop
         keep_tables_exact(self.model)
         self._network = EarlyExitModel(self.model)
-        if self.activation_checkpointing:  # masks are drawn outside the blocks, so that both computations use the same
+        if self.activation_checkpointing:  # both computations use the same masks, drawn outside the blocks
             self.model.activation_checkpointing_enable()
         if mesh is not None:
             strategy = self.trainer.strategy
@@ -198,44 +174,39 @@ class LayerSkipModule(EvaluationSteps):
         if self.compile_blocks:
             compile_blocks(self.model)
 
+    @override
     def configure_optimizers(self) -> Any:
-        """The optimizer over two parameter groups, and the schedule of its learning rate by step."""
         assert self.model is not None
         return self.optimizer_over(self.model)
 
     def optimizer_over(self, model: nn.Module) -> dict[str, Any]:
-        """What `configure_optimizers` gives, over the weights of any model: a stand-in tells whether the settings hold.
+        """The optimizer and its schedule over the weights of any model, for instance a stand-in that checks them.
 
         Raises:
-            ConfigError: The optimizer or schedule does not take its settings, or the schedule has no end.
+            ConfigError: The optimizer or schedule does not take its settings, or the schedule needs an end.
         """
         try:
             optimizer = self._optimizer(parameter_groups(model))
         except (TypeError, ValueError) as error:
             raise ConfigError("optimizer", got=str(error), allowed="settings its class accepts") from error
-        scheduler: LRScheduler
-        max_steps = self.trainer.max_steps
-        if self._lr_scheduler is not None:
-            scheduler = scheduler_of_class(optimizer, self._lr_scheduler, max_steps=max_steps)
-        else:
-            length = {"warmup_steps": self._warmup_steps, "max_steps": max_steps}
-            scheduler = scheduler_of_kind(optimizer, self._lr_schedule, final_ratio=self._final_lr_ratio, **length)
+        scheduler = self._learning_rate.scheduler_of(optimizer, max_steps=self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- training ------------------------------------------------------------------------------------------------
 
+    @override
     def on_train_start(self) -> None:
-        """Let no other run write to this one's folders; forget the sums of a step that a fit before left unfinished."""
         hold_run(self.trainer)
-        self._step.clear()
-        self._logged_step = max(0, self.trainer.global_step - 1)  # of a validation that was due when a run was killed
+        self._step.clear()  # an earlier fit may have left a step unfinished
+        self._logged_step = max(0, self.trainer.global_step - 1)  # for a validation that was due when a run was killed
 
+    @override
     def on_train_batch_start(self, batch: GivenBatch, batch_idx: int) -> None:
-        """Log at the step this is: Lightning counts one too many after a resume from behind a last validation."""
+        # Lightning counts one too many when a run resumes behind its last validation.
         self._logged_step = self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def training_step(self, given: GivenBatch, batch_idx: int) -> Tensor:
-        """Early-exit loss of one micro-batch under layer dropout, unnormalised (app.training.token_mean)."""
+        """Early-exit loss of one micro-batch under layer dropout, not normalised (app.training.token_mean)."""
         batch = self._checked(given, "train")
         dropout, exit_weights = self.curricula_now()
         labels = batch["labels"].flatten()
@@ -253,51 +224,52 @@ class LayerSkipModule(EvaluationSteps):
         loss = early_exit_loss(hidden, labels[targets], exit_weights, self._network.weighted_losses)
         return self._step.add(loss, exit_weights)
 
-    def teardown(self, stage: str) -> None:
-        """Let other runs write to this one's folders."""
-        if stage == "fit":
-            release()
-
     def _draw_kept(self, batch_size: int, batch_idx: int) -> KeptSamples | None:
-        """The samples each block keeps, drawn outside the blocks; None when nothing can be dropped."""
+        """Draw the samples that each block keeps, and show the work to those who watch; None if none can be dropped."""
         rates, watchers = self.dropout_rates, self._work_watchers
         kept = draw_for(self, rates, batch_size=batch_size, batch_idx=batch_idx, seed=self.seed, watched=bool(watchers))
-        show(watchers, kept, batch_size=batch_size, rates=rates, exit_weights=self.exit_weights)
+        if watchers:
+            samples = None if kept is None else tuple(tuple(of_block.tolist()) for of_block in kept.by_block)
+            most = None if kept is None else kept.most
+            work = MicroBatchWork(batch_size, rates, samples, most, tuple(sorted(self.exit_weights.items())))
+            for watch in watchers:
+                watch(work)
         shares = rates if kept is None else (1 - len(samples) / max(1, batch_size) for samples in kept.by_block)
         self._dropped_shares = tuple(shares)
         return kept
 
+    @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide once by the global count of label tokens: over micro-batches, over ranks.
-
-        Raises:
-            DivergenceError: If an exit's loss or the gradient is not finite, before it reaches the weights.
-        """
         self._step.finish(self, optimizer)
 
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm that is known already."""
         self._step.clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    # -- checkpoints: one file is enough to decode with ----------------------------------------------------------
+    @override
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":
+            release()
 
+    # -- checkpoints: one is enough to decode with, whatever callback saves it -----------------------------------
+
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the architecture and the tokenizer, as plain values; whatever saves, it is a run between two steps."""
         end_with_step(checkpoint["loops"]["fit_loop"], self.trainer)
         checkpoint[SKIPPED_STEPS_KEY] = self._step.guard.skipped_steps
         checkpoint[HF_CONFIG_KEY] = json.loads(self.config.to_json_string(use_diff=False))
-        if self.pretrained and self.model is not None:  # where a text ends, how it is sampled
+        if self.pretrained and self.model is not None:
             checkpoint[GENERATION_CONFIG_KEY] = untuned_generation_config(self.model)
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, TokenizerOwner):
             checkpoint[TOKENIZER_KEY] = tokenizer_to_files(datamodule.tokenizer)
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that this run may not go on from (app.checkpoints.may_resume), before it is taken."""
         check_resume(checkpoint, self)
         self._step.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)

@@ -1,9 +1,14 @@
-"""Learning-rate schedules: pure functions of the optimizer step, or torch's classes; and which parameters decay."""
+"""Learning rates as pure functions of the optimizer step, or by torch's classes; and which parameters decay.
+
+Tested by tests/unit/training/test_module.py.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -11,13 +16,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from app.errors import ConfigError, require_total_steps
+from app.errors import ConfigError, check_choice, check_range, require_total_steps
+
+_log = logging.getLogger(__name__)
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 
 LRSchedulerClass = Callable[[Optimizer], LRScheduler]  # with its settings
 
-# Share of the way from the peak to the final rate still to go, as a function of the progress in [0, 1].
+# The part of the way from the peak to the final rate that is left, as a function of the progress in [0, 1].
 LR_SCHEDULES: Mapping[LRSchedule, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,  # noqa: ARG005
     "linear": lambda progress: 1.0 - progress,
@@ -26,40 +33,62 @@ LR_SCHEDULES: Mapping[LRSchedule, Callable[[float], float]] = {
 
 
 def lr_factor(step: int, *, kind: LRSchedule, warmup_steps: int, total_steps: int | None, final_ratio: float) -> float:
-    """Factor on the peak learning rate at `step`: linear warmup, then `kind` down to `final_ratio`.
+    """Factor on the peak learning rate after `step` optimizer steps: linear warmup, then `kind` down to `final_ratio`.
 
-    Args:
-        step: Optimizer steps done.
-        kind: A key of LR_SCHEDULES; all but constant need `total_steps`.
-        warmup_steps: Steps to reach the peak; the first step already moves.
-        total_steps: Length of the run, or None if unbounded.
-        final_ratio: Rate at the last step over the peak.
+    The first step already moves. Every kind but constant needs `total_steps`, the length of the run.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if kind == "constant":
         return 1.0
-    if total_steps is None:
-        raise ValueError(f"lr_schedule {kind!r} needs total_steps")
+    assert total_steps is not None
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return final_ratio + (1.0 - final_ratio) * LR_SCHEDULES[kind](progress)
 
 
-def scheduler_of_kind(
-    optimizer: Optimizer, kind: LRSchedule, *, warmup_steps: int, final_ratio: float, max_steps: int
-) -> LambdaLR:
-    """The rate of an optimizer by `lr_factor`, in a run of `max_steps`, -1 if unbounded.
+@dataclass(frozen=True)
+class LearningRate:
+    """The settings of LayerSkipModule for the learning rate; `scheduler`, a class, replaces the other three.
 
     Raises:
-        ConfigError: The schedule needs an end, and the run has none.
+        ConfigError: A setting is out of range.
     """
-    total = None if kind == "constant" else require_total_steps(max_steps, field="lr_schedule", got=kind)
-    factor = partial(lr_factor, kind=kind, warmup_steps=warmup_steps, total_steps=total, final_ratio=final_ratio)
-    return LambdaLR(optimizer, factor)
+
+    kind: LRSchedule
+    warmup_steps: int
+    final_ratio: float
+    scheduler: LRSchedulerClass | None
+
+    def __post_init__(self) -> None:
+        check_choice("lr_schedule", self.kind, LR_SCHEDULES)
+        check_range("warmup_steps", self.warmup_steps, low=0)
+        check_range("final_lr_ratio", self.final_ratio, low=0, high=1)
+        if self.scheduler is not None and (self.kind, self.warmup_steps, self.final_ratio) != ("cosine", 0, 0.1):
+            _log.warning("lr_schedule, warmup_steps and final_lr_ratio have no effect: lr_scheduler replaces them")
+
+    def scheduler_of(self, optimizer: Optimizer, *, max_steps: int) -> LRScheduler:
+        """The scheduler of an optimizer in a run of `max_steps`, -1 if unbounded.
+
+        Raises:
+            ConfigError: The schedule needs an end and the run has none, or see `scheduler_of_class`.
+        """
+        if self.scheduler is not None:
+            return scheduler_of_class(optimizer, self.scheduler, max_steps=max_steps)
+        total_steps = None
+        if self.kind != "constant":
+            total_steps = require_total_steps(max_steps, field="lr_schedule", got=self.kind)
+        factor = partial(
+            lr_factor,
+            kind=self.kind,
+            warmup_steps=self.warmup_steps,
+            total_steps=total_steps,
+            final_ratio=self.final_ratio,
+        )
+        return LambdaLR(optimizer, factor)
 
 
 def scheduler_of_class(optimizer: Optimizer, make: LRSchedulerClass, *, max_steps: int) -> LRScheduler:
-    """The rate of an optimizer by a scheduler class with its settings, in a run of `max_steps`, -1 if unbounded.
+    """A scheduler class with its settings, for an optimizer in a run of `max_steps`, -1 if unbounded.
 
     Raises:
         ConfigError: The class does not take its settings, waits for a metric, or ends before the run does.

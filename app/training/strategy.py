@@ -1,4 +1,7 @@
-"""FSDP2, HSDP and tensor parallelism in one strategy: all devices in a mesh of copies, shards and parts of a block."""
+"""FSDP2, HSDP and tensor parallelism in one strategy: all devices in a mesh of copies, shards and parts of a block.
+
+Tested by tests/distributed/test_meshes.py and tests/distributed/test_precisions.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.plugins import CheckpointIO, MixedPrecision, Precision
 from torch.distributed.device_mesh import init_device_mesh
+from typing_extensions import override
 
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.sharded import ShardedCheckpoints
@@ -15,14 +19,14 @@ from app.model.parallel import DATA_PARALLEL, REPLICATE, TENSOR_PARALLEL
 
 
 class ShardPrecision(Precision):
-    """bf16-mixed without autocast: FSDP2 gathers parameters in bfloat16, and no copies of them outlive a block."""
+    """bf16-mixed without autocast: FSDP2 gathers parameters in bfloat16 and frees them after each block."""
 
     precision = "bf16-mixed"
     compute_dtype = torch.bfloat16
 
 
 class MeshStrategy(ShardedCheckpoints):
-    """Weights, gradients and optimizer states spread over the devices; `save_distributed_checkpoint` as Lightning's.
+    """Spreads weights, gradients and optimizer states over the devices.
 
     Devices = replicate_size x data_parallel_size x tensor_parallel_size; neighbours are tensor parallel.
 
@@ -31,11 +35,11 @@ class MeshStrategy(ShardedCheckpoints):
             that the other two leave.
         tensor_parallel_size: Devices that share each block and the same rows; within a node, for models or rows that
             are too large for a block on one device.
-        replicate_size: Copies of the sharded model (HSDP): gradients alone go between them. "auto" is one a node.
-        **settings: As for Lightning's ModelParallelStrategy.
+        replicate_size: Copies of the sharded model (HSDP), between which only gradients go. "auto" is one a node.
+        **settings: Those of Lightning's ModelParallelStrategy.
 
     Raises:
-        ConfigError: When processes start, if the sizes are not those of the devices.
+        ConfigError: When processes start, if the sizes do not multiply to the number of devices.
     """
 
     def __init__(
@@ -54,9 +58,9 @@ class MeshStrategy(ShardedCheckpoints):
         }
 
     @property
+    @override
     def checkpoint_io(self) -> CheckpointIO:
-        """Whole files, unless the trainer is given another; it may not, where __init__ sets one."""
-        if self._checkpoint_io is None:
+        if self._checkpoint_io is None:  # set in __init__, it would forbid the trainer another plugin
             self._checkpoint_io = AtomicCheckpointIO()
         return super().checkpoint_io
 
@@ -65,8 +69,8 @@ class MeshStrategy(ShardedCheckpoints):
         self._checkpoint_io = io
 
     @property
+    @override
     def precision_plugin(self) -> Precision:
-        """bf16-mixed is FSDP2's own."""
         return super().precision_plugin
 
     @precision_plugin.setter
@@ -75,20 +79,20 @@ class MeshStrategy(ShardedCheckpoints):
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """What parameters are gathered in, where it is not their own type."""
+        """The dtype that parameters are gathered in, if it is not their own."""
         plugin = self.precision_plugin
         return plugin.compute_dtype if isinstance(plugin, ShardPrecision) else None
 
     @property
+    @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which rows a rank gets: those of its data-parallel rank; tensor-parallel ranks share theirs."""
-        mesh = self.device_mesh
+        mesh = self.device_mesh  # tensor-parallel ranks have the same data-parallel rank, and so the same rows
         shards = mesh[DATA_PARALLEL].size()
         rank = mesh.get_local_rank(REPLICATE) * shards + mesh.get_local_rank(DATA_PARALLEL)
         return {"num_replicas": mesh[REPLICATE].size() * shards, "rank": rank}
 
+    @override
     def setup_environment(self) -> None:
-        """Start the processes' group and lay the mesh over them."""
         self._setup_distributed()
         sizes = mesh_sizes(self.world_size, num_nodes=self.num_nodes, **self._asked)
         names = (REPLICATE, DATA_PARALLEL, TENSOR_PARALLEL)
@@ -108,10 +112,10 @@ def mesh_sizes(
     data_parallel: Literal["auto"] | int = "auto",
     tensor_parallel: Literal["auto"] | int = 1,
 ) -> tuple[int, int, int]:
-    """Copies, shards and tensor-parallel ranks, as MeshStrategy lays them over `world_size` devices.
+    """The sizes of MeshStrategy's mesh: copies, shards and tensor-parallel ranks.
 
     Raises:
-        ConfigError: They do not multiply to it.
+        ConfigError: They do not multiply to `world_size`, the number of devices.
     """
     copies = num_nodes if replicate == "auto" else replicate
     parts = 1 if tensor_parallel == "auto" else tensor_parallel

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients become those of the mean over all label tokens, over micro-batches and over ranks."""
+"""One optimizer step, whose gradients become those of the mean over all label tokens of its micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -15,18 +15,14 @@ from app.layerskip.early_exit_loss import EarlyExitLoss
 from app.training.divergence import DivergenceGuard
 from app.training.step_sums import StepSums
 
-# Any constant would do: gradients are brought to the exact mean before the optimizer sees them. One near a
-# batch's token count keeps them near their final size meanwhile, so that fp16 loss scaling is not upset.
+# Any constant would do, since gradients are scaled to the exact mean before the optimizer sees them. One near the
+# tokens of a batch keeps them near their final size until then, so that fp16 loss scaling works as usual.
 _NOMINAL_TOKENS = 4096.0
 _OF_A_STEP = (metric_names.TRAIN_LOSS, metric_names.TRAIN_LABEL_TOKENS, metric_names.TRAIN_EXIT_LOSS)
 
 
 class TokenMeanStep:
-    """Collects a step's micro-batches, divides once by their label tokens, and clips by the norm it knows then.
-
-    Args:
-        guard: What is done about a step that is not finite.
-    """
+    """Collects a step's micro-batches, divides once by their label tokens, and clips by the norm that this gives."""
 
     def __init__(self, guard: DivergenceGuard) -> None:
         self.guard = guard
@@ -40,10 +36,10 @@ class TokenMeanStep:
         self._exit_weights = None
 
     def add(self, loss: EarlyExitLoss, exit_weights: Mapping[int, float]) -> Tensor:
-        """Take in a micro-batch; what its backward starts from, unnormalised.
+        """Add a micro-batch; returns the scalar, not normalised, from which its backward starts.
 
         Raises:
-            ConfigError: It has other exits or weights than the step's first: there would be no mean over the step.
+            ConfigError: Exits or weights differ from those of the step's first micro-batch, so that there is no mean.
         """
         if self._exit_weights not in (None, exit_weights):
             got = f"{self._exit_weights}, then {exit_weights} in the same optimizer step"
@@ -54,18 +50,18 @@ class TokenMeanStep:
         return loss.weighted_sum / _NOMINAL_TOKENS
 
     def finish(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        """Divide by the global count of label tokens, and log; in Lightning's on_before_optimizer_step.
+        """Divide by the label tokens of all ranks, and log; called in Lightning's on_before_optimizer_step.
 
         Raises:
-            DivergenceError: If an exit's loss or the gradient is not finite, before it reaches the weights.
+            DivergenceError: An exit's loss or the gradient is not finite; it has not reached the weights.
         """
         trainer, exit_weights = module.trainer, self._exit_weights
         assert exit_weights is not None  # a step has a micro-batch
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)  # of the whole, also where it is sharded
+        norm = torch.nn.utils.get_total_norm(grads)  # of the whole gradient, also if it is sharded
         totals = self._sums.total(trainer.strategy, sorted(exit_weights), norm)
         for name, logged in (trainer._results or {}).items():
-            if any(own in name for own in _OF_A_STEP):  # Lightning would repeat it, of exits now off, of steps skipped
+            if any(own in name for own in _OF_A_STEP):  # or Lightning logs it again for exits that are off, and skips
                 logged.reset()
         if self.guard.accepts(module, optimizer, sums=self._sums, totals=totals, grad_norm=norm):
             # Lightning divided by the micro-batches, DDP and FSDP by the ranks; undo both.
@@ -76,9 +72,8 @@ class TokenMeanStep:
             self._grad_norm = norm * factor
             weighted = sum(exit_weights[layer] * value for layer, value in totals.exit_losses.items())
             module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
-            own_share = (
-                data_ranks(trainer).num_replicas / trainer.world_size
-            )  # tensor-parallel ranks count the same rows
+            # Tensor-parallel ranks count the same rows.
+            own_share = data_ranks(trainer).num_replicas / trainer.world_size
             module.log(metric_names.TRAIN_LABEL_TOKENS, totals.num_label_tokens * own_share)
             for exit_layer, value in totals.exit_losses.items():
                 module.log(metric_names.train_exit_loss(exit_layer), value)
@@ -89,7 +84,7 @@ class TokenMeanStep:
     def clip(
         self, module: LightningModule, optimizer: torch.optim.Optimizer, clip_val: float | None, algorithm: str | None
     ) -> None:
-        """Clip by the known norm; Lightning refuses fused optimizers here even where nothing is scaled.
+        """Clip by the known norm. Lightning would refuse a fused optimizer here, even if no gradient is scaled.
 
         Raises:
             ConfigError: With a fused optimizer under fp16 loss scaling, which unscales after the clipping.

@@ -248,7 +248,7 @@ def test_settings_beside_a_scheduler_class_warn_that_they_have_no_effect(caplog)
     make_module(lr_schedule="cosine", lr_scheduler=one_cycle)
     assert not caplog.records
     make_module(lr_schedule="cosine", lr_scheduler=one_cycle, warmup_steps=2)
-    assert "warmup_steps and final_lr_ratio have no effect: lr_scheduler takes their place" in caplog.text
+    assert "warmup_steps and final_lr_ratio have no effect: lr_scheduler replaces them" in caplog.text
 
 
 def test_exactly_one_of_config_and_pretrained_is_needed():

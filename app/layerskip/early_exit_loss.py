@@ -12,13 +12,13 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-# (normed hidden states [..., D] of each exit, labels [...], weights of the exits) -> the weighted sum of cross
-# entropies, with gradient, and the cross entropies [E, ...], 0 where ignored, without.
+# From the normed hidden states [..., D] of each exit, labels [...] and the weights of the exits to the weighted sum of
+# cross entropies, with gradient, and the cross entropies [E, ...] without gradient, which are 0 where ignored.
 WeightedLosses = Callable[[Sequence[Tensor], Tensor, Sequence[float]], tuple[Tensor, Tensor]]
 
 
 class EarlyExitLoss(NamedTuple):
-    """Sums, not means: the caller divides once, by the global count of label tokens."""
+    """Sums, which the caller divides once by the global count of label tokens."""
 
     weighted_sum: Tensor  # scalar with gradient: sum_e w_e sum_tokens CE
     exit_sums: Tensor  # [E] sums of CE over label tokens, detached
@@ -31,21 +31,19 @@ def early_exit_loss(
     weights: Mapping[int, float],
     weighted_losses: WeightedLosses,
 ) -> EarlyExitLoss:
-    """Weighted sum over exits of the summed cross entropies, with one call of the head for all exits.
+    """Sum the cross entropies of all exits with their weights, in one call of the head.
 
-    No stop-gradient: each exit trains every block below it and the shared norm and head.
+    J is `weighted_sum` over the label tokens of the whole step on all ranks. No gradient is stopped: each exit trains
+    every block below it and the shared norm and head.
 
     Args:
         hidden_by_exit: exit_layer -> hidden states after the final norm [..., D]; only the exits of `weights`.
         labels: Target of each position [...] (already shifted), IGNORE_INDEX where there is none.
         weights: exit_layer -> w(t, l); sums to 1.
-        weighted_losses: The head; it must bound its own memory (chunks), so that peak memory does not grow with E.
-
-    Returns:
-        Sums over this micro-batch; J is `weighted_sum` / (label tokens of the whole step on all ranks).
+        weighted_losses: The head. It works in chunks, so that peak memory does not grow with E.
     """
     exits = sorted(weights)
-    hidden = [hidden_by_exit[exit_layer] for exit_layer in exits]  # not stacked: that would copy all of them
+    hidden = [hidden_by_exit[exit_layer] for exit_layer in exits]  # a list, since stacking would copy all of them
     weighted_sum, losses = weighted_losses(hidden, labels, [weights[exit_layer] for exit_layer in exits])
     return EarlyExitLoss(
         weighted_sum=weighted_sum,

@@ -1,7 +1,6 @@
 """Which exits are on at a step: C(t, l), LayerSkip (arXiv 2404.16710) section 4.1.2.
 
-Pure functions of the optimizer step; exits are counted in blocks run: exit_layer = l + 1, num_layers is the
-full model.
+Pure functions of the optimizer step. Exits are counted in blocks run: exit_layer = l + 1; num_layers is the full model.
 """
 
 from __future__ import annotations
@@ -14,13 +13,10 @@ EXIT_CURRICULA: tuple[ExitCurriculum, ...] = ("rotational", "gradual", "fixed", 
 
 
 def rotational_exits(step: int, *, num_layers: int, interval: int, always_on_last: bool = True) -> tuple[int, ...]:
-    """Rotational curriculum: the exit after block l is on when (l - t) mod R == 0.
+    """Rotational curriculum: the exit after block l is on when (l - t) mod R == 0, so each exit once in R steps.
 
-    Args:
-        step: t, optimizer steps done.
-        num_layers: L.
-        interval: R, in 1..L; ceil(L/R) or floor(L/R) exits are on at a step, each once in R steps.
-        always_on_last: Keep the full model on too. The paper does not say; its R = L-1 implies it.
+    The interval R is in 1..L. `always_on_last` keeps the full model on, too: the paper does not say so, but its R = L-1
+    implies it.
     """
     rotated = {layer_idx + 1 for layer_idx in range(num_layers) if (layer_idx - step) % interval == 0}
     return tuple(sorted(rotated | {num_layers} if always_on_last else rotated))
@@ -29,7 +25,7 @@ def rotational_exits(step: int, *, num_layers: int, interval: int, always_on_las
 def gradual_exits(step: int, *, num_layers: int, total_steps: int) -> tuple[int, ...]:
     """Gradual curriculum: exits come on from the last to the first, one every T/(2L) steps, all by T/2.
 
-    l is on when t >= (T/2) (L-1-l)/L; the comparison is in integers, so it is exact.
+    l is on when t >= (T/2) (L-1-l)/L. Comparing integers makes this exact.
     """
     return tuple(
         layer_idx + 1
@@ -50,8 +46,8 @@ def exits_on(
 ) -> tuple[int, ...]:
     """The exits that are on at `step` under the named curriculum.
 
-    `fixed` is the same `exit_layers` and the full model at every step: not the paper's, for budgets too small to train
-    every exit. `none` is the full model alone.
+    `fixed`, which is not the paper's, has `exit_layers` and the full model on at every step, for budgets too small to
+    train every exit. `none` has the full model alone.
     """
     if curriculum == "rotational":
         return rotational_exits(step, num_layers=num_layers, interval=rotation_interval, always_on_last=always_on_last)

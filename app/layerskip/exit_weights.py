@@ -7,8 +7,8 @@ from typing import Literal
 
 ExitWeights = Literal["quadratic", "linear", "uniform"]
 
-# e(l) as (layer_idx, num_layers, early_exit_scale) -> weight. It depends on l alone, never on which other
-# exits are on. In every table scale 0 leaves the last layer only, so the loss is plain cross entropy.
+# e(l) as a function of (layer_idx, num_layers, early_exit_scale). It depends on l alone, never on which other exits are
+# on. In every table scale 0 leaves the last layer only, so that the loss is plain cross entropy.
 EXIT_WEIGHTS: Mapping[ExitWeights, Callable[[int, int, float], float]] = {
     # The paper's: e(l) = s l(l+1)/2 below the last layer, e(L-1) = (L-1) + s (L-2)(L-1)/2.
     "quadratic": lambda idx, count, scale: (
@@ -29,20 +29,14 @@ def exit_weight(layer_idx: int, *, num_layers: int, early_exit_scale: float, kin
 def normalised_exit_weights(
     exit_layers: Iterable[int], *, num_layers: int, early_exit_scale: float, kind: ExitWeights = "quadratic"
 ) -> dict[int, float]:
-    """w(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i), paper section 4.1.2, over the exits that are on.
-
-    Args:
-        exit_layers: Exits that are on, counted in blocks run (1..num_layers).
-        num_layers: L.
-        early_exit_scale: e_scale, in [0, 1].
-        kind: A key of EXIT_WEIGHTS.
+    """w(t, l) = C(t, l) e(l) / sum_i C(t, i) e(i), paper section 4.1.2, over the exits that are on (1..num_layers).
 
     Returns:
-        exit_layer -> weight; the weights sum to 1. Exits of weight 0 (e(0) = 0 in the paper's table) are left
-        out, since unembedding them would buy nothing.
+        exit_layer -> weight; the weights sum to 1. Exits of weight 0 (e(0) = 0 in the paper's table) are left out,
+        since unembedding them would gain nothing.
 
     Raises:
-        ValueError: If no exit that is on has a positive weight.
+        ValueError: No exit that is on has a positive weight.
     """
     raw = {
         layer: exit_weight(layer - 1, num_layers=num_layers, early_exit_scale=early_exit_scale, kind=kind)

@@ -1,7 +1,7 @@
 """Which samples skip which block: M(p) of LayerSkip (arXiv 2404.16710) section 4.1.1, per sample.
 
-Masks come from stateless generators keyed by (seed, step, micro-batch): nothing to checkpoint, nothing drawn inside a
-block. A resumed run draws what an uninterrupted one would have; one process, accumulating, draws what many ranks would.
+Masks come from stateless generators keyed by (seed, step, micro-batch), outside the blocks. So nothing is saved, a
+resumed run draws what an uninterrupted one would, and one process that accumulates draws what many ranks would.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class KeptSamples(NamedTuple):
 
     Attributes:
         by_block: For each block the kept sample indices, sorted, int64, shape [K] with 0 <= K <= B.
-        most: For each block the K of the largest micro-batch; where it is 0, no rank needs the block.
+        most: For each block the K of the largest micro-batch at hand; where it is 0, no rank needs the block.
     """
 
     by_block: tuple[Tensor, ...]
@@ -43,22 +43,22 @@ def draw_kept_samples(
 ) -> KeptSamples:
     """Draw, for every block, the samples that go through it; each sample is kept with probability 1 - p.
 
-    How MANY samples a block keeps is drawn once for all micro-batches of a step, so on all ranks alike (the paper seeds
-    every GPU alike, so that ranks wait for nobody and run the same blocks); WHICH ones is each micro-batch's own
-    draw, so that no mask diversity is lost. In each micro-batch the samples are still independent Bernoulli(1 - p): a
-    binomial count with a uniformly random subset is that law. A smaller micro-batch counts the first of the same
-    numbers: it keeps at most as many as a larger one, and fewer by at most as many as it has fewer samples.
+    HOW MANY samples a block keeps is drawn once for all micro-batches of a step, and so alike on all ranks: the paper
+    seeds every GPU alike, so that all run the same blocks and none waits. WHICH samples are kept is each micro-batch's
+    own draw, so that masks stay diverse. In each micro-batch the samples are still independent Bernoulli(1 - p), since
+    that is the distribution of a uniformly random subset of binomial size. A smaller micro-batch counts the first of
+    the same numbers: it keeps at most as many as a larger one, and fewer by at most as many as it has fewer samples.
 
     Args:
         rates: p(l, t), one for each block, in [0, 1).
         batch_size: B, samples in this micro-batch.
         seed: Seed of the run.
         step: Optimizer step.
-        micro_batch: Number of the micro-batch among all of the step: k W + r for the k-th of data-parallel rank r of W.
+        micro_batch: Number of the micro-batch in the step: k W + r for the k-th of data-parallel rank r of W.
         largest_batch: Samples in the largest of the W micro-batches at hand, >= B; B by default.
     """
     shared, own = keyed_generator(seed, step), keyed_generator(seed, step, micro_batch)
-    # Row by row, so that a sample's numbers do not depend on how many follow; and a block's on no block's rate.
+    # Drawn row by row, a sample's numbers depend neither on how many samples follow nor on any block's rate.
     uniform = torch.rand(max(batch_size, largest_batch or 0), len(rates), generator=shared, dtype=torch.float64)
     goes_through = uniform >= torch.tensor(rates, dtype=torch.float64)
     counts, most = goes_through[:batch_size].sum(dim=0).tolist(), goes_through.sum(dim=0).tolist()
@@ -67,5 +67,5 @@ def draw_kept_samples(
 
 
 def keep_scales(rates: Sequence[float], *, rescale: bool) -> tuple[float, ...]:
-    """Factor on each kept residual branch: 1 (the paper), or 1/(1 - p) so that its expectation is unchanged."""
+    """Factor on each kept residual branch: 1 (the paper), or 1/(1 - p), which leaves its expectation unchanged."""
     return tuple(1.0 / (1.0 - rate) if rescale else 1.0 for rate in rates)

@@ -1,7 +1,6 @@
 """Layer dropout rates p(l, t) = S(t) D(l) p_max, LayerSkip (arXiv 2404.16710) section 4.1.1.
 
-Pure functions of block and optimizer step, so resume, ranks and tests agree for free.
-Blocks are `layer_idx` = 0..num_layers-1, steps are `step` = 0..total_steps-1.
+Pure functions of the block, `layer_idx` = 0..num_layers-1, and the optimizer step, `step` = 0..total_steps-1.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ TIME_SCALES: Mapping[TimeScale, Callable[[float], float]] = {
 def depth_scale(layer_idx: int, *, num_layers: int, kind: DepthScale = "exponential") -> float:
     """D(l), paper section 4.1.1: D(l) = 2^(l/(L-1)) - 1, so D(0) = 0 and D(L-1) = 1.
 
-    A model of a single block is all first block: its relative depth is 0.
+    The only block of a model of one block is the first: its relative depth is 0.
     """
     return DEPTH_SCALES[kind](layer_idx / (num_layers - 1) if num_layers > 1 else 0.0)
 
@@ -39,10 +38,8 @@ def depth_scale(layer_idx: int, *, num_layers: int, kind: DepthScale = "exponent
 def time_scale(step: int, *, total_steps: int | None, kind: TimeScale = "constant") -> float:
     """S(t), paper section 4.1.1: 1, or 2^(t/(T-1)) - 1 when training from scratch.
 
-    Args:
-        step: Optimizer steps done, >= 0; beyond the last step the schedule keeps its final value.
-        total_steps: T; may be None only where `needs_total_steps(kind)` is false.
-        kind: A key of TIME_SCALES.
+    Beyond the last step the schedule keeps its final value. T, `total_steps`, may be None only where
+    `needs_total_steps(kind)` is false.
     """
     if total_steps is None:
         if needs_total_steps(kind):

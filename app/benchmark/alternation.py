@@ -27,18 +27,12 @@ _WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A way to decode.
-
-    Attributes:
-        exit_layer: Blocks that run where decoding leaves early; None for a strategy that does not.
-        num_draft_tokens: Most tokens drafted in a round; None for a strategy that does not draft.
-        decode: Continues prompts together and greedily, each by at most the given number of tokens.
-    """
+    """A way to decode."""
 
     strategy: str
-    exit_layer: int | None = None
-    num_draft_tokens: int | None = None
-    decode: Decode
+    exit_layer: int | None = None  # blocks that run where decoding leaves early; None for a strategy that does not
+    num_draft_tokens: int | None = None  # most tokens drafted in a round; None for a strategy that does not draft
+    decode: Decode  # continues prompts together and greedily, each by at most the given number of tokens
 
     @property
     def label(self) -> str:
@@ -70,13 +64,10 @@ class Measurement:
     Every figure is a ratio of sums over the prompts, so that long outputs weigh more than short ones, and None where
     there is nothing to divide by. Times leave out the prompts' pass and the first token it yields. Counts are those
     of the first repeat, because greedy decoding repeats itself.
-
-    Attributes:
-        runs: Results by batch, repeat and prompt.
     """
 
     contender: Contender
-    runs: Sequence[Sequence[Sequence[DecodingResult]]]
+    runs: Sequence[Sequence[Sequence[DecodingResult]]]  # results by batch, repeat and prompt
 
     @property
     def results(self) -> list[DecodingResult]:  # of the first repeat

@@ -48,28 +48,19 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """What is asked for; `build_contenders` checks what depends on the model.
+    """What is asked for; `build_contenders` checks what depends on the model."""
 
-    Attributes:
-        strategies: At least one; autoregressive is measured in any case.
-        max_new_tokens: Budget of each prompt, at least 2.
-        exit_layers: Exits for the strategies that leave early; each of them is measured with every draft length.
-        skipped_layers: Blocks that layer_skip leaves out of its drafts.
-        fall_back: Whether our strategies give up drafting for a prompt where it does not pay.
-        eos_token_ids: End a sequence; with none, every prompt is decoded to its full length.
-        repeats: Times every prompt is decoded by every contender, at least 1.
-    """
-
-    strategies: tuple[BenchmarkStrategy, ...]
-    max_new_tokens: int
+    strategies: tuple[BenchmarkStrategy, ...]  # at least one; autoregressive is measured in any case
+    max_new_tokens: int  # budget of each prompt, at least 2
+    # Exits for the strategies that leave early; each of them is measured with every draft length.
     exit_layers: tuple[int, ...] = ()
     num_draft_tokens: tuple[int, ...] = ()
-    skipped_layers: tuple[int, ...] = ()
+    skipped_layers: tuple[int, ...] = ()  # blocks that layer_skip leaves out of its drafts
     draft_policy: DraftPolicyName = "fixed"
-    fall_back: bool = False
-    eos_token_ids: tuple[int, ...] = ()
+    fall_back: bool = False  # whether our strategies give up drafting for a prompt where it does not pay
+    eos_token_ids: tuple[int, ...] = ()  # end a sequence; with none, every prompt is decoded to its full length
     batch_size: int = 1
-    repeats: int = 3
+    repeats: int = 3  # times every prompt is decoded by every contender, at least 1
 
     def __post_init__(self) -> None:
         if not self.strategies:

@@ -20,20 +20,14 @@ class DecodingComparison(RoundCounts):
     """One (exit_layer, num_draft_tokens) setting against autoregressive decoding of the same prompts.
 
     All times are decode time alone: the prompt's pass and the first token it yields are left out on both sides.
-
-    Attributes:
-        num_given: Prompts that there were, before the time ran out.
-        identical: Prompts with exactly the autoregressive output.
-        baseline_decoded: Tokens of autoregressive decoding after the first of each output.
-        times: Seconds of both, summed over the prompts that were measured.
     """
 
     exit_layer: int
     num_draft_tokens: int
-    num_given: int
-    identical: int
-    baseline_decoded: int
-    times: PairedTimes
+    num_given: int  # prompts that there were, before the time ran out
+    identical: int  # prompts with exactly the autoregressive output
+    baseline_decoded: int  # tokens of autoregressive decoding after the first of each output
+    times: PairedTimes  # seconds of both, summed over the prompts that were measured
 
     @property
     def num_prompts(self) -> int:

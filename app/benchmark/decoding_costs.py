@@ -31,24 +31,17 @@ Setting = tuple[int, int]  # exit_layer, num_draft_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingCosts:
-    """Costs of decoding steps at one batch size and context length.
+    """Costs of decoding steps at one batch size and context length."""
 
-    Attributes:
-        block_seconds: One block over one token of each sequence.
-        head: H, in blocks: what a step costs beside its blocks, that is embedding, final norm, LM head and choosing.
-        draft_head: H_d, the same of a drafted token.
-        first_extra: j, what a pass over several positions costs more than one over a single position, however many they
-            are, as a share of the latter.
-        extra_token: k, what each further position costs beside j, as the same share.
-        overhead: What a draft-and-verify round costs beside its passes, in blocks.
-    """
-
-    block_seconds: float
+    block_seconds: float  # one block over one token of each sequence
+    # H, in blocks: what a step costs beside its blocks, that is embedding, final norm, LM head and choosing.
     head: float
-    draft_head: float
+    draft_head: float  # H_d, the same of a drafted token
+    # j, what a pass over several positions costs more than one over a single position, however many they are, as a
+    # share of the latter.
     first_extra: float
-    extra_token: float
-    overhead: float
+    extra_token: float  # k, what each further position costs beside j, as the same share
+    overhead: float  # what a draft-and-verify round costs beside its passes, in blocks
 
     def cost_model(self, *, num_layers: int, exit_layer: int) -> CostModel:
         """The cost model of self-speculative decoding from this exit."""

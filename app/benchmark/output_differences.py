@@ -49,20 +49,16 @@ class _Gap(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputDifferences:
-    """How the outputs of a strategy differ from those of autoregressive decoding.
-
-    Attributes:
-        num_differing: Prompts with other tokens in any repeat.
-        num_unexplained: Differing prompts where rounding cannot have decided: the gap is too large, or there is none
-            because one output ends where the other goes on. 0 for a lossy strategy, whose gaps are not measured.
-        largest_logit_gap: Largest gap between the two tokens at the first one that differs; None without differences.
-        largest_gap_in_spacings: The same gap in spacings of the logits' dtype at the largest logit there.
-    """
+    """How the outputs of a strategy differ from those of autoregressive decoding."""
 
     num_prompts: int
-    num_differing: int
+    num_differing: int  # prompts with other tokens in any repeat
+    # Differing prompts where rounding cannot have decided: the gap is too large, or there is none because one output
+    # ends where the other goes on. 0 for a lossy strategy, whose gaps are not measured.
     num_unexplained: int = 0
+    # Largest gap between the two tokens at the first one that differs; None without differences.
     largest_logit_gap: float | None = None
+    # The same gap in spacings of the logits' dtype at the largest logit there.
     largest_gap_in_spacings: float | None = None
 
     def __str__(self) -> str:

@@ -21,56 +21,46 @@ class BenchmarkResult:
     Times are decode time: the prompts' pass, and the tokens that it yields, are left out.
 
     Fields of the same name are explained at OutputDifferences and RoundCounts.
-
-    Attributes:
-        tokens_per_second: Over all prompts; the median repeat of each batch counts, as it does for `speedup`.
-        speedup: Time per token of our own autoregressive decoding in the same run / this one's.
-        identical_to_autoregressive: Share of prompts whose tokens are, in every repeat, those of that decoding.
-        speedup_min, speedup_max: The lowest and highest speedup of one whole repeat.
-        speedup_interval: 95 % interval of `speedup` over the batches (`app.benchmark.speedup_interval`).
-        speedup_vs_transformers_early_exit: Speedup over transformers' early exit of the same exit and draft length.
-        predicted_speedup: What the cost model says with the measured costs and one chance of acceptance for every
-            draft; for drafts of fixed length. Its error is predicted_speedup / speedup - 1.
-        predicted_speedup_from_rounds: What the cost model says with the measured costs and the measured rounds.
-        seconds_prefill: Mean over the batches.
-        num_tokens: New tokens, first ones included.
-        reached_by_position: For each position of a draft, rounds that drafted that far with everything before accepted.
-        acceptance_by_position: accepted_by_position / reached_by_position.
-        fell_back_share: Share of prompts for which drafting was given up.
     """
 
     strategy: str
     exit_layer: int | None
     num_draft_tokens: int | None
+    # Over all prompts; the median repeat of each batch counts, as it does for `speedup`.
     tokens_per_second: float | None
     seconds_per_token: float | None
     acceptance_rate: float | None
     mean_tokens_per_round: float | None
-    speedup: float | None
-    identical_to_autoregressive: float
+    speedup: float | None  # time per token of our own autoregressive decoding in the same run / this one's
+    identical_to_autoregressive: float  # share of prompts whose tokens are, in every repeat, those of that decoding
     num_differing: int
     num_unexplained: int
     largest_logit_gap: float | None
     largest_gap_in_spacings: float | None
     speedup_min: float | None
     speedup_max: float | None
-    speedup_interval: Interval | None
+    speedup_interval: Interval | None  # 95 % interval of `speedup` over the batches (`app.benchmark.speedup_interval`)
     speedup_vs_transformers: float | None
+    # Speedup over transformers' early exit of the same exit and draft length.
     speedup_vs_transformers_early_exit: float | None
+    # What the cost model says with the measured costs and one chance of acceptance for every draft; for drafts of fixed
+    # length. Its error is predicted_speedup / speedup - 1.
     predicted_speedup: float | None
     prediction_error: float | None
+    # What the cost model says with the measured costs and the measured rounds.
     predicted_speedup_from_rounds: float | None
     prediction_error_from_rounds: float | None
-    seconds_prefill: float
+    seconds_prefill: float  # mean over the batches
     num_prompts: int
-    num_tokens: int
+    num_tokens: int  # new tokens, first ones included
     rounds: int
     drafted: int
     accepted: int
+    # For each position of a draft, rounds that drafted that far with everything before accepted.
     reached_by_position: list[int]
     accepted_by_position: list[int]
-    acceptance_by_position: list[float | None]
-    fell_back_share: float
+    acceptance_by_position: list[float | None]  # accepted_by_position / reached_by_position
+    fell_back_share: float  # share of prompts for which drafting was given up
 
 
 def benchmark_results(benchmark: Benchmark, *, subject: Subject, settings: BenchmarkSettings) -> list[BenchmarkResult]:

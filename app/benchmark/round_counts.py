@@ -13,17 +13,12 @@ class RoundCounts:
     """Sums over prompts, so that those of disjoint parts add up; a ratio is None where its denominator is 0.
 
     A round is a step after the prompt's own pass. That pass yields the first token of an output, which is not counted.
-
-    Attributes:
-        decoded: New tokens after the first of each output.
-        drafted: Tokens proposed in the rounds.
-        accepted: Proposed tokens that the full model kept.
     """
 
-    decoded: int
+    decoded: int  # new tokens after the first of each output
     rounds: int
-    drafted: int
-    accepted: int
+    drafted: int  # tokens proposed in the rounds
+    accepted: int  # proposed tokens that the full model kept
 
     @staticmethod
     def total(parts: Sequence[RoundCounts]) -> RoundCounts:

@@ -19,13 +19,10 @@ from app.decoding.settings import DecodingSettings
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateResult(DecodingResult):
-    """New tokens of one prompt. transformers does not tell what it drafted, so acceptance is not known.
+    """New tokens of one prompt. transformers does not tell what it drafted, so acceptance is not known."""
 
-    Attributes:
-        num_prefilled: New tokens that came at the end of `seconds_prefill`: several with `assistant_early_exit`, which
-            drafts before the full model has seen the prompt, and verifies in the prompt's own pass.
-    """
-
+    # New tokens that came at the end of `seconds_prefill`: several with `assistant_early_exit`, which drafts before the
+    # full model has seen the prompt, and verifies in the prompt's own pass.
     num_prefilled: int
 
     @property

@@ -22,19 +22,13 @@ _GATHERED_BLOCKS = 2  # FSDP2 holds the block that runs, and the next one, which
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the parameters are spread over devices.
+    """How the parameters are spread over devices."""
 
-    Attributes:
-        strategy: single, ddp (a whole model on each device) or fsdp2 (each holds a part).
-        shards: Devices that one model is spread over.
-        bucket_views: DDP's gradients are views of its buckets, not copies.
-        gathers_cast: In mixed precision FSDP2 gathers weights in the dtype of the products and all else follows it
-            (MeshStrategy). Otherwise autocast copies weights that were gathered in their own dtype.
-    """
-
-    strategy: Strategy = "single"
-    shards: int = 1
-    bucket_views: bool = False
+    strategy: Strategy = "single"  # single, ddp (a whole model on each device) or fsdp2 (each holds a part)
+    shards: int = 1  # devices that one model is spread over
+    bucket_views: bool = False  # DDP's gradients are views of its buckets, not copies
+    # In mixed precision FSDP2 gathers weights in the dtype of the products and all else follows it (MeshStrategy).
+    # Otherwise autocast copies weights that were gathered in their own dtype.
     gathers_cast: bool = False
 
     def local_numel(self, parameter: Tensor) -> int:
@@ -45,46 +39,28 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFacts:
-    """What an optimizer does with parameters, as it was seen to do with small ones.
+    """What an optimizer does with parameters, as it was seen to do with small ones."""
 
-    Attributes:
-        state_bytes: Shape of a parameter -> bytes of state for each element.
-        step_bytes: Bytes for each element that a step needs for itself.
-        learning_rate: The peak learning rate.
-        has_master_weights: Whether it keeps a float32 copy of weights of a smaller dtype.
-    """
-
-    state_bytes: dict[tuple[int, ...], float]
-    step_bytes: int
-    learning_rate: float
-    has_master_weights: bool
+    state_bytes: dict[tuple[int, ...], float]  # shape of a parameter -> bytes of state for each element
+    step_bytes: int  # bytes for each element that a step needs for itself
+    learning_rate: float  # the peak learning rate
+    has_master_weights: bool  # whether it keeps a float32 copy of weights of a smaller dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device; on the fullest one where devices differ.
-
-    Attributes:
-        optimizer_states: What the optimizer keeps between steps.
-        weight_copies: Weights of the blocks in the dtype of autocast, kept from forward to backward.
-        activations: What the forward keeps for the backward, no block being dropped.
-        activations_checkpointed: The same if every block kept its input alone.
-        recomputed_block: What the block that is computed again keeps meanwhile.
-        exit_loss: Chunks of logits and the gradients of hidden states and head, with the most exits on.
-        communication: FSDP2's gathered weights and gradients not yet spread, or DDP's buckets.
-        optimizer_step: What the optimizer needs for itself in a step, when the activations are gone.
-    """
+    """Bytes on one device; on the fullest one where devices differ."""
 
     weights: int
     gradients: int
-    optimizer_states: int
-    weight_copies: int
-    activations: int
-    activations_checkpointed: int
-    recomputed_block: int
-    exit_loss: int
-    communication: int
-    optimizer_step: int
+    optimizer_states: int  # what the optimizer keeps between steps
+    weight_copies: int  # weights of the blocks in the dtype of autocast, kept from forward to backward
+    activations: int  # what the forward keeps for the backward, no block being dropped
+    activations_checkpointed: int  # the same if every block kept its input alone
+    recomputed_block: int  # what the block that is computed again keeps meanwhile
+    exit_loss: int  # chunks of logits and the gradients of hidden states and head, with the most exits on
+    communication: int  # FSDP2's gathered weights and gradients not yet spread, or DDP's buckets
+    optimizer_step: int  # what the optimizer needs for itself in a step, when the activations are gone
 
     @property
     def peak(self) -> int:

@@ -32,55 +32,33 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A device of the run; None where a figure is unknown.
+    """A device of the run; None where a figure is unknown."""
 
-    Attributes:
-        device_memory: Bytes.
-        peak_flops: FLOPs a second that the device can do at most in the precision of the run.
-        utilisation: Share of `peak_flops` that a run reaches, in (0, 1].
-    """
-
-    device_memory: float | None = None
-    peak_flops: float | None = None
-    utilisation: float = 0.4
+    device_memory: float | None = None  # bytes
+    peak_flops: float | None = None  # FLOPs a second that the device can do at most in the precision of the run
+    utilisation: float = 0.4  # share of `peak_flops` that a run reaches, in (0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run takes.
+    """What a run takes."""
 
-    Attributes:
-        recipe: What was asked, completed by the optimizer's learning rate.
-        dtype: Of the weights.
-        autocast: Of the products, where it is another.
-        memory: Bytes on one device.
-        fits, fits_checkpointed: Whether the peak leaves RESERVE of the device free, without and with activation
-            checkpointing; None where the device is unknown.
-        step_flops: FLOPs of the mean step on all devices, without recomputation.
-        dropout_saving: Share of the FLOPs of a step with its exits that layer dropout saves.
-        exits_cost: FLOPs of the early exits over those of a step with neither exits nor dropout.
-        recomputation_cost: FLOPs of activation checkpointing over the same; they count for the time if it is on.
-        checkpoint_bytes: Weights and optimizer states.
-        export_bytes: Weights alone.
-        seconds_per_step: At the machine's utilisation.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # what was asked, completed by the optimizer's learning rate
     layout: Layout
-    dtype: str
-    autocast: str | None
+    dtype: str  # of the weights
+    autocast: str | None  # of the products, where it is another
     parameters: Parameters
-    memory: Memory
+    memory: Memory  # bytes on one device
     fits: bool | None
     fits_checkpointed: bool | None
-    step_flops: float
-    dropout_saving: float
-    exits_cost: float
-    recomputation_cost: float
+    step_flops: float  # FLOPs of the mean step on all devices, without recomputation
+    dropout_saving: float  # share of the FLOPs of a step with its exits that layer dropout saves
+    exits_cost: float  # FLOPs of the early exits over those of a step with neither exits nor dropout
+    recomputation_cost: float  # FLOPs of activation checkpointing over the same; they count for the time if it is on
     checkpointing: bool
-    checkpoint_bytes: int
-    export_bytes: int
-    seconds_per_step: float | None
+    checkpoint_bytes: int  # weights and optimizer states
+    export_bytes: int  # weights alone
+    seconds_per_step: float | None  # at the machine's utilisation
 
     @property
     def flops(self) -> float | None:

@@ -32,28 +32,18 @@ class Departure(NamedTuple):
 class Recipe:
     """What a configuration says of a run.
 
-    Attributes:
-        from_scratch: Whether the run starts from random weights.
-        batch_size: Rows of a micro-batch on one device.
-        seq_len: Tokens a row.
-        accumulate: Micro-batches a step.
-        world_size: Number of devices.
-        max_steps: T, or None if the run has no fixed length.
-        learning_rate: The peak learning rate.
-        small_weights: Whether weights have 16 bits and no float32 copy.
-
     The others are named as in `LayerDropoutCurriculum` and `EarlyExitCurriculum`.
     """
 
     num_layers: int
-    from_scratch: bool
-    batch_size: int
-    seq_len: int
-    accumulate: int = 1
-    world_size: int = 1
-    max_steps: int | None = None
-    learning_rate: float = 0.0
-    small_weights: bool = False
+    from_scratch: bool  # whether the run starts from random weights
+    batch_size: int  # rows of a micro-batch on one device
+    seq_len: int  # tokens a row
+    accumulate: int = 1  # micro-batches a step
+    world_size: int = 1  # number of devices
+    max_steps: int | None = None  # T, or None if the run has no fixed length
+    learning_rate: float = 0.0  # the peak learning rate
+    small_weights: bool = False  # whether weights have 16 bits and no float32 copy
     max_dropout_rate: float = 0.0
     depth_scale: DepthScale = "exponential"
     time_scale: TimeScale = "constant"

@@ -51,45 +51,27 @@ FLOP_FORMULAS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Micro:
-    """The shape of a micro-batch on one device, and the dtypes it is computed in.
-
-    Attributes:
-        seq_len: Tokens a row, each with a label.
-        num_exits: Exits in the loss, the full model among them.
-        dtype: Of the weights.
-        autocast: Of the products, where it is another.
-    """
+    """The shape of a micro-batch on one device, and the dtypes it is computed in."""
 
     batch_size: int
-    seq_len: int
-    num_exits: int
-    dtype: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
+    seq_len: int  # tokens a row, each with a label
+    num_exits: int  # exits in the loss, the full model among them
+    dtype: torch.dtype = torch.float32  # of the weights
+    autocast: torch.dtype | None = None  # of the products, where it is another
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchCosts:
-    """FLOPs of forward and backward, and bytes, of one micro-batch that drops no block.
+    """FLOPs of forward and backward, and bytes, of one micro-batch that drops no block."""
 
-    Attributes:
-        block_flops: FLOPs of each block.
-        base_flops: FLOPs of everything else with the full model's exit alone.
-        exit_flops: FLOPs of each further exit.
-        block_bytes: What each block keeps for the backward, without `copy_bytes`.
-        copy_bytes: Each block's weights in the dtype of autocast, which the backward keeps as well.
-        base_bytes: What is kept outside the blocks when the loss begins.
-        exit_loss_bytes: What the loss adds to that at its peak.
-        block_input_bytes: What remains of a block under activation checkpointing.
-    """
-
-    block_flops: tuple[int, ...]
-    base_flops: int
-    exit_flops: int
-    block_bytes: tuple[int, ...]
-    copy_bytes: tuple[int, ...]
-    base_bytes: int
-    exit_loss_bytes: int
-    block_input_bytes: int
+    block_flops: tuple[int, ...]  # FLOPs of each block
+    base_flops: int  # FLOPs of everything else with the full model's exit alone
+    exit_flops: int  # FLOPs of each further exit
+    block_bytes: tuple[int, ...]  # what each block keeps for the backward, without `copy_bytes`
+    copy_bytes: tuple[int, ...]  # each block's weights in the dtype of autocast, which the backward keeps as well
+    base_bytes: int  # what is kept outside the blocks when the loss begins
+    exit_loss_bytes: int  # what the loss adds to that at its peak
+    block_input_bytes: int  # what remains of a block under activation checkpointing
 
     def flops(self, *, num_exits: float, kept_shares: Sequence[float]) -> float:
         """FLOPs of a micro-batch with `num_exits` exits, in which block l runs on `kept_shares[l]` of the rows."""

@@ -52,17 +52,13 @@ class LayerAgreement:
     """Agreement of every exit with the full model's greedy outputs.
 
     The first token of an output comes with the prompt's pass. No draft can be for it, so it is left out here.
-
-    Attributes:
-        outputs: New tokens of each prompt.
-        budgets: New tokens that were allowed for each prompt.
-        matches: Exit 1..L -> for each prompt, whether the exit chooses each output token after the first. At L this
-            compares one pass over all positions with one-token passes: all true in float32, up to rounding.
     """
 
     num_layers: int
-    outputs: list[list[int]]
-    budgets: list[int]
+    outputs: list[list[int]]  # new tokens of each prompt
+    budgets: list[int]  # new tokens that were allowed for each prompt
+    # Exit 1..L -> for each prompt, whether the exit chooses each output token after the first. At L this compares one
+    # pass over all positions with one-token passes: all true in float32, up to rounding.
     matches: dict[int, list[list[bool]]]
 
     @property

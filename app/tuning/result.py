@@ -19,26 +19,17 @@ FEWEST_PROMPTS, FEWEST_TOKENS = 4, 200
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a setting did when it was run.
-
-    Attributes:
-        num_prompts: Prompts run before the time was up.
-        num_given: Prompts that there were to run.
-        speedup: Over autoregressive decoding in turn with it; the median repeat of each prompt counts.
-        speedup_range: Lowest and highest speedup of one whole repeat.
-        num_tokens: New tokens after the first of each output.
-        interval: 95 % interval of the speedup (`app.benchmark.speedup_interval`); None of one prompt.
-    """
+    """What a setting did when it was run."""
 
     prediction: Prediction
-    num_prompts: int
-    num_given: int
+    num_prompts: int  # prompts run before the time was up
+    num_given: int  # prompts that there were to run
     acceptance_rate: float | None
     mean_tokens_per_round: float
-    speedup: float
-    speedup_range: tuple[float, float]
-    num_tokens: int
-    interval: Interval | None
+    speedup: float  # over autoregressive decoding in turn with it; the median repeat of each prompt counts
+    speedup_range: tuple[float, float]  # lowest and highest speedup of one whole repeat
+    num_tokens: int  # new tokens after the first of each output
+    interval: Interval | None  # 95 % interval of the speedup (`app.benchmark.speedup_interval`); None of one prompt
     differences: OutputDifferences
 
     @property
@@ -68,22 +59,16 @@ class Tuning:
 
     The fastest of several noisy measurements is, on average, slower than it was measured. So it is run again, alone
     against autoregressive decoding, and only that run counts; if it does not hold, the second fastest is run again.
-
-    Attributes:
-        predictions: For every exit and draft length, exits outermost.
-        verifications: The settings that were run, in the order of their predictions.
-        confirmations: The fastest of them, in the order they were run again; none where none reached 1.
-        conditions: Dtype, device and threads of all this, if known.
-        limited_by: The setting that would have to be higher for longer drafts.
     """
 
     agreement: LayerAgreement
     costs: DecodingCosts
-    predictions: Sequence[Prediction]
-    verifications: Sequence[Verification]
+    predictions: Sequence[Prediction]  # for every exit and draft length, exits outermost
+    verifications: Sequence[Verification]  # the settings that were run, in the order of their predictions
+    # The fastest of them, in the order they were run again; none where none reached 1.
     confirmations: Sequence[Verification] = ()
-    conditions: Conditions | None = None
-    limited_by: str = "max_draft_tokens"
+    conditions: Conditions | None = None  # dtype, device and threads of all this, if known
+    limited_by: str = "max_draft_tokens"  # the setting that would have to be higher for longer drafts
 
     @property
     def best(self) -> Verification:

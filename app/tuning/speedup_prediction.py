@@ -21,21 +21,13 @@ _HOPELESS = 0.8  # share of the best prediction; what is predicted to be slower 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a setting is expected to do for the outputs that were looked at.
+    """What a setting is expected to do for the outputs that were looked at."""
 
-    Attributes:
-        exit_layer: Blocks run by a draft.
-        num_draft_tokens: Most tokens drafted in a round.
-        acceptance_rate: Accepted / drafted; None where nothing could be drafted.
-        mean_tokens_per_round: Tokens settled by a round.
-        speedup: Over autoregressive decoding, by the cost model.
-    """
-
-    exit_layer: int
-    num_draft_tokens: int
-    acceptance_rate: float | None
-    mean_tokens_per_round: float
-    speedup: float
+    exit_layer: int  # blocks run by a draft
+    num_draft_tokens: int  # most tokens drafted in a round
+    acceptance_rate: float | None  # accepted / drafted; None where nothing could be drafted
+    mean_tokens_per_round: float  # tokens settled by a round
+    speedup: float  # over autoregressive decoding, by the cost model
 
 
 def predict(agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens: int) -> list[Prediction]:

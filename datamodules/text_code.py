@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from app.errors import ConfigError, check_choice, check_range
 from app.protocols import SourceStatistics
 from app.text.text_tokens import around
-from datamodules.loading.rank_share import RankShare
-from datamodules.loading.row_order import check_order, order_state, resumes_order
-from datamodules.loading.row_settings import RowSettings
+from datamodules.loading.datamodule import RowDataModule, RowSettings, check_end
 from datamodules.loading.tokenizers import Encoder
-from datamodules.loading.trainer_checks import check_end, check_trainer
 from datamodules.readers.opening import open_reader
 from datamodules.readers.records import Reader
 from datamodules.readers.sources import Source, token_shares, warn_of_mixed_weights
@@ -30,7 +26,7 @@ from datamodules.streaming.surveyed_corpus import SurveyedCorpus
 _DEFAULT_VOCAB_SIZE = 4096
 
 
-class TextCodeDataModule(LightningDataModule):
+class TextCodeDataModule(RowDataModule):
     """Packed rows of text and code, streamed: memory does not grow with the corpus.
 
     A batch is a dict of int64 tensors: `input_ids`, `labels` (shifted; -100: no target), `position_ids` [B, S] and
@@ -85,7 +81,6 @@ class TextCodeDataModule(LightningDataModule):
         max_bad_share: float = 0.05,
         cache_dir: str = "runs/data",
     ) -> None:
-        super().__init__()
         if not sources:
             raise ConfigError("sources", got=sources, allowed="one or more, each under a name of its own")
         check_choice("packing", packing, PACKINGS)
@@ -94,16 +89,18 @@ class TextCodeDataModule(LightningDataModule):
         check_range("num_lanes", 1 if num_lanes is None else num_lanes, low=1, high=2**16)
         if not 0 < validation_share < 1:
             raise ConfigError("validation_share", got=validation_share, allowed="(0, 1)")
-        self._settings = RowSettings(
-            seq_len=seq_len,
-            batch_size=batch_size,
-            validation_rows=validation_rows,
-            num_workers=num_workers,
-            seed=seed,
-            vocab_size=vocab_size,
-            default_vocab_size=_DEFAULT_VOCAB_SIZE,
-            tokenizer=tokenizer,
-            max_bad_share=max_bad_share,
+        super().__init__(
+            RowSettings(
+                seq_len=seq_len,
+                batch_size=batch_size,
+                validation_rows=validation_rows,
+                num_workers=num_workers,
+                seed=seed,
+                vocab_size=vocab_size,
+                default_vocab_size=_DEFAULT_VOCAB_SIZE,
+                tokenizer=tokenizer,
+                max_bad_share=max_bad_share,
+            )
         )
         self._stream = StreamSettings(
             seq_len=seq_len,
@@ -122,23 +119,12 @@ class TextCodeDataModule(LightningDataModule):
         )
         self._num_lanes = num_lanes
         self._keeper = PositionKeeper()
-        self._checked: dict[str, Any] | None = None  # the state from which a fit may resume
         self._opened: dict[int, list[Reader]] = {}  # by number of lanes
 
     @property
     def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerFast
         """The tokenizer of the data; it is trained when first asked for, also before `setup`."""
         return self._corpus.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids of the tokenizer."""
-        return len(self.tokenizer)
-
-    @property
-    def seq_len(self) -> int:
-        """S, tokens a row."""
-        return self._settings.seq_len
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -152,17 +138,10 @@ class TextCodeDataModule(LightningDataModule):
 
     def source_statistics(self) -> dict[str, SourceStatistics]:
         """What each source gave to training on this rank so far; records count as they are read, also ahead."""
-        return self._keeper.statistics(self.source_names, share=RankShare.of(self.trainer))
+        return self._keeper.statistics(self.source_names, share=self._share)
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
-        """`count` prompts of `length` token ids, the same at every call (see `SurveyedCorpus.prompts`).
-
-        They are the beginnings of held-out documents. Too few long documents give shorter prompts, and too few
-        documents fewer prompts.
-
-        Raises:
-            DataError: Nothing is held out.
-        """
+        """`count` prompts of `length` token ids, the same at every call; see `SurveyedCorpus.prompts`."""
         return self._corpus.prompts(count, length)
 
     def prepare_data(self) -> None:
@@ -170,15 +149,10 @@ class TextCodeDataModule(LightningDataModule):
         _ = self.tokenizer
 
     def setup(self, stage: str) -> None:
-        """Check the trainer.
-
-        Raises:
-            ConfigError: The trainer would divide or repeat batches, or never end.
-        """
-        if self.trainer is not None:
-            check_trainer(self.trainer)
-            if stage == "fit":
-                check_end(self.trainer)
+        """Check the trainer; ConfigError says that it would divide or repeat batches, or never end."""
+        super().setup(stage)
+        if self.trainer is not None and stage == "fit":
+            check_end(self.trainer)
 
     def train_dataloader(self) -> StreamLoader:
         """Batches without end, from behind the latest one that was trained on.
@@ -192,7 +166,7 @@ class TextCodeDataModule(LightningDataModule):
             encode=Encoder(self.tokenizer),
             settings=stream,
             batch_size=settings.batch_size,
-            share=RankShare.of(self.trainer),
+            share=self._share,
         )
         return StreamLoader(batches, position=self._keeper.latest, num_workers=settings.num_workers, seed=settings.seed)
 
@@ -211,7 +185,7 @@ class TextCodeDataModule(LightningDataModule):
             DataError: Fewer rows are held out than there are ranks.
         """
         return DataLoader(
-            self._corpus.validation_rows(RankShare.of(self.trainer)),  # type: ignore[arg-type]  # a list is a dataset
+            self._corpus.validation_rows(self._share),  # type: ignore[arg-type]  # a list is a dataset
             batch_size=self._settings.batch_size,
             collate_fn=stack,
             generator=torch.Generator().manual_seed(self._settings.seed),
@@ -221,35 +195,26 @@ class TextCodeDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, and the settings it depends on; all ranks must ask together."""
-        order = order_state(self._order(), trainer=self.trainer, tokenizer=self.tokenizer)
-        return order | self._keeper.state(self._steps_taken, share=RankShare.of(self.trainer))
+        return super().state_dict() | self._keeper.state(self._steps_taken, share=self._share)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the saved position, in fit alone. Lightning calls this after `setup`, at every stage.
-
-        Raises:
-            ConfigError, CheckpointError: As `check_state_dict`.
-        """
+        """Go to the saved position, in fit alone, after `check_state_dict`; Lightning calls this at every stage."""
         self.check_state_dict(state_dict)
-        if resumes_order(self.trainer):
-            self._keeper.restore(state_dict, share=RankShare.of(self.trainer))
+        if self._resumes:
+            self._keeper.restore(state_dict, share=self._share)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a position that training cannot resume from; lanes that no setting counts are as many as it has.
 
         Raises:
-            ConfigError: In fit, a setting that the stream depends on differs from the checkpoint's; at any stage, the
-                tokenizer does.
+            ConfigError: As of all datamodules of rows.
             CheckpointError: In fit, the state is no position of the stream.
         """
-        if state_dict is self._checked:  # protocols.ResumableData: a trainer asks first, and loads it later
-            return
-        if resumes_order(self.trainer) and self._num_lanes is None:
+        if self._resumes and self._num_lanes is None:
             self._num_lanes = state_dict.get("num_lanes")
-        check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
-        if resumes_order(self.trainer):
+        super().check_state_dict(state_dict)
+        if self._resumes:
             check_position(state_dict, num_sources=len(self._sources))
-            self._checked = state_dict
 
     @property
     def _steps_taken(self) -> int:
@@ -258,7 +223,7 @@ class TextCodeDataModule(LightningDataModule):
 
     def _stream_settings(self) -> StreamSettings:
         """The settings with the number of lanes, which depends on the trainer and the checkpoint."""
-        num_replicas, workers = RankShare.of(self.trainer).num_replicas, max(1, self._settings.num_workers)
+        num_replicas, workers = self._share.num_replicas, max(1, self._settings.num_workers)
         if self._num_lanes is None:
             self._num_lanes = num_replicas * workers
         check_lanes(self._num_lanes, num_replicas=num_replicas, workers=workers)
@@ -270,7 +235,6 @@ class TextCodeDataModule(LightningDataModule):
         return self._opened[num_lanes]
 
     def _order(self) -> dict[str, int | float | str]:
-        """All that the stream of training batches depends on, except the micro-batches of a step."""
         settings = self._stream_settings()
         readers = zip(self.source_names, self._readers(settings.num_lanes), strict=True)
         own = {

@@ -1,4 +1,4 @@
-"""TOPv2, utterances and their semantic parses: the datamodule of the paper's domain fine-tuning."""
+"""TOPv2, utterances and their semantic parses: the datamodule of the paper's domain finetuning."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from app.errors import ConfigError, check_choice, check_range
 from app.protocols import GenerationExample
 from app.text.text_stream import text_of
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
-from datamodules.loading.rank_share import RankShare
-from datamodules.loading.row_order import check_order, order_state, resumes_order
-from datamodules.loading.row_settings import RowSettings
-from datamodules.loading.trainer_checks import check_trainer
+from datamodules.loading.datamodule import RowDataModule, RowSettings
 from datamodules.loading.workers import WorkerLoader, prepare_worker
 from datamodules.topv2_rows.batches import ExampleRows
 from datamodules.topv2_rows.files import Split, choose_domains
 from datamodules.topv2_rows.length_buckets import BucketSampler
-from datamodules.topv2_rows.prompts import generation_examples, short_prompts
-from datamodules.topv2_rows.rows import held_out_rows, training_rows
+from datamodules.topv2_rows.rows import generation_examples, held_out_rows, short_prompts, training_rows
 from datamodules.topv2_rows.store import StoreSettings, TaskStore, open_store
 
 _DEFAULT_VOCAB_SIZE = 2048
@@ -32,7 +27,7 @@ _SPLITS: dict[str, Split] = {"validate": "eval", "test": "test"}  # by stage
 _UTTERANCE = "{utterance}"
 
 
-class TOPv2DataModule(LightningDataModule):
+class TOPv2DataModule(RowDataModule):
     """Utterances as prompts and their parses as targets, in batches of like length.
 
     A batch is a dict of int64 tensors: `input_ids`, `labels` (shifted; -100: no target), `position_ids` [B, T] and
@@ -43,27 +38,27 @@ class TOPv2DataModule(LightningDataModule):
     Args:
         path: The official folder of TSV files, a local dataset folder, or a hub id, with the columns `domain`,
             `utterance`, `semantic_parse`.
-        domains: Which, in the order in which a batch's `source` counts them; all by default (two with `spis`).
+        domains: Which domains, in the order in which a batch's `source` counts them; all by default (two with `spis`).
         spis: Train and evaluate on the low-resource splits of this many samples per intent and slot, one of 10, 25,
             50, 100, 250, 500, 1000; only in the official folder, and for reminder and weather.
-        prompt_template: The prompt, with {utterance} in it once; ends without a space, which the target brings.
-        target_format: parse: the annotation as it is; json: see `app.topv2.semantic_parse`.
-        special_tokens: One token for each label with its opening bracket, and one for the closing bracket; taken from
-            the training rows and added to the tokenizer, whichever it is.
+        prompt_template: The prompt, with {utterance} in it once; it ends without a space, which the target brings.
+        target_format: `parse` keeps the annotation as it is; for `json` see `app.topv2.semantic_parse`.
+        special_tokens: Add to the tokenizer a token for each label with its opening bracket, and one for the closing
+            bracket. Labels are taken from the training rows.
         seq_len: Longest row in tokens, the end-of-text token not counted; 2 or more.
         packed: Fill training rows up to `seq_len` with several examples of a domain, which do not see one another.
         length_multiple: Rows are padded to the longest of a batch, rounded up to a multiple of this; 1 or more. 8 means
             few shapes and suits accelerators; 1 computes least, a tenth less here.
-        batch_size: B, rows a batch on each device at most; 1 or more.
-        validation_rows: Rows a domain gives to validation and to test at most, chosen at random once and for all; 1 or
-            more. Validation takes them from the evaluation split.
+        batch_size: B, most rows of a batch on each device; 1 or more.
+        validation_rows: Most rows that a domain gives to validation and to test, chosen at random once and for all; 1
+            or more. Validation takes them from the evaluation split.
         vocab_size: Size of the tokenizer to train, special tokens included; 257 or more.
-        tokenizer: Folder of one, or a model whose own to use, instead of training one; the commands take that of
-            model.pretrained by default.
-        num_workers: Processes that prepare batches; 0 or more; changes no batch.
-        seed: Of the order of training rows; 0 or more.
-        max_bad_share: Share of malformed rows a file may have; in [0, 1].
-        cache_dir: Where tokenizer and examples are kept between runs.
+        tokenizer: A folder with a tokenizer, or a model with one, to use instead of training one; the commands take
+            that of model.pretrained by default.
+        num_workers: Processes that prepare batches; 0 or more. They change no batch.
+        seed: Seed of the order of training rows; 0 or more.
+        max_bad_share: Share of malformed rows that a file may have; in [0, 1].
+        cache_dir: Folder in which tokenizer and examples are kept between runs.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -90,21 +85,22 @@ class TOPv2DataModule(LightningDataModule):
         max_bad_share: float = 0.01,
         cache_dir: str = "runs/data",
     ) -> None:
-        super().__init__()
         if prompt_template.count(_UTTERANCE) != 1:
             raise ConfigError("prompt_template", got=prompt_template, allowed=f"a text with {_UTTERANCE} in it once")
         check_choice("target_format", target_format, TARGET_FORMATS)
         check_range("length_multiple", length_multiple, low=1)
-        self._settings = RowSettings(
-            seq_len=seq_len,
-            batch_size=batch_size,
-            validation_rows=validation_rows,
-            vocab_size=vocab_size,
-            default_vocab_size=_DEFAULT_VOCAB_SIZE,
-            tokenizer=tokenizer,
-            num_workers=num_workers,
-            seed=seed,
-            max_bad_share=max_bad_share,
+        super().__init__(
+            RowSettings(
+                seq_len=seq_len,
+                batch_size=batch_size,
+                validation_rows=validation_rows,
+                vocab_size=vocab_size,
+                default_vocab_size=_DEFAULT_VOCAB_SIZE,
+                tokenizer=tokenizer,
+                num_workers=num_workers,
+                seed=seed,
+                max_bad_share=max_bad_share,
+            )
         )
         self._content = StoreSettings(
             path=path,
@@ -119,9 +115,6 @@ class TOPv2DataModule(LightningDataModule):
         )
         self._packed, self._length_multiple = packed, length_multiple
         self._cache_dir = Path(cache_dir)
-        self._checked: dict[str, Any] | None = None  # the state that a fit was found to go on from
-
-    # What others ask for.
 
     @property
     def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerFast
@@ -129,18 +122,8 @@ class TOPv2DataModule(LightningDataModule):
         return self._store.tokenizer
 
     @property
-    def vocab_size(self) -> int:
-        """Number of token ids, as trained; asking for it before `setup` prepares the data."""
-        return len(self.tokenizer)
-
-    @property
-    def seq_len(self) -> int:
-        """Longest row in tokens."""
-        return self._settings.seq_len
-
-    @property
     def source_names(self) -> tuple[str, ...]:
-        """The domains; `batch["source"]` indexes them."""
+        """The domains, which `batch["source"]` indexes."""
         return self._content.domains
 
     @property
@@ -149,7 +132,7 @@ class TOPv2DataModule(LightningDataModule):
         return self._content.target_format
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
-        """`count` whole prompts of at most `length` token ids, of shuffled evaluation rows; the same at every call.
+        """At most `count` whole prompts of at most `length` token ids, the same at every call.
 
         Raises:
             DataError: None is that short.
@@ -157,9 +140,9 @@ class TOPv2DataModule(LightningDataModule):
         return short_prompts(self._store.examples["eval"], count=count, length=length)
 
     def generation_examples(self, stage: str, count: int) -> list[GenerationExample]:
-        """`count` shuffled rows of stage `validate` or `test`, fewer if there are fewer; the same at every call.
+        """At most `count` shuffled examples of stage `validate` or `test`, the same at every call.
 
-        Long rows are among them: a model that cannot finish them has them wrong.
+        Long ones are among them: a model that cannot finish them has them wrong.
         """
         check_choice("stage", stage, _SPLITS)
         return generation_examples(self._store.examples[_SPLITS[stage]], count=count, domains=self.source_names)
@@ -170,20 +153,13 @@ class TOPv2DataModule(LightningDataModule):
         written = list(tokens[: tokens.index(end)] if end in tokens else tokens)
         return text_of(self.tokenizer, written).strip()
 
-    # What Lightning asks for.
-
     def prepare_data(self) -> None:
-        """Fill the cache, on one process of each node."""
+        """Fill the cache, in one process of each node."""
         open_store(self._content, cache_dir=self._cache_dir)
 
     def setup(self, stage: str) -> None:
-        """Load the data.
-
-        Raises:
-            ConfigError: The trainer would shard or repeat batches that already have their place.
-        """
-        if self.trainer is not None:
-            check_trainer(self.trainer)
+        """Check the trainer and load the data; ConfigError says that the trainer would divide or repeat batches."""
+        super().setup(stage)
         _ = self._store
 
     def train_dataloader(self) -> WorkerLoader:
@@ -192,24 +168,17 @@ class TOPv2DataModule(LightningDataModule):
         Raises:
             DataError: There are too few rows.
         """
-        settings, share, examples = self._settings, RankShare.of(self.trainer), self._store.examples["train"]
+        settings, examples = self._settings, self._store.examples["train"]
         rows = training_rows(examples, seq_len=settings.seq_len, packed=self._packed)
         data = ExampleRows(examples, rows, length_multiple=self._length_multiple)
         sampler = BucketSampler(
             data.lengths,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            share=share,
+            share=self._share,
             step=lambda: 0 if self.trainer is None else self.trainer.global_step,
         )
-        return WorkerLoader(
-            data,
-            batch_sampler=sampler,
-            collate_fn=data.collate,
-            num_workers=settings.num_workers,
-            worker_init_fn=prepare_worker,
-            generator=torch.Generator().manual_seed(settings.seed),  # else every epoch draws from the global one
-        )
+        return self._loader(data, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Rows of the evaluation split in ascending order of length; every rank takes an equal part of all lengths.
@@ -220,29 +189,14 @@ class TOPv2DataModule(LightningDataModule):
         return self._held_out_loader("eval")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """As val_dataloader, of the test split."""
+        """Do as `val_dataloader`, with the test split."""
         return self._held_out_loader("test")
 
     predict_dataloader = test_dataloader
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the order of training rows depends on; the position in it is the trainer's step."""
-        return order_state(self._order(), trainer=self.trainer, tokenizer=self.tokenizer)
-
-    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on training in another order (protocols.ResumableData).
-
-        Raises:
-            ConfigError: In fit, a setting that the order depends on differs from the checkpoint's; or, at any stage,
-                the tokenizer does.
-        """
-        if state_dict is not self._checked:
-            check_order(self._order, state_dict, trainer=self.trainer, tokenizer=self.tokenizer)
-            self._checked = state_dict if resumes_order(self.trainer) else None
-
-    load_state_dict = check_state_dict  # there is nothing to restore; Lightning calls it after `setup`, at every stage
-
-    # Helpers.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse another order; nothing is to be restored, since the trainer's step tells the position."""
+        self.check_state_dict(state_dict)
 
     def _order(self) -> dict[str, int | str]:
         settings = self._settings
@@ -260,16 +214,19 @@ class TOPv2DataModule(LightningDataModule):
         return open_store(self._content, cache_dir=self._cache_dir)
 
     def _held_out_loader(self, split: Split) -> DataLoader[Any]:
-        settings, share, examples = self._settings, RankShare.of(self.trainer), self._store.examples[split]
+        settings, share, examples = self._settings, self._share, self._store.examples[split]
         rows = held_out_rows(examples, split=split, seq_len=settings.seq_len, per_source=settings.validation_rows)
         count = share.equal_share(len(rows), fix=f"raise validation_rows, or add {split} rows")
         own_rows = rows[share.rank : count * share.num_replicas : share.num_replicas]
         data = ExampleRows(examples, own_rows, length_multiple=self._length_multiple)
+        return self._loader(data, batch_size=settings.batch_size)
+
+    def _loader(self, data: ExampleRows, **batches: Any) -> WorkerLoader:
         return WorkerLoader(
             data,
-            batch_size=settings.batch_size,
             collate_fn=data.collate,
-            num_workers=settings.num_workers,
+            num_workers=self._settings.num_workers,
             worker_init_fn=prepare_worker,
-            generator=torch.Generator().manual_seed(settings.seed),
+            generator=torch.Generator().manual_seed(self._settings.seed),  # else it would draw from the global one
+            **batches,
         )

@@ -33,7 +33,7 @@ from callbacks import (
 )
 from callbacks.decoding_validation import check_decoding_host
 from datamodules import TextCodeDataModule, TOPv2DataModule
-from datamodules.loading.trainer_checks import check_end
+from datamodules.loading.datamodule import check_end
 
 _LARGEST = 2**63 - 1  # the largest number that a tensor holds
 _MOST_PROCESSES = max(64, os.cpu_count() or 1)  # on a CPU Lightning starts as many as it is told to

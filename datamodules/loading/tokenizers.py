@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ _log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and END_OF_TEXT
 MAX_VOCAB_SIZE = 2**20  # training allocates memory for the whole vocabulary at once
-TOKENIZER = "tokenizer"  # the key of a tokenizer's fingerprint in a datamodule's state
 
 _DOCUMENTS_PER_CALL = 256  # bounds the memory that encodings take beside the ids
 
@@ -111,21 +110,6 @@ def fingerprint(tokenizer: Any) -> str:
         found = sha256(plain.to_str().encode()).hexdigest()[:16]
         _fingerprints[tokenizer] = len(tokenizer), found
     return found
-
-
-def check_same_tokenizer(tokenizer: Any, saved: Mapping[str, Any]) -> None:
-    """Refuse to feed a model the ids of another tokenizer than its own.
-
-    Raises:
-        ConfigError: The fingerprint differs from the one that a datamodule saved with the checkpoint.
-    """
-    if (now := fingerprint(tokenizer)) != saved[TOKENIZER]:
-        raise ConfigError(
-            "tokenizer",
-            got=now,
-            allowed=f"{saved[TOKENIZER]!r}, the checkpoint's own",
-            fix="it, or the text it is trained on, changed: name the folder to which `layerskip export` wrote that one",
-        )
 
 
 def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:

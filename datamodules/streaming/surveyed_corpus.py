@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import DataError
+from datamodules.loading.datamodule import RowSettings
 from datamodules.loading.rank_share import RankShare
-from datamodules.loading.row_settings import RowSettings
 from datamodules.loading.tokenizers import Encoder, load_tokenizer, trained_tokenizer
 from datamodules.readers.sources import Source
 from datamodules.streaming.packing import Row, Tokens, split_rows

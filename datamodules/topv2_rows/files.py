@@ -1,8 +1,8 @@
 """TOPv2 as it lies on disk or on the hub: which files make up a split, and the rows in them that can be used.
 
 The official release has one TSV file for each domain and split, without quoting: a line is split at its tabs and at
-nothing else. Its low-resource splits lie in a folder beside them, with another name for the third column.
-Reading has two steps, as the cache asks: tables with a fingerprint (quick), then the rows in them.
+nothing else. Its low-resource splits lie in a folder beside them, with another name for the third column. Reading has
+two steps, as the cache needs: tables with a fingerprint, which is quick, and then the rows in them.
 """
 
 from __future__ import annotations
@@ -29,28 +29,23 @@ LOW_RESOURCE_DOMAINS = ("reminder", "weather")
 SPIS = (10, 25, 50, 100, 250, 500, 1000)  # samples per intent and slot of the low-resource splits
 
 _COLUMNS = ("domain", "utterance", "semantic_parse")
-_HEADERS = ([*_COLUMNS], [*_COLUMNS[:2], "seqlogical"])  # of the low-resource splits
+_HEADERS = ([*_COLUMNS], [*_COLUMNS[:2], "seqlogical"])  # the second is that of the low-resource splits
 _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("eval", "validation"), "test": ("test",)}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SHOWN = 20  # bad rows in an error; the log has all
 
 
 def choose_domains(domains: Sequence[str] | None, *, spis: int | None) -> tuple[str, ...]:
-    """The domains asked for; all that there are if none are.
-
-    Args:
-        domains: Each once, of `DOMAINS`; of `LOW_RESOURCE_DOMAINS` if `spis` is given.
-        spis: One of `SPIS`, or None.
+    """The domains asked for, by default all that there are; `spis` has fewer.
 
     Raises:
-        ConfigError: A setting is out of range.
+        ConfigError: `spis` is none of `SPIS`, or a domain is unknown, missing or given twice.
     """
     if spis is not None and spis not in SPIS:
         raise ConfigError("spis", got=spis, allowed=" | ".join(map(str, SPIS)))
     available = DOMAINS if spis is None else LOW_RESOURCE_DOMAINS
     chosen = tuple(available if domains is None else domains)
-    wrong = [domain for domain in chosen if domain not in available]
-    if wrong or not chosen or len(set(chosen)) < len(chosen):
+    if not chosen or not set(chosen) <= set(available) or len(set(chosen)) < len(chosen):
         fix = f"only these have low-resource splits (spis {spis})" if spis is not None else ""
         raise ConfigError("domains", got=list(chosen), allowed=f"each once, of {', '.join(available)}", fix=fix)
     return chosen
@@ -71,7 +66,7 @@ class Table(NamedTuple):
         name: File or dataset split, for messages.
         domain: The only domain that is right in it.
         fingerprint: Hash of the content.
-        records: Yields the place of each row and its fields, or instead of these the reason why it has none.
+        records: Yields the number of each row and its fields, or instead of these the reason why it has none.
     """
 
     name: str
@@ -86,8 +81,8 @@ def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | 
     Args:
         path: The official folder of TSV files, or a local folder or hub id that `datasets` reads.
         split: train, eval or test.
-        domains: Of `DOMAINS`.
-        spis: One of `SPIS`: that low-resource training and evaluation split; None: the whole one. Test has one split.
+        domains: Chosen ones, of `DOMAINS`.
+        spis: One of `SPIS` for that low-resource training and evaluation split, or None. Test has one split.
 
     Raises:
         DataError: A file or dataset is missing or has other columns.
@@ -98,27 +93,29 @@ def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | 
         return [_read_tsv(folder / _file_name(domain, split, spis), domain) for domain in domains]
     if spis is not None:
         raise ConfigError("spis", got=spis, allowed="null, unless path is the official folder of TSV files")
-    return _read_dataset(path, split, domains)
+    dataset = _load_dataset(path, split)
+    name = f"{path} ({split})"
+    if missing := [column for column in _COLUMNS if column not in dataset.column_names]:
+        raise DataError(f"{name}: no column {', '.join(missing)} in {', '.join(dataset.column_names)}")
+    fields = [list(values) for values in zip(*(list(dataset[column]) for column in _COLUMNS), strict=True)]
+    return [_dataset_table(name, domain, fields) for domain in domains]
 
 
 def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: float) -> list[AnnotatedUtterance]:
-    """The usable rows of `table`; others are skipped, counted and logged with their place.
+    """The usable rows of `table`; others are skipped, counted and logged with their locations.
 
-    Args:
-        table: What `find_tables` found.
-        encode: From the annotation to the target; raises ParseError when the annotation is none.
-        max_bad_share: Of the rows, in [0, 1].
+    `encode` makes the target from the annotation, or raises ParseError when the annotation is none.
 
     Raises:
         DataError: Nothing is left, or more than `max_bad_share` of the rows had to be skipped.
     """
     rows: list[AnnotatedUtterance] = []
     bad: list[str] = []
-    for place, record in table.records():
+    for number, record in table.records():
         try:
             rows.append(_row(record, domain=table.domain, encode=encode))
         except ParseError as error:
-            bad.append(f"{table.name}:{place}: {error}")
+            bad.append(f"{table.name}:{number}: {error}")
     for reason in bad:
         _log.info("skipped %s", reason)
     total = len(rows) + len(bad)
@@ -160,22 +157,13 @@ def _read_tsv(file: Path, domain: str) -> Table:
         raise DataError(f"{file}:1: got columns {columns}, allowed {' or '.join(map(str, _HEADERS))}")
 
     def records() -> Iterator[tuple[int, list[str] | str]]:
-        for place, line in enumerate(lines, start=2):
+        for number, line in enumerate(lines, start=2):
             try:
-                yield place, line.decode("utf-8").rstrip("\r").split("\t")
+                yield number, line.decode("utf-8").rstrip("\r").split("\t")
             except UnicodeDecodeError as error:
-                yield place, f"not UTF-8 at byte {error.start}"
+                yield number, f"not UTF-8 at byte {error.start}"
 
     return Table(str(file), domain, sha256(b"\n".join(lines)).hexdigest(), records)
-
-
-def _read_dataset(path: str, split: Split, domains: Sequence[str]) -> list[Table]:
-    dataset = _load_dataset(path, split)
-    name = f"{path} ({split})"
-    if missing := [column for column in _COLUMNS if column not in dataset.column_names]:
-        raise DataError(f"{name}: no column {', '.join(missing)} in {', '.join(dataset.column_names)}")
-    fields = [list(values) for values in zip(*(list(dataset[column]) for column in _COLUMNS), strict=True)]
-    return [_table(name, domain, fields) for domain in domains]
 
 
 def _load_dataset(path: str, split: Split) -> Any:  # datasets.Dataset
@@ -193,13 +181,13 @@ def _load_dataset(path: str, split: Split) -> Any:  # datasets.Dataset
     raise DataError(f"{path}: no split {' or '.join(_SPLIT_NAMES[split])} in {', '.join(found)}")
 
 
-def _table(name: str, domain: str, fields: Sequence[list[Any]]) -> Table:
-    """The rows of `domain` among `fields`, and for the report those without any."""
-    own = [(row, record) for row, record in enumerate(fields) if record[0] in (domain, None)]
+def _dataset_table(name: str, domain: str, fields: Sequence[list[Any]]) -> Table:
+    """The rows of `domain` among `fields`, and those without any domain, which are bad."""
+    own = [(number, record) for number, record in enumerate(fields) if record[0] in (domain, None)]
 
     def records() -> Iterator[tuple[int, list[str] | str]]:
-        for row, record in own:
+        for number, record in own:
             wrong = [column for column, value in zip(_COLUMNS, record, strict=True) if not isinstance(value, str)]
-            yield row, f"no text in {', '.join(wrong)}" if wrong else record
+            yield number, f"no text in {', '.join(wrong)}" if wrong else record
 
     return Table(name, domain, sha256(repr(own).encode()).hexdigest(), records)

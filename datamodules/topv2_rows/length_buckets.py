@@ -1,15 +1,16 @@
 """Batches of rows of like length, as a pure function of (seed, step): little padding, and nothing to remember.
 
 An epoch is a permutation of the rows, cut into the batches of its optimizer steps, as equal in number as can be, so
-that every row comes exactly once and no batch is a small remainder. Before it is cut, each pool of some consecutive
-batches is sorted by length; after, the batches of the epoch are shuffled. A step's batch is dealt out row by row to its
-micro-batches, of all ranks: they are of like length, and the same however they are spread over ranks and accumulation.
+that every row comes exactly once and no batch is a small remainder. Before the cut, each pool of some consecutive
+batches is sorted by length; after it, the batches of the epoch are shuffled. A step's batch is dealt out row by row to
+its micro-batches of all ranks: they are of like length, and the same however they are spread over ranks and
+accumulation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -24,13 +25,7 @@ _MIN_POOLS = 4  # in an epoch: sorted as a whole, a small one would be cut into 
 
 
 class LengthBuckets:
-    """An endless stream of global batches, in epochs.
-
-    Args:
-        lengths: Of the rows.
-        num_batches: Batches in an epoch, 1..len(lengths).
-        seed: Non-negative; another seed is another order.
-    """
+    """The endless stream of global batches, in epochs of `num_batches` (1 to the number of rows)."""
 
     def __init__(self, lengths: npt.NDArray[np.integer], *, num_batches: int, seed: int) -> None:
         self._lengths, self._num_batches, self._seed = lengths, num_batches, seed
@@ -53,16 +48,10 @@ class LengthBuckets:
 
 
 class BucketSampler(Sampler[list[int]]):
-    """Micro-batches of row indices of one rank, from the current step to the end of the epoch.
+    """Micro-batches of row indices of one rank, from the next optimizer step, `step()`, to the end of the epoch.
 
-    A micro-batch may have a row less than others of its step; so none, where a step has fewer rows than micro-batches.
-
-    Args:
-        lengths: Of the rows.
-        batch_size: Rows in a micro-batch, at most.
-        seed: Of the order.
-        share: Which micro-batches of each step are ours.
-        step: Returns the optimizer step that is next.
+    A micro-batch has at most `batch_size` rows. It may have a row less than others of its step, and so none where a
+    step has fewer rows than micro-batches.
 
     Raises:
         DataError: There are fewer rows than micro-batches in a step.
@@ -98,28 +87,3 @@ class BucketSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         """Micro-batches of an epoch, before Lightning applies its limit."""
         return self._num_steps * self._share.accumulate
-
-
-def pack_rows(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
-    """Fill rows of `capacity` with examples, each whole, longest first and each where it leaves least room.
-
-    Args:
-        lengths: Of the examples, each 1..capacity.
-        capacity: Of a row.
-
-    Returns:
-        For each row the indices of its examples; each example in exactly one row; the same for the same lengths.
-    """
-    rows: list[list[int]] = []
-    rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    for example in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        need = int(lengths[example])
-        room = next((room for room in range(need, capacity + 1) if rows_by_room[room]), None)
-        if room is None:
-            room = capacity
-            rows_by_room[room].append(len(rows))
-            rows.append([])
-        row = rows_by_room[room].pop()
-        rows[row].append(example)
-        rows_by_room[room - need].append(row)
-    return rows

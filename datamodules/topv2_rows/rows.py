@@ -1,27 +1,27 @@
-"""Which TOPv2 examples make up the rows of training and of evaluation; a row is the indices of its examples."""
+"""Which TOPv2 examples make up the rows of training and evaluation, and the prompts to generate from.
+
+A row is the indices of its examples. Tested by tests/unit/datamodules/test_topv2.py.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from app.errors import DataError
+from app.protocols import GenerationExample
+from datamodules.loading.best_fit import best_fit
 from datamodules.topv2_rows.files import Split
-from datamodules.topv2_rows.length_buckets import pack_rows
 from datamodules.topv2_rows.store import Examples
 
 _log = logging.getLogger(__name__)
 
 
 def training_rows(examples: Examples, *, seq_len: int, packed: bool) -> list[list[int]]:
-    """Every example that `seq_len` has room for, once.
-
-    Args:
-        examples: Of the training split.
-        seq_len: Longest row in tokens.
-        packed: Fill rows with several examples of one domain; else each is a row.
+    """Every example of at most `seq_len` tokens, once; `packed` fills rows with several examples of one domain.
 
     Raises:
         DataError: No example is that short.
@@ -32,38 +32,55 @@ def training_rows(examples: Examples, *, seq_len: int, packed: bool) -> list[lis
     rows: list[list[int]] = []
     for source in np.unique(examples.sources):
         own = fitting[examples.sources[fitting] == source]
-        rows += [own[row].tolist() for row in pack_rows(examples.lengths[own].tolist(), capacity=seq_len)]
+        rows += [own[row].tolist() for row in best_fit(examples.lengths[own].tolist(), capacity=seq_len)]
     return rows
 
 
 def held_out_rows(examples: Examples, *, split: Split, seq_len: int, per_source: int) -> list[list[int]]:
-    """At most `per_source` examples of each domain, in ascending order of length, each a row.
+    """At most `per_source` examples of each domain of `split`, each a row, in ascending order of length.
 
-    Args:
-        examples: Of the split.
-        split: Its name, for messages.
-        seq_len: Longest row in tokens.
-        per_source: Chosen at random once and for all: no other setting changes the choice.
+    They are chosen at random once and for all: no other setting changes the choice.
 
     Raises:
-        DataError: No example is that short.
+        DataError: No example has at most `seq_len` tokens.
     """
-    fits = np.zeros(len(examples.sources), dtype=bool)
-    fits[_fitting(examples, split=split, seq_len=seq_len)] = True
-    shuffled = np.asarray(shuffled_examples(examples))
-    candidates = shuffled[fits[shuffled]]
+    shuffled = np.asarray(_shuffled(examples))
+    candidates = shuffled[np.isin(shuffled, _fitting(examples, split=split, seq_len=seq_len))]
     picked = [candidates[examples.sources[candidates] == source][:per_source] for source in np.unique(examples.sources)]
     rows = np.concatenate(picked)
     return [[index] for index in rows[np.argsort(examples.lengths[rows], kind="stable")].tolist()]
 
 
-def shuffled_examples(examples: Examples) -> list[int]:
-    """All of them in an order of their own, which no setting changes: results of runs can be compared."""
+def short_prompts(examples: Examples, *, count: int, length: int) -> list[list[int]]:
+    """At most `count` whole prompts of at most `length` token ids, shuffled; a warning says if there are fewer.
+
+    Raises:
+        DataError: None is that short.
+    """
+    prompts = [examples.prompt(row) for row in _shuffled(examples) if examples.prompt_lengths[row] <= length]
+    if not prompts:
+        shortest = examples.prompt_lengths.min()
+        raise DataError(f"no prompt of at most {length} tokens; the shortest has {shortest}: raise prompt_length")
+    if len(prompts) < count:
+        _log.warning("%d prompts asked for, %d have at most %d tokens", count, len(prompts), length)
+    return prompts[:count]
+
+
+def generation_examples(examples: Examples, *, count: int, domains: Sequence[str]) -> list[GenerationExample]:
+    """At most `count` shuffled examples with their references, each grouped under its domain."""
+    return [
+        GenerationExample(examples.prompt(row), examples.references[row], domains[examples.sources[row]])
+        for row in _shuffled(examples)[:count]
+    ]
+
+
+def _shuffled(examples: Examples) -> list[int]:
+    """All examples in an order that no setting changes, so that results of runs can be compared."""
     order: list[int] = np.random.default_rng(0).permutation(len(examples.sources)).tolist()
     return order
 
 
-def _fitting(examples: Examples, *, split: Split, seq_len: int) -> Any:  # [n] int64
+def _fitting(examples: Examples, *, split: Split, seq_len: int) -> npt.NDArray[np.int64]:
     fits = examples.lengths <= seq_len
     if not fits.any():
         raise DataError(f"no {split} row has at most {seq_len} tokens; raise seq_len")

@@ -1,4 +1,4 @@
-"""TOPv2 tokenised: prompt and target of every row, built once and kept in one file under a key of what they depend on.
+"""TOPv2 tokenised: prompt and target of every row, kept in a file that is named by a hash of all they depend on.
 
 Prompt and target are tokenised apart and put together, so that generation starts from the very prompt of training.
 The file begins with a checksum of the rest.
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 _CODE_VERSION = 2  # raise it when the same settings and files give other examples
 _DIGEST_BYTES = 32
-_COLUMNS = ("tokens", "offsets", "prompt_lengths", "sources")  # of Examples: the arrays
+_ARRAYS = ("tokens", "offsets", "prompt_lengths", "sources")  # of Examples
 # What becomes one token when special tokens are on; in a parse, always with the space before it.
 _PIECES: dict[TargetFormat, re.Pattern[str]] = {
     "parse": re.compile(r" \[(?:IN|SL):[A-Z0-9_]+| \]"),
@@ -44,7 +44,7 @@ _PIECES: dict[TargetFormat, re.Pattern[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """What the content of a store depends on, beside the files; the datamodule says what each means."""
+    """What the content of a store depends on, beside the files; see `TOPv2DataModule`."""
 
     path: str
     domains: tuple[str, ...]
@@ -59,13 +59,13 @@ class StoreSettings:
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of one split: `N` of them, prompt, target and end-of-text token one after the other.
+    """The N examples of one split; each is prompt, target and end-of-text token one after the other.
 
     Attributes:
-        tokens: [total] int32, of all examples.
+        tokens: [total] int32; the tokens of all examples.
         offsets: [N + 1] int64; where in `tokens` each example starts, and where the last ends.
         prompt_lengths: [N] int32.
-        sources: [N] int64, indices of domains.
+        sources: [N] int64; indices of domains.
         references: N targets as text.
     """
 
@@ -77,7 +77,7 @@ class Examples:
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """[N]; positions an example takes in a row: its last token is only predicted."""
+        """[N]; positions that each example takes in a row, since its last token is only predicted."""
         return np.diff(self.offsets) - 1
 
     def example(self, index: int) -> npt.NDArray[np.int32]:
@@ -92,7 +92,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class TaskStore:
-    """Tokenizer and examples."""
+    """Tokenizer and examples, under the hash of what they depend on."""
 
     key: str
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
@@ -100,7 +100,7 @@ class TaskStore:
 
 
 def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
-    """Load the store for `settings` and the files as they are now; build it if there is none or it is damaged.
+    """Load the store for `settings` and the files as they are now, or build it if there is none or it is damaged.
 
     Several processes may do so at once: a store appears in `cache_dir` whole or not at all.
 
@@ -128,7 +128,7 @@ def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
 
 def _key(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any) -> str:
     parts = asdict(settings) | {
-        "path": None,  # the content counts, not the place it lies in
+        "path": None,  # the content counts, not where it lies
         "code_version": _CODE_VERSION,
         "files": [table.fingerprint for split in tables for table in tables[split]],
     }
@@ -152,7 +152,7 @@ def _build(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer:
 
 
 def _fit_tokenizer(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], tokenizer: Any) -> Any:
-    """The tokenizer given, or one trained on prompts and targets; with the special tokens, if they are asked for."""
+    """The tokenizer given, or one trained on prompts and targets; special tokens are added if they are asked for."""
     targets = [_target_text(row) for row in rows]
     found = _PIECES[settings.target_format]
     pieces = sorted(set(chain.from_iterable(map(found.findall, targets)))) if settings.special_tokens else []
@@ -166,7 +166,7 @@ def _fit_tokenizer(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], 
         between = chain.from_iterable(map(found.split, targets)) if pieces else targets
         texts = [*(_prompt_text(settings, row) for row in rows), *filter(None, between)]
         tokenizer = train_byte_level_bpe(texts, vocab_size=settings.vocab_size - len(pieces))
-    # Not "special" in the tokenizer's sense: those are left out of decoded text.
+    # They are not "special" in the tokenizer's sense, which would leave them out of decoded text.
     tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in pieces])
     return tokenizer
 
@@ -193,13 +193,13 @@ def _prompt_text(settings: StoreSettings, row: AnnotatedUtterance) -> str:
 
 
 def _target_text(row: AnnotatedUtterance) -> str:
-    return f" {row.target}"  # as words go in a byte-level BPE: a space and the word
+    return f" {row.target}"  # a byte-level BPE takes a word with the space before it
 
 
 def _save(store: TaskStore, file: Path) -> None:
     arrays: dict[str, Any] = {"tokenizer": _text(tokenizer_to_files(store.tokenizer))}
     for split, examples in store.examples.items():
-        arrays |= {f"{split}/{name}": getattr(examples, name) for name in _COLUMNS}
+        arrays |= {f"{split}/{name}": getattr(examples, name) for name in _ARRAYS}
         arrays[f"{split}/references"] = _text(examples.references)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
@@ -215,7 +215,7 @@ def _load(content: bytes, *, key: str) -> TaskStore:
         examples: dict[Split, Examples] = {
             split: Examples(
                 references=json.loads(arrays[f"{split}/references"].tobytes()),
-                **{name: arrays[f"{split}/{name}"] for name in _COLUMNS},
+                **{name: arrays[f"{split}/{name}"] for name in _ARRAYS},
             )
             for split in get_args(Split)
         }

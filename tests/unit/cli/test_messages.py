@@ -11,7 +11,7 @@ from torch import nn
 
 from app.cli.messages import user_message
 from app.errors import ConfigError
-from datamodules.loading.trainer_checks import check_end
+from datamodules.loading.datamodule import check_end
 from tests.support.runs import cli
 
 DATA = ("--data", "TextCodeDataModule", "--data.sources", '{"code": {"kind": "stdlib_code"}}')

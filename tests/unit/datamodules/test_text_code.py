@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app.errors import ConfigError, DataError
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
-from datamodules import Source, TextCodeDataModule, text_code
+from datamodules import Source, TextCodeDataModule
 from datamodules.readers.records import Document
 from tests.support.tokenizers import llama
 from tests.unit.datamodules.corpora import by_name, fake_trainer, small_datamodule, two_sources, write_files
@@ -393,8 +393,8 @@ def test_documents_begin_and_end_as_the_tokenizer_says_and_resume_so(corpus: Pat
 
 
 def test_a_state_that_a_fit_may_go_on_from_is_checked_once(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, asked = saved(corpus), list[str]()
-    monkeypatch.setattr(text_code, "check_order", lambda *_, **__: asked.append("order"))
+    state, asked, order = saved(corpus), list[str](), TextCodeDataModule._order
+    monkeypatch.setattr(TextCodeDataModule, "_order", lambda self: asked.append("order") or order(self))  # type: ignore[func-returns-value]
     datamodule = small_datamodule(corpus)
     datamodule.trainer = fake_trainer()
     datamodule.check_state_dict(state)  # by the module, before anything is taken

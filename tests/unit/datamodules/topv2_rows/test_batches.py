@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from app.layerskip.early_exit_loss import IGNORE_INDEX
-from datamodules.topv2_rows.batches import Batch, ExampleRows
+from datamodules.topv2_rows.batches import ExampleRows
 from datamodules.topv2_rows.store import Examples
 from tests.support.tiny_models import tiny_llama
 
@@ -33,7 +33,7 @@ def model() -> LlamaForCausalLM:
     return tiny_llama(num_layers=3, vocab_size=61)
 
 
-def collate(examples: Examples, rows: list[list[int]], *, length_multiple: int = 8) -> Batch:
+def collate(examples: Examples, rows: list[list[int]], *, length_multiple: int = 8) -> dict[str, torch.Tensor]:
     data = ExampleRows(examples, rows, length_multiple=length_multiple)
     return data.collate([data[row] for row in range(len(data))])
 

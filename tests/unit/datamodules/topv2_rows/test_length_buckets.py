@@ -11,7 +11,7 @@ import pytest
 
 from app.errors import DataError
 from datamodules.loading.rank_share import RankShare
-from datamodules.topv2_rows.length_buckets import BucketSampler, LengthBuckets, pack_rows
+from datamodules.topv2_rows.length_buckets import BucketSampler, LengthBuckets
 
 LENGTHS: npt.NDArray[np.int64] = np.random.default_rng(0).integers(5, 100, size=1000)
 
@@ -149,25 +149,3 @@ def test_rows_that_fill_most_micro_batches_are_enough() -> None:
     ranks = [list(sampler(num_rows=997, batch_size=1, num_replicas=8, accumulate=4, rank=rank)) for rank in range(8)]
     assert Counter(row for batches in ranks for batch in batches for row in batch) == Counter(range(997))
     assert Counter(len(batch) for batches in ranks for batch in batches) == {1: 997, 0: 27}  # of 32 steps of 32
-
-
-def best_fit(lengths: list[int], *, capacity: int) -> list[list[int]]:
-    """The slow twin: look at every open row."""
-    rows: list[list[int]] = []
-    for example in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        rooms = [capacity - sum(lengths[other] for other in row) - lengths[example] for row in rows]
-        fitting = [room for room in rooms if room >= 0]
-        if fitting:
-            rows[rooms.index(min(fitting))].append(example)
-        else:
-            rows.append([example])
-    return rows
-
-
-def test_packed_rows_hold_every_example_once_and_are_as_full_as_best_fit_makes_them() -> None:
-    lengths = LENGTHS[:300].tolist()
-    rows = pack_rows(lengths, capacity=128)
-    assert Counter(example for row in rows for example in row) == Counter(range(300))
-    assert all(sum(lengths[example] for example in row) <= 128 for row in rows)
-    assert len(rows) == len(best_fit(lengths, capacity=128)) < 300
-    assert pack_rows(lengths, capacity=128) == rows

@@ -3,7 +3,7 @@ import tempfile
 import pytest
 
 from app.errors import ConfigError
-from datamodules.loading.row_settings import check_workers
+from datamodules.loading.datamodule import check_workers
 
 
 def test_data_workers_are_refused_a_temporary_folder_too_long_for_their_sockets(monkeypatch):

@@ -22,19 +22,10 @@ _ALLOWED = "a tuned model directory, a generation_config.json, or the output of 
 
 
 def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> DecodingDefaults | None:
-    """The defaults stored in a model directory, a generation_config.json or an output of `layerskip tune --json`.
+    """The defaults stored in a model directory, its generation_config.json or an output of `layerskip tune --json`.
 
-    Args:
-        model: The model that gets them, which may be on the meta device.
-        path: The directory or file.
-        field: The setting that `path` comes from, for error messages.
-
-    Returns:
-        The defaults; None if there are none in it.
-
-    Raises:
-        ConfigError: The defaults do not fit this model, or there is no such file.
-        CheckpointError: The directory's generation_config.json is damaged.
+    The result is None if there are none. Defaults that do not fit `model`, which may be on the meta device, and an
+    unreadable file are a ConfigError for `field`; a damaged generation_config.json is a CheckpointError.
     """
     stored = _stored(path, field=field)
     if stored is None:

@@ -42,21 +42,11 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What a user chooses about an export.
+    """What a user chooses about an export."""
 
-    Attributes:
-        dtype: Type of the floating-point weights; None keeps that of each.
-        max_shard_size: Size of a file of weights, in digits and KB, MB, GB or TB; a single weight may be larger.
-        decoding: What `layerskip tune` chose, for generation_config.json; None keeps what the model brings.
-        readme: Text of README.md.
-
-    Raises:
-        ConfigError: The size is not in this form.
-    """
-
-    dtype: torch.dtype | None = None
-    max_shard_size: str = "5GB"
-    decoding: DecodingDefaults | None = None
+    dtype: torch.dtype | None = None  # of floating-point weights; None keeps that of each
+    max_shard_size: str = "5GB"  # of a file, in KB, MB, GB or TB; a single weight may be larger
+    decoding: DecodingDefaults | None = None  # None keeps the defaults that the model brings
     readme: str = ""
 
     def __post_init__(self) -> None:
@@ -84,11 +74,11 @@ def write_pretrained(
 ) -> int:
     """Write configurations, safetensors, tokenizer and README.md, byte for byte as `save_pretrained` would, or nothing.
 
-    At most one file of weights is in memory at a time, beside what `weights` itself holds.
+    At most one file of weights is in memory at a time, beside what `weights` itself holds. If the generation config
+    has no end of text, that of the tokenizer is written.
 
     Args:
-        model: The model. Given `weights` it may be on the meta device. If its generation config has no end of text,
-            that of the tokenizer is written.
+        model: The model, which may be on the meta device where `weights` are given.
         tokenizer: The model's tokenizer; None writes none.
         directory: Output of `check_output_dir`.
         weights: The tensors to write; by default those of `model`.
@@ -98,8 +88,8 @@ def write_pretrained(
         Number of files of weights.
 
     Raises:
-        CheckpointError: The directory cannot be written, for instance because the disk is full; `weights` are not
-            those of the model; or its generation config contradicts itself.
+        CheckpointError: The directory cannot be written, `weights` are not those of the model, or its generation config
+            contradicts itself.
     """
     settings, weights = settings or ExportSettings(), weights or Weights.of(model)
     names = _stored_names(model, weights)

@@ -35,22 +35,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CardSettings:
-    """What a user says about a model that its checkpoint cannot know.
-
-    Attributes:
-        title: Name of the model.
-        license: As the hub names licences, such as apache-2.0 or llama2; None if nobody chose one.
-        base_model: Hub id or ids of the model it was trained from; None takes what the run was given.
-        origin: Where the weights come from, in words, if that is known and no run made them.
-
-    Raises:
-        ConfigError: The licence is not in the form of the hub's names.
-    """
+    """What a user says about a model that its checkpoint cannot know."""
 
     title: str
-    license: str | None = None
-    base_model: str | list[str] | None = None
-    origin: str = ""
+    license: str | None = None  # as the hub names licences, such as apache-2.0 or llama2
+    base_model: str | list[str] | None = None  # hub ids of the model it was trained from; None takes the run's
+    origin: str = ""  # where the weights come from, in words, if that is known and no run made them
 
     def __post_init__(self) -> None:
         if self.license is not None and not _LICENSE.fullmatch(self.license):
@@ -109,12 +99,8 @@ def model_card(
 ) -> str:
     """The text of README.md, which begins with its front matter.
 
-    Args:
-        model: The model, which may be on the meta device.
-        record: The run that trained it; None if it came from elsewhere.
-        decoding: What `layerskip tune` chose for it; None if it was not tuned.
-        dtype: Name of its weights' type.
-        card: The user's words.
+    The model may be on the meta device. `record` is None where no run here trained it, `decoding` where it was not
+    tuned; `dtype` names the type of its weights.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     methods = _methods(record.config) if record is not None and record.config else []

@@ -27,14 +27,9 @@ _SIGNATURE = re.compile(r"\n<!-- layerskip export: (\{.*\}) -->\n\Z")
 
 
 def check_output_dir(output_dir: str, *, overwrite: bool = False) -> Path:
-    """The absolute path of a directory that may be written: it is new, empty, or an export that nobody changed.
+    """The absolute path of a directory that is new, empty, or an export that nobody changed, or else ConfigError.
 
-    Args:
-        output_dir: The directory.
-        overwrite: Also accept any directory of files with a config.json among them, all of which will be replaced.
-
-    Raises:
-        ConfigError: It holds what must not be lost, or is a file.
+    With `overwrite` it may be any directory of files with a config.json among them, all of which will be replaced.
     """
     directory = Path(output_dir).resolve()
     _put_back(directory)
@@ -87,14 +82,7 @@ def whole_or_absent(directory: Path, *, readme: str) -> Iterator[Path]:
     """A folder to write files into, which gets README.md and replaces the directory when the block ends well.
 
     A process killed at any moment leaves nothing incomplete under the directory's name, and the next export removes
-    the hidden folders that it leaves beside it.
-
-    Args:
-        directory: Output of `check_output_dir`.
-        readme: Text of README.md.
-
-    Raises:
-        CheckpointError: The folder cannot be written, for instance because the disk is full.
+    the hidden folders that it leaves beside it. An error of the disk is a CheckpointError.
     """
     partial, replaced = _beside(directory, "partial"), _beside(directory, "replaced")  # a rename needs the same disk
     try:

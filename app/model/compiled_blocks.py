@@ -17,14 +17,10 @@ from app.model.tensor_parallel import SplitInside
 
 
 def compile_blocks(model: PreTrainedModel, *, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile what the blocks of an `EarlyExitModel` do in training, at their first use.
+    """Compile the blocks of an `EarlyExitModel` at their first use in training; ConfigError if they are split.
 
-    Blocks are alike, so one compilation serves all of them. The number of samples is symbolic, so it also serves every
-    mask, except one that keeps a single sample. A compiled whole model would need new code for each pattern of skipped
-    blocks.
-
-    Raises:
-        ConfigError: The blocks are split by tensor parallelism.
+    One compilation serves all blocks, since they are alike, and all masks that keep several samples, since the number
+    of samples is symbolic. A compiled whole model would need new code for each pattern of skipped blocks.
     """
     for block in model.get_decoder().layers:
         assert isinstance(block, DroppableBlock)

@@ -104,14 +104,7 @@ def build_without_memory(config: PreTrainedConfig, *, dtype: torch.dtype) -> Pre
 
 
 def check_runs(config: PreTrainedConfig) -> int:
-    """Run a model without memory on two tokens, which shows shapes that do not fit each other.
-
-    Returns:
-        The number of its weights.
-
-    Raises:
-        ConfigError: The model cannot be built or run.
-    """
+    """Count a model's weights, and raise ConfigError if it cannot be built or its shapes do not fit each other."""
     model = build_without_memory(config, dtype=torch.bfloat16).train()  # experts' products have only this dtype here
     tokens_BT = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")  # transformers would look at values to make one

@@ -179,7 +179,7 @@ class EarlyExitModel:
             input_ids: [B, T].
             position_ids: [B, T], restarting at 0 with each document; attention does not cross a restart.
             exit_layers: Exits wanted.
-            kept: For each block the samples that go through it, on the device of the model; None keeps all.
+            kept: For each block the samples [K] that go through it, on the model's device; None keeps all.
             scales: For each block the factor on its kept residual; needed with `kept`.
             entered: Blocks that run even if no sample is kept, since ranks that share their weights keep some.
             positions: Indices [N] of those among the B * T positions that are wanted; the result is then [N, D].

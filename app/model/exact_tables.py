@@ -1,6 +1,7 @@
 """Keeps numbers exact when a model is converted to bfloat16: rotary frequencies, sums of losses.
 
 A rounded frequency would turn far positions by whole radians, and a rounded sum would stop growing.
+Tested by tests/distributed/test_precisions.py.
 """
 
 from __future__ import annotations

@@ -33,13 +33,10 @@ def parallelize(
 
     Args:
         module: The LightningModule that holds the model.
-        model: A Llama-shaped causal LM.
+        model: A Llama-shaped causal LM; ConfigError if its blocks cannot be split over the tensor-parallel ranks.
         mesh: A mesh with the dimension `data_parallel`, and maybe `tensor_parallel` and `replicate`.
         compute_dtype: Type that parameters are gathered and computed in; shards keep theirs, and gradients are summed
             over ranks in float32. None computes in the type of the shards.
-
-    Raises:
-        ConfigError: The blocks cannot be split over that many tensor-parallel ranks.
     """
     names = mesh.mesh_dim_names or ()
     if TENSOR_PARALLEL in names and mesh[TENSOR_PARALLEL].size() > 1:

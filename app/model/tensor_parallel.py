@@ -95,8 +95,7 @@ class SplitInside(nn.Module):
 def split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Split the blocks of a Llama-shaped causal LM over a one-dimensional mesh in place, before FSDP2 shards it.
 
-    Raises:
-        ConfigError: The number of ranks does not divide the sizes, or a block has a module that is not split here.
+    Sizes that the number of ranks does not divide, and modules that are not split here, are a ConfigError.
     """
     _check_sizes(model, mesh.size())
     ranks = Ranks(mesh)

@@ -36,19 +36,12 @@ DefaultStrategy = Literal["self_speculative", "autoregressive"]
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a measurement was made under: under other conditions something else may be fastest.
+    """What a measurement was made under: under other conditions something else may be fastest."""
 
-    Attributes:
-        dtype: Type of the weights, as torch names it.
-        device_type: As torch names it.
-        threads: CPU threads, at least 1; None on another device.
-        batch_size: Sequences decoded together, at least 1.
-    """
-
-    dtype: str
-    device_type: str
-    threads: int | None = None
-    batch_size: int = 1
+    dtype: str  # of the weights, as torch names it
+    device_type: str  # as torch names it
+    threads: int | None = None  # of the CPU, at least 1; None on another device
+    batch_size: int = 1  # sequences decoded together, at least 1
 
     def __post_init__(self) -> None:
         for name in ("dtype", "device_type"):
@@ -91,32 +84,18 @@ class Conditions:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingDefaults:
-    """What `layerskip tune` chose for a model, and the costs that it measured; None stands for an unknown cost.
-
-    Attributes:
-        strategy: The fastest one.
-        exit_layer: Blocks that a draft runs, 1..num_layers-1; None where nothing is drafted.
-        num_draft_tokens: Drafts in a round, at least 1; None where nothing is drafted.
-        head: H, the cost of a step beside its blocks, in blocks.
-        draft_head: H_d, the same for a draft; None means as `head`.
-        first_extra: j, the cost of having more than one position in a pass, as a share of a pass over one.
-        extra_token: k, the cost of each further position, as the same share.
-        overhead: Cost of a round beside its passes, in blocks.
-        measured_speedup: Speedup over autoregressive decoding, at least 1; None where nothing is drafted, or where it
-            was measured on other weights.
-        conditions: What was measured under; None in files of versions that did not store it.
-    """
+    """What `layerskip tune` chose for a model, and the costs that it measured; None stands for an unknown cost."""
 
     strategy: DefaultStrategy
-    exit_layer: int | None = None
-    num_draft_tokens: int | None = None
-    head: float | None = None
-    draft_head: float | None = None
-    first_extra: float | None = None
-    extra_token: float | None = None
-    overhead: float | None = None
-    measured_speedup: float | None = None
-    conditions: Conditions | None = None
+    exit_layer: int | None = None  # blocks that a draft runs, 1..num_layers-1; None where nothing is drafted
+    num_draft_tokens: int | None = None  # in a round, at least 1; None where nothing is drafted
+    head: float | None = None  # H, the cost of a step beside its blocks, in blocks
+    draft_head: float | None = None  # H_d, the same for a draft; None means as `head`
+    first_extra: float | None = None  # j, the cost of a second position in a pass, as a share of a pass over one
+    extra_token: float | None = None  # k, the cost of each further position, as the same share
+    overhead: float | None = None  # of a round beside its passes, in blocks
+    measured_speedup: float | None = None  # over autoregressive decoding, at least 1; None for other weights
+    conditions: Conditions | None = None  # None in files of versions that did not store them
 
     def __post_init__(self) -> None:
         check_choice("strategy", self.strategy, ("self_speculative", "autoregressive"))
@@ -134,11 +113,7 @@ class DecodingDefaults:
 
 
 def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
-    """The defaults stored with a model; None if there are none.
-
-    Raises:
-        ConfigError: What is stored does not fit this model, or is not what `layerskip tune` writes.
-    """
+    """The defaults stored with a model, or None; ConfigError if they do not fit the model or are malformed."""
     stored = getattr(model.generation_config, DEFAULTS_FIELD, None)
     if stored is None:
         return None
@@ -172,13 +147,8 @@ def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path
     """Store the defaults in a model directory's `generation_config.json`, all of it or nothing.
 
     Other fields stay, except the mark that the file was derived from config.json. Where nothing is drafted,
-    `assistant_early_exit` and its companions are taken out.
-
-    Returns:
-        The file.
-
-    Raises:
-        CheckpointError: The file is damaged or cannot be written.
+    `assistant_early_exit` and its companions are taken out. The path of the file is returned; a file that is damaged
+    or cannot be written is a CheckpointError.
     """
     content = read_generation_config(directory)
     content.pop(DERIVED, None)

@@ -54,8 +54,7 @@ def quiet_transformers() -> Iterator[None]:
 def stored_generation_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
     """The generation config of a model directory, or the one that `config` implies where there is no such file.
 
-    Raises:
-        CheckpointError: It is damaged, contradicts itself, or names ends of text that are no token ids.
+    One that is damaged, contradicts itself, or names ends of text that are no token ids is a CheckpointError.
     """
     file = directory / GENERATION_CONFIG_NAME
     try:
@@ -79,12 +78,9 @@ def stored_generation_config(directory: Path, config: PreTrainedConfig) -> Gener
 
 
 def trained_generation_config(trained: TrainedWeights) -> GenerationConfig:
-    """The generation config of a checkpoint's model, with the end that it was trained on among its ends of text.
+    """The generation config of a checkpoint's model, or CheckpointError if it or the tokenizer is damaged.
 
-    The rows of the run ended with its tokenizer's end-of-text token, which need not be one of the model continued.
-
-    Raises:
-        CheckpointError: The checkpoint's generation config or tokenizer is damaged.
+    Its ends of text include the end that the run's tokenizer gave to rows, which the model continued may not know.
     """
     saved = trained.metadata.get(GENERATION_CONFIG_KEY)
     end = None if trained.tokenizer is None else trained.tokenizer.eos_token_id
@@ -106,11 +102,7 @@ def trained_generation_config(trained: TrainedWeights) -> GenerationConfig:
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:
-    """The fields of a directory's `generation_config.json`, or those that config.json implies where there is none.
-
-    Raises:
-        CheckpointError: The file is damaged.
-    """
+    """The fields of `generation_config.json`, or those that config.json implies; CheckpointError for a damaged file."""
     file = directory / GENERATION_CONFIG_NAME
     if not file.exists():
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -127,10 +119,7 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
 def saveable(generation: GenerationConfig) -> GenerationConfig:
     """A copy that transformers agrees to save, which it refuses for instance for a temperature without do_sample.
 
-    Fields that transformers calls of no effect are dropped with a warning, so generation stays the same.
-
-    Raises:
-        CheckpointError: The config contradicts itself in another way.
+    Fields that have no effect are dropped with a warning; a config that contradicts itself is a CheckpointError.
     """
     kept = copy.deepcopy(generation)
     try:

@@ -51,16 +51,8 @@ _Refuse = Callable[[str, str], ConfigError]
 def obey_metadata(config: PreTrainedConfig, reader: GGUFReader, *, field: str, path: str) -> None:
     """Put into `config`, as transformers made it from the file, what the file states besides, in place.
 
-    The keys are those of the GGUF specification, and the defaults are llama.cpp's.
-
-    Args:
-        config: Architecture.
-        reader: Reader of the file.
-        field: The setting that the file comes from, for error messages.
-        path: The file, for error messages.
-
-    Raises:
-        ConfigError: The file states what no configuration of this architecture can say, or what is not known here.
+    The keys are those of the GGUF specification, and the defaults are llama.cpp's. What no configuration of this
+    architecture can say, or what is not known here, is a ConfigError that names `field` and `path`.
     """
     prefix = f"{reader.fields['general.architecture'].contents()}."
     stated = {name[len(prefix) :]: part.contents() for name, part in reader.fields.items() if name.startswith(prefix)}

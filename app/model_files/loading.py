@@ -2,6 +2,8 @@
 
 transformers itself converts weights out of a map of their file, where they would count twice in memory: in the file's
 dtype and in the wanted one. So its loader is given objects that read one weight at a time.
+
+Tested by tests/unit/model_files/test_open.py and test_loading_memory.py.
 """
 
 from __future__ import annotations
@@ -36,19 +38,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Weights on the disk.
+    """Weights on the disk, to be read one by one."""
 
-    Attributes:
-        path: The file or directory, for error messages.
-        dtypes: By name; a string, as the file spells it, where a weight has no plain floating-point type.
-        map: Gives a tensor as a private map of its file where there can be one. The file must stay as it is.
-        copy: Gives a tensor in memory of its own and in the dtype, or with None in its own dtype.
-    """
-
-    path: str
-    dtypes: Mapping[str, torch.dtype | str]
-    map: Callable[[str], Tensor]
-    copy: Callable[[str, torch.dtype | None], Tensor]
+    path: str  # for error messages
+    dtypes: Mapping[str, torch.dtype | str]  # by name; a string where a weight has no plain floating-point type
+    map: Callable[[str], Tensor]  # gives a private map of the file where it can, for which the file must stay
+    copy: Callable[[str, torch.dtype | None], Tensor]  # gives memory of its own in a dtype; None keeps the weight's
 
 
 class _LazyTensor:
@@ -73,16 +68,10 @@ def fill_model(
 ) -> PreTrainedModel:
     """The causal LM of `config` with stored weights, whose names may be those of older versions of transformers.
 
-    Args:
-        config: Architecture.
-        stored: The weights.
-        dtype: Type to load them in; None keeps the type of the first one.
-        own: Whether every weight gets memory of its own; otherwise it may be a map of its file.
-        field: The setting that the model comes from, for error messages.
-        generation_config: What the model gets as its own.
+    The weights get `dtype`, or for None the type of the first one, and with `own` memory of their own.
 
     Raises:
-        ConfigError: transformers cannot build such a model.
+        ConfigError: transformers cannot build such a model; the message names `field`.
         CheckpointError: Weights are damaged, missing, of another shape, not plain numbers, or of no block of the model.
     """
     plain = [kind for kind in stored.dtypes.values() if isinstance(kind, torch.dtype)]
@@ -159,11 +148,7 @@ def check_complete(path: str, info: dict[str, Any]) -> None:
 
 
 def from_checkpoint(weights: TrainedWeights) -> StoredWeights:
-    """Weights of a checkpoint of ours; all ranks call this together.
-
-    Raises:
-        CheckpointError: Its bytes are damaged.
-    """
+    """Weights of a checkpoint of ours, or CheckpointError if bytes are damaged; all ranks call this together."""
     check_bytes(weights.path)
 
     def copy(name: str, dtype: torch.dtype | None) -> Tensor:
@@ -177,12 +162,7 @@ def from_checkpoint(weights: TrainedWeights) -> StoredWeights:
 
 
 def from_safetensors(directory: Path, *, field: str) -> StoredWeights:
-    """Weights of a Hugging Face directory.
-
-    Raises:
-        ConfigError: It holds no safetensors weights.
-        CheckpointError: A file is damaged or missing.
-    """
+    """Weights of a Hugging Face directory: ConfigError if there are none, CheckpointError if they are not whole."""
     slices: dict[str, Any] = {}
     for file in _weight_files(directory, field=field):
         try:

@@ -44,17 +44,11 @@ _log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
-    """A model that was found and checked as far as that is possible without its weights.
-
-    Attributes:
-        config: Architecture.
-        tokenizer: Reads the tokenizer.
-        weights: Reads the weights in a dtype (None keeps theirs), and where the flag is True into their own memory.
-    """
+    """A model that was found and checked as far as that is possible without its weights."""
 
     config: PreTrainedConfig
     tokenizer: Callable[[], Any]
-    weights: Callable[[torch.dtype | None, bool], PreTrainedModel]
+    weights: Callable[[torch.dtype | None, bool], PreTrainedModel]  # given a dtype, and whether each is to be a copy
 
 
 def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
@@ -103,9 +97,7 @@ def load_for_decoding(path: str, *, dtype: torch.dtype | None, field: str = "mod
 def open_tokenizer(path: str, *, field: str) -> Any:
     """The tokenizer that comes with a model, or the one in a directory that holds nothing else.
 
-    Raises:
-        ConfigError: There is none that can be read.
-        CheckpointError: A file is damaged, or the checkpoint holds no tokenizer.
+    It is a ConfigError if none can be read, and a CheckpointError if a checkpoint is damaged or holds none.
     """
     if Path(path).is_dir() and not is_trained_weights(path):
         tokenizer = load_tokenizer(path, field=field)
@@ -116,15 +108,9 @@ def open_tokenizer(path: str, *, field: str) -> Any:
 
 
 def check_tokenizer_of(pretrained: str, tokenizer: Any, *, field: str = "tokenizer", got: str) -> None:
-    """Raise ConfigError if a token of the model `pretrained` has another id in `tokenizer`, or none.
+    """Raise ConfigError, for `field` with the value `got`, if a model's token has another id in the tokenizer, or none.
 
-    A warning says so where the model comes without a tokenizer that can be read, and nothing is compared.
-
-    Args:
-        pretrained: As the path of `load_pretrained`.
-        tokenizer: The tokenizer that is to feed the model.
-        field: The setting that names the tokenizer.
-        got: Its value.
+    Nothing is compared, and a warning says so, where the model comes without a tokenizer that can be read.
     """
     if tokenizer.name_or_path == pretrained:  # reading that of a GGUF file again takes seconds
         return

@@ -29,16 +29,9 @@ from app.model_files.open import open_source
 def fill(model: PreTrainedModel, device: torch.device, *, pretrained: str | None, seed: int) -> None:
     """Give a model from `build_without_memory`, sharded, its weights on `device`; all ranks call this together.
 
-    Args:
-        model: Built with the configuration of `pretrained`, if that is given.
-        device: Device of the shards.
-        pretrained: A path as for `load_pretrained`. Safetensors and `.ckpt` files are mapped, not read whole; every
-            rank unpacks the whole of a GGUF file. None draws the weights that `build_model` draws.
-        seed: As for `build_model`.
-
-    Raises:
-        ConfigError: There is no such model, or its tables cannot be sharded.
-        CheckpointError: Its weights are damaged or incomplete.
+    The weights are those of `load_pretrained(pretrained)`, whose errors this raises, or for None those that
+    `build_model` draws from `seed`. Safetensors and `.ckpt` files are mapped, not read whole; every rank unpacks the
+    whole of a GGUF file. A model whose tables cannot be sharded is a ConfigError.
     """
     _take_memory(model, device)
     if pretrained:

@@ -53,14 +53,8 @@ class SpanDecoder:
     """A view on the live weights of a causal LM that implements protocols.ExitableDecoder.
 
     It changes neither weights, modes nor gradients. Run it in eval mode and under `torch.no_grad`. The layers of most
-    types run as functions of their weights (`functional_block`), the others as modules.
-
-    Args:
-        model: A causal LM of a type in SUPPORTED_MODEL_TYPES with SDPA attention; its layers may be subclasses.
-        functional: False runs the layers of every type as modules, which is slower; tests compare the two.
-
-    Raises:
-        ConfigError: Running the model in spans would not give its own logits.
+    types run as functions of their weights (`functional_block`), the others as modules; so do all if `functional` is
+    False, to which tests compare. A model that would not give its own logits in spans is a ConfigError.
     """
 
     def __init__(self, model: PreTrainedModel, *, functional: bool = True) -> None:
@@ -119,11 +113,7 @@ class SpanDecoder:
         return self._head.weight.numel()
 
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> KeyValueCache:
-        """An empty cache with room for `capacity` positions of each sequence, which may grow.
-
-        Raises:
-            ConfigError: The model is in training mode.
-        """
+        """An empty cache of `capacity` positions a sequence, which may grow; ConfigError in training mode."""
         if any(module.training for module in self._model.modules()):
             raise ConfigError("model", got="training mode", allowed="eval mode", fix="call model.eval() first")
         return KeyValueCache(num_layers=self.num_layers, batch_size=batch_size, capacity=capacity)

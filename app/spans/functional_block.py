@@ -31,12 +31,10 @@ class Rotation(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What new positions see of the stored ones.
+    """What new positions see: the stored ones from `first` on, with `mask` added to the scores.
 
-    Attributes:
-        first: First position that any of them sees.
-        mask: What is added to the scores [1 or B, 1, T, S - first], repeated along T for each query head of a group
-            where T <= FOLD_UP_TO. None where one position sees all, or where more than FOLD_UP_TO begin at position 0.
+    The mask [1 or B, 1, T, S - first] is repeated along T for each query head of a group where T <= FOLD_UP_TO. It is
+    None where one position sees all, or where more than FOLD_UP_TO begin at position 0.
     """
 
     first: int
@@ -69,7 +67,7 @@ class FunctionalBlock:
         normed_BTD = F.rms_norm(hidden_BTD, width, self._attention_norm, self._epsilon)
         hidden_BTD = self._attend(normed_BTD, rotation, sight, cache).add_(hidden_BTD)
         normed_BTD = F.rms_norm(hidden_BTD, width, self._mlp_norm, self._epsilon)
-        gate, up = self._gate_up(normed_BTD)
+        gate, up = self._gate_up(normed_BTD).chunk(2, dim=-1)
         return self._down(self._activation(gate) * up).add_(hidden_BTD)
 
     def _attend(self, normed_BTD: Tensor, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
@@ -108,7 +106,7 @@ class FunctionalBlock:
 
     def _queries_and_keys(self, normed_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys side by side [B, T, queries + keys, K], not yet rotated, and values [B, T, keys, K]."""
-        parts = self._qkv.joined(normed_BTD)
+        parts = self._qkv(normed_BTD)
         heads_BTHK = parts.view(*parts.shape[:2], -1, self._head_width)
         rotated, value_BTHK = _split(heads_BTHK, self._num_queries + self._num_keys, self._num_keys)
         if self._query_norm is not None and self._key_norm is not None:
@@ -136,24 +134,16 @@ class Projections:
     """Linear layers of one input, which are one product where `join_projections` has joined their weights."""
 
     def __init__(self, *layers: nn.Linear) -> None:
-        self._sizes = [layer.out_features for layer in layers]
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         weight = _side_by_side(weights)
         bias = None if biases[0] is None else _side_by_side(biases)
         joined = weight is not None and (biases[0] is None or bias is not None)
-        self.products = [Product(weight, bias)] if joined and weight is not None else [*map(Product, weights, biases)]
+        self._products = [Product(weight, bias)] if joined and weight is not None else [*map(Product, weights, biases)]
 
-    def joined(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Tensor:
         """The outputs of all layers in one tensor [..., sum of sizes]."""
-        if len(self.products) == 1:
-            return self.products[0](inputs)
-        return torch.cat([product(inputs) for product in self.products], dim=-1)
-
-    def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
-        """The output of each layer."""
-        if len(self.products) == 1:
-            return self.products[0](inputs).split_with_sizes(self._sizes, dim=-1)
-        return [product(inputs) for product in self.products]
+        outputs = [product(inputs) for product in self._products]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:

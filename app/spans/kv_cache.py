@@ -34,10 +34,6 @@ class KeyValueCache:
         """Positions stored for block `layer_idx`, for each of the B sequences."""
         return self._lengths[layer_idx]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Length of the longest row; Hugging Face modules use this name."""
-        return max(self._lengths[layer_idx])
-
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget in all blocks every position >= lengths[b] of sequence b; no memory moves."""
         check_range("length", min(lengths), low=0)

@@ -81,14 +81,8 @@ def check_knows_tokens(tokenizer: Any, own_tokenizer: Any, *, field: str, got: s
     """Raise ConfigError unless every token of a model has the same id in the tokenizer that is to feed it.
 
     The tokenizer may have more tokens at its end, such as those that a datamodule adds for a task, and may lack
-    entries that only pad the model's vocabulary at its end.
-
-    Args:
-        tokenizer: The tokenizer that is to feed the model.
-        own_tokenizer: The model's own tokenizer.
-        field: The setting that names `tokenizer`.
-        got: Its value.
-        model: The model's path, for the error message.
+    entries that only pad the model's vocabulary at its end. The error is about `field` with the value `got`, and names
+    the model's path `model`.
     """
     given, own = tokenizer.get_vocab(), own_tokenizer.get_vocab()
     if differences := _told(own.items() - given.items(), max(given.values()), model=own, tokenizer=given):

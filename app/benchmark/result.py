@@ -18,9 +18,8 @@ from app.decoding.cost_model import CostModel, tokens_per_round
 class BenchmarkResult:
     """One strategy with one exit and draft length; None where a figure does not apply or nothing was decoded.
 
-    Times are decode time: the prompts' pass, and the tokens that it yields, are left out.
-
-    Fields of the same name are explained at OutputDifferences and RoundCounts.
+    Times are decode time: the prompts' pass, and the tokens that it yields, are left out. What is not explained here
+    is explained in OutputDifferences and RoundCounts.
     """
 
     strategy: str
@@ -37,14 +36,14 @@ class BenchmarkResult:
     num_unexplained: int
     largest_logit_gap: float | None
     largest_gap_in_spacings: float | None
-    speedup_min: float | None
-    speedup_max: float | None
+    speedup_min: float | None  # the lowest of one whole repeat
+    speedup_max: float | None  # the highest of one whole repeat
     speedup_interval: Interval | None  # 95 % interval of `speedup` over the batches (`app.benchmark.speedup_interval`)
     speedup_vs_transformers: float | None
     # Speedup over transformers' early exit of the same exit and draft length.
     speedup_vs_transformers_early_exit: float | None
-    # What the cost model says with the measured costs and one chance of acceptance for every draft; for drafts of fixed
-    # length. Its error is predicted_speedup / speedup - 1.
+    # What the cost model says with the measured costs and one chance of acceptance for every draft, if drafts are of
+    # fixed length. Its error is predicted_speedup / speedup - 1.
     predicted_speedup: float | None
     prediction_error: float | None
     # What the cost model says with the measured costs and the measured rounds.

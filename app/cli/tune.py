@@ -20,8 +20,7 @@ from app.generation.loaded_model import Device, Dtype, eos_token_ids, load_decod
 from app.generation.prompts import encode_prompts, read_prompts
 from app.model_files.decoding_defaults import Conditions, write_decoding_defaults
 from app.model_files.generation_config import read_generation_config
-from app.tuning.report import exits_table, tuning_as_json, verifications_table
-from app.tuning.result import Tuning
+from app.tuning.result import Tuning, exits_table, tuning_as_json, verifications_table
 from app.tuning.tune import TuningSettings
 from app.tuning.tune import tune as tune_decoder
 

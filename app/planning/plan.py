@@ -45,12 +45,12 @@ class Plan:
 
     recipe: Recipe  # what was asked, completed by the optimizer's learning rate
     layout: Layout
-    dtype: str  # of the weights
-    autocast: str | None  # of the products, where it is another
+    dtype: str  # dtype of the weights
+    autocast: str | None  # dtype of the products, where it is another
     parameters: Parameters
     memory: Memory  # bytes on one device
-    fits: bool | None
-    fits_checkpointed: bool | None
+    fits: bool | None  # whether the peak leaves RESERVE of the device free; None where the device is unknown
+    fits_checkpointed: bool | None  # the same with activation checkpointing
     step_flops: float  # FLOPs of the mean step on all devices, without recomputation
     dropout_saving: float  # share of the FLOPs of a step with its exits that layer dropout saves
     exits_cost: float  # FLOPs of the early exits over those of a step with neither exits nor dropout

@@ -56,8 +56,8 @@ class Micro:
     batch_size: int
     seq_len: int  # tokens a row, each with a label
     num_exits: int  # exits in the loss, the full model among them
-    dtype: torch.dtype = torch.float32  # of the weights
-    autocast: torch.dtype | None = None  # of the products, where it is another
+    dtype: torch.dtype = torch.float32  # dtype of the weights
+    autocast: torch.dtype | None = None  # dtype of the products, where it is another
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from app.benchmark import report as benchmark_report
 from app.benchmark.benchmark import Costs
 from app.benchmark.decoding_costs import DecodingCosts
-from app.benchmark.figure import benchmark_figure
 from app.benchmark.report import (
     check_output,
     draft_table,
@@ -26,33 +25,9 @@ from app.benchmark.result import BenchmarkResult
 from app.cli.tables import print_table
 from app.errors import ConfigError
 from app.tables import Table
+from tests.unit.benchmark.made_up import DRAFTS, PLAIN
 
-PLAIN = BenchmarkResult(
-    strategy="autoregressive", exit_layer=None, num_draft_tokens=None, tokens_per_second=20.0, seconds_per_token=0.05,
-    acceptance_rate=None, mean_tokens_per_round=1.0, speedup=1.0, identical_to_autoregressive=1.0, num_differing=0,
-    num_unexplained=0, largest_logit_gap=None, largest_gap_in_spacings=None, speedup_min=1.0,
-    speedup_max=1.0, speedup_interval=None,
-    speedup_vs_transformers=None, speedup_vs_transformers_early_exit=None, predicted_speedup=None,
-    prediction_error=None, predicted_speedup_from_rounds=None, prediction_error_from_rounds=None, seconds_prefill=0.1,
-    num_prompts=4, num_tokens=80, rounds=76, drafted=0, accepted=0, reached_by_position=[], accepted_by_position=[],
-    acceptance_by_position=[], fell_back_share=0.0,
-)  # fmt: skip
-DRAFTS = replace(
-    PLAIN, strategy="self_speculative", exit_layer=2, num_draft_tokens=3, speedup=1.5, acceptance_rate=0.75,
-    predicted_speedup=1.65, prediction_error=0.1, reached_by_position=[10, 8, 6], accepted_by_position=[8, 6, 3],
-    drafted=40, acceptance_by_position=[0.8, 0.75, 0.5],
-    speedup_max=1.75, speedup_interval=(1.25, 1.8),
-)  # fmt: skip
 COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=0.0, extra_token=0.05, overhead=0.5)
-
-
-def _sweep(exits: int, *, strategy: str = "self_speculative") -> list[BenchmarkResult]:
-    """Results of several exits, each with two draft lengths."""
-    return [
-        replace(DRAFTS, strategy=strategy, exit_layer=exit_layer, num_draft_tokens=drafts)
-        for exit_layer in range(1, exits + 1)
-        for drafts in (4, 2)
-    ]
 
 
 def _document(results: list[BenchmarkResult], **where: str) -> dict[str, Any]:
@@ -197,49 +172,3 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(benchmark_report.os, "access", lambda *_: False)
     with pytest.raises(ConfigError, match="cannot be written to"):
         check_output(str(tmp_path / "a.json"))
-
-
-@pytest.mark.parametrize("exits", [1, 5])
-def test_the_figure_has_labelled_axes_and_a_line_for_each_exit(exits: int) -> None:
-    figure = benchmark_figure([PLAIN, *_sweep(exits)], title="the model")
-    speed, acceptance = figure.axes
-    for axes in (speed, acceptance):
-        assert axes.get_title()
-        assert axes.get_xlabel()
-        assert axes.get_ylabel()
-    assert len(speed.lines) == 2 * exits + 1  # measured and predicted, and break-even
-    assert list(speed.lines[0].get_xdata()) == [2, 4]
-    assert list(speed.lines[0].get_ydata()) == [1.5, 1.5]
-    assert speed.lines[1].get_linestyle() == "--"
-    assert list(speed.lines[1].get_ydata()) == [1.65, 1.65]
-    assert set(speed.lines[-1].get_ydata()) == {1.0}
-    assert len(acceptance.lines) == exits
-    assert list(acceptance.lines[0].get_xdata()) == [1, 2, 3]
-    assert list(acceptance.lines[0].get_ydata()) == pytest.approx([80.0, 75.0, 50.0])
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == [*(f"exit {i + 1}" for i in range(exits)), "self_speculative", "predicted by the cost model",
-                      "autoregressive (break-even)"]  # fmt: skip
-    assert len({line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
-                for line in acceptance.lines}) == exits  # fmt: skip
-
-
-def test_the_figure_draws_what_has_no_exit_and_what_was_not_predicted() -> None:
-    results = [
-        PLAIN,
-        replace(PLAIN, strategy="transformers", speedup=0.6),
-        replace(DRAFTS, strategy="draft_model", exit_layer=None),
-        *_sweep(2, strategy="transformers_early_exit"),
-    ]
-    unpredicted = [replace(r, predicted_speedup=None) for r in results]
-    unpredicted[-1] = replace(unpredicted[-1], speedup=None, reached_by_position=[], accepted_by_position=[])
-    figure = benchmark_figure(unpredicted, title="t")
-    labels = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert labels == {"exit 1", "exit 2", "transformers_early_exit", "draft_model", "autoregressive (break-even)",
-                      "transformers"}  # fmt: skip
-    assert figure.axes[0].lines[-1].get_ydata() == pytest.approx([0.6, 0.6])
-
-
-def test_where_nobody_drafts_the_figure_has_a_bar_for_each(tmp_path: Path) -> None:
-    figure = benchmark_figure([PLAIN, replace(PLAIN, strategy="early_exit", exit_layer=2, speedup=None)], title="t")
-    assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 0.0]
-    figure.savefig(tmp_path / "figure.png")

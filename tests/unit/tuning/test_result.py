@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from app.model_files.decoding_defaults import Conditions, DecodingDefaults
+from app.tuning.result import tuning_as_json, verifications_table
+from app.tuning.speedup_prediction import needed_agreement
+from tests.unit.tuning.made_up import COSTS, make_prediction, make_run, make_tuning
+
+
+def test_what_was_confirmed_is_recommended_with_the_speedup_of_that_run() -> None:
+    tuning = replace(
+        make_tuning(1.2, 1.4, 1.3, again=[(2, 1.25, 1.1)]),
+        conditions=Conditions(dtype="float32", device_type="cpu", threads=2),
+    )
+    assert tuning.defaults == DecodingDefaults(
+        strategy="self_speculative",
+        exit_layer=1,
+        num_draft_tokens=2,
+        head=2.0,
+        draft_head=1.5,
+        first_extra=0.25,
+        extra_token=0.05,
+        overhead=0.5,
+        measured_speedup=1.25,
+        conditions=Conditions(dtype="float32", device_type="cpu", threads=2),
+    )
+    assert tuning.reason == (
+        "self_speculative, exit 1 with 2 drafts: the fastest of 3 settings run; exit 1 with 2 drafts confirmed,"
+        " measured 1.250x (predicted 3.000x) when run again on 4 prompts, 95 % interval 1.25..1.25x, whole repeats"
+        " 1.100 to 1.250x"
+    )
+
+
+def test_the_second_fastest_is_recommended_where_only_it_was_confirmed() -> None:
+    tuning = make_tuning(1.2, 1.4, again=[(2, 1.3, 0.99), (1, 1.1, 1.0)])
+    assert (tuning.defaults.num_draft_tokens, tuning.defaults.measured_speedup) == (1, 1.1)
+    assert tuning.reason.startswith(
+        "self_speculative, exit 1 with 1 draft: the second fastest of 2 settings run; exit 1"
+    )
+    assert "exit 1 with 2 drafts not confirmed, measured 1.300x" in tuning.reason
+    report = tuning_as_json(tuning)
+    assert [(run["prediction"]["num_draft_tokens"], run["holds"]) for run in report["confirmed"]] == [
+        (2, False),
+        (1, True),
+    ]
+    assert [row[-1] for row in verifications_table(tuning).rows] == ["first", "first", "again", "again"]
+
+
+def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:
+    tuning = make_tuning(1.003, 0.9, again=[(1, 1.01, 0.97)])
+    assert tuning.defaults == DecodingDefaults(
+        strategy="autoregressive", head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5
+    )
+    assert tuning.reason.startswith(
+        "autoregressive: no setting kept its lead when it was run again; exit 1 with 1 draft"
+    )
+    assert make_tuning(1.003, 0.9, again=[(1, 0.99, 1.0)]).defaults.strategy == "autoregressive"
+    assert make_tuning(1.003, 0.9, again=[(1, 1.001, 1.0)]).defaults.strategy == "self_speculative"
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        (
+            {"num_prompts": 1, "num_given": 6, "interval": None},
+            "on 1 of 6 prompts and 200 tokens; a choice takes at least 4 prompts and 200 tokens: give more",
+        ),
+        ({"num_tokens": 199}, "on 4 prompts and 199 tokens; a choice takes"),
+        ({"interval": (0.99, 7.6)}, ""),
+        ({"interval": (1.0, 7.5)}, ""),
+    ],
+)
+def test_a_lead_on_too_little_or_within_its_interval_is_not_recommended(given: dict[str, Any], missing: str) -> None:
+    again = replace(make_tuning(2.75).verifications[0], **given)
+    tuning = replace(make_tuning(2.75), confirmations=[again])
+    assert tuning.defaults.strategy == "autoregressive"
+    assert missing in tuning.shortfall
+    assert bool(tuning.shortfall) == tuning.reason.startswith("none: ") == bool(missing)
+    assert replace(tuning, confirmations=[make_run(again.prediction, 2.75)]).defaults.strategy == "self_speculative"
+
+
+def test_nothing_measured_below_one_is_ever_recommended() -> None:
+    tuning = make_tuning(0.7, 0.999)
+    assert tuning.defaults.strategy == "autoregressive"
+    assert tuning.reason.startswith("autoregressive: even exit 1 with 2 drafts")
+    assert "agrees with the full model on 50% of the tokens; with 98%, one draft a round would gain" in tuning.reason
+    dear = replace(tuning, costs=replace(COSTS, overhead=50.0))
+    assert dear.reason.endswith("of the tokens; no share makes a draft gain here")
+    cheap = replace(
+        tuning, costs=replace(COSTS, head=0.0, draft_head=0.0, first_extra=0.0, extra_token=0.0, overhead=0.0)
+    )
+    assert needed_agreement(cheap.costs.cost_model(num_layers=2, exit_layer=1)) == 0.5
+    assert "would gain" not in cheap.reason  # 50% would have been enough
+
+
+def test_a_best_draft_length_at_the_edge_of_what_was_looked_at_is_told() -> None:
+    def advice(*predicted: float) -> str:
+        tuning = make_tuning(1.2, 1.1, 1.3, again=[(3, 1.3, 1.2)])
+        return replace(tuning, predictions=[make_prediction(1, d, s) for d, s in enumerate(predicted, start=1)]).advice
+
+    assert advice(1.0, 1.1, 1.2) == (
+        "exit 1 is predicted to be fastest with 3 drafts, the most that was looked at: raise max_draft_tokens"
+    )
+    assert advice(1.0, 1.2, 1.1) == ""
+    assert advice(1.0, 1.2, 1.2) == ""  # budgets allow no longer draft

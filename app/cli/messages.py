@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
 from traceback import walk_tb
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
+from app.cli.parsing.preflight import walk
 from app.errors import ConfigError, UserError, causes
 
 _LIGHTNINGS = "MisconfigurationException"  # by name, since the verbs that decode do not load Lightning
@@ -86,15 +86,6 @@ def locate(error: Exception, config: Any) -> LocatedError:
     named = [(path, value) for path, value in walk(config) if path.rsplit(".", 1)[-1] == cause.field]
     paths = [path for path, value in named if value == cause.got] or [path for path, _ in named]
     return LocatedError(cause.message(paths[0] if len(paths) == 1 else cause.field))
-
-
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every value in nested dicts and lists with its path, which begins with `path`."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        below = f"{path}.{key}" if path else str(key)
-        yield below, value
-        yield from walk(value, below)
 
 
 def _of_chosen_class(error: BaseException) -> str | None:

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from app.cli.messages import walk
+from app.cli.parsing.preflight import walk
 from app.errors import ConfigError, check_range
 from app.model.config_check import check_runs
 from app.model_files.open import check_tokenizer_of, open_tokenizer

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from jsonargparse import Namespace, dict_to_namespace
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from app.errors import ConfigError
 from app.training.strategy import MeshStrategy, mesh_sizes
@@ -48,22 +48,17 @@ def check_launch(trainer: Namespace) -> None:
     devices, num_nodes = world_size_of(trainer, num_nodes=1), trainer["num_nodes"]
     if devices is None:
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ and (started := int(os.environ["WORLD_SIZE"])) != devices * num_nodes:
-        got = f"{devices} with trainer.num_nodes {num_nodes}"
-        fix = "give torchrun --nnodes as in trainer.num_nodes, --nproc-per-node as in trainer.devices"
-        raise ConfigError("trainer.devices", got=got, allowed=f"{started} in all, as torchrun started", fix=fix)
-    if not SLURMEnvironment.detect():
-        cores = os.cpu_count() or devices
-        if trainer["accelerator"] == "cpu" and devices > cores:
-            _log.warning("trainer.devices: %d processes on %d CPU cores will wait for one another", devices, cores)
-        return
-    for field, ours, variable in (
-        ("devices", devices, "SLURM_NTASKS_PER_NODE"),
-        ("num_nodes", num_nodes, "SLURM_NNODES"),
-    ):
-        if (started := int(os.environ.get(variable, ours))) != ours:
-            fix = "give the job --nodes as in trainer.num_nodes, --ntasks-per-node as in trainer.devices"
-            raise ConfigError(f"trainer.{field}", got=ours, allowed=f"{started}, as {variable} says", fix=fix)
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if not environment.detect():
+            continue
+        try:  # Lightning itself asks this only where it launches processes
+            environment().validate_settings(num_devices=devices, num_nodes=num_nodes)
+        except ValueError as error:
+            got = f"{devices} with trainer.num_nodes {num_nodes}"
+            raise ConfigError("trainer.devices", got=got, allowed="as many as were started", fix=str(error)) from error
+    cores = os.cpu_count() or devices
+    if trainer["accelerator"] == "cpu" and devices > cores:
+        _log.warning("trainer.devices: %d processes on %d CPU cores will wait for one another", devices, cores)
 
 
 def name_of(strategy: Any) -> str:

@@ -1,4 +1,4 @@
-"""New text on the terminal: what was drafted and kept, what the full model said itself, and what it rejected."""
+"""Shows new text on the terminal: accepted drafts, the full model's own tokens, and rejected drafts."""
 
 from __future__ import annotations
 
@@ -19,76 +19,55 @@ from app.words import counted
 Kind = Literal["accepted", "own", "rejected", "again"]
 Write = Callable[[str, Kind], None]
 
-# With colours, and without them (NO_COLOR): what can be told apart by attributes must be.
+# The style with colours, and the style without them (NO_COLOR).
 STYLES: dict[Kind, tuple[str, str]] = {
     "accepted": ("green", "underline"),
     "own": ("none", "none"),
     "rejected": ("red dim strike", "dim strike"),
-    "again": ("none", "none"),  # the whole text without rejected drafts, to be copied
+    "again": ("none", "none"),  # the whole text without rejected drafts
 }
 _LEGEND: dict[Kind, str] = {
     "accepted": "drafted and accepted",
     "own": "the full model's own",
     "rejected": "drafted and rejected",
 }
-# Control characters as pictures: a model's text must not steer the terminal. C1 ones have no pictures.
+# Control characters are shown as pictures, since a model's text must not steer the terminal. C1 has no pictures.
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\N{SYMBOL FOR DELETE}"}
 _VISIBLE |= dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
 _ON_ONE_LINE = {ord("\n"): "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", ord("\t"): "\N{RIGHTWARDS ARROW TO BAR}"}
 
 
 def styled_console(*, stderr: bool = False) -> Console | None:
-    """A console on stdout (or stderr) if that is a terminal with styles, else None: then text stays plain."""
+    """A console on stdout or stderr, or None if that is no terminal with styles, where text stays plain."""
     console = Console(stderr=stderr, highlight=False)
     return console if console.file.isatty() and console.color_system is not None else None
 
 
 def styled_writer(console: Console) -> Write:
-    """Writes text at once, in the style of its kind; never wraps it."""
+    """A function that writes text at once, in the style of its kind, and never wraps it."""
     styles = {kind: Style.parse(pair[console.no_color]) for kind, pair in STYLES.items()}
 
     def write(text: str, kind: Kind) -> None:
         visible = text.translate(_VISIBLE | _ON_ONE_LINE if kind == "rejected" else _VISIBLE)
-        console.print(Segments([Segment(visible, styles[kind])]), end="", soft_wrap=True)  # a str would lose its tabs
+        console.print(Segments([Segment(visible, styles[kind])]), end="", soft_wrap=True)  # a str would lose tabs
 
     return write
 
 
 def plain_writer(text: str, kind: Kind) -> None:
-    """Writes what was settled to stdout at once and once, as it is."""
+    """Writes settled text to stdout at once, as it is."""
     if kind not in ("rejected", "again"):
         print(text, end="", flush=True)
-
-
-class StepText:
-    """The text that one sequence adds to its prompt, round by round and kind by kind."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
-        self._stream = TextStream(tokenizer, prompt)
-
-    def pieces(self, step: Step) -> Iterator[tuple[str, Kind]]:
-        """What a round adds; rejected drafts come before the token that the full model put in their place.
-
-        A character is of the kind of the token that completes it.
-        """
-        for place, token in enumerate(step.tokens):
-            if place == step.accepted and step.rejected:
-                yield self._stream.preview(step.rejected), "rejected"
-            yield self._stream.push(token), "accepted" if place < step.accepted else "own"
-
-    def rest(self) -> tuple[str, Kind]:
-        """What is left when no token comes any more."""
-        return self._stream.rest(), "own"
 
 
 class BatchPrinter:
     """Prints the continuations of a batch: a single one as it comes, several in their order when all are there.
 
     Args:
-        tokenizer: Of the model.
-        prompts: Their token ids, which the texts follow.
-        write: Where to.
-        titles: One for each prompt, printed above its text; none for a single prompt whose text is to come live.
+        tokenizer: The model's.
+        prompts: Token ids of the prompts.
+        write: Takes each piece of text.
+        titles: One for each prompt, printed above its text; none for a single prompt, which is printed as it comes.
     """
 
     def __init__(
@@ -99,20 +78,20 @@ class BatchPrinter:
         titles: Sequence[str] = (),
     ) -> None:
         self._write, self._titles = write, titles
-        self._texts = [StepText(tokenizer, prompt) for prompt in prompts]
-        self._pieces: list[list[tuple[str, Kind]]] = [[] for _ in self._texts]
+        self._streams = [TextStream(tokenizer, prompt) for prompt in prompts]
+        self._pieces: list[list[tuple[str, Kind]]] = [[] for _ in prompts]
 
     def __call__(self, index: int, step: Step) -> None:
-        """Print or keep what a round adds to a continuation."""
-        for piece in self._texts[index].pieces(step):
+        """Prints or keeps what a round adds to the continuation at `index`."""
+        for piece in _pieces(self._streams[index], step):
             self._pieces[index].append(piece)
             if not self._titles and piece[0]:
                 self._write(*piece)
 
     def close(self) -> None:
-        """Print what is left; a text that rejected drafts stand in is printed again without them."""
-        for index, (pieces, text) in enumerate(zip(self._pieces, self._texts, strict=True)):
-            pieces.append(text.rest())
+        """Prints what is left. A text among which rejected drafts were printed is printed again without them."""
+        for index, (pieces, stream) in enumerate(zip(self._pieces, self._streams, strict=True)):
+            pieces.append((stream.rest(), "own"))
             if self._titles:
                 self._write(f"{self._titles[index]}\n", "own")
             for piece in pieces if self._titles else pieces[-1:]:
@@ -123,14 +102,16 @@ class BatchPrinter:
             self._write("\n\n" if self._titles else "\n", "own")
 
 
-def print_statistics(label: str, batches: Sequence[Sequence[DecodingResult]], *, console: Console | None) -> None:
-    """One line of statistics on stderr and, where the text was styled, what the styles mean.
+def _pieces(stream: TextStream, step: Step) -> Iterator[tuple[str, Kind]]:
+    """Yields the pieces of text of a round. A character is of the kind of the token that completes it."""
+    for index, token in enumerate(step.tokens):
+        if index == step.accepted and step.rejected:  # before the token that the full model put in their place
+            yield stream.preview(step.rejected), "rejected"
+        yield stream.push(token), "accepted" if index < step.accepted else "own"
 
-    Args:
-        label: How it was decoded.
-        batches: Results, by batch.
-        console: On stderr, or None without styles.
-    """
+
+def print_statistics(label: str, batches: Sequence[Sequence[DecodingResult]], *, console: Console | None) -> None:
+    """Prints a line of statistics on stderr and, if `console` has styles, a line that says what they mean."""
     print(f"[{label}] {summary(batches)}", file=sys.stderr)
     if console is not None and any(result.drafted for batch in batches for result in batch):
         write = styled_writer(console)
@@ -140,7 +121,7 @@ def print_statistics(label: str, batches: Sequence[Sequence[DecodingResult]], *,
 
 
 def summary(batches: Sequence[Sequence[DecodingResult]]) -> str:
-    """One line of statistics over all results; those of a batch shared their time."""
+    """One line of statistics over all results. The results of a batch share their time."""
     results = [result for batch in batches for result in batch]
     stops = Counter(result.stop_reason for result in results)
     drafted, rounds = sum(result.drafted for result in results), sum(result.rounds for result in results)
@@ -157,8 +138,7 @@ def summary(batches: Sequence[Sequence[DecodingResult]]) -> str:
     if drafted:
         parts.append(f"{sum(result.accepted for result in results) / drafted:.1%} of {drafted} drafted tokens accepted")
         parts.append(f"{decoded / rounds:.2f} tokens a round")
-    gave_up = [result.fell_back_after for result in results if result.fell_back_after is not None]
-    if gave_up:
+    if gave_up := [result.fell_back_after for result in results if result.fell_back_after is not None]:
         where = f"after {gave_up[0]} tokens" if len(results) == 1 else f"for {len(gave_up)} prompts"
         parts.append(f"drafting did not pay and was given up {where}")
     return ", ".join(parts)

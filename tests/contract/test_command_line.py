@@ -147,7 +147,7 @@ REFUSED_EARLY = [
     (["--data.vocab_size", "1000000000000"], "data.init_args.vocab_size: got 1000000000000, allowed [257, 1048576]"),
     (["--data.batch_size", "1000000000000000"], "batch_size: got 1000000000000000, allowed [1, 65536]"),
     (["--data.num_workers", "100000"], "data.init_args.num_workers: got 100000, allowed [0, 1024]"),
-    (["--config", "{trainer: {callbacks: &a [*a]}}"], "allowed at most 100,000 values; an alias (*NAME) wi"),
+    (["--config", "{trainer: {callbacks: &a [*a]}}"], "allowed fewer than 100,000 values; an alias (*NAME)"),
     (["--trainer.logger.init_args.name", "../../x"], "trainer.logger.init_args.name: got '../../x', allowed a name or"),
     (["--trainer.logger.init_args.version", "/x"], "trainer.logger.init_args.version: got '/x', allowed a name or pa"),
     (["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.filename=../x"], "filename: got '../x', allowed a n"),

@@ -6,7 +6,8 @@ It refuses only what is certainly wrong; the parsers find the rest. Tested by te
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
+from contextlib import suppress
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def check_arguments(
     for option, value in given:
         names = [option.rstrip("+")]
         if option in ("config", "c") and value is not None:
-            names = ["config", *_keys(_read_config(value))]
+            names = ["config", *_paths(value)]
         elif option == "prompts" and value is not None and not of_fit:  # `data` writes this file
             read_prompts(value, limit=1)
         elif option == "ckpt_path" and value not in (None, "null") and of_fit:  # `export` has messages of its own
@@ -82,20 +83,17 @@ def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield option, value if equals else following
 
 
+def _paths(value: str) -> list[str]:
+    """The paths of all values in a config, which is a file or a mapping on the command line."""
+    with suppress(RecursionError):  # an alias within its own anchor has values without end
+        paths = [path for path, _ in islice(walk(_read_config(value)), _MOST_VALUES)]
+        if len(paths) < _MOST_VALUES:
+            return paths
+    fix = "an alias (*NAME) within its own anchor (&NAME) never ends"
+    raise ConfigError("config", got=value, allowed=f"fewer than {_MOST_VALUES:,} values", fix=fix)
+
+
 def _read_config(value: str) -> Any:
-    """Reads a config, which is a file or a mapping on the command line, and refuses one that is too large."""
-    config = _loaded(value)
-    pending, seen = [config], 0
-    while pending and (seen := seen + 1) <= _MOST_VALUES:
-        node = pending.pop()
-        pending += node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-    if pending:
-        fix = "an alias (*NAME) within its own anchor (&NAME) never ends"
-        raise ConfigError("config", got=value, allowed=f"at most {_MOST_VALUES:,} values", fix=fix)
-    return config
-
-
-def _loaded(value: str) -> Any:
     load = get_loader("yaml")
     try:
         try:
@@ -109,17 +107,17 @@ def _loaded(value: str) -> Any:
         raise UserError(one_line(f"Problems parsing config: {error}")) from error
 
 
-def _keys(config: Any, above: str = "") -> Iterator[str]:
-    """Yields the paths of the values in a config."""
-    for key, value in config.items() if isinstance(config, Mapping) else ():
-        if isinstance(value, Mapping) and value:
-            yield from _keys(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}"
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every value in nested dicts and lists with its path, which begins with `path`."""
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        below = f"{path}.{key}" if path else str(key)
+        yield below, value
+        yield from walk(value, below)
 
 
 def _is_unknown(name: str, options: Collection[str]) -> bool:
-    """Whether no option can be meant. Keys below an option that takes a class are that class's to know."""
+    """Whether no option can be meant. The keys below an option that takes a class are that class's to know."""
     if name in options or any(option.startswith(f"{name}.") for option in options):
         return False
     owner = name

@@ -224,7 +224,7 @@ def test_what_validation_looks_at_exists_in_the_model(build):
 
 @pytest.mark.parametrize(
     ("variant", "name"),
-    [(variant, name) for variant in VARIANTS for name in ("llama2_7b_continual", "topv2_1_5b")]
+    [(variant, "topv2_1_5b") for variant in VARIANTS]
     + [("baseline", name) for name in ("llama2_7b_scratch", "llama3_2_1b_continual")],
 )
 def test_a_variant_turns_off_what_its_name_leaves_out(settings, variant, name):

@@ -123,7 +123,8 @@ OF_EXPERIMENTS = {*CONFIGS.glob("experiment/*"), CONFIGS / "trainer/smoke_topv2.
 
 @pytest.mark.parametrize("path", sorted({*CONFIGS.glob("**/*.yaml")} - OF_EXPERIMENTS), ids=lambda path: path.name)
 def test_every_config_file_parses(path, parser):
-    settings = parser.parse_args(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(path)]).fit
+    required = ["--data=TextCodeDataModule", "--data.sources={x: {kind: stdlib_code}}"]
+    settings = parser.parse_args(["fit", *required, "--config", str(path)]).fit
     for group in ("layer_dropout", "early_exit"):
         written = (yaml.safe_load(path.read_text()) or {}).get(group, {})
         assert written.items() <= settings[group].as_dict().items()
@@ -131,16 +132,14 @@ def test_every_config_file_parses(path, parser):
 
 @pytest.mark.parametrize(
     ("variant", "drops", "exits"),
-    [(None, True, True), ("layer_dropout", True, False), ("early_exit", False, True), ("baseline", False, False)],
+    [("layer_dropout", True, False), ("early_exit", False, True), ("baseline", False, False)],
 )
 def test_each_variant_file_trains_and_does_what_its_name_says(tmp_path, monkeypatch, variant, drops, exits):
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "my_corpus")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY_QUICKSTART))
-    stacked = ["--config", str(ROOT / "configs/quickstart.yaml"), "--config", "tiny.yaml"]
-    if variant:
-        stacked += ["--config", str(ROOT / f"configs/variant/{variant}.yaml")]
-    assert cli(monkeypatch, "fit", *stacked) == 0
+    files = [ROOT / "configs/quickstart.yaml", "tiny.yaml", ROOT / f"configs/variant/{variant}.yaml"]
+    assert cli(monkeypatch, "fit", *(f"--config={file}" for file in files)) == 0
     events = EventAccumulator(str(tmp_path / "runs/quickstart"))
     events.Reload()
     assert (max(event.value for event in events.Scalars("train/dropout_rate/last_layer")) > 0) == drops

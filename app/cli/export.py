@@ -1,4 +1,4 @@
-"""`layerskip export`: any model we can read, as a Hugging Face directory."""
+"""`layerskip export`: a model as a Hugging Face directory. Tested by tests/contract/test_export.py."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import is_trained_weights, open_trained_weights
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError, check_choice
-from app.export.carried_over import carried_defaults, holds
+from app.export.carried_over import chosen_defaults, named
 from app.export.directory import ExportSettings, Weights, architecture, exported_dtype, write_pretrained
 from app.export.model_card import CardSettings, model_card
 from app.export.output_directory import README, check_output_dir, unsigned
 from app.generation.loaded_model import DTYPES, Dtype
-from app.model_files.decoding_defaults import DecodingDefaults, read_decoding_defaults
+from app.model_files.decoding_defaults import DecodingDefaults
 from app.model_files.generation_config import trained_generation_config
 from app.model_files.open import load_for_decoding
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
@@ -46,20 +46,19 @@ def export(
     """Write a model as a Hugging Face directory, which plain transformers loads: config, safetensors, tokenizer, card.
 
     Args:
-        output_dir: Directory to make; it must be new, empty, or an export that nobody added to since. Of the latter,
-            what `layerskip tune` stored is kept if it was for these weights.
-        model: Lightning checkpoint of a run (file or directory), Hugging Face directory, hub id or .gguf file.
-        ckpt_path: The same by another name; exactly one of the two is given.
-        dtype: Of the weights; auto keeps those of the checkpoint (float32 for .gguf).
-        max_shard_size: Of a file of weights, such as 5GB or 500MB; also about the memory that exporting takes.
-        license: For the model card, as the hub names licences: apache-2.0, llama2, other, ...; by default as the card
-            says that is replaced, or that of the model the run continued.
-        base_model: For the model card, the hub id of the model it was trained from; by default as those cards say, or
-            else model.pretrained.
+        output_dir: Directory to write. It must be new, empty, or an earlier export to which nothing was added. What
+            `layerskip tune` stored in an earlier export is kept if it was measured on these weights.
+        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
+        ckpt_path: Another name for model; exactly one of the two is given.
+        dtype: Type of the weights; auto keeps that of the checkpoint (float32 for .gguf).
+        max_shard_size: Largest size of a file of weights, such as 5GB or 500MB. Exporting takes about this much memory.
+        license: Licence for the model card, as the hub names it: apache-2.0, llama2, other, ... By default, that of the
+            card that is replaced, or of the model that the run continued.
+        base_model: Hub id, for the model card, of the model that was trained. By default, as for license, else
+            model.pretrained.
         generation_defaults: What `layerskip tune` found: a directory that it tuned, a generation_config.json, or a file
-            with the output of `layerskip tune --json`. Its measurements are left out if the directory holds other
-            weights.
-        overwrite: Replace whatever model directory there is, all of it.
+            with the output of `layerskip tune --json`. Measurements on other weights are left out.
+        overwrite: Replace the whole directory, whatever model it holds.
     """
     field, path = ("model", model) if ckpt_path is None else ("ckpt_path", ckpt_path)
     if path is None or (model is not None and ckpt_path is not None):
@@ -69,12 +68,12 @@ def export(
     directory = check_output_dir(output_dir, overwrite=overwrite)
     card = CardSettings(title=directory.name, license=license, base_model=base_model)
     card = card.completed_from_card(directory, name="the card that was there")
-    chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # wrong settings before any reading
+    chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # checked before anything is read
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
     source = weights or Weights.of(loaded)
-    decoding = _decoding(loaded, source, generation_defaults, directory)
+    decoding = chosen_defaults(loaded, source, given=generation_defaults, replaced=directory)
     name = _name(exported_dtype(source, chosen.dtype))
-    if (own := Path(path) / README).is_file():  # a copy needs no other words than the model's own
+    if (own := Path(path) / README).is_file():  # the card of a model that is copied is kept
         readme = card.relabelled(unsigned(own.read_text("utf-8", errors="replace")))
     else:
         card = card.completed_from_origin(path, record)
@@ -83,11 +82,9 @@ def export(
     num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings)
     files = counted(num_files, "file")
     print(f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {files}")
-    said = _name(loaded.config.dtype)
-    if weights is not None and dtype == "auto" and said in DTYPES and said != name:
-        print(
-            f"its weights are {name}, as they were trained; it started from {said}: --dtype {said} makes them so again"
-        )
+    start = _name(loaded.config.dtype)
+    if weights is not None and dtype == "auto" and start in DTYPES and start != name:
+        print(f"its weights are {name}, as they were trained; it started from {start}: --dtype {start} converts them")
     print(_next_step(decoding, directory, model_type=loaded.config.model_type))
 
 
@@ -98,7 +95,7 @@ def _name(dtype: Any) -> str:
 def _open(
     path: str, *, dtype: torch.dtype | None, field: str
 ) -> tuple[PreTrainedModel, Any, Weights | None, RunRecord | None]:
-    """Model, tokenizer, where its weights are read if not from the model itself, and the run that made them."""
+    """The model and its tokenizer; and of a run's checkpoint, the weights and the record of the run."""
     if not is_trained_weights(path):
         return *load_for_decoding(path, dtype=dtype, field=field), None, None
     trained = open_trained_weights(path)
@@ -113,55 +110,16 @@ def _open(
     return model, trained.tokenizer, weights, RunRecord.of(Path(path), trained.metadata)
 
 
-def _decoding(model: PreTrainedModel, weights: Weights, given: str | None, directory: Path) -> DecodingDefaults | None:
-    """What `layerskip tune` chose: as given, as the model brings it, or as the directory that is replaced held it."""
-    if given is not None:
-        if (defaults := carried_defaults(model, Path(given), field="generation_defaults")) is None:
-            fix = "nothing of the kind is in it"
-            raise ConfigError("generation_defaults", got=given, allowed="what layerskip tune stored", fix=fix)
-        if not Path(given).is_dir() or holds(Path(given), weights):
-            return defaults
-        _log.warning("%s holds other weights: what layerskip tune chose is taken, what it measured is not", given)
-        return _unmeasured(defaults)
-    if (own := read_decoding_defaults(model)) is not None or not directory.exists():
-        return own
-    try:
-        kept = carried_defaults(model, directory, field="output_dir")
-    except ConfigError as error:
-        _log.warning("what layerskip tune stored in %s does not fit this model and is not kept: %s", directory, error)
-        return None
-    if kept is None:
-        return None
-    if not holds(directory, weights):
-        _log.warning(
-            "what layerskip tune stored in %s was for other weights and is not kept: %s", directory, _said(kept)
-        )
-        return None
-    _log.info("kept from the directory that was there: %s", _said(kept))
-    return kept
-
-
-def _unmeasured(decoding: DecodingDefaults) -> DecodingDefaults:
-    strategy, exit_layer, drafts = decoding.strategy, decoding.exit_layer, decoding.num_draft_tokens
-    return DecodingDefaults(strategy=strategy, exit_layer=exit_layer, num_draft_tokens=drafts)
-
-
-def _said(decoding: DecodingDefaults) -> str:
-    if decoding.strategy == "autoregressive":
-        return "autoregressive, no setting being faster"
-    return f"exit_layer {decoding.exit_layer}, num_draft_tokens {decoding.num_draft_tokens}"
-
-
 def _next_step(decoding: DecodingDefaults | None, directory: Path, *, model_type: str) -> str:
     if model_type not in SUPPORTED_MODEL_TYPES:
         return f"transformers decodes it; layerskip generate and tune know no {model_type}"
     if decoding is None:
         return f"not tuned: layerskip tune --model {directory} --prompts FILE.jsonl finds the fastest exit and drafts"
     if decoding.conditions is None and decoding.measured_speedup is None:
-        return f"decoding, as given: {_said(decoding)}; layerskip tune --model {directory} measures what is fastest"
-    return f"decoding, as layerskip tune chose: {_said(decoding)}"
+        return f"decoding, as given: {named(decoding)}; layerskip tune --model {directory} measures what is fastest"
+    return f"decoding, as layerskip tune chose: {named(decoding)}"
 
 
 def run() -> None:
-    """Parse and run the verb."""
+    """Parses the command line and runs the verb."""
     call_verb(export, sys.argv[2:])

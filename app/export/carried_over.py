@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,60 @@ from app.export.directory import Weights
 from app.model_files.decoding_defaults import DecodingDefaults, read_decoding_defaults
 from app.model_files.generation_config import DEFAULTS_FIELD, read_generation_config
 
+_log = logging.getLogger(__name__)
+
 _TELLING_ROWS = 8
 _ALLOWED = "a tuned model directory, a generation_config.json, or the output of layerskip tune --json"
 
 
-def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> DecodingDefaults | None:
-    """The defaults stored in a model directory, its generation_config.json or an output of `layerskip tune --json`.
+def chosen_defaults(
+    model: PreTrainedModel, weights: Weights, *, given: str | None, replaced: Path
+) -> DecodingDefaults | None:
+    """What `layerskip tune` chose for a model: as given, else as the model brings it, else as the directory had it.
 
-    The result is None if there are none. Defaults that do not fit `model`, which may be on the meta device, and an
-    unreadable file are a ConfigError for `field`; a damaged generation_config.json is a CheckpointError.
+    Args:
+        model: The model that is exported, which may be on the meta device.
+        weights: Its weights. What was measured on other weights is left out.
+        given: The user's setting `generation_defaults`: a directory or a file.
+        replaced: The directory that is written, which may hold an earlier export.
+
+    Raises:
+        ConfigError: The given defaults do not fit this model, or there are none.
+        CheckpointError: A generation_config.json is damaged.
     """
+    if given is not None:
+        if (defaults := _stored_defaults(model, Path(given), field="generation_defaults")) is None:
+            fix = "nothing of the kind is in it"
+            raise ConfigError("generation_defaults", got=given, allowed="what layerskip tune stored", fix=fix)
+        if not Path(given).is_dir() or _holds(Path(given), weights):
+            return defaults
+        _log.warning("%s holds other weights: what layerskip tune chose is taken, what it measured is not", given)
+        strategy, exit_layer, drafts = defaults.strategy, defaults.exit_layer, defaults.num_draft_tokens
+        return DecodingDefaults(strategy=strategy, exit_layer=exit_layer, num_draft_tokens=drafts)
+    if (own := read_decoding_defaults(model)) is not None or not replaced.exists():
+        return own
+    try:
+        kept = _stored_defaults(model, replaced, field="output_dir")
+    except ConfigError as error:
+        _log.warning("what layerskip tune stored in %s does not fit this model and is not kept: %s", replaced, error)
+        return None
+    if kept is not None and not _holds(replaced, weights):
+        was = "what layerskip tune stored in %s was for other weights and is not kept: %s"
+        _log.warning(was, replaced, named(kept))
+        return None
+    if kept is not None:
+        _log.info("kept from the directory that was there: %s", named(kept))
+    return kept
+
+
+def named(defaults: DecodingDefaults) -> str:
+    """The defaults in a few words."""
+    if defaults.strategy == "autoregressive":
+        return "autoregressive, no setting being faster"
+    return f"exit_layer {defaults.exit_layer}, num_draft_tokens {defaults.num_draft_tokens}"
+
+
+def _stored_defaults(model: PreTrainedModel, path: Path, *, field: str) -> DecodingDefaults | None:
     stored = _stored(path, field=field)
     if stored is None:
         return None
@@ -40,7 +85,7 @@ def carried_defaults(model: PreTrainedModel, path: Path, *, field: str) -> Decod
         raise ConfigError(field, got=str(path), allowed=allowed, fix=str(error)) from error
 
 
-def holds(directory: Path, weights: Weights) -> bool:
+def _holds(directory: Path, weights: Weights) -> bool:
     """Whether a model directory holds these weights, in any dtype, judged by the first rows of each.
 
     A single step of training changes those rows, and what was measured on a model is true only of its weights.

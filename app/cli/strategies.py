@@ -7,7 +7,8 @@ import os
 from typing import Any
 
 from jsonargparse import Namespace, dict_to_namespace
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from app.errors import ConfigError
 from app.training.strategy import MeshStrategy, mesh_sizes

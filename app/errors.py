@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
+from typing import Self
 
 
 class UserError(Exception):
@@ -38,6 +40,12 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read, written or used with this model; the message names file and reason."""
+
+    @classmethod
+    def unusable(cls, path: object, found: str, cause: BaseException | None = None) -> Self:
+        """The error about a checkpoint in which `found` was found; of the cause, the message is shortened to a line."""
+        reason = "" if cause is None else f" ({textwrap.shorten(str(cause), 300)})"
+        return cls(f"checkpoint {path}: {found}{reason}; use an earlier one")
 
 
 class DisagreementError(UserError):

@@ -1,4 +1,4 @@
-"""What the parts ask of one another: small protocols, so that each can be tested with a ten-line fake.
+"""What the rooms ask of one another: small protocols, so that each room can be tested with a ten-line fake.
 
 Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary.
 An `exit_layer` counts blocks RUN before unembedding: 1..num_layers; num_layers is the full model.
@@ -13,56 +13,46 @@ from torch import Tensor, device
 
 from app.tables import Table
 
+# -- modules, for callbacks ------------------------------------------------------------------------------------------
+
 
 class Layered(Protocol):
-    """Something of L blocks."""
+    """A model of L blocks."""
 
     @property
-    def num_layers(self) -> int:
-        """L, the number of blocks."""
+    def num_layers(self) -> int: ...
 
 
 @runtime_checkable
 class LayerDropoutHost(Layered, Protocol):
-    """A model in training whose blocks can be dropped."""
+    """A model in training whose blocks can be dropped.
+
+    `dropout_rates` are those in use, one for each block. `dropped_shares` has, for each block, the share of samples
+    that skipped it in the latest training micro-batch.
+    """
 
     @property
-    def dropout_rates(self) -> tuple[float, ...]:
-        """The rates in use, one for each block, read back from whoever applies them."""
-
+    def dropout_rates(self) -> tuple[float, ...]: ...
     @property
-    def dropped_shares(self) -> tuple[float, ...]:
-        """For each block the share of samples that skipped it in the latest training micro-batch."""
-
+    def dropped_shares(self) -> tuple[float, ...]: ...
     def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
         """Use `rates[layer_idx]` in [0, 1) from the next forward on; `rescale` the kept residuals by 1/(1-p).
 
-        One callback may do so in a step.
+        Only one callback may do so in a step.
         """
 
 
 @runtime_checkable
 class EarlyExitHost(Layered, Protocol):
-    """A model in training whose loss is a weighted sum over exits."""
+    """A model in training whose loss is a weighted sum over exits; `exit_weights` has those in use, by exit layer."""
 
     @property
-    def exit_weights(self) -> Mapping[int, float]:
-        """exit_layer -> normalised weight of the exits that are on, read back from whoever applies them."""
-
+    def exit_weights(self) -> Mapping[int, float]: ...
     def set_exit_weights(self, weights: Mapping[int, float]) -> None:
         """Use these exits and weights from the next forward on; the weights sum to 1.
 
-        One callback may do so in a step, in all micro-batches of a step alike.
+        Only one callback may do so in a step, and alike in all micro-batches of a step.
         """
-
-
-@runtime_checkable
-class ArchitectureOwner(Protocol):
-    """Who knows the architecture that is trained."""
-
-    @property
-    def config(self) -> Any:
-        """Transformers' configuration of it."""
 
 
 class MicroBatchWork(NamedTuple):
@@ -71,7 +61,7 @@ class MicroBatchWork(NamedTuple):
     Attributes:
         batch_size: Samples in it.
         dropout_rates: p(l, t), one for each block.
-        kept_samples: For each block the samples that go through it; None when nothing can be dropped.
+        kept_samples: For each block the samples that go through it; None if none can be dropped.
         most_kept: For each block how many go through it on the rank with the most samples; None as above.
         exit_weights: (exit_layer, w(t, l)) of the exits that are on, ascending.
     """
@@ -91,76 +81,12 @@ class WorkHost(Protocol):
         """Call `watcher` with the work of every later training micro-batch, before its forward."""
 
 
-class DecoderCache(Protocol):
-    """Keys and values of every block for the tokens processed so far; blocks and sequences may differ in length.
-
-    Lengths are plain integers, so asking for one waits for no device.
-    """
-
-    def lengths(self, layer_idx: int) -> tuple[int, ...]:
-        """Positions stored for block `layer_idx`, for each of the B sequences."""
-
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget in all blocks every position >= lengths[b] of sequence b; no memory moves."""
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep only these sequences, in this order."""
-
-
-class ExitableDecoder(Layered, Protocol):
-    """A decoder whose blocks can be run in spans, so that drafting and verifying share one cache."""
-
-    @property
-    def max_length(self) -> int:
-        """The context length: positions 0..max_length-1 exist."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V: token ids are 0..vocab_size-1."""
-
-    @property
-    def device(self) -> device:
-        """Where token ids must be."""
-
-    @property
-    def block_size(self) -> int:
-        """Parameters of one block."""
-
-    @property
-    def head_size(self) -> int:
-        """Parameters of the LM head."""
-
-    def new_cache(self, *, batch_size: int, capacity: int) -> DecoderCache:
-        """An empty cache for `batch_size` sequences with room for `capacity` positions each (it may grow)."""
-
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""
-
-    def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: DecoderCache) -> Tensor:
-        """Run blocks start..stop-1 on T new positions of each sequence, which begin at `cache.lengths(start)`.
-
-        Appends their keys and values to the cache; returns the pre-norm hidden states [B, T, D].
-        """
-
-    def unembed(self, hidden_BTD: Tensor) -> Tensor:
-        """Final norm and LM head: pre-norm hidden states [B, T, D] -> logits [B, T, V]."""
-
-
 @runtime_checkable
-class DecodingHost(Layered, Protocol):
-    """Something that can lend its current weights for decoding."""
-
-    def exitable_decoder(self) -> ExitableDecoder:
-        """A view on the live weights; it must neither copy nor change them."""
-
-
-@runtime_checkable
-class EndOwner(Protocol):
-    """A module whose model has ends of text of its own, beside that of the data's tokenizer."""
+class ArchitectureOwner(Protocol):
+    """A module that knows transformers' configuration of its model."""
 
     @property
-    def end_token_ids(self) -> Sequence[int]:
-        """Ids of the tokens that end a text."""
+    def config(self) -> Any: ...
 
 
 @runtime_checkable
@@ -178,44 +104,111 @@ class ExitMonitorHost(Layered, Protocol):
 
 
 @runtime_checkable
-class TokenizerOwner(Protocol):
-    """A datamodule that knows the tokenizer, so that checkpoints can carry it."""
+class DecodingHost(Layered, Protocol):
+    """A module that can lend its current weights for decoding."""
+
+    def exitable_decoder(self) -> ExitableDecoder:
+        """A view on the live weights; it must neither copy nor change them."""
+
+
+@runtime_checkable
+class EndOwner(Protocol):
+    """A module whose model has tokens that end a text, beside that of the data's tokenizer."""
 
     @property
-    def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerBase
-        """The tokenizer of the data."""
+    def end_token_ids(self) -> Sequence[int]: ...
+
+
+# -- models, for decoding --------------------------------------------------------------------------------------------
+
+
+class DecoderCache(Protocol):
+    """Keys and values of every block for the tokens processed so far; blocks and sequences may differ in length.
+
+    Lengths are plain integers, so that reading one does not wait for the device.
+    """
+
+    def lengths(self, layer_idx: int) -> tuple[int, ...]:
+        """Positions stored for block `layer_idx`, for each of the B sequences."""
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget in all blocks every position >= lengths[b] of sequence b; no memory moves."""
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these sequences, in this order."""
+
+
+class ExitableDecoder(Layered, Protocol):
+    """A decoder whose blocks can be run in spans, so that drafting and verifying share one cache.
+
+    Positions are 0..max_length-1 and token ids, on `device`, 0..vocab_size-1. `block_size` and `head_size` count the
+    parameters of one block and of the LM head.
+    """
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def device(self) -> device: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    def new_cache(self, *, batch_size: int, capacity: int) -> DecoderCache:
+        """An empty cache for `batch_size` sequences with room for `capacity` positions each (it may grow)."""
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""
+
+    def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: DecoderCache) -> Tensor:
+        """Run blocks start..stop-1 on T new positions of each sequence, which begin at `cache.lengths(start)`.
+
+        Appends their keys and values to the cache; returns the pre-norm hidden states [B, T, D].
+        """
+
+    def unembed(self, hidden_BTD: Tensor) -> Tensor:
+        """Final norm and LM head: pre-norm hidden states [B, T, D] -> logits [B, T, V]."""
+
+
+# -- datamodules -----------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class TokenizerOwner(Protocol):
+    """A datamodule that knows its tokenizer, of transformers, so that checkpoints can carry it."""
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 @runtime_checkable
 class CorpusOwner(TokenizerOwner, Protocol):
-    """A datamodule of packed rows that says what a model must fit."""
+    """A datamodule of packed rows of `seq_len` tokens. A batch's `source` is an index of `source_names`."""
 
     @property
-    def seq_len(self) -> int:
-        """Tokens a row."""
-
+    def seq_len(self) -> int: ...
     @property
-    def source_names(self) -> Sequence[str]:
-        """Names of the sources; a batch's `source` indexes them."""
+    def source_names(self) -> Sequence[str]: ...
 
 
 @runtime_checkable
 class ResumableData(Protocol):
-    """A datamodule that a run can go on with."""
+    """A datamodule that a run can resume with."""
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse what its `load_state_dict` would refuse, with ConfigError or CheckpointError; restores nothing."""
+        """Raise the ConfigError or CheckpointError that `load_state_dict` would raise; restores nothing."""
 
 
 class SourceStatistics(NamedTuple):
-    """What one source of a corpus delivered to training on this rank so far.
+    """What one source of a corpus has delivered to training on this rank.
 
     Attributes:
-        tokens: Without padding.
+        tokens: Tokens without padding.
         rows: Packed rows.
-        epochs: Passes over the source, the mean of the rank's parts of it.
+        epochs: Passes over the source, the mean over the rank's parts of it.
         seen: Records read.
-        skipped: Bad ones among those.
+        skipped: Bad records among those.
     """
 
     tokens: int
@@ -227,18 +220,16 @@ class SourceStatistics(NamedTuple):
 
 @runtime_checkable
 class StreamOwner(Protocol):
-    """A datamodule that mixes sources by weight and counts what they deliver."""
+    """A datamodule that mixes sources by weight and counts what they deliver.
+
+    `source_weights` has the share of tokens asked of each source, and sums to 1.
+    """
 
     @property
-    def seq_len(self) -> int:
-        """Tokens a row."""
-
+    def seq_len(self) -> int: ...
     @property
-    def source_weights(self) -> Mapping[str, float]:
-        """Share of tokens asked of each source; they sum to 1."""
-
-    def source_statistics(self) -> Mapping[str, SourceStatistics]:
-        """What each source delivered so far."""
+    def source_weights(self) -> Mapping[str, float]: ...
+    def source_statistics(self) -> Mapping[str, SourceStatistics]: ...
 
 
 @runtime_checkable
@@ -250,7 +241,7 @@ class PromptOwner(Protocol):
 
 
 class GenerationExample(NamedTuple):
-    """A task's held-out row: what the model is given, and what it should write.
+    """A held-out row of a task: the model's prompt, and what it should write.
 
     Attributes:
         prompt: Token ids, at least one.
@@ -265,12 +256,10 @@ class GenerationExample(NamedTuple):
 
 @runtime_checkable
 class ExampleOwner(TokenizerOwner, Protocol):
-    """A datamodule of a task that is scored on what the model generates."""
+    """A datamodule of a task that is scored on what the model generates, in the format that `target_format` names."""
 
     @property
-    def target_format(self) -> str:
-        """How answers are written: a key of app.evaluation.tasks' table of formats."""
-
+    def target_format(self) -> str: ...
     def generation_examples(self, stage: str, count: int) -> list[GenerationExample]:
         """`count` shuffled rows of stage `validate` or `test`, fewer if there are fewer; the same at every call."""
 

@@ -52,7 +52,7 @@ def read_directory(path: Path) -> tuple[dict[str, Any], Shards]:
         CheckpointError: It is incomplete or damaged, or layerskip did not write its optimizer states.
     """
     if not (path / CONTENT_FILE).is_file():
-        raise CheckpointError(f"checkpoint {path}: not all there ({CONTENT_FILE} is missing); use an earlier one")
+        raise CheckpointError.unusable(path, f"not all there ({CONTENT_FILE} is missing)")
     content = read_plain(path / CONTENT_FILE)
     shards = Shards(path, prefix="")
     if OPTIMIZER_STATES not in content:
@@ -70,7 +70,7 @@ def _check_kinds(path: Path, content: Mapping[str, Any], *, needed: Sequence[str
             raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint (no {key!r} in it)")
     for key, kind in _KINDS.items():
         if key in content and not isinstance(content[key], kind):
-            raise CheckpointError(f"checkpoint {path} is damaged or foreign: its {key!r} is no {kind.__name__}")
+            raise CheckpointError.unusable(path, f"damaged or foreign, its {key!r} is no {kind.__name__}")
     if not re.match(r"2\.\d+\.\d", content[_VERSION]):  # Lightning would migrate it, whatever it holds
         SavedEntries(path).refuse((_VERSION,), content[_VERSION], "2.x")
 
@@ -110,7 +110,7 @@ def made_whole(
     prefix = f"{STATE_DICT}."
     weights = {key.removeprefix(prefix): read(key) for key in keys if key.startswith(prefix)}
     if not weights:
-        raise CheckpointError(f"checkpoint {path}: no weights are in its shards; use an earlier one")
+        raise CheckpointError.unusable(path, "no weights are in its shards")
     states = []
     for index, state in enumerate(content[OPTIMIZER_STATES]):
         own = state_keys(keys, index)

@@ -25,14 +25,12 @@ class SavedEntries:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self._checkpoint = "the checkpoint" if path is None else f"checkpoint {path}"
+        self._path = path or "to load"
 
     def refuse(self, entry: Entry, got: object, allowed: str) -> NoReturn:
         """Raise the CheckpointError."""
-        raise CheckpointError(
-            f"{self._checkpoint} is damaged or foreign: {'.'.join(map(str, entry))}: got {shown(got)}, allowed"
-            f" {allowed}; use an earlier one"
-        )
+        name = ".".join(map(str, entry))
+        raise CheckpointError.unusable(self._path, f"damaged or foreign, {name}: got {shown(got)}, allowed {allowed}")
 
     def number(self, entry: Entry, got: object, *, low: float = -math.inf, high: float = math.inf) -> float:
         """A finite number from `low` to `high`."""

@@ -9,7 +9,6 @@ Tested by tests/distributed/test_checkpoints.py and tests/unit/checkpoints/test_
 from __future__ import annotations
 
 import json
-import textwrap
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -59,7 +58,7 @@ def damage(path: Path) -> str | None:
     except CheckpointError as error:
         found = str(error)
     except OSError as error:  # a disk failed; the other ranks wait for this one
-        found = f"checkpoint {path} cannot be read ({error}); use an earlier one"
+        found = str(CheckpointError.unusable(path, "cannot be read", error))
     if num_ranks == 1:
         return found
     of_ranks: list[str | None] = [None] * num_ranks
@@ -89,29 +88,24 @@ def _check_file(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # damaged bytes can raise anything
-        reason = textwrap.shorten(str(error), 200)
-        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({reason}); use an earlier one") from error
+        raise CheckpointError.unusable(path, "truncated or damaged", error) from error
     if damaged is not None:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: the bytes of {damaged.partition('/')[2]} in it are not those that were"
-            " written; use an earlier one"
-        )
+        name = damaged.partition("/")[2]
+        raise CheckpointError.unusable(path, f"damaged, the bytes of {name} in it are not those that were written")
 
 
 def _check_directory(path: Path, part: int, num_parts: int) -> None:
     if not (path / MANIFEST_FILE).is_file():
         content = path / CONTENT_FILE
         if content.is_file() and OPTIMIZER_STATES in read_plain(content):  # Lightning itself keeps these in shards
-            raise CheckpointError(f"checkpoint {path}: not all there ({MANIFEST_FILE} is missing); use an earlier one")
+            raise CheckpointError.unusable(path, f"not all there ({MANIFEST_FILE} is missing)")
         return
     for index, (name, expected) in enumerate(sorted(_read_manifest(path)["files"].items())):
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"checkpoint {path}: not all there ({name} is missing); use an earlier one")
+            raise CheckpointError.unusable(path, f"not all there ({name} is missing)")
         if index % num_parts == part and _checksum(file)._asdict() != expected:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: the bytes of {name} are not those that were written; use an earlier one"
-            )
+            raise CheckpointError.unusable(path, f"damaged, the bytes of {name} are not those that were written")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -120,10 +114,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
         names = [Path(name).name == name for name in content["files"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        message = f"checkpoint {path}: {MANIFEST_FILE} is missing or damaged; use an earlier one"
-        raise CheckpointError(message) from error
+        raise CheckpointError.unusable(path, f"{MANIFEST_FILE} is missing or damaged") from error
     if not (all(names) and isinstance(content.get("step"), int)):
-        raise CheckpointError(f"checkpoint {path}: {MANIFEST_FILE} is damaged; use an earlier one")
+        raise CheckpointError.unusable(path, f"{MANIFEST_FILE} is damaged")
     return dict(content)
 
 

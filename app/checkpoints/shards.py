@@ -138,11 +138,9 @@ def read_metadata(file: Path) -> metadata.Metadata:
         with file.open("rb") as stream:
             saved = _MetadataUnpickler(stream).load()
     except Exception as error:  # damaged bytes can raise anything
-        raise CheckpointError(
-            f"{file}: damaged, or holds more than descriptions of weights ({textwrap.shorten(str(error), 300)})"
-        ) from error
+        raise CheckpointError.unusable(file, "damaged, or holds more than descriptions of weights", error) from error
     if not (isinstance(saved, metadata.Metadata) and isinstance(saved.storage_data, dict)):
-        raise CheckpointError(f"{file}: damaged, not the metadata of a distributed checkpoint")
+        raise CheckpointError.unusable(file, "damaged, not the metadata of a distributed checkpoint")
     return saved
 
 
@@ -151,13 +149,11 @@ def _check_parts(
 ) -> None:
     """Check that the parts of tensor `key` make a whole, in files of this directory that are long enough."""
     if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-        raise CheckpointError(f"checkpoint {path}: parts of {key} are missing")
+        raise CheckpointError.unusable(path, f"parts of {key} are missing")
     for chunk in entry.chunks:
         part = stored.get(metadata.MetadataIndex(key, chunk.offsets))
         if part is None or Path(part.relative_path).name != part.relative_path:
-            raise CheckpointError(f"checkpoint {path}: a part of {key} is in no file of this directory")
+            raise CheckpointError.unusable(path, f"a part of {key} is in no file of this directory")
         file = path / part.relative_path
         if not file.is_file() or file.stat().st_size < part.offset + part.length:
-            raise CheckpointError(
-                f"checkpoint {path}: {part.relative_path} is missing or truncated; use an earlier one"
-            )
+            raise CheckpointError.unusable(path, f"{part.relative_path} is missing or truncated")

@@ -6,7 +6,6 @@ Opening reads nothing but metadata, so that neither a 70B checkpoint nor one wit
 from __future__ import annotations
 
 import pickle
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,8 +59,7 @@ class TrainedWeights:
         try:
             return tokenizer_from_files(self._tokenizer_files)
         except Exception as error:  # readers of tokenizers can raise anything
-            reason = textwrap.shorten(str(error), 300)
-            raise CheckpointError(f"checkpoint {self.path}: its tokenizer is damaged ({reason})") from error
+            raise CheckpointError.unusable(self.path, "its tokenizer is damaged", error) from error
 
 
 def is_trained_weights(path: str | Path) -> bool:
@@ -83,12 +81,11 @@ def open_trained_weights(path: str | Path) -> TrainedWeights:
     if HF_CONFIG_KEY not in content:
         raise CheckpointError(f"checkpoint {path}: not written by LayerSkipModule (no {HF_CONFIG_KEY!r} in it)")
     if not shapes:
-        raise CheckpointError(f"checkpoint {path}: all weights of the model are missing")
+        raise CheckpointError.unusable(path, "all weights of the model are missing")
     try:
         config = AutoConfig.for_model(**content.pop(HF_CONFIG_KEY))
     except Exception as error:  # transformers' validation can raise anything
-        reason = textwrap.shorten(str(error), 300)
-        raise CheckpointError(f"checkpoint {path}: its {HF_CONFIG_KEY!r} is damaged ({reason})") from error
+        raise CheckpointError.unusable(path, f"its {HF_CONFIG_KEY!r} is damaged", error) from error
     tokenizer_files = content.pop(TOKENIZER_KEY, None)
     return TrainedWeights(path, config, content, shapes, read, tokenizer_files)
 
@@ -117,7 +114,7 @@ def _open_file(path: Path) -> _Opened:
 def _open_directory(path: Path) -> _Opened:
     for name in (METADATA_FILE, CONTENT_FILE):
         if not (path / name).is_file():
-            raise CheckpointError(f"checkpoint {path}: not all there ({name} is missing); use an earlier one")
+            raise CheckpointError.unusable(path, f"not all there ({name} is missing)")
     shards = open_shards(path)
     return read_plain(path / CONTENT_FILE), shards.shapes, shards.read
 
@@ -136,14 +133,10 @@ def read_plain(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> 
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged, or holds objects that are not plain tensors and values"
-        ) from error
+        found = "damaged, or holds objects that are not plain tensors and values"
+        raise CheckpointError.unusable(path, found) from error
     except Exception as error:  # damaged bytes can raise anything
-        reason = textwrap.shorten(str(error), 300)
-        raise CheckpointError(
-            f"checkpoint {path} is truncated, damaged or not a Lightning checkpoint ({reason}); use an earlier one"
-        ) from error
+        raise CheckpointError.unusable(path, "truncated, damaged or not a Lightning checkpoint", error) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint")
     return content

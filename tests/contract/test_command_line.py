@@ -300,7 +300,7 @@ def test_truncated_checkpoint_ends_with_status_2_and_its_name(run, tmp_path, mon
     whole = (run / "checkpoints" / "last.ckpt").read_bytes()
     half.write_bytes(whole[: len(whole) // 2])
     assert cli(monkeypatch, "fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(half)) == 2
-    assert re.search(r"error: checkpoint .*half\.ckpt is truncated or damaged", capsys.readouterr().err)
+    assert re.search(r"error: checkpoint .*half\.ckpt: truncated or damaged", capsys.readouterr().err)
 
 
 def test_resuming_with_another_data_order_is_refused_by_name(run, monkeypatch, capsys):
@@ -358,7 +358,7 @@ def test_decoding_from_a_damaged_or_foreign_checkpoint_is_refused_by_name(run, t
     damaged, foreign = tmp_path / "damaged.ckpt", tmp_path / "foreign.ckpt"
     damaged.write_bytes((run / "checkpoints" / "last.ckpt").read_bytes()[:5000])
     torch.save({"state_dict": {}}, foreign)
-    for path, message in ((damaged, "damaged.ckpt is truncated"), (foreign, "foreign.ckpt: not written by LayerSkip")):
+    for path, message in ((damaged, "damaged.ckpt: truncated"), (foreign, "foreign.ckpt: not written by LayerSkip")):
         assert cli(monkeypatch, "generate", "--model", str(path), "--prompt", "x") == 2
         assert message in capsys.readouterr().err
 

@@ -350,7 +350,7 @@ def test_one_flipped_bit_in_a_file_is_told_in_one_line_and_the_one_before_is_tak
     options = (callbacks, "--ckpt_path", "last")
     assert fit(monkeypatch, folder / "config.yaml", "kept", *options) == 2
     err = capsys.readouterr().err
-    assert "last.ckpt is damaged: the bytes of " in err
+    assert "last.ckpt: damaged, the bytes of " in err
     assert "before_last.ckpt (--fall_back_to_previous true takes it)" in err
     assert fit(monkeypatch, folder / "config.yaml", "kept", *options, "--fall_back_to_previous", "true") == 0
     assert f"{HALF - 2} steps are lost, training goes on after step 2" in capsys.readouterr().err

@@ -201,7 +201,7 @@ def same(one, other, *, skip=frozenset()):
         (["--ckpt_path", "DIRECTORY", "--output", "out"], "output: got 'out', allowed the name of a file that ends in"),
         (
             ["--ckpt_path", "DAMAGED", "--output", "out.ckpt"],
-            "is damaged: the bytes of __1_0.distcp are not",
+            "damaged, the bytes of __1_0.distcp are not",
         ),
         (["--ckpt_path", "DIRECTORY", "--output", "precious.ckpt"], "output: got 'precious.ckpt', allowed a new file"),
         (["--ckpt_path", "COPIED", "--output", "out.ckpt"], "not all there (manifest.json is missing)"),
@@ -289,7 +289,7 @@ def test_a_disk_that_fails_is_told_in_one_line(runs, root, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(checkpoint_integrity, "_checksum", fail)
-    with pytest.raises(CheckpointError, match=r"last.ckpt cannot be read \(\[Errno 5\] Input/output error\)"):
+    with pytest.raises(CheckpointError, match=r"last.ckpt: cannot be read \(\[Errno 5\] Input/output error\)"):
         AtomicCheckpointIO().load_checkpoint(root / "mesh_half" / "last.ckpt")
 
 

@@ -73,7 +73,7 @@ def test_truncated_checkpoint_is_refused_with_its_name(tmp_path):
     path = tmp_path / "half.ckpt"
     AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(1000)}}, path)
     path.write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(CheckpointError, match=r"half\.ckpt is truncated or damaged"):
+    with pytest.raises(CheckpointError, match=r"half\.ckpt: truncated or damaged"):
         AtomicCheckpointIO().load_checkpoint(path)
 
 
@@ -165,7 +165,7 @@ def test_weights_with_a_flipped_bit_are_used_by_no_verb(run, tmp_path, monkeypat
     flip_bit(path, open_trained_weights(path).read("lm_head.weight").numpy().tobytes())
     assert cli(monkeypatch, *verbs(config, path, tmp_path)[verb]) == 2
     message = capsys.readouterr().err
-    assert "damaged.ckpt is damaged: the bytes of data/" in message
+    assert "damaged.ckpt: damaged, the bytes of data/" in message
     assert "Traceback" not in message
     assert [entry.name for entry in tmp_path.iterdir()] == ["damaged.ckpt"]
 
@@ -222,7 +222,7 @@ FOREIGN = {
     "no loop of fit": (lambda content: content | {"loops": {}}, "no run to go on with (no loops in it)"),
     "no schedulers": (without("lr_schedulers"), "no run to go on with (no lr_schedulers in it)"),
     **{
-        f"a number for {key}": (with_number(key), f"is damaged or foreign: its '{key}' is no ")
+        f"a number for {key}": (with_number(key), f"damaged or foreign, its '{key}' is no ")
         for key in ("state_dict", "loops", "callbacks", "hf_config", "optimizer_states", "lr_schedulers")
     },
 }

@@ -134,7 +134,7 @@ def _other_pickle(path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "file cut": ("run.ckpt", lambda path: _cut(path.name)(path.parent), "run.ckpt is truncated"),
+    "file cut": ("run.ckpt", lambda path: _cut(path.name)(path.parent), "run.ckpt: truncated"),
     "no weights": ("run.ckpt", _content(lambda c: c.pop("state_dict")), "no 'state_dict' in it"),
     "foreign weights": (
         "run.ckpt",
@@ -153,7 +153,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "shards: no metadata yet": ("shards", lambda path: (path / ".metadata").unlink(), r"not all there \(.metadata is"),
     "shards: no meta.pt yet": ("shards", lambda path: (path / "meta.pt").unlink(), r"not all there \(meta.pt is miss"),
     "shards: metadata cut": ("shards", _cut(".metadata"), ".metadata: damaged"),
-    "shards: meta.pt cut": ("shards", _cut("meta.pt"), "meta.pt is truncated"),
+    "shards: meta.pt cut": ("shards", _cut("meta.pt"), "meta.pt: truncated"),
     "shards: one missing": (
         "shards",
         lambda path: (path / "__1_0.distcp").unlink(),
@@ -190,7 +190,7 @@ def test_one_flipped_bit_of_a_weight_is_noticed_before_the_model_is_used(
     flip_bit(path / "__1_0.distcp" if form == "shards" else path, half.numpy().tobytes())
     open_trained_weights(path)  # reads no weights, whatever they are
     for load in (load_pretrained, lambda path: load_for_decoding(path, dtype=None)):
-        with pytest.raises(CheckpointError, match=r"is damaged: the bytes of .* are not those that were written"):
+        with pytest.raises(CheckpointError, match=r"damaged, the bytes of .* are not those that were written"):
             load(str(path))
 
 

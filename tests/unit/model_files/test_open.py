@@ -423,7 +423,7 @@ def test_truncated_lightning_checkpoint_is_refused(tmp_path, model):
     path = tmp_path / "run.ckpt"
     write_lightning(path, model)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"run\.ckpt is truncated"):
+    with pytest.raises(UserError, match=r"run\.ckpt: truncated"):
         load_for_decoding(str(path), dtype=None)
 
 

@@ -25,7 +25,7 @@ from app.model_files.decoding_defaults import DecodingDefaults
 from app.model_files.gguf import read_gguf_origin
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
 
-_UNKNOWN_LICENSE = "unknown"  # the hub's own word
+_UNKNOWN_LICENSE = "unknown"  # the hub's own word for it
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _NAMES = ("license", "base_model")
 _UNTUNED_SHARE = 4  # a model that was not tuned drafts with a quarter of its blocks

@@ -84,9 +84,10 @@ def whole_or_absent(directory: Path, *, readme: str) -> Iterator[Path]:
     A process killed at any moment leaves nothing incomplete under the directory's name, and the next export removes
     the hidden folders that it leaves beside it. An error of the disk is a CheckpointError.
     """
-    partial, replaced = _beside(directory, "partial"), _beside(directory, "replaced")  # a rename needs the same disk
+    # A rename needs both on the same disk.
+    partial, replaced = _beside(directory, "partial"), _beside(directory, "replaced")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         partial.mkdir(parents=True)
         yield partial
         _sign(partial, readme)
@@ -95,7 +96,7 @@ def whole_or_absent(directory: Path, *, readme: str) -> Iterator[Path]:
             directory.rename(replaced)
         partial.rename(directory)
         shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a generation config that contradicts itself
+    except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for contradictions
         _put_back(directory)
         raise CheckpointError(f"cannot write {directory}: {error}") from error
     finally:

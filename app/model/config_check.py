@@ -29,7 +29,7 @@ _NUMBERS = {  # at any depth of a configuration; models outside these ranges com
     "attention_dropout": (0.0, 1.0),
     "rms_norm_eps": (0.0, 0.1),
     "rope_theta": (1.0, 1e15),
-    "factor": (1e-3, 1e6),  # of rotary positions
+    "factor": (1e-3, 1e6),  # by which rotary positions are scaled
 }
 _TABLES: Mapping[str, Any] = {"hidden_act": ACT2FN, "rope_type": {"default": None, **ROPE_INIT_FUNCTIONS}}
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_IGNORE_INDEX = -100  # as in F.cross_entropy
-_MIN_LOGITS, _MAX_LOGITS = 2**20, 2**26  # of a chunk, where the vocabulary leaves a choice
-_ADDED_ROWS = 1024  # of the head's gradient at a time
+_IGNORE_INDEX = -100  # the label of no class, as in F.cross_entropy
+_MIN_LOGITS, _MAX_LOGITS = 2**20, 2**26  # in a chunk, where the vocabulary leaves a choice
+_ADDED_ROWS = 1024  # rows of the head's gradient that are added at a time
 
 
 class WeightedCrossEntropy(torch.autograd.Function):

@@ -67,7 +67,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     groups = [group for state in states for group in state._fsdp_param_groups]
     resharding = [group.post_forward_mesh_info for group in groups]
     try:
-        for group in groups:  # as set_reshard_after_forward(False), which cannot give back what was set
+        for group in groups:  # as set_reshard_after_forward(False) does, which cannot be undone
             group.post_forward_mesh_info = None
         for submodule in sharded:
             submodule.unshard()

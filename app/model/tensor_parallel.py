@@ -24,7 +24,7 @@ from app.model.class_swap import swap_class
 _FIELD = "tensor_parallel_size"
 _BY_OUTPUTS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 _BY_INPUTS = frozenset({"o_proj", "down_proj"})
-_OF_ONE_HEAD = frozenset({"q_norm", "k_norm"})  # over the width of a head, the same for all heads
+_OF_ONE_HEAD = frozenset({"q_norm", "k_norm"})  # norms over the width of a head, which all heads share
 
 
 class Ranks:
@@ -48,7 +48,7 @@ class LocalParameters(nn.Module):
     """Mixin over a module that runs on this rank's parts of its parameters, whose gradients reach the DTensors."""
 
     ranks: Ranks
-    gradients: Placement | None  # of the parameters' gradients; None means as the parameters
+    gradients: Placement | None  # placement of the parameters' gradients; None means that of the parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the local parts."""
@@ -70,7 +70,7 @@ class SplitByInputs(LocalParameters):
         """Sum the ranks' outputs."""
         if not self.ranks.on:
             return super().__call__(hidden)
-        bias, self._parameters["bias"] = self._parameters["bias"], None  # not added by every rank
+        bias, self._parameters["bias"] = self._parameters["bias"], None  # so that only the sum gets it
         try:
             out = self.ranks.add_up(super().__call__(hidden))
         finally:

@@ -34,7 +34,7 @@ DEFAULTS_FIELD = "layerskip"  # what `layerskip tune` chose
 EARLY_EXIT, NUM_TOKENS, SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
 # While this mark is set, transformers drops fields that it does not know, and older versions read config.json instead.
 DERIVED = "_from_model_config"
-_IDLE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)  # in what transformers says of a config that it does not save
+_IDLE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)  # a field in transformers' refusal to save a config
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def saveable(generation: GenerationConfig) -> GenerationConfig:
         for name in dropped:
             setattr(kept, name, None)
         said = ", ".join(f"{name} {value}" for name, value in dropped.items())
-        _log.warning("%s: dropped, since they have no effect as it is: %s", GENERATION_CONFIG_NAME, said)
+        _log.warning("%s: fields that have no effect are dropped: %s", GENERATION_CONFIG_NAME, said)
     return kept
 
 

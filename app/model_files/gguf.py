@@ -50,8 +50,8 @@ class GgufOrigin(NamedTuple):
 
 
 def read_gguf_origin(path: Path) -> GgufOrigin:
-    """The origin that a file which `read_gguf_config` has read states."""
-    from gguf import GGUFReader, LlamaFileType  # of an extra
+    """The origin that a file states; `read_gguf_config` has read it before."""
+    from gguf import GGUFReader, LlamaFileType  # an optional dependency
 
     fields = GGUFReader(path).fields
 

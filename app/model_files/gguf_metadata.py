@@ -16,27 +16,27 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from app.errors import ConfigError
 
-if TYPE_CHECKING:  # of an extra
+if TYPE_CHECKING:  # an optional dependency
     from gguf import GGUFReader
 
 _ROPE_FACTORS = "rope_freqs.weight"  # llama.cpp divides the frequency of each pair of dimensions by it
-_LLAMA3_LENGTHS = 8192, *(2**power for power in range(5, 21))  # before scaling; every published Llama 3 has 8192
+_LLAMA3_LENGTHS = 8192, *(2**power for power in range(5, 21))  # before scaling; every published Llama 3 has the first
 _SIZES = ("context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size")
 _ATTENTION = ("head_count", "head_count_kv", "layer_norm_rms_epsilon", "key_length", "value_length")
 _ROPE = ("freq_base", "dimension_count", "scale_linear")
 _SCALING = ("type", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow", "finetuned")
-_OBEYED = {  # by transformers or below; `finetuned` and the layout say only how the file was made
+_OBEYED = {  # keys that are obeyed here or by transformers; `finetuned` and the layout only say how the file was made
     *(*_SIZES, "tensor_data_layout"),
     *(f"attention.{key}" for key in _ATTENTION),
     *(f"rope.{key}" for key in _ROPE),
     *(f"rope.scaling.{key}" for key in _SCALING),
 }
-_ATTRIBUTES = {  # keys that are attributes of those configurations that know them at all
+_ATTRIBUTES = {  # keys and the attributes that mean the same, in configurations that have them
     "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-_NEUTRAL = {  # values that change nothing; for any other key 0, such as no experts, no clamp, no bias
+_NEUTRAL = {  # values that change nothing; of any other key it is 0, such as no experts, no clamp, no bias
     "attention.causal": 1,
     "logit_scale": 1,
     "embedding_scale": 1,

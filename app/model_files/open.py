@@ -131,11 +131,11 @@ def open_source(path: str, *, field: str) -> Source:
     else:
         source = _open_pretrained(path, field=field)
     if type(source.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(field, got=type(source.config).__name__, allowed="a causal LM", fix="this is none")
+        raise ConfigError(field, got=type(source.config).__name__, allowed="a causal LM")
     try:
         text = source.config.get_text_config()
         if not isinstance(text, PreTrainedConfig):
-            raise ConfigError("text_config", got=text, allowed="the settings of a model of text")
+            raise ConfigError("text_config", got=text, allowed="the settings of a text model")
         check_sizes(text)
     except ConfigError as error:
         fix = f"{CONFIG_NAME}: {error}"
@@ -214,7 +214,7 @@ def _read_config(path: str, *, field: str) -> PreTrainedConfig:
         if is_local:
             _check_object(Path(path) / CONFIG_NAME)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of a file that comes from anywhere, or of the network
+    except Exception as error:  # the file may hold anything, and the network may fail
         where = f"{CONFIG_NAME}: " if is_local else "no such directory here, nor on the hub: "
         fix = where + (_OWN_CODE if "trust_remote_code" in str(error) else _reason(error))
         raise ConfigError(field, got=path, allowed=SOURCES, fix=fix) from error

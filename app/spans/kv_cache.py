@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.errors import check_range
 
-_GROWTH = 256  # positions, the least that a full store grows by
+_GROWTH = 256  # the fewest positions by which a full store grows
 
 
 class KeyValueCache:
@@ -28,7 +28,7 @@ class KeyValueCache:
         self._capacity = capacity
         self._stores: list[tuple[Tensor, Tensor] | None] = [None] * num_layers  # keys, values: each [B, C, H, K]
         self._positions: tuple[object, Tensor] | None = None
-        self._slots: tuple[Tensor, int, Tensor] | None = None  # of which positions and capacity
+        self._slots: tuple[Tensor, int, Tensor] | None = None  # positions, capacity, slots
 
     def lengths(self, layer_idx: int) -> tuple[int, ...]:
         """Positions stored for block `layer_idx`, for each of the B sequences."""

@@ -45,11 +45,11 @@ def load_tokenizer(path: str, *, field: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not isinstance(longest := tokenizer.model_max_length, int | float):
             raise TypeError(f"{TOKENIZER_CONFIG_FILE}: model_max_length: got {longest!r}, allowed a number")
-        tokenizer.decode(tokenizer("a")["input_ids"])  # shows what fails before a model is loaded
-    except Exception as error:  # these files come from anywhere; their readers raise anything
+        tokenizer.decode(tokenizer("a")["input_ids"])  # what fails shows before a model is loaded
+    except Exception as error:  # their readers raise anything
         reason = f"its tokenizer cannot be read: {textwrap.shorten(str(error), 300)}"
         raise ConfigError(field, got=path, allowed=allowed, fix=reason) from error
-    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes such ones without files
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes of some classes without files
         raise ConfigError(field, got=path, allowed=allowed, fix="copy the files of the tokenizer it was trained with")
     return tokenizer
 

@@ -198,7 +198,7 @@ def test_a_model_whose_generation_config_transformers_would_not_save_can_be_trai
         out = tmp_path / f"out of {name}"
         assert cli(monkeypatch, "export", "--model", str(tmp_path / name), "--output_dir", str(out)) == 0
         err = capsys.readouterr().err
-        assert err.count("dropped, since they have no effect as it is: temperature 0.6, top_p 0.9") == 1
+        assert err.count("fields that have no effect are dropped: temperature 0.6, top_p 0.9") == 1
         assert "not valid" not in err  # transformers' own words
         assert GenerationConfig.from_pretrained(out).temperature is None
 

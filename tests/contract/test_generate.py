@@ -207,7 +207,7 @@ def test_a_dtype_that_the_processor_emulates_is_left_by_itself_and_warned_of_whe
     exact = generate_json("--strategy", "autoregressive", "--max_new_tokens", "20", "--dtype", "float32", model=half)
     assert here[0]["tokens"] == exact[0]["tokens"]
     said = generate(model=half).err
-    assert "model: in float32, at twice the memory for weights: AMD EPYC emulates bfloat16" in said
+    assert "model: weights become float32, in twice the memory, since AMD EPYC emulates bfloat16" in said
     assert "model: AMD EPYC emulates float16" in generate("--dtype", "float16", model=half).err
     assert "emulates" not in generate("--dtype", "float32", model=half).err
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_MAX_LENGTH = 512  # beyond, scores take more memory than their speed is worth; 0 switches it off
+_MAX_LENGTH = 512  # scores of longer rows take more memory than the speed is worth; 0 switches this off
 
 
 def fast_attention(run: Callable[..., Tensor], hidden_BTD: Tensor) -> Callable[..., Tensor]:
@@ -68,7 +68,7 @@ def attend(
     scaled = query_BHTW * (query_BHTW.shape[-1] ** -0.5 if scale is None else scale)
     scores_BHTT = scaled @ key_BHTW.transpose(-1, -2)
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:  # adding it is faster than filling
+        if attn_mask.dtype == torch.bool:  # adding a mask is faster than filling by it
             attn_mask = torch.zeros_like(attn_mask, dtype=scores_BHTT.dtype).masked_fill_(~attn_mask, -torch.inf)
         scores_BHTT.add_(attn_mask)
     return scores_BHTT.softmax(dim=-1) @ value_BHTW

@@ -50,6 +50,7 @@ def avoid_emulation(model: PreTrainedModel, *, field: str, chosen: bool) -> None
         _log.warning("%s: %s; --dtype float32 takes twice the memory for weights", field, why)
         return
     name = str(model.dtype).removeprefix("torch.")
-    _log.warning("%s: in float32, at twice the memory for weights: %s (--dtype %s keeps it)", field, why, name)
+    message = "%s: weights become float32, in twice the memory, since %s; --dtype %s keeps their type"
+    _log.warning(message, field, why, name)
     model.to(torch.float32)
     model.config.dtype = torch.float32

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MOST_POSITIONS = 4  # beyond, the two take about the same time; 0 switches the other way off
-_LEAST_ELEMENTS = 2**19  # of a weight; smaller ones stay in the cache
+_MOST_POSITIONS = 4  # with more, both ways take about the same time; 0 switches this way off
+_LEAST_ELEMENTS = 2**19  # of a weight; smaller ones stay in the processor's cache
 
 
 class Product:

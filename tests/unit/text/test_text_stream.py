@@ -117,6 +117,6 @@ def test_a_preview_changes_nothing():
     tokenizer = TOKENIZERS["byte_level"]
     stream, tokens = TextStream(tokenizer), tokenizer("the 🙈 end 你好")["input_ids"]
     shown = ""
-    for place, token in enumerate(tokens):
+    for idx, token in enumerate(tokens):
         shown += stream.push(token)
-        assert (shown + stream.preview(tokens[place + 1 :])) == "the 🙈 end 你好"
+        assert (shown + stream.preview(tokens[idx + 1 :])) == "the 🙈 end 你好"

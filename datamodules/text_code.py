@@ -21,7 +21,7 @@ from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, c
 from datamodules.streaming.packing import PACKINGS, LongDocuments, Packing
 from datamodules.streaming.position import PositionKeeper, check_position
 from datamodules.streaming.source_blocks import StreamSettings
-from datamodules.streaming.surveyed_corpus import SurveyedCorpus
+from datamodules.streaming.survey import SurveyedCorpus
 
 _DEFAULT_VOCAB_SIZE = 4096
 

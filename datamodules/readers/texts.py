@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 
-import orjson
-
 from datamodules.readers.records import EMPTY
 
 
@@ -29,13 +27,6 @@ class JsonField:
 
     def read(self, raw: bytes) -> tuple[str, str]:
         """The text in a line, or "" and the reason why there is none."""
-        try:
-            return self.pick(orjson.loads(raw))
-        except orjson.JSONDecodeError:
-            return self._read_leniently(raw)
-
-    def _read_leniently(self, raw: bytes) -> tuple[str, str]:
-        """Read what Python writes and orjson refuses (NaN, halves of surrogate pairs), with better messages."""
         line, problem = decode(raw)
         if problem:
             return "", problem

@@ -20,12 +20,8 @@ class BadRecords:
     been read, bad records are judged as if they came by whole chunks, and only more of them than chance explains stop
     a run.
 
-    Args:
-        source: Name of the source.
-        max_share: Share of records that may be bad, in [0, 1]. Those without any text are skipped but not counted as
-            bad: they are common (`__init__.py`) and no damage.
-        quiet: Log nothing.
-        logged: Records of the source that others in this process logged before; this object adds its own.
+    At most `max_share` of the records, in [0, 1], may be bad. Those without any text are skipped but not counted as
+    bad: they are common (`__init__.py`) and no damage. `logged` are records that others in this process logged before.
 
     Attributes:
         chunks: Chunks read to their end so far.
@@ -37,7 +33,7 @@ class BadRecords:
     def __init__(
         self, source: str, *, max_share: float, quiet: bool = False, logged: set[BadRecord] | None = None
     ) -> None:
-        self._source, self._max_share, self._level = source, max_share, logging.DEBUG if quiet else logging.INFO
+        self.source, self._max_share, self._level = source, max_share, logging.DEBUG if quiet else logging.INFO
         self.chunks = self.seen = self.skipped = self.failed = 0
         self._logged = set() if logged is None else logged
         self._reasons: dict[str, tuple[str, int]] = {}  # first location and number of records
@@ -56,16 +52,12 @@ class BadRecords:
             self._reasons[record.reason] = first, count + 1
         if len(self._logged) < _SHOWN and record not in self._logged:  # it comes again in every epoch, to any lane
             self._logged.add(record)
-            _log.log(self._level, "source %r: skipped %s: %s", self._source, record.location, record.reason)
+            _log.log(self._level, "source %r: skipped %s: %s", self.source, record.location, record.reason)
             if len(self._logged) == _SHOWN:
-                _log.log(self._level, "source %r: further skipped records are only counted", self._source)
+                _log.log(self._level, "source %r: further skipped records are only counted", self.source)
 
     def check(self, *, complete: bool) -> None:
-        """Stop when too much is bad; `complete` means that all there is was read, so that the share is exact.
-
-        Raises:
-            DataError: More than `max_share` of the records are bad.
-        """
+        """Raise DataError when too much is bad; `complete` means that all was read, so that the share is exact."""
         allowed = self._max_share * self.seen
         if not complete:  # chance may bring three standard deviations more of bad chunks, and three chunks at once
             expected = self._max_share * self.chunks
@@ -73,7 +65,7 @@ class BadRecords:
             allowed += (3 * math.sqrt(expected) + 3) * in_a_chunk
         if self.failed > allowed:
             raise DataError(
-                f"source {self._source!r}: {self.failed} of {self.seen} records are bad, more than max_bad_share"
+                f"source {self.source!r}: {self.failed} of {self.seen} records are bad, more than max_bad_share"
                 f" {self._max_share}; mend or exclude them, give a glob, or raise max_bad_share{self.examples()}"
             )
 

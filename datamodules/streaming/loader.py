@@ -31,11 +31,7 @@ STATE_KEY = "lane_state"
 
 
 def check_lanes(num_lanes: int, *, num_replicas: int, workers: int) -> None:
-    """Refuse ranks and workers that would not have equally many lanes; `workers` is 1 where a rank reads itself.
-
-    Raises:
-        ConfigError: Naming the setting that does not fit, and what would.
-    """
+    """Raise ConfigError if ranks and workers have not equally many lanes; `workers` is 1 where a rank reads itself."""
     if num_lanes % num_replicas:
         raise ConfigError(
             "num_lanes",
@@ -114,12 +110,7 @@ class StreamLoader(WorkerLoader):
         self._batches, self._position = batches, position
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield batches; nothing is read before the first is asked for (see `WorkerLoader`).
-
-        Raises:
-            DataError: A source has too many bad records, or no usable one.
-            RuntimeError: A worker died.
-        """
+        """Yield batches, or raise DataError as `Lane.next_row`; nothing is read before the first is asked for."""
         self._batches.position = self._position()
         for item in super().__iter__():
             if isinstance(item, DataError):

@@ -65,13 +65,8 @@ class _Piece(NamedTuple):
 def split_rows(documents: Iterator[Tokens | None], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
     """Cut the stream of documents into rows: no token is dropped, and a document may go on in the next row.
 
-    Args:
-        documents: Token ids of each, ending with the end-of-text token; the last row is padded. None is skipped.
-        seq_len: S, at least 2.
-        within: Tokens of the first document that earlier rows took.
-
-    Yields:
-        Rows; `finished` counts documents used up, `within` tokens taken of the one after.
+    Documents are token ids that end with the end-of-text token; None is skipped. `within` counts tokens of a document
+    that earlier rows took. The last row is padded.
     """
     pieces: list[_Piece] = []
     room, finished = seq_len, 0
@@ -95,15 +90,8 @@ def split_rows(documents: Iterator[Tokens | None], *, seq_len: int, within: int 
 def best_fit_rows(documents: Iterator[Tokens | None], *, seq_len: int, within: int = 0) -> Iterator[PackedRow]:
     """Put whole documents into rows by best fit; only a document longer than a row is cut, and rows are padded.
 
-    Documents are packed in groups of about 32 rows of tokens (see `loading.best_fit`).
-
-    Args:
-        documents: Token ids of each, ending with the end-of-text token; None ends a group before it is full.
-        seq_len: S, at least 2.
-        within: Rows of the first group that were given out already.
-
-    Yields:
-        Rows; `finished` counts documents of complete groups, `within` rows taken of the group after.
+    Documents are packed in groups of about 32 rows of tokens (see `loading.best_fit`); None ends a group before it is
+    full. `within` counts rows of a group that were given out already, and `finished` documents of complete groups.
     """
     finished = 0
     while group := _group(documents, at_least=_ROWS_A_GROUP * seq_len):

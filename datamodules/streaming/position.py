@@ -16,23 +16,14 @@ from datamodules.streaming.stream import LaneState
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where the stream of all ranks stands.
-
-    Attributes:
-        batches: Micro-batches that every rank trained on.
-        lanes: State of each lane that has delivered something, by its number.
-    """
+    """The micro-batches that every rank trained on, and the state of each lane that delivered some, by its number."""
 
     batches: int
     lanes: Mapping[int, LaneState]
 
 
 def check_position(state: Mapping[str, Any], *, num_sources: int) -> None:
-    """Refuse a saved state that is no position of a stream.
-
-    Raises:
-        CheckpointError: Naming the entry.
-    """
+    """Raise CheckpointError, naming the entry, if a saved state is no position of a stream."""
     saved, entry = SavedEntries(), ("data",)
     saved.count((*entry, "global_batches"), state.get("global_batches"))
     num_lanes = saved.count((*entry, "num_lanes"), state.get("num_lanes"), low=1)

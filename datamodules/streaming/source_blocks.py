@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from app.errors import DataError
 from datamodules.readers.records import BadRecord, Reader
-from datamodules.readers.sources import Source
 from datamodules.streaming.bad_records import BadRecords
 from datamodules.streaming.packing import LongDocuments, Packing
 
@@ -30,18 +29,7 @@ _PATIENCE = 20  # passes without a document before a source counts as empty: a l
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    """What the rows of a stream depend on, beside its sources.
-
-    Attributes:
-        seq_len: S, tokens a row.
-        packing: How documents become rows.
-        long_documents: Whether the tokens of a document beyond a row go into further rows, or are left out.
-        shuffle_megabytes: Text of a source that a lane holds to shuffle it; 0 keeps the order of records in a chunk.
-        validation_share: Share of documents held out, which are not in the stream.
-        max_bad_share: Share of records of a source that may be bad.
-        seed: Seed of every order.
-        num_lanes: V.
-    """
+    """What the rows of a stream depend on, beside its sources; see `TextCodeDataModule`. `num_lanes` is V."""
 
     seq_len: int
     packing: Packing
@@ -93,48 +81,23 @@ class Block(NamedTuple):
     following: SourcePosition
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceLane:
-    """One source in one lane.
-
-    Attributes:
-        source: Named source.
-        reader: Reader of its records.
-        index: Number of the source among all.
-        lane: Number of the lane, 0 to V - 1.
-        settings: Settings of the stream.
-        logged: Bad records of the source that were logged before; all lanes of a process share them.
-    """
-
-    source: Source
-    reader: Reader
-    index: int
-    lane: int
-    settings: StreamSettings
-    logged: set[BadRecord] | None = None
-
-
 class SourceBlocks:
-    """Reads the blocks of one source in one lane, and counts in `records` what was read so far."""
+    """Reads the blocks of source number `index` in lane `lane`, and counts in `records` what was read so far."""
 
-    def __init__(self, part: SourceLane) -> None:
-        self._source, self._reader, self._settings = part.source, part.reader, part.settings
-        self._index, self._lane = part.index, part.lane
+    def __init__(self, reader: Reader, *, index: int, lane: int, settings: StreamSettings, records: BadRecords) -> None:
+        self._reader, self.index, self.lane, self.settings, self.records = reader, index, lane, settings, records
         self._order = lru_cache(maxsize=1)(self._draw_order)
-        self.records = BadRecords(part.source.name, max_share=part.settings.max_bad_share, logged=part.logged)
 
     def read(self, start: SourcePosition) -> Iterator[Block]:
         """Yield the block that `start` lies in and all that follow, without end.
 
-        A block ends with the epoch, so that a small corpus is not read many times to fill it.
-
-        Raises:
-            DataError: Nothing usable is in the source, or too much of it is bad.
+        A block ends with the epoch, so that a small corpus is not read many times to fill it. DataError says that
+        nothing usable is in the source, or too much of it is bad.
         """
         records = self.records
         records.seen, records.skipped, records.failed = start.seen, start.skipped, start.failed
         records.chunks, record = start.ordinal, start.record
-        limit = self._settings.shuffle_megabytes * 1e6
+        limit = self.settings.shuffle_megabytes * 1e6
         texts: list[str] = []
         size = 0
         while True:
@@ -145,7 +108,7 @@ class SourceBlocks:
                     records.bad(item)
                     continue
                 records.good()
-                if item.is_held_out(share=self._settings.validation_share):
+                if item.is_held_out(share=self.settings.validation_share):
                     continue
                 texts.append(item.text)
                 size += len(item.text)
@@ -159,30 +122,30 @@ class SourceBlocks:
             self._check()
             if not texts and records.chunks - start.ordinal > _PATIENCE * self._reader.num_chunks:
                 raise DataError(
-                    f"source {self._source.name!r}: no usable training document in {records.seen} records;"
+                    f"source {records.source!r}: no usable training document in {records.seen} records;"
                     f" add documents or lower validation_share{records.examples()}"
                 )
 
     def epochs(self, ordinal: float) -> float:
         """Passes over the lane's part of the source that `ordinal` chunks make."""
-        return ordinal * self._settings.num_lanes / self._reader.num_chunks
+        return ordinal * self.settings.num_lanes / self._reader.num_chunks
 
     def _block(self, start: SourcePosition, texts: list[str], record: int) -> Block:
         """The block of all that was read since `start`, up to `record` of the chunk that is being read."""
         self._check()
         seen = self.records
         following = SourcePosition(seen.chunks, record, start.block + 1, seen.seen, seen.skipped, seen.failed)
-        order = self._settings.generator(self._index, _DOCUMENT_KEY, self._lane, start.block).permutation(len(texts))
+        order = self.settings.generator(self.index, _DOCUMENT_KEY, self.lane, start.block).permutation(len(texts))
         return Block(start, [texts[index] for index in order], following)
 
     def _check(self) -> None:
         # Each of several lanes has a random part of the chunks in every epoch, some of them often and others never.
-        alone = self._settings.num_lanes == 1
+        alone = self.settings.num_lanes == 1
         self.records.check(complete=alone and self.records.chunks >= self._reader.num_chunks)
 
     def _turn(self, ordinal: int) -> tuple[int, int]:
         """The epoch of the lane's `ordinal`-th chunk, and its index in the order of that epoch."""
-        return divmod(self._lane + ordinal * self._settings.num_lanes, self._reader.num_chunks)
+        return divmod(self.lane + ordinal * self.settings.num_lanes, self._reader.num_chunks)
 
     def _draw_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        return self._settings.generator(self._index, _CHUNK_KEY, epoch).permutation(self._reader.num_chunks)
+        return self.settings.generator(self.index, _CHUNK_KEY, epoch).permutation(self._reader.num_chunks)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from datamodules.loading.tokenizers import Encoder
 from datamodules.streaming.packing import PACKINGS, Row, Tokens
-from datamodules.streaming.source_blocks import SourceBlocks, SourceLane, SourcePosition
+from datamodules.streaming.source_blocks import SourceBlocks, SourcePosition
 
 _ROW_KEY = 2  # kind of randomness; source_blocks and stream have others
 _WINDOW_TOKENS = 2**19  # rows are shuffled among so many tokens
@@ -20,9 +20,8 @@ _DOCUMENTS_A_CALL = 64  # given to the tokenizer at once
 class SourceStream:
     """The rows of one source in one lane, from a position on."""
 
-    def __init__(self, part: SourceLane, position: SourcePosition, *, encode: Encoder) -> None:
-        self._encode, self._settings, self._key = encode, part.settings, (part.index, _ROW_KEY, part.lane)
-        self._blocks = SourceBlocks(part)
+    def __init__(self, blocks: SourceBlocks, position: SourcePosition, *, encode: Encoder) -> None:
+        self._blocks, self._encode, self._settings = blocks, encode, blocks.settings
         # Where the window begins, and the row after the latest one that was packed.
         self._start = self._next_start = position
         self._window: list[Row] = []
@@ -32,8 +31,8 @@ class SourceStream:
         self._last = position  # of the document that the packing was given last
         self._block_documents = 0  # of the block that was read last
         self._extents: dict[int, tuple[int, int]] = {}  # chunks and documents of each block that is in use
-        pack = PACKINGS[part.settings.packing]
-        self._rows = pack(self._documents(position), seq_len=part.settings.seq_len, within=position.within)
+        pack = PACKINGS[self._settings.packing]
+        self._rows = pack(self._documents(position), seq_len=self._settings.seq_len, within=position.within)
 
     @property
     def epochs(self) -> float:
@@ -59,11 +58,7 @@ class SourceStream:
         return self._start._replace(drawn=self._drawn)
 
     def next_row(self) -> Row:
-        """Return the next row and advance `position`.
-
-        Raises:
-            DataError: Nothing usable is left in the source, or too much of it is bad.
-        """
+        """Return the next row and advance `position`; DataError as of `SourceBlocks.read`."""
         if not self._window:
             self._window = self._pack_window()
         row = self._window[self._drawn]
@@ -81,9 +76,8 @@ class SourceStream:
             rows.append(self._pack_row()[0])
         if self._settings.shuffle_megabytes == 0:
             return rows
-        return [
-            rows[index] for index in self._settings.generator(*self._key, self._start.window).permutation(len(rows))
-        ]
+        key = (self._blocks.index, _ROW_KEY, self._blocks.lane, self._start.window)
+        return [rows[index] for index in self._settings.generator(*key).permutation(len(rows))]
 
     def _pack_row(self) -> tuple[Row, int]:
         """The next row in order, and the block in which it begins."""

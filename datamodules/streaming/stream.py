@@ -17,23 +17,19 @@ import numpy as np
 from datamodules.loading.tokenizers import Encoder
 from datamodules.readers.records import BadRecord, Reader
 from datamodules.readers.sources import Source
+from datamodules.streaming.bad_records import BadRecords
 from datamodules.streaming.packing import Row
-from datamodules.streaming.source_blocks import SourceLane, SourcePosition, StreamSettings
+from datamodules.streaming.source_blocks import SourceBlocks, SourcePosition, StreamSettings
 from datamodules.streaming.source_stream import SourceStream
 
 _CREDIT_KEY = 3  # kind of randomness; source_blocks and source_stream have others
 
 
 class LaneState(NamedTuple):
-    """The state of a lane: for each source its position, and what it gave so far.
+    """Where the next row of each source begins, and what each source gave so far.
 
-    Attributes:
-        positions: Where the next row of each source begins.
-        tokens: Tokens delivered, without padding.
-        rows: Rows delivered.
-        epochs: Passes over the lane's part of the source; this and the next two are for information.
-        seen: Records read.
-        skipped: Bad records among those.
+    `tokens` (without padding) and `rows` were delivered. For information, `epochs` counts passes over the lane's part
+    of the source, `seen` the records read, and `skipped` the bad ones among them.
     """
 
     positions: tuple[SourcePosition, ...]
@@ -63,15 +59,8 @@ class LaneState(NamedTuple):
 class Lane:
     """The endless mixture of all sources in one lane: the source that is furthest behind its weight gives a row.
 
-    So the tokens delivered keep to the weights, to within a row of each source, at any time.
-
-    Args:
-        sources: Each with its reader.
-        lane: Number of the lane, 0 to V - 1.
-        encode: Texts to token ids.
-        settings: Settings of the stream.
-        state: Where to begin.
-        logged: For each source the bad records that were logged before; all lanes of a process share them.
+    So the tokens delivered keep to the weights, to within a row of each source, at any time. The lane begins at
+    `state`. `logged` holds for each source the bad records that were logged before; all lanes of a process share them.
     """
 
     def __init__(
@@ -84,18 +73,12 @@ class Lane:
         state: LaneState,
         logged: Sequence[set[BadRecord]] | None = None,
     ) -> None:
-        parts = [
-            SourceLane(
-                source=source,
-                reader=reader,
-                index=index,
-                lane=lane,
-                settings=settings,
-                logged=logged[index] if logged else None,
-            )
-            for index, (source, reader) in enumerate(sources)
-        ]
-        self._streams = [SourceStream(*each, encode=encode) for each in zip(parts, state.positions, strict=True)]
+        self._streams: list[SourceStream] = []
+        for index, (source, reader) in enumerate(sources):
+            known = logged[index] if logged else None
+            records = BadRecords(source.name, max_share=settings.max_bad_share, logged=known)
+            blocks = SourceBlocks(reader, index=index, lane=lane, settings=settings, records=records)
+            self._streams.append(SourceStream(blocks, state.positions[index], encode=encode))
         self._weights = [source.relative_weight for source, _ in sources]
         self._tokens, self._rows = list(state.tokens), list(state.rows)
         # Up to a row in advance, or all lanes would take their first row, and many later ones, from the same source.

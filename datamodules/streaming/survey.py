@@ -1,21 +1,29 @@
-"""A look at a source before training: text to train a tokenizer on, and held-out documents.
+"""A look at the sources before training: text to train a tokenizer on, held-out rows, and prompts.
 
-Both come from anywhere in the corpus, in an order that depends on the corpus alone, so every rank of every run sees the
-same. Little is read of a large corpus, and all of a small one.
+Documents come from anywhere in the corpus, in an order that depends on the corpus alone, so every rank of every run
+sees the same. Little is read of a large corpus, and all of a small one.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from app.errors import DataError
+from datamodules.loading.datamodule import RowSettings
+from datamodules.loading.rank_share import RankShare
+from datamodules.loading.tokenizers import Encoder, load_tokenizer, trained_tokenizer
 from datamodules.readers.opening import open_reader
 from datamodules.readers.records import BadRecord, Document
 from datamodules.readers.sources import Source
 from datamodules.streaming.bad_records import BadRecords
+from datamodules.streaming.packing import Row, Tokens, split_rows
 
 _log = logging.getLogger(__name__)
 
@@ -23,20 +31,16 @@ _Side = Literal["training", "held_out"]
 
 _MAX_BYTES = 2_000_000_000  # read of a source in search of held-out documents
 _MIN_DOCUMENTS = {"training": 4, "held_out": 64}  # no document counts for more than its share of so many
+_TRAINING_BYTES = 4_000_000  # enough for the merges of a small vocabulary, in about a second
+_HELD_OUT_BYTES_A_TOKEN = 16  # several times what a token takes, so that rows come from more documents than they hold
+_MAX_ROWS_A_DOCUMENT = 4
+_ROOM = 16  # tokens a document should have beyond its prompt, so that there is something to continue
 
 
 class Survey:
     """Texts of training documents and of held-out ones, read until there are enough of both or the source ends.
 
-    Args:
-        source: The source to read.
-        training_bytes: Training text wanted; 0 for none.
-        held_out_bytes: Held-out text wanted.
-        validation_share: Share of documents that are held out.
-        max_bad_share: Share of records that may be bad.
-
-    Attributes:
-        training: The training documents.
+    `training` are the training documents.
 
     Raises:
         DataError: There is no training document, or more than `max_bad_share` of the records are bad.
@@ -68,11 +72,7 @@ class Survey:
 
     @property
     def held_out(self) -> list[str]:
-        """The held-out documents; most are read when first asked for, so that a resumed run starts without them.
-
-        Raises:
-            DataError: More than `max_bad_share` of what was read for them is bad.
-        """
+        """The held-out documents; most are read when first asked for, so that a resumed run starts without them."""
         return self._documents("held_out")
 
     def _documents(self, side: _Side) -> list[str]:
@@ -104,3 +104,86 @@ class Survey:
         if self._missing[side] > 0:
             self._found[side].append(document.text[: self._most[side]] if side == "training" else document.text)
             self._missing[side] -= min(len(document.text.encode()), self._most[side])
+
+
+class SurveyedCorpus:
+    """Sources, of which something is read only when it is first asked for; `settings` choose the tokenizer."""
+
+    def __init__(
+        self, sources: Sequence[Source], *, settings: RowSettings, validation_share: float, cache_dir: Path
+    ) -> None:
+        self._sources, self._settings = sources, settings
+        self._validation_share, self._cache_dir = validation_share, cache_dir
+
+    @cached_property
+    def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerFast
+        """The tokenizer given, or one trained on the sources."""
+        if self._settings.tokenizer is not None:
+            return load_tokenizer(self._settings.tokenizer)
+        sample = [text for survey in self._surveys for text in survey.training]
+        return trained_tokenizer(sample, vocab_size=self._settings.vocab_size, cache_dir=self._cache_dir)
+
+    def prompts(self, count: int, length: int) -> list[list[int]]:
+        """At most `count` beginnings of held-out documents, of at most `length` token ids; sources take turns.
+
+        Documents with more to continue come first. The longest of the others follow, with shorter prompts. A warning
+        says if there are fewer than `count`, and DataError that nothing is held out.
+        """
+        by_source = [_prompts(documents, length=length) for documents in self._held_out]
+        turns = chain.from_iterable(zip_longest(*by_source))
+        prompts = [prompt for prompt in turns if prompt is not None][:count]
+        if not prompts:
+            raise self._nothing_held_out()
+        if len(prompts) < count:
+            _log.warning("%d prompts asked for, %d documents held out", count, len(prompts))
+        return prompts
+
+    def validation_rows(self, share: RankShare) -> list[tuple[int, Row]]:
+        """This rank's held-out rows, each with the index of its source; sources take turns, and ranks get equally many.
+
+        DataError says that fewer rows are held out than there are ranks.
+        """
+        seq_len, limit = self._settings.seq_len, self._settings.validation_rows
+        turns = zip_longest(*(spread_rows(part, seq_len=seq_len, num_rows=limit) for part in self._held_out))
+        rows = [(source, row) for turn in turns for source, row in enumerate(turn) if row is not None]
+        if not rows:
+            raise self._nothing_held_out()
+        count = share.equal_share(len(rows), fix="raise validation_rows or validation_share, or add documents")
+        return rows[share.rank * count : (share.rank + 1) * count]
+
+    @cached_property
+    def _surveys(self) -> list[Survey]:
+        settings = self._settings
+        return [
+            Survey(
+                source,
+                training_bytes=0 if settings.tokenizer else _TRAINING_BYTES // len(self._sources),
+                held_out_bytes=_HELD_OUT_BYTES_A_TOKEN * settings.validation_rows * settings.seq_len,
+                validation_share=self._validation_share,
+                max_bad_share=settings.max_bad_share,
+            )
+            for source in self._sources
+        ]
+
+    @cached_property
+    def _held_out(self) -> list[list[Tokens]]:
+        encode = Encoder(self.tokenizer)
+        return [encode(survey.held_out) for survey in self._surveys]
+
+    def _nothing_held_out(self) -> DataError:
+        names = ", ".join(source.name for source in self._sources)
+        return DataError(f"no held-out rows in {names}; raise validation_share or add documents")
+
+
+def spread_rows(documents: Sequence[Tokens], *, seq_len: int, num_rows: int) -> list[Row]:
+    """At most `num_rows` rows of `seq_len` tokens, spread evenly over the documents; long documents give their head."""
+    heads = (document[: _MAX_ROWS_A_DOCUMENT * seq_len] for document in documents)
+    rows = [packed.row for packed in split_rows(heads, seq_len=seq_len)]
+    count = min(num_rows, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def _prompts(documents: Sequence[Tokens], *, length: int) -> list[list[int]]:
+    texts = [document[:-1] for document in documents]  # without the end-of-text token
+    texts.sort(key=lambda text: -min(len(text), length + _ROOM))  # stable: long ones keep their order
+    return [text[: max(1, min(length, len(text) - _ROOM))].tolist() for text in texts]

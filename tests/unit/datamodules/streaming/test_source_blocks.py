@@ -9,15 +9,15 @@ import pytest
 
 from app.errors import DataError
 from datamodules.readers.records import EMPTY, BadRecord, LostRecords
-from datamodules.readers.sources import Source
-from datamodules.streaming.source_blocks import Block, SourceBlocks, SourceLane, SourcePosition
+from datamodules.streaming.bad_records import BadRecords
+from datamodules.streaming.source_blocks import Block, SourceBlocks, SourcePosition
 from tests.unit.datamodules.list_reader import ListReader, chunks, make_settings
 
 
 def make_blocks(reader: ListReader, *, index: int = 0, lane: int = 0, **changes: Any) -> SourceBlocks:
-    source = Source(kind="files", path=".", name="letters")
     settings = make_settings(**changes)
-    return SourceBlocks(SourceLane(source=source, reader=reader, index=index, lane=lane, settings=settings))
+    records = BadRecords("letters", max_share=settings.max_bad_share)
+    return SourceBlocks(reader, index=index, lane=lane, settings=settings, records=records)
 
 
 def take(reader: ListReader, count: int, *, start: SourcePosition = SourcePosition(), **changes: Any) -> list[Block]:  # noqa: B008

@@ -13,8 +13,7 @@ from app.errors import DataError
 from datamodules.readers.records import Document, Record
 from datamodules.readers.sources import Source
 from datamodules.streaming.packing import Tokens
-from datamodules.streaming.survey import Survey
-from datamodules.streaming.surveyed_corpus import spread_rows
+from datamodules.streaming.survey import Survey, spread_rows
 from tests.unit.datamodules.corpora import write_files
 from tests.unit.datamodules.list_reader import ListReader
 

@@ -1,5 +1,7 @@
 """Who drafts and how the full model verifies: one class for each scheme, all with the same methods.
 
+Tested by tests/unit/decoding/test_work_done.py and test_greedy_equality.py.
+
 Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts + 1), `D` width, `V` vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""What a caller decides about decoding."""
+"""What a caller decides about decoding. Tested by tests/unit/decoding/test_engine.py."""
 
 from __future__ import annotations
 

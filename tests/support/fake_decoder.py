@@ -60,7 +60,7 @@ class FakeDecoder:
     """Token t is followed by `full_logits[t]` after all blocks and by `exit_logits[t]` after fewer; each [V, V].
 
     Attributes:
-        by_past: Index the laws, now each [any number, V], by the past modulo their number in place of the token, so
+        by_past: Index the logits, then each [any number, V], by the past modulo their number instead of the token, so
             that a cache with anything wrong in it leads to other tokens.
         may_skip: Whether a run may start after fewer blocks than lie before it.
         spans: (start, stop, tokens) of every run of blocks.

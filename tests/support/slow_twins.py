@@ -55,7 +55,7 @@ def cut_at_end(
     return tokens[:budget], "budget"
 
 
-def law_by_sorting(
+def probs_by_sorting(
     logits: list[float], *, temperature: float, top_k: int | None, top_p: float, min_p: float = 0.0
 ) -> list[float]:
     """Temperature, top-k, top-p and min-p in plain Python, token by token."""
@@ -70,11 +70,11 @@ def law_by_sorting(
     return [weights[token] / mass if token in kept else 0.0 for token in range(len(logits))]
 
 
-def law_of_sequences(
-    law: Callable[[tuple[int, ...]], Sequence[float]], *, length: int, start: tuple[int, ...]
+def probs_of_sequences(
+    distribution: Callable[[tuple[int, ...]], Sequence[float]], *, length: int, start: tuple[int, ...]
 ) -> dict[tuple[int, ...], float]:
     """Probability of every continuation of `start` by `length` tokens, each drawn given everything before it."""
     out: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(length):
-        out = {(*seq, t): p * q for seq, p in out.items() if p > 0 for t, q in enumerate(law((*start, *seq)))}
+        out = {(*seq, t): p * q for seq, p in out.items() if p > 0 for t, q in enumerate(distribution((*start, *seq)))}
     return out

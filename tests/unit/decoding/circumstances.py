@@ -12,7 +12,7 @@ from app.decoding.settings import StopCondition
 
 
 class HostileClock:
-    """In place of time.perf_counter: between two looks at it pass the given seconds in turn."""
+    """Stands for time.perf_counter: between two looks at it pass the given seconds in turn."""
 
     def __init__(self, ticks: Iterable[float]) -> None:
         self._ticks, self._now = cycle(ticks), 0.0

@@ -12,40 +12,42 @@ from torch import Tensor
 from app.decoding.acceptance import accept_greedy, accept_sampled
 
 _VOCAB = 4
-_Laws = Callable[[tuple[int, ...]], Tensor]  # what was said so far -> law of the next token [V]
+_Distributions = Callable[[tuple[int, ...]], Tensor]  # what was said so far -> distribution of the next token [V]
 
 
-def _random_laws(seed: int, *, share_of_zeros: float = 0.0) -> _Laws:
-    def law(prefix: tuple[int, ...]) -> Tensor:
+def _random_distributions(seed: int, *, share_of_zeros: float = 0.0) -> _Distributions:
+    def distribution(prefix: tuple[int, ...]) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 10_007 + sum((t + 1) * 5**i for i, t in enumerate(prefix)))
         weights = torch.rand(_VOCAB, generator=generator, dtype=torch.float64)
         weights[torch.rand(_VOCAB, generator=generator) < share_of_zeros] = 0.0
         weights[0 if weights.sum() == 0 else slice(0, 0)] = 1.0
         return weights / weights.sum()
 
-    return law
+    return distribution
 
 
-def _always(*law: float) -> _Laws:
-    return lambda prefix: torch.tensor(law, dtype=torch.float64)
+def _always(*distribution: float) -> _Distributions:
+    return lambda prefix: torch.tensor(distribution, dtype=torch.float64)
 
 
-def _law_of_sequences(laws: _Laws, length: int) -> dict[tuple[int, ...], float]:
-    """Probability of every sequence when each token is drawn from `laws`."""
+def _probs_of_sequences(distributions: _Distributions, length: int) -> dict[tuple[int, ...], float]:
+    """Probability of every sequence when each token is drawn from `distributions`."""
     out = {(): 1.0}
     for _ in range(length):
-        out = {(*seq, t): p * float(laws(seq)[t]) for seq, p in out.items() for t in range(_VOCAB)}
+        out = {(*seq, t): p * float(distributions(seq)[t]) for seq, p in out.items() for t in range(_VOCAB)}
     return out
 
 
-def _law_of_a_round(rule: Callable[..., tuple[Tensor, Tensor]], draft: _Laws, target: _Laws, num_drafts: int):  # type: ignore[no-untyped-def]
+def _probs_of_a_round(
+    rule: Callable[..., tuple[Tensor, Tensor]], draft: _Distributions, target: _Distributions, num_drafts: int
+):  # type: ignore[no-untyped-def]
     """Probability of every sequence of num_drafts + 1 tokens that begins with one round of `rule`.
 
     Enumerates each drafted sequence and each side that a uniform can fall on of its threshold min(1, target/draft);
-    rounds that settle fewer tokens are continued with the target's own laws.
+    rounds that settle fewer tokens are continued with the target's own distributions.
     """
     total = dict.fromkeys(itertools.product(range(_VOCAB), repeat=num_drafts + 1), 0.0)
-    for drafts, p_drafts in _law_of_sequences(draft, num_drafts).items():
+    for drafts, p_drafts in _probs_of_sequences(draft, num_drafts).items():
         if p_drafts == 0.0:
             continue
         prefixes = [drafts[:i] for i in range(num_drafts + 1)]
@@ -59,7 +61,7 @@ def _law_of_a_round(rule: Callable[..., tuple[Tensor, Tensor]], draft: _Laws, ta
             if p_sides == 0.0:
                 continue
             uniforms = [a / 2 if below else (1 + a) / 2 for below, a in zip(sides, thresholds, strict=True)]
-            accepted, law = rule(
+            accepted, distribution = rule(
                 torch.tensor(drafts),
                 draft_probs_TV=draft_probs,
                 target_probs_SV=target_probs,
@@ -67,23 +69,25 @@ def _law_of_a_round(rule: Callable[..., tuple[Tensor, Tensor]], draft: _Laws, ta
             )
             for token in range(_VOCAB):
                 settled = (*drafts[: int(accepted)], token)
-                rest = _law_of_sequences(lambda tail, s=settled: target((*s, *tail)), num_drafts + 1 - len(settled))
+                rest = _probs_of_sequences(lambda tail, s=settled: target((*s, *tail)), num_drafts + 1 - len(settled))
                 for tail, p_tail in rest.items():
-                    total[(*settled, *tail)] += p_drafts * p_sides * float(law[token]) * p_tail
+                    total[(*settled, *tail)] += p_drafts * p_sides * float(distribution[token]) * p_tail
     return total
 
 
-def _error(rule: Callable[..., tuple[Tensor, Tensor]], draft: _Laws, target: _Laws, num_drafts: int) -> float:
-    exact = _law_of_sequences(target, num_drafts + 1)
-    return max(abs(p - exact[seq]) for seq, p in _law_of_a_round(rule, draft, target, num_drafts).items())
+def _error(
+    rule: Callable[..., tuple[Tensor, Tensor]], draft: _Distributions, target: _Distributions, num_drafts: int
+) -> float:
+    exact = _probs_of_sequences(target, num_drafts + 1)
+    return max(abs(p - exact[seq]) for seq, p in _probs_of_a_round(rule, draft, target, num_drafts).items())
 
 
 _PAIRS = {
-    "random": (_random_laws(1), _random_laws(2)),
-    "with zeros in both": (_random_laws(3, share_of_zeros=0.4), _random_laws(4, share_of_zeros=0.4)),
-    "equal": (_random_laws(5), _random_laws(5)),
-    "certain draft": (_always(0, 1, 0, 0), _random_laws(6)),
-    "certain target": (_random_laws(7), _always(0, 0, 1, 0)),
+    "random": (_random_distributions(1), _random_distributions(2)),
+    "with zeros in both": (_random_distributions(3, share_of_zeros=0.4), _random_distributions(4, share_of_zeros=0.4)),
+    "equal": (_random_distributions(5), _random_distributions(5)),
+    "certain draft": (_always(0, 1, 0, 0), _random_distributions(6)),
+    "certain target": (_random_distributions(7), _always(0, 0, 1, 0)),
     "certain and different": (_always(1, 0, 0, 0), _always(0, 0, 0, 1)),
     "certain and equal": (_always(0, 1, 0, 0), _always(0, 1, 0, 0)),
 }
@@ -91,17 +95,17 @@ _PAIRS = {
 
 @pytest.mark.parametrize("num_drafts", [1, 2])
 @pytest.mark.parametrize("pair", _PAIRS)
-def test_the_law_of_the_output_is_the_targets_by_exact_enumeration(pair: str, num_drafts: int) -> None:
+def test_the_distribution_of_the_output_is_the_targets_by_exact_enumeration(pair: str, num_drafts: int) -> None:
     assert _error(accept_sampled, *_PAIRS[pair], num_drafts) < 1e-12
 
 
-def _draws_again_from_the_target(drafts_T: Tensor, **laws: Tensor) -> tuple[Tensor, Tensor]:
-    accepted, _ = accept_sampled(drafts_T, **laws)
-    return accepted, laws["target_probs_SV"][accepted]
+def _draws_again_from_the_target(drafts_T: Tensor, **distributions: Tensor) -> tuple[Tensor, Tensor]:
+    accepted, _ = accept_sampled(drafts_T, **distributions)
+    return accepted, distributions["target_probs_SV"][accepted]
 
 
-def _keeps_every_draft(drafts_T: Tensor, **laws: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.tensor(len(drafts_T)), laws["target_probs_SV"][-1]
+def _keeps_every_draft(drafts_T: Tensor, **distributions: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.tensor(len(drafts_T)), distributions["target_probs_SV"][-1]
 
 
 @pytest.mark.parametrize("wrong_rule", [_draws_again_from_the_target, _keeps_every_draft])
@@ -110,22 +114,25 @@ def test_the_enumeration_notices_a_wrong_rule(wrong_rule: Callable[..., tuple[Te
 
 
 def test_a_rejection_by_rounding_alone_draws_from_the_target() -> None:
-    law = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    distribution = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     accepted, following = accept_sampled(
-        torch.tensor([0]), draft_probs_TV=law, target_probs_SV=law.repeat(2, 1), uniforms_T=torch.tensor([1.0])
+        torch.tensor([0]),
+        draft_probs_TV=distribution,
+        target_probs_SV=distribution.repeat(2, 1),
+        uniforms_T=torch.tensor([1.0]),
     )
     assert int(accepted) == 0
-    assert torch.equal(following, law[0])
+    assert torch.equal(following, distribution[0])
 
 
 def _accept(drafts: list[int], draft: list[float], target: list[float], uniform: float) -> tuple[int, list[float]]:
-    accepted, law = accept_sampled(
+    accepted, distribution = accept_sampled(
         torch.tensor(drafts, dtype=torch.long),
         draft_probs_TV=torch.tensor([draft] * len(drafts)).view(-1, _VOCAB),
         target_probs_SV=torch.tensor([target] * (len(drafts) + 1)),
         uniforms_T=torch.full((len(drafts),), uniform),
     )
-    return int(accepted), law.tolist()
+    return int(accepted), distribution.tolist()
 
 
 _ALMOST_ONE = 1.0 - 2.0**-24  # the largest float32 that torch.rand gives
@@ -147,16 +154,16 @@ _ALMOST_ONE = 1.0 - 2.0**-24  # the largest float32 that torch.rand gives
 def test_cases_by_hand(
     drafts: list[int], draft: list[float], target: list[float], uniform: float, expected: tuple[int, list[float]]
 ) -> None:
-    accepted, law = _accept(drafts, draft, target, uniform)
+    accepted, distribution = _accept(drafts, draft, target, uniform)
     assert accepted == expected[0]
-    assert law == pytest.approx(expected[1])
+    assert distribution == pytest.approx(expected[1])
 
 
-def test_a_residual_that_is_next_to_nothing_is_still_a_law() -> None:
-    _, law = _accept([0], [0.5, 0.5 - 1e-7, 0, 0], [0.5 - 1e-7, 0.5, 0, 0], _ALMOST_ONE)
-    assert law == pytest.approx([0, 1, 0, 0], abs=1e-6)
-    _, law = _accept([0], [1.0, 0, 0, 0], [1.0 - 1e-7, 0, 1e-40, 0], _ALMOST_ONE)  # a denormal mass
-    assert sum(law) == pytest.approx(1.0)
+def test_a_residual_that_is_next_to_nothing_is_still_a_distribution() -> None:
+    _, distribution = _accept([0], [0.5, 0.5 - 1e-7, 0, 0], [0.5 - 1e-7, 0.5, 0, 0], _ALMOST_ONE)
+    assert distribution == pytest.approx([0, 1, 0, 0], abs=1e-6)
+    _, distribution = _accept([0], [1.0, 0, 0, 0], [1.0 - 1e-7, 0, 1e-40, 0], _ALMOST_ONE)  # a denormal mass
+    assert sum(distribution) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from app.decoding.engine import decode
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import Strategy
 from app.errors import NotFiniteError
 from app.model.cpu import products
 from app.spans.decoder import SpanDecoder
@@ -76,26 +75,24 @@ def test_a_cache_that_must_grow_again_and_again_changes_nothing(monkeypatch: pyt
     assert _speculate(decoder, prompt_of(1)).tokens == continuation(_NAME, 1, _NUM_TOKENS)
 
 
-@pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative"])
 @pytest.mark.parametrize("name", [name for name in NAMES if "by modules" not in name and "phi3" not in name])
-def test_every_product_either_way_round_gives_the_same_tokens(
-    name: str, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_product_either_way_round_gives_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     swaps, swapped_product = Counter[int](), products.swapped_product
-    settings = DecodingSettings(max_new_tokens=_NUM_TOKENS, exit_layer=1, num_draft_tokens=4)
-    if strategy == "autoregressive":
-        settings = DecodingSettings(max_new_tokens=_NUM_TOKENS)
     monkeypatch.setattr(products, "swapped_product", lambda *args: swaps.update([1]) or swapped_product(*args))
     for least in (2**60, 1):
         assert not swaps
         monkeypatch.setattr(products, "_LEAST_ELEMENTS", least)
-        tokens = decode(SpanDecoder(model_named(name)), prompt_of(17), strategy=strategy, settings=settings).tokens
-        assert tokens == continuation(name, 17, _NUM_TOKENS)
+        assert _speculate(SpanDecoder(model_named(name)), prompt_of(17)).tokens == continuation(name, 17, _NUM_TOKENS)
     assert swaps
 
 
-@pytest.mark.parametrize("length", [6, 7, 8, 39, 40, 41, 47, 130])
-@pytest.mark.parametrize("name", ["mistral with a window", "qwen2 with a window", "phi3 with a window"])
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        *(("mistral with a window", length) for length in (6, 7, 8, 39, 40, 41, 47, 130)),
+        *((f"{kind} with a window", length) for kind in ("qwen2", "phi3") for length in (7, 41)),
+    ],
+)
 def test_prompts_around_and_far_beyond_a_window_continue_as_by_transformers(
     name: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,9 +112,9 @@ def test_projections_may_share_memory_in_any_order_and_without_their_biases(orde
     with torch.no_grad():
         for layer in model.model.layers:
             linears = layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
-            store = torch.cat([linears[place].weight for place in order])
-            for place, part in zip(order, store.split([len(linears[i].weight) for i in order]), strict=True):
-                linears[place].weight.data = part
+            store = torch.cat([linears[index].weight for index in order])
+            for index, part in zip(order, store.split([len(linears[i].weight) for i in order]), strict=True):
+                linears[index].weight.data = part
     assert _speculate(SpanDecoder(model), prompt_of(17)).tokens == continuation("qwen2 with biases", 17, _NUM_TOKENS)
 
 

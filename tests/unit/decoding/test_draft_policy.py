@@ -157,13 +157,13 @@ def test_the_engine_asks_with_the_probability_that_each_draft_was_chosen_with(
         settings=chosen,
         generator=torch.Generator().manual_seed(0),
     )
-    laws = exits.softmax(-1) if sampling.greedy else probabilities(exits, settings=sampling)
+    distributions = exits.softmax(-1) if sampling.greedy else probabilities(exits, settings=sampling)
     expected, last = [], result.tokens[0]
     assert 0 < result.accepted < result.drafted
     for step in result.steps:
         drafts = [last, *step.tokens[: step.accepted], *step.rejected]
         # Not asked after the last one that is allowed.
-        expected += [float(laws[before, draft]) for before, draft in pairwise(drafts[: step.drafted])]
+        expected += [float(distributions[before, draft]) for before, draft in pairwise(drafts[: step.drafted])]
         last = step.tokens[-1]
     assert _Asked.confidences == pytest.approx(expected, abs=1e-6)
     assert len(set(expected)) > (1 if sampling.greedy else 5)  # greedy output goes in circles

@@ -19,13 +19,13 @@ from tests.support.fake_decoder import FakeCache, FakeDecoder, past_after
 from tests.support.slow_twins import cut_at_end
 from tests.unit.decoding.circumstances import HostileClock, ends_after
 
-_VOCAB, _LAWS = 11, 23
+_VOCAB, _NUM_DISTRIBUTIONS = 11, 23
 _STRATEGIES = ("autoregressive", "self_speculative", "draft_model", "layer_skip")
 
 
 class _Case(NamedTuple):
     seed: int
-    agreement: float  # share of the laws that exits share with the full model
+    agreement: float  # share of the distributions that exits share with the full model
     prompts: list[list[int]]
     context: int
     strategy: str
@@ -63,10 +63,10 @@ def _cases(draw: st.DrawFn, *, sampled: bool = False) -> _Case:
     )
 
 
-def _laws(case: _Case) -> tuple[torch.Tensor, torch.Tensor]:
+def _distributions(case: _Case) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(case.seed)
-    full, other = torch.randn(2, _LAWS, _VOCAB, generator=generator)
-    agree = torch.rand(_LAWS, 1, generator=generator) < case.agreement
+    full, other = torch.randn(2, _NUM_DISTRIBUTIONS, _VOCAB, generator=generator)
+    agree = torch.rand(_NUM_DISTRIBUTIONS, 1, generator=generator) < case.agreement
     return full, full.where(agree, other)
 
 
@@ -77,7 +77,7 @@ def _decoder(full: torch.Tensor, exits: torch.Tensor, case: _Case) -> FakeDecode
 
 
 def _run(case: _Case, *, sampling: SamplingSettings | None = None, together: bool) -> list[DecodingResult]:
-    full, exits = _laws(case)
+    full, exits = _distributions(case)
     settings = DecodingSettings(
         max_new_tokens=case.budget,
         eos_token_ids=case.eos,
@@ -102,12 +102,12 @@ def _told(results: list[DecodingResult]) -> list[tuple[list[int], str, tuple[Ste
 
 def _expected(case: _Case, prompt: list[int]) -> tuple[list[int], str]:
     past, endless = 0, []
-    choices = _laws(case)[0].argmax(-1).tolist()
+    choices = _distributions(case)[0].argmax(-1).tolist()
     for token in prompt:
         past = past_after(past, token)
     room = case.context - len(prompt)
     for _ in range(min(case.budget, room)):
-        endless.append(choices[past % _LAWS])
+        endless.append(choices[past % _NUM_DISTRIBUTIONS])
         past = past_after(past, endless[-1])
     tokens, why = cut_at_end(endless, budget=len(endless), eos_token_ids=case.eos, pattern=case.pattern)
     return tokens, ("max_new_tokens" if case.budget <= room else "context_length") if why == "budget" else why
@@ -117,7 +117,7 @@ def _fits(case: _Case) -> _Case:
     return case._replace(prompts=[prompt[: case.context] for prompt in case.prompts])
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(case=_cases().map(_fits))
 def test_a_greedy_batch_gives_each_row_the_full_models_tokens_and_the_statistics_it_has_alone(case: _Case) -> None:
     together = _run(case, together=True)
@@ -127,14 +127,14 @@ def test_a_greedy_batch_gives_each_row_the_full_models_tokens_and_the_statistics
     assert _told(together) == _told(_run(case, together=False))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(case=_cases(sampled=True).map(_fits), temperature=st.sampled_from((0.3, 1.0)), top_k=st.sampled_from((None, 3)))
 def test_a_sampled_batch_gives_each_row_what_it_gets_alone(case: _Case, temperature: float, top_k: int | None) -> None:
     sampling = SamplingSettings(temperature=temperature, top_k=top_k)
     assert _told(_run(case, sampling=sampling, together=True)) == _told(_run(case, sampling=sampling, together=False))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=_cases().map(_fits), ticks=st.lists(st.integers(1, 50), min_size=1, max_size=7))
 def test_no_clock_changes_what_a_greedy_batch_says(case: _Case, ticks: list[int]) -> None:
     case = case._replace(settings=case.settings | {"fall_back": True}, budget=40, context=400)

@@ -1,4 +1,4 @@
-"""Sampled output follows the full model's law: samples through the whole engine, counted against plain enumeration."""
+"""Sampled output follows the full model's distribution: samples of the engine are counted against plain enumeration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from tests.support.fake_decoder import FakeDecoder
-from tests.support.slow_twins import law_by_sorting, law_of_sequences
+from tests.support.slow_twins import probs_by_sorting, probs_of_sequences
 
 _VOCAB, _LENGTH, _ROWS = 4, 4, 500
 _FULL, _OTHER = torch.randn(2, _VOCAB, _VOCAB, generator=torch.Generator().manual_seed(3))
@@ -60,24 +60,24 @@ def _samples(way: str, cut: str, number: int) -> list[DecodingResult]:
     return results
 
 
-def _law(cut: str) -> Callable[[tuple[int, ...]], list[float]]:
-    """The full model's law given everything before, in plain Python."""
+def _distribution(cut: str) -> Callable[[tuple[int, ...]], list[float]]:
+    """The full model's distribution given everything before, in plain Python."""
 
-    def law(ids: tuple[int, ...]) -> list[float]:
+    def distribution(ids: tuple[int, ...]) -> list[float]:
         logits = _FULL[ids[-1]].tolist()
         if "processor" in _CUTS[cut]:
             logits = [score - _PENALTY * ids.count(token) for token, score in enumerate(logits)]
         cuts = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0} | _CUTS[cut]
         cuts.pop("processor", None)
-        return law_by_sorting(logits, **cuts)
+        return probs_by_sorting(logits, **cuts)
 
-    return law
+    return distribution
 
 
 def _excess(results: list[DecodingResult], cut: str) -> float:
     """Chi-square over its 0.999 quantile; cells that expect less than 5 are one."""
     counts = Counter(tuple(result.tokens) for result in results)
-    expected = law_of_sequences(_law(cut), length=_LENGTH, start=(0,))
+    expected = probs_of_sequences(_distribution(cut), length=_LENGTH, start=(0,))
     impossible = [seq for seq in counts if expected.get(seq, 0.0) == 0.0]
     if impossible:
         return float("inf")
@@ -95,7 +95,7 @@ def _excess(results: list[DecodingResult], cut: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", _WAYS)
 @pytest.mark.parametrize("cut", _CUTS)
-def test_20000_samples_follow_the_full_models_law(way: str, cut: str) -> None:
+def test_20000_samples_follow_the_full_models_distribution(way: str, cut: str) -> None:
     results = _samples(way, cut, 20_000)
     assert _excess(results, cut) < 1.0
     kinds = {(step.drafted, step.accepted) for result in results for step in result.steps}
@@ -107,7 +107,7 @@ def test_20000_samples_follow_the_full_models_law(way: str, cut: str) -> None:
     ("way", "cut"),
     [(way, "a processor of the context") for way in _WAYS] + [("self_speculative", "top-k, top-p and min-p")],
 )
-def test_samples_follow_the_full_models_law_whoever_drafts(way: str, cut: str) -> None:
+def test_samples_follow_the_full_models_distribution_whoever_drafts(way: str, cut: str) -> None:
     results = _samples(way, cut, 2_000)
     assert _excess(results, cut) < 1.0
     kinds = {(step.drafted, step.accepted) for result in results for step in result.steps}
@@ -119,9 +119,9 @@ def _keeps_every_draft(drafts_T: Tensor, *, target_probs_SV: Tensor, **_: Tensor
     return torch.tensor(len(drafts_T)), target_probs_SV[-1]
 
 
-def _draws_again_from_the_target(drafts_T: Tensor, **laws: Tensor) -> tuple[Tensor, Tensor]:
-    accepted, _ = _REAL_RULE(drafts_T, **laws)
-    return accepted, laws["target_probs_SV"][accepted]
+def _draws_again_from_the_target(drafts_T: Tensor, **distributions: Tensor) -> tuple[Tensor, Tensor]:
+    accepted, _ = _REAL_RULE(drafts_T, **distributions)
+    return accepted, distributions["target_probs_SV"][accepted]
 
 
 _REAL_RULE, _REAL_PROCESS = acceptance.accept_sampled, acceptance.process
@@ -147,7 +147,7 @@ def test_the_count_notices(name: str, wrong: Callable[..., object], monkeypatch:
     assert _excess(_samples("self_speculative", cut, 2_000), cut) > 1.2
 
 
-def test_the_count_notices_laws_that_are_cut_for_the_drafter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_count_notices_distributions_that_are_cut_for_the_drafter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     real = acceptance.probabilities
     plain = SamplingSettings(temperature=1.3)
     monkeypatch.setattr(
@@ -187,18 +187,18 @@ def test_a_seed_gives_the_same_in_any_batch_and_leaves_the_global_generator_alon
         ([[0.0, 0.0, 0.0, 0.0]] * 4, [[0.0, 0.0, 99.0, 0.0]] * 4),  # a draft of probability 1
     ],
 )
-@pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1.0])
-def test_laws_at_the_edge_give_tokens_that_the_full_model_may_say(
-    full: list[list[float]], exits: list[list[float]], temperature: float
+def test_distributions_at_the_edge_give_tokens_that_the_full_model_may_say(
+    full: list[list[float]], exits: list[list[float]]
 ) -> None:
-    decoder = FakeDecoder(torch.tensor(full), torch.tensor(exits))
-    sampling = SamplingSettings(temperature=temperature)
-    settings = DecodingSettings(max_new_tokens=30, exit_layer=1, num_draft_tokens=4, sampling=sampling)
-    result = decode(
-        decoder, [0], strategy="self_speculative", settings=settings, generator=torch.Generator().manual_seed(0)
-    )
-    allowed = (torch.tensor(full[0]) / max(temperature, 1e-30)).softmax(-1).nan_to_num(1.0) > 0
-    assert len(result.tokens) == 30
-    assert all(allowed[token] for token in result.tokens)
-    if full == exits and temperature == 1.0:
-        assert result.accepted == result.drafted
+    for temperature in (1e-300, 1e-9, 1.0):
+        decoder = FakeDecoder(torch.tensor(full), torch.tensor(exits))
+        sampling = SamplingSettings(temperature=temperature)
+        settings = DecodingSettings(max_new_tokens=30, exit_layer=1, num_draft_tokens=4, sampling=sampling)
+        result = decode(
+            decoder, [0], strategy="self_speculative", settings=settings, generator=torch.Generator().manual_seed(0)
+        )
+        allowed = (torch.tensor(full[0]) / max(temperature, 1e-30)).softmax(-1).nan_to_num(1.0) > 0
+        assert len(result.tokens) == 30
+        assert all(allowed[token] for token in result.tokens)
+        if full == exits and temperature == 1.0:
+            assert result.accepted == result.drafted

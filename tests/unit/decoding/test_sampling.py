@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,25 +21,26 @@ from transformers.generation import (
 
 from app.decoding.sampling import SamplingSettings, draw, probabilities
 from app.errors import ConfigError
-from tests.support.slow_twins import law_by_sorting
+from tests.support.slow_twins import probs_by_sorting
 
 
 def _logits(rows: int, vocab: int, *, seed: int = 0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("top_k", [None, 1, 3, 100])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
-@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.3, 1.0])
-def test_probabilities_equal_a_plain_python_reference(
-    temperature: float, top_k: int | None, top_p: float, min_p: float
-) -> None:
-    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+def _grid(**values: list[Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values."""
+    return (dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
+
+
+def test_probabilities_equal_a_plain_python_reference() -> None:
     logits = _logits(5, 11)
-    expected = [law_by_sorting(row, **chosen) for row in logits.tolist()]  # type: ignore[arg-type]
-    ours = probabilities(logits, settings=SamplingSettings(**chosen))  # type: ignore[arg-type]
-    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
+    for chosen in _grid(
+        temperature=[0.3, 1.0, 2.5], top_k=[None, 1, 3, 100], top_p=[1.0, 0.9, 0.5, 0.01], min_p=[0.0, 0.02, 0.3, 1.0]
+    ):
+        expected = [probs_by_sorting(row, **chosen) for row in logits.tolist()]
+        ours = probabilities(logits, settings=SamplingSettings(**chosen))
+        torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
 
 
 def _by_transformers(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float, min_p: float) -> Tensor:
@@ -52,18 +55,14 @@ def _by_transformers(logits: Tensor, *, temperature: float, top_k: int | None, t
     return warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits).softmax(-1)
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("top_k", [None, 1, 5, 100])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
-@pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
-def test_laws_are_those_of_transformers_generate(
-    temperature: float, top_k: int | None, top_p: float, min_p: float
-) -> None:
-    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+def test_distributions_are_those_of_transformers_generate() -> None:
     logits = _logits(40, 31, seed=1).float()
     logits[:, 7] = -torch.inf  # as a processor may leave it
-    ours = probabilities(logits, settings=SamplingSettings(**chosen))  # type: ignore[arg-type]
-    torch.testing.assert_close(ours, _by_transformers(logits, **chosen), rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+    for chosen in _grid(
+        temperature=[0.3, 1.0, 2.5], top_k=[None, 1, 5, 100], top_p=[1.0, 0.9, 0.3], min_p=[0.0, 0.05, 1.0]
+    ):
+        ours = probabilities(logits, settings=SamplingSettings(**chosen))
+        torch.testing.assert_close(ours, _by_transformers(logits, **chosen), rtol=1e-5, atol=1e-6)
 
 
 def test_the_comparison_with_transformers_notices_min_p_before_temperature() -> None:
@@ -90,7 +89,7 @@ def test_top_p_keeps_no_token_more_once_the_share_is_reached_exactly() -> None:
     assert int((ours > 0).sum()) == int((_by_transformers(logits, **chosen) > 0).sum()) == 2  # type: ignore[arg-type]
 
 
-def test_where_transformers_law_is_not_a_number_ours_is_one_hot() -> None:
+def test_where_transformers_distribution_is_not_a_number_ours_is_one_hot() -> None:
     logits = torch.tensor([[1.0, 90.0, -3.0]])
     chosen = {"temperature": 1e-38, "top_k": None, "top_p": 1.0, "min_p": 0.0}
     assert _by_transformers(logits, **chosen).isnan().all()  # type: ignore[arg-type]
@@ -152,7 +151,7 @@ def _sorted_sizes(monkeypatch: pytest.MonkeyPatch, logits: Tensor, **chosen: Any
     return sizes, asked
 
 
-def test_only_laws_that_the_most_probable_tokens_do_not_fill_are_sorted_as_a_whole(
+def test_only_distributions_that_the_most_probable_tokens_do_not_fill_are_sorted_as_a_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     peaked, flat = _logits(1, 6000)[0].float(), torch.zeros(6000)
@@ -168,12 +167,12 @@ def test_no_other_device_is_waited_for() -> None:
     probabilities(logits, settings=SamplingSettings(temperature=1.0, top_k=50, top_p=0.9, min_p=0.1))
 
 
-def test_a_tiny_temperature_ends_in_a_one_hot_law_even_in_bf16() -> None:
+def test_a_tiny_temperature_ends_in_a_one_hot_distribution_even_in_bf16() -> None:
     logits = torch.tensor([1.0, 90.0, -3.0], dtype=torch.bfloat16)
     assert probabilities(logits, settings=SamplingSettings(temperature=1e-30)).tolist() == [0.0, 1.0, 0.0]
 
 
-def test_a_law_does_not_depend_on_what_else_is_in_the_tensor() -> None:
+def test_a_distribution_does_not_depend_on_what_else_is_in_the_tensor() -> None:
     logits = _logits(6, 31).float()
     settings = SamplingSettings(temperature=0.7, top_k=9, top_p=0.9, min_p=0.05)
     together = probabilities(logits.view(2, 3, 31), settings=settings).view(6, 31)
@@ -181,10 +180,10 @@ def test_a_law_does_not_depend_on_what_else_is_in_the_tensor() -> None:
         assert torch.equal(together[row], probabilities(logits[row], settings=settings))
 
 
-def test_a_token_is_drawn_from_the_given_generator_by_the_law_alone() -> None:
+def test_a_token_is_drawn_from_the_given_generator_by_the_distribution_alone() -> None:
     before = torch.get_rng_state()
-    law = torch.tensor([0.0, 0.25, 0.0, 0.75])
-    tokens = [int(draw(law, generator=torch.Generator().manual_seed(seed))) for seed in range(400)]
+    distribution = torch.tensor([0.0, 0.25, 0.0, 0.75])
+    tokens = [int(draw(distribution, generator=torch.Generator().manual_seed(seed))) for seed in range(400)]
     assert set(tokens) == {1, 3}
     assert 70 < tokens.count(1) < 130  # 100 within 3.5 standard deviations
     assert torch.equal(torch.get_rng_state(), before)
@@ -219,7 +218,9 @@ def test_a_setting_out_of_range_is_named(bad: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("useless", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
-def test_what_cuts_a_law_warns_without_temperature(useless: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cuts_a_distribution_warns_without_temperature(
+    useless: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         SamplingSettings(**useless)  # type: ignore[arg-type]
     assert "no effect" in caplog.text

@@ -36,7 +36,7 @@ def fast_stop(condition, tokens, sizes, prompt=()):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_stops_where_decoding_everything_for_every_token_would(kind, data):
     tokenizer = TOKENIZERS[kind]
     some = st.integers(0, len(tokenizer) + 1)

@@ -157,10 +157,14 @@ class _HiddenTransfers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("policy", ["fixed", "adaptive"])
-@pytest.mark.parametrize("sampling", [SamplingSettings(), SamplingSettings(temperature=1.0, top_k=9, top_p=0.9)])
+_GREEDY, _SAMPLED = SamplingSettings(), SamplingSettings(temperature=1.0, top_k=9, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sampling", "policy"),
+    [((9,), _GREEDY, "adaptive"), ((9, 1, 30), _GREEDY, "fixed"), ((9, 1, 30), _SAMPLED, "adaptive")],
+)
 @pytest.mark.parametrize("strategy", _NEEDS)
-@pytest.mark.parametrize("lengths", [(9,), (9, 1, 30)])
 def test_the_host_waits_once_a_draft_step_and_once_a_round(
     lengths: tuple[int, ...], strategy: Any, sampling: SamplingSettings, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,10 +192,11 @@ def test_the_host_waits_once_a_draft_step_and_once_a_round(
     assert hidden.seen == []
 
 
-@pytest.mark.parametrize("processor", [None, lambda ids, scores: scores])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("lengths", "temperature", "processor"),
+    [((9,), 0.0, None), ((9,), 1.0, lambda ids, scores: scores), ((9, 1, 30), 1.0, None)],
+)
 @pytest.mark.parametrize("strategy", _NEEDS)
-@pytest.mark.parametrize("lengths", [(9,), (9, 1, 30)])
 def test_a_round_sends_the_latest_tokens_to_the_device_and_where_uneven_rows_stand(
     lengths: tuple[int, ...], strategy: Any, temperature: float, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +220,7 @@ def test_a_round_sends_the_latest_tokens_to_the_device_and_where_uneven_rows_sta
     expected = prefill + max(result.rounds for result in results) + counts["contexts"]
     if len(lengths) == 1:
         assert counts["tensor"] == expected
-    else:  # one for each place that a span of blocks starts from, and for the rows that are left
+    else:  # one for each span of blocks, and one for the rows that are left
         leaving = counts["keep_rows"] + (counts["keep_rows"] // 2 if models == 2 else 0)
         assert counts["tensor"] <= expected + counts["run_blocks"] + leaving
     assert bool(counts["contexts"]) == (processor is not None)

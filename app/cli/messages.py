@@ -59,7 +59,8 @@ def user_message(error: BaseException) -> str | None:
     """The message for an error that the user can mend, or None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if (message := _of_chosen_class(error)) or type(error).__name__ == _LIGHTNINGS:
+    # A fault first: torch raises the death of a data worker wherever it is, for instance in the optimizer's step.
+    if (message := _of_fault(error) or _of_chosen_class(error)) or type(error).__name__ == _LIGHTNINGS:
         return message or str(error)
     if isinstance(error, OSError) and (error.errno in _OF_DISKS or error.filename is not None):
         named = isinstance(error.filename, str | bytes | os.PathLike)
@@ -69,7 +70,7 @@ def user_message(error: BaseException) -> str | None:
             f"{error.strerror or error}{file}; files written before are whole: {mend} and repeat"
             " (fit resumes with --ckpt_path auto)"
         )
-    return _of_fault(error)
+    return None
 
 
 def locate(error: Exception, config: Any) -> LocatedError:

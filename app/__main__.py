@@ -1,4 +1,4 @@
-"""`layerskip` and `python -m app`: dispatch only."""
+"""The command `layerskip`, also as `python -m app`."""
 
 from __future__ import annotations
 

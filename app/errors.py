@@ -1,14 +1,17 @@
-"""What a user can get wrong, said once and said well: field, got, allowed, fix."""
+"""Errors that a user can mend, with messages of one form: field, got, allowed, fix.
+
+Tested by tests/contract/test_command_line.py and tests/unit/cli/test_messages.py.
+"""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 
 class UserError(Exception):
-    """An error the user can mend; the command line prints it without a traceback and exits with status 2."""
+    """An error that the user can mend; the command line prints it without a traceback and exits with status 2."""
 
 
 class ConfigError(UserError, ValueError):
@@ -17,8 +20,8 @@ class ConfigError(UserError, ValueError):
     Args:
         field: Name of the setting, as the constructor spells it; the command line completes it to its full path.
         got: The offending value.
-        allowed: What would have been accepted, in words or as an interval.
-        fix: Optional advice on what to do.
+        allowed: What would be accepted, in words or as an interval.
+        fix: Advice on what to do, or nothing.
     """
 
     def __init__(self, field: str, *, got: object, allowed: str, fix: str = "") -> None:
@@ -29,13 +32,13 @@ class ConfigError(UserError, ValueError):
         return self.message(self.field)
 
     def message(self, field: str) -> str:
-        """The one-line message, with `field` written as given (for instance as a full path)."""
+        """The message in one line, with another name for the field, such as its full path."""
         advice = f"; {self.fix}" if self.fix else ""
         return f"{field}: got {self.got!r}, allowed {self.allowed}{advice}"
 
 
 class DataError(UserError):
-    """Data that is missing, empty or unreadable; the message names the source and the place in it."""
+    """Data that is missing, empty or unreadable; the message names the source and the location in it."""
 
 
 class CheckpointError(UserError):
@@ -43,25 +46,25 @@ class CheckpointError(UserError):
 
     @classmethod
     def unusable(cls, path: object, found: str, cause: BaseException | None = None) -> Self:
-        """The error about a checkpoint in which `found` was found; of the cause, the message is shortened to a line."""
+        """The error about checkpoint `path`, in which something was found; the cause is shortened to one line."""
         reason = "" if cause is None else f" ({textwrap.shorten(str(cause), 300)})"
         return cls(f"checkpoint {path}: {found}{reason}; use an earlier one")
 
 
 class DisagreementError(UserError):
-    """Ranks were about to compute different things; the message names the first difference and what each rank had."""
+    """Ranks were about to compute different things; the message names the first difference, and each rank's value."""
 
 
 class NotFiniteError(UserError):
-    """A model computes something that is not finite where a token is to be chosen."""
+    """A model's logits are not finite where a token is to be chosen from them."""
 
 
 class DivergenceError(UserError):
-    """Training produced a loss or gradient that is not finite; the message names step and exit."""
+    """A loss or gradient of training is not finite; the message names the step and the exit."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on; each once: one raised again may be its own cause."""
+    """The error, its cause, the cause of that, and so on; each once, since an error may be its own cause."""
     seen = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -82,22 +85,21 @@ def check_range(
     """Raise ConfigError unless `low <= value <= high` (`< high` when `high_open`); NaN never passes."""
     low_ok = low is None or value >= low
     high_ok = high is None or (value < high if high_open else value <= high)
-    if low_ok and high_ok and value == value:  # the last one rejects NaN
+    if low_ok and high_ok and value == value:  # NaN is not equal to itself
         return
     left = "(-inf" if low is None else f"[{low}"
     right = "inf)" if high is None else f"{high}{')' if high_open else ']'}"
     raise ConfigError(field, got=value, allowed=f"{left}, {right}", fix=fix)
 
 
-def check_choice(field: str, value: str, table: object) -> None:
-    """Raise ConfigError unless `value` is a key of `table` (any container that lists the choices)."""
-    choices = list(table)  # type: ignore[call-overload]
-    if value not in choices:
-        raise ConfigError(field, got=value, allowed=" | ".join(choices))
+def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`, such as the keys of a table."""
+    if value not in (names := [*choices]):
+        raise ConfigError(field, got=value, allowed=" | ".join(names))
 
 
 def require_total_steps(max_steps: int, *, field: str, got: str) -> int:
-    """The length of the run in optimizer steps, or ConfigError: `field`'s value `got` cannot do without it."""
+    """The length of the run in optimizer steps, or ConfigError if it has none and value `got` of `field` needs one."""
     if max_steps < 1:
         fix = "set trainer.max_steps"
         raise ConfigError(field, got=got, allowed="only in a run of known length (trainer.max_steps >= 1)", fix=fix)

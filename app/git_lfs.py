@@ -1,4 +1,7 @@
-"""What git keeps in the place of a large file until `git lfs pull` fetches it."""
+"""The text that git keeps instead of a large file until `git lfs pull` fetches it.
+
+Tested by tests/unit/datamodules/readers/test_whole_files.py and tests/unit/model_files/test_open.py.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,6 @@ IS_POINTER = "a git-lfs pointer, not the file itself: run git lfs pull"
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether the file at `path` is such a text. Raises OSError if it cannot be read."""
+    """Whether a file holds only this text. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         return file.read(len(POINTER)) == POINTER

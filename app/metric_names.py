@@ -1,20 +1,27 @@
-"""Every logged key, once; units are in the key."""
+"""The names of all logged metrics; units are in the name."""
 
 from __future__ import annotations
 
 TRAIN_LOSS = "train/loss"
 TRAIN_LABEL_TOKENS = "train/label_tokens_per_step"
+TRAIN_EXIT_LOSS = "train/exit_loss"  # by exit, in nats a token; only of steps at which the exit is on
+TRAIN_EXIT_WEIGHT = "train/exit_weight"  # by exit, as normalised in the loss of the step
 SKIPPED_STEPS = "train/skipped_steps"
 NUM_EXITS_ON = "train/num_exits_on"
 DROPOUT_MEAN_RATE = "train/dropout_rate/mean"
 DROPOUT_LAST_RATE = "train/dropout_rate/last_layer"
+
+# Of held-out rows, the last three by exit and below the stage, val or test.
 VAL_LOSS = "val/loss"
 TEST_LOSS = "test/loss"
+EXIT_LOSS = "exit_loss"  # in nats a token
+EXIT_PERPLEXITY = "exit_perplexity"
+EXIT_AGREEMENT = "exit_agreement"  # share of tokens whose most probable token is the full model's
 
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
 DATA_WAIT_SHARE = "throughput/data_wait_share"  # of the time from one micro-batch to the next
 BLOCKS_SAVED_SHARE = "throughput/blocks_saved_share"
-BLOCKS_SKIPPED_SHARE = "throughput/blocks_skipped_share"  # nobody went through them: FSDP2 gathered nothing for them
+BLOCKS_SKIPPED_SHARE = "throughput/blocks_skipped_share"  # blocks that no sample of any rank entered
 MODEL_FLOPS_UTILISATION = "throughput/model_flops_utilisation"
 MEMORY_GIB = "memory/peak_gib"
 
@@ -25,7 +32,6 @@ DECODE_SS_TOKENS_PER_SECOND = "decode/self_speculative_tokens_per_second"
 DECODE_SPEEDUP = "decode/speedup"
 DECODE_IDENTICAL_SHARE = "decode/identical_share"
 
-
 DATA_PADDING_SHARE = "data/padding_share"
 
 
@@ -34,32 +40,9 @@ def data_source(name: str, source: str) -> str:
     return f"data/{name}/{source}"
 
 
-TRAIN_EXIT_LOSS = "train/exit_loss/"
-
-
-def train_exit_loss(exit_layer: int) -> str:
-    """Training loss of one exit, in nats a token; only of steps at which it is on."""
-    return f"{TRAIN_EXIT_LOSS}exit_{exit_layer:02d}"
-
-
-def train_exit_weight(exit_layer: int) -> str:
-    """Normalised weight of one exit in this step's loss."""
-    return f"train/exit_weight/exit_{exit_layer:02d}"
-
-
-def exit_loss(stage: str, exit_layer: int) -> str:
-    """Held-out loss of one exit, in nats a token; `stage` is val or test."""
-    return f"{stage}/exit_loss/exit_{exit_layer:02d}"
-
-
-def exit_perplexity(stage: str, exit_layer: int) -> str:
-    """Held-out perplexity of one exit; `stage` is val or test."""
-    return f"{stage}/exit_perplexity/exit_{exit_layer:02d}"
-
-
-def exit_agreement(stage: str, exit_layer: int) -> str:
-    """Share of held-out tokens whose top-1 prediction at this exit equals the full model's."""
-    return f"{stage}/exit_agreement/exit_{exit_layer:02d}"
+def of_exit(name: str, exit_layer: int) -> str:
+    """A metric of one exit."""
+    return f"{name}/exit_{exit_layer:02d}"
 
 
 def source_loss(stage: str, source: str) -> str:
@@ -79,6 +62,6 @@ def parse_figure(name: str, stage: str, exit_layer: int, num_draft_tokens: int |
     """
     prefix = "test/parse" if stage == "test" else "parse"
     if num_draft_tokens is None:
-        return f"{prefix}/{name}/exit_{exit_layer:02d}"
+        return of_exit(f"{prefix}/{name}", exit_layer)
     strategy = "self_speculative" if num_draft_tokens else "autoregressive"
     return decode_setting(f"{prefix}/{strategy}/{name}", exit_layer, num_draft_tokens)

@@ -1,7 +1,7 @@
-"""SIGUSR1 while `layerskip fit` starts: noted, since a job whose time is up is to be queued again, not to die of it.
+"""Notes a SIGUSR1 that arrives while `layerskip fit` starts, so that the job is queued again instead of ended.
 
-Importing, reading a corpus and loading weights can take longer than SLURM's notice. SIGTERM ends a process that has
-nothing to save, as always.
+Importing, reading a corpus and loading weights can take longer than SLURM's notice. SIGTERM still ends the process,
+which has nothing to save yet. Tested by tests/integration/test_preemption.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ _received: list[int] = []
 
 
 def note_startup_signals() -> None:
-    """From now on, until something else listens."""
+    """Note SIGUSR1 from now on, until something else handles it."""
     signal.signal(signal.SIGUSR1, lambda signum, _: _received.append(signum))
 
 
 def take_startup_signal() -> int | None:
-    """What was received; it is told once."""
+    """The signal that was received, if any; it is returned only once."""
     received = _received[0] if _received else None
     _received.clear()
     return received

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: a full disk, or an end in the middle, costs nobody the file before."""
+"""Writes a file whole or not at all, so that a full disk or a killed process does not damage the file before."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write `content`, text as UTF-8, beside `path` and put it in place once it is on the disk.
+    """Write `content`, text as UTF-8, beside `path` and rename it once it is on the disk.
 
-    A link stays and its target is replaced, with the mode it had; into a pipe or a device it is written as it is.
+    A link stays; its target is replaced and keeps its mode. A pipe or a device is written to directly.
 
     Raises:
-        OSError: It cannot be written; what stood there stands, and nothing is left beside it.
+        OSError: It cannot be written; the file before is unchanged, and nothing is left beside it.
     """
     path, data = path.resolve(), content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
-    partial = path.with_name(f".{path.name}.partial")  # a rename needs the same disk
+    partial = path.with_name(f".{path.name}.partial")  # in the same folder, since a rename needs the same disk
     try:
         with partial.open("wb") as file:
             file.write(data)

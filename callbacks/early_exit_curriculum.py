@@ -99,4 +99,6 @@ class EarlyExitCurriculum(Callback):
         weights = pl_module.exit_weights
         pl_module.log(metric_names.NUM_EXITS_ON, len(weights))
         for exit_layer in range(1, pl_module.num_layers + 1):  # also 0 of exits that are off: Lightning repeats values
-            pl_module.log(metric_names.train_exit_weight(exit_layer), weights.get(exit_layer, 0.0))
+            pl_module.log(
+                metric_names.of_exit(metric_names.TRAIN_EXIT_WEIGHT, exit_layer), weights.get(exit_layer, 0.0)
+            )

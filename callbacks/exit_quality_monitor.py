@@ -87,10 +87,10 @@ class ExitQualityMonitor(Callback):
         assert self._quality is not None
         scores = self._quality.compute()
         self._quality.reset()
+        names = metric_names.EXIT_LOSS, metric_names.EXIT_PERPLEXITY, metric_names.EXIT_AGREEMENT
         for layer, score in scores.items():
-            pl_module.log(metric_names.exit_loss(stage, layer), score.loss, sync_dist=True)
-            pl_module.log(metric_names.exit_perplexity(stage, layer), score.perplexity, sync_dist=True)
-            pl_module.log(metric_names.exit_agreement(stage, layer), score.agreement, sync_dist=True)
+            for name, value in zip(names, (score.loss, score.perplexity, score.agreement), strict=True):
+                pl_module.log(metric_names.of_exit(f"{stage}/{name}", layer), value, sync_dist=True)
         return scores
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from app.checkpoints.atomic import (
 from app.checkpoints.contents import read_file, read_whole
 from app.checkpoints.integrity import KEEP_PREVIOUS, damage, saved_step
 from app.checkpoints.run_lock import release
-from app.checkpoints.weights import read_plain
 from app.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -120,16 +119,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _lost_steps(damaged: Path, previous: Path) -> str:
-    last, step = _step(damaged), _step(previous)
+    last, step = saved_step(damaged), saved_step(previous)
     if last is None or step is None:
         return "the damaged one does not tell how many steps are lost"
     return f"{last - step} steps are lost, training goes on after step {step}"
-
-
-def _step(path: Path) -> int | None:
-    if path.is_dir():
-        return saved_step(path)
-    try:
-        return int(read_plain(path, mmap=True)["global_step"])
-    except (CheckpointError, KeyError, TypeError, ValueError):  # the file is damaged
-        return None

@@ -67,10 +67,12 @@ def damage(path: Path) -> str | None:
 
 
 def saved_step(path: Path) -> int | None:
-    """The optimizer steps taken when a directory was written, also if it is damaged; None if it does not tell."""
+    """The optimizer steps taken when a checkpoint was written, also if it is damaged; None if it does not tell."""
     try:
-        return int(_read_manifest(path)["step"])
-    except CheckpointError:
+        if path.is_dir():
+            return int(_read_manifest(path)["step"])
+        return int(read_plain(path, mmap=True)["global_step"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
         return None
 
 

@@ -35,16 +35,13 @@ def end_with_step(fit_loop: dict[str, Any], trainer: Trainer) -> None:
         batches["is_last_batch"] = False
         for counts in (validation["total"], seen):  # the validation after that step was over before the next one began
             counts.update(dict.fromkeys(counts, counts["completed"]))
-    elif batches["current"]["completed"] < ready or _is_interrupted(validation, trainer):
+        return
+    is_over = validation["is_last_batch"] and seen["completed"] == seen["ready"]
+    if batches["current"]["completed"] < ready or (trainer.validating and not is_over):
         for counts in (validation["total"], seen):  # what Lightning has at the first batch of a validation
             counts.update(dict.fromkeys(counts, counts["completed"] - seen["completed"]))
             counts["ready"] = counts["started"] = counts["completed"] + 1
         validation["is_last_batch"] = False
-
-
-def _is_interrupted(validation: dict[str, Any], trainer: Trainer) -> bool:
-    over = validation["is_last_batch"] and validation["current"]["completed"] == validation["current"]["ready"]
-    return trainer.validating and not over
 
 
 def count_micro_batches(fit_loop: dict[str, Any], *, saved: int | None, given: int) -> None:
@@ -52,14 +49,17 @@ def count_micro_batches(fit_loop: dict[str, Any], *, saved: int | None, given: i
 
     Lightning takes a step when the number of micro-batches is a multiple of `accumulate_grad_batches`. A run that goes
     on with the same global batch on another number of devices would otherwise take its next step too early or too late.
-    With `saved` None the counts themselves must tell. Counts that are right already stay as they are.
+    With `saved` None the counts of the epoch must tell. They do not before its first step, nor after its last one,
+    which may have had fewer micro-batches. Counts that are right already stay as they are.
 
     Raises:
         CheckpointError: The checkpoint was saved within a step.
     """
     batches, steps = fit_loop[_BATCHES], fit_loop[_OPTIMIZATION]["optimizer"]["step"]
     if saved is None:
-        saved = _micro_batches_a_step(batches, steps["current"]["completed"]) or given
+        ready, taken = batches["current"]["ready"], steps["current"]["completed"]
+        tells = taken and not batches["is_last_batch"] and ready % taken == 0
+        saved = (ready // taken if tells else 0) or given
     if saved == given or batches["total"]["ready"] == steps["total"]["completed"] * given:
         return
     for counts in (batches["total"], batches["current"]):
@@ -71,9 +71,3 @@ def count_micro_batches(fit_loop: dict[str, Any], *, saved: int | None, given: i
             )
         for kind in ("ready", "started", "processed", "completed"):  # the last may be one less than the others
             counts[kind] += ready // saved * given - ready
-
-
-def _micro_batches_a_step(batches: dict[str, Any], steps: int) -> int:
-    """Computed from an epoch's counts; 0 where they do not tell: before its first step, and after its last, cut one."""
-    ready: int = batches["current"]["ready"]
-    return 0 if steps == 0 or batches["is_last_batch"] or ready % steps else ready // steps

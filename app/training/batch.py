@@ -40,16 +40,7 @@ class GivenBatch(TypedDict):
     source: NotRequired[Tensor]
 
 
-class Batch(TypedDict):
-    """A GivenBatch with its defaults."""
-
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    source: Tensor
-
-
-def completed(given: GivenBatch | Batch) -> Batch:
+def completed(given: GivenBatch) -> GivenBatch:
     """The batch with defaults for what it lacks."""
     input_ids = given["input_ids"]
     if (positions := given.get("position_ids")) is None:
@@ -92,7 +83,7 @@ def _described(value: object) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-def _check_values(batch: Batch, *, config: PreTrainedConfig, num_sources: int) -> None:
+def _check_values(batch: GivenBatch, *, config: PreTrainedConfig, num_sources: int) -> None:
     vocab_size = config.get_text_config().vocab_size
     targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
     of_sources = "indices of the datamodule's source_names (CorpusOwner)"

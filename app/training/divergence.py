@@ -105,14 +105,11 @@ class DivergenceGuard:
             return f"it is the first one after the checkpoint, whatever the learning rate: {_EARLIER}, {skip}"
         if not self._steps_taken:
             return f"it is the first one, whatever the learning rate: look at its data and the precision, {skip}"
-        if resumed or any(map(_has_saved, trainer.checkpoint_callbacks)):
+        savers: list[Any] = trainer.checkpoint_callbacks  # Lightning's or a user's
+        paths = ("last_model_path", "best_model_path")
+        if resumed or any(getattr(saver, path, "") for saver in savers for path in paths):
             return f"the last checkpoint is good: resume it {_LOWER}, {skip}"
         return f"no checkpoint was saved yet: start anew {_LOWER}, {skip}"
-
-
-def _has_saved(saver: Any) -> bool:
-    """Whether a callback, Lightning's or a user's, has written a checkpoint."""
-    return bool(getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", ""))
 
 
 def _scaler(trainer: Trainer) -> Any:  # torch.amp.GradScaler | None

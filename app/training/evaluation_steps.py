@@ -18,7 +18,7 @@ from app.exits.quality import GroupedTokenLoss
 from app.layerskip.early_exit_loss import IGNORE_INDEX
 from app.model.early_exit import EarlyExitModel
 from app.protocols import CorpusOwner
-from app.training.batch import Batch, GivenBatch, check_batch, completed
+from app.training.batch import GivenBatch, check_batch, completed
 from app.training.curriculum_host import CurriculumHost
 
 
@@ -49,7 +49,7 @@ class EvaluationSteps(CurriculumHost):
         datamodule = getattr(self.trainer, "datamodule", None)
         return datamodule if isinstance(datamodule, CorpusOwner) else None
 
-    def _checked(self, given: GivenBatch, loop: str) -> Batch:
+    def _checked(self, given: GivenBatch, loop: str) -> GivenBatch:
         """The batch with its defaults, after the first one of a loop was checked."""
         if loop not in self._loops_checked:
             self._loops_checked.add(loop)
@@ -82,14 +82,14 @@ class EvaluationSteps(CurriculumHost):
         }
         return {"loss_by_exit": loss_by_exit, "source": batch["source"]}
 
-    def _evaluate(self, batch: Batch) -> dict[str, Any]:
+    def _evaluate(self, batch: GivenBatch) -> dict[str, Any]:
         hidden, labels = self._evaluation_hidden(batch), batch["labels"]
         losses = self._network.token_losses(hidden[self.num_layers][None], labels[None])[0]
         assert self.source_loss is not None
         self.source_loss.update(losses, labels != IGNORE_INDEX, batch["source"])
         return {"hidden_by_exit": hidden, "labels": labels}
 
-    def _evaluation_hidden(self, batch: Batch) -> dict[int, Tensor]:
+    def _evaluation_hidden(self, batch: GivenBatch) -> dict[int, Tensor]:
         exits = {*self._monitored, self.num_layers}
         return self._network.hidden_by_exit(batch["input_ids"], batch["position_ids"], exits)
 

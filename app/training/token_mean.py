@@ -76,7 +76,7 @@ class TokenMeanStep:
             own_share = data_ranks(trainer).num_replicas / trainer.world_size
             module.log(metric_names.TRAIN_LABEL_TOKENS, totals.num_label_tokens * own_share)
             for exit_layer, value in totals.exit_losses.items():
-                module.log(metric_names.train_exit_loss(exit_layer), value)
+                module.log(metric_names.of_exit(metric_names.TRAIN_EXIT_LOSS, exit_layer), value)
         if self.guard.skips:
             module.log(metric_names.SKIPPED_STEPS, float(self.guard.skipped_steps))
         self.clear()

@@ -48,19 +48,33 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """What is asked for; `build_contenders` checks what depends on the model."""
+    """What is asked for; `build_contenders` checks what depends on the model.
 
-    strategies: tuple[BenchmarkStrategy, ...]  # at least one; autoregressive is measured in any case
-    max_new_tokens: int  # budget of each prompt, at least 2
-    # Exits for the strategies that leave early; each of them is measured with every draft length.
+    `layerskip benchmark --help` shows these texts.
+
+    Args:
+        strategies: Ways to decode, at least one. autoregressive, which speedups refer to, is measured in any case.
+        max_new_tokens: Largest number of new tokens for each prompt, at least 2.
+        exit_layers: Exits for self_speculative, early_exit and transformers_early_exit.
+        num_draft_tokens: Draft lengths; each is measured with each exit.
+        skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
+        draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), or none (off).
+        fall_back: Let our strategies stop drafting for a prompt that drafting slows down.
+        eos_token_ids: Ids that end a sequence; with none, every prompt is decoded to max_new_tokens.
+        batch_size: Number of prompts decoded together, at least 1.
+        repeats: How often each prompt is decoded in each way, at least 1; the median counts.
+    """
+
+    strategies: tuple[BenchmarkStrategy, ...]
+    max_new_tokens: int = 128
     exit_layers: tuple[int, ...] = ()
     num_draft_tokens: tuple[int, ...] = ()
-    skipped_layers: tuple[int, ...] = ()  # blocks that layer_skip leaves out of its drafts
+    skipped_layers: tuple[int, ...] = ()
     draft_policy: DraftPolicyName = "fixed"
-    fall_back: bool = False  # whether our strategies give up drafting for a prompt where it does not pay
-    eos_token_ids: tuple[int, ...] = ()  # end a sequence; with none, every prompt is decoded to its full length
+    fall_back: bool = False
+    eos_token_ids: tuple[int, ...] = ()
     batch_size: int = 1
-    repeats: int = 3  # times every prompt is decoded by every contender, at least 1
+    repeats: int = 3
 
     def __post_init__(self) -> None:
         if not self.strategies:

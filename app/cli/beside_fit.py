@@ -1,4 +1,7 @@
-"""Verbs that take the options of `layerskip fit` and some of their own, and stop where training would begin."""
+"""Verbs that take the options of `layerskip fit` and some of their own, and stop where training would begin.
+
+Tested by tests/contract/test_data.py and test_plan.py.
+"""
 
 from __future__ import annotations
 

@@ -7,16 +7,15 @@ import json as json_module
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
 from textwrap import shorten
+from threading import Event
 from typing import Any
 
 from app.cli.parsing.verb_parser import JSON_FLAG, call_verb
 from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, styled_console, styled_writer
-from app.decoding.engine import DecodingInterrupted
+from app.decoding.engine import DecodingInterrupted, OnStep
 from app.decoding.result import DecodingResult, Step
 from app.errors import ConfigError, check_range
 from app.generation.loaded_model import Device, Dtype, load_decoder, use_threads
@@ -73,32 +72,27 @@ def _texts(prompt: str | None, prompts: str | None) -> list[str]:
     return [prompt]
 
 
-def _show(printer: BatchPrinter | None, check: Callable[[], None], row: int, step: Step) -> None:
-    if printer is not None:
-        printer(row, step)
-    check()
-
-
 @contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
-    """Lets Ctrl-C raise only when the yielded function is called, so that no step is half printed or half counted.
+def _interrupt_after_steps(show: OnStep | None) -> Iterator[OnStep]:
+    """Lets Ctrl-C raise only after a step was shown, so that no step is half printed or half counted.
 
     A second Ctrl-C raises at once.
     """
-    asked = False
+    asked = Event()
 
     def ask(*_: object) -> None:
-        nonlocal asked
-        asked = True
+        asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def check() -> None:
-        if asked:
+    def on_step(row: int, step: Step) -> None:
+        if show is not None:
+            show(row, step)
+        if asked.is_set():
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, ask)
     try:
-        yield check
+        yield on_step
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -117,13 +111,12 @@ def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
         prompts = [request.tokens[row] for row in rows]
         printer = BatchPrinter(request.loaded.tokenizer, prompts, write, titles) if shown else None
         try:
-            with _interrupt_between_steps() as check:
-                results = request.decode(rows, on_step=partial(_show, printer, check))
+            with _interrupt_after_steps(printer) as on_step:
+                results = request.decode(rows, on_step=on_step)
         except DecodingInterrupted as error:
             results, interruption = error.results, error
-        for row, result in zip(rows, results, strict=True):
-            if json:
-                print(json_module.dumps(asdict(request.generation(row, result))), flush=True)
+        for row, result in zip(rows, results, strict=True) if json else ():
+            print(json_module.dumps(request.generation(row, result).as_dict()), flush=True)
         if printer is not None:
             printer.close()
         batches.append(results)

@@ -75,9 +75,8 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
     if (module := VERBS[args[0]][0]) != "app.cli.train":  # Lightning's trainer handles signals itself
-        signal.signal(
-            signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-        )  # so that half-written files are removed
+        # An exit, unlike the signal's own effect, removes half-written files.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     elif args[0] == "fit":
         note_startup_signals()
     try:

@@ -1,4 +1,7 @@
-"""`layerskip fit | validate | test | predict`: LightningCLI over module, datamodule, curricula and callbacks."""
+"""`layerskip fit | validate | test | predict`: LightningCLI over module, datamodule, curricula and callbacks.
+
+Tested by tests/contract/test_command_line.py and test_resume.py.
+"""
 
 from __future__ import annotations
 

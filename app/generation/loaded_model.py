@@ -1,4 +1,4 @@
-"""Loads models to decode with, onto their device and laid out for decoding."""
+"""Loads models to decode with, on their device. Tested by tests/contract/test_generate.py."""
 
 from __future__ import annotations
 

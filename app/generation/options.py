@@ -1,4 +1,4 @@
-"""What a user may choose about the continuation of prompts, in Python and on the command line."""
+"""The user's options for continuing prompts. Tested by tests/contract/test_generate_mistakes.py."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""A request to continue prompts with a model: their tokens, complete settings, and what came of each."""
+"""Prompts to continue with a model, and what came of each. Tested by tests/contract/test_generate.py."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from app.decoding.engine import Decoding, OnStep, decode_batch
-from app.decoding.result import DecodingResult, StopReason
+from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.decoding.stopping import StopStrings
 from app.decoding.strategies import STRATEGIES, Strategy
@@ -24,46 +25,36 @@ _log = logging.getLogger(__name__)
 _STRIDE = 0x9E3779B97F4A7C15  # odd, and so are its low 32 bits, which are all that a CPU generator looks at
 
 
+# The fields that `layerskip generate --json` prints.
+_PRINTED = (
+    *("text", "tokens", "num_tokens", "seconds_prefill", "seconds_decode", "tokens_per_second", "acceptance_rate"),
+    *("mean_tokens_per_round", "rounds", "drafted", "accepted", "prompt", "stop_reason", "strategy", "lossless"),
+    *("exit_layer", "num_draft_tokens", "fell_back_after"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What came of one prompt; `layerskip generate --json` prints these fields.
+class Generation(DecodingResult):
+    """What came of one prompt: the new tokens, their text, and how they were decoded.
 
     Attributes:
-        text: What the new tokens add to the prompt.
-        tokens: Ids of the new tokens.
-        seconds_prefill: From the start to the first new token.
-        seconds_decode: From the first new token to the last.
-        tokens_per_second: Tokens after the first, per second of `seconds_decode`; None if there is only one.
-        acceptance_rate: Accepted / drafted; None if nothing was drafted.
-        mean_tokens_per_round: Tokens after the first, per round; None if there was no round.
-        rounds: Number of rounds of draft and verify.
-        drafted: Number of drafted tokens.
-        accepted: Number of drafted tokens that the full model kept.
         prompt: The text that was continued.
+        text: What the new tokens add to the prompt.
         lossless: Whether this strategy gives the full model's own output.
         exit_layer: Number of blocks that drafted, or that were run at all; None where the strategy has no exit.
         num_draft_tokens: Largest number of tokens drafted in a round; None where the strategy drafts nothing.
-        fell_back_after: Number of new tokens after which drafting was given up; None if it was not.
     """
 
-    text: str
-    tokens: list[int]
-    num_tokens: int
-    seconds_prefill: float
-    seconds_decode: float
-    tokens_per_second: float | None
-    acceptance_rate: float | None
-    mean_tokens_per_round: float | None
-    rounds: int
-    drafted: int
-    accepted: int
     prompt: str
-    stop_reason: StopReason
+    text: str
     strategy: Strategy
     lossless: bool
     exit_layer: int | None
     num_draft_tokens: int | None
-    fell_back_after: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that `layerskip generate --json` prints."""
+        return {name: getattr(self, name) for name in _PRINTED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,22 +144,11 @@ class Request:
         """Puts together what a user is told of the prompt at index `row`."""
         entry = STRATEGIES[self.strategy]
         return Generation(
-            text=continuation(self.loaded.tokenizer, self.tokens[row], result.tokens),
-            tokens=result.tokens,
-            num_tokens=result.num_tokens,
-            seconds_prefill=result.seconds_prefill,
-            seconds_decode=result.seconds_decode,
-            tokens_per_second=result.tokens_per_second,
-            acceptance_rate=result.acceptance_rate,
-            mean_tokens_per_round=result.mean_tokens_per_round,
-            rounds=result.rounds,
-            drafted=result.drafted,
-            accepted=result.accepted,
+            **vars(result),
             prompt=self.texts[row],
-            stop_reason=result.stop_reason,
+            text=continuation(self.loaded.tokenizer, self.tokens[row], result.tokens),
             strategy=self.strategy,
             lossless=entry.lossless,
             exit_layer=self.settings.exit_layer if "exit_layer" in entry.needs else None,
             num_draft_tokens=self.settings.num_draft_tokens if "num_draft_tokens" in entry.needs else None,
-            fell_back_after=result.fell_back_after,
         )

@@ -154,6 +154,7 @@ def test_policies_and_threads_are_used(benchmark):
 MISTAKES = [
     (["--strategies", "[fast]"], "strategies: got fast, allowed autoregressive | early_exit"),
     (["--strategies", "[]"], "strategies: got [], allowed at least one"),
+    (["--strategies", "layer_skip"], "strategies: got layer_skip, allowed list; write [layer_skip]"),
     (["--strategies", "[self_speculative]", "--num_draft_tokens", "[2]"], "exit_layers: got [], allowed at least one"),
     (["--strategies", "[self_speculative]", "--exit_layers", "[2]"], "num_draft_tokens: got [], allowed at least one"),
     (["--strategies", "[self_speculative]", "--exit_layers", "[1, 3]", "--num_draft_tokens", "[2]"],

@@ -28,7 +28,7 @@ _NOT_CLASS = (
     r"Import path does not correspond to a subclass of (?s:.*?)Given value: (.*)",
 )
 _NOT_TYPE = r"Expected an? (?!<class 'NoneType'>)(.+?)\. Got value: (.*?)(?:\. Got value: Namespace|\n|$)"
-_MEANINGS = {"int": "int (a whole number)", "float": "float (a finite number)", "bool": "true | false"}
+_MEANINGS = {"int": "int (a whole number)", "float": "float (a finite number)", "bool": "true | false", "tuple": "list"}
 # Names that other applications of LightningCLI have for settings of ours.
 _KEYS_OF_OTHERS = {
     r"optimizer\b": "the optimizer is model.optimizer, as in --model.optimizer torch.optim.AdamW",
@@ -115,7 +115,7 @@ def _subclasses(base: str) -> Iterator[type]:
 
 
 def _wrong_type(allowed: str, got: str) -> str:
-    open_list = re.fullmatch(r"list(\[\w+\])?", allowed) and not (got.startswith("[") and got.endswith("]"))
+    open_list = re.fullmatch(r"tuple|list(\[\w+\])?", allowed) and not (got.startswith("[") and got.endswith("]"))
     fix = f"; write [{got.strip('[] ,')}], in quotes if there are spaces" if open_list else ""
     return f"got {shorten(got, 200) or repr(got)}, allowed {_MEANINGS.get(allowed, allowed)}{fix}"
 

@@ -1,4 +1,7 @@
-"""Parsers of verbs: the options are the arguments of a function or class, and an error is one line."""
+"""Parsers of verbs: the options are the arguments of a function or class, and an error is one line.
+
+Tested by tests/contract/test_generate_mistakes.py.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from dataclasses import fields
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from app.errors import ConfigError
 from app.export.directory import Weights
-from app.model_files.decoding_defaults import DecodingDefaults, read_decoding_defaults
+from app.model_files.decoding_defaults import DecodingDefaults, parse_decoding_defaults, read_decoding_defaults
 from app.model_files.generation_config import DEFAULTS_FIELD, read_generation_config
 
 _log = logging.getLogger(__name__)
@@ -72,14 +71,10 @@ def named(defaults: DecodingDefaults) -> str:
 
 
 def _stored_defaults(model: PreTrainedModel, path: Path, *, field: str) -> DecodingDefaults | None:
-    stored = _stored(path, field=field)
-    if stored is None:
+    if (stored := _stored(path, field=field)) is None:
         return None
-    probe = copy.copy(model)  # which shares everything but its generation config
-    probe.generation_config = copy.deepcopy(model.generation_config)
-    setattr(probe.generation_config, DEFAULTS_FIELD, stored)
     try:
-        return read_decoding_defaults(probe)
+        return parse_decoding_defaults(stored, model.config)
     except ConfigError as error:
         allowed = "what layerskip tune stored for a model like this"
         raise ConfigError(field, got=str(path), allowed=allowed, fix=str(error)) from error

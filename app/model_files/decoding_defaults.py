@@ -29,7 +29,7 @@ from app.whole_file import write_whole
 from app.words import counted
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # loading all of transformers' models takes seconds
+    from transformers import PreTrainedConfig, PreTrainedModel  # loading all of transformers' models takes seconds
 
 DefaultStrategy = Literal["self_speculative", "autoregressive"]
 
@@ -115,8 +115,11 @@ class DecodingDefaults:
 def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
     """The defaults stored with a model, or None; ConfigError if they do not fit the model or are malformed."""
     stored = getattr(model.generation_config, DEFAULTS_FIELD, None)
-    if stored is None:
-        return None
+    return None if stored is None else parse_decoding_defaults(stored, model.config)
+
+
+def parse_decoding_defaults(stored: object, config: PreTrainedConfig) -> DecodingDefaults:
+    """The defaults in a file's JSON value, or ConfigError if they do not fit a model of `config`."""
     where = f"{GENERATION_CONFIG_NAME}: {DEFAULTS_FIELD}"
     fix = f"run layerskip tune again, or take {DEFAULTS_FIELD!r} out of {GENERATION_CONFIG_NAME}"
     if not isinstance(stored, Mapping) or "strategy" not in stored:
@@ -124,7 +127,7 @@ def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
     try:
         defaults = DecodingDefaults(**_arguments(stored, DecodingDefaults))
         if defaults.exit_layer is not None:
-            last = model.config.get_text_config().num_hidden_layers - 1
+            last = config.get_text_config().num_hidden_layers - 1
             check_range("exit_layer", defaults.exit_layer, low=1, high=last)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error.field}", got=error.got, allowed=error.allowed, fix=fix) from error

@@ -1,7 +1,4 @@
-"""Reads tokenizers, and checks them against a model's vocabulary or another model's tokenizer.
-
-Tested by tests/unit/model_files/test_open.py.
-"""
+"""Reads tokenizers, and checks them against a model's vocabulary or another model's tokenizer."""
 
 from __future__ import annotations
 

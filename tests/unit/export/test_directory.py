@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
-    MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
 )
@@ -54,7 +53,6 @@ CONFIGS = {
     "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama, untied, scaled rope": LlamaConfig(**SHAPE, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE),
     "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SHAPE, tie_word_embeddings=False),
 }
 
 

@@ -23,7 +23,7 @@ from tests.support.processes import run_ranks
 from tests.support.tiny_models import tiny_config, tiny_llama
 from tests.support.tokenizers import byte_level
 
-FORMS = ("single", "sharded", "run.ckpt", "shards")
+FORMS = ("sharded", "run.ckpt", "shards")
 
 
 def make_model() -> LlamaForCausalLM:
@@ -45,9 +45,8 @@ def _save_shards(model: torch.nn.Module, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, model, tokenizer = tmp_path_factory.mktemp("large"), make_model(), byte_level()
-    for form, shard_size in (("single", "1GB"), ("sharded", "50MB")):
-        model.save_pretrained(root / form, max_shard_size=shard_size)
-        tokenizer.save_pretrained(root / form)
+    model.save_pretrained(root / "sharded", max_shard_size="50MB")
+    tokenizer.save_pretrained(root / "sharded")
     file = Path(write_checkpoint(root / "run.ckpt", model, tokenizer, optimizer_states=[model.state_dict()]))
     run_ranks(_save_shards, model, root / "shards")
     content = torch.load(file, weights_only=True, mmap=True)
@@ -83,7 +82,7 @@ def test_loading_takes_the_memory_of_the_weights_once(saved: Path, form: str) ->
 
 
 @linux
-@pytest.mark.parametrize("form", ["single", "sharded", "run.ckpt"])
+@pytest.mark.parametrize("form", ["sharded", "run.ckpt"])
 def test_converting_takes_the_memory_of_the_converted_weights_once(saved: Path, form: str) -> None:
     assert 0.9 < ratio(load_pretrained, saved / form, torch.bfloat16) < 1.2
     assert 0.9 < ratio(load_for_decoding, saved / form, torch.bfloat16) < 1.2

@@ -8,7 +8,6 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from app.checkpoints.weights import HF_CONFIG_KEY, TOKENIZER_KEY
@@ -16,7 +15,7 @@ from app.errors import CheckpointError, ConfigError, UserError
 from app.model_files import loading
 from app.model_files import open as opening
 from app.model_files.open import load_config, load_for_decoding, load_pretrained
-from app.text.tokenizer_files import check_knows_tokens, check_same_tokens, tokenizer_to_files
+from app.text.tokenizer_files import tokenizer_to_files
 from datamodules.loading.tokenizers import train_byte_level_bpe
 from tests.support.tiny_models import tiny_llama
 
@@ -425,46 +424,3 @@ def test_truncated_lightning_checkpoint_is_refused(tmp_path, model):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"run\.ckpt: truncated"):
         load_for_decoding(str(path), dtype=None)
-
-
-def extended(*tokens):
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens([AddedToken(token) for token in tokens])
-    return tokenizer
-
-
-def test_same_tokens_pass_and_so_does_padding_at_the_end_of_either():
-    for padding in ((), ("[PAD1]", "<unused2>"), ("<|reserved_special_token_0|>",)):
-        check_same_tokens(make_tokenizer(), extended(*padding), got="draft")
-        check_same_tokens(extended(*padding), make_tokenizer(), got="draft")
-
-
-@pytest.mark.parametrize(
-    ("target", "draft"),
-    [
-        ((), ("<|im_start|>",)),
-        (("<|im_start|>",), ()),
-        (("<a>", "<b>"), ("<b>", "<a>")),
-        (("<a>",), ("[PAD1]", "<a>")),
-    ],
-)
-def test_other_tokens_are_refused(target, draft):
-    with pytest.raises(ConfigError, match="draft_model: got 'draft', allowed a model with the target's tokenizer"):
-        check_same_tokens(extended(*target), extended(*draft), got="draft")
-
-
-def test_a_tokenizer_may_have_more_tokens_than_the_model_it_feeds_but_no_others():
-    def check(tokenizer, own):
-        check_knows_tokens(tokenizer, own, field="tokenizer", got="given", model="hf")
-
-    check(extended("<a>", "<b>"), extended("<a>"))
-    check(extended("<a>"), extended("<a>", "[PAD1]"))
-    for given, own in ((("<a>",), ("<b>",)), ((), ("<a>",)), (("<b>",), ("[PAD1]", "<b>"))):
-        with pytest.raises(ConfigError, match=r"tokenizer: got 'given', allowed the tokenizer of hf.*; the first is"):
-            check(extended(*given), extended(*own))
-
-
-def test_tokenizer_trained_on_other_text_is_refused_with_both_sizes():
-    other = train_byte_level_bpe(["something else altogether"] * 30, vocab_size=290)
-    with pytest.raises(ConfigError, match=rf"{len(make_tokenizer())} tokens .* and {len(other)} tokens in the draft's"):
-        check_same_tokens(make_tokenizer(), other, got="draft")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,26 +69,20 @@ class Drafted(NamedTuple):
     confidences: list[float]  # empty unless asked for
 
 
-class ChoiceRule(Protocol):
-    """How tokens are drafted and verified."""
+class GreedyRule:
+    """Takes the most probable token, so that the output is the full model's greedy output.
+
+    SamplingRule has the same methods.
+    """
+
+    def __init__(self, settings: SamplingSettings, *, confidence: bool) -> None:
+        self._processor, self._confidence = settings.processor, confidence
 
     def draft(self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Drafts, live: Sequence[bool]) -> Drafted:
         """Choose a token for each sequence from the drafter's logits.
 
         Sequences that are not `live` no longer draft: they get any token, and none of their randomness is used.
         """
-
-    def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
-        """For each sequence how many of its drafts to keep, and the full model's token after them."""
-
-
-class GreedyRule:
-    """Takes the most probable token, so that the output is the full model's greedy output."""
-
-    def __init__(self, settings: SamplingSettings, *, confidence: bool) -> None:
-        self._processor, self._confidence = settings.processor, confidence
-
-    def draft(self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Drafts, live: Sequence[bool]) -> Drafted:
         scores_BV = process(logits_BV[:, None], rows, drafts, self._processor, first=True)[:, 0]
         tokens_B = scores_BV.argmax(-1)
         if not self._confidence:
@@ -98,6 +92,7 @@ class GreedyRule:
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
     def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
+        """For each sequence how many of its drafts to keep, and the full model's token after them."""
         scores_BSV = process(logits_BSV, rows, drafts, self._processor)
         choices_BS1 = scores_BSV.argmax(-1, keepdim=True)  # a NaN counts as the highest
         highest_BS1 = scores_BSV.gather(-1, choices_BS1)
@@ -154,6 +149,9 @@ class SamplingRule:
         settled = torch.stack(outcomes).tolist()  # one wait for all rows
         _check_finite([probability for *_, probability in settled])
         return [(int(accepted), int(token)) for accepted, token, _ in settled]
+
+
+ChoiceRule = GreedyRule | SamplingRule
 
 
 def _check_finite(values: Sequence[float]) -> None:

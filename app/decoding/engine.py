@@ -35,23 +35,6 @@ class DecodingInterrupted(KeyboardInterrupt):
         self.results = results
 
 
-def decode(
-    decoder: ExitableDecoder,
-    prompt_tokens: Sequence[int],
-    *,
-    strategy: Strategy,
-    settings: DecodingSettings,
-    generator: torch.Generator | None = None,
-    on_step: Callable[[Step], None] | None = None,
-) -> DecodingResult:
-    """Continue one prompt: `decode_batch` with one."""
-    observer: OnStep | None = None if on_step is None else lambda _, step: on_step(step)
-    generators = None if generator is None else [generator]
-    return decode_batch(
-        decoder, [prompt_tokens], strategy=strategy, settings=settings, generators=generators, on_step=observer
-    )[0]
-
-
 def decode_batch(
     decoder: ExitableDecoder,
     prompts: Sequence[Sequence[int]],
@@ -61,16 +44,12 @@ def decode_batch(
     generators: Sequence[torch.Generator] | None = None,
     on_step: OnStep | None = None,
 ) -> list[DecodingResult]:
-    """Continue several prompts of any lengths together; each comes out as it would alone.
+    """Continue prompts of any lengths together; each comes out as it would alone, and never exceeds the context.
 
-    The arguments are those of `Decoding`. `on_step` is called with a prompt's index and what a round settled for it;
-    its time counts as decode time.
-
-    Returns:
-        One result for each prompt. A prompt and its new tokens never exceed the context together.
+    Arguments and refusals are those of `Decoding`. `on_step` is called with a prompt's index and what a round settled
+    for it; its time counts as decode time.
 
     Raises:
-        ConfigError: A prompt, a setting or a combination cannot be used with this model.
         DecodingInterrupted: Ctrl-C was pressed; the error has what was decoded.
     """
     decoding = Decoding(decoder, prompts, strategy=strategy, settings=settings, generators=generators)

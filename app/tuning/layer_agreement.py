@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from app.benchmark.round_counts import RoundCounts
-from app.decoding.engine import decode
+from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
 from app.protocols import ExitableDecoder
 
@@ -110,7 +110,8 @@ def measure_layer_agreement(
     outputs: list[list[int]] = []
     matches: dict[int, list[list[bool]]] = {exit_layer: [] for exit_layer in range(1, decoder.num_layers + 1)}
     for prompt in prompts:
-        outputs.append(decode(decoder, prompt, strategy="autoregressive", settings=settings).tokens)
+        (result,) = decode_batch(decoder, [prompt], strategy="autoregressive", settings=settings)
+        outputs.append(result.tokens)
         for exit_layer, same in _matches(decoder, prompt, outputs[-1]).items():
             matches[exit_layer].append(same)
         if on_prompt is not None:

@@ -12,13 +12,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, Olmo2Config
 
-from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
 from app.errors import DivergenceError
 from app.model.parallel import unsharded
 from app.spans.decoder import SpanDecoder
 from callbacks import DropoutAgreementCheck
 from datamodules import TextCodeDataModule
+from tests.support.decoding import decode
 from tests.support.distributed import Collectives, is_sharded, whole_weights
 from tests.support.processes import run_ranks
 from tests.support.runs import Recorder, UnequalRows, curricula, make_data, make_module, make_trainer

@@ -6,7 +6,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
 from app.model.compiled_blocks import compile_blocks
@@ -16,6 +15,7 @@ from app.model.tensor_parallel import split
 from app.model_files.open import build_model
 from app.spans.decoder import SpanDecoder
 from tests.distributed.test_sharded_loading import config_of
+from tests.support.decoding import decode
 from tests.support.distributed import Collectives, is_sharded
 from tests.support.processes import run_ranks
 

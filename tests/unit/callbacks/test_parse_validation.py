@@ -12,12 +12,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError, DataError
 from app.protocols import GenerationExample
 from app.spans.decoder import SpanDecoder
 from callbacks.parse_validation import ParseValidation
+from tests.support.decoding import decode
 from tests.support.tiny_models import tiny_llama
 
 NUM_LAYERS, MAX_NEW_TOKENS = 3, 4

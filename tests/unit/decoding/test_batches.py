@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from app.decoding.engine import decode, decode_batch
+from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult, Step
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES
 from app.spans.kv_cache import KeyValueCache
+from tests.support.decoding import decode
 from tests.unit.decoding.circumstances import HostileClock, ends_after, hostile_memory
 from tests.unit.decoding.model_zoo import CONTEXT, NAMES, VOCAB, LimitedDecoder, decoder_named, draft_decoder, prompt_of
 

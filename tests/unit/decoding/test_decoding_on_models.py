@@ -9,13 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from app.decoding.engine import decode
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.errors import NotFiniteError
 from app.model.cpu import products
 from app.spans.decoder import SpanDecoder
+from tests.support.decoding import decode
 from tests.support.slow_twins import greedy_by_recomputation
 from tests.unit.decoding.model_zoo import CONTEXT, NAMES, build, continuation, decoder_named, model_named, prompt_of
 

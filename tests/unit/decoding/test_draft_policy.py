@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from app.decoding.cost_model import CostModel
 from app.decoding.draft_policy import POLICIES, AdaptivePolicy, DraftPolicy, Pace
-from app.decoding.engine import decode
 from app.decoding.sampling import SamplingSettings, probabilities
 from app.decoding.settings import DRAFT_POLICY_NAMES, DecodingSettings, DraftPolicyName
+from tests.support.decoding import decode
 from tests.support.fake_decoder import FakeDecoder
 
 # Break-even at speedup s: s * (2 + 0.1 * 8) / 10 = 0.28 s. A round of d drafts costs 2 d + 2 + 8 (1 + 0.1 d).

@@ -8,12 +8,12 @@ from typing import get_args
 
 import pytest
 
-from app.decoding.engine import decode
 from app.decoding.result import DecodingResult, Step
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES, Strategy
 from app.errors import ConfigError
+from tests.support.decoding import decode
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
 
 

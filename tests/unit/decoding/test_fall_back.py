@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from app.decoding.cost_model import CostModel
-from app.decoding.engine import decode, decode_batch
+from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
+from tests.support.decoding import decode
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
 from tests.unit.decoding.circumstances import HostileClock
 

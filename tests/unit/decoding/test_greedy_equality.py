@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.decoding.engine import decode
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.spans.kv_cache import KeyValueCache
+from tests.support.decoding import decode
 from tests.support.slow_twins import cut_at_end
 from tests.unit.decoding.circumstances import HostileClock, ends_after
 from tests.unit.decoding.model_zoo import NAMES, VOCAB, continuation, decoder_named, draft_decoder, prompt_of

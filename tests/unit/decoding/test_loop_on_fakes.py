@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 from app.decoding.drafters import DraftModelDrafter, FullModel, LayerSkipDrafter
-from app.decoding.engine import decode, decode_batch
+from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult, Step
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
+from tests.support.decoding import decode
 from tests.support.fake_decoder import FakeCache, FakeDecoder, past_after
 from tests.support.slow_twins import cut_at_end
 from tests.unit.decoding.circumstances import HostileClock, ends_after

@@ -15,10 +15,11 @@ from transformers.generation import (
 )
 
 from app.decoding import acceptance
-from app.decoding.engine import decode, decode_batch
+from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import LogitsProcessor, SamplingSettings
 from app.decoding.settings import DecodingSettings
+from tests.support.decoding import decode
 from tests.support.fake_decoder import FakeDecoder
 from tests.support.slow_twins import greedy_by_recomputation
 from tests.unit.decoding.model_zoo import CONTEXT, VOCAB, decoder_named, draft_decoder, model_named, prompt_of

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.decoding.engine import DecodingInterrupted, decode, decode_batch
+from app.decoding.engine import DecodingInterrupted, decode_batch
 from app.decoding.result import DecodingResult, Step
 from app.decoding.settings import DecodingSettings
+from tests.support.decoding import decode
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
 from tests.unit.decoding.circumstances import HostileClock, ends_after
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from app.decoding import acceptance
-from app.decoding.engine import decode, decode_batch
+from app.decoding.engine import decode_batch
 from app.decoding.rows import SequenceState, contexts
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
+from tests.support.decoding import decode
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
 
 _NEEDS: dict[str, dict[str, Any]] = {

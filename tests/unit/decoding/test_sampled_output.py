@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from app.decoding import acceptance
-from app.decoding.engine import decode, decode_batch
+from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
+from tests.support.decoding import decode
 from tests.support.fake_decoder import FakeDecoder
 from tests.support.slow_twins import probs_by_sorting, probs_of_sequences
 

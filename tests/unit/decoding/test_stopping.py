@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.decoding.engine import decode
 from app.decoding.settings import DecodingSettings
 from app.decoding.stopping import StopStrings
 from app.errors import ConfigError
+from tests.support.decoding import decode
 from tests.support.fake_decoder import counting_decoder
 from tests.support.tokenizers import byte_fallback, byte_level, llama
 

@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.decoding import acceptance
 from app.decoding.drafters import DraftModelDrafter, FullModel
-from app.decoding.engine import decode, decode_batch
+from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES
 from app.spans.decoder import SpanDecoder
+from tests.support.decoding import decode
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
 from tests.unit.decoding.circumstances import HostileClock
 from tests.unit.decoding.model_zoo import CONTEXT, VOCAB, decoder_named, draft_decoder, prompt_of

@@ -7,12 +7,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from app.benchmark.round_counts import RoundCounts
-from app.decoding.engine import decode
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.spans.decoder import SpanDecoder
 from app.tuning import layer_agreement
 from app.tuning.layer_agreement import LayerAgreement, measure_layer_agreement, simulate_rounds
+from tests.support.decoding import decode
 from tests.support.fake_decoder import counting_decoder
 from tests.support.tiny_models import tiny_llama
 

@@ -18,7 +18,6 @@ import yaml
 
 from app.benchmark.alternation import CONFIRMING_REPEATS
 from app.errors import ConfigError
-from app.model.cpu.precision import fast_dtype
 from app.text.text_stream import prompt_text
 from datamodules import TextCodeDataModule
 from datamodules.readers.sources import Source
@@ -26,6 +25,7 @@ from tests.bench.data_targets import measure_data_targets
 from tests.bench.decoding_targets import TARGETS, Run, winners
 from tests.bench.results import run_measurement, write_results
 from tests.bench.training_targets import measure_training_targets
+from tests.support.processors import fast_dtype
 
 _SETTINGS = ("--max_new_tokens", "64", "--ignore_eos", "true")
 _GRID = {"exit_layers": [1, 2, 3, 4], "num_draft_tokens": [2, 3, 4, 6, 8]}

@@ -13,11 +13,11 @@ from transformers import LlamaConfig
 
 from app.cli.tables import print_table
 from app.errors import check_range
-from app.model.cpu.precision import fast_dtype
 from app.tables import Table
 from tests.bench.results import run_measurement, target_result, write_results
 from tests.bench.training_steps import StepSettings, exit_loss, one_step, our_steps, recipe_steps, time_steps
 from tests.support.memory import peak_memory
+from tests.support.processors import fast_dtype
 
 OVERHEAD_THRESHOLD = 1.10  # times a plain step, of one with two unembeddings
 SAVING_THRESHOLD = 0.7  # of the time of the blocks' work that is dropped

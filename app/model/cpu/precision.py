@@ -1,7 +1,4 @@
-"""Tells which short floating-point types this processor has units for; PyTorch emulates the others, slowly.
-
-Tested by tests/unit/cli/test_emulation.py.
-"""
+"""Tells which short floating-point types this processor has units for; PyTorch emulates the others, slowly."""
 
 from __future__ import annotations
 
@@ -30,11 +27,6 @@ def emulated(dtype: torch.dtype) -> str | None:
         return None
     name = str(dtype).removeprefix("torch.")
     return f"{found.get('cpu_name') or 'this processor'} emulates {name}, up to ten times slower than float32"
-
-
-def fast_dtype() -> torch.dtype:
-    """The type, of float32 and bfloat16, whose products take less time on this processor."""
-    return torch.float32 if emulated(torch.bfloat16) else torch.bfloat16
 
 
 def training_precision() -> Literal["bf16-mixed", "32-true"]:

@@ -5,7 +5,7 @@ Tested by tests/unit/callbacks/test_self_speculative_validation.py and tests/dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -72,28 +72,26 @@ class DecodingValidation(Callback):
         self._validations += 1
         return self._validations % self.every_n_validations == 0
 
+    def check_host(self, pl_module: LightningModule) -> None:
+        """Raise ConfigError unless the module can decode, and draft from the exits."""
+        if not isinstance(pl_module, DecodingHost):
+            raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
+        num_layers = pl_module.num_layers
+        if wrong := [layer for layer in self.exit_layers if layer >= num_layers]:
+            allowed = f"1..{num_layers - 1} for a {num_layers}-layer model"
+            raise ConfigError("exit_layers", got=list(self.exit_layers), allowed=allowed, fix=f"{wrong} cannot draft")
 
-def check_decoding_host(pl_module: LightningModule, exit_layers: Sequence[int]) -> None:
-    """Raise ConfigError unless the module can decode, and draft from these exits."""
-    if not isinstance(pl_module, DecodingHost):
-        raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
-    num_layers = pl_module.num_layers
-    if wrong := [layer for layer in exit_layers if layer >= num_layers]:
-        allowed = f"1..{num_layers - 1} for a {num_layers}-layer model"
-        raise ConfigError("exit_layers", got=list(exit_layers), allowed=allowed, fix=f"{wrong} cannot draft")
+    def _eos_token_ids(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, ...]:
+        """Every id that ends a text of the exported model: the model's own ends, and that of the data's tokenizer."""
+        datamodule = datamodule_of(trainer)
+        own = pl_module.end_token_ids if isinstance(pl_module, EndOwner) else ()
+        trained = listed_ends(datamodule.tokenizer.eos_token_id) if isinstance(datamodule, TokenizerOwner) else ()
+        return tuple(dict.fromkeys((*own, *trained)))
 
 
 def datamodule_of(trainer: Trainer) -> object:
     """The trainer's datamodule, or None."""
     return trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
-
-
-def eos_token_ids(trainer: Trainer, pl_module: LightningModule) -> tuple[int, ...]:
-    """Every id that ends a text of the exported model: the model's own ends, and that of the data's tokenizer."""
-    datamodule = datamodule_of(trainer)
-    own = pl_module.end_token_ids if isinstance(pl_module, EndOwner) else ()
-    trained = listed_ends(datamodule.tokenizer.eos_token_id) if isinstance(datamodule, TokenizerOwner) else ()
-    return tuple(dict.fromkeys((*own, *trained)))
 
 
 def write_table(trainer: Trainer, tag: str, table: Table) -> None:

@@ -16,15 +16,7 @@ from app.topv2.evaluation import ParsePlan, Way, collect_results, evaluate_parse
 from app.topv2.metrics import ParseExactMatch
 from app.topv2.report import ParseReport, report_metrics, report_table, write_report
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
-from callbacks.decoding_validation import (
-    DecodingValidation,
-    check_decoding_host,
-    datamodule_of,
-    eos_token_ids,
-    lent_decoder,
-    on_all_ranks,
-    write_table,
-)
+from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks, write_table
 
 
 class ParseValidation(DecodingValidation):
@@ -83,7 +75,7 @@ class ParseValidation(DecodingValidation):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "predict":
             return
-        check_decoding_host(pl_module, self.exit_layers)
+        self.check_host(pl_module)
         if not isinstance(datamodule := datamodule_of(trainer), ExampleOwner):
             raise ConfigError("data", got=type(datamodule).__name__, allowed="a datamodule with generation_examples()")
         check_choice("target_format", datamodule.target_format, TARGET_FORMATS)
@@ -102,7 +94,7 @@ class ParseValidation(DecodingValidation):
             exit_layers=self.exit_layers,
             num_draft_tokens=self.num_draft_tokens,
             max_new_tokens=self.max_new_tokens,
-            eos_token_ids=eos_token_ids(trainer, pl_module),
+            eos_token_ids=self._eos_token_ids(trainer, pl_module),
             batch_size=self.batch_size,
             time_limit_seconds=self.time_limit_seconds,
         )

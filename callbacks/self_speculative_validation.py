@@ -7,24 +7,11 @@ from collections.abc import Sequence
 from lightning.pytorch import LightningModule, Trainer
 
 from app import metric_names
-from app.benchmark.decoding_comparison import (
-    DecodingComparison,
-    compare_decoding,
-    comparison_table,
-    pool_comparisons,
-)
+from app.benchmark.decoding_comparison import DecodingComparison, compare_decoding, comparison_table, pool_comparisons
 from app.errors import ConfigError, check_range
 from app.protocols import PromptOwner
 from app.tables import Table
-from callbacks.decoding_validation import (
-    DecodingValidation,
-    check_decoding_host,
-    datamodule_of,
-    eos_token_ids,
-    lent_decoder,
-    on_all_ranks,
-    write_table,
-)
+from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks, write_table
 
 
 class SelfSpeculativeValidation(DecodingValidation):
@@ -74,7 +61,7 @@ class SelfSpeculativeValidation(DecodingValidation):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate"):
             return
-        check_decoding_host(pl_module, self.exit_layers)
+        self.check_host(pl_module)
         if not isinstance(datamodule := datamodule_of(trainer), PromptOwner):
             got = type(datamodule).__name__
             raise ConfigError("data", got=got, allowed="a datamodule with validation_prompts()")
@@ -103,7 +90,7 @@ class SelfSpeculativeValidation(DecodingValidation):
                 exit_layers=self.exit_layers,
                 num_draft_tokens=self.num_draft_tokens,
                 max_new_tokens=self.max_new_tokens,
-                eos_token_ids=eos_token_ids(trainer, pl_module),
+                eos_token_ids=self._eos_token_ids(trainer, pl_module),
                 time_limit_seconds=self.time_limit_seconds,
             )
 

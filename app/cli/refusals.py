@@ -24,14 +24,8 @@ from app.model.config_check import check_runs
 from app.model_files.open import check_tokenizer_of, open_tokenizer
 from app.training.batch import check_row_length
 from app.training.module import LayerSkipModule
-from callbacks import (
-    EarlyExitCurriculum,
-    ExitQualityMonitor,
-    LayerDropoutCurriculum,
-    ParseValidation,
-    SelfSpeculativeValidation,
-)
-from callbacks.decoding_validation import check_decoding_host
+from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum
+from callbacks.decoding_validation import DecodingValidation
 from datamodules import TextCodeDataModule, TOPv2DataModule
 from datamodules.loading.datamodule import check_end
 
@@ -134,8 +128,8 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
     if isinstance(data, TextCodeDataModule):
         check_end(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SelfSpeculativeValidation | ParseValidation):
-            check_decoding_host(module, callback.exit_layers)
+        if isinstance(callback, DecodingValidation):
+            callback.check_host(module)
         elif type(callback) in _SET_UP_TWICE:
             callback.setup(trainer, module, "fit")
     if isinstance(data, TextCodeDataModule | TOPv2DataModule):

@@ -182,7 +182,7 @@ def exact_match_figure(runs: Mapping[str, Mapping[str, Any]], *, metric: Metric 
 
 
 def _speeds(speed: DecodingComparison | None, against: DecodingComparison | None) -> dict[str, float | int | None]:
-    """Figures of a way that drafts, or `against` other ways of autoregressive decoding, which has only its time."""
+    """Figures of speed: those of a way that drafts, or the time of autoregressive decoding, `against` which it ran."""
     figures: dict[str, float | int | None] = dict.fromkeys(_SPEEDS)
     if against is not None:
         return figures | {"ms_per_token": _milliseconds(against.autoregressive_tokens_per_second)}

@@ -42,7 +42,7 @@ class _Examples(LightningDataModule):
         decoder = SpanDecoder(_Module().model.eval())
         self.examples = []
         for row in range(num_examples):
-            prompt = [(7 * row + place) % 61 for place in range(3 + row)]
+            prompt = [(7 * row + index) % 61 for index in range(3 + row)]
             said = _text(decode(decoder, prompt, strategy="autoregressive", settings=settings).tokens)
             group = ("alarm", "timer", "weather")[row % 3]
             self.examples.append(GenerationExample(prompt, said if row % 2 else "[IN:A ]", group))

@@ -43,8 +43,8 @@ def test_shares_are_of_all_answers_and_of_each_groups() -> None:
 
 def test_batches_and_ranks_add_up() -> None:
     whole, parts = _metric(), [_metric(), _metric()]
-    for place, answer in enumerate(ANSWERS):
-        for metric in (whole, parts[place % 2]):
+    for index, answer in enumerate(ANSWERS):
+        for metric in (whole, parts[index % 2]):
             metric.update([answer], [RIGHT], ["alarm"])
     assert torch.equal(parts[0].counts_G4 + parts[1].counts_G4, whole.counts_G4)
     assert not torch.equal(parts[0].counts_G4, whole.counts_G4)

@@ -102,7 +102,7 @@ def test_whitespace_in_json_says_nothing() -> None:
         ("]", r"at 1, '\]': a parse begins with"),
     ],
 )
-def test_what_is_no_parse_is_told_with_its_place(text: str, message: str) -> None:
+def test_what_is_no_parse_is_told_with_the_word_that_shows_it(text: str, message: str) -> None:
     with pytest.raises(ParseError, match=message):
         read_parse(text)
 
@@ -131,7 +131,7 @@ def test_json_that_is_no_parse_is_told(text: str, message: str) -> None:
         from_json(text)
 
 
-@pytest.mark.parametrize("depth", [65, 100_000])
+@pytest.mark.parametrize("depth", [65, 20_000])
 def test_a_model_that_opens_brackets_for_ever_does_not_exhaust_the_stack(depth: int) -> None:
     for text, read in (("[IN:A " * depth + "]" * depth, read_parse), ('{"IN:A":[' * depth + "]}" * depth, from_json)):
         with pytest.raises(ParseError, match="nested deeper than 64"):

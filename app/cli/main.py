@@ -20,6 +20,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from app.cli.parsing.help_texts import complete, keep_help, kept_help, options_in
+from app.cli.parsing.included_configs import with_installed
 from app.cli.parsing.preflight import check_arguments
 from app.errors import UserError
 from app.startup_signals import note_startup_signals
@@ -50,7 +51,7 @@ def main() -> int:
         The exit status: 0; 2 after an error that the user can mend; 130 after Ctrl-C; 141 if the reader of stdout has
         gone. Any other error is a bug of ours and raises.
     """
-    args = sys.argv[1:]
+    args = sys.argv[1:] = with_installed(sys.argv[1:])
     complete(VERBS, lambda verb: options_in(_help(verb)))
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {verb:11} {summary}" for verb, (_, summary) in VERBS.items()]

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from setuptools import find_namespace_packages
+
+from tests.support.runs import cli
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -70,3 +73,20 @@ def test_continuous_integration_runs_what_the_readme_says() -> None:
     script, readme = ((ROOT / name).read_text("utf-8") for name in (".ci/run", "README.md"))
     assert re.findall(r"^make .*$", script, re.MULTILINE) == ["make check", "make test"]
     assert re.findall(r"^make (?:quickstart|test)\b", readme, re.MULTILINE) == ["make quickstart", "make test"]
+
+
+def test_configs_come_with_the_package_and_are_found_from_any_folder(tmp_path, monkeypatch, capsys) -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    packages = find_namespace_packages(str(ROOT), include=settings["packages"]["find"]["include"])
+    assert {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in ROOT.glob("configs/**/*.yaml")} <= {
+        *packages
+    }
+    assert settings["package-data"]["*"] == ["*.yaml"]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", "--config", "configs/model/llama2_7b.yaml", "--config", "configs/trainer/ddp.yaml"]
+    assert cli(monkeypatch, *arguments, "--print_config") == 0
+    assert "num_hidden_layers: 32" in capsys.readouterr().out
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "llama2_7b.yaml").write_text("nonsense: 1")  # the user's own comes first
+    assert cli(monkeypatch, *arguments, "--print_config") == 2
+    assert "nonsense: unknown key" in capsys.readouterr().err

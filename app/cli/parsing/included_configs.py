@@ -19,6 +19,16 @@ from app.errors import ConfigError
 
 _KEY = "config"
 _OPTIONS = ("--config", "-c")
+_INSTALLED = Path(__file__).parents[3]  # the folder of the packages, and of `configs` beside them
+
+
+def with_installed(args: Sequence[str]) -> list[str]:
+    """The arguments, with `configs/...` taken from the installation where the working directory has no such file."""
+    return [str(_INSTALLED / arg) if _is_installed_only(arg) else arg for arg in args]
+
+
+def _is_installed_only(arg: str) -> bool:
+    return arg.startswith("configs/") and not Path(arg).exists() and (_INSTALLED / arg).is_file()
 
 
 def with_included(args: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """app/README.md: its recipes are followed on a copy of the tree, and the files that it names are there."""
 
+import ast
 import os
 import re
 import shutil
@@ -93,3 +94,15 @@ def test_the_recipes_work_when_they_are_followed(tmp_path):
 def test_every_file_that_a_document_names_is_there(document):
     missing = [name for name in NAMED.findall((ROOT / document).read_text("utf-8")) if not (ROOT / name).exists()]
     assert missing == []
+
+
+def test_modules_have_a_test_of_their_name_or_say_where_it_is():
+    """tests/unit mirrors the tree; a module that whole runs test names their file in its docstring."""
+    missing = []
+    for path in (path for room in ("app", "callbacks", "datamodules") for path in (ROOT / room).rglob("*.py")):
+        folder = path.relative_to(ROOT / "app" if path.is_relative_to(ROOT / "app") else ROOT).parent
+        mirrored = ROOT / "tests" / "unit" / folder / f"test_{path.stem}.py"
+        docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        if not (path.stem.startswith("__") or mirrored.exists() or "test_" in docstring):
+            missing.append(str(path.relative_to(ROOT)))
+    assert len(missing) < 20, missing

@@ -174,12 +174,13 @@ def fit_decoding_costs(
 
 def _line(shares: Mapping[int, float]) -> tuple[float, float]:
     """Start and slope of the least squares line; through 0 where it would start below, level where it would fall."""
-    slope, mean = _slope(shares), fmean(shares.values())
+    further, heights = list(shares), list(shares.values())
+    slope, start = linear_regression(further, heights)
     if slope <= 0.0:
-        return max(0.0, mean), 0.0
-    if (start := mean - slope * fmean(shares)) >= 0.0:
+        return max(0.0, fmean(heights)), 0.0
+    if start >= 0.0:
         return start, slope
-    return 0.0, max(0.0, sum(x * share for x, share in shares.items()) / sum(x**2 for x in shares))
+    return 0.0, max(0.0, linear_regression(further, heights, proportional=True).slope)
 
 
 def _slope(values: Mapping[int, float]) -> float:

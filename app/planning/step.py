@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -152,8 +152,7 @@ def _kind(model: PreTrainedModel, block: nn.Module, idx: int) -> tuple[Any, ...]
     return tuple(parameter.shape for parameter in block.parameters()), types and types[idx]
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Run(NamedTuple):
     flops: int
     bytes: int  # alive when the loss begins
     loss_bytes: int  # more than that at the peak of the loss

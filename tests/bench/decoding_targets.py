@@ -1,4 +1,4 @@
-"""Performance targets that this project sets itself, and how each is read off a benchmark's report."""
+"""Targets for the speed of decoding, and how each is read off a benchmark's report. Tested by test_benches.py."""
 
 from __future__ import annotations
 
@@ -11,40 +11,23 @@ Run = Literal["trained", "pretrained", "topv2"]
 
 
 class Target(NamedTuple):
-    """A ratio that should be reached.
+    """A ratio that should be reached."""
 
-    Attributes:
-        run: The benchmark it is read off.
-        threshold: The least value that passes; the largest where `at_most` is set.
-        value: Reads it off the results of that benchmark; None where the runs it needs are not in it.
-        at_most: Whether small values are good ones.
-    """
-
-    run: Run
-    threshold: float
-    value: Callable[[Sequence[Result]], float | None]
+    run: Run  # the benchmark it is read off
+    threshold: float  # the least value that passes, or the largest where `at_most` is set
+    value: Callable[[Sequence[Result]], float | None]  # None where the benchmark lacks the runs it needs
     at_most: bool = False
-
-    def passed(self, value: float) -> bool:
-        """Whether the target is met."""
-        return value <= self.threshold if self.at_most else value >= self.threshold
 
 
 class Winners(NamedTuple):
-    """The settings that came out fastest where every exit was tried with every draft length.
-
-    Attributes:
-        exit_layer: Of self-speculation.
-        num_draft_tokens: Of self-speculation.
-        transformers_num_draft_tokens: Of transformers' own early exit at the same exit, where it was measured.
-    """
+    """The settings that came out fastest where every exit was tried with every draft length."""
 
     exit_layer: int
     num_draft_tokens: int
-    transformers_num_draft_tokens: int | None
+    transformers_num_draft_tokens: int | None  # of transformers' early exit at the same exit; None if not measured
 
     def only(self, results: Sequence[Result]) -> list[Result]:
-        """Without the settings of these strategies that did not win."""
+        """The results without the settings of these strategies that did not win."""
         settings = {
             "self_speculative": (self.exit_layer, self.num_draft_tokens),
             "transformers_early_exit": (self.exit_layer, self.transformers_num_draft_tokens),

@@ -19,7 +19,7 @@ from app.whole_file import write_whole
 
 
 def run_verb(*arguments: str) -> tuple[str, str]:
-    """Run a verb in a process of its own; the command as one would type it, and what it printed."""
+    """Run a verb in a process of its own; return the command as one would type it, and what it printed."""
     command = shlex.join(["layerskip", *arguments])
     print(f"\n$ {command}", flush=True)
     done = subprocess.run([sys.executable, "-m", "app", *arguments], check=False, stdout=subprocess.PIPE, text=True)
@@ -29,7 +29,7 @@ def run_verb(*arguments: str) -> tuple[str, str]:
 
 
 def run_measurement(measure: Callable[..., None], *, module: str) -> None:
-    """Parse the options of `python -m tests.bench.MODULE` and measure; a setting out of range is told in one line."""
+    """Parse the options of `python -m tests.bench.MODULE` and measure; a mistake ends in one line with status 2."""
     description = (measure.__doc__ or "").splitlines()[0]
     parser = OneLineErrors(prog=f"python -m tests.bench.{module}", description=description)
     parser.add_function_arguments(measure, as_group=False)
@@ -41,14 +41,14 @@ def run_measurement(measure: Callable[..., None], *, module: str) -> None:
 
 
 def target_result(value: float, threshold: float, command: str, *, at_most: bool) -> dict[str, Any]:
-    """A target as it is written down: whether `value` is at most, or at least, `threshold`."""
+    """The record of a target, which passes if `value` is at most, or at least, `threshold`."""
     passed = value <= threshold if at_most else value >= threshold
     here = environment(device=torch.device("cpu"), dtype=torch.float32)
     return {"value": value, "target": threshold, "passed": passed, "command": command, "environment": here}
 
 
 def write_results(measured: Mapping[str, Mapping[str, Any]], output: Path) -> None:
-    """The results as JSON, and a line for each on the terminal."""
+    """Write the results as JSON, and print a line for each."""
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, json.dumps(measured, indent=2) + "\n")
     for name, result in measured.items():

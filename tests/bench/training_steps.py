@@ -1,8 +1,8 @@
 """Training steps to compare: LayerSkip's, a plain one, and what the open recipes do for an early-exit loss.
 
-The recipes' way is written from its description: a whole forward that keeps all hidden states and drops nothing, then
-the logits of each exit in float32, all of them stacked or an exit at a time. A step here is a forward and a backward;
-the optimizer's part is the same for all.
+The recipes' step is written from its description: a whole forward that keeps all hidden states and drops nothing, then
+the logits of each exit in float32, all of them stacked or one exit at a time. A step here is a forward and a backward,
+because the optimizer's part is the same for all.
 
 Shape legend: `B` rows, `T` tokens, `E` exits, `D` width, `V` vocabulary.
 """
@@ -32,42 +32,28 @@ Step = Callable[[], float]  # forward, backward; the loss in nats a token
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What all steps of a comparison have in common.
+    """What all steps of a comparison have in common."""
 
-    Attributes:
-        config: Architecture, initialised at random.
-        batch_size: B.
-        seq_len: T; each row is one document.
-        dtype: Of autocast's products; float32 switches autocast off.
-        exit_layers: Exits of those steps that have several, the full model among them.
-        max_dropout_rate: p_max of the step that drops as in the paper (exponential over depth).
-        early_exit_scale: e_scale.
-    """
-
-    config: PreTrainedConfig
+    config: PreTrainedConfig  # architecture, initialised at random
     batch_size: int
-    seq_len: int
-    dtype: torch.dtype
-    exit_layers: tuple[int, ...]
-    max_dropout_rate: float = 0.1
+    seq_len: int  # each row is one document
+    dtype: torch.dtype  # dtype of autocast's products; float32 switches autocast off
+    exit_layers: tuple[int, ...]  # exits of those steps that have several, the full model among them
+    max_dropout_rate: float = 0.1  # p_max of the step that drops as in the paper (exponential over depth)
     early_exit_scale: float = 0.2
 
     @property
     def num_layers(self) -> int:
-        """L."""
         return int(self.config.num_hidden_layers)
 
     @property
     def num_tokens(self) -> int:
-        """In a step."""
         return self.batch_size * self.seq_len
 
     def weights(self, exit_layers: Sequence[int]) -> dict[int, float]:
-        """w(t, l)."""
         return normalised_exit_weights(exit_layers, num_layers=self.num_layers, early_exit_scale=self.early_exit_scale)
 
     def autocast(self) -> torch.autocast:
-        """For the forward."""
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def batch(self) -> dict[str, Tensor]:
@@ -81,7 +67,7 @@ class StepSettings:
 def our_steps(settings: StepSettings) -> dict[str, Step]:
     """Steps of this project, on one model: plain, with two unembeddings, LayerSkip's, and with blocks dropped.
 
-    "half the blocks' work" sends half of the rows through each block, others through each, "no block" sends none.
+    "half the blocks' work" sends a random half of the rows through each block, and "no block" sends none.
     """
     model = build_model(settings.config, seed=0).train()
     network, batch, num_layers = EarlyExitModel(model), settings.batch(), settings.num_layers

@@ -192,23 +192,6 @@ def test_a_mistake_ends_with_status_2_and_names_the_field_before_anything_is_dec
     assert streams.out == ""
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"prompt": "a"}\n{"prompt": 3}\n', "line 2"),
-        ('{"prompt": "a"}\n{"text": "b"}\n', "line 2"),
-        ('{"prompt": "a"}\n\n{oops\n', "line 3"),
-        ("", "holds no prompt"),
-        (json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "x y " * 80}) + "\n", "prompt 2: got"),
-    ],
-)
-def test_bad_prompts_are_named_before_anything_is_decoded(benchmark, tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(SpanDecoder, "run_blocks", lambda *_, **__: pytest.fail("a block ran"))
-    (tmp_path / "bad.jsonl").write_text(content)
-    _, streams = benchmark("--prompts", str(tmp_path / "bad.jsonl"), status=2)
-    assert message in streams.err
-
-
 def test_ctrl_c_ends_with_status_130_and_leaves_no_report(benchmark, monkeypatch):
     calls = []
 

@@ -69,13 +69,13 @@ def test_the_fastest_is_run_again_and_the_second_fastest_where_it_does_not_hold(
     assert next(again, None) is None
 
 
-@pytest.mark.parametrize(("max_new_tokens", "most"), [(16, 3), (5, 3), (4, 2), (2, 1)])
+@pytest.mark.parametrize(("max_new_tokens", "most"), [(5, 3), (4, 2)])
 def test_no_draft_is_looked_at_that_an_output_has_no_room_for(max_new_tokens: int, most: int) -> None:
-    tuning = tune(
-        counting_decoder(), _PROMPTS, eos_token_ids=(), settings=replace(_SETTINGS, max_new_tokens=max_new_tokens)
-    )
+    settings = replace(_SETTINGS, max_new_tokens=max_new_tokens)
+    tuning = tune(counting_decoder(), _PROMPTS, eos_token_ids=(), settings=settings)
     assert max(prediction.num_draft_tokens for prediction in tuning.predictions) == most
     assert tuning.limited_by == ("max_draft_tokens" if most == 3 else "max_new_tokens")
+    assert replace(_SETTINGS, max_new_tokens=2).longest_draft == 1
 
 
 def test_costs_are_the_median_of_three_moments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from app.protocols import SourceStatistics
 from app.text.text_tokens import around
 from datamodules.loading.datamodule import RowDataModule, RowSettings, check_end
 from datamodules.loading.tokenizers import Encoder
-from datamodules.readers.opening import open_reader
+from datamodules.readers import open_reader
 from datamodules.readers.records import Reader
 from datamodules.readers.sources import Source, token_shares, warn_of_mixed_weights
 from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, check_lanes, stack
@@ -155,11 +155,7 @@ class TextCodeDataModule(RowDataModule):
             check_end(self.trainer)
 
     def train_dataloader(self) -> StreamLoader:
-        """Batches without end, from behind the latest one that was trained on.
-
-        Raises:
-            ConfigError: `num_lanes` does not fit the ranks and workers.
-        """
+        """Batches without end, from behind the latest one that was trained on; ConfigError as of `check_lanes`."""
         settings, stream = self._settings, self._stream_settings()
         batches = LaneBatches(
             list(zip(self._sources, self._readers(stream.num_lanes), strict=True)),
@@ -179,11 +175,7 @@ class TextCodeDataModule(RowDataModule):
         return {name: column for name, column in batch.items() if name != STATE_KEY}
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Held-out rows, spread evenly over each source's documents; sources take turns, and ranks get equally many.
-
-        Raises:
-            DataError: Fewer rows are held out than there are ranks.
-        """
+        """Held-out rows, spread evenly over each source's documents; sources take turns, and ranks get equally many."""
         return DataLoader(
             self._corpus.validation_rows(self._share),  # type: ignore[arg-type]  # a list is a dataset
             batch_size=self._settings.batch_size,
@@ -204,11 +196,9 @@ class TextCodeDataModule(RowDataModule):
             self._keeper.restore(state_dict, share=self._share)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a position that training cannot resume from; lanes that no setting counts are as many as it has.
+        """Raise CheckpointError, in fit, if the state is no position of the stream, and ConfigError as the base does.
 
-        Raises:
-            ConfigError: As of all datamodules of rows.
-            CheckpointError: In fit, the state is no position of the stream.
+        If no setting counts the lanes, there are as many as in the checkpoint.
         """
         if self._resumes and self._num_lanes is None:
             self._num_lanes = state_dict.get("num_lanes")

@@ -132,11 +132,7 @@ class TOPv2DataModule(RowDataModule):
         return self._content.target_format
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
-        """At most `count` whole prompts of at most `length` token ids, the same at every call.
-
-        Raises:
-            DataError: None is that short.
-        """
+        """At most `count` whole prompts of at most `length` token ids, the same at every call; DataError if none is."""
         return short_prompts(self._store.examples["eval"], count=count, length=length)
 
     def generation_examples(self, stage: str, count: int) -> list[GenerationExample]:
@@ -163,11 +159,7 @@ class TOPv2DataModule(RowDataModule):
         _ = self._store
 
     def train_dataloader(self) -> WorkerLoader:
-        """Batches from the current optimizer step on; `len` is an epoch.
-
-        Raises:
-            DataError: There are too few rows.
-        """
+        """Batches from the current optimizer step on; `len` is an epoch; DataError says that it has too few rows."""
         settings, examples = self._settings, self._store.examples["train"]
         rows = training_rows(examples, seq_len=settings.seq_len, packed=self._packed)
         data = ExampleRows(examples, rows, length_multiple=self._length_multiple)
@@ -181,11 +173,7 @@ class TOPv2DataModule(RowDataModule):
         return self._loader(data, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Rows of the evaluation split in ascending order of length; every rank takes an equal part of all lengths.
-
-        Raises:
-            DataError: There are fewer rows than ranks.
-        """
+        """Rows of the evaluation split in ascending order of length; every rank takes an equal part of all lengths."""
         return self._held_out_loader("eval")
 
     def test_dataloader(self) -> DataLoader[Any]:

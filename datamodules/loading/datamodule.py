@@ -35,12 +35,9 @@ _NEW_RUN = "start a new run from the weights (--model.pretrained CHECKPOINT)"
 
 @dataclass(frozen=True, kw_only=True)
 class RowSettings:
-    """Settings of rows and batches; each datamodule's docstring says what they mean to it.
+    """Settings of rows and batches, checked; each datamodule's docstring says what they mean to it.
 
-    `default_vocab_size` is the datamodule's own: a warning says that another one has no effect on a given tokenizer.
-
-    Raises:
-        ConfigError: A setting is out of range.
+    A warning says that a size other than the datamodule's own `default_vocab_size` has no effect on a given tokenizer.
     """
 
     seq_len: int
@@ -68,11 +65,7 @@ class RowSettings:
 
 
 def check_workers(num_workers: int) -> None:
-    """Refuse a number of data workers out of range, and workers that could not open their sockets.
-
-    Raises:
-        ConfigError: Naming the setting.
-    """
+    """Raise ConfigError for a number of data workers out of range, or workers that could not open their sockets."""
     check_range("num_workers", num_workers, low=0, high=_MAX_WORKERS)
     folder = tempfile.gettempdir()
     if num_workers and (size := len(folder.encode())) > _LONGEST_TEMPORARY_FOLDER:
@@ -85,11 +78,7 @@ def check_workers(num_workers: int) -> None:
 
 
 def check_end(trainer: Trainer) -> None:
-    """Refuse a trainer that would wait for the end of a stream that has none.
-
-    Raises:
-        ConfigError: Naming the setting.
-    """
+    """Raise ConfigError for a trainer that would wait for the end of a stream that has none."""
     if isinstance(trainer.limit_train_batches, int):  # that many batches are an epoch
         return
     if trainer.max_steps < 1 and not any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -137,11 +126,7 @@ class RowDataModule(LightningDataModule, ABC):
         return self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
 
     def setup(self, stage: str) -> None:
-        """Check the trainer.
-
-        Raises:
-            ConfigError: The trainer would divide the batches once more, or repeat them.
-        """
+        """Raise ConfigError for a trainer that would divide the batches once more, or repeat them."""
         if self.trainer is None:
             return
         divides = self.trainer._accelerator_connector.use_distributed_sampler  # it has no public name
@@ -162,11 +147,9 @@ class RowDataModule(LightningDataModule, ABC):
         return {**self._order(), **own}
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume in another order (protocols.ResumableData), or to feed the ids of another tokenizer.
+        """Raise ConfigError if a setting that the order depends on differs, in fit, or the tokenizer, at any stage.
 
-        Raises:
-            ConfigError: In fit, a setting that the order depends on differs from the checkpoint's; at any stage, the
-                tokenizer does.
+        See `protocols.ResumableData`.
         """
         if state_dict is self._checked:  # a trainer asks first, and loads the state later
             return

@@ -23,45 +23,27 @@ from app.text.text_stream import text_of
 
 @dataclass
 class SourcePreview:
-    """Counts of one source.
+    """Counts of one source."""
 
-    Attributes:
-        asked: Share of tokens that the config asks for; None where the mixture has no weights.
-        documents: Documents that end in the rows.
-        tokens: Tokens of the rows, without padding.
-        targets: Tokens that bear loss.
-        bytes: Bytes of the tokens' text.
-        rows: Rows of the source.
-        seen: Records read, also those that wait in the shuffle buffer; None where nobody counts them.
-        skipped: Bad records among those.
-    """
-
-    asked: float | None = None
-    documents: int = 0
-    tokens: int = 0
-    targets: int = 0
-    bytes: int = 0
+    asked: float | None = None  # share of tokens that the config asks for; None where the mixture has no weights
+    documents: int = 0  # that end in the rows
+    tokens: int = 0  # without padding
+    targets: int = 0  # tokens that bear loss
+    bytes: int = 0  # of the tokens' text
     rows: int = 0
-    seen: int | None = None
-    skipped: int | None = None
+    seen: int | None = None  # records read, also those that wait in the shuffle buffer; None where nobody counts them
+    skipped: int | None = None  # bad records among those
 
 
 @dataclass
 class Preview:
-    """Counts of some batches.
+    """Counts of some batches."""
 
-    Attributes:
-        sources: The counts of each source, by its name.
-        positions: Positions of all rows, padding included.
-        seconds_to_first: Seconds until the first batch came.
-        tokens_per_second: Positions a second until the last batch came.
-        sample: The documents of the first row, as (first token, last token, targets, text).
-    """
-
-    sources: dict[str, SourcePreview]
-    positions: int = 0
-    seconds_to_first: float = 0.0
-    tokens_per_second: float = 0.0
+    sources: dict[str, SourcePreview]  # by name
+    positions: int = 0  # of all rows, padding included
+    seconds_to_first: float = 0.0  # until the first batch came
+    tokens_per_second: float = 0.0  # padding included, until the last batch came
+    # The documents of the first row: first token, last token, targets, text.
     sample: list[tuple[int, int, int, str]] = field(default_factory=list)
 
     @property
@@ -83,11 +65,7 @@ class ResumeCheck(NamedTuple):
 
 
 def preview(datamodule: LightningDataModule, *, num_batches: int) -> Preview:
-    """Count `num_batches` training batches, at least 1.
-
-    Raises:
-        ConfigError: The datamodule does not say what it reads.
-    """
+    """Count `num_batches` training batches, at least 1; ConfigError if the datamodule does not say what it reads."""
     if not isinstance(datamodule, CorpusOwner):
         raise ConfigError("data", got=type(datamodule).__name__, allowed="a datamodule with tokenizer and source_names")
     weights = datamodule.source_weights if isinstance(datamodule, StreamOwner) else {}

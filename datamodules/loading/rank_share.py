@@ -55,10 +55,9 @@ class RankShare:
         return max(1, math.ceil(int(limited) / self.accumulate))
 
     def equal_share(self, num_rows: int, *, fix: str) -> int:
-        """Of `num_rows` held-out rows, the number each rank takes, so that all ranks run equally many batches.
+        """The number of held-out rows that each rank takes, so that all ranks run equally many batches.
 
-        Raises:
-            DataError: There are fewer rows than ranks; `fix` says how to get more.
+        DataError says that there are fewer rows than ranks, and `fix` how to get more.
         """
         if num_rows < self.num_replicas:
             raise DataError(f"held-out rows ({num_rows}) are fewer than devices ({self.num_replicas}); {fix}")

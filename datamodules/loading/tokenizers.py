@@ -31,9 +31,7 @@ _DOCUMENTS_PER_CALL = 256  # bounds the memory that encodings take beside the id
 def train_byte_level_bpe(texts: Iterator[str] | Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE, which encodes and decodes any text without loss; equal texts give equal tokenizers.
 
-    Args:
-        texts: What to learn merges from.
-        vocab_size: Upper bound, `MIN_VOCAB_SIZE` to `MAX_VOCAB_SIZE`; small texts give fewer tokens.
+    Small texts give fewer tokens than `vocab_size`, which is `MIN_VOCAB_SIZE` to `MAX_VOCAB_SIZE`.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,11 +77,7 @@ def trained_tokenizer(texts: Sequence[str], *, vocab_size: int, cache_dir: Path)
 
 
 def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast
-    """Load the tokenizer of a model, or of a folder that holds nothing else.
-
-    Raises:
-        ConfigError: There is none, or it is not a fast tokenizer with an end-of-text token.
-    """
+    """Load the tokenizer of a model or folder; ConfigError if it has none that is fast and has an end-of-text token."""
     tokenizer = open_tokenizer(path, field="tokenizer")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ConfigError(

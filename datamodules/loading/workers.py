@@ -27,11 +27,7 @@ class WorkerLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield batches.
-
-        Raises:
-            RuntimeError: A worker died, as torch words it.
-        """
+        """Yield batches, or raise RuntimeError, as torch words it, if a worker died."""
         batches = super().__iter__()
         workers = multiprocessing.active_children()
         try:

@@ -33,13 +33,7 @@ def chunk_count(total: int, *, min_chunks: int) -> int:
 
 
 class ByteRanges:
-    """Chunks cut anywhere; all have the same number of bytes, give or take one.
-
-    Args:
-        sizes: [num_files] int64, in bytes.
-        min_chunks: Least number of chunks, 1 or more.
-        seed: Of the order of files.
-    """
+    """Chunks cut anywhere, of equally many bytes, give or take one; `sizes` [num_files] int64 are in bytes."""
 
     def __init__(self, sizes: np.ndarray, *, min_chunks: int, seed: int) -> None:
         self.order = np.random.default_rng(seed).permutation(len(sizes))
@@ -60,12 +54,9 @@ class ByteRanges:
 
 
 class Groups:
-    """Chunks cut only between units (files or row groups); there are at most as many chunks as units.
+    """Chunks cut only between units (files or row groups), which are at least as many as chunks.
 
-    Args:
-        costs: [num_units] int64, what reading each unit costs, in bytes.
-        min_chunks: Least number of chunks, where there are as many units.
-        seed: Of the order of units.
+    `costs` [num_units] int64 tell what reading each unit costs, in bytes.
     """
 
     def __init__(self, costs: np.ndarray, *, min_chunks: int, seed: int) -> None:

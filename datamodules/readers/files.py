@@ -27,12 +27,9 @@ _BLOCKS_A_FILE, _BLOCK_BYTES = 64, 4096
 
 
 class FileList:
-    """Names and sizes of files; it takes about 60 bytes a file, whatever their number.
+    """Names of files relative to `root`, as sorted bytes, and their `sizes` [num_files] in bytes, int64.
 
-    Args:
-        root: The folder.
-        names: Names relative to `root` as bytes, sorted.
-        sizes: [num_files] int64, in bytes.
+    It takes about 60 bytes a file, whatever their number.
     """
 
     def __init__(self, root: Path, names: pa.Array, sizes: np.ndarray) -> None:
@@ -55,10 +52,9 @@ class FileList:
         return FileList(self.root, self._names.take(pa.array(files)), self.sizes[files])
 
     def digest_parts(self) -> Iterator[bytes]:
-        """Yield what identifies the files: names, sizes, and some content, since a rewritten file may keep its size.
+        """Yield what identifies the files: names, sizes, and blocks of at most a thousand files, spread over all.
 
-        A few blocks are read of at most a thousand files, spread over all of them. Times of change are left out, since
-        a copy has others.
+        A rewritten file may keep its size. Times of change are left out, since a copy has others.
         """
         yield from (b"%b\0%d\0" % (name.as_py(), size) for name, size in zip(self._names, self.sizes, strict=True))
         sampled = min(len(self), _SAMPLED_FILES)
@@ -79,11 +75,7 @@ class FileList:
 
 
 def list_files(source: Source) -> FileList:
-    """List the files of a local source.
-
-    Raises:
-        DataError: The folder is missing, no file in it matches, or all that match are empty.
-    """
+    """List the files of a local source; DataError says that there are none, or that all are empty."""
     root, where = source.root, f"source {source.name!r}"
     if root.is_file():
         found = [(os.fsencode(root.name), root.stat().st_size)]

@@ -7,17 +7,17 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from app.errors import DataError
 from datamodules.readers.chunks import stride
+from datamodules.readers.contents import JsonField
 from datamodules.readers.files import FileList
 from datamodules.readers.records import BadRecord, Document, LostRecords, Record, fingerprint
 from datamodules.readers.sources import Source
-from datamodules.readers.texts import JsonField
 
 _log = logging.getLogger(__name__)
 
@@ -41,9 +41,9 @@ class HubReader:
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
         """Yield the records of `chunk` from index `start` on."""
         shard, first = divmod(chunk, self._stride)
-        return map(self._record, islice(self._rows(shard), first + start * self._stride, None, self._stride))
+        return islice(self._records(shard), first + start * self._stride, None, self._stride)
 
-    def _rows(self, shard: int) -> Iterator[_Row | BadRecord]:
+    def _records(self, shard: int) -> Iterator[Record]:
         location, number = f"{self._name}:shard {shard + 1}", 0
         part = self._dataset.shard(num_shards=self._dataset.num_shards, index=shard)
         try:
@@ -51,22 +51,15 @@ class HubReader:
             for batch in part.iter(_BATCH_ROWS):
                 for value in batch[self._column]:
                     number += 1
-                    yield _Row(f"{location}, record {number}", value)
+                    yield self._record(f"{location}, record {number}", value)
         except Exception as error:  # any format, codec or network library may have raised it
             yield LostRecords(location, f"cannot be read on behind record {number}: {_reason(error)}")
 
-    def _record(self, row: _Row | BadRecord) -> Record:
-        if isinstance(row, BadRecord):
-            return row
-        text, problem = self._field.pick({self._column: row.value})
+    def _record(self, location: str, value: object) -> Record:
+        text, problem = self._field.pick({self._column: value})
         if not problem and len(text.encode()) > self._max_bytes:
             problem = f"longer than {self._max_bytes} bytes"
-        return BadRecord(row.location, problem) if problem else Document(row.location, text, origin=text)
-
-
-class _Row(NamedTuple):
-    location: str
-    value: object
+        return BadRecord(location, problem) if problem else Document(location, text, origin=text)
 
 
 def _identify(source: Source, builder: Any) -> tuple[str, Iterable[bytes]]:

@@ -15,11 +15,18 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from datamodules.readers.chunks import ByteRange, ByteRanges, Groups, stride
+from datamodules.readers.contents import (
+    READ_ERRORS,
+    JsonField,
+    decode,
+    is_compressed,
+    open_bytes,
+    size_change,
+    why_unreadable,
+)
 from datamodules.readers.files import FileList
 from datamodules.readers.records import BadRecord, Document, LostRecords, Record, fingerprint
 from datamodules.readers.sources import Source
-from datamodules.readers.streams import READ_ERRORS, is_compressed, open_bytes, size_change, why_unreadable
-from datamodules.readers.texts import JsonField, decode
 
 _BLOCK_BYTES = 1 << 20
 _COUNTED_BYTES = 1 << 26  # lines of a file are counted up to here, for a message

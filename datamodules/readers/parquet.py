@@ -15,14 +15,13 @@ import pyarrow.parquet as pq
 
 from app.errors import DataError
 from datamodules.readers.chunks import Groups, stride
+from datamodules.readers.contents import READ_ERRORS, decode, refuse_pointer, size_change, why_unreadable
 from datamodules.readers.files import FileList
 from datamodules.readers.records import BadRecord, Document, LostRecords, Record, fingerprint
 from datamodules.readers.sources import Source
-from datamodules.readers.streams import READ_ERRORS, refuse_pointer, size_change, why_unreadable
-from datamodules.readers.texts import decode
 
 _BATCH_BYTES, _BATCH_ROWS = 1 << 20, 1024
-_UNREADABLE = -1  # in place of a row group: the whole file could not be opened, and is one bad record
+_WHOLE_FILE = -1  # stands for the row groups of a file that could not be opened
 _TEXT = {pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()}
 
 
@@ -31,12 +30,15 @@ class ParquetReader:
 
     def __init__(self, source: Source, files: FileList, *, min_chunks: int, seed: int) -> None:
         self._source, self._files = source, files
+        self._unreadable: dict[int, str] = {}  # why, by file
         # [num_units, 3]: file, row group, bytes
         units = np.array([unit for file in range(len(files)) for unit in self._units_of(file)], np.int64).reshape(-1, 3)
-        if (units[:, 1] == _UNREADABLE).all():
-            problem = self._problem(0) if len(units) else "they have no rows"
-            what = f"none of {len(files)} files can be read, {files.name(0)}: " if len(units) else "nothing to read: "
-            raise DataError(f"source {source.name!r} ({source.root}): {what}{problem}; correct its field or its files")
+        if len(units) == len(self._unreadable):
+            what = "nothing to read: they have no rows"
+            if self._unreadable:
+                file, problem = next(iter(self._unreadable.items()))
+                what = f"none of {len(files)} files can be read, {files.name(file)}: {problem}"
+            raise DataError(f"source {source.name!r} ({source.root}): {what}; correct its field or its files")
         self._units = units
         self._groups = Groups(units[:, 2], min_chunks=min_chunks, seed=seed)
         self._stride = stride(self._groups.num_chunks, min_chunks=min_chunks, source=source.name, unit="row group")
@@ -72,14 +74,15 @@ class ParquetReader:
             with self._open(file) as (opened, column):
                 groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
                 sizes = [column.num_bytes(group) for group in groups]
-        except READ_ERRORS:
-            return [(file, _UNREADABLE, 1)]
+        except READ_ERRORS as error:
+            self._unreadable[file] = why_unreadable(error)
+            return [(file, _WHOLE_FILE, 1)]
         return [(file, number, size) for number, size in enumerate(sizes) if groups[number].num_rows]
 
     def _rows(self, file: int, group: int) -> Iterator[_Row | BadRecord]:
         name = self._files.name(file)
-        if group == _UNREADABLE:
-            yield LostRecords(name, self._problem(file))
+        if group == _WHOLE_FILE:
+            yield LostRecords(name, self._unreadable[file])
             return
         try:
             problem = size_change(self._files.path(file), int(self._files.sizes[file]))
@@ -90,13 +93,6 @@ class ParquetReader:
             problem = why_unreadable(error)
         if problem:
             yield LostRecords(name, f"row group {group + 1}: {problem}")
-
-    def _problem(self, file: int) -> str:
-        try:
-            with self._open(file):
-                return "could not be read when the source was opened"
-        except READ_ERRORS as error:
-            return why_unreadable(error)
 
     @contextmanager
     def _open(self, file: int) -> Iterator[tuple[pq.ParquetFile, _TextColumn]]:
@@ -131,11 +127,7 @@ def _rows_of(opened: pq.ParquetFile, column: _TextColumn, name: str, group: int)
 
 
 class _TextColumn:
-    """A column of a file; `a.b` also means `b` in a struct `a`, if there is no column `a.b`.
-
-    Raises:
-        pa.ArrowInvalid: The file has no such column, or the column does not hold text.
-    """
+    """A column of text in a file; `a.b` also means `b` in a struct `a`, if there is no column `a.b`."""
 
     def __init__(self, file: pq.ParquetFile, field: str) -> None:
         self.field = field

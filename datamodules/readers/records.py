@@ -35,11 +35,9 @@ class Document(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """A document that could not be read.
+    """A document that could not be read, and why.
 
-    Attributes:
-        location: `file:line` (from 1), `file:byte N` deep in a huge file, `file:row N` (from 1), or the file alone.
-        reason: What is wrong there, in words.
+    Its location is `file:line` or `file:row N` (from 1), `file:byte N` deep in a huge file, or the file alone.
     """
 
     location: str
@@ -74,10 +72,7 @@ class Reader(Protocol):
         """A hash by which a resumed run knows that its position still means the same records."""
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
-        """Yield the records of `chunk` from index `start` on; a bad record counts like a good one.
-
-        Nothing is raised: what cannot be read is a BadRecord, and reading goes on behind it.
-        """
+        """Yield the records of `chunk` from index `start` on, with a BadRecord for what cannot be read."""
 
 
 def fingerprint(source: Source, parts: Iterable[bytes], *layout: int | np.ndarray) -> str:

@@ -124,7 +124,7 @@ def warn_of_mixed_weights(sources: Sequence[Source]) -> None:
 
 
 class _Kind(NamedTuple):
-    """The fields that have an effect on some kinds alone, and the default glob."""
+    """The fields with an effect on this kind but not on all, and the default glob."""
 
     fields: frozenset[str]
     glob: str = "**/*"

@@ -10,12 +10,11 @@ from itertools import islice
 import numpy as np
 
 from datamodules.readers.chunks import Groups
+from datamodules.readers.contents import READ_ERRORS, decode, open_bytes, size_change, why_unreadable
 from datamodules.readers.docstrings import docstrings
 from datamodules.readers.files import TOPICS, FileList
 from datamodules.readers.records import BadRecord, Document, Record, fingerprint
 from datamodules.readers.sources import Source
-from datamodules.readers.streams import READ_ERRORS, open_bytes, size_change, why_unreadable
-from datamodules.readers.texts import decode
 
 _FILE_COST = 4096  # bytes that could be read in the time that opening a file takes
 _MIN_DOCSTRING_CHARS = 80  # shorter ones are labels, not prose

@@ -19,7 +19,7 @@ from app.errors import DataError
 from datamodules.loading.datamodule import RowSettings
 from datamodules.loading.rank_share import RankShare
 from datamodules.loading.tokenizers import Encoder, load_tokenizer, trained_tokenizer
-from datamodules.readers.opening import open_reader
+from datamodules.readers import open_reader
 from datamodules.readers.records import BadRecord, Document
 from datamodules.readers.sources import Source
 from datamodules.streaming.bad_records import BadRecords

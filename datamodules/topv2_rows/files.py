@@ -36,11 +36,7 @@ _SHOWN = 20  # bad rows in an error; the log has all
 
 
 def choose_domains(domains: Sequence[str] | None, *, spis: int | None) -> tuple[str, ...]:
-    """The domains asked for, by default all that there are; `spis` has fewer.
-
-    Raises:
-        ConfigError: `spis` is none of `SPIS`, or a domain is unknown, missing or given twice.
-    """
+    """The domains asked for, by default all; ConfigError if one is unknown or given twice, or `spis` is unknown."""
     if spis is not None and spis not in SPIS:
         raise ConfigError("spis", got=spis, allowed=" | ".join(map(str, SPIS)))
     available = DOMAINS if spis is None else LOW_RESOURCE_DOMAINS
@@ -60,29 +56,22 @@ class AnnotatedUtterance(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of one domain and split, not looked at yet.
+    """The rows of one domain and split, not looked at yet."""
 
-    Attributes:
-        name: File or dataset split, for messages.
-        domain: The only domain that is right in it.
-        fingerprint: Hash of the content.
-        records: Yields the number of each row and its fields, or instead of these the reason why it has none.
-    """
-
-    name: str
-    domain: str
-    fingerprint: str
-    records: Callable[[], Iterator[tuple[int, list[str] | str]]]
+    name: str  # of the file or dataset split, for messages
+    domain: str  # the only one that is right in it
+    fingerprint: str  # of the content
+    records: Callable[[], Iterator[tuple[int, list[str] | str]]]  # number and fields of each row, or why it has none
 
 
 def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | None) -> list[Table]:
-    """The tables of `split`, one for each domain, in their order.
+    """The tables of `split`, one for each domain, in their order; `spis` chooses a low-resource split, but not of test.
 
     Args:
         path: The official folder of TSV files, or a local folder or hub id that `datasets` reads.
         split: train, eval or test.
         domains: Chosen ones, of `DOMAINS`.
-        spis: One of `SPIS` for that low-resource training and evaluation split, or None. Test has one split.
+        spis: One of `SPIS`, or None.
 
     Raises:
         DataError: A file or dataset is missing or has other columns.
@@ -104,10 +93,8 @@ def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | 
 def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: float) -> list[AnnotatedUtterance]:
     """The usable rows of `table`; others are skipped, counted and logged with their locations.
 
-    `encode` makes the target from the annotation, or raises ParseError when the annotation is none.
-
-    Raises:
-        DataError: Nothing is left, or more than `max_bad_share` of the rows had to be skipped.
+    `encode` makes the target from the annotation, or raises ParseError. DataError says that nothing is left, or that
+    more than `max_bad_share` of the rows had to be skipped.
     """
     rows: list[AnnotatedUtterance] = []
     bad: list[str] = []

@@ -23,8 +23,7 @@ _log = logging.getLogger(__name__)
 def training_rows(examples: Examples, *, seq_len: int, packed: bool) -> list[list[int]]:
     """Every example of at most `seq_len` tokens, once; `packed` fills rows with several examples of one domain.
 
-    Raises:
-        DataError: No example is that short.
+    DataError says, here and below, that no example is that short.
     """
     fitting = _fitting(examples, split="train", seq_len=seq_len)
     if not packed:
@@ -40,9 +39,6 @@ def held_out_rows(examples: Examples, *, split: Split, seq_len: int, per_source:
     """At most `per_source` examples of each domain of `split`, each a row, in ascending order of length.
 
     They are chosen at random once and for all: no other setting changes the choice.
-
-    Raises:
-        DataError: No example has at most `seq_len` tokens.
     """
     shuffled = np.asarray(_shuffled(examples))
     candidates = shuffled[np.isin(shuffled, _fitting(examples, split=split, seq_len=seq_len))]
@@ -52,11 +48,7 @@ def held_out_rows(examples: Examples, *, split: Split, seq_len: int, per_source:
 
 
 def short_prompts(examples: Examples, *, count: int, length: int) -> list[list[int]]:
-    """At most `count` whole prompts of at most `length` token ids, shuffled; a warning says if there are fewer.
-
-    Raises:
-        DataError: None is that short.
-    """
+    """At most `count` whole prompts of at most `length` token ids, shuffled; a warning says if there are fewer."""
     prompts = [examples.prompt(row) for row in _shuffled(examples) if examples.prompt_lengths[row] <= length]
     if not prompts:
         shortest = examples.prompt_lengths.min()

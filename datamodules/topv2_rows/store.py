@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -128,7 +128,7 @@ def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
 
 def _key(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any) -> str:
     parts = asdict(settings) | {
-        "path": None,  # the content counts, not where it lies
+        "path": None,  # the content counts, wherever it lies
         "code_version": _CODE_VERSION,
         "files": [table.fingerprint for split in tables for table in tables[split]],
     }
@@ -138,17 +138,12 @@ def _key(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: A
 
 
 def _build(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any, *, key: str) -> TaskStore:
-    encode = TARGET_FORMATS[settings.target_format].encode
-    rows = {
-        split: [
-            row for table in of_split for row in read_rows(table, encode=encode, max_bad_share=settings.max_bad_share)
-        ]
-        for split, of_split in tables.items()
-    }
-    tokenizer = _fit_tokenizer(settings, rows["train"], tokenizer)
-    return TaskStore(
-        key, tokenizer, {split: _encode(settings, of_split, tokenizer) for split, of_split in rows.items()}
+    read = partial(
+        read_rows, encode=TARGET_FORMATS[settings.target_format].encode, max_bad_share=settings.max_bad_share
     )
+    rows = {split: list(chain.from_iterable(map(read, of_split))) for split, of_split in tables.items()}
+    tokenizer = _fit_tokenizer(settings, rows["train"], tokenizer)
+    return TaskStore(key, tokenizer, {split: _encode(settings, own, tokenizer) for split, own in rows.items()})
 
 
 def _fit_tokenizer(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], tokenizer: Any) -> Any:

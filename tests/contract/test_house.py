@@ -21,7 +21,7 @@ from transformers import SeedOssConfig, SeedOssForCausalLM
 from app import load
 from app.layerskip.exit_weights import normalised_exit_weights
 from app.layerskip.schedules import dropout_rates
-from datamodules.readers.opening import open_reader
+from datamodules.readers import open_reader
 from datamodules.readers.sources import Source
 from tests.support.saved_models import save_model
 from tests.support.tokenizers import byte_level

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datamodules.readers.opening import open_reader
+from datamodules.readers import open_reader
 from datamodules.readers.records import BadRecord, Reader, Record
 from datamodules.readers.sources import Source
 

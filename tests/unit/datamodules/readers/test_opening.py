@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from datamodules.readers import FILE_READERS, open_reader
 from datamodules.readers.files import list_files
-from datamodules.readers.opening import FILE_READERS, open_reader
 from datamodules.readers.sources import Source, SourceKind
 from tests.unit.datamodules.readers.reading import open_path, read_all
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from datamodules.readers.opening import open_reader
+from datamodules.readers import open_reader
 from datamodules.readers.records import Document
 from datamodules.readers.sources import Source
 from tests.unit.datamodules.readers.reading import POINTER, assert_any_start_reads_on, bad, open_path, read_all, texts

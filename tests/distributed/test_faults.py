@@ -93,13 +93,12 @@ def with_nan(root, strategy, on_divergence):
     return train(root, strategy, On(2, nan_loss, hook="batch"), settings={"on_divergence": on_divergence})
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_nan_on_one_rank_stops_both_naming_it_or_is_skipped_by_both(tmp_path, strategy):
+def test_a_nan_on_one_rank_stops_both_naming_it_or_is_skipped_by_both(tmp_path):
     make_data(tmp_path).prepare_data()
-    first, second = run_ranks(with_nan, tmp_path, strategy, "stop", limit_seconds=60)
+    first, second = run_ranks(with_nan, tmp_path, "fsdp2", "stop", limit_seconds=60)
     assert first == second
     assert "at step 2 with exits [4] on, rank 1 micro-batch 0;" in first["message"]
-    first, second = run_ranks(with_nan, tmp_path, strategy, "skip", limit_seconds=60)
+    first, second = run_ranks(with_nan, tmp_path, "fsdp2", "skip", limit_seconds=60)
     assert first["steps"] == second["steps"] == STEPS
     assert same_weights(first, second)
     assert first["metrics"]["train/skipped_steps"] == second["metrics"]["train/skipped_steps"] == 1
@@ -140,18 +139,16 @@ def with_slow_rank(root, strategy, seconds, delay):
     return train(root, strategy, *extra, timeout=timedelta(seconds=seconds))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_slow_rank_is_waited_for_and_changes_nothing(tmp_path, strategy):
+def test_a_slow_rank_is_waited_for_and_changes_nothing(tmp_path):
     make_data(tmp_path).prepare_data()
-    delayed, _ = run_ranks(with_slow_rank, tmp_path, strategy, 60, True)
-    prompt, _ = run_ranks(with_slow_rank, tmp_path, strategy, 60, False)
+    delayed, _ = run_ranks(with_slow_rank, tmp_path, "ddp", 60, True)
+    prompt, _ = run_ranks(with_slow_rank, tmp_path, "ddp", 60, False)
     assert same_weights(delayed, prompt)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_rank_that_is_waited_for_too_long_ends_the_run_with_what_to_do(tmp_path, strategy):
+def test_a_rank_that_is_waited_for_too_long_ends_the_run_with_what_to_do(tmp_path):
     make_data(tmp_path).prepare_data()
-    first, _ = run_ranks(with_slow_rank, tmp_path, strategy, 1, True, limit_seconds=60)
+    first, _ = run_ranks(with_slow_rank, tmp_path, "ddp", 1, True, limit_seconds=60)
     assert "rank 0 waited for another rank" in first["message"]
     assert "timeout" in first["message"]
 
@@ -165,19 +162,17 @@ def with_few_documents(root, strategy, documents, data, limit_val_batches=1.0):
     return train(root, strategy, data={"sources": sources} | data, limit_val_batches=limit_val_batches)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_fewer_held_out_rows_than_ranks_are_refused_on_both_ranks(tmp_path, strategy):
+def test_fewer_held_out_rows_than_ranks_are_refused_on_both_ranks(tmp_path):
     write_corpus(tmp_path / "corpus_of_12")
     data = {"validation_rows": 1}
-    for said in run_ranks(with_few_documents, tmp_path, strategy, 12, data, limit_seconds=60):
+    for said in run_ranks(with_few_documents, tmp_path, "ddp", 12, data, limit_seconds=60):
         assert "held-out rows (1) are fewer than devices (2); raise validation_rows" in said["message"]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_corpus_of_fewer_documents_than_ranks_feeds_both(tmp_path, strategy):
+def test_a_corpus_of_fewer_documents_than_ranks_feeds_both(tmp_path):
     """Its one document is in one rank's part of the stream alone."""
     write_corpus(tmp_path / "corpus_of_1", files=1)
     data = {"validation_share": 0.01}
-    first, second = run_ranks(with_few_documents, tmp_path, strategy, 1, data, 0, limit_seconds=60)
+    first, second = run_ranks(with_few_documents, tmp_path, "ddp", 1, data, 0, limit_seconds=60)
     assert first["steps"] == second["steps"] == STEPS, (first, second)
     assert same_weights(first, second)

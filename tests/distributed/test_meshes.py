@@ -57,17 +57,11 @@ def spread(root, mesh, settings):
 @pytest.mark.parametrize(
     ("mesh", "reference", "own"),
     [
-        (DDP, {"curriculum": "rotational"}, {}),
-        (DDP, {"curriculum": "gradual"}, {}),
         (DDP, {"curriculum": "fixed"}, {"activation_checkpointing": True}),
         (FSDP2, {"curriculum": "rotational"}, {}),
         (FSDP2, {"curriculum": "gradual"}, {"activation_checkpointing": True}),
-        (FSDP2, {"curriculum": "fixed"}, {}),
-        (HSDP, {"curriculum": "rotational"}, {}),
         (HSDP, {"curriculum": "gradual"}, {}),
-        (TENSOR_PARALLEL, {"curriculum": "gradual"}, {}),
         (TENSOR_PARALLEL, {"curriculum": "rotational", "tied": False}, {"activation_checkpointing": True}),
-        (TENSOR_PARALLEL, {"curriculum": "fixed"}, {}),
         (BOTH, {"curriculum": "fixed"}, {}),
         (COPIES, {"curriculum": "rotational"}, {}),
     ],

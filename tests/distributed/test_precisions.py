@@ -67,8 +67,10 @@ def exact(root):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(("precision", "stored"), [("bf16-mixed", F32), ("bf16-true", BF16)])
+@pytest.mark.parametrize(
+    ("mesh", "precision", "stored"),
+    [("fsdp2", "bf16-mixed", F32), ("fsdp2", "bf16-true", BF16), ("tensor parallel", "bf16-mixed", F32)],
+)
 def test_fsdp2_gathers_and_computes_in_bfloat16_and_autocast_is_off(root, exact, mesh, precision, stored):
     for seen, losses, held_out in run_ranks(run, root, precision, MESHES[mesh]):
         assert seen["shards"] == seen["gradients"] == {stored}

@@ -45,6 +45,7 @@ _NEUTRAL = {  # values that change nothing; of any other key it is 0, such as no
     "rope.scaling.yarn_attn_factor": 1,
     "rope.scaling.yarn_ext_factor": 1,
 }
+_ALLOWED = "a .gguf file that states only what is supported here"
 _Refuse = Callable[[str, str], ConfigError]
 
 
@@ -60,14 +61,14 @@ def obey_metadata(config: PreTrainedConfig, reader: GGUFReader, *, field: str, p
 
     def refuse(key: str, why: str) -> ConfigError:
         said = f"{prefix}{key} = {stated[key]}" if key in stated else f"tensor {key}"
-        return ConfigError(field, got=path, allowed="a .gguf file that can be obeyed", fix=f"{said}: {why}")
+        return ConfigError(field, got=path, allowed=_ALLOWED, fix=f"{said}: {why}")
 
     for key, value in stated.items():
         attribute = _ATTRIBUTES.get(key, key)
         if key in _ATTRIBUTES and hasattr(config, attribute) and not hasattr(config, f"use_{attribute}"):
             setattr(config, attribute, value)
         elif key not in _OBEYED and value != _NEUTRAL.get(key, 0):
-            raise refuse(key, "nothing here obeys it, so the model would compute something else than its makers' did")
+            raise refuse(key, "this is not supported, and without it the model would compute something else")
     if "attention.sliding_window" not in stated and hasattr(config, "sliding_window"):
         config.sliding_window = None  # some classes of transformers have one by default
     config.num_key_value_heads = stated.get("attention.head_count_kv", config.num_attention_heads)
@@ -163,4 +164,4 @@ def check_all_used(model: PreTrainedModel, reader: GGUFReader, *, field: str, pa
     used = {names.get_name(weight, try_suffixes=(".weight", ".bias")) for weight in model.state_dict()}
     if unused := sorted({tensor.name for tensor in reader.tensors} - used - {_ROPE_FACTORS}):
         fix = f"{len(unused)} of its tensors are not in a {model.config.model_type} of transformers: {unused[0]}"
-        raise ConfigError(field, got=path, allowed="a .gguf file that can be obeyed", fix=fix)
+        raise ConfigError(field, got=path, allowed=_ALLOWED, fix=fix)

@@ -176,8 +176,8 @@ def test_data_of_another_kind_are_described_by_their_settings():
 def test_what_nobody_recorded_is_said_to_be_unknown():
     card = card_of({}, {"global_step": 60})
     assert "| optimizer steps | 60 |" in card.text
-    assert "With which settings, the checkpoint does not say." in card.text
-    assert "What it was trained on, the checkpoint does not say." in card.text
+    assert "The checkpoint does not say with which settings." in card.text
+    assert "The checkpoint does not say what it was trained on." in card.text
 
 
 def test_a_model_without_a_run_has_no_recipe_and_is_not_said_to_exit_early():

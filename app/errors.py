@@ -5,8 +5,10 @@ Tested by tests/contract/test_command_line.py and tests/unit/cli/test_messages.p
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Self
 
 
@@ -96,6 +98,16 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
     """Raise ConfigError unless `value` is one of `choices`, such as the keys of a table."""
     if value not in (names := [*choices]):
         raise ConfigError(field, got=value, allowed=" | ".join(names))
+
+
+def check_output_file(path: str, *, suffix: str) -> Path:
+    """The file that a verb is to write; ConfigError if it cannot be written, which is said before anything runs."""
+    file = Path(path)
+    if file.suffix != suffix or file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        fix = "" if file.parent.exists() else f"make {file.parent}"
+        allowed = f"a {suffix} file in a folder that exists and can be written to"
+        raise ConfigError("output", got=path, allowed=allowed, fix=fix)
+    return file
 
 
 def require_total_steps(max_steps: int, *, field: str, got: str) -> int:

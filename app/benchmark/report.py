@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,29 +19,10 @@ from app.benchmark.benchmark import Costs
 from app.benchmark.result import BenchmarkResult
 from app.benchmark.speedup_interval import interval_in_words
 from app.decoding.strategies import STRATEGIES
-from app.errors import ConfigError
 from app.tables import Table, cell
 from app.whole_file import write_whole
 
 _PACKAGES = ("torch", "transformers", "layerskip-lightning")
-
-
-def check_output(path: str) -> Path:
-    """The file to write.
-
-    Raises:
-        ConfigError: The file cannot be written. This is found out before anything is measured.
-    """
-    output = Path(path)
-    allowed = "a .json file in a folder that exists"
-    if output.suffix != ".json":
-        raise ConfigError("output", got=path, allowed=allowed, fix="the figure goes beside it as .png")
-    if not output.parent.is_dir() or output.is_dir():
-        fix = f"{output} is a folder" if output.is_dir() else f"make {output.parent}"
-        raise ConfigError("output", got=path, allowed=allowed, fix=fix)
-    if not os.access(output.parent, os.W_OK):
-        raise ConfigError("output", got=path, allowed=allowed, fix=f"{output.parent} cannot be written to")
-    return output
 
 
 def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object]:

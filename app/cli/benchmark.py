@@ -15,7 +15,6 @@ from app.benchmark.benchmark import BenchmarkSettings, Subject, run_benchmark
 from app.benchmark.decoding_costs import costs_line
 from app.benchmark.figure import benchmark_figure
 from app.benchmark.report import (
-    check_output,
     draft_table,
     environment,
     report_document,
@@ -25,6 +24,7 @@ from app.benchmark.report import (
 from app.benchmark.result import benchmark_results
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
+from app.errors import check_output_file
 from app.generation.loaded_model import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
 from app.generation.prompts import encode_prompts, read_prompts
 from app.words import counted
@@ -60,7 +60,7 @@ def benchmark(
         threads: Number of CPU threads; by default torch's own choice.
         options: See BenchmarkSettings.
     """
-    file = check_output(output)
+    file = check_output_file(output, suffix=".json")
     use_threads(threads)
     settings = BenchmarkSettings(eos_token_ids=(), **options)
     texts = read_prompts(prompts, limit=limit)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import is_trained_weights, open_trained_weights
 from app.cli.parsing.verb_parser import call_verb
-from app.errors import CheckpointError, ConfigError
+from app.errors import CheckpointError, ConfigError, check_output_file
 from app.exits.quality import ExitScore
 from app.exits.report import MOST_RUNS, History, exit_curves_figure
 from app.topv2.report import Metric, exact_match_figure, read_report
@@ -34,7 +33,7 @@ def plot(
         output: PNG file to write.
         metric: Score that is drawn of the results.
     """
-    path = _check_output(output)
+    path = check_output_file(output, suffix=".png")
     if (results is None) == (checkpoints is None):
         raise ConfigError("results", got="both" if results else "neither", allowed="either results or checkpoints")
     if results is not None:
@@ -76,13 +75,6 @@ def _read_curve(path: Path) -> History:
         round(step * record.tokens / record.steps): {layer: ExitScore(*score) for layer, score in scores.items()}
         for step, scores in record.history.items()
     }
-
-
-def _check_output(output: str) -> Path:
-    path = Path(output)
-    if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError("output", got=output, allowed="a .png file in a folder that exists and can be written to")
-    return path
 
 
 def run() -> None:

@@ -9,11 +9,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from app.benchmark import report as benchmark_report
 from app.benchmark.benchmark import Costs
 from app.benchmark.decoding_costs import DecodingCosts
 from app.benchmark.report import (
-    check_output,
     draft_table,
     environment,
     notes,
@@ -23,7 +21,6 @@ from app.benchmark.report import (
 )
 from app.benchmark.result import BenchmarkResult
 from app.cli.tables import print_table
-from app.errors import ConfigError
 from app.tables import Table
 from tests.unit.benchmark.made_up import DRAFTS, PLAIN
 
@@ -161,14 +158,3 @@ def test_both_files_are_written_whole_and_what_fails_leaves_the_earlier_ones(
         write_report(_document([DRAFTS]), Figure(), output)
     assert (output.read_bytes(), picture.read_bytes()) == before
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check_output(str(tmp_path / "a.json")) == tmp_path / "a.json"
-    (tmp_path / "folder.json").mkdir()
-    for name, fix in (("a.png", "goes beside it"), ("none/a.json", "make "), ("folder.json", "is a folder")):
-        with pytest.raises(ConfigError, match=fix):
-            check_output(str(tmp_path / name))
-    monkeypatch.setattr(benchmark_report.os, "access", lambda *_: False)
-    with pytest.raises(ConfigError, match="cannot be written to"):
-        check_output(str(tmp_path / "a.json"))

@@ -5,8 +5,8 @@
     model = load("runs/quickstart/checkpoints/last.ckpt")
     print(model.generate("def main(").text)
 
-The names of `__all__` are the Python API. They are imported when they are asked for, and so `layerskip --help` does not
-wait for torch.
+The names of `__all__` are the Python API. They are imported when they are asked for, so that `layerskip --help` does
+not wait for torch. Tested by tests/unit/generation/test_model.py.
 """
 
 from __future__ import annotations

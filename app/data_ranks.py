@@ -1,4 +1,7 @@
-"""The data-parallel ranks: those that read rows of their own. Tensor-parallel ranks share their rows."""
+"""The data-parallel ranks: those that read rows of their own. Tensor-parallel ranks share their rows.
+
+Tested by tests/distributed/test_meshes.py and tests/unit/training/test_token_mean.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of all logged metrics; units are in the name."""
+"""The names of all logged metrics, with their units. Tested by tests/integration/test_monitors.py."""
 
 from __future__ import annotations
 

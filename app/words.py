@@ -1,4 +1,4 @@
-"""English whose form depends on numbers."""
+"""English whose form depends on numbers. Tested by tests/unit/tuning/test_result.py."""
 
 from __future__ import annotations
 

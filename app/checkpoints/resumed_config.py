@@ -199,7 +199,7 @@ def _warn_of_length(saved: Config, given: Config, *, step: object) -> None:
     length = now.get(_LENGTH)
     if length is not None and isinstance(step, int) and 0 <= length <= step:
         _log.warning("%s %s: the checkpoint is of step %d, nothing is left to train", _LENGTH, length, step)
-    idle = {"model.lr_schedule"} if _SCHEDULER_CLASS in now else set()  # a scheduler class takes its place
+    idle = {"model.lr_schedule"} if _SCHEDULER_CLASS in now else set()  # a scheduler class replaces it
     stretched = [name for name, values in _STRETCHING if name not in idle and now.get(name) not in values]
     if stretched and before.get(_LENGTH) != length:  # a longer run may be what is wanted
         _log.warning(

@@ -30,7 +30,7 @@ from app.checkpoints import contents
 from app.checkpoints.atomic import partial_path
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.integrity import KEEP_PREVIOUS
-from app.checkpoints.shards import METADATA_FILE, ShardReader, Shards, copy_own_part, read_metadata
+from app.checkpoints.shards import ShardReader, Shards, copy_own_part
 from app.checkpoints.weights import OPTIMIZER_STATES, STATE_DICT, Shapes
 from app.checkpoints.writer import CheckpointWriter
 from app.errors import CheckpointError
@@ -205,7 +205,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
             self.lightning_module.on_load_checkpoint(described)  # refuses what does not fit before anything is changed
             wanted = self._wanted(path, content[OPTIMIZER_STATES], shards.shapes)
             try:
-                load(wanted, storage_reader=ShardReader(path, read_metadata(path / METADATA_FILE)))
+                load(wanted, storage_reader=ShardReader(path))
             except CheckpointException as error:  # not a subclass of Exception
                 raise CheckpointError(f"cannot read checkpoint {path}: {_reasons(error)}") from error
         else:

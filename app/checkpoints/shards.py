@@ -1,4 +1,7 @@
-"""Tensors in a directory of torch.distributed.checkpoint: read one by one, without running anything in its pickle."""
+"""Tensors in a directory of torch.distributed.checkpoint, read one by one; nothing in its pickle is run.
+
+Tested by tests/unit/checkpoints/test_weights.py and tests/integration/test_malicious_files.py.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +57,8 @@ class Shards:
 
     def __init__(self, directory: Path, *, prefix: str) -> None:
         self._directory, self._prefix = directory, prefix
-        saved = read_metadata(directory / METADATA_FILE)
-        self._reader = ShardReader(directory, saved)
+        self._reader = ShardReader(directory)
+        saved = self._reader.read_metadata()
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         for key, entry in saved.state_dict_metadata.items():
             if key.startswith(prefix) and isinstance(entry, metadata.TensorStorageMetadata):
@@ -86,11 +89,11 @@ class Shards:
 
 
 class ShardReader(filesystem.FileSystemReader):
-    """torch's reader of shards, which here takes the metadata that `read_metadata` found and unpickles nothing."""
+    """torch's reader of shards, with `read_metadata` below instead of its unguarded unpickling."""
 
-    def __init__(self, path: Path, saved: metadata.Metadata) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._saved = saved
+        self._saved = read_metadata(path / METADATA_FILE)
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:

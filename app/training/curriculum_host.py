@@ -29,7 +29,10 @@ class Dropout(NamedTuple):
 
 
 class CurriculumHost(LightningModule):
-    """Keeps what curricula set, and which callback set it. A fit in which none does is plain next-token training."""
+    """Keeps what curricula set, and which callback set it. A fit in which none does is plain next-token training.
+
+    Its members are those of LayerDropoutHost, EarlyExitHost, ExitMonitorHost and WorkHost in app.protocols.
+    """
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
@@ -46,21 +49,18 @@ class CurriculumHost(LightningModule):
 
     @property
     def num_layers(self) -> int:
-        """L, the number of blocks."""
         return self._num_layers
 
     @property
     def dropout_rates(self) -> tuple[float, ...]:
-        """p(l, t) in use."""
         return self._dropout.value.rates
 
     @property
     def dropped_shares(self) -> tuple[float, ...]:
-        """For each block the share of samples that skipped it in the latest training micro-batch."""
         return self._dropped_shares
 
     def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
-        """Use these rates from the next micro-batch on (protocols.LayerDropoutHost).
+        """Use these rates from the next micro-batch on.
 
         Raises:
             ConfigError: There is not one rate in [0, 1) for each block.
@@ -73,11 +73,10 @@ class CurriculumHost(LightningModule):
 
     @property
     def exit_weights(self) -> Mapping[int, float]:
-        """w(t, l) in use, by exit layer."""
         return self._exits.value
 
     def set_exit_weights(self, weights: Mapping[int, float]) -> None:
-        """Use these exits and weights from the next micro-batch on (protocols.EarlyExitHost).
+        """Use these exits and weights from the next micro-batch on.
 
         Raises:
             ConfigError: An exit is not one of the model's, or the weights are negative or do not sum to 1.
@@ -90,11 +89,9 @@ class CurriculumHost(LightningModule):
         self._exits.write(dict(weights))
 
     def monitor_exits(self, exit_layers: Sequence[int]) -> None:
-        """Return the hidden states of these exits, too, from every evaluation step (protocols.ExitMonitorHost)."""
         self._monitored.update(exit_layers)
 
     def watch_work(self, watcher: WorkWatcher) -> None:
-        """Show `watcher` the work of every later training micro-batch, before its forward (protocols.WorkHost)."""
         self._work_watchers.append(watcher)
 
     @override

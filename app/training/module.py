@@ -119,16 +119,14 @@ class LayerSkipModule(EvaluationSteps):
         module.configure_model()
         return module
 
-    # -- what callbacks may ask beside what CurriculumHost has ---------------------------------------------------
+    # -- DecodingHost and EndOwner of app.protocols --------------------------------------------------------------
 
     def exitable_decoder(self) -> ExitableDecoder:
-        """A view on the live weights for decoding (protocols.DecodingHost)."""
         assert self.model is not None
         return SpanDecoder(self.model)
 
     @property
     def end_token_ids(self) -> Sequence[int]:
-        """The tokens that end a text by the model's own generation config (protocols.EndOwner)."""
         assert self.model is not None
         return listed_ends(self.model.generation_config.eos_token_id)
 

@@ -36,11 +36,8 @@ def accept_sampled(
 ) -> tuple[Tensor, Tensor]:
     """Speculative sampling (Leviathan et al. 2023, algorithm 1): kept tokens are distributed as the target's own.
 
-    Args:
-        drafts_T: Drafted token ids; token t was drawn from `draft_probs_TV[t]`.
-        draft_probs_TV: The drafter's distributions.
-        target_probs_SV: The full model's distributions at the same positions and the one after them.
-        uniforms_T: Independent draws from [0, 1), one for each draft.
+    Token t was drawn from `draft_probs_TV[t]`. The targets are the full model's distributions at the same positions and
+    the one after them; `uniforms_T` are independent draws from [0, 1).
 
     Returns:
         The number of drafts kept (no dimensions), and the distribution [V] from which to draw the next token.
@@ -173,12 +170,8 @@ def process(
 ) -> Tensor:
     """Apply the processor at each position, given everything before it: prompt, settled and drafted tokens.
 
-    Args:
-        logits_BSV: Logits at the latest settled token and the drafts after it. Padding positions stay as they are.
-        first: The one position is that of the latest draft, not of the latest settled token.
-
-    Returns:
-        Scores [B, S, V]; without a processor the logits themselves.
+    The positions are the latest settled token and the drafts after it, or the latest draft alone if `first`. Padding
+    stays as it is. Without a processor the scores are the logits themselves.
     """
     if processor is None:
         return logits_BSV

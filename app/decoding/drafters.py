@@ -19,13 +19,8 @@ from app.protocols import ExitableDecoder
 class FullModel:
     """Drafts nothing and runs every position through blocks 0..stop-1; `stop` < num_layers is lossy early exit.
 
-    A round feeds the latest settled token, which no block has seen, and what was drafted after it.
-
-    Args:
-        decoder: The model whose choices count.
-        batch_size: Number of sequences.
-        capacity: Positions that each sequence is likely to need.
-        stop: Blocks run, 1..num_layers; by default all.
+    A round feeds the latest settled token, which no block has seen, and what was drafted after it. `capacity` counts
+    the positions that each of `batch_size` sequences is likely to need.
     """
 
     def __init__(self, decoder: ExitableDecoder, batch_size: int, capacity: int, *, stop: int | None = None) -> None:
@@ -35,9 +30,7 @@ class FullModel:
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
         """Run the prompts once; return the logits [B, 1, V] of each prompt's last position, and of no other.
 
-        Args:
-            tokens_BT: Prompts, padded on the right with any id, since what follows a position does not change it.
-            lengths: Lengths of the prompts without padding.
+        Prompts shorter than T are padded on the right with any id, since what follows a position does not change it.
         """
         hidden_BTD = self.decoder.run_blocks(self.decoder.embed(tokens_BT), start=0, stop=self.stop, cache=self.cache)
         self.cache.truncate(lengths)

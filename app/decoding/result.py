@@ -9,17 +9,11 @@ StopReason = Literal["eos", "stop", "max_new_tokens", "context_length", "interru
 
 
 class Step(NamedTuple):
-    """What one round settled for one sequence.
+    """What one round settled for one sequence."""
 
-    Attributes:
-        tokens: At least one settled token: the accepted drafts, then one token of the full model.
-        accepted: How many of `tokens`, counted from the first, were drafted.
-        rejected: Drafts that the full model did not keep.
-    """
-
-    tokens: list[int]
-    accepted: int = 0
-    rejected: tuple[int, ...] = ()
+    tokens: list[int]  # the accepted drafts, then one token of the full model
+    accepted: int = 0  # how many of `tokens`, counted from the first, were drafted
+    rejected: tuple[int, ...] = ()  # drafts that the full model did not keep
 
     @property
     def drafted(self) -> int:

@@ -24,19 +24,12 @@ _EXTRA_TOKEN, _EXTRA_TOKEN_FLOAT32_CPU = 0.03, 0.08
 
 
 class StrategyEntry(NamedTuple):
-    """A strategy.
+    """A strategy."""
 
-    Attributes:
-        needs: Settings it cannot do without; others of the same kind have no effect on it.
-        new_drafter: Called with the decoder, the settings, the batch size and the capacity.
-        costs: What its rounds cost by parameter counts; None where it never drafts.
-        lossless: Whether its output is the full model's.
-    """
-
-    needs: frozenset[str]
-    new_drafter: Callable[[ExitableDecoder, DecodingSettings, int, int], FullModel]
-    costs: Callable[[ExitableDecoder, DecodingSettings], CostModel] | None
-    lossless: bool = True
+    needs: frozenset[str]  # settings it cannot do without; others of the same kind have no effect on it
+    new_drafter: Callable[[ExitableDecoder, DecodingSettings, int, int], FullModel]  # ..., batch size, capacity
+    costs: Callable[[ExitableDecoder, DecodingSettings], CostModel] | None  # by parameter counts; None: never drafts
+    lossless: bool = True  # whether its output is the full model's
 
 
 def _sizes(decoder: ExitableDecoder) -> dict[str, Any]:

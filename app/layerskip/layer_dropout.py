@@ -21,15 +21,10 @@ def keyed_generator(*key: int) -> Generator:
 
 
 class KeptSamples(NamedTuple):
-    """Which samples of a micro-batch go through which block.
+    """Which samples of a micro-batch go through which block."""
 
-    Attributes:
-        by_block: For each block the kept sample indices, sorted, int64, shape [K] with 0 <= K <= B.
-        most: For each block the K of the largest micro-batch at hand; where it is 0, no rank needs the block.
-    """
-
-    by_block: tuple[Tensor, ...]
-    most: tuple[int, ...]
+    by_block: tuple[Tensor, ...]  # sorted indices of the kept samples, int64 [K] with 0 <= K <= B
+    most: tuple[int, ...]  # K of the largest micro-batch at hand; where it is 0, no rank needs the block
 
 
 def draw_kept_samples(
@@ -52,8 +47,6 @@ def draw_kept_samples(
     Args:
         rates: p(l, t), one for each block, in [0, 1).
         batch_size: B, samples in this micro-batch.
-        seed: Seed of the run.
-        step: Optimizer step.
         micro_batch: Number of the micro-batch in the step: k W + r for the k-th of data-parallel rank r of W.
         largest_batch: Samples in the largest of the W micro-batches at hand, >= B; B by default.
     """

@@ -18,18 +18,11 @@ Examples = Sequence[GenerationExample]
 
 
 class Way(NamedTuple):
-    """A way to decode.
-
-    Attributes:
-        strategy: autoregressive, early_exit or self_speculative.
-        exit_layer: Blocks run, by drafts where there are any; num_layers for the full model.
-        num_draft_tokens: Most tokens drafted in a round. It is 0 for autoregressive decoding that is timed beside
-            drafts, and None where speed is not measured.
-    """
+    """A way to decode: autoregressive, early_exit or self_speculative."""
 
     strategy: Strategy
-    exit_layer: int
-    num_draft_tokens: int | None = None
+    exit_layer: int  # blocks run, by drafts where there are any; num_layers for the full model
+    num_draft_tokens: int | None = None  # 0 for autoregressive decoding timed beside drafts; None where not timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +76,7 @@ def evaluate_parses(
 ) -> list[DecodingComparison]:
     """Decode `examples` at every exit in batches, `speed_examples` self-speculatively one by one, and score them all.
 
-    Args:
-        decoder: The model, in eval mode.
-        examples: Any number, as `speed_examples`; also none.
-        answer: Gives the text of new token ids.
-        metrics: One for each way of the plan; takes the answers.
+    The decoder is in eval mode, `answer` gives the text of new token ids, and the metric of each way takes its answers.
 
     Returns:
         The speed of each self-speculative way; empty where none was measured.

@@ -14,18 +14,11 @@ from app.topv2.semantic_parse import TARGET_FORMATS, Node, ParseError, TargetFor
 
 
 class ParseScore(NamedTuple):
-    """Shares of answers, each 0..1, and the number of answers.
+    """Shares of the answers of `num_examples`, each 0..1."""
 
-    Attributes:
-        exact_match: The whitespace-normalised text is the annotation's (the paper's metric).
-        frame_match: Intents, slots and the words of leaf slots are the annotation's (see `frame`).
-        well_formed: The answer is a parse at all.
-        num_examples: At least 1.
-    """
-
-    exact_match: float
-    frame_match: float
-    well_formed: float
+    exact_match: float  # the whitespace-normalised text is the annotation's (the paper's metric)
+    frame_match: float  # intents, slots and the words of leaf slots are the annotation's (see `frame`)
+    well_formed: float  # the answer is a parse at all
     num_examples: int
 
 

@@ -34,22 +34,14 @@ _MARKERS = "osD^vPX*"  # they tell lines apart that coincide
 
 @dataclass(frozen=True, kw_only=True)
 class ParseReport:
-    """One evaluation.
+    """One evaluation."""
 
-    Attributes:
-        stage: validate or test.
-        step: Optimizer steps the model has taken; None outside of fits, where that is not known.
-        checkpoint: The source of its weights, if they were loaded.
-        num_ranks: Ranks that shared the examples.
-        results: In the order of the plan's ways.
-    """
-
-    stage: str
-    step: int | None
-    checkpoint: str | None
-    num_ranks: int
+    stage: str  # validate or test
+    step: int | None  # optimizer steps the model has taken; None outside of fits, where that is not known
+    checkpoint: str | None  # the source of its weights, if they were loaded
+    num_ranks: int  # ranks that shared the examples
     plan: ParsePlan
-    results: Sequence[ParseResult]
+    results: Sequence[ParseResult]  # in the order of the plan's ways
 
     def records(self) -> list[dict[str, Any]]:
         """One flat record for each way; a figure is None where it was not measured or there is nothing to divide by.
@@ -123,11 +115,7 @@ def write_report(report: ParseReport, path: Path) -> None:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read the document that `write_report` wrote.
-
-    Raises:
-        DataError: There is none at this path.
-    """
+    """Read the document that `write_report` wrote; DataError if there is none at this path."""
     try:
         document: dict[str, Any] = json.loads(path.read_text("utf-8"))
         keys = {"exit_layer", "num_draft_tokens", "num_examples", *_SHARES}

@@ -96,19 +96,18 @@ def cross_entropies(
             shares_NV.scatter_add_(-1, target_N1, -torch.ones_like(log_sum_N1))
             errors_NV = products_NV.copy_(shares_NV) if mixed else shares_NV
             scale_N1 = weights[exit_idx] * counted_N[rows, None]
-            scaled_ND = (chunk_ND * scale_N1).to(dtype)
             gradients[exit_idx][rows] = (errors_NV @ head_VD) * scale_N1
-            if grad_weight_VD is None:
-                continue
-            if product_VD is not None:
-                _add(grad_weight_VD, torch.mm(errors_NV.t(), scaled_ND, out=product_VD))
-            else:
-                grad_weight_VD.addmm_(errors_NV.t(), scaled_ND)
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, errors_NV, (chunk_ND * scale_N1).to(dtype), product_VD)
     return [losses_EN, *gradients, *([] if grad_weight_VD is None else [grad_weight_VD])]
 
 
-def _add(total_VD: Tensor, product_VD: Tensor) -> None:
-    """Add in slices, since torch first copies the whole of a bfloat16 product to float32."""
+def _add_product(total_VD: Tensor, errors_NV: Tensor, scaled_ND: Tensor, buffer_VD: Tensor | None) -> None:
+    """Add errors^T @ scaled; a bfloat16 one in slices, since torch first copies what it adds to float32."""
+    if buffer_VD is None:
+        total_VD.addmm_(errors_NV.t(), scaled_ND)
+        return
+    product_VD = torch.mm(errors_NV.t(), scaled_ND, out=buffer_VD)
     slices = zip(torch.split(total_VD, _ADDED_ROWS), torch.split(product_VD, _ADDED_ROWS), strict=True)
     for total, product in slices:
         total.add_(product)

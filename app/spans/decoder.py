@@ -61,13 +61,9 @@ class SpanDecoder:
         check_choice("model_type", config.model_type, SUPPORTED_MODEL_TYPES)
         if not isinstance(head, nn.Linear):
             raise ConfigError("lm_head", got=type(head).__name__, allowed="a Linear whose output is the logits")
-        if config._attn_implementation != "sdpa":
-            raise ConfigError(
-                "attn_implementation",
-                got=config._attn_implementation,
-                allowed="sdpa",
-                fix='load the model with attn_implementation="sdpa"',
-            )
+        if (attention := config._attn_implementation) != "sdpa":
+            fix = 'load the model with attn_implementation="sdpa"'
+            raise ConfigError("attn_implementation", got=attention, allowed="sdpa", fix=fix)
         decoder: Any = model.get_decoder()
         if decoder.rotary_emb.rope_type not in _FIXED_ROPES:
             raise ConfigError("rope_type", got=decoder.rotary_emb.rope_type, allowed=" | ".join(_FIXED_ROPES))

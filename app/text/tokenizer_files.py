@@ -55,12 +55,9 @@ def check_fits(tokenizer: Any, *, vocab_size: int, field: str, got: str) -> None
     """Raise ConfigError if the tokenizer has ids that the model of `vocab_size` has no embedding for."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
-        raise ConfigError(
-            field,
-            got=got,
-            allowed=f"a model with a tokenizer of ids below its vocab_size ({vocab_size})",
-            fix=f"this tokenizer has ids up to {largest}: use the one that the model was trained with",
-        )
+        allowed = f"a model with a tokenizer of ids below its vocab_size ({vocab_size})"
+        fix = f"this tokenizer has ids up to {largest}: use the one that the model was trained with"
+        raise ConfigError(field, got=got, allowed=allowed, fix=fix)
 
 
 def check_same_tokens(target_tokenizer: Any, draft_tokenizer: Any, *, field: str = "draft_model", got: str) -> None:

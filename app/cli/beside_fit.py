@@ -35,14 +35,7 @@ class BesideFitCLI(LayerSkipCLI):
 
 
 def run_beside_fit(kind: type[BesideFitCLI], verb: str, options: type[Any], *, fixed: Sequence[str] = ()) -> None:
-    """Parses the command line and runs the verb.
-
-    Args:
-        kind: The verb's command line.
-        verb: Its name.
-        options: A dataclass whose fields are the verb's own options.
-        fixed: Options of `fit` that the verb sets, whatever the user gives.
-    """
+    """Runs a verb whose own options are the fields of `options`, and some of `fit` are fixed."""
     own, rest = _split(options, verb, sys.argv[2:])
     sys.argv[1:] = ["fit", *rest, *fixed]
     make_cli(partial(kind, verb=verb, options=own))

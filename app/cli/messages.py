@@ -74,11 +74,9 @@ def user_message(error: BaseException) -> str | None:
 
 
 def locate(error: Exception, config: Any) -> LocatedError:
-    """Completes the field of a ConfigError to its path: that of the only value in `config` it can mean.
+    """Writes the field of a ConfigError as its path: that of the only value in `config` that it can mean.
 
-    Args:
-        error: Raised by a constructor, which knows its own argument's name only; jsonargparse may have wrapped it.
-        config: The parsed configuration as nested dicts and lists.
+    The error comes from a constructor, which knows the name of its own argument only. jsonargparse may have wrapped it.
     """
     raised_from = list(causes(error))
     cause = next((each for each in raised_from if isinstance(each, ConfigError)), None)

@@ -78,11 +78,7 @@ class PlanOptions:
         self.machine()
 
     def machine(self) -> Machine:
-        """The kind of device that is planned for.
-
-        Raises:
-            ConfigError: `device_memory` is not a size.
-        """
+        """The kind of device that is planned for; a ConfigError if `device_memory` is not a size."""
         memory = None if self.device_memory is None else _parse_bytes(self.device_memory)
         return Machine(device_memory=memory, peak_flops=self.peak_flops, utilisation=self.utilisation)
 

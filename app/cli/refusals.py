@@ -97,10 +97,6 @@ def check_tokenizer(config: Namespace) -> None:
     """Refuses a tokenizer with other ids than those of the model that is continued.
 
     Only our own datamodules are asked here; the module asks the others when training starts.
-
-    Raises:
-        ConfigError: The ids differ, or the tokenizer cannot be read.
-        CheckpointError: The tokenizer is that of a damaged checkpoint.
     """
     pretrained, arguments = config["model"]["pretrained"], _data_arguments(config)
     if pretrained is not None and arguments is not None and arguments["tokenizer"] != pretrained:
@@ -119,10 +115,7 @@ def _data_arguments(config: Namespace) -> Any:
 def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataModule) -> None:
     """Runs the checks of a fit that need neither weights nor rows, in the order in which Lightning will repeat them.
 
-    Args:
-        trainer: The trainer before it runs.
-        module: The module before its model is built. It is attached to the trainer, and otherwise left as it is.
-        data: The datamodule. It is not asked for its tokenizer, which it may have to train.
+    The module is attached to the trainer. The datamodule is not asked for its tokenizer, which it may have to train.
     """
     module.trainer = trainer
     if isinstance(data, TextCodeDataModule):

@@ -63,11 +63,7 @@ def plain_writer(text: str, kind: Kind) -> None:
 class BatchPrinter:
     """Prints the continuations of a batch: a single one as it comes, several in their order when all are there.
 
-    Args:
-        tokenizer: The model's.
-        prompts: Token ids of the prompts.
-        write: Takes each piece of text.
-        titles: One for each prompt, printed above its text; none for a single prompt, which is printed as it comes.
+    Of several prompts, each has a title, which is printed above its text; a single prompt has none.
     """
 
     def __init__(

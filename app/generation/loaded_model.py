@@ -80,12 +80,7 @@ def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -
 
 
 def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Sequence[str]) -> ExitableDecoder | None:
-    """Loads the smaller model that drafts, on the target's device; returns None where no strategy takes one.
-
-    Args:
-        path: The user's setting `draft_model`.
-        target: The model that verifies the drafts.
-        strategies: The strategies that will run.
+    """Loads the model at `path` that drafts, on the target's device; returns None where no strategy takes one.
 
     Raises:
         ConfigError: A strategy lacks its model, the model cannot be read, or it has other tokens than the target.

@@ -82,13 +82,8 @@ class Model:
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """Yields the continuation piece by piece, as the full model settles it.
 
-        The pieces make up the `text` that `generate` returns. Decoding goes on as the iterator is asked for more.
-
-        Args:
-            options: As for `generate`.
-
-        Raises:
-            ConfigError: The prompt or an option does not fit the model.
+        Options and errors are those of `generate`, and the pieces make up the `text` that it returns. Decoding goes on
+        as the iterator is asked for more.
         """
         request = self._request([prompt], options, batch_size=1)
         return self._pieces(request)

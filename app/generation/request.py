@@ -74,12 +74,7 @@ class Request:
     ) -> Request:
         """Encodes the prompts and completes the options for a model; loads the draft model if one is needed.
 
-        Args:
-            location: Names the prompts in an error.
-            batch_size: Number of prompts that will be decoded together.
-
-        Raises:
-            ConfigError: A prompt or an option does not fit the model.
+        An error names the prompts by `location`. `batch_size` prompts will be decoded together.
         """
         max_length = loaded.decoder.max_length
         tokens = encode_prompts(texts, loaded.tokenizer, max_length=max_length, chat=options.chat, location=location)

@@ -35,15 +35,9 @@ _DENIED = ("*", "lightning.fabric.plugins.io", "lightning.pytorch.plugins.io", "
 
 
 def restrict_classes(args: Sequence[str]) -> list[str]:
-    """Allows the classes of this application and those that the command line adds, for the rest of the process.
+    """Allows the classes of this application and those of `--allowed_classes+`, for the rest of the process.
 
-    A config cannot add classes, since only the command line knows the option.
-
-    Returns:
-        The arguments without `--allowed_classes+ NAME`.
-
-    Raises:
-        ConfigError: A name is not that of a package, module or class.
+    Returns the other arguments. A config cannot add classes, since only the command line knows the option.
     """
     added, rest, remaining = list[str](), list[str](), iter(args)
     for arg in remaining:

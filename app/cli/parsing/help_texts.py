@@ -56,11 +56,8 @@ def options_in(text: str) -> dict[str, tuple[str, ...]]:
 def complete(verbs: Iterable[str], options_of: Callable[[str], Mapping[str, tuple[str, ...]]]) -> None:
     """Answers a shell that asks for completions, and ends the process; returns at once if no shell asks.
 
-    The user turns this on with `eval "$(register-python-argcomplete layerskip)"`.
-
-    Args:
-        verbs: The verbs.
-        options_of: The options of a verb, without dashes, each with its values where these are few.
+    The user turns this on with `eval "$(register-python-argcomplete layerskip)"`. `options_of` gives the options of a
+    verb, without dashes, each with its values where these are few.
     """
     if "_ARGCOMPLETE" not in os.environ:
         return

@@ -32,11 +32,7 @@ def _is_installed_only(arg: str) -> bool:
 
 
 def with_included(args: Sequence[str]) -> list[str]:
-    """The arguments, with each `--config FILE` preceded by one for every file that FILE is stacked on.
-
-    Raises:
-        ConfigError: A file's `config` is not a list of files, or leads back to the file.
-    """
+    """The arguments, with each `--config FILE` preceded by one for every file that FILE is stacked on."""
     expanded, remaining = list[str](), iter(args)
     for arg in remaining:
         option, equals, value = arg.partition("=")

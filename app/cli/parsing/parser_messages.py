@@ -41,9 +41,7 @@ _KEYS_OF_OTHERS = {
 def one_line(text: str, *, options: Collection[str] = ()) -> str:
     """The message in one line; a message that no rule knows keeps its words.
 
-    Args:
-        text: The message.
-        options: Names of the parser's options, from which those like a misspelt one are suggested.
+    Of `options`, the names of the parser's options, those like a misspelt one are suggested.
     """
     given = text.rpartition("Given value:")[2]
     text = _DENIED.sub(lambda found: found[0] if found[1] in given else "", _TENSOR.sub("]\n", text))

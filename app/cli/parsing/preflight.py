@@ -58,12 +58,7 @@ def check_arguments(
 
 
 def check_checkpoint_path(path: str, *, use_previous: bool) -> None:
-    """Refuses a `ckpt_path` at which there is no checkpoint.
-
-    Args:
-        path: A file, a directory, last or auto.
-        use_previous: Whether the previous checkpoint will do as well; its reader then warns.
-    """
+    """Refuses a `ckpt_path` with no checkpoint; with `use_previous`, the previous one will do, and its reader warns."""
     if path in (LAST, AUTO) or (path and find_checkpoint(Path(path)).exists()):
         return
     fix = ""

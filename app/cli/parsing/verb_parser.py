@@ -51,12 +51,10 @@ class OneLineErrors(ArgumentParser):
 def call_verb(
     verb: Callable[..., None], args: Sequence[str], *, by_hand: Mapping[str, dict[str, Any]] | None = None
 ) -> None:
-    """Calls the function of a verb with the options on the command line.
+    """Calls the function of a verb with the options on the command line, which follow the verb.
 
-    Args:
-        verb: Has the verb's name. Its arguments are the options, and the first line of its docstring describes it.
-        args: What follows the verb on the command line.
-        by_hand: Settings of `add_argument` by option, for those that the function's signature does not describe well.
+    The arguments of the function are the options. `by_hand` has settings of `add_argument` for those options that the
+    function's signature does not describe well.
     """
     parser = parser_of(verb, verb.__name__, by_hand or {})
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")

@@ -39,7 +39,12 @@ TINY = {
     },
     "trainer": {"max_steps": 2, "val_check_interval": 2, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
 }
+CALLBACKS = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text("utf-8"))["trainer"]["callbacks"]
+for callback in CALLBACKS:
+    if callback["class_path"].endswith("SelfSpeculativeValidation"):
+        callback["init_args"] |= {"exit_layers": [3], "num_draft_tokens": [2], "num_prompts": 1, "max_new_tokens": 4}
 TINY_QUICKSTART = TINY | {
+    "trainer": TINY["trainer"] | {"callbacks": CALLBACKS},
     "model": {
         "warmup_steps": 1,
         "config": {

@@ -59,7 +59,7 @@ def engine_contender(decoder: ExitableDecoder, strategy: Strategy, settings: Dec
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a contender made of the prompts.
+    """The results of a contender, and the figures that follow from them.
 
     Every figure is a ratio of sums over the prompts, so that long outputs weigh more than short ones, and None where
     there is nothing to divide by. Times leave out the prompts' pass and the first token it yields. Counts are those
@@ -70,7 +70,8 @@ class Measurement:
     runs: Sequence[Sequence[Sequence[DecodingResult]]]  # results by batch, repeat and prompt
 
     @property
-    def results(self) -> list[DecodingResult]:  # of the first repeat
+    def results(self) -> list[DecodingResult]:
+        """The result of each prompt in the first repeat."""
         return [result for repeats in self.runs for result in repeats[0]]
 
     @property
@@ -94,7 +95,7 @@ class Measurement:
 
     @property
     def seconds_prefill(self) -> float:
-        """From the start of a batch to its first tokens: mean over the batches of their median repeats."""
+        """The time from the start of a batch to its first tokens, as the mean over batches of their median repeats."""
         return fmean(median(max(r.seconds_prefill for r in rows) for rows in repeats) for repeats in self.runs)
 
     @property
@@ -122,7 +123,7 @@ class Measurement:
         return speedup_interval(self.speedup_over(other), self.times_beside(other))
 
     def identical_to(self, other: Measurement) -> list[bool]:
-        """For each prompt, whether its new tokens are the other's in every repeat."""
+        """Tell for each prompt whether its new tokens are the other's in every repeat."""
         expected = [[result.tokens for result in repeats[0]] for repeats in other.runs]
         return [
             all(rows[row].tokens == tokens for rows in repeats)

@@ -33,13 +33,13 @@ BENCHMARK_STRATEGIES: dict[BenchmarkStrategy, Strategy] = {
 }
 # Settings of the engine -> the user's names for them, where these differ.
 _OPTIONS = {"exit_layer": "exit_layers", "draft_decoder": "draft_model"}
-_MIN_POSITIONS = 3  # fewest positions of a pass that costs can be fitted to
+_MIN_POSITIONS = 3  # fewest positions of a pass to which costs can be fitted
 # Costs are measured before the first batch and this many times more, because machines change their speed.
 _COST_MOMENTS, _COST_REPEATS = 4, 2
 
 
 class Subject(NamedTuple):
-    """What is benchmarked: one model, as transformers and as the engine drive it, and one that may draft for it."""
+    """The model that is benchmarked, as transformers and as the engine drive it, and one that may draft for it."""
 
     model: PreTrainedModel
     decoder: ExitableDecoder
@@ -48,7 +48,7 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
-    """What is asked for; `build_contenders` checks what depends on the model.
+    """What to measure; `build_contenders` checks what depends on the model.
 
     `layerskip benchmark --help` shows these texts.
 

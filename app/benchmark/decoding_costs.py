@@ -23,7 +23,7 @@ from app.decoding.settings import DecodingSettings
 from app.errors import check_range
 from app.protocols import ExitableDecoder
 
-_TIMED_TOKENS = 8  # of every decoding after the first token, the first ones of which find cold caches
+_TIMED_TOKENS = 8  # tokens of every decoding after its first one; more than one, since the first find cold caches
 
 Clock = Callable[[], float]
 Setting = tuple[int, int]  # exit_layer, num_draft_tokens
@@ -160,7 +160,9 @@ def fit_decoding_costs(
     costs = DecodingCosts(
         block_seconds=block,
         head=head,
-        draft_head=mean if (mean := fmean(drafts)) > 0.0 else head,  # the same head: it does not cost nothing
+        draft_head=mean
+        if (mean := fmean(drafts)) > 0.0
+        else head,  # a draft runs the head too, so it cannot cost nothing
         first_extra=first_extra,
         extra_token=extra_token,
         overhead=0.0,

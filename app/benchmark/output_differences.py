@@ -58,7 +58,7 @@ class OutputDifferences:
     num_unexplained: int = 0
     # Largest gap between the two tokens at the first one that differs; None without differences.
     largest_logit_gap: float | None = None
-    # The same gap in spacings of the logits' dtype at the largest logit there.
+    # That gap in spacings of the logits' dtype at the largest logit there.
     largest_gap_in_spacings: float | None = None
 
     def __str__(self) -> str:

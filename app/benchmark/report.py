@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "transformers", "layerskip-lightning")
 
 
 def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """What a reader must know to compare figures: versions, hardware, dtype, threads, date."""
+    """The facts that make figures comparable: versions, hardware, dtype, threads, date."""
     cpu = _cpu_name()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -118,7 +118,7 @@ def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
 
 
 def draft_table(results: Sequence[BenchmarkResult]) -> Table:
-    """What explains the speed of strategies that draft: what was accepted, and what the cost model predicts of it."""
+    """The reasons for the speed of strategies that draft: accepted drafts, and what the cost model predicts of them."""
     drafting = [result for result in results if result.drafted]
     return Table.of_columns(
         "Drafts, and the speedup predicted from them (i.i.d.: one chance of acceptance for every draft)",

@@ -42,11 +42,11 @@ class BenchmarkResult:
     speedup_vs_transformers: float | None
     # Speedup over transformers' early exit of the same exit and draft length.
     speedup_vs_transformers_early_exit: float | None
-    # What the cost model says with the measured costs and one chance of acceptance for every draft, if drafts are of
-    # fixed length. Its error is predicted_speedup / speedup - 1.
+    # The cost model's speedup with the measured costs and one chance of acceptance for every draft. It holds for drafts
+    # of fixed length alone. Its error is predicted_speedup / speedup - 1.
     predicted_speedup: float | None
     prediction_error: float | None
-    # What the cost model says with the measured costs and the measured rounds.
+    # The cost model's speedup with the measured costs and the measured rounds.
     predicted_speedup_from_rounds: float | None
     prediction_error_from_rounds: float | None
     seconds_prefill: float  # mean over the batches
@@ -55,7 +55,7 @@ class BenchmarkResult:
     rounds: int
     drafted: int
     accepted: int
-    # For each position of a draft, rounds that drafted that far with everything before accepted.
+    # For each position of a draft, the number of rounds that drafted that far with everything before it accepted.
     reached_by_position: list[int]
     accepted_by_position: list[int]
     acceptance_by_position: list[float | None]  # accepted_by_position / reached_by_position
@@ -133,7 +133,7 @@ def _speedup_over(everyone: Sequence[Measurement], strategy: str, measurement: M
 def round_costs(
     contender: Contender, costs: Costs | None, *, subject: Subject, skipped_layers: Sequence[int]
 ) -> CostModel | None:
-    """What the rounds of a contender that drafts cost by the measured costs; None where they are not known."""
+    """The cost model of a contender that drafts, with the measured costs; None where these are not known."""
     if costs is None:
         return None
     num_layers, head = subject.decoder.num_layers, costs.model.head

@@ -1,4 +1,4 @@
-"""What rounds of decoding came to, summed over prompts."""
+"""Counts of rounds of decoding, summed over prompts. Tested by tests/unit/benchmark/test_alternation.py."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFacts:
-    """What an optimizer does with parameters, as it was seen to do with small ones."""
+    """How an optimizer treats parameters, as observed on small ones."""
 
     state_bytes: dict[tuple[int, ...], float]  # shape of a parameter -> bytes of state for each element
     step_bytes: int  # bytes for each element that a step needs for itself
@@ -56,7 +56,7 @@ class Memory:
     optimizer_states: int  # what the optimizer keeps between steps
     weight_copies: int  # weights of the blocks in the dtype of autocast, kept from forward to backward
     activations: int  # what the forward keeps for the backward, no block being dropped
-    activations_checkpointed: int  # the same if every block kept its input alone
+    activations_checkpointed: int  # `activations` if every block kept its input alone
     recomputed_block: int  # what the block that is computed again keeps meanwhile
     exit_loss: int  # chunks of logits and the gradients of hidden states and head, with the most exits on
     communication: int  # FSDP2's gathered weights and gradients not yet spread, or DDP's buckets

@@ -1,4 +1,7 @@
-"""What a training run will take: parameters, memory, tokens, FLOPs, hours; and what to change if it does not fit."""
+"""What a training run will take: parameters, memory, tokens, FLOPs, hours; and what to change if it does not fit.
+
+Tested by tests/contract/test_plan.py.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run takes."""
+    """The parameters, memory, FLOPs and time that a run takes."""
 
     recipe: Recipe  # what was asked, completed by the optimizer's learning rate
     layout: Layout
@@ -50,7 +53,7 @@ class Plan:
     parameters: Parameters
     memory: Memory  # bytes on one device
     fits: bool | None  # whether the peak leaves RESERVE of the device free; None where the device is unknown
-    fits_checkpointed: bool | None  # the same with activation checkpointing
+    fits_checkpointed: bool | None  # `fits` with activation checkpointing
     step_flops: float  # FLOPs of the mean step on all devices, without recomputation
     dropout_saving: float  # share of the FLOPs of a step with its exits that layer dropout saves
     exits_cost: float  # FLOPs of the early exits over those of a step with neither exits nor dropout
@@ -156,7 +159,7 @@ def plan_training(
 
 
 def changes_that_fit(plan: Plan, replan: Callable[[Recipe, Layout], Plan]) -> list[Change]:
-    """Each way to make the run fit, with the largest micro-batch that it allows; the batch of a step stays as it is."""
+    """Find each way to make the run fit, with the largest micro-batch that it allows; the batch of a step stays."""
     ways = [("", plan.layout, plan.checkpointing)]
     if not plan.checkpointing:
         ways.append(("--model.activation_checkpointing true", plan.layout, True))

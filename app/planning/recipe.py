@@ -30,7 +30,7 @@ class Departure(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a configuration says of a run, with the names of `LayerDropoutCurriculum` and `EarlyExitCurriculum`."""
+    """The numbers of a run's configuration, with the names of `LayerDropoutCurriculum` and `EarlyExitCurriculum`."""
 
     num_layers: int
     from_scratch: bool  # whether the run starts from random weights

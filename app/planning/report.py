@@ -67,7 +67,7 @@ def _shown(value: float, units: Sequence[tuple[str, float]]) -> str:
 
 
 def advice(changes: Sequence[Change]) -> str:
-    """What to do about a run that does not fit its devices."""
+    """Advise on a run that does not fit its devices."""
     if not changes:
         return "It does not fit, nor with a smaller batch, checkpointing or FSDP2: take larger devices, or more of them"
     lines = [f"    {change.options}    ({shown_bytes(change.peak)})" for change in changes]

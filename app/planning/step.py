@@ -80,7 +80,7 @@ class MicroBatchCosts:
 
     @property
     def activation_bytes(self) -> int:
-        """What is alive when the loss begins, beside the weights and their copies."""
+        """The bytes that are alive when the loss begins, beside the weights and their copies."""
         return sum(self.block_bytes) + self.base_bytes
 
     @property

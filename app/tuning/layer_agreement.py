@@ -1,7 +1,7 @@
-"""How often each exit would have drafted the full model's own output, and what every draft length would make of it.
+"""How often each exit would have drafted the full model's own output, and the rounds that follow from it.
 
-A greedy self-speculative decoder drafts along the output it settles on, so one teacher-forced pass over that output
-tells, for every exit at once, which drafts it accepts: its rounds follow without decoding again.
+A greedy self-speculative decoder drafts along the output it settles on. So one teacher-forced pass over that output
+tells for every exit at once which drafts are accepted, and the rounds follow without decoding again.
 
 Shape legend: `T` tokens of prompt and output, `N` new tokens after the first, `C` positions of a chunk, `D` width.
 """
@@ -24,11 +24,11 @@ _LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
 
 
 def simulate_rounds(matches: Sequence[bool], num_draft_tokens: int, *, budget: int) -> RoundCounts:
-    """Rounds of greedy self-speculative decoding whose output is known, without decoding.
+    """Count the rounds of greedy self-speculative decoding whose output is known, without decoding.
 
-    With t tokens settled a round drafts the next min(d, budget - t - 1), of which the consecutive matches from t on
-    are accepted and then one token more is settled. Rounds and accepted drafts are exact. Drafted ones are too, unless
-    an exit wrongly drafts an end of sequence: the engine then ends that draft early.
+    With t tokens settled, a round drafts the next min(d, budget - t - 1). It accepts the consecutive matches from t on,
+    and settles one token more. Rounds and accepted drafts are exact. Drafted tokens are exact too, unless an exit
+    wrongly drafts an end of sequence: the engine then ends that draft early.
 
     Args:
         matches: For each token of the output after the first, whether the exit chooses it as well.
@@ -71,7 +71,7 @@ class LayerAgreement:
         return sum(map(sum, self.matches[exit_layer])) / self.num_positions
 
     def count_rounds(self, exit_layer: int, num_draft_tokens: int) -> RoundCounts:
-        """What self-speculative decoding of all prompts from this exit comes to."""
+        """The rounds of self-speculative decoding of all prompts from this exit."""
         pairs = zip(self.matches[exit_layer], self.budgets, strict=True)
         return RoundCounts.total([simulate_rounds(own, num_draft_tokens, budget=budget) for own, budget in pairs])
 
@@ -124,7 +124,7 @@ def measure_layer_agreement(
 
 @torch.no_grad()
 def _matches(decoder: ExitableDecoder, prompt: Sequence[int], output: Sequence[int]) -> dict[int, list[bool]]:
-    """For every exit, whether it chooses each output token after the first, given all tokens before it."""
+    """Tell for every exit whether it chooses each output token after the first, given all tokens before it."""
     tokens_1T = torch.tensor([[*prompt, *output[:-1]]], device=decoder.device)
     wanted_N = torch.tensor(output[1:], device=decoder.device)
     cache = decoder.new_cache(batch_size=1, capacity=tokens_1T.shape[1])

@@ -21,7 +21,7 @@ FEWEST_PROMPTS, FEWEST_TOKENS = 4, 200
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a setting did when it was run."""
+    """The measured effect of a setting."""
 
     prediction: Prediction
     num_prompts: int  # prompts run before the time was up
@@ -89,7 +89,7 @@ class Tuning:
 
     @property
     def advice(self) -> str:
-        """What might find a faster setting, or nothing."""
+        """A setting of the tuner that might find something faster; empty where there is none."""
         run = self.confirmed or self.best
         most = max(prediction.num_draft_tokens for prediction in self.predictions)
         if self.best_of_exit(run.prediction.exit_layer).num_draft_tokens < most:
@@ -123,7 +123,7 @@ class Tuning:
 
     @property
     def shortfall(self) -> str:
-        """What is missing for a choice that is worth storing, or nothing."""
+        """The reason why no choice is worth storing; empty where one is."""
         few = [run for run in self.confirmations or self.verifications if not run.is_enough]
         if not few:
             return ""

@@ -1,9 +1,9 @@
-"""What every (exit, drafts) is expected to bring, and which few are worth running.
+"""The expected speedup of every exit and draft length, and the few settings that are worth running.
 
-    tokens per round   T(E, d) exactly, from the agreement of exit E with the full model's own outputs
-    speedup            T(E, d) * plain_step / C(E, mean drafts per round), with costs measured here
+    speedup = T(E, d) * plain_step / C(E, mean drafts per round)
 
-The cost model's own T(a, d) takes acceptances for independent; on real text they come in runs, so T is counted instead.
+The costs C are measured here. The tokens per round T(E, d) are counted from the agreement of exit E with the full
+model's own outputs. The cost model's T(a, d) takes acceptances for independent, but on real text they come in runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HOPELESS = 0.8  # share of the best prediction; what is predicted to be slower 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a setting is expected to do for the outputs that were looked at."""
+    """The expected effect of a setting on the outputs that were looked at."""
 
     exit_layer: int  # blocks run by a draft
     num_draft_tokens: int  # most tokens drafted in a round

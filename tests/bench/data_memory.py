@@ -66,7 +66,7 @@ def measure_data_memory(
 
 
 def write_shards(folder: Path, *, num_bytes: int) -> int:
-    """Add JSONL shards of `num_bytes` in all, the last one longer by a part of a line; the number of documents in them.
+    """Add JSONL shards of `num_bytes` in all, and up to a line more; return the number of documents in them.
 
     Documents have 5 to 1,000 words of an invented language, of which some are frequent, as in a real one.
     """

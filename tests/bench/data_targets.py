@@ -30,7 +30,7 @@ _MODEL = {
 
 
 def measure_data_targets(folder: Path, *, config: str) -> dict[str, dict[str, Any]]:
-    """`data_rate_ratio` and `resume_seconds`.
+    """Measure `data_rate_ratio` and `resume_seconds`.
 
     Args:
         folder: For the training run whose speed is read off; removed before and after.
@@ -55,7 +55,7 @@ def measure_data_targets(folder: Path, *, config: str) -> dict[str, dict[str, An
 
 
 def _training_rate(folder: Path, *data: str) -> tuple[str, float]:
-    """Tokens a second of a few training steps, the first one not counted."""
+    """Train a few steps; return the command, and the median tokens a second without those of the first step."""
     shutil.rmtree(folder, ignore_errors=True)
     monitor = [{"class_path": "callbacks.ThroughputMonitor", "init_args": {"every_n_steps": 1}}]
     command, _ = run_verb(

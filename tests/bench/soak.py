@@ -38,19 +38,14 @@ _HERE = "tests.bench.soak"  # also where this file runs as __main__
 
 
 class HoldingsLog(Callback):
-    """Writes down what this process and its children hold, at every so many steps.
-
-    Args:
-        every_n_steps: Optimizer steps between two marks.
-        output: The JSON file to write, a list with one object a mark.
-    """
+    """Writes down what this process and its children hold, as a JSON list with one object for each mark."""
 
     def __init__(self, *, every_n_steps: int, output: str) -> None:
         self.every_n_steps, self.output = every_n_steps, Path(output)
         self.marks: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Take a mark; the batch's own memory is gone when the next begins, so all marks have one batch's."""
+        """Write down what is held, which at every mark includes the memory of one batch."""
         if trainer.global_step % self.every_n_steps == 0:
             self.marks.append({"step": trainer.global_step} | holdings())
             self.output.write_text(json.dumps(self.marks), "utf-8")
@@ -99,12 +94,7 @@ def measure_soak(
 
 
 def soak_results(marks: list[dict[str, float]], command: str) -> dict[str, dict[str, Any]]:
-    """The targets `soak_memory_ratio`, `soak_handles_growth` and `soak_threads_growth`.
-
-    Args:
-        marks: Of `HoldingsLog`, two or more.
-        command: What measured them.
-    """
+    """The targets `soak_memory_ratio`, `soak_handles_growth` and `soak_threads_growth`, from two or more marks."""
     first, *later = marks
     growth = {name: max(mark[name] for mark in later) - first[name] for name in ("handles", "threads")}
     memory = target_result(later[-1]["rss_mib"] / first["rss_mib"], MEMORY_THRESHOLD, command, at_most=True)

@@ -32,7 +32,7 @@ Step = Callable[[], float]  # forward, backward; the loss in nats a token
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What all steps of a comparison have in common."""
+    """The settings that all steps of a comparison share."""
 
     config: PreTrainedConfig  # architecture, initialised at random
     batch_size: int
@@ -165,7 +165,7 @@ def recipe_steps(settings: StepSettings) -> dict[str, Step]:
 
 
 def time_steps(steps: Mapping[str, Step], *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every step in each repeat; they take turns, and each ran once before anything counts."""
+    """Seconds of every step in each repeat. The steps take turns, and each runs once before anything counts."""
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -178,7 +178,7 @@ def time_steps(steps: Mapping[str, Step], *, repeats: int) -> dict[str, list[flo
 
 
 def exit_loss(num_exits: int, num_tokens: int, vocab_size: int, width: int) -> Step:
-    """The early-exit loss alone, forward and backward in float32, of hidden states that are there before."""
+    """Forward and backward of the early-exit loss alone, in float32, from hidden states made beforehand."""
     torch.manual_seed(0)
     head = LossHead(width, vocab_size, bias=False)
     hidden = {exit_layer: torch.randn(num_tokens, width, requires_grad=True) for exit_layer in range(num_exits)}
@@ -193,6 +193,6 @@ def exit_loss(num_exits: int, num_tokens: int, vocab_size: int, width: int) -> S
 
 
 def one_step(name: str, settings: StepSettings) -> Step:
-    """The step of this name, of `recipe_steps` or `our_steps`; the other's model is not built."""
+    """The step of this name from `recipe_steps` or `our_steps`, without building the other's model."""
     of_recipes = name.startswith(("recipe", "transformers"))
     return (recipe_steps if of_recipes else our_steps)(settings)[name]

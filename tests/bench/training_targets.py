@@ -20,7 +20,7 @@ from tests.support.memory import peak_memory
 from tests.support.processors import fast_dtype
 
 OVERHEAD_THRESHOLD = 1.10  # times a plain step, of one with two unembeddings
-SAVING_THRESHOLD = 0.7  # of the time of the blocks' work that is dropped
+SAVING_THRESHOLD = 0.7  # share saved of the time that the dropped blocks' work takes
 MEMORY_THRESHOLD = 1.15  # times the memory of one exit's loss, for eight
 _LOSS_SHAPE = {"num_tokens": 2048, "vocab_size": 32000, "width": 256}
 # As much head for the blocks' weights as in the paper's 1.5B model (5 %), and as in SmolLM2-135M (27 %).
@@ -46,10 +46,9 @@ _COMPARED = ("LayerSkip", "transformers, plain", "recipe, logits stacked", "reci
 
 
 def measure_training_targets(*, repeats: int = 5) -> dict[str, dict[str, Any]]:
-    """`step_overhead`, `dropout_saving` and `loss_memory_ratio`, and the open recipes beside ours.
+    """Measure `step_overhead`, `dropout_saving` and `loss_memory_ratio`, and show the open recipes beside ours.
 
-    Args:
-        repeats: Times each step is timed; the steps take turns.
+    Each step is timed `repeats` times, in turn with the others.
     """
     check_range("repeats", repeats, low=1)
     command = shlex.join(["python", "-m", "tests.bench.training_targets", "--repeats", str(repeats)])
@@ -78,7 +77,7 @@ def measure_training_targets(*, repeats: int = 5) -> dict[str, dict[str, Any]]:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Median over the repeats of what was measured next to each other."""
+    """The median over the repeats of the ratios of what was measured next to each other."""
     return median(above / below for above, below in zip(numerators, denominators, strict=True))
 
 

@@ -95,5 +95,5 @@ def benchmark(
 
 def run() -> None:
     """Parses the command line and runs the verb."""
-    transformers_logging.set_verbosity_error()  # its early exit calls its generate in a way that generate warns of
+    transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
     call_verb(benchmark, sys.argv[2:])

@@ -30,7 +30,7 @@ from datamodules import TextCodeDataModule, TOPv2DataModule
 from datamodules.loading.datamodule import check_end
 
 _LARGEST = 2**63 - 1  # the largest number that a tensor holds
-_MOST_PROCESSES = max(64, os.cpu_count() or 1)  # on a CPU Lightning starts as many as it is told to
+_MOST_PROCESSES = max(64, os.cpu_count() or 1)  # on a CPU, Lightning starts any number of processes
 _RANGES = {  # Lightning accepts values outside of these silently
     "accumulate_grad_batches": (1, 1_000_000),
     "num_sanity_val_steps": (-1, None),
@@ -42,7 +42,7 @@ _RANGES = {  # Lightning accepts values outside of these silently
 }
 _HEADS = ("num_attention_heads", "num_key_value_heads")  # transformers divides by these
 _PARTS_OF_PATHS = ("name", "version", "sub_dir", "filename")  # settings of loggers and checkpoint callbacks
-_SET_UP_TWICE = (LayerDropoutCurriculum, EarlyExitCurriculum, ExitQualityMonitor)  # others may not bear it
+_SET_UP_TWICE = (LayerDropoutCurriculum, EarlyExitCurriculum, ExitQualityMonitor)  # safe to set up twice
 
 
 def check_numbers(config: Namespace) -> None:

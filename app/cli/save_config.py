@@ -50,7 +50,7 @@ class SaveFitConfig(SaveConfigCallback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A resumed run may begin with a validation that the killed run has logged; it is logged in place of that one.
+        # A resumed run may begin with a validation that the killed run has logged. It then replaces what was logged.
         if self._goes_on:
             log_once(trainer)
 

@@ -101,7 +101,7 @@ class BatchPrinter:
 def _pieces(stream: TextStream, step: Step) -> Iterator[tuple[str, Kind]]:
     """Yields the pieces of text of a round. A character is of the kind of the token that completes it."""
     for index, token in enumerate(step.tokens):
-        if index == step.accepted and step.rejected:  # before the token that the full model put in their place
+        if index == step.accepted and step.rejected:  # drafted before the full model's token
             yield stream.preview(step.rejected), "rejected"
         yield stream.push(token), "accepted" if index < step.accepted else "own"
 

@@ -113,7 +113,7 @@ class LayerSkipCLI(LightningCLI):
             raise locate(error, self.plain_config()) from error
         for group, kind in _OWN_GROUPS.items():
             own = [callback for callback in self.trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
-            # A subclass of the user's may stand beside a curriculum that is switched off.
+            # A user's subclass may be listed beside a curriculum that is switched off.
             if len(own) > 1 and (kind is Preemption or type(own[0]) is kind):
                 allowed, fix = "callbacks without a group of their own", f"set --{group}.KEY VALUE"
                 raise ConfigError("trainer.callbacks", got=kind.__name__, allowed=allowed, fix=fix)
@@ -162,7 +162,7 @@ class LayerSkipCLI(LightningCLI):
 
     def _check_checkpoints(self) -> None:
         """Replaces last and auto by what is in the run's folder; refuses to resume nothing or to overwrite a run."""
-        options = self.config_init[self.config.subcommand]  # the trainer's method is called with these
+        options = self.config_init[self.config.subcommand]  # Lightning calls the trainer's method with these
         ckpt_path = options.get("ckpt_path")
         folders = checkpoint_folders(self.trainer)
         if self.subcommand == "fit":
@@ -206,7 +206,7 @@ class LayerSkipCLI(LightningCLI):
         self.model.given_config = given
         if (ckpt_path := options.get("ckpt_path")) is None:
             check_names(allow_changes, given.settings)
-        elif not options["fall_back_to_previous"]:  # else the reader decides which checkpoint is taken, and checks it
+        elif not options["fall_back_to_previous"]:  # else the reader chooses the checkpoint, and checks it
             latest = _latest(found) if ckpt_path == LAST else find_checkpoint(Path(ckpt_path))
             check_before(latest, given, fit=self.subcommand == "fit")
 

@@ -34,6 +34,21 @@ class Contender:
     num_draft_tokens: int | None = None  # most tokens drafted in a round; None for a strategy that does not draft
     decode: Decode  # continues prompts together and greedily, each by at most the given number of tokens
 
+    @classmethod
+    def of(
+        cls,
+        strategy: str,
+        settings: DecodingSettings,
+        decode: Callable[[Prompts, DecodingSettings], Sequence[DecodingResult]],
+    ) -> Contender:
+        """Decode with these settings, of which the budget of each call replaces `max_new_tokens`."""
+        return cls(
+            strategy=strategy,
+            exit_layer=settings.exit_layer,
+            num_draft_tokens=settings.num_draft_tokens,
+            decode=lambda prompts, budget: decode(prompts, replace(settings, max_new_tokens=budget)),
+        )
+
     @property
     def label(self) -> str:
         """Strategy and setting, for instance "self_speculative, exit 2, drafts 3"."""
@@ -42,18 +57,9 @@ class Contender:
 
 
 def engine_contender(decoder: ExitableDecoder, strategy: Strategy, settings: DecodingSettings) -> Contender:
-    """A strategy of our own engine. The budget of each call replaces `settings.max_new_tokens`."""
-
-    def decode(prompts: Prompts, max_new_tokens: int) -> list[DecodingResult]:
-        return decode_batch(
-            decoder, prompts, strategy=strategy, settings=replace(settings, max_new_tokens=max_new_tokens)
-        )
-
-    return Contender(
-        strategy=strategy,
-        exit_layer=settings.exit_layer,
-        num_draft_tokens=settings.num_draft_tokens,
-        decode=decode,
+    """A strategy of our own engine."""
+    return Contender.of(
+        strategy, settings, lambda prompts, own: decode_batch(decoder, prompts, strategy=strategy, settings=own)
     )
 
 

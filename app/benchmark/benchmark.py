@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from math import ceil
 from statistics import fmean
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from app.benchmark.alternation import Contender, Measurement, Prompts, alternate, engine_contender
 from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
 from app.benchmark.output_differences import OutputDifferences, find_output_differences
-from app.benchmark.transformers_baseline import generate_contender
+from app.benchmark.transformers_baseline import generate_batch
 from app.decoding.settings import DecodingSettings, DraftPolicyName
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
 from app.errors import ConfigError, check_choice, check_range
@@ -215,7 +216,7 @@ def _contender(subject: Subject, strategy: BenchmarkStrategy, settings: Decoding
         raise ConfigError(field, got=error.got, allowed=error.allowed, fix=error.fix) from error
     if strategy == own:
         return engine_contender(subject.decoder, own, settings)
-    return generate_contender(subject.model, strategy, settings)
+    return Contender.of(strategy, settings, partial(generate_batch, subject.model))
 
 
 def _measure_costs(subject: Subject, prompts: Prompts, settings: BenchmarkSettings) -> Costs | None:

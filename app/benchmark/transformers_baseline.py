@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from app.benchmark.alternation import Contender, Prompts
+from app.benchmark.alternation import Prompts
 from app.decoding.result import DecodingResult, Step
 from app.decoding.settings import DecodingSettings
 
@@ -45,20 +45,6 @@ class _Arrivals(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
     def by_round(self, batch_size: int) -> list[tuple[float, list[list[int]]]]:
         """The time at which each round ended, and the tokens that it settled for each sequence."""
         return [(at, tokens.reshape(batch_size, -1).tolist()) for at, tokens in self._all[1:]]
-
-
-def generate_contender(model: PreTrainedModel, strategy: str, settings: DecodingSettings) -> Contender:
-    """`generate_batch` under the name `strategy`. The budget of each call replaces `settings.max_new_tokens`."""
-
-    def decode(prompts: Prompts, max_new_tokens: int) -> list[GenerateResult]:
-        return generate_batch(model, prompts, replace(settings, max_new_tokens=max_new_tokens))
-
-    return Contender(
-        strategy=strategy,
-        exit_layer=settings.exit_layer,
-        num_draft_tokens=settings.num_draft_tokens,
-        decode=decode,
-    )
 
 
 def generate_batch(model: PreTrainedModel, prompts: Prompts, settings: DecodingSettings) -> list[GenerateResult]:

@@ -78,13 +78,13 @@ class Recipe:
         """How many exits are on, at steps that represent all steps."""
         every = max(1, (self.max_steps or 1) // _GRADUAL_SAMPLES)
         periods = {"rotational": range(self.rotation_interval), "gradual": range(0, self.max_steps or 1, every)}
-        return tuple(len(self._weights(step)) for step in periods.get(self.curriculum, range(1)))
+        return tuple(self._num_exits(step) for step in periods.get(self.curriculum, range(1)))
 
     @property
     def mean_exits(self) -> float:
         return sum(self.exits_by_step) / len(self.exits_by_step)
 
-    def _weights(self, step: int) -> dict[int, float]:
+    def _num_exits(self, step: int) -> int:
         exits = exits_on(
             step,
             curriculum=self.curriculum,
@@ -94,9 +94,8 @@ class Recipe:
             total_steps=self.max_steps,
             exit_layers=self.exit_layers,
         )
-        return normalised_exit_weights(
-            exits, num_layers=self.num_layers, early_exit_scale=self.early_exit_scale, kind=self.exit_weights
-        )
+        kind, scale = self.exit_weights, self.early_exit_scale
+        return len(normalised_exit_weights(exits, num_layers=self.num_layers, early_exit_scale=scale, kind=kind))
 
 
 def find_departures(recipe: Recipe) -> list[Departure]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from app.benchmark.transformers_baseline import GenerateResult, generate_batch, generate_contender
+from app.benchmark.transformers_baseline import GenerateResult, generate_batch
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
 from app.spans.decoder import SpanDecoder
@@ -140,10 +140,3 @@ def test_an_interrupted_draft_leaves_the_model_as_it_was(model: LlamaForCausalLM
     assert seen[-1] == 2
     assert model.config.num_hidden_layers == 4
     assert model.generation_config is own
-
-
-def test_a_contender_takes_the_budget_of_the_call(model: LlamaForCausalLM) -> None:
-    settings = DecodingSettings(max_new_tokens=2, exit_layer=3, num_draft_tokens=2)
-    contender = generate_contender(model, "transformers_early_exit", settings)
-    assert (contender.strategy, contender.exit_layer, contender.num_draft_tokens) == ("transformers_early_exit", 3, 2)
-    assert contender.decode(PROMPTS[:1], 7)[0].num_tokens == 7

@@ -189,8 +189,8 @@ def _held_out(text: str) -> bool:
     return Document("", text, origin=text).is_held_out(share=0.2)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("at", [1, 7, 60, 333])  # within a block, in a later block, in the second epoch and beyond
+# Within a block, in a later block, in the second epoch and beyond.
+@pytest.mark.parametrize(("at", "workers"), [(1, 0), (7, 2), (60, 0), (333, 2)])
 def test_resuming_continues_exactly(corpus: Path, at: int, workers: int) -> None:
     datamodule = small_datamodule(corpus, num_lanes=2, shuffle_megabytes=0.005)
     whole = train(datamodule, at + 12)

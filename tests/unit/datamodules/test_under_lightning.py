@@ -85,14 +85,15 @@ def fit(folder: Path, corpus: Path, *, steps: int, ask_for_steps: bool, workers:
     return recorder
 
 
-@pytest.mark.parametrize(("ask_for_steps", "workers"), [(False, 0), (True, 0), (True, 2)])
-@pytest.mark.parametrize("limit", [1.0, 4, 5])
+@pytest.mark.parametrize(
+    ("ask_for_steps", "workers", "limit"), [(False, 0, 1.0), (True, 0, 5), (True, 2, 4), (True, 2, 1.0)]
+)
 def test_a_resumed_run_trains_on_the_rows_an_uninterrupted_one_does(
     tmp_path: Path, corpus: Path, ask_for_steps: bool, workers: int, limit: float
 ) -> None:
     settings: dict[str, Any] = {"ask_for_steps": ask_for_steps, "workers": workers, "limit_train_batches": limit}
     whole = fit(tmp_path / "whole", corpus, steps=11, **settings).trained
-    for step in (1, 2, 3, 5, 6) if workers == 0 else (3,):
+    for step in (1, 2, 3) if workers == 0 else (3,):
         checkpoint = tmp_path / "whole" / f"{step}.ckpt"
         resumed = fit(tmp_path / "resumed", corpus, steps=11, resume=checkpoint, **settings).trained
         assert resumed == whole[-len(resumed) :]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.readers.chunks import ByteRanges, Groups, stride
@@ -10,6 +10,7 @@ from datamodules.readers.chunks import ByteRanges, Groups, stride
 SIZES = st.lists(st.integers(0, 5000), min_size=1, max_size=40)
 
 
+@settings(max_examples=30)
 @given(sizes=SIZES, min_chunks=st.integers(1, 60), seed=st.integers(0, 3))
 def test_ranges_cover_every_byte_once_and_are_of_one_size(sizes: list[int], min_chunks: int, seed: int) -> None:
     ranges = ByteRanges(np.array(sizes, np.int64), min_chunks=min_chunks, seed=seed)
@@ -26,6 +27,7 @@ def test_ranges_cover_every_byte_once_and_are_of_one_size(sizes: list[int], min_
     assert not lengths or max(lengths) - min(lengths) <= 1
 
 
+@settings(max_examples=30)
 @given(costs=st.lists(st.integers(1, 5_000_000), min_size=1, max_size=60), min_chunks=st.integers(1, 80))
 def test_groups_hold_every_unit_once_and_none_is_empty(costs: list[int], min_chunks: int) -> None:
     groups = Groups(np.array(costs, np.int64), min_chunks=min_chunks, seed=0)

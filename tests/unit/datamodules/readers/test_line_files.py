@@ -7,7 +7,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from hashlib import sha256
-from itertools import product
 from pathlib import Path
 
 import pyarrow as pa
@@ -125,13 +124,14 @@ def test_a_field_can_lie_inside_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8])
-@pytest.mark.parametrize(("end", "length"), [*product([b"", b"\n", b"\r\n"], range(90, 110))])
-def test_the_longest_line_is_just_as_long_as_the_limit(tmp_path: Path, bom: bytes, end: bytes, length: int) -> None:
-    (tmp_path / "a.txt").write_bytes(bom + b"x" * length + end + (b"next" if end else b""))
-    reader = open_path(tmp_path, kind="lines", max_document_megabytes=0.0001)
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_the_longest_line_is_just_as_long_as_the_limit(tmp_path: Path, bom: bytes, end: bytes) -> None:
     rest = ["next"] if end else []
-    assert texts(reader) == (rest if length > 100 else [*rest, "x" * length])
-    assert bad(reader) == ([("a.txt:1", "longer than 100 bytes")] if length > 100 else [])
+    for length in range(94, 108):
+        (tmp_path / "a.txt").write_bytes(bom + b"x" * length + end + (b"next" if end else b""))
+        reader = open_path(tmp_path, kind="lines", max_document_megabytes=0.0001)
+        assert texts(reader) == (rest if length > 100 else [*rest, "x" * length])
+        assert bad(reader) == ([("a.txt:1", "longer than 100 bytes")] if length > 100 else [])
 
 
 @pytest.mark.parametrize("codec", COMPRESS)
@@ -158,8 +158,8 @@ def test_compressed_files_of_several_streams_read_like_plain_ones(
 def test_a_compressed_file_that_is_cut_or_damaged_is_read_as_far_as_it_goes(
     tmp_path: Path, codec: str, min_chunks: int
 ) -> None:
-    rows = [f"{i} {sha256(b'%d' % i).hexdigest()}" for i in range(20_000)]
-    whole = COMPRESS[codec](jsonl(*rows[:10_000])) + COMPRESS[codec](jsonl(*rows[10_000:]))
+    rows = [f"{i} {sha256(b'%d' % i).hexdigest()}" for i in range(8_000)]
+    whole = COMPRESS[codec](jsonl(*rows[:4_000])) + COMPRESS[codec](jsonl(*rows[4_000:]))
     (tmp_path / f"good.jsonl.{codec}").write_bytes(COMPRESS[codec](jsonl("good")))
     for content in (whole[:-5], whole[: len(whole) * 3 // 4], whole + b"garbage behind the end"):
         (tmp_path / f"a.jsonl.{codec}").write_bytes(content)
@@ -167,7 +167,7 @@ def test_a_compressed_file_that_is_cut_or_damaged_is_read_as_far_as_it_goes(
         records = read_all(reader)
         found = {record.text for record in records if isinstance(record, Document)}
         assert {"good"} < found <= {"good", *rows}
-        assert len(found) >= 8_000
+        assert len(found) >= 3_000
         [problem] = [record for record in records if isinstance(record, BadRecord)]
         assert problem.location == f"a.jsonl.{codec}"
         assert problem.reason.startswith("cannot be read: ")

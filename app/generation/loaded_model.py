@@ -93,7 +93,7 @@ def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Seq
     if path is None:
         raise ConfigError("draft_model", got=None, allowed=f"a model, with strategy {takers[0]}")
     draft = load_decoder(path, dtype=target.dtype, device=target.decoder.device.type, field="draft_model")
-    check_same_tokens(target.tokenizer, draft.tokenizer, field="draft_model", got=path)
+    check_same_tokens(target.tokenizer, draft.tokenizer, got=path)
     return draft.decoder
 
 

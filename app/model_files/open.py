@@ -60,33 +60,30 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
 
 
 def load_config(path: str, *, field: str = "pretrained") -> PreTrainedConfig:
-    """The architecture of a model that `load_pretrained` can load; arguments and errors are the same."""
+    """The architecture of a model that `load_pretrained` can load; errors are the same, and name `field`."""
     return open_source(path, field=field).config
 
 
-def load_pretrained(
-    path: str, *, dtype: torch.dtype | None = torch.float32, field: str = "pretrained"
-) -> PreTrainedModel:
+def load_pretrained(path: str, *, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
     """Load a causal LM to train, with every weight in memory of its own, so that its files may change.
 
     Args:
         path: Hugging Face directory or hub id (safetensors only, no code of its own), `.gguf` file, or checkpoint of
             ours, of which only the weights are taken.
         dtype: Type of the weights; None keeps that of the files (float32 for GGUF).
-        field: The setting that `path` comes from, for error messages.
 
     Raises:
         ConfigError: There is no such model, its weights are pickled, or its head does more than multiply.
         CheckpointError: Its weights are damaged or incomplete.
     """
-    return open_source(path, field=field).weights(dtype, True)
+    return open_source(path, field="pretrained").weights(dtype, True)
 
 
 def load_for_decoding(path: str, *, dtype: torch.dtype | None, field: str = "model") -> tuple[PreTrainedModel, Any]:
     """Load a model in eval mode and its tokenizer, which are checked before the weights are read.
 
-    Weights that need no conversion are maps of their files, which take memory as the model runs. Arguments and errors
-    are those of `load_pretrained`; a tokenizer that does not fit the model is a ConfigError too.
+    Weights that need no conversion are maps of their files, which take memory as the model runs. Errors are those of
+    `load_pretrained`, and name `field`; a tokenizer that does not fit the model is a ConfigError too.
     """
     source = open_source(path, field=field)
     tokenizer = source.tokenizer()
@@ -107,8 +104,8 @@ def open_tokenizer(path: str, *, field: str) -> Any:
     return tokenizer
 
 
-def check_tokenizer_of(pretrained: str, tokenizer: Any, *, field: str = "tokenizer", got: str) -> None:
-    """Raise ConfigError, for `field` with the value `got`, if a model's token has another id in the tokenizer, or none.
+def check_tokenizer_of(pretrained: str, tokenizer: Any, *, got: str) -> None:
+    """Raise ConfigError, for `tokenizer` with the value `got`, if it has another id for a token of the model, or none.
 
     Nothing is compared, and a warning says so, where the model comes without a tokenizer that can be read.
     """
@@ -119,11 +116,11 @@ def check_tokenizer_of(pretrained: str, tokenizer: Any, *, field: str = "tokeniz
     except (ConfigError, CheckpointError) as error:
         _log.warning("whether the tokenizer is the model's own cannot be told: %s", error)
         return
-    check_knows_tokens(tokenizer, own, field=field, got=got, model=pretrained)
+    check_knows_tokens(tokenizer, own, got=got, model=pretrained)
 
 
 def open_source(path: str, *, field: str) -> Source:
-    """Find a model and check all but its weights; arguments and errors are those of `load_pretrained`."""
+    """Find a model and check all but its weights; errors are those of `load_pretrained`, and name `field`."""
     if is_trained_weights(path):
         source = _open_checkpoint(Path(path), field=field)
     elif path.endswith(".gguf") and Path(path).is_file():

@@ -60,28 +60,28 @@ def check_fits(tokenizer: Any, *, vocab_size: int, field: str, got: str) -> None
         raise ConfigError(field, got=got, allowed=allowed, fix=fix)
 
 
-def check_same_tokens(target_tokenizer: Any, draft_tokenizer: Any, *, field: str = "draft_model", got: str) -> None:
-    """Raise ConfigError, for `field` with the value `got`, unless an id means the same token to both models.
+def check_same_tokens(target_tokenizer: Any, draft_tokenizer: Any, *, got: str) -> None:
+    """Raise ConfigError, for `draft_model` with the value `got`, unless an id means the same token to both models.
 
     Entries that only pad one vocabulary at its end (`[PAD7]`, `<unused7>`, ...) may be missing in the other.
     """
     target, draft = target_tokenizer.get_vocab(), draft_tokenizer.get_vocab()
     end = min(max(target.values()), max(draft.values()))
     if differences := _told(target.items() ^ draft.items(), end, target=target, draft=draft):
-        raise ConfigError(field, got=got, allowed="a model with the target's tokenizer", fix=differences)
+        raise ConfigError("draft_model", got=got, allowed="a model with the target's tokenizer", fix=differences)
 
 
-def check_knows_tokens(tokenizer: Any, own_tokenizer: Any, *, field: str, got: str, model: str) -> None:
+def check_knows_tokens(tokenizer: Any, own_tokenizer: Any, *, got: str, model: str) -> None:
     """Raise ConfigError unless every token of a model has the same id in the tokenizer that is to feed it.
 
     The tokenizer may have more tokens at its end, such as those that a datamodule adds for a task, and may lack
-    entries that only pad the model's vocabulary at its end. The error is about `field` with the value `got`, and names
-    the model's path `model`.
+    entries that only pad the model's vocabulary at its end. The error is about `tokenizer` with the value `got`, and
+    names the model's path `model`.
     """
     given, own = tokenizer.get_vocab(), own_tokenizer.get_vocab()
     if differences := _told(own.items() - given.items(), max(given.values()), model=own, tokenizer=given):
         allowed = f"the tokenizer of {model}, which is continued"
-        raise ConfigError(field, got=got, allowed=allowed, fix=f"name {model} itself; {differences}")
+        raise ConfigError("tokenizer", got=got, allowed=allowed, fix=f"name {model} itself; {differences}")
 
 
 def _told(entries: Iterable[tuple[str, int]], end: int, **vocabularies: Mapping[str, int]) -> str:

@@ -38,7 +38,7 @@ def test_other_tokens_are_refused(target, draft):
 
 def test_a_tokenizer_may_have_more_tokens_than_the_model_it_feeds_but_no_others():
     def check(tokenizer, own):
-        check_knows_tokens(tokenizer, own, field="tokenizer", got="given", model="hf")
+        check_knows_tokens(tokenizer, own, got="given", model="hf")
 
     check(extended("<a>", "<b>"), extended("<a>"))
     check(extended("<a>"), extended("<a>", "[PAD1]"))

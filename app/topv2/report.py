@@ -102,14 +102,7 @@ def report_table(report: ParseReport) -> Table:
 
 def write_report(report: ParseReport, path: Path) -> None:
     """Write the records as a JSON file, whole or not at all, and its folders if need be."""
-    document = {
-        "stage": report.stage,
-        "step": report.step,
-        "checkpoint": report.checkpoint,
-        "num_ranks": report.num_ranks,
-        "plan": asdict(report.plan),
-        "results": report.records(),
-    }
+    document = vars(report) | {"plan": asdict(report.plan), "results": report.records()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 

@@ -81,7 +81,7 @@ def _compare(name: str, prompt_length: int, case: _Case) -> tuple[DecodingResult
     return result, expected, why
 
 
-@settings(max_examples=120)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_every_way_of_decoding_gives_the_tokens_of_recomputing_everything(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(NAMES))
@@ -110,7 +110,7 @@ def test_every_exit_and_draft_length_gives_the_same_tokens(name: str) -> None:
 
 def test_the_models_say_varied_things() -> None:
     for name in NAMES:
-        assert max(len(set(continuation(name, length, _NUM_TOKENS))) for length in (1, 17, 64)) >= 4, name
+        assert any(len(set(continuation(name, length, _NUM_TOKENS))) >= 4 for length in (17, 1, 64)), name
 
 
 @pytest.mark.parametrize("strategy", ["self_speculative", "draft_model"])

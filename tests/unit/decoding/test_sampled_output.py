@@ -106,7 +106,12 @@ def test_20000_samples_follow_the_full_models_distribution(way: str, cut: str) -
 
 @pytest.mark.parametrize(
     ("way", "cut"),
-    [(way, "a processor of the context") for way in _WAYS] + [("self_speculative", "top-k, top-p and min-p")],
+    [
+        ("self_speculative", "a processor of the context"),
+        ("self_speculative, adaptive", "temperature"),
+        ("draft_model", "temperature"),
+        ("layer_skip", "top-k, top-p and min-p"),
+    ],
 )
 def test_samples_follow_the_full_models_distribution_whoever_drafts(way: str, cut: str) -> None:
     results = _samples(way, cut, 2_000)
@@ -135,16 +140,15 @@ def _shows_no_drafts(logits_BSV: Tensor, rows: Any, drafts: Any, processor: Any,
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"),
+    ("name", "wrong", "cut"),
     [
-        ("accept_sampled", _keeps_every_draft),
-        ("accept_sampled", _draws_again_from_the_target),
-        ("process", _shows_no_drafts),
+        ("accept_sampled", _keeps_every_draft, "temperature"),
+        ("accept_sampled", _draws_again_from_the_target, "temperature"),
+        ("process", _shows_no_drafts, "a processor of the context"),
     ],
 )
-def test_the_count_notices(name: str, wrong: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_count_notices(name: str, wrong: Callable[..., object], cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceptance, name, wrong)
-    cut = "a processor of the context"
     assert _excess(_samples("self_speculative", cut, 2_000), cut) > 1.2
 
 

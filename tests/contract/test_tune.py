@@ -187,7 +187,7 @@ def test_a_mistake_ends_with_status_2_before_anything_is_decoded(here, monkeypat
             tiny_llama(vocab_size=330, **overrides).save_pretrained(here / name)
     if "damaged" in arguments:
         (here / "damaged/generation_config.json").write_text("{")
-    monkeypatch.setattr("app.tuning.layer_agreement.decode", None)
+    monkeypatch.setattr("app.tuning.layer_agreement.decode_batch", None)
     assert _tune(monkeypatch, "model", *arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -197,7 +197,7 @@ def test_a_mistake_ends_with_status_2_before_anything_is_decoded(here, monkeypat
 
 def test_a_directory_that_cannot_be_written_to_is_refused_before_anything_is_decoded(here, monkeypatch, capsys):
     monkeypatch.setattr("app.cli.tune.os.access", lambda path, mode: False)
-    monkeypatch.setattr("app.tuning.layer_agreement.decode", None)
+    monkeypatch.setattr("app.tuning.layer_agreement.decode_batch", None)
     assert _tune(monkeypatch, "model") == 2
     assert "model: got 'model', allowed a directory that can be written to" in capsys.readouterr().err
 

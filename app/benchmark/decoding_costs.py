@@ -83,10 +83,9 @@ def measure_decoding_costs(
     num_layers = decoder.num_layers
     check_range("num_layers", num_layers, low=2, fix="a single block has no exit to draft from")
     check_range("max_positions", max_positions, low=3, high=decoder.max_length // 2)
-    room = max_positions + _TIMED_TOKENS
     prompts_BT = torch.randint(
         decoder.vocab_size,
-        (batch_size, max(1, min(context_length, decoder.max_length - room))),
+        (batch_size, max(1, min(context_length, decoder.max_length - max_positions - _TIMED_TOKENS))),
         generator=torch.Generator().manual_seed(0),
     )
     exits = sorted({max(1, num_layers // 8), max(1, num_layers // 4)})  # where drafts are worth it

@@ -41,6 +41,10 @@ class Machine:
     peak_flops: float | None = None  # FLOPs a second that the device can do at most in the precision of the run
     utilisation: float = 0.4  # share of `peak_flops` that a run reaches, in (0, 1]
 
+    def has_room_for(self, peak: int) -> bool | None:
+        """Whether `peak` bytes leave RESERVE of the device free; None where the device is unknown."""
+        return None if self.device_memory is None else peak <= self.device_memory * (1 - RESERVE)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -52,7 +56,7 @@ class Plan:
     autocast: str | None  # dtype of the products, where it is another
     parameters: Parameters
     memory: Memory  # bytes on one device
-    fits: bool | None  # whether the peak leaves RESERVE of the device free; None where the device is unknown
+    fits: bool | None  # see Machine.has_room_for
     fits_checkpointed: bool | None  # `fits` with activation checkpointing
     step_flops: float  # FLOPs of the mean step on all devices, without recomputation
     dropout_saving: float  # share of the FLOPs of a step with its exits that layer dropout saves
@@ -104,12 +108,8 @@ def plan_training(
 ) -> Plan:
     """Find out what a run takes, without weights, data or accelerator.
 
-    Args:
-        config: Architecture.
-        recipe: What the configuration says; its learning rate and `small_weights` are found here.
-        configure: Makes the run's optimizer for a module.
-        dtype: Of the weights; `autocast` is that of the products, where it is another.
-        checkpointing: Whether blocks are computed again in the backward.
+    `configure` makes the run's optimizer for a module; the recipe's learning rate and `small_weights` are read off it.
+    `dtype` is that of the weights, and `autocast` that of the products, where it is another.
 
     Raises:
         ConfigError: The model cannot be built or exit early, or its shapes depend on values.
@@ -130,14 +130,12 @@ def plan_training(
     costs = measure_micro_batch(running, mode, micro)
     memory = plan_memory(model, costs, optimizer, layout, gathered=gathered)
     whole = plan_memory(model, costs, optimizer, Layout())
-    all_kept = [1.0] * recipe.num_layers
-    plain = costs.flops(num_exits=1, kept_shares=all_kept)
-    with_exits = costs.flops(num_exits=recipe.mean_exits, kept_shares=all_kept)
+    undropped = [1.0] * recipe.num_layers
+    plain, with_exits = (costs.flops(num_exits=exits, kept_shares=undropped) for exits in (1, recipe.mean_exits))
     step = costs.flops(num_exits=recipe.mean_exits, kept_shares=[1 - rate for rate in recipe.mean_dropout_rates])
     recomputation_cost = sum(costs.block_flops) / 3 / plain  # a forward is a third of forward and backward
     step_flops = step * recipe.accumulate * recipe.world_size
     speed = machine.peak_flops and machine.peak_flops * machine.utilisation * recipe.world_size
-    room = machine.device_memory and machine.device_memory * (1 - RESERVE)
     return Plan(
         recipe=recipe,
         layout=layout,
@@ -145,8 +143,8 @@ def plan_training(
         autocast=None if autocast is None else _name(autocast),
         parameters=_count(model),
         memory=memory,
-        fits=None if room is None else memory.peak <= room,
-        fits_checkpointed=None if room is None else memory.peak_checkpointed <= room,
+        fits=machine.has_room_for(memory.peak),
+        fits_checkpointed=machine.has_room_for(memory.peak_checkpointed),
         step_flops=step_flops,
         dropout_saving=1 - step / with_exits,
         exits_cost=with_exits / plain - 1,

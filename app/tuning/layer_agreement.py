@@ -101,7 +101,6 @@ def measure_layer_agreement(
         decoder: In eval mode.
         prompts: At least one; token ids.
         max_new_tokens: Budget of each output, at least 2.
-        eos_token_ids: End an output.
         time_limit_seconds: No prompt is started after this; the first is always used.
         on_prompt: Called with the number of prompts that are done.
     """

@@ -75,8 +75,6 @@ def tune(
     Args:
         decoder: In eval mode, with at least two blocks.
         prompts: At least one; token ids, each shorter than the context.
-        eos_token_ids: End an output.
-        settings: How thoroughly to look.
         conditions: Dtype, device and threads, which are noted with the result.
 
     Raises:

@@ -56,21 +56,13 @@ class EarlyExitHost(Layered, Protocol):
 
 
 class MicroBatchWork(NamedTuple):
-    """What a training micro-batch is about to compute on this rank.
-
-    Attributes:
-        batch_size: Samples in it.
-        dropout_rates: p(l, t), one for each block.
-        kept_samples: For each block the samples that go through it; None if none can be dropped.
-        most_kept: For each block how many go through it on the rank with the most samples; None as above.
-        exit_weights: (exit_layer, w(t, l)) of the exits that are on, ascending.
-    """
+    """What a training micro-batch is about to compute on this rank; what is by block has an entry for each."""
 
     batch_size: int
-    dropout_rates: tuple[float, ...]
-    kept_samples: tuple[tuple[int, ...], ...] | None
-    most_kept: tuple[int, ...] | None
-    exit_weights: tuple[tuple[int, float], ...]
+    dropout_rates: tuple[float, ...]  # p(l, t), by block
+    kept_samples: tuple[tuple[int, ...], ...] | None  # the samples that go through it, by block; None: all
+    most_kept: tuple[int, ...] | None  # how many go through it on the rank with the most samples, by block; None: all
+    exit_weights: tuple[tuple[int, float], ...]  # (exit_layer, w(t, l)) of the exits that are on, ascending
 
 
 @runtime_checkable
@@ -201,21 +193,13 @@ class ResumableData(Protocol):
 
 
 class SourceStatistics(NamedTuple):
-    """What one source of a corpus has delivered to training on this rank.
+    """What one source of a corpus has delivered to training on this rank."""
 
-    Attributes:
-        tokens: Tokens without padding.
-        rows: Packed rows.
-        epochs: Passes over the source, the mean over the rank's parts of it.
-        seen: Records read.
-        skipped: Bad records among those.
-    """
-
-    tokens: int
+    tokens: int  # without padding
     rows: int
-    epochs: float
-    seen: int
-    skipped: int
+    epochs: float  # passes over the source, the mean over the rank's parts of it
+    seen: int  # records read
+    skipped: int  # bad records among those
 
 
 @runtime_checkable
@@ -241,17 +225,11 @@ class PromptOwner(Protocol):
 
 
 class GenerationExample(NamedTuple):
-    """A held-out row of a task: the model's prompt, and what it should write.
+    """A held-out row of a task: the model's prompt, and what it should write."""
 
-    Attributes:
-        prompt: Token ids, at least one.
-        reference: The text of the right answer, in the same form as the model's.
-        group: What results are told apart by, e.g. a domain.
-    """
-
-    prompt: list[int]
-    reference: str
-    group: str
+    prompt: list[int]  # token ids, at least one
+    reference: str  # the text of the right answer, in the same form as the model's
+    group: str  # by which results are reported, e.g. a domain
 
 
 @runtime_checkable

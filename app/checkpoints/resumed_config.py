@@ -53,17 +53,11 @@ Config = Mapping[str, Any]  # nested plain values
 
 @dataclass
 class GivenConfig:
-    """The config of a run that may resume. The command line has one, a script has none.
-
-    Attributes:
-        settings: Its nested plain values.
-        allow_changes: Settings that may differ: names, or groups of them.
-        text: The settings as YAML, which the checkpoints of this run keep.
-    """
+    """The config of a run that may resume. The command line has one, a script has none."""
 
     settings: Config
-    allow_changes: Sequence[str] = ()
-    text: str = ""
+    allow_changes: Sequence[str] = ()  # names of settings that may differ, or of groups of them
+    text: str = ""  # the settings as YAML, which the checkpoints of this run keep
     _compared_with: object = field(default=None, init=False)
 
     def compare(self, checkpoint: Mapping[str, Any], *, fit: bool) -> int | None:

@@ -62,7 +62,6 @@ class RunRecord:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken."""
         return int(self.metadata["global_step"])
 
     @property

@@ -1,4 +1,7 @@
-"""The strategy that writes and reads checkpoint directories of shards, if wanted while training goes on."""
+"""The strategy that writes and reads checkpoint directories of shards, if wanted while training goes on.
+
+Tested by tests/distributed/test_checkpoints.py.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,6 @@ class ShardedCheckpoints(ModelParallelStrategy):
     """Lightning's strategy for models spread over ranks, with checkpoints that are whole or absent and never unpickled.
 
     A run resumes from a directory on any number of ranks, and from a single file of DDP or one device.
-    Tested by tests/distributed/test_checkpoints.py.
 
     Args:
         asynchronous: Go on training while a copy of the checkpoint in main memory is written. A failure is raised when

@@ -28,13 +28,9 @@ from app.checkpoints.weights import CONTENT_FILE
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Every rank writes and flushes its shards under the partial name; rank 0 then adds the rest and renames.
+    """Every rank writes and flushes its shards under the partial name of `path`; rank 0 then adds the rest and renames.
 
-    Args:
-        path: The checkpoint's name.
-        content: The bytes of CONTENT_FILE; rank 0's are written.
-        step: Optimizer steps taken.
-        keep_previous: Passed to `atomic.publish`.
+    The rest is `content`, the bytes of CONTENT_FILE, and the manifest, which has the optimizer `step`.
     """
 
     def __init__(self, path: Path, *, content: memoryview, step: int, keep_previous: bool) -> None:

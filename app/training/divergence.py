@@ -55,13 +55,7 @@ class DivergenceGuard:
     ) -> bool:
         """Whether this step is to be taken, the same on all ranks. If not, the optimizer's gradients are dropped.
 
-        Args:
-            module: At the step; the message names its parameters.
-            optimizer: Whose gradients they are.
-            sums: The losses of the step by micro-batch.
-            totals: Their totals over all ranks.
-            grad_norm: Norm of this rank's gradient as it is now. Under fp16 loss scaling that of a fused optimizer is
-                still scaled.
+        `grad_norm` is that of this rank's gradient, which fp16 loss scaling still scales under a fused optimizer.
 
         Raises:
             DivergenceError: The step is not finite, and the policy is to stop or has skipped often enough.

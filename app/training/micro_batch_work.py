@@ -24,15 +24,8 @@ def draw_for(
 ) -> KeptSamples | None:
     """The samples that each block keeps in the micro-batch at hand, on the CPU; None if none can be dropped.
 
-    Ranks that share weights call it together: whatever rows each has, all must know which blocks no rank needs.
-
-    Args:
-        module: At the step.
-        rates: p(l, t), one for each block.
-        batch_size: Samples in the micro-batch.
-        batch_idx: Lightning's count of the micro-batch.
-        seed: The run's.
-        watched: Whether ranks compare their work, also if they share no weights or have no rate above 0.
+    Ranks that share weights call it together: whatever rows each has, all must know which blocks no rank needs. So do
+    ranks that compare their work (`watched`), also if no rate p(l, t) is above 0.
     """
     trainer = module.trainer
     (rank, num_replicas), largest = data_ranks(trainer), batch_size

@@ -19,16 +19,11 @@ from app.layerskip.early_exit_loss import EarlyExitLoss
 
 
 class StepTotals(NamedTuple):
-    """Totals over all micro-batches and ranks, the same on every rank.
-
-    Attributes:
-        exit_losses: exit_layer -> mean cross entropy, in nats a label token.
-        grads_finite: Whether the gradient is finite on every rank.
-    """
+    """Totals over all micro-batches and ranks, the same on every rank."""
 
     num_label_tokens: float
-    exit_losses: dict[int, float]
-    grads_finite: bool
+    exit_losses: dict[int, float]  # exit_layer -> mean cross entropy, in nats a label token
+    grads_finite: bool  # on every rank
 
 
 class StepSums:

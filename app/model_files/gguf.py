@@ -1,7 +1,4 @@
-"""Reads GGUF files: unpacks llama.cpp's quantized weights into a plain model. It needs the extra `gguf`.
-
-Tested by tests/unit/model_files/test_open_gguf.py.
-"""
+"""Reads GGUF files: unpacks llama.cpp's quantized weights into a plain model. It needs the extra `gguf`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Obeys what a GGUF file states and transformers passes over, or refuses it by name.
 
-Tested by tests/unit/model_files/test_open_gguf.py.
+Tested by tests/unit/model_files/test_gguf.py.
 """
 
 from __future__ import annotations

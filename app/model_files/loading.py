@@ -2,8 +2,6 @@
 
 transformers itself converts weights out of a map of their file, where they would count twice in memory: in the file's
 dtype and in the wanted one. So its loader is given objects that read one weight at a time.
-
-Tested by tests/unit/model_files/test_open.py and test_loading_memory.py.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def test_what_a_gguf_says_of_its_origin_is_on_the_card_of_its_export(parts, file
     assert ModelCard.load(tmp_path / "words" / "README.md").data.license == "unknown"
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.99])
 def test_truncated_gguf_is_refused_by_name(file, tmp_path, share):
     half = tmp_path / "half.gguf"
     half.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])

@@ -16,19 +16,12 @@ from app.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """The share of one data-parallel rank.
-
-    Attributes:
-        rank: The number of the rank, 0 to `num_replicas` - 1.
-        num_replicas: W, the number of ranks with rows of their own.
-        accumulate: Micro-batches of each rank in an optimizer step.
-        limit: Lightning's `limit_train_batches`: a number of micro-batches (int) or a share of the epoch (float).
-    """
+    """The share of one data-parallel rank."""
 
     rank: int = 0
-    num_replicas: int = 1
-    accumulate: int = 1
-    limit: int | float = 1.0
+    num_replicas: int = 1  # W, the number of ranks with rows of their own
+    accumulate: int = 1  # micro-batches of each rank in an optimizer step
+    limit: int | float = 1.0  # Lightning's `limit_train_batches`: micro-batches (int), or a share of the epoch (float)
 
     @classmethod
     def of(cls, trainer: Trainer | None) -> RankShare:

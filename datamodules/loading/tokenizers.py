@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -18,8 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from app.errors import ConfigError
 from app.model_files.open import open_tokenizer
 from app.text.text_tokens import around
-
-_log = logging.getLogger(__name__)
+from datamodules.loading.cache import cached
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and END_OF_TEXT
@@ -51,29 +48,17 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def trained_tokenizer(texts: Sequence[str], *, vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast:
-    """Do as `train_byte_level_bpe`, but train only once for the same texts and size.
-
-    Several processes may ask at once: a file appears in `cache_dir` whole or not at all.
-    """
+    """Do as `train_byte_level_bpe`, but train only once for the same texts and size."""
     key = sha256(f"{vocab_size}".encode())
     for text in texts:
         key.update(sha256(text.encode()).digest())
-    file = cache_dir / f"tokenizer-{key.hexdigest()[:16]}.json"
-    if file.exists():
-        digest, _, backend = file.read_bytes().partition(b"\n")
-        if digest == sha256(backend).hexdigest().encode():
-            return _wrap(Tokenizer.from_str(backend.decode("utf-8")))
-        _log.warning("%s is damaged: training the tokenizer again", file)
-    _log.info("training a tokenizer of %d tokens, kept in %s", vocab_size, file)
-    tokenizer = train_byte_level_bpe(texts, vocab_size=vocab_size)
-    backend = tokenizer.backend_tokenizer.to_str()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=cache_dir, prefix=".tokenizer-", delete=False
-    ) as stream:
-        stream.write(f"{sha256(backend.encode()).hexdigest()}\n{backend}")
-    Path(stream.name).replace(file)
-    return tokenizer
+
+    def train() -> bytes:
+        backend: str = train_byte_level_bpe(texts, vocab_size=vocab_size).backend_tokenizer.to_str()
+        return backend.encode()
+
+    content = cached(cache_dir / f"tokenizer-{key.hexdigest()[:16]}.bin", train)
+    return _wrap(Tokenizer.from_str(content.decode()))
 
 
 def load_tokenizer(path: str) -> Any:  # transformers.PreTrainedTokenizerFast

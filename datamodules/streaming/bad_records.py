@@ -23,18 +23,15 @@ class BadRecords:
     At most `max_share` of the records, in [0, 1], may be bad. Those without any text are skipped but not counted as
     bad: they are common (`__init__.py`) and no damage. `logged` are records that others in this process logged before.
 
-    Attributes:
-        chunks: Chunks read to their end so far.
-        seen: Records read so far; lost records count as many as a chunk has on average.
-        skipped: Records skipped so far.
-        failed: Those of `seen` that count as bad.
     """
 
     def __init__(
         self, source: str, *, max_share: float, quiet: bool = False, logged: set[BadRecord] | None = None
     ) -> None:
         self.source, self._max_share, self._level = source, max_share, logging.DEBUG if quiet else logging.INFO
-        self.chunks = self.seen = self.skipped = self.failed = 0
+        self.chunks = 0  # read to their end so far
+        self.seen = 0  # records read so far; lost records count as many as a chunk has on average
+        self.skipped = self.failed = 0  # records skipped, and those of `seen` that count as bad
         self._logged = set() if logged is None else logged
         self._reasons: dict[str, tuple[str, int]] = {}  # first location and number of records
 

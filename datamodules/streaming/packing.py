@@ -30,20 +30,14 @@ _ROWS_A_GROUP = 32  # best fit chooses from the documents of about so many rows
 
 
 class Row(NamedTuple):
-    """One packed row.
+    """One packed row."""
 
-    Attributes:
-        input_ids: [S]; padding is any token, each a document of its own without a target.
-        labels: [S]; the token that follows in the same document, else `IGNORE_INDEX`. The last position is labelled
-            with the first token of the next row if the document goes on there.
-        position_ids: [S]; restart at 0 with every document and with every row.
-        num_tokens: Tokens of documents, with their end-of-text tokens, 1 to S; the others are padding.
-    """
-
-    input_ids: Tokens
+    input_ids: Tokens  # [S]; padding is any token, each a document of its own without a target
+    # [S]; the token that follows in the same document, else `IGNORE_INDEX`. The last position is labelled with the
+    # first token of the next row if the document goes on there.
     labels: Tokens
-    position_ids: Tokens
-    num_tokens: int
+    position_ids: Tokens  # [S]; restart at 0 with every document and with every row
+    num_tokens: int  # of documents with their end-of-text tokens, 1 to S; the others are padding
 
 
 class PackedRow(NamedTuple):

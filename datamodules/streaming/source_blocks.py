@@ -46,31 +46,18 @@ class StreamSettings:
 
 
 class SourcePosition(NamedTuple):
-    """Where a lane stands in a source; the order of the fields is that of checkpoints.
+    """Where a lane stands in a source; checkpoints hold the fields in this order."""
 
-    Attributes:
-        ordinal: Chunks of the lane read to their end when the block began.
-        record: Records of the next chunk read when the block began.
-        block: Blocks before this one.
-        seen: Records read before this block.
-        skipped: Records among them that were skipped.
-        failed: Records among them that count as bad.
-        taken: Documents of the block that are used up, in shuffled order.
-        within: What is used up beyond them, in the packing's own unit.
-        window: Windows of rows before this one.
-        drawn: Rows of the window that were given out, in shuffled order; all else tells where the window begins.
-    """
-
-    ordinal: int = 0
-    record: int = 0
-    block: int = 0
-    seen: int = 0
-    skipped: int = 0
-    failed: int = 0
-    taken: int = 0
-    within: int = 0
-    window: int = 0
-    drawn: int = 0
+    ordinal: int = 0  # chunks of the lane read to their end when the block began
+    record: int = 0  # records of the next chunk read when the block began
+    block: int = 0  # blocks before this one
+    seen: int = 0  # records read before this block
+    skipped: int = 0  # records among them that were skipped
+    failed: int = 0  # records among them that count as bad
+    taken: int = 0  # documents of the block that are used up, in shuffled order
+    within: int = 0  # what is used up beyond them, in the packing's own unit
+    window: int = 0  # windows of rows before this one
+    drawn: int = 0  # rows of the window that were given out, in shuffled order; all else tells where the window begins
 
 
 class Block(NamedTuple):

@@ -1,16 +1,13 @@
 """TOPv2 tokenised: prompt and target of every row, kept in a file that is named by a hash of all they depend on.
 
 Prompt and target are tokenised apart and put together, so that generation starts from the very prompt of training.
-The file begins with a checksum of the rest.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import logging
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -27,13 +24,11 @@ from app.errors import ConfigError
 from app.text.text_tokens import around
 from app.text.tokenizer_files import tokenizer_from_files, tokenizer_to_files
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
+from datamodules.loading.cache import cached
 from datamodules.loading.tokenizers import MIN_VOCAB_SIZE, encode_documents, load_tokenizer, train_byte_level_bpe
 from datamodules.topv2_rows.files import AnnotatedUtterance, Split, Table, find_tables, read_rows
 
-_log = logging.getLogger(__name__)
-
 _CODE_VERSION = 2  # raise it when the same settings and files give other examples
-_DIGEST_BYTES = 32
 _ARRAYS = ("tokens", "offsets", "prompt_lengths", "sources")  # of Examples
 # What becomes one token when special tokens are on; in a parse, always with the space before it.
 _PIECES: dict[TargetFormat, re.Pattern[str]] = {
@@ -59,21 +54,13 @@ class StoreSettings:
 
 @dataclass(frozen=True)
 class Examples:
-    """The N examples of one split; each is prompt, target and end-of-text token one after the other.
+    """The N examples of one split; each is prompt, target and end-of-text token one after the other."""
 
-    Attributes:
-        tokens: [total] int32; the tokens of all examples.
-        offsets: [N + 1] int64; where in `tokens` each example starts, and where the last ends.
-        prompt_lengths: [N] int32.
-        sources: [N] int64; indices of domains.
-        references: N targets as text.
-    """
-
-    tokens: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    prompt_lengths: npt.NDArray[np.int32]
-    sources: npt.NDArray[np.int64]
-    references: list[str]
+    tokens: npt.NDArray[np.int32]  # [total], of all examples
+    offsets: npt.NDArray[np.int64]  # [N + 1]; where in `tokens` each example starts, and where the last ends
+    prompt_lengths: npt.NDArray[np.int32]  # [N]
+    sources: npt.NDArray[np.int64]  # [N], indices of domains
+    references: list[str]  # N targets as text
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -102,11 +89,8 @@ class TaskStore:
 def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
     """Load the store for `settings` and the files as they are now, or build it if there is none or it is damaged.
 
-    Several processes may do so at once: a store appears in `cache_dir` whole or not at all.
-
-    Raises:
-        DataError: A file is missing, or too much of it is bad.
-        ConfigError: The tokenizer cannot be used, or `vocab_size` has no room for the special tokens.
+    DataError says that a file is missing or too much of it is bad, ConfigError that the tokenizer cannot be used or
+    `vocab_size` has no room for the special tokens.
     """
     tables: dict[Split, list[Table]] = {
         split: find_tables(settings.path, split=split, domains=settings.domains, spis=settings.spis)
@@ -114,16 +98,7 @@ def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
     }
     tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
     key = _key(settings, tables, tokenizer)
-    file = cache_dir / f"topv2-{key}.bin"
-    if file.is_file():
-        raw = file.read_bytes()
-        if raw[:_DIGEST_BYTES] == sha256(raw[_DIGEST_BYTES:]).digest():
-            return _load(raw[_DIGEST_BYTES:], key=key)
-        _log.warning("cached data in %s is damaged: building it again", file)
-    _log.info("building data in %s", file)
-    store = _build(settings, tables, tokenizer, key=key)
-    _save(store, file)
-    return store
+    return _load(cached(cache_dir / f"topv2-{key}.bin", lambda: _build(settings, tables, tokenizer)), key=key)
 
 
 def _key(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any) -> str:
@@ -137,13 +112,20 @@ def _key(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: A
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any, *, key: str) -> TaskStore:
+def _build(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any) -> bytes:
     read = partial(
         read_rows, encode=TARGET_FORMATS[settings.target_format].encode, max_bad_share=settings.max_bad_share
     )
     rows = {split: list(chain.from_iterable(map(read, of_split))) for split, of_split in tables.items()}
     tokenizer = _fit_tokenizer(settings, rows["train"], tokenizer)
-    return TaskStore(key, tokenizer, {split: _encode(settings, own, tokenizer) for split, own in rows.items()})
+    arrays: dict[str, Any] = {"tokenizer": _text(tokenizer_to_files(tokenizer))}
+    for split, own in rows.items():
+        examples = _encode(settings, own, tokenizer)
+        arrays |= {f"{split}/{name}": getattr(examples, name) for name in _ARRAYS}
+        arrays[f"{split}/references"] = _text(examples.references)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
 
 
 def _fit_tokenizer(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], tokenizer: Any) -> Any:
@@ -189,20 +171,6 @@ def _prompt_text(settings: StoreSettings, row: AnnotatedUtterance) -> str:
 
 def _target_text(row: AnnotatedUtterance) -> str:
     return f" {row.target}"  # a byte-level BPE takes a word with the space before it
-
-
-def _save(store: TaskStore, file: Path) -> None:
-    arrays: dict[str, Any] = {"tokenizer": _text(tokenizer_to_files(store.tokenizer))}
-    for split, examples in store.examples.items():
-        arrays |= {f"{split}/{name}": getattr(examples, name) for name in _ARRAYS}
-        arrays[f"{split}/references"] = _text(examples.references)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".building-") as folder:
-        new = Path(folder) / file.name
-        new.write_bytes(sha256(content.getbuffer()).digest() + content.getbuffer())
-        new.replace(file)
 
 
 def _load(content: bytes, *, key: str) -> TaskStore:

@@ -104,7 +104,7 @@ DANGEROUS = {  # and where the message says that it is defined
     "lightning.pytorch.callbacks.model_checkpoint.shutil.rmtree": "shutil.rmtree",
     "lightning.pytorch.strategies.launchers.subprocess_script.subprocess.Popen": "subprocess.Popen",
     "lightning.pytorch.plugins.TorchCheckpointIO": "lightning.fabric.plugins.io.torch_io.TorchCheckpointIO",
-    "datamodules.topv2_rows.store.tempfile.TemporaryDirectory": "tempfile.TemporaryDirectory",
+    "datamodules.loading.cache.tempfile.TemporaryDirectory": "tempfile.TemporaryDirectory",
 }
 
 

@@ -168,7 +168,7 @@ def test_a_damaged_cache_is_built_again(
         file.write_bytes(content)
         caplog.clear()
         assert plain(build(folder, tmp_path)) == plain(whole)
-        assert "is damaged: building it again" in caplog.text
+        assert "is damaged: preparing it again" in caplog.text
         assert list(tmp_path.iterdir()) == [file]
 
 

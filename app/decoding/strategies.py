@@ -118,5 +118,7 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
         ours, theirs = decoder.max_length, settings.draft_decoder.max_length
         if theirs < ours:
             _log.warning(
-                "draft_model: its context of %d is shorter than the model's %d; drafts get worse there", theirs, ours
+                "draft_model: its context of %d is shorter than the model's %d; drafts beyond it get worse",
+                theirs,
+                ours,
             )

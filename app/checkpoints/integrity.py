@@ -51,10 +51,15 @@ def damage(path: Path) -> str | None:
     All ranks must ask together. They share the files of a directory, rank 0 reads a single file, and all get the same
     answer.
     """
-    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found: str | None = None
     try:
-        _check(path, part=dist.get_rank() if num_ranks > 1 else 0, num_parts=num_ranks)
+        if not path.exists():
+            raise CheckpointError(f"checkpoint {path}: no such file")
+        if path.is_dir():
+            _check_directory(path, part=rank, num_parts=num_ranks)
+        elif rank == 0:
+            _check_file(path)
     except CheckpointError as error:
         found = str(error)
     except OSError as error:  # a disk failed; the other ranks wait for this one
@@ -76,15 +81,6 @@ def saved_step(path: Path) -> int | None:
         return None
 
 
-def _check(path: Path, *, part: int, num_parts: int) -> None:
-    if not path.exists():
-        raise CheckpointError(f"checkpoint {path}: no such file")
-    if path.is_dir():
-        _check_directory(path, part, num_parts)
-    elif part == 0:
-        _check_file(path)
-
-
 def _check_file(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -96,7 +92,7 @@ def _check_file(path: Path) -> None:
         raise CheckpointError.unusable(path, f"damaged, the bytes of {name} in it are not those that were written")
 
 
-def _check_directory(path: Path, part: int, num_parts: int) -> None:
+def _check_directory(path: Path, *, part: int, num_parts: int) -> None:
     if not (path / MANIFEST_FILE).is_file():
         content = path / CONTENT_FILE
         if content.is_file() and OPTIMIZER_STATES in read_plain(content):  # Lightning itself keeps these in shards
@@ -111,15 +107,13 @@ def _check_directory(path: Path, part: int, num_parts: int) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST_FILE
     try:
-        content = json.loads(file.read_bytes())
-        names = [Path(name).name == name for name in content["files"]]
+        content = json.loads((path / MANIFEST_FILE).read_bytes())
+        if not isinstance(content["step"], int) or any(Path(name).name != name for name in content["files"]):
+            raise ValueError
+        return dict(content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError.unusable(path, f"{MANIFEST_FILE} is missing or damaged") from error
-    if not (all(names) and isinstance(content.get("step"), int)):
-        raise CheckpointError.unusable(path, f"{MANIFEST_FILE} is damaged")
-    return dict(content)
 
 
 def _checksum(file: Path) -> Checksum:

@@ -108,8 +108,8 @@ class ShardedCheckpoints(ModelParallelStrategy):
             step=checkpoint["global_step"],
             keep_previous=bool((storage_options or {}).get(KEEP_PREVIOUS)),
         )
-        if self.is_global_zero:
-            writer.clear()
+        if self.is_global_zero:  # a killed or failed attempt may have left something
+            shutil.rmtree(partial_path(path), ignore_errors=True)
         if self._group is None:  # a group of its own, since training uses the other one meanwhile
             self._group = dist.new_group(backend="gloo")
         dist.barrier(self._group)

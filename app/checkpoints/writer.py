@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -38,10 +37,6 @@ class CheckpointWriter(FileSystemWriter):
         self.fs = self._files = _ChecksummingFiles()
         self._target, self._content = path, content
         self._step, self._keep_previous = step, keep_previous
-
-    def clear(self) -> None:
-        """Delete what a killed or failed attempt has left, before any rank writes."""
-        shutil.rmtree(partial_path(self._target), ignore_errors=True)
 
     @override
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from app.checkpoints import atomic as checkpoint_places
+from app.checkpoints import atomic
 from app.checkpoints.atomic import (
     clear_leftovers,
     find_checkpoint,
@@ -98,7 +98,7 @@ def test_half_removed_it_is_no_checkpoint(tmp_path, monkeypatch):
         if path.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_places, "_delete", interrupted)
+    monkeypatch.setattr(atomic, "_delete", interrupted)
     with pytest.raises(KeyboardInterrupt):
         remove(tmp_path / "last.ckpt")
     assert not find_checkpoint(tmp_path / "last.ckpt").exists()

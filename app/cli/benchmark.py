@@ -14,18 +14,12 @@ from transformers.utils import logging as transformers_logging
 from app.benchmark.benchmark import BenchmarkSettings, Subject, run_benchmark
 from app.benchmark.decoding_costs import costs_line
 from app.benchmark.figure import benchmark_figure
-from app.benchmark.report import (
-    draft_table,
-    environment,
-    report_document,
-    speed_table,
-    write_report,
-)
+from app.benchmark.report import draft_table, environment, report_document, speed_table, write_report
 from app.benchmark.result import benchmark_results
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import check_output_file
-from app.generation.loaded_model import Device, Dtype, eos_token_ids, load_decoder, load_draft_decoder, use_threads
+from app.generation.loaded_model import Device, Dtype, load_decoder, load_draft_decoder
 from app.generation.prompts import encode_prompts, read_prompts
 from app.words import counted
 
@@ -61,12 +55,11 @@ def benchmark(
         options: See BenchmarkSettings.
     """
     file = check_output_file(output, suffix=".json")
-    use_threads(threads)
     settings = BenchmarkSettings(eos_token_ids=(), **options)
     texts = read_prompts(prompts, limit=limit)
-    loaded = load_decoder(model, dtype=dtype, device=device)
+    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads)
     if not ignore_eos:
-        settings = replace(settings, eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer))
+        settings = replace(settings, eos_token_ids=loaded.eos_token_ids)
     draft_decoder = load_draft_decoder(draft_model, loaded, strategies=settings.strategies)
     subject = Subject(loaded.model, loaded.decoder, draft_decoder)
     tokens = encode_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length)

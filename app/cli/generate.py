@@ -18,7 +18,7 @@ from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, style
 from app.decoding.engine import DecodingInterrupted, OnStep
 from app.decoding.result import DecodingResult, Step
 from app.errors import ConfigError, check_range
-from app.generation.loaded_model import Device, Dtype, load_decoder, use_threads
+from app.generation.loaded_model import Device, Dtype, load_decoder
 from app.generation.options import GenerationOptions
 from app.generation.prompts import read_prompts
 from app.generation.request import Request
@@ -52,11 +52,10 @@ def generate(
     """
     chosen = GenerationOptions(**options)
     check_range("batch_size", batch_size, low=1)
-    use_threads(threads)
     texts = _texts(prompt, prompts)
     if prompts is None and batch_size > 1:
         _log.warning("batch_size=%d has no effect on a single prompt", batch_size)
-    loaded = load_decoder(model, dtype=dtype, device=device)
+    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads)
     location = "prompt" if prompts is None else f"{prompts}: prompt"
     request = Request.of(loaded, texts, chosen, location=location, batch_size=batch_size)
     _run(request, batch_size=batch_size, live=prompts is None, json=json)

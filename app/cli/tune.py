@@ -16,7 +16,7 @@ from app.benchmark.report import environment
 from app.cli.parsing.verb_parser import JSON_FLAG, call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError
-from app.generation.loaded_model import Device, Dtype, eos_token_ids, load_decoder, use_threads
+from app.generation.loaded_model import Device, Dtype, load_decoder
 from app.generation.prompts import encode_prompts, read_prompts
 from app.model_files.decoding_defaults import Conditions, write_decoding_defaults
 from app.model_files.generation_config import read_generation_config
@@ -52,16 +52,15 @@ def tune(
         options: See TuningSettings.
     """
     settings = TuningSettings(**options)
-    use_threads(threads)
     texts = read_prompts(prompts, limit=limit)
-    loaded = load_decoder(model, dtype=dtype, device=device)
+    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads)
     directory = _storable(model) if store else None
     tokens = encode_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length)
     with torch.inference_mode():
         tuning = tune_decoder(
             loaded.decoder,
             tokens,
-            eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer),
+            eos_token_ids=loaded.eos_token_ids,
             settings=settings,
             conditions=Conditions.of(loaded.model),
         )

@@ -47,8 +47,17 @@ class LoadedModel(NamedTuple):
     decoder: SpanDecoder
     dtype: str = "auto"
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token id that ends a text: those of the generation config, else the tokenizer's."""
+        config = self.model.generation_config
+        ids = None if config is None else config.eos_token_id
+        return tuple(listed_ends(self.tokenizer.eos_token_id if ids is None else ids))
 
-def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -> LoadedModel:
+
+def load_decoder(
+    model: str, *, dtype: str, device: str, threads: int | None = None, field: str = "model"
+) -> LoadedModel:
     """Loads a model in eval mode on its device, and joins the projections of each block to decode faster.
 
     Args:
@@ -56,6 +65,7 @@ def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -
         dtype: A key of DTYPES; auto keeps the checkpoint's own (float32 for .gguf), but takes float32 on a CPU that
             would emulate it.
         device: auto takes a GPU if there is one.
+        threads: Number of CPU threads that torch uses from now on, at least 1; None leaves torch's own choice.
         field: Names the setting that `model` comes from in an error.
 
     Raises:
@@ -64,6 +74,9 @@ def load_decoder(model: str, *, dtype: str, device: str, field: str = "model") -
     """
     check_choice("dtype", dtype, DTYPES)
     check_choice("device", device, _DEVICES)
+    if threads is not None:
+        check_range("threads", threads, low=1, high=max(_MOST_THREADS, os.cpu_count() or 1))
+        torch.set_num_threads(threads)
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
@@ -95,17 +108,3 @@ def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Seq
     draft = load_decoder(path, dtype=target.dtype, device=target.decoder.device.type, field="draft_model")
     check_same_tokens(target.tokenizer, draft.tokenizer, got=path)
     return draft.decoder
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token id that ends a text: those of the generation config, else the tokenizer's."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return tuple(listed_ends(ids))
-
-
-def use_threads(threads: int | None) -> None:
-    """Lets torch use this many CPU threads, at least 1; None leaves torch's own choice."""
-    if threads is not None:
-        check_range("threads", threads, low=1, high=max(_MOST_THREADS, os.cpu_count() or 1))
-        torch.set_num_threads(threads)

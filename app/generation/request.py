@@ -15,7 +15,7 @@ from app.decoding.settings import DecodingSettings
 from app.decoding.stopping import StopStrings
 from app.decoding.strategies import STRATEGIES, Strategy
 from app.generation.defaults import choose_decoding
-from app.generation.loaded_model import LoadedModel, eos_token_ids, load_draft_decoder
+from app.generation.loaded_model import LoadedModel, load_draft_decoder
 from app.generation.options import GenerationOptions
 from app.generation.prompts import encode_prompts
 from app.text.text_stream import continuation
@@ -83,7 +83,7 @@ class Request:
         strategy, settings = choose_decoding(options.strategy, options.settings(), loaded, batch_size=batch_size)
         settings = replace(
             settings,
-            eos_token_ids=eos_token_ids(loaded.model, loaded.tokenizer),
+            eos_token_ids=loaded.eos_token_ids,
             stop=stop,
             draft_decoder=load_draft_decoder(options.draft_model, loaded, strategies=[strategy]),
         )

@@ -365,7 +365,7 @@ def test_the_card_of_a_run_tells_its_recipe_data_and_exits(directory, tmp_path, 
         "| tokens seen | 192 |",
         "| layer dropout | max_dropout_rate 0.25, depth_scale exponential, time_scale constant |",
         "| mine | files | 100.0% | 100.0% | 192 |",
-        "after 2 steps; loss in nats",
+        "Measured after 2 steps on tokens",
     ):
         assert line in readme.text
     assert len([line for line in readme.text.splitlines() if line.endswith("% |")]) == 4  # exits

@@ -62,8 +62,8 @@ class LayerSkipModule(EvaluationSteps):
         lr_schedule: constant, linear or cosine, after the warmup; all but constant need trainer.max_steps.
         warmup_steps: Optimizer steps of linear warmup, >= 0.
         final_lr_ratio: Learning rate at the last step over the peak, in [0, 1].
-        lr_scheduler: Instead of these three, a scheduler class with its settings that is stepped once an optimizer
-            step, for instance torch.optim.lr_scheduler.OneCycleLR.
+        lr_scheduler: Instead of lr_schedule, warmup_steps and final_lr_ratio, a scheduler class with its settings that
+            is stepped once an optimizer step, for instance torch.optim.lr_scheduler.OneCycleLR.
         activation_checkpointing: Keep only the input of each block and compute the block again in the backward, which
             saves memory and takes about a third more time.
         compile_blocks: Compile the blocks (torch.compile, inductor); needs a compiler, and no tensor parallelism.

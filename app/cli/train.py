@@ -30,7 +30,6 @@ from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.may_resume import check_before
 from app.checkpoints.resumed_config import GivenConfig, check_names
 from app.checkpoints.run_lock import hold, release
-from app.cli.log_folders import go_on_in_latest_version, keep_metrics
 from app.cli.measured import measured_table, warn_of_emulation, warn_of_poison, warn_of_random_weights
 from app.cli.messages import locate
 from app.cli.parsing.preflight import AUTO, LAST, USE_PREVIOUS, check_checkpoint_path
@@ -42,7 +41,7 @@ from app.cli.refusals import (
     refuse_early,
     take_tokenizer_of_model,
 )
-from app.cli.save_config import SaveFitConfig
+from app.cli.run_folder import SaveFitConfig, go_on_in_latest_version, keep_metrics
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range

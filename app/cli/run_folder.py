@@ -1,12 +1,19 @@
-"""Saves what made a run: its config, in its folder and its checkpoints. Tested by tests/contract/test_resume.py."""
+"""The folder of a run: the config that made it, and logs that a resumed run goes on with.
+
+Tested by tests/contract/test_command_line.py and test_resume.py.
+"""
 
 from __future__ import annotations
 
+import csv
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import override
 
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
@@ -15,6 +22,8 @@ from app.checkpoints.run_record import RUN_CONFIG_KEY
 from app.training.logged_steps import log_once
 from app.training.module import LayerSkipModule
 from app.whole_file import write_whole
+
+_VERSION = re.compile(r"version_(\d+)")
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -63,3 +72,40 @@ def _given_config(pl_module: LightningModule) -> GivenConfig:
     assert isinstance(pl_module, LayerSkipModule)
     assert pl_module.given_config is not None
     return pl_module.given_config
+
+
+def go_on_in_latest_version(trainer: Trainer) -> None:
+    """Lets loggers that would begin a new version of their folder take the latest version that has a `last.ckpt`.
+
+    This must come before the trainer is asked for its `log_dir`.
+    """
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
+            continue
+        checkpoints = Path(logger.root_dir).glob("version_*/checkpoints/*last*.ckpt")
+        found = (_VERSION.fullmatch(path.parents[1].name) for path in checkpoints)
+        if versions := [int(version[1]) for version in found if version]:
+            for other in trainer.loggers:  # the run's folder is that of the first logger
+                if isinstance(other, TensorBoardLogger | CSVLogger) and other._version is None:
+                    other._version = max(versions)
+        return
+
+
+def keep_metrics(trainer: Trainer) -> None:
+    """Opens CSV loggers so that they append to their `metrics.csv` instead of deleting it."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if not isinstance(logger, CSVLogger) or not (folder := Path(logger.log_dir)).is_dir():
+            continue
+        file, aside = folder / "metrics.csv", folder / "metrics.csv.kept"
+        if file.is_file():
+            file.replace(aside)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Experiment logs directory .* will be deleted")
+                writer = logger.experiment
+        finally:
+            if aside.is_file():
+                aside.replace(file)
+        if file.is_file():
+            with file.open(newline="") as lines:
+                writer.metrics_keys = next(csv.reader(lines), [])

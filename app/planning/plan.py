@@ -1,7 +1,4 @@
-"""What a training run will take: parameters, memory, tokens, FLOPs, hours; and what to change if it does not fit.
-
-Tested by tests/contract/test_plan.py.
-"""
+"""What a training run will take: parameters, memory, tokens, FLOPs, hours; and what to change if it does not fit."""
 
 from __future__ import annotations
 

@@ -47,7 +47,12 @@ def test_the_second_fastest_is_recommended_where_only_it_was_confirmed() -> None
         (2, False),
         (1, True),
     ]
-    assert [row[-1] for row in verifications_table(tuning).rows] == ["first", "first", "again", "again"]
+    rows = verifications_table(tuning).rows
+    assert [row[-1] for row in rows] == ["first", "first", "again", "again"]
+    assert rows[2] == (
+        *("1", "2", "50.0%", "1.50", "3.00x", "1.30x", "1.30..1.30x", "0.99..1.30x", "0 of 4"),
+        "again",
+    )  # no outputs differ, so there is no column for the largest logit gap
 
 
 def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -99,37 +100,35 @@ def _walk(source: Source) -> Iterator[tuple[bytes, int]]:
     pattern = ("**/*.py" if library else source.pattern).split("/")
     exclude = [*_LIBRARY_EXCLUDES, *([f"!/{TOPICS}"] if source.kind == "stdlib_text" else [])]
     excluded = GitIgnoreSpec.from_lines(exclude if library else source.exclude).match_file
-    folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # each with the folders it was entered through
-    while folders:
-        folder, entered = folders.pop()
-        try:
-            entries = os.scandir(source.root / folder)
-            entered = (*entered, _identity((source.root / folder).stat()))
-        except OSError as error:
-            _log.warning("source %r: skipped folder %r: %s", source.name, folder, error.strerror)
-            continue
-        with entries:
-            for entry in entries:
-                name = folder + entry.name
-                try:
-                    if entry.is_dir():
-                        if excluded(name + "/"):
-                            continue
-                        if entry.is_symlink() and _identity(entry.stat()) in entered:
-                            reason = "a symbolic link to a folder that it lies in"
-                            _log.warning("source %r: skipped %r: %s", source.name, name, reason)
-                        else:
-                            folders.append((name + "/", entered))
-                    elif _matches(name.split("/"), pattern) and not excluded(name):
-                        size = entry.stat().st_size  # raises for a symbolic link to itself, or to nothing
-                        if entry.is_file():
-                            yield os.fsencode(name), size
-                except OSError as error:
-                    _log.warning("source %r: skipped %r: %s", source.name, name, error.strerror)
 
+    def skip(name: str, reason: str | None) -> None:
+        _log.warning("source %r: skipped %s: %s", source.name, name, reason)
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
+    def skip_folder(error: OSError) -> None:
+        skip(f"folder {os.path.relpath(error.filename, source.root) + '/'!r}", error.strerror)
+
+    for folder, subfolders, files in os.walk(source.root, followlinks=True, onerror=skip_folder):
+        prefix = "" if folder == str(source.root) else os.path.relpath(folder, source.root) + "/"
+        entered = []
+        for name in subfolders:
+            if excluded(prefix + name + "/"):
+                continue
+            path = Path(folder, name)
+            if path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve()):
+                skip(repr(prefix + name), "a symbolic link to a folder that it lies in")
+            else:
+                entered.append(name)
+        subfolders[:] = entered  # os.walk goes on into these
+        for name in files:
+            if not _matches([*prefix.split("/")[:-1], name], pattern) or excluded(prefix + name):
+                continue
+            try:
+                found = os.stat(f"{folder}/{name}")  # noqa: PTH116  # a Path takes longer; it raises for a broken link
+            except OSError as error:
+                skip(repr(prefix + name), error.strerror)
+                continue
+            if stat.S_ISREG(found.st_mode):
+                yield os.fsencode(prefix + name), found.st_size
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:

@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_listed_is_logged(
 
     def refuse(path: Path) -> Any:
         if Path(path).name == "deep":
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)

@@ -26,8 +26,8 @@ class ListReader:
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
         self.opened.append((chunk, start))
         for index, text in enumerate(self._chunks[chunk][start:], start):
-            place = f"{chunk}:{index}"
-            yield BadRecord(place, "bad") if text is None else Document(place, text, origin=text)
+            location = f"{chunk}:{index}"
+            yield BadRecord(location, "bad") if text is None else Document(location, text, origin=text)
 
 
 def chunks(*sizes: int, length: int = 5, first: int = 1) -> list[list[str | None]]:

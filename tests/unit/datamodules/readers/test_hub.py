@@ -67,7 +67,7 @@ def test_bad_rows_are_reported_and_an_unreadable_shard_hides_no_other(folder: Pa
     (folder / "rows").mkdir()
     pq.write_table(pa.table({"text": ["good", None, " ", "x" * 101]}), folder / "rows" / "a.parquet")
     found = dict(bad(open_path(folder / "rows", kind="hub", max_document_megabytes=0.0001)))
-    assert [place.rpartition(":")[2] for place in found] == [f"shard 1, record {row}" for row in (2, 3, 4)]
+    assert [location.rpartition(":")[2] for location in found] == [f"shard 1, record {row}" for row in (2, 3, 4)]
     assert [*found.values()] == [
         "field 'text' is NoneType, not text",
         "field 'text' is empty",
@@ -78,7 +78,7 @@ def test_bad_rows_are_reported_and_an_unreadable_shard_hides_no_other(folder: Pa
         file.write('{"text": broken\n')
     (folder / "2.jsonl").unlink()
     assert texts(reader) == sorted(ROWS[:50])
-    assert [place.rpartition(":")[2] for place, _ in bad(reader)] == ["shard 2", "shard 3"]
+    assert [location.rpartition(":")[2] for location, _ in bad(reader)] == ["shard 2", "shard 3"]
     assert all(isinstance(record, BadRecord) for record in read_all(reader)[50:])
 
 

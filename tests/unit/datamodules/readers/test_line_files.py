@@ -84,7 +84,7 @@ BAD_LINES = [
 ]
 
 
-def test_every_sort_of_bad_line_is_reported_with_its_place_and_reading_goes_on(tmp_path: Path) -> None:
+def test_every_sort_of_bad_line_is_reported_with_its_location_and_reading_goes_on(tmp_path: Path) -> None:
     lines = [line for raw, _ in BAD_LINES for line in (raw, b'{"text": "good"}')]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     expected = [
@@ -95,8 +95,8 @@ def test_every_sort_of_bad_line_is_reported_with_its_place_and_reading_goes_on(t
         reader = open_path(tmp_path, kind="jsonl", min_chunks=min_chunks, max_document_megabytes=0.0005)
         assert texts(reader) == ["good"] * len(BAD_LINES)
         found = bad(reader)
-        assert [place for place, _ in found] == sorted(place for place, _ in expected)
-        assert all(reason.startswith(dict(expected)[place]) for place, reason in found)
+        assert [location for location, _ in found] == sorted(location for location, _ in expected)
+        assert all(reason.startswith(dict(expected)[location]) for location, reason in found)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_file_that_is_not_what_its_name_says_is_one_bad_record(tmp_path: Path)
     (tmp_path / "b.jsonl.gz").write_bytes(jsonl("not compressed at all"))
     reader = open_path(tmp_path, kind="jsonl")
     assert texts(reader) == ["good"]
-    assert [place for place, _ in bad(reader)] == ["b.jsonl.gz"]
+    assert [location for location, _ in bad(reader)] == ["b.jsonl.gz"]
 
 
 def test_files_that_vanish_or_change_under_the_reader_are_reported(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_files_that_vanish_or_change_under_the_reader_are_reported(tmp_path: Pat
     (tmp_path / "grown.jsonl").write_bytes(jsonl(*(f"grown {i}" for i in range(20))))
     (tmp_path / "shorter.jsonl").write_bytes(jsonl("shorter 0", "shorter 1")[:-3])
     assert texts(reader) == sorted([*(f"grown {i}" for i in range(10)), *(f"kept {i}" for i in range(10)), "shorter 0"])
-    assert [(place, reason.split(":")[0]) for place, reason in bad(reader)] == [
+    assert [(location, reason.split(":")[0]) for location, reason in bad(reader)] == [
         ("gone.jsonl", "cannot be read"),
         ("gone.jsonl.gz", "cannot be read"),
         ("grown.jsonl", "changed since the source was opened"),

@@ -60,7 +60,7 @@ def test_a_column_can_lie_inside_another(tmp_path: Path) -> None:
     assert bad(reader) == [(f"a.parquet:row {row}", "column 'a.b' is null") for row in (2, 3)]
 
 
-def test_bad_rows_and_files_are_reported_with_their_place(tmp_path: Path) -> None:
+def test_bad_rows_and_files_are_reported_with_their_locations(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", ["good", None, "", " \n", "x" * 101, "x" * 100], group=4)
     write(tmp_path / "b.parquet", NOT_UTF8)
     write(tmp_path / "c.parquet", ["a"], name="other")
@@ -96,8 +96,8 @@ def test_a_damaged_row_group_does_not_hide_the_others(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(raw)
     reader = open_path(tmp_path, kind="parquet")
     assert texts(reader) == sorted(ROWS[:250] + ROWS[500:])
-    [(place, reason)] = bad(reader)
-    assert (place, reason[:28]) == ("a.parquet", "row group 2: cannot be read:")
+    [(location, reason)] = bad(reader)
+    assert (location, reason[:28]) == ("a.parquet", "row group 2: cannot be read:")
 
 
 def test_a_file_that_vanishes_or_changes_is_reported(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_file_that_vanishes_or_changes_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").unlink()
     write(tmp_path / "b.parquet", ["b"] * 100 + ["more"])
     assert texts(reader) == ["c"]
-    assert [(place, reason[:35]) for place, reason in bad(reader)] == [
+    assert [(location, reason[:35]) for location, reason in bad(reader)] == [
         ("a.parquet", "row group 1: cannot be read: No suc"),
         ("b.parquet", "row group 1: changed since the sour"),
     ]

@@ -104,12 +104,12 @@ def test_a_library_gives_code_and_prose_whose_side_follows_the_code(
         Document("pydoc_data/topics.py:assert", "The assert statement", "The assert statement"),
         Document("pydoc_data/topics.py:if", "An if", "An if"),
     ]
-    assert [(place, reason[:10]) for place, reason in bad(text)] == [("escape.py", "not Python")]
+    assert [(location, reason[:10]) for location, reason in bad(text)] == [("escape.py", "not Python")]
     assert_any_start_reads_on(text)
     for broken in ("topics = {", "pass", "topics = open"):
         (tmp_path / "pydoc_data" / "topics.py").write_text(broken)
         text = open_reader(Source(name="text", kind="stdlib_text"), min_chunks=1)
-        assert ("pydoc_data/topics.py", "not Python") in [(place, reason[:10]) for place, reason in bad(text)]
+        assert ("pydoc_data/topics.py", "not Python") in [(location, reason[:10]) for location, reason in bad(text)]
 
 
 def test_the_real_standard_library_is_listed() -> None:

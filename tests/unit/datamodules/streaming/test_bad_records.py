@@ -76,7 +76,7 @@ def test_what_is_lost_counts_for_as_much_as_a_chunk_has() -> None:
     assert (begun.seen, begun.failed) == (14, 7)
 
 
-def test_the_report_names_source_share_and_the_first_place_of_each_reason() -> None:
+def test_the_report_names_source_share_and_the_first_location_of_each_reason() -> None:
     found = records(good=1, bad=3)
     found.bad(BadRecord("b:7", "no field"))
     with pytest.raises(DataError) as caught:

@@ -70,9 +70,9 @@ def test_the_end_of_a_block_is_nothing_to_split_and_the_end_of_a_group_to_best_f
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_each_row_tells_where_the_next_begins(packing: Packing) -> None:
     documents = iter(arrays([[1] * 5, [2] * 11, [3] * 2]))
-    places = [(packed.finished, packed.within) for packed in PACKINGS[packing](documents, seq_len=6)]
+    positions = [(packed.finished, packed.within) for packed in PACKINGS[packing](documents, seq_len=6)]
     assert (
-        places
+        positions
         == {
             "split": [(1, 0), (1, 6), (2, 0), (3, 0)],  # documents, and tokens of the next one
             "best_fit": [(0, 1), (0, 2), (0, 3), (3, 0)],  # documents of whole groups, and rows of the next one

@@ -82,7 +82,7 @@ def test_each_lane_is_told_by_the_rank_that_reads_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("junk", ["x", -1, None, [1]])
-def test_a_place_that_none_can_be_is_refused_by_name(junk):
+def test_a_state_that_is_no_position_is_refused_by_name(junk):
     lane = LaneState.start(2).to_lists()
     check_position({"global_batches": 3, "num_lanes": 1, "lanes": {"0": lane}}, num_sources=2)
     lane[0][1][9] = junk

@@ -38,8 +38,8 @@ def test_a_block_ends_when_it_is_large_enough_and_with_the_epoch() -> None:
 
 def test_where_a_block_ends_is_told_by_chunks_and_records() -> None:
     reader = ListReader(chunks(3, 3))
-    places = [block.following[:2] for block in take(reader, 4, shuffle_megabytes=10e-6)]
-    assert places == [(0, 2), (1, 1), (1, 3), (2, 2)]  # the third has all of the epoch, but its end was not seen yet
+    positions = [block.following[:2] for block in take(reader, 4, shuffle_megabytes=10e-6)]
+    assert positions == [(0, 2), (1, 1), (1, 3), (2, 2)]  # the third has all of the epoch, but its end was not seen yet
     assert take(reader, 1, shuffle_megabytes=1.0)[0].following == SourcePosition(2, 0, 1, 6)
 
 
@@ -117,8 +117,8 @@ def test_documents_come_in_another_order_in_each_block_lane_and_source() -> None
     where = [{"lane": lane, "index": index} for lane in range(2) for index in range(2)]
     orders = {tuple(block.texts) for block in take(ListReader(chunks(12)), 1, shuffle_megabytes=1.0)} | {
         tuple(block.texts)
-        for place in where
-        for block in take(ListReader(chunks(12)), 2, num_lanes=2, shuffle_megabytes=1.0, **place)
+        for source in where
+        for block in take(ListReader(chunks(12)), 2, num_lanes=2, shuffle_megabytes=1.0, **source)
     }
     assert len(orders) == 8  # the first is one of the others: lane 0 of source 0, whatever the number of lanes
     other_seed = take(ListReader(chunks(12)), 1, shuffle_megabytes=1.0, seed=4)

@@ -1,4 +1,4 @@
-"""Lanes against what their sources hold: shares, epochs, isolation of lanes, and going on from any place."""
+"""Lanes against what their sources hold: shares, epochs, isolation of lanes, and going on from any position."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ def test_a_window_s_rows_are_shuffled_among_one_another_alone(monkeypatch: pytes
     one_block = make_lane(ListReader([["x" * 239]]), shuffle_megabytes=1.0)  # 30 rows of one document
     for window in range(7):
         for drawn in range(4):
-            place = one_block.state.positions[0]
-            assert (place.window, place.drawn) == (window, drawn)
-            assert (place.taken, place.within) == (0, 4 * SEQ_LEN * window)
+            position = one_block.state.positions[0]
+            assert (position.window, position.drawn) == (window, drawn)
+            assert (position.taken, position.within) == (0, 4 * SEQ_LEN * window)
             one_block.next_row()
     assert [one_block.state.positions[0].window, one_block.state.positions[0].within] == [7, 28 * SEQ_LEN]
     take(one_block, 2)  # a block's last window ends with it
@@ -178,7 +178,7 @@ def test_texts_are_tokenised_a_few_at_a_time() -> None:
 
 @settings(max_examples=40)
 @given(data=st.data())
-def test_a_lane_goes_on_from_any_place_as_if_it_had_not_stopped(data: st.DataObject) -> None:
+def test_a_lane_goes_on_from_any_position_as_if_it_had_not_stopped(data: st.DataObject) -> None:
     """Mid-document, mid-block, mid-chunk, second epoch; with bad records, several sources, both packings."""
     sizes = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any))
     texts = chunks(*sizes, length=data.draw(st.integers(1, 30)))
@@ -212,7 +212,7 @@ def test_a_new_lane_is_at_the_start() -> None:
     assert make_lane(ListReader(chunks(3)), ListReader(chunks(3))).state == LaneState.start(2)
 
 
-def test_another_place_is_another_stream() -> None:
+def test_another_position_is_another_stream() -> None:
     lane = make_lane(ListReader(chunks(9, 9)))
     rows = plain(take(lane, 6))
     assert plain(take(make_lane(ListReader(chunks(9, 9)), state=lane.state), 6)) != rows

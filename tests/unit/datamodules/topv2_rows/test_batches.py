@@ -65,18 +65,18 @@ def test_rows_are_padded_to_the_longest_rounded_up(examples: Examples, length_mu
 @pytest.mark.parametrize("rows", [[[0], [1], [2], [3], [4]], PACKED])
 def test_every_target_token_is_a_label_once_and_nothing_else_is(examples: Examples, rows: list[list[int]]) -> None:
     batch = collate(examples, rows)
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         expected = [IGNORE_INDEX] * batch["labels"].shape[1]
         start = 0
         for index in row:  # the slow twin: position by position
             tokens = examples.example(index).tolist()
             for position, following in enumerate(tokens[1:]):
-                assert batch["input_ids"][place, start + position] == tokens[position]
-                assert batch["position_ids"][place, start + position] == position
+                assert batch["input_ids"][number, start + position] == tokens[position]
+                assert batch["position_ids"][number, start + position] == position
                 if position + 1 >= PROMPT_LENGTHS[index]:
                     expected[start + position] = following
             start += len(tokens) - 1
-        assert batch["labels"][place].tolist() == expected
+        assert batch["labels"][number].tolist() == expected
     assert int((batch["labels"] != IGNORE_INDEX).sum()) == sum(TARGET_LENGTHS)
 
 
@@ -86,12 +86,12 @@ def test_examples_in_a_batch_get_the_logits_they_get_alone(
 ) -> None:
     batch = collate(examples, rows)
     together = logits(model, batch["input_ids"], batch["position_ids"])
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         start = 0
         for index in row:
             tokens = torch.from_numpy(examples.example(index)[:-1]).long()
             alone = logits(model, tokens[None])[0]
-            inside = together[place, start : start + len(tokens)]
+            inside = together[number, start : start + len(tokens)]
             torch.testing.assert_close(inside, alone, atol=1e-6 * float(alone.abs().max()), rtol=0)
             start += len(tokens)
 

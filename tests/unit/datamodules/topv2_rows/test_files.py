@@ -145,7 +145,7 @@ def dataset_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def small_dataset(*, count: int = 5, **columns: list[str | None]) -> datasets.Dataset:
     rows = [row for domain in DOMAINS for row in rows_of(domain, count=count, seed=count)]
     named: dict[str, list[str | None]] = {
-        name: [row[place] for row in rows] for place, name in enumerate(HEADER.split("\t"))
+        name: [row[index] for row in rows] for index, name in enumerate(HEADER.split("\t"))
     }
     return datasets.Dataset.from_dict(named | columns)
 

@@ -17,10 +17,10 @@ LENGTHS: npt.NDArray[np.int64] = np.random.default_rng(0).integers(5, 100, size=
 
 
 def sampler(
-    *, step: Callable[[], int] = lambda: 0, num_rows: int = 1000, batch_size: int = 8, seed: int = 3, **place: Any
+    *, step: Callable[[], int] = lambda: 0, num_rows: int = 1000, batch_size: int = 8, seed: int = 3, **share: Any
 ) -> BucketSampler:
     lengths = LENGTHS[:num_rows]
-    return BucketSampler(lengths, batch_size=batch_size, seed=seed, share=RankShare(**place), step=step)
+    return BucketSampler(lengths, batch_size=batch_size, seed=seed, share=RankShare(**share), step=step)
 
 
 def train(*, steps: int, first_step: int = 0, **settings: Any) -> list[list[int]]:

@@ -193,7 +193,7 @@ def test_another_version_of_the_code_builds_anew(folder: Path, tmp_path: Path, m
     assert build(folder, tmp_path).key != key
 
 
-def test_the_key_is_of_the_files_not_of_their_place(folder: Path, tmp_path: Path) -> None:
+def test_the_key_is_of_the_files_not_of_their_path(folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
     store = build(folder, tmp_path / "cache")

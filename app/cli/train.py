@@ -180,7 +180,7 @@ class LayerSkipCLI(LightningCLI):
                     f" {USE_PREVIOUS} takes it; or remove it to start anew"
                 )
             ckpt_path = options["ckpt_path"] = str(_latest(kept))
-            _log.warning("there is no last.ckpt: falling back to %s", ckpt_path)
+            _log.warning("there is no last.ckpt: the previous checkpoint %s is taken", ckpt_path)
         if ckpt_path == AUTO:
             ckpt_path = options["ckpt_path"] = LAST if found or self.subcommand != "fit" else None
         if ckpt_path == LAST and not found:

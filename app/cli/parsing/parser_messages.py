@@ -67,10 +67,9 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
         return f"{path}: {_wrong_type(_plain(found[1]), found[2])}"
     if found := re.match(r"(Problems parsing|Unexpected) config: (?s:(.*))", text):
         got = shorten(found[2], 200)
-        is_yaml = found[1] == "Unexpected"
-        return (
-            f"config: got {got!r}, allowed YAML of the form 'option: value'" if is_yaml else f"config: not YAML ({got})"
-        )
+        if found[1] == "Unexpected":
+            return f"config: got {got!r}, allowed YAML of the form 'option: value'"
+        return f"config: not YAML ({got})"
     if path:
         lines = (line.strip(" -") for line in _KEY.sub("", text).splitlines())
         text = f"{path}: {next(filter(None, lines), '')}"

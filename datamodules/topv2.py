@@ -195,6 +195,7 @@ class TOPv2DataModule(RowDataModule):
             "batch_size": settings.batch_size,
             "domains": ", ".join(self.source_names),
             "corpus": self._store.key,
+            **({"filling of rows": "best_fit"} if self._packed else {}),
         }
 
     @cached_property

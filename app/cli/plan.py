@@ -42,11 +42,9 @@ _ARCHITECTURE_FIRST = (
     "give its architecture before the file that continues it: --config configs/model/NAME.yaml --config ...;"
     " in that order it is planned as a model that is continued (fit takes one or the other)"
 )
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # The trainer that is built on this machine. It trains nothing.
 _HERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
-
-
-_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +121,7 @@ class PlanCLI(BesideFitCLI):
         elif model["pretrained"] is not None:
             model["config"], model["pretrained"] = _read_architecture(model["pretrained"]), None
         else:
-            fix = "of such a directory config.json alone is read here: --model.pretrained DIRECTORY"
+            fix = "only config.json of that directory is read: --model.pretrained DIRECTORY"
             raise ConfigError("model.pretrained", got=None, allowed="a model's directory, or model.config", fix=fix)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -214,7 +212,7 @@ def _count(name: str, given: Any) -> int:
         return len(given)
     if str(given) in ("auto", "-1"):
         _log.warning(
-            "trainer.%s: got %s, which is known on the machines alone; planned for 1: --%s N", name, given, name
+            "trainer.%s: got %s, which only the machines know; planned for 1: --%s N sets it", name, given, name
         )
         return 1
     if not str(given).isdigit() or int(given) < 1:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.readers.docstrings import docstrings
 from datamodules.readers.files import list_files
 from datamodules.readers.sources import Source
+from datamodules.readers.whole_files import docstrings
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MODULES = {

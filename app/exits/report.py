@@ -17,6 +17,7 @@ from app.words import counted
 History = Mapping[int, Mapping[int, ExitScore]]  # step, or tokens trained on -> exit_layer -> score
 _STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 MOST_RUNS = len(_STYLES)
+_MOST_EXITS = 6
 
 
 def exit_table(history: History, *, num_layers: int) -> Table:
@@ -74,15 +75,16 @@ def exit_figure(history: History) -> Figure:
 
 
 def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
-    """Draw every early exit's agreement with the full model, and the full model's loss, over tokens trained on.
+    """Draw early exits' agreement with the full model, and the full model's loss, over tokens trained on.
 
-    `runs` gives the curve for each label, at most MOST_RUNS. The deepest exit of a curve is the full model.
+    `runs` gives the curve for each label, at most MOST_RUNS. The deepest exit of a curve is the full model. Where more
+    exits were measured than a reader can tell apart, the picture has some at even distances.
     """
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
     agreement_axes, loss_axes = figure.subplots(1, 2, width_ratios=(3, 2))
     full = {label: max(max(scores) for scores in curve.values()) for label, curve in runs.items()}
     exits = sorted({layer for label, curve in runs.items() for scores in curve.values() for layer in scores})
-    early = [layer for layer in exits if layer not in full.values()]
+    early = _evenly([layer for layer in exits if layer not in full.values()], most=_MOST_EXITS)
     colors = dict(zip(early, mpl.colormaps["viridis"].resampled(max(2, len(early))).colors, strict=False))  # type: ignore[attr-defined]
     for (label, curve), style in zip(runs.items(), _STYLES, strict=False):
         for layer in early:
@@ -99,8 +101,15 @@ def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
     by_run = [
         Line2D([], [], color="black", linestyle=style, label=label) for label, style in zip(runs, _STYLES, strict=False)
     ]
-    agreement_axes.legend(handles=[*by_run, *by_exit], frameon=False, ncols=2, loc="upper left")
+    figure.legend(
+        handles=[*by_run, *by_exit], frameon=False, ncols=len(by_run) + len(by_exit), loc="outside lower center"
+    )
     return figure
+
+
+def _evenly(layers: Sequence[int], *, most: int) -> list[int]:
+    stride = -(-(len(layers) + 1) // (most + 1))
+    return list(layers[stride - 1 :: stride])
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], **style: object) -> None:

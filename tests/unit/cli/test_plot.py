@@ -127,3 +127,9 @@ def test_every_early_exit_is_a_line_of_the_runs_style_and_the_full_model_is_besi
     ]
     assert [line.get_linestyle() for line in exits.lines] == ["-", "--"]
     assert [list(line.get_ydata()) for line in full.lines] == [[3.0, 2.0], [3.0]]
+
+
+def test_of_many_exits_some_at_even_distances_are_drawn() -> None:
+    scores = {layer: ExitScore(3.0, layer / 24) for layer in range(1, 25)}
+    exits, _ = exit_curves_figure({"ours": {100: scores}}).axes
+    assert [line.get_ydata()[0] * 24 / 100 for line in exits.lines] == pytest.approx([4, 8, 12, 16, 20])

@@ -16,7 +16,7 @@ from tests.support.distributed import is_sharded, whole_weights
 from tests.support.processes import run_ranks
 from tests.support.runs import NUM_LAYERS, cli, curricula, make_data, make_module, make_trainer
 from tests.support.tiny_models import tiny_config
-from tests.unit.model.test_export import added_megabytes
+from tests.unit.export.test_directory import added_megabytes
 
 
 def train(root: Path, shape: dict[str, object], max_steps: int):

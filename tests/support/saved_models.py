@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,13 +22,13 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chat_template: str | None = None,
     dtype: torch.dtype = torch.float32,
-    **settings: object,
+    **settings: Any,
 ) -> Path:
     """A tiny random Llama and its tokenizer as a Hugging Face directory."""
     tokenizer = tokenizer or byte_level()
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(directory)
-    config = {"vocab_size": len(tokenizer), "max_length": MAX_LENGTH, "tied": False}
+    config: dict[str, Any] = {"vocab_size": len(tokenizer), "max_length": MAX_LENGTH, "tied": False}
     tiny_llama(**(config | settings)).to(dtype).save_pretrained(directory)
     return directory
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -15,7 +17,7 @@ from app.generation.request import Generation, Request
 from app.text.text_stream import TextStream
 
 
-def load(path: str, *, dtype: Dtype = "auto", device: Device = "auto") -> Model:
+def load(path: str | Path, *, dtype: Dtype = "auto", device: Device = "auto") -> Model:
     """Loads a model to continue prompts with.
 
     Args:
@@ -27,7 +29,7 @@ def load(path: str, *, dtype: Dtype = "auto", device: Device = "auto") -> Model:
         ConfigError: There is no such model or device, or the model cannot exit early.
         CheckpointError: A file is damaged or incomplete.
     """
-    return Model(load_decoder(path, dtype=dtype, device=device, field="path"))
+    return Model(load_decoder(str(path), dtype=dtype, device=device, field="path"))
 
 
 class Model:
@@ -89,6 +91,9 @@ class Model:
         return self._pieces(request)
 
     def _request(self, texts: list[str], options: dict[str, Any], *, batch_size: int) -> Request:
+        allowed = [field.name for field in fields(GenerationOptions)]
+        if unknown := options.keys() - {*allowed}:
+            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; the options are {', '.join(allowed)}")
         return Request.of(self._loaded, texts, GenerationOptions(**options), location="prompt", batch_size=batch_size)
 
     def _pieces(self, request: Request) -> Iterator[str]:

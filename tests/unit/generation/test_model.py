@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(path):
-    return load(path)
+    return load(Path(path))
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +104,14 @@ def test_prompts_that_cannot_be_continued_are_refused(model):
         model.generate([])
     with pytest.raises(ConfigError, match="prompt 2: got"):
         model.generate([PROMPT, ""])
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match=r"unknown option temprature; the options are .*temperature"):
         model.generate(PROMPT, temprature=1.0)
 
 
 def test_the_api_is_all_that_the_package_exports_and_costs_no_import():
     for name in app.__all__:
         assert getattr(app, name).__name__ == name
+    assert dir(app) == sorted(app.__all__)
     with pytest.raises(AttributeError, match="no attribute 'decode'"):
         app.decode  # noqa: B018
     code = "import sys, app; print('torch' in sys.modules)"

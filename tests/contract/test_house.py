@@ -90,7 +90,19 @@ def test_the_recipes_work_when_they_are_followed(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["app/README.md", "CONTRIBUTING.md", "datamodules/README.md", "configs/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "app/README.md",
+        "CONTRIBUTING.md",
+        "datamodules/README.md",
+        "configs/README.md",
+        "app/decoding/README.md",
+        "app/layerskip/README.md",
+        "docs/results.md",
+        "docs/long_runs.md",
+    ],
+)
 def test_every_file_that_a_document_names_is_there(document):
     missing = [name for name in NAMED.findall((ROOT / document).read_text("utf-8")) if not (ROOT / name).exists()]
     assert missing == []

@@ -206,8 +206,10 @@ def _check_state(saved: SavedEntries, entry: Entry, got: object, like: object, o
     sizes = [of.shape[_STAND_IN.index(size)] if size in _STAND_IN[: of.dim()] else size for size in like.shape]
     saved.alike(entry, got, torch.empty(sizes, dtype=like.dtype, device="meta"))
     assert isinstance(got, Tensor)
-    if entry[-1] == "step" and not got.is_meta:
+    if not got.is_meta and entry[-1] == "step":
         saved.number(entry, got.item(), low=1, high=steps)
+    elif not got.is_meta and not got.isfinite().all():
+        saved.refuse(entry, "NaN or infinity", "finite numbers")
 
 
 def _check_schedule(saved: SavedEntries, checkpoint: Mapping[str, Any], scheduler: LRScheduler, *, step: int) -> None:

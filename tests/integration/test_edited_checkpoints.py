@@ -53,6 +53,14 @@ def test_what_a_run_wrote_itself_is_taken(resumed):
     check(*resumed)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_optimizer_state_that_is_not_finite_is_refused_before_it_reaches_the_weights(resumed, value):
+    content, module = copy.deepcopy(resumed[0]), resumed[1]
+    content["optimizer_states"][0]["state"][2]["exp_avg"].view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=r"state\.2\.exp_avg: got 'NaN or infinity', allowed finite numbers"):
+        check(content, module)
+
+
 class Strict(Callback):
     def load_state_dict(self, state_dict):
         self.needed = state_dict["needed"]

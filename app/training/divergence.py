@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 OnDivergence = Literal["stop", "skip"]
 
 _LOWER = "with a lower learning rate"
+_ALLOW = "--allow_changes '[model.optimizer]'"
 _EARLIER = "resume an earlier checkpoint (callbacks.LastCheckpoint: keep_previous keeps one)"
 
 
@@ -92,7 +93,7 @@ class DivergenceGuard:
         resumed, skip = bool(trainer.ckpt_path), "or skip such steps with --model.on_divergence skip"
         if poisoned := _names_and_ranks([*module.named_parameters()], module):
             if self._steps_taken:
-                return f"a step before left weights that are not finite in {poisoned}: {_EARLIER}, {_LOWER}"
+                return f"a step before left weights that are not finite in {poisoned}: {_EARLIER} {_LOWER} and {_ALLOW}"
             fix = _EARLIER if resumed else "start from others"
             return f"the weights that it began with are not finite in {poisoned}: {fix}"
         if not self._steps_taken and resumed:
@@ -102,7 +103,7 @@ class DivergenceGuard:
         savers: list[Any] = trainer.checkpoint_callbacks  # Lightning's or a user's
         paths = ("last_model_path", "best_model_path")
         if resumed or any(getattr(saver, path, "") for saver in savers for path in paths):
-            return f"the last checkpoint is good: resume it {_LOWER}, {skip}"
+            return f"the last checkpoint has finite weights: resume it {_LOWER} and {_ALLOW}, {skip}"
         return f"no checkpoint was saved yet: start anew {_LOWER}, {skip}"
 
 

@@ -1,4 +1,4 @@
-"""English whose form depends on numbers. Tested by tests/unit/tuning/test_result.py."""
+"""Words of messages and reports. Tested by tests/unit/tuning/test_result.py and tests/unit/benchmark/test_report.py."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def counted(number: int, noun: str) -> str:
 def counted_of(number: int, whole: int, noun: str) -> str:
     """`3 of 12 prompts`, or `12 prompts` if that is all of them."""
     return counted(whole, noun) if number == whole else f"{number} of {counted(whole, noun)}"
+
+
+def dtype_name(dtype: object) -> str:
+    """`bfloat16` for `torch.bfloat16`, as configs and `--dtype` write it."""
+    return str(dtype).removeprefix("torch.")

@@ -21,6 +21,7 @@ from app.benchmark.speedup_interval import interval_in_words
 from app.decoding.strategies import STRATEGIES
 from app.tables import Table, cell
 from app.whole_file import write_whole
+from app.words import dtype_name
 
 _PACKAGES = ("torch", "transformers", "layerskip-lightning")
 
@@ -34,7 +35,7 @@ def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "device_type": device.type,
         "cpu": cpu,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
     }
 

@@ -26,7 +26,7 @@ from app.model_files.generation_config import trained_generation_config
 from app.model_files.open import load_for_decoding
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
 from app.text.tokenizer_files import check_fits
-from app.words import counted
+from app.words import counted, dtype_name
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def export(
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
     source = weights or Weights.of(loaded)
     decoding = chosen_defaults(loaded, source, given=generation_defaults, replaced=directory)
-    name = _name(exported_dtype(source, chosen.dtype))
+    name = dtype_name(exported_dtype(source, chosen.dtype))
     if (own := Path(path) / README).is_file():  # the card of a model that is copied is kept
         readme = card.relabelled(unsigned(own.read_text("utf-8", errors="replace")))
     else:
@@ -82,14 +82,10 @@ def export(
     num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings)
     files = counted(num_files, "file")
     print(f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {files}")
-    start = _name(loaded.config.dtype)
+    start = dtype_name(loaded.config.dtype)
     if weights is not None and dtype == "auto" and start in DTYPES and start != name:
         print(f"its weights are {name}, as they were trained; it started from {start}: --dtype {start} converts them")
     print(_next_step(decoding, directory, model_type=loaded.config.model_type))
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _open(

@@ -23,6 +23,7 @@ from app.model.freed_memory import give_back_freed
 from app.model_files.decoding_defaults import DecodingDefaults, write_decoding_defaults
 from app.model_files.generation_config import saveable
 from app.model_files.loading import check_plain
+from app.words import dtype_name
 
 _SHARD_NAMES = "model{suffix}.safetensors"
 
@@ -95,7 +96,7 @@ def write_pretrained(
     names = _stored_names(model, weights)
     config, generation = copy.deepcopy(model.config), saveable(model.generation_config)
     config.architectures = [type(model).__name__]
-    config.dtype = str(exported_dtype(weights, settings.dtype)).removeprefix("torch.")
+    config.dtype = dtype_name(exported_dtype(weights, settings.dtype))
     if tokenizer is not None and generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
     with whole_or_absent(directory, readme=settings.readme) as folder:

@@ -19,6 +19,7 @@ from app.generation.loaded_model import LoadedModel, load_draft_decoder
 from app.generation.options import GenerationOptions
 from app.generation.prompts import encode_prompts
 from app.text.text_stream import continuation
+from app.words import dtype_name
 
 _log = logging.getLogger(__name__)
 
@@ -88,11 +89,10 @@ class Request:
             draft_decoder=load_draft_decoder(options.draft_model, loaded, strategies=[strategy]),
         )
         if STRATEGIES[strategy].costs is not None and loaded.model.dtype != torch.float32:
-            dtype = str(loaded.model.dtype).removeprefix("torch.")
             _log.info(
                 "%s: where two tokens tie, the output can differ from decoding one token at a time; layerskip"
                 " benchmark measures how often",
-                dtype,
+                dtype_name(loaded.model.dtype),
             )
         return cls(loaded=loaded, texts=texts, tokens=tokens, strategy=strategy, settings=settings, seed=options.seed)
 

@@ -26,7 +26,7 @@ from app.model_files.generation_config import (
     read_generation_config,
 )
 from app.whole_file import write_whole
-from app.words import counted
+from app.words import counted, dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel  # loading all of transformers' models takes seconds
@@ -56,7 +56,7 @@ class Conditions:
     def of(cls, model: PreTrainedModel, *, batch_size: int = 1) -> Conditions:
         """The conditions of decoding with this model in this process."""
         return cls(
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=dtype_name(model.dtype),
             device_type=model.device.type,
             threads=torch.get_num_threads() if model.device.type == "cpu" else None,
             batch_size=batch_size,

@@ -28,6 +28,7 @@ from app.errors import CheckpointError, ConfigError, UserError
 from app.git_lfs import IS_POINTER, is_pointer
 from app.model.config_check import build_without_memory, refused_as_config
 from app.model_files.generation_config import quiet_transformers
+from app.words import dtype_name
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -125,7 +126,7 @@ def _lazy_state_dict(
 def check_plain(path: str | Path, name: str, dtype: torch.dtype | str) -> None:
     """Raise CheckpointError unless `dtype` is one of weights, since other numbers would be taken for weights."""
     if dtype not in _DTYPES.values():
-        allowed = " | ".join(str(plain).removeprefix("torch.") for plain in _DTYPES.values())
+        allowed = " | ".join(dtype_name(plain) for plain in _DTYPES.values())
         raise CheckpointError(f"{path}: {name} has dtype {str(dtype).removeprefix('torch.')}, allowed {allowed}")
 
 

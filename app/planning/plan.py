@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from app.planning.memory import Layout, Memory, ask_optimizer, plan_memory
 from app.planning.recipe import Departure, Recipe, find_departures
 from app.planning.step import Micro, build_fake, measure_micro_batch
+from app.words import dtype_name
 
 RESERVE = 0.1  # share of a device for its context, the network's buffers, and gaps between tensors
 
@@ -136,8 +137,8 @@ def plan_training(
     return Plan(
         recipe=recipe,
         layout=layout,
-        dtype=_name(dtype),
-        autocast=None if autocast is None else _name(autocast),
+        dtype=dtype_name(dtype),
+        autocast=None if autocast is None else dtype_name(autocast),
         parameters=_count(model),
         memory=memory,
         fits=machine.has_room_for(memory.peak),
@@ -184,7 +185,3 @@ def _count(model: PreTrainedModel) -> Parameters:
         blocks=tuple(sum(p.numel() for p in block.parameters()) for block in model.get_decoder().layers),
         tied=tied,
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ import yaml
 from app.benchmark.alternation import CONFIRMING_REPEATS
 from app.errors import ConfigError
 from app.text.text_stream import prompt_text
+from app.words import dtype_name
 from datamodules import TextCodeDataModule
 from datamodules.readers.sources import Source
 from tests.bench.data_targets import measure_data_targets
@@ -61,7 +62,7 @@ def measure_targets(
     if topv2_model is not None and topv2_prompts is not None:
         measured |= _measure("topv2", folder, topv2_model, topv2_prompts, "--limit", "16", "--dtype", "float32")
     if (pretrained := _pretrained_model()) is not None:
-        dtype = str(fast_dtype()).removeprefix("torch.")
+        dtype = dtype_name(fast_dtype())
         measured |= _measure("pretrained", folder, str(pretrained), held_out, "--limit", "6", "--dtype", dtype)
     measured |= measure_data_targets(folder, config=config)
     measured |= measure_training_targets()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from app.words import dtype_name
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -25,7 +27,7 @@ def emulated(dtype: torch.dtype) -> str | None:
     lacks_kernels = found["architecture"] == "x86_64" and torch.backends.cpu.get_cpu_capability() in _KERNELS_WITHOUT
     if dtype not in _UNITS or (any(found.get(unit) for unit in _UNITS[dtype]) and not lacks_kernels):
         return None
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return f"{found.get('cpu_name') or 'this processor'} emulates {name}, up to ten times slower than float32"
 
 
@@ -41,7 +43,7 @@ def avoid_emulation(model: PreTrainedModel, *, field: str, chosen: bool) -> None
     if chosen:
         _log.warning("%s: %s; --dtype float32 takes twice the memory for weights", field, why)
         return
-    name = str(model.dtype).removeprefix("torch.")
+    name = dtype_name(model.dtype)
     message = "%s: weights become float32, in twice the memory, since %s; --dtype %s keeps their type"
     _log.warning(message, field, why, name)
     model.to(torch.float32)

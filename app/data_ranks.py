@@ -3,8 +3,6 @@
 Tested by tests/distributed/test_meshes.py and tests/unit/training/test_token_mean.py.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 

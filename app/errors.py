@@ -3,8 +3,6 @@
 Tested by tests/contract/test_command_line.py and tests/unit/cli/test_messages.py.
 """
 
-from __future__ import annotations
-
 import os
 import textwrap
 from collections.abc import Iterable, Iterator

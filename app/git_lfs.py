@@ -3,8 +3,6 @@
 Tested by tests/unit/datamodules/readers/test_whole_files.py and tests/unit/model_files/test_open.py.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 POINTER = b"version https://git-lfs.github.com/spec/"

@@ -1,7 +1,5 @@
 """The names of all logged metrics, with their units. Tested by tests/integration/test_monitors.py."""
 
-from __future__ import annotations
-
 TRAIN_LOSS = "train/loss"
 TRAIN_LABEL_TOKENS = "train/label_tokens_per_step"
 TRAIN_EXIT_LOSS = "train/exit_loss"  # by exit, in nats a token; only of steps at which the exit is on

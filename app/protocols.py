@@ -4,8 +4,6 @@ Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary.
 An `exit_layer` counts blocks RUN before unembedding: 1..num_layers; num_layers is the full model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -99,7 +97,7 @@ class ExitMonitorHost(Layered, Protocol):
 class DecodingHost(Layered, Protocol):
     """A module that can lend its current weights for decoding."""
 
-    def exitable_decoder(self) -> ExitableDecoder:
+    def exitable_decoder(self) -> "ExitableDecoder":
         """A view on the live weights; it must neither copy nor change them."""
 
 

@@ -4,8 +4,6 @@ Importing, reading a corpus and loading weights can take longer than SLURM's not
 which has nothing to save yet. Tested by tests/integration/test_preemption.py.
 """
 
-from __future__ import annotations
-
 import signal
 
 _received: list[int] = []

@@ -1,7 +1,5 @@
 """Plain tables of results. The command line and TensorBoard decide how to draw them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 

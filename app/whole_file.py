@@ -1,7 +1,5 @@
 """Writes a file whole or not at all, so that a full disk or a killed process does not damage the file before."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

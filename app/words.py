@@ -1,7 +1,5 @@
 """Words of messages and reports. Tested by tests/unit/tuning/test_result.py and tests/unit/benchmark/test_report.py."""
 
-from __future__ import annotations
-
 
 def counted(number: int, noun: str) -> str:
     """A number of things whose plural ends in s: `1 prompt`, `1200 prompts`."""

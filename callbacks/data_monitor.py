@@ -1,7 +1,5 @@
 """Logs what the sources of a mixture deliver: shares of tokens, epochs, skipped records, padding."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

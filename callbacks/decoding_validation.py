@@ -3,8 +3,6 @@
 Tested by tests/unit/callbacks/test_self_speculative_validation.py and tests/distributed/test_validation_decoding.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar

@@ -5,8 +5,6 @@ weights with another's and train on without an error; ranks that skip different 
 Tested by tests/distributed/test_agreement.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Tested by tests/integration/test_monitors.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

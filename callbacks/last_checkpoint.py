@@ -1,7 +1,5 @@
 """Keeps the checkpoint to resume from. Tested by tests/integration/test_resume.py and test_faults.py."""
 
-from __future__ import annotations
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO

@@ -3,8 +3,6 @@
 Tested by tests/unit/callbacks/test_curricula.py.
 """
 
-from __future__ import annotations
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app import metric_names

@@ -1,7 +1,5 @@
 """Scores generated semantic parses in validation and test, at the full model, at early exits and self-speculatively."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import cast
 

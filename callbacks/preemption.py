@@ -3,8 +3,6 @@
 Tested by tests/integration/test_preemption.py.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

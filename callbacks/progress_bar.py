@@ -1,7 +1,5 @@
 """A progress bar that shows what a LayerSkip step does: loss, exits on, tokens a second."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout

@@ -1,7 +1,5 @@
 """Measures in validation what LayerSkip is trained for: acceptance and speed of self-speculative decoding."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer

@@ -3,8 +3,6 @@
 Tested by tests/integration/test_monitors.py.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

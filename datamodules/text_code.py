@@ -1,7 +1,5 @@
 """Text and code from any number of sources, streamed and mixed by weight: for pretraining and finetuning alike."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args

@@ -1,7 +1,5 @@
 """TOPv2, utterances and their semantic parses: the datamodule of the paper's domain finetuning."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path

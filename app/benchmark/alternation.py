@@ -1,7 +1,5 @@
 """Ways to decode, measured in turn on the same prompts in one process: the machine's noise falls on all alike."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, zip_longest
@@ -40,7 +38,7 @@ class Contender:
         strategy: str,
         settings: DecodingSettings,
         decode: Callable[[Prompts, DecodingSettings], Sequence[DecodingResult]],
-    ) -> Contender:
+    ) -> "Contender":
         """Decode with these settings, of which the budget of each call replaces `max_new_tokens`."""
         return cls(
             strategy=strategy,
@@ -112,23 +110,23 @@ class Measurement:
     def accepted_by_position(self) -> list[int]:
         return sum_columns(result.accepted_by_position for result in self.results)
 
-    def speedup_over(self, other: Measurement, repeat: int | None = None) -> float | None:
+    def speedup_over(self, other: "Measurement", repeat: int | None = None) -> float | None:
         """The other's time per token / this one's."""
         own, others = self.seconds_per_token(repeat), other.seconds_per_token(repeat)
         return others / own if own and others else None
 
-    def speedup_range(self, other: Measurement) -> tuple[float, float]:
+    def speedup_range(self, other: "Measurement") -> tuple[float, float]:
         """Lowest and highest speedup over the other in one whole repeat; 0 where there is none."""
         single = [self.speedup_over(other, repeat) or 0.0 for repeat in range(len(self.runs[0]))]
         return min(single), max(single)
 
-    def times_beside(self, other: Measurement) -> PairedTimes:
+    def times_beside(self, other: "Measurement") -> PairedTimes:
         return PairedTimes.of(self.seconds_by_batch(), other.seconds_by_batch())
 
-    def speedup_interval(self, other: Measurement) -> Interval | None:
+    def speedup_interval(self, other: "Measurement") -> Interval | None:
         return speedup_interval(self.speedup_over(other), self.times_beside(other))
 
-    def identical_to(self, other: Measurement) -> list[bool]:
+    def identical_to(self, other: "Measurement") -> list[bool]:
         """Tell for each prompt whether its new tokens are the other's in every repeat."""
         expected = [[result.tokens for result in repeats[0]] for repeats in other.runs]
         return [

@@ -1,7 +1,5 @@
 """Every strategy of the engine, and transformers' own generate, on the same prompts: who decodes how fast."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

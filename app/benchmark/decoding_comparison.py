@@ -1,7 +1,5 @@
 """How much faster self-speculative decoding is than our own autoregressive decoding, on given prompts, here and now."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product

@@ -6,8 +6,6 @@ of a pass, a share j for having several positions at all, and an overhead for ev
 Shape legend: `B` sequences, `T` prompt tokens, `S` positions of a pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise

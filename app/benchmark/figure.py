@@ -1,7 +1,5 @@
 """A benchmark as a picture: speedup over exits and draft lengths, and which drafts are accepted."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from math import nan
 from typing import Any

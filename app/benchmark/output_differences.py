@@ -7,8 +7,6 @@ gap between the logits of the two tokens tells such a tie from a bug.
 Shape legend: `S` tokens so far, `V` vocabulary.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

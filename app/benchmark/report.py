@@ -1,7 +1,5 @@
 """A benchmark's results as a JSON document, a table and a figure."""
 
-from __future__ import annotations
-
 import io
 import json
 import platform

@@ -1,7 +1,5 @@
 """From measurements to the figures of a benchmark, and what the cost model would have said."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean

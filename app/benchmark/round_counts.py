@@ -1,7 +1,5 @@
 """Counts of rounds of decoding, summed over prompts. Tested by tests/unit/benchmark/test_alternation.py."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -21,7 +19,7 @@ class RoundCounts:
     accepted: int  # proposed tokens that the full model kept
 
     @staticmethod
-    def total(parts: Sequence[RoundCounts]) -> RoundCounts:
+    def total(parts: Sequence["RoundCounts"]) -> "RoundCounts":
         """The counts of all parts together."""
         names = [field.name for field in fields(RoundCounts)]
         return RoundCounts(**{name: sum(getattr(part, name) for part in parts) for name in names})

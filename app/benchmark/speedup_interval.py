@@ -1,7 +1,5 @@
 """How far a speedup measured on some prompts may be from the speedup on all prompts like them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -23,7 +21,7 @@ class PairedTimes(NamedTuple):
     products: float
 
     @classmethod
-    def of(cls, own: Iterable[float], baseline: Iterable[float]) -> PairedTimes:
+    def of(cls, own: Iterable[float], baseline: Iterable[float]) -> "PairedTimes":
         """Sum the seconds of each prompt; both list the same prompts in the same order."""
         pairs = list(zip(own, baseline, strict=True))
         return cls(

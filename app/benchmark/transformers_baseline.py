@@ -1,7 +1,5 @@
 """transformers' own `generate`, measured as our strategies are: plain, and with its own `assistant_early_exit`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

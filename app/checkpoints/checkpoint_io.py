@@ -3,8 +3,6 @@
 Tested by tests/unit/checkpoints/test_atomic.py and tests/distributed/test_checkpoints.py.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable

@@ -6,8 +6,6 @@ with the names of the parameters. Everything else is in CONTENT_FILE, with `opti
 so that no shard has to be unpickled. Tested by tests/distributed/test_checkpoints.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path

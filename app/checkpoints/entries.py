@@ -3,8 +3,6 @@
 Tested by tests/integration/test_edited_checkpoints.py.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Collection

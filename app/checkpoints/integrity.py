@@ -6,8 +6,6 @@ not complete. Directories that Lightning itself wrote have neither, and are acce
 Tested by tests/distributed/test_checkpoints.py and tests/unit/checkpoints/test_weights.py.
 """
 
-from __future__ import annotations
-
 import json
 import zipfile
 import zlib

@@ -7,8 +7,6 @@ from its first micro-batch. Tested by tests/contract/test_resume.py, tests/integ
 tests/unit/checkpoints/test_may_resume.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Trainer

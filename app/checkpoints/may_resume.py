@@ -17,8 +17,6 @@
 `validate`, `test` and `predict` ask the same of the weights and the tokenizer, and take nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol

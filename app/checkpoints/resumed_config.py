@@ -3,8 +3,6 @@
 Tested by tests/contract/test_resume.py and tests/unit/checkpoints/test_may_resume.py.
 """
 
-from __future__ import annotations
-
 import logging
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Tested by tests/unit/export/test_model_card.py and tests/contract/test_export.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +39,7 @@ class RunRecord:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, path: Path, metadata: Mapping[str, Any]) -> RunRecord:
+    def of(cls, path: Path, metadata: Mapping[str, Any]) -> "RunRecord":
         """The record of checkpoint `path`, whose config is in it, or beside the folder it was written to.
 
         Raises:

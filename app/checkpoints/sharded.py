@@ -3,8 +3,6 @@
 Tested by tests/distributed/test_checkpoints.py.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import shutil

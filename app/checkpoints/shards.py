@@ -3,8 +3,6 @@
 Tested by tests/unit/checkpoints/test_weights.py and tests/integration/test_malicious_files.py.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 import textwrap

@@ -6,8 +6,6 @@ with the same entry of the live model, optimizer, schedule, loops and callbacks.
 Tested by tests/integration/test_edited_checkpoints.py.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Opening reads nothing but metadata, so that neither a 70B checkpoint nor one with optimizer states needs their memory.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`layerskip benchmark`: ways to decode the same prompts, timed in turn. Tested by tests/contract/test_benchmark.py."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from dataclasses import asdict, replace

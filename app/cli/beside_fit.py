@@ -3,8 +3,6 @@
 Tested by tests/contract/test_data.py and test_plan.py.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial

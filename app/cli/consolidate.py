@@ -1,7 +1,5 @@
 """`layerskip consolidate`: a directory of shards as one file. Tested by tests/distributed/test_checkpoints.py."""
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`layerskip data`: what a config's datamodule feeds the model. Tested by tests/contract/test_data.py."""
 
-from __future__ import annotations
-
 import copy
 import json
 import resource

@@ -1,7 +1,5 @@
 """`layerskip export`: a model as a Hugging Face directory. Tested by tests/contract/test_export.py."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from dataclasses import replace

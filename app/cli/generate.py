@@ -1,7 +1,5 @@
 """`layerskip generate`: continue one prompt, or those of a file. Tested by tests/contract/test_generate.py."""
 
-from __future__ import annotations
-
 import io
 import json as json_module
 import logging

@@ -3,8 +3,6 @@
 Tested by tests/contract/test_command_line.py and test_start_up.py.
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib
 import io

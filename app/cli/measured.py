@@ -1,7 +1,5 @@
 """The results of `validate` and `test`, in place of Lightning's table, and warnings of what would spoil them."""
 
-from __future__ import annotations
-
 import logging
 
 import torch

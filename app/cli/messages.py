@@ -1,7 +1,5 @@
 """From an exception to the one message that a user needs, with the full path of the field."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """`layerskip plan`: what a config's run will take on given machines. Tested by tests/contract/test_plan.py."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """`layerskip plot`: what the exits of several runs score, in one picture."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Tested by tests/contract/test_command_line.py.
 """
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path, PurePath

@@ -3,8 +3,6 @@
 Tested by tests/contract/test_command_line.py and test_resume.py.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Which of Lightning's strategies train this model, with which mesh. Tested by tests/contract/test_strategies.py."""
 
-from __future__ import annotations
-
 import logging
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """Plain tables, drawn on the terminal."""
 
-from __future__ import annotations
-
 import sys
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """Shows new text on the terminal: accepted drafts, the full model's own tokens, and rejected drafts."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

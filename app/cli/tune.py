@@ -1,7 +1,5 @@
 """`layerskip tune`: the fastest lossless way to decode given prompts here. Tested by tests/contract/test_tune.py."""
 
-from __future__ import annotations
-
 import json as json_module
 import os
 import sys

@@ -3,8 +3,6 @@
 Shape legend: `B` sequences, `T` drafted tokens, `S` = T + 1 verified positions, `V` vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -7,8 +7,6 @@ One unit is one block over one token of one sequence. With `d` drafts and accept
     speedup            T(a, d) * plain_step / C(d)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 
@@ -43,7 +41,7 @@ class CostModel:
         draft_head: float | None = None,
         first_extra: float = 0.0,
         overhead: float = 0.0,
-    ) -> CostModel:
+    ) -> "CostModel":
         """Costs of drafting with the first blocks and verifying with the others, by the method's symbols.
 
         draft_step = E + H_d (H_d is H unless given), draft_tail = E, verify = L - E + H, plain_step = L + H. The last
@@ -70,7 +68,7 @@ class CostModel:
         extra_token: float,
         first_extra: float = 0.0,
         overhead: float = 0.0,
-    ) -> CostModel:
+    ) -> "CostModel":
         """Costs of drafts that share no computation with the verification, which runs all blocks."""
         plain = num_layers + head
         return cls(

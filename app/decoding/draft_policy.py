@@ -1,7 +1,5 @@
 """How many tokens to draft in a round, and when to stop drafting for good."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from statistics import fmean, median

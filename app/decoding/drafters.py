@@ -5,8 +5,6 @@ Tested by tests/unit/decoding/test_work_done.py and test_greedy_equality.py.
 Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts + 1), `D` width, `V` vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Shape legend: `B` sequences, `T` prompt tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What decoding hands back: a Step for every round while it runs, and one result for every prompt at the end."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 

@@ -3,8 +3,6 @@
 Shape legend: `S` tokens so far.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain

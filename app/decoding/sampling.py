@@ -3,8 +3,6 @@
 Shape legend: `N` distributions, `S` tokens so far, `V` vocabulary; `...` any leading dimensions.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass

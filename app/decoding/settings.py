@@ -1,7 +1,5 @@
 """What a caller decides about decoding. Tested by tests/unit/decoding/test_engine.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal

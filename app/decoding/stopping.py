@@ -1,7 +1,5 @@
 """Ends of a sequence that show in its text only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ways to decode, as one closed table: which settings each needs, who drafts, and what its rounds cost."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple

@@ -3,8 +3,6 @@
 Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary, `E` exits, `G` groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 

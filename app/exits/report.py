@@ -1,7 +1,5 @@
 """Shows how good each exit is, as tables and figures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal
 

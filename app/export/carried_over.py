@@ -1,7 +1,5 @@
 """Takes over decoding defaults that `layerskip tune` stored elsewhere. Tested by tests/contract/test_export.py."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """Writes a model as a Hugging Face directory that plain transformers loads, file by file."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -35,7 +33,7 @@ class Weights(NamedTuple):
     read: Callable[[str], Tensor]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Weights:
+    def of(cls, model: PreTrainedModel) -> "Weights":
         """The weights of a loaded model."""
         state = model.state_dict()
         return cls({name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}, state.__getitem__)

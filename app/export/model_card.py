@@ -4,8 +4,6 @@ Its words are in `model_card.md.jinja`, and its values come from here. Licence a
 or else what the card or file says that comes before it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re
@@ -47,7 +45,7 @@ class CardSettings:
             allowed = "an identifier of the hub's, such as apache-2.0, mit, llama2 or other"
             raise ConfigError("license", got=self.license, allowed=allowed)
 
-    def completed_from_card(self, folder: Path, *, name: str) -> CardSettings:
+    def completed_from_card(self, folder: Path, *, name: str) -> "CardSettings":
         """Take what the user left open from the card in a directory, if there is one; the log calls it `name`."""
         readme = folder / README
         if not readme.is_file():
@@ -55,7 +53,7 @@ class CardSettings:
         data = ModelCard(readme.read_text("utf-8", errors="replace"), ignore_metadata_errors=True).data
         return self._completed({field: getattr(data, field, None) for field in _NAMES}, of=name)
 
-    def completed_from_origin(self, path: str, record: RunRecord | None) -> CardSettings:
+    def completed_from_origin(self, path: str, record: RunRecord | None) -> "CardSettings":
         """Take what the user left open from the exported .gguf file, or from the card of the model a run continued."""
         if Path(path).suffix == ".gguf":
             origin = read_gguf_origin(Path(path))
@@ -75,7 +73,7 @@ class CardSettings:
             setattr(card.data, field, value)
         return str(card)
 
-    def _completed(self, said: Mapping[str, object], *, of: str) -> CardSettings:
+    def _completed(self, said: Mapping[str, object], *, of: str) -> "CardSettings":
         known: dict[str, Any] = {
             field: value for field, value in said.items() if value and getattr(self, field) is None
         }

@@ -6,8 +6,6 @@ that a directory is an export, and whether a person added or edited a file.
 Tested by tests/unit/export/test_directory.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Defaults of decoding: what `layerskip tune` stored with the model, else rules of thumb."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The Python API for decoding: a model that continues prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +15,7 @@ from app.generation.request import Generation, Request
 from app.text.text_stream import TextStream
 
 
-def load(path: str | Path, *, dtype: Dtype = "auto", device: Device = "auto") -> Model:
+def load(path: str | Path, *, dtype: Dtype = "auto", device: Device = "auto") -> "Model":
     """Loads a model to continue prompts with.
 
     Args:

@@ -1,7 +1,5 @@
 """The user's options for continuing prompts. Tested by tests/contract/test_generate_mistakes.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers import RepetitionPenaltyLogitsProcessor

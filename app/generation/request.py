@@ -1,7 +1,5 @@
 """Prompts to continue with a model, and what came of each. Tested by tests/contract/test_generate.py."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +70,7 @@ class Request:
     @classmethod
     def of(
         cls, loaded: LoadedModel, texts: Sequence[str], options: GenerationOptions, *, location: str, batch_size: int
-    ) -> Request:
+    ) -> "Request":
         """Encodes the prompts and completes the options for a model; loads the draft model if one is needed.
 
         An error names the prompts by `location`. `batch_size` prompts will be decoded together.

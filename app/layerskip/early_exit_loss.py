@@ -3,8 +3,6 @@
 Shape legend: `E` exits that are on, `D` model width; `...` any shape of positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 

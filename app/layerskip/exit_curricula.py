@@ -3,8 +3,6 @@
 Pure functions of the optimizer step. Exits are counted in blocks run: exit_layer = l + 1; num_layers is the full model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

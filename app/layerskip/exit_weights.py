@@ -1,7 +1,5 @@
 """Weights of the early-exit losses, LayerSkip (arXiv 2404.16710) section 4.1.2."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 

@@ -4,8 +4,6 @@ Masks come from stateless generators keyed by (seed, step, micro-batch), outside
 resumed run draws what an uninterrupted one would, and one process that accumulates draws what many ranks would.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple

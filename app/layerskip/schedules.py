@@ -3,8 +3,6 @@
 Pure functions of the block, `layer_idx` = 0..num_layers-1, and the optimizer step, `step` = 0..total_steps-1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Literal
 

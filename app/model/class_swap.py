@@ -1,7 +1,5 @@
 """Gives an object's class a mixin, as FSDP2 does. Tested by tests/unit/model/test_early_exit.py."""
 
-from __future__ import annotations
-
 from torch import nn
 
 _MIXED: dict[tuple[type, type], type] = {}

@@ -1,7 +1,5 @@
 """Compiles the arithmetic of each block, and leaves the choice of samples that enter it outside."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

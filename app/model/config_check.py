@@ -3,8 +3,6 @@
 Tested by tests/contract/test_command_line.py, and the table of heads by tests/unit/spans/test_architectures.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

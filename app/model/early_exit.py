@@ -6,8 +6,6 @@ the way FSDP2 swaps classes. In evaluation the model computes what it did before
 Shape legend: `E` exits, `B` sequences, `T` tokens, `D` model width, `V` vocabulary, `K` kept samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ A rounded frequency would turn far positions by whole radians, and a rounded sum
 Tested by tests/distributed/test_precisions.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

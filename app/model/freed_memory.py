@@ -1,7 +1,5 @@
 """Returns freed memory to the system. Tested by the peaks in tests/unit/export/test_directory.py."""
 
-from __future__ import annotations
-
 import ctypes
 
 

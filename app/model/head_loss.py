@@ -3,8 +3,6 @@
 Shape legend: `E` exits, `N` positions (of all, or of a chunk), `D` model width, `V` vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Dimensions of a mesh: `replicate` copies of the sharded model (HSDP), `data_para
 of a block. Tested by tests/distributed/test_sharding.py and test_tensor_parallel.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

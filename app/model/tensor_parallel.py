@@ -9,8 +9,6 @@ of four, and after two backwards the gradients of qwen3's `q_norm` are 85 % off.
 Tested by tests/distributed/test_tensor_parallel.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Reads GGUF files: unpacks llama.cpp's quantized weights into a plain model. It needs the extra `gguf`."""
 
-from __future__ import annotations
-
 import re
 import sys
 import textwrap

@@ -4,8 +4,6 @@ transformers itself converts weights out of a map of their file, where they woul
 dtype and in the wanted one. So its loader is given objects that read one weight at a time.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shlex

@@ -1,7 +1,5 @@
 """Opens models: Hugging Face directories and hub ids, .gguf files, checkpoints of ours, and new ones."""
 
-from __future__ import annotations
-
 import json
 import logging
 import textwrap

@@ -3,8 +3,6 @@
 Tested by tests/unit/model_files/test_open.py.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -6,8 +6,6 @@ So a rank needs memory for its shards and one tensor, and nothing goes over the 
 Tested by tests/distributed/test_sharded_loading.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path

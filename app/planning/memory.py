@@ -1,7 +1,5 @@
 """What a training run keeps on each device: weights, gradients, optimizer states, activations and buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil, prod

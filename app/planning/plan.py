@@ -1,7 +1,5 @@
 """What a training run will take: parameters, memory, tokens, FLOPs, hours; and what to change if it does not fit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache

@@ -1,7 +1,5 @@
 """The recipe of a run as numbers: what it drops and unembeds on average, and which of the paper's rules it breaks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

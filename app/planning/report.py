@@ -1,7 +1,5 @@
 """A plan as tables, and advice for a run that does not fit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 

@@ -4,8 +4,6 @@ There is no formula per architecture. The real blocks, head and loss run on fake
 forward and the backward is counted. Blocks of one kind cost the same, so one of each kind runs and the rest is dropped.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

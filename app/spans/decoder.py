@@ -3,8 +3,6 @@
 Shape legend: `B` sequences, `T` new positions, `S` stored positions (new ones included), `D` width, `V` vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple

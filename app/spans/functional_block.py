@@ -4,8 +4,6 @@ Shape legend: `B` sequences, `T` new positions, `S` stored positions, `D` width,
 Tested by tests/unit/spans/test_decoder.py and test_architectures.py against the Hugging Face layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

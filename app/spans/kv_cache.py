@@ -3,8 +3,6 @@
 Shape legend: `B` sequences, `H` key/value heads, `T` new positions, `S` stored positions, `C` capacity, `K` head width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Turns token ids into the text that they add to a prompt's, at once or token by token at a constant cost."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from copy import copy

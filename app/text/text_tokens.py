@@ -1,7 +1,5 @@
 """Tokens at the beginning and the end of a text, as its tokenizer puts them there by itself."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 

@@ -1,7 +1,5 @@
 """Reads tokenizers, and checks them against a model's vocabulary or another model's tokenizer."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 import textwrap

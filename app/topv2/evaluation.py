@@ -1,7 +1,5 @@
 """Semantic parses decoded at every exit and self-speculatively: what is right, and how fast (the paper's Table 6)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product

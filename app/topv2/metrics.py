@@ -1,7 +1,5 @@
 """How many generated semantic parses are right, overall and by group."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Results of an evaluation of semantic parses as records, from which tables, metrics, files and figures are made."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

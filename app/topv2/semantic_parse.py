@@ -11,8 +11,6 @@ strings for runs of words, objects for nodes. No spaces outside strings, non-ASC
     {"IN:GET_WEATHER":["weather in",{"SL:LOCATION":"boston"}]}
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable
@@ -44,7 +42,7 @@ class Node:
     """
 
     label: str
-    children: tuple[Node | str, ...]
+    children: tuple["Node | str", ...]
     depth: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -3,8 +3,6 @@
 Shape legend: `B` rows, `T` tokens.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

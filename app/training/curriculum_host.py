@@ -3,8 +3,6 @@
 Tested by tests/unit/callbacks/test_own_curricula.py and tests/unit/callbacks/test_curricula.py.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence

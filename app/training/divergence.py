@@ -5,8 +5,6 @@ schedule (learning rate, dropout, exits) go on, since all are functions of the s
 batches at the same steps as one that does not, and resumes as exactly. Tested by tests/integration/test_divergence.py.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary. Tested by tests/integration/test_monitors.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

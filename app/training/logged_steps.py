@@ -5,8 +5,6 @@ texts at n. A run that resumes at step n logs all points from n on again, and th
 was still due. Tested by tests/contract/test_resume.py.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ All ranks draw the count from the seed that they share (`app.layerskip.layer_dro
 agree on the largest micro-batch among them, by an all_reduce here. Tested by tests/distributed/test_agreement.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

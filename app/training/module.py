@@ -3,8 +3,6 @@
 It implements the host protocols of app.protocols, through which callbacks set what the curricula say.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

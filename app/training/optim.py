@@ -3,8 +3,6 @@
 Tested by tests/unit/training/test_module.py.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ Shape legend: `W` ranks, `A` micro-batches of a step, `E` exits that are on. Tes
 tests/unit/training/test_token_mean.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Tested by tests/distributed/test_meshes.py and tests/distributed/test_precisions.py.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

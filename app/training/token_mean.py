@@ -1,7 +1,5 @@
 """One optimizer step, whose gradients become those of the mean over all label tokens of its micro-batches and ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -6,8 +6,6 @@ tells for every exit at once which drafts are accepted, and the rounds follow wi
 Shape legend: `T` tokens of prompt and output, `N` new tokens after the first, `C` positions of a chunk, `D` width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter

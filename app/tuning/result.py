@@ -1,7 +1,5 @@
 """What `layerskip tune` found: predictions, runs and the recommendation, as tables and as one JSON object."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any

@@ -6,8 +6,6 @@ The costs C are measured here. The tokens per round T(E, d) are counted from the
 model's own outputs. The cost model's T(a, d) takes acceptances for independent, but on real text they come in runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -1,7 +1,5 @@
 """The best (exit, drafts) for these prompts on this machine: predicted for all, measured for a few, then confirmed."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Tested by tests/unit/datamodules/loading/test_tokenizers.py and tests/unit/datamodules/topv2_rows/test_store.py.
 """
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Callable

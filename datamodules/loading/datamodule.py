@@ -5,8 +5,6 @@ number k W + r of them. Which rows micro-batch m of step t holds depends on M an
 another number of devices.
 """
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from abc import ABC, abstractmethod

@@ -3,8 +3,6 @@
 Tested by tests/contract/test_data.py.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Tested by tests/unit/datamodules/topv2_rows/test_length_buckets.py and tests/unit/datamodules/test_topv2.py.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -24,7 +22,7 @@ class RankShare:
     limit: int | float = 1.0  # Lightning's `limit_train_batches`: micro-batches (int), or a share of the epoch (float)
 
     @classmethod
-    def of(cls, trainer: Trainer | None) -> RankShare:
+    def of(cls, trainer: Trainer | None) -> "RankShare":
         """Read the share from a trainer; without one, a single process takes all rows."""
         if trainer is None:
             return cls()

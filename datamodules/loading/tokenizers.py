@@ -1,7 +1,5 @@
 """Text to token ids: a tokenizer trained or loaded, told from others by a fingerprint, and documents encoded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data worker processes: what each does before its first batch, and how the death of one is reported."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

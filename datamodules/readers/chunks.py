@@ -5,8 +5,6 @@ a chunk is read as a whole, and a shuffle buffer is small beside a corpus. Laid 
 cut at equal distances, either anywhere (`ByteRanges`) or only between files (`Groups`).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Tested by tests/unit/datamodules/readers/test_line_files.py, test_whole_files.py and test_hub.py.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -1,7 +1,5 @@
 """The files of a local source: their names and sizes, and samples of their content."""
 
-from __future__ import annotations
-
 import logging
 import os
 import stat
@@ -48,7 +46,7 @@ class FileList:
         """The path of a file."""
         return self.root / self.name(file)
 
-    def take(self, files: np.ndarray) -> FileList:
+    def take(self, files: np.ndarray) -> "FileList":
         """The list of the files with these indices."""
         return FileList(self.root, self._names.take(pa.array(files)), self.sizes[files])
 

@@ -1,7 +1,5 @@
 """Kind `hub`: a dataset that the `datasets` library streams, from the Hugging Face hub or a folder."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ A line belongs to the chunk in which its first byte lies. Blank lines separate; 
 cannot be cut: it is read whole, or dealt out line by line where there are too few of them.
 """
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Iterator
 from functools import cached_property
@@ -71,7 +69,7 @@ class LineReader:
         lines = chain.from_iterable(part.lines(self._source.max_bytes) for part in ranges)
         return map(self._record, islice(lines, first, None, step))
 
-    def _record(self, line: _Line) -> Record:
+    def _record(self, line: "_Line") -> Record:
         text, problem = ("", line.content) if isinstance(line.content, str) else self._text(line.content)
         if not problem:
             return Document(f"{line.part.name}@{line.offset}", text, origin=text)
@@ -86,7 +84,7 @@ class _Line(NamedTuple):
     `number` counts from 1 in `part`; 0 means the whole part, and -1 the rest of it, which could not be read.
     """
 
-    part: _LineRange
+    part: "_LineRange"
     number: int
     offset: int
     content: bytes | str

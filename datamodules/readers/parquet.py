@@ -1,7 +1,5 @@
 """Kind `parquet`: one column, by row groups. Opening reads the footers; reading holds a batch of the column."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -56,7 +54,7 @@ class ParquetReader:
         rows = (row for unit in self._groups.units(group) for row in self._rows(*map(int, self._units[unit, :2])))
         return map(self._record, islice(rows, first + start * self._stride, None, self._stride))
 
-    def _record(self, row: _Row | BadRecord) -> Record:
+    def _record(self, row: "_Row | BadRecord") -> Record:
         if isinstance(row, BadRecord):
             return row
         raw = row.column[row.offset].as_py()
@@ -79,7 +77,7 @@ class ParquetReader:
             return [(file, _WHOLE_FILE, 1)]
         return [(file, number, size) for number, size in enumerate(sizes) if groups[number].num_rows]
 
-    def _rows(self, file: int, group: int) -> Iterator[_Row | BadRecord]:
+    def _rows(self, file: int, group: int) -> Iterator["_Row | BadRecord"]:
         name = self._files.name(file)
         if group == _WHOLE_FILE:
             yield LostRecords(name, self._unreadable[file])
@@ -95,7 +93,7 @@ class ParquetReader:
             yield LostRecords(name, f"row group {group + 1}: {problem}")
 
     @contextmanager
-    def _open(self, file: int) -> Iterator[tuple[pq.ParquetFile, _TextColumn]]:
+    def _open(self, file: int) -> Iterator[tuple[pq.ParquetFile, "_TextColumn"]]:
         with self._files.path(file).open("rb") as raw:
             refuse_pointer(raw)
             # With a buffer of its own, Arrow does not load whole row groups.
@@ -112,7 +110,7 @@ class _Row(NamedTuple):
     offset: int
 
 
-def _rows_of(opened: pq.ParquetFile, column: _TextColumn, name: str, group: int) -> Iterator[_Row]:
+def _rows_of(opened: pq.ParquetFile, column: "_TextColumn", name: str, group: int) -> Iterator[_Row]:
     metadata = opened.metadata.row_group(group)
     rows = _BATCH_BYTES * metadata.num_rows // max(column.num_bytes(metadata), 1)
     number = sum(opened.metadata.row_group(before).num_rows for before in range(group))

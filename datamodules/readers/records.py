@@ -3,8 +3,6 @@
 Tested by tests/unit/datamodules/readers/test_opening.py and test_sources.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import NamedTuple, Protocol

@@ -1,7 +1,5 @@
 """A source of documents: the settings of one entry of `data.sources`."""
 
-from __future__ import annotations
-
 import logging
 import math
 import sysconfig

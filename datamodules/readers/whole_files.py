@@ -4,8 +4,6 @@ The docstrings of a module are found by scanning its text, which takes a tenth o
 by tests/unit/datamodules/readers/test_docstrings.py.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

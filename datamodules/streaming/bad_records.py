@@ -1,7 +1,5 @@
 """Bad records of a source: skipped, counted and logged with their locations, and an error when they are too many."""
 
-from __future__ import annotations
-
 import logging
 import math
 

@@ -7,8 +7,6 @@ Each batch brings along the state that its lane has after it. The states that co
 trained on, not of those that workers have prepared already, so no loader has to be asked, stopped or replayed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -10,8 +10,6 @@ Packing can begin in the middle: each row comes with the point at which the next
 give the same rows from there on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Literal, NamedTuple

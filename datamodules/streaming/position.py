@@ -1,7 +1,5 @@
 """Where the stream stands: what was trained on, in all lanes of all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

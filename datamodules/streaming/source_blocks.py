@@ -8,8 +8,6 @@ A block is about `shuffle_megabytes` of text, from chunks that lie anywhere in t
 the seed and of its number, so the position at which it begins is enough to read it again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache

@@ -4,8 +4,6 @@ A long document gives many rows, so rows are shuffled once more, in windows of h
 Tested by tests/unit/datamodules/streaming/test_stream.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from datamodules.loading.tokenizers import Encoder

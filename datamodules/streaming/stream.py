@@ -7,8 +7,6 @@ Everything is a function of the seed and of the position, so a checkpoint holds 
 A lane set to a position reads one block and packs one window of rows again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +38,7 @@ class LaneState(NamedTuple):
     skipped: tuple[int, ...]
 
     @classmethod
-    def start(cls, num_sources: int) -> LaneState:
+    def start(cls, num_sources: int) -> "LaneState":
         """The state of a lane that has delivered nothing."""
         zeros = (0,) * num_sources
         return cls((SourcePosition(),) * num_sources, zeros, zeros, (0.0,) * num_sources, zeros, zeros)
@@ -50,7 +48,7 @@ class LaneState(NamedTuple):
         return [[list(position) for position in self.positions], *map(list, self[1:])]
 
     @classmethod
-    def from_lists(cls, lists: list[list[Any]]) -> LaneState:
+    def from_lists(cls, lists: list[list[Any]]) -> "LaneState":
         """The inverse of `to_lists`."""
         positions, *figures = lists
         return cls(tuple(SourcePosition(*position) for position in positions), *map(tuple, figures))

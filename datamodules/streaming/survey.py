@@ -4,8 +4,6 @@ Documents come from anywhere in the corpus, in an order that depends on the corp
 sees the same. Little is read of a large corpus, and all of a small one.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from functools import cached_property

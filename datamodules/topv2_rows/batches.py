@@ -7,8 +7,6 @@ A row holds one example or, packed, several of one domain; position ids that res
 batch of single examples the position ids simply go on: no mask is needed, and attention keeps its fast path.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 

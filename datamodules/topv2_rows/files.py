@@ -5,8 +5,6 @@ nothing else. Its low-resource splits lie in a folder beside them, with another 
 two steps, as the cache needs: tables with a fingerprint, which is quick, and then the rows in them.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -7,8 +7,6 @@ its micro-batches of all ranks: they are of like length, and the same however th
 accumulation.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache

@@ -3,8 +3,6 @@
 A row is the indices of its examples. Tested by tests/unit/datamodules/test_topv2.py.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Prompt and target are tokenised apart and put together, so that generation starts from the very prompt of training.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import re

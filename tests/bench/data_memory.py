@@ -4,8 +4,6 @@ JSONL corpora are written into a temporary folder, and `layerskip data` streams 
 a process of its own that reports its peak resident memory.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The data targets of `make bench`: does the stream keep up with training, and does resuming cost seconds?"""
 
-from __future__ import annotations
-
 import json
 import shutil
 import statistics

@@ -1,7 +1,5 @@
 """Targets for the speed of decoding, and how each is read off a benchmark's report. Tested by test_benches.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Runs what a bench measures, and writes down and prints whether its targets are met."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

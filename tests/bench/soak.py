@@ -3,8 +3,6 @@
 A tiny model is trained by `layerskip fit` in a process of its own, which counts what it and its data workers hold.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator

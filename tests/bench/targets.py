@@ -3,8 +3,6 @@
 Each decoding target is read off one `layerskip benchmark`, which runs in a process of its own.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

@@ -1,7 +1,5 @@
 """Each bench on tiny models, in this process: what it writes down, and that it can fail."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

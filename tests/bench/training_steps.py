@@ -7,8 +7,6 @@ because the optimizer's part is the same for all.
 Shape legend: `B` rows, `T` tokens, `E` exits, `D` width, `V` vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count

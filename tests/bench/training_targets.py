@@ -1,7 +1,5 @@
 """The training targets of `make bench`: what a LayerSkip step costs, dropping saves, and the exits' loss takes."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

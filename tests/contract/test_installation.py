@@ -1,7 +1,5 @@
 """What `make` installs: the releases of the lock, into every environment but that of the newest ones."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tomllib

@@ -1,7 +1,5 @@
 """The register of upstream names in app/README.md: whole, not more than whole, and of the releases that are locked."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A checkpoint that two FSDP2 ranks wrote in parts becomes one Hugging Face model, in one process."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """TOPv2 through the real module, callbacks and command line: resuming, scoring, and the experiment's configs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

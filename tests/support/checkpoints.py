@@ -1,7 +1,5 @@
 """Checkpoints of ours, written without training."""
 
-from __future__ import annotations
-
 import json
 import zlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Decoding of one prompt, which is what most tests want."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What tests on several ranks look at: whole weights, and how often ranks communicate."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ shortcut): past sums up the tokens up to and including this one as `past_after` 
 position on that came to a block by a way other than the full model's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypeVar
 

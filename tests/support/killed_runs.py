@@ -1,7 +1,5 @@
 """`layerskip fit` in processes that are forked, killed at any moment and gone on with: nothing is imported twice."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

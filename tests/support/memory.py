@@ -1,7 +1,5 @@
 """Memory of a process on Linux: what it holds, and the most that a piece of work adds."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +27,7 @@ class Peak:
     no peak of the others, so they are sampled.
     """
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> "Peak":
         give_back_freed()  # freed memory that is used again would hide what is added
         self._before = self._most = process_status("RssAnon")
         self._over, self._sampling = Event(), Thread(target=self._sample)

@@ -1,7 +1,5 @@
 """The same training run on any number of ranks, to be compared with one process: same rows, masks and exits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Two processes on this machine, forked, with gloo; a deadlock is reported instead of waited for."""
 
-from __future__ import annotations
-
 import os
 import queue
 import socket

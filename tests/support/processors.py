@@ -1,7 +1,5 @@
 """This processor, and others as PyTorch would describe them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A run in miniature: a small corpus, a tiny model, and the real module, datamodule and callbacks."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

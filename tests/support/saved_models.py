@@ -1,7 +1,5 @@
 """Models saved by the test, as a user has them on disk."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The same results by the most obvious code: everything recomputed, nothing cached."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

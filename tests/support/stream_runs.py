@@ -1,7 +1,5 @@
 """Runs of `layerskip fit` in processes of their own, on a corpus of three kinds of files; killed, and resumed."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

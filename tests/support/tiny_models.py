@@ -1,7 +1,5 @@
 """Small random models; nothing is downloaded."""
 
-from __future__ import annotations
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 

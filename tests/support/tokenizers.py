@@ -1,7 +1,5 @@
 """Tokenizers of the kinds whose tokens are not text by themselves, made by the test."""
 
-from __future__ import annotations
-
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 

@@ -1,7 +1,5 @@
 """A small made-up TOPv2: the official folder's layout, with two domains, and a datamodule over it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Two hosts on one machine: network namespaces of their own, joined by a virtual cable. Linux; no root needed."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Where this tree touches private names of an upstream: the rules by which the register of app/README.md is whole."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import sys

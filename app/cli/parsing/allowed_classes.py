@@ -4,8 +4,6 @@ jsonargparse asks this policy before it imports a name, and again about the modu
 `lightning.pytorch.callbacks.os.system` is `posix.system`. Tested by tests/integration/test_security.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from jsonargparse import set_parsing_settings

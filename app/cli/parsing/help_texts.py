@@ -4,8 +4,6 @@ A text is made again when the files of this application, or the packages whose o
 completes verbs, options and values from the texts. Tested by tests/contract/test_start_up.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

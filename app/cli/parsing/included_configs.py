@@ -6,8 +6,6 @@ file, but then a group of the file replaces the whole group of the included one,
 Tested by tests/contract/test_experiments.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ Example: 'Parser key "data": ... Parser key "batch_size": ... Expected a <class 
 Tested by tests/contract/test_command_line.py and test_generate_mistakes.py.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Collection, Iterator

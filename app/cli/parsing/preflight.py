@@ -3,8 +3,6 @@
 It refuses only what is certainly wrong; the parsers find the rest. Tested by tests/contract/test_start_up.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, pairwise

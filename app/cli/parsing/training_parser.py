@@ -1,7 +1,5 @@
 """The parser of Lightning's verbs. Tested by tests/contract/test_command_line.py."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterator, Sequence

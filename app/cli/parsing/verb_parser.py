@@ -3,8 +3,6 @@
 Tested by tests/contract/test_generate_mistakes.py.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn

@@ -10,8 +10,6 @@ float32, for which PyTorch's kernel stays.
 Shape legend: `B` rows, `H` heads, `T` tokens, `W` width of a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

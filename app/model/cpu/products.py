@@ -9,8 +9,6 @@ one thread 1.26x with AVX-512 and 1.25x with AVX2 for one position, 1.86x and 1.
 Shape legend: `T` positions (of all sequences), `I` input width, `O` output width.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Results with made-up figures."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from app.benchmark.result import BenchmarkResult

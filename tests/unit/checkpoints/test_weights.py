@@ -1,7 +1,5 @@
 """Checkpoints of ours read tensor by tensor, from one file and from shards, and nothing run that they may hold."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import shutil

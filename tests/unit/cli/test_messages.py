@@ -1,7 +1,5 @@
 """What a user reads where jsonargparse, Lightning or torch refuses a setting."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import yaml

@@ -1,7 +1,5 @@
 """Small corpora on disk, datamodules over them, and a trainer that only has what the data layer reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """A reader of lists, a tokenizer of characters, and settings for them: streams whose every row can be foretold."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What Lightning does to the loaders: when it asks for them, and where a resumed run goes on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What decoding may meet on its way, chosen by the test: clocks, ends of sequences, memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle

@@ -1,7 +1,5 @@
 """A handful of tiny random models, each built once: kinds of layers, heads, ropes, windows, agreement of exits."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The sampling rule is proven by enumerating everything that can happen, not by sampling it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

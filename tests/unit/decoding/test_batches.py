@@ -1,7 +1,5 @@
 """Prompts decoded together come out, in every particular, as each would alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The cost model against the formulas of the method, worked out by hand."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

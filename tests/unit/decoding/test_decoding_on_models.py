@@ -1,7 +1,5 @@
 """Decoding of tiny random models in fp32: what greedy equality and batches do not show."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable

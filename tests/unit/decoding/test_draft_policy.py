@@ -1,7 +1,5 @@
 """How many tokens to draft, and when to give up: by hand-worked rounds and fake times."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import ClassVar, get_args
 

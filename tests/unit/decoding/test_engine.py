@@ -1,7 +1,5 @@
 """The loop's logic, on a fake decoder that counts: after t comes t + 1."""
 
-from __future__ import annotations
-
 import logging
 from itertools import product
 from typing import get_args

@@ -1,7 +1,5 @@
 """Giving up drafts in the engine, under a clock that shows what the fake decoders' work costs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Greedy decoding by any strategy gives the tokens of the plain model recomputed for every token, whatever is drawn."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import pytest

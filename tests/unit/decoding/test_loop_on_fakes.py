@@ -1,7 +1,5 @@
 """The loop alone, drawn widely: on a fake whose choices depend on all tokens before, and which checks its cache."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import pytest

@@ -1,7 +1,5 @@
 """Processors of scores: drafter and full model show them the same whole contexts, as one-by-one decoding would."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """What a result says of its rounds, against counts made by hand."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

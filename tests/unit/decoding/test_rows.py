@@ -1,7 +1,5 @@
 """Token ids shown to processors of scores: those of every sequence, whatever was rejected and whoever left."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

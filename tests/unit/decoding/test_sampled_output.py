@@ -1,7 +1,5 @@
 """Sampled output follows the full model's distribution: samples of the engine are counted against plain enumeration."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What decoding makes the machine do: no block, head or wait for the device more than the scheme needs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What `write_pretrained` writes is what `save_pretrained` would write, from a checkpoint read tensor by tensor."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

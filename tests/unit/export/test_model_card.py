@@ -1,7 +1,5 @@
 """What the README.md of an export says, and what it must not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """GGUF files: a tiny one, written as llama.cpp's converter writes them."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

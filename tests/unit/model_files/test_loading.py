@@ -1,7 +1,5 @@
 """Loading takes the weights' memory once, in every form, and initialises nothing that is overwritten."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

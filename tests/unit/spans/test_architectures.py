@@ -1,7 +1,5 @@
 """Each architecture, in every form that weights come in: logits as transformers' own, or a refusal by name."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Prompts longer than a window or a piece: the same logits, and memory and work in proportion to the prompt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

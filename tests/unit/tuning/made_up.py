@@ -1,7 +1,5 @@
 """Predictions, runs and tunings with made-up figures."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What one pass over the outputs says, against the real engine decoding them anew for every exit and draft length."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import LlamaForCausalLM

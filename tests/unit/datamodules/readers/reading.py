@@ -1,7 +1,5 @@
 """What all tests of readers do: read everything, and tell good from bad."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from datamodules.readers import open_reader

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -127,7 +125,7 @@ def test_a_file_that_vanished_leaves_a_fingerprint(tmp_path: Path) -> None:
 class Shards:
     num_shards, features = 3, None
 
-    def select_columns(self, columns: list[str]) -> Shards:
+    def select_columns(self, columns: list[str]) -> "Shards":
         return self
 
 

@@ -1,7 +1,5 @@
 """Which lane a batch comes from, what it brings along, and what the loader does not do until it must."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from types import SimpleNamespace

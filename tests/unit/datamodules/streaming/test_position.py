@@ -1,7 +1,5 @@
 """What counts as trained on, step by step, and how it is told to a checkpoint and taken from one."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Blocks by hand: what is in each, where it begins and ends, and how they are shuffled."""
 
-from __future__ import annotations
-
 from itertools import islice, pairwise
 from typing import Any
 

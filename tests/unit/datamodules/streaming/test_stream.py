@@ -1,7 +1,5 @@
 """Lanes against what their sources hold: shares, epochs, isolation of lanes, and going on from any position."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice

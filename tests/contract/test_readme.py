@@ -68,12 +68,8 @@ FEWER = {
 
 def test_readme_is_short_and_no_line_of_a_document_is_long():
     assert len(README.splitlines()) <= 220
-    for path in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "app" / "README.md",
-        *(ROOT / "docs").glob("*.md"),
-    ):
+    named = ("README.md", "CONTRIBUTING.md", "app/README.md")
+    for path in (*map(ROOT.joinpath, named), *(ROOT / "docs").glob("*.md")):
         lines = path.read_text("utf-8").splitlines()
         assert not [line for line in lines if len(line) > 130 and not line.startswith("|")], path  # but for tables
 

@@ -215,6 +215,21 @@ class StreamOwner(Protocol):
 
 
 @runtime_checkable
+class StateOwner(Protocol):
+    """A datamodule whose batches have states that a frozen model left, for exit blocks to be trained on.
+
+    A batch's `states` [B, T, S, D] has, at each token, the pre-norm states leaving block E - 1 for each E of
+    `state_layers`, ascending, and then the state after the final norm: S = len(state_layers) + 1. `model_hash` is
+    app.model.weights_hash.weights_hash of the model that left them, at the deepest of `state_layers`.
+    """
+
+    @property
+    def state_layers(self) -> Sequence[int]: ...
+    @property
+    def model_hash(self) -> str: ...
+
+
+@runtime_checkable
 class PromptOwner(Protocol):
     """A datamodule that offers fixed held-out prompts."""
 

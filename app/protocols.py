@@ -220,7 +220,7 @@ class StateOwner(Protocol):
 
     A batch's `states` [B, T, S, D] has, at each token, the pre-norm states leaving block E - 1 for each E of
     `state_layers`, ascending, and then the state after the final norm: S = len(state_layers) + 1. `model_hash` is
-    app.model.weights_hash.weights_hash of the model that left them, at the deepest of `state_layers`.
+    app.model.weights_hash.weights_hash of all blocks (exit_layer = num_layers), since that last state depends on them.
     """
 
     @property

@@ -1,13 +1,13 @@
 """Ways to decode, measured in turn on the same prompts in one process: the machine's noise falls on all alike."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product, zip_longest
 from statistics import fmean, median
 from time import perf_counter
 
-from app.benchmark.round_counts import RoundCounts, ratio
 from app.benchmark.speedup_interval import Interval, PairedTimes, speedup_interval
+from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
@@ -15,7 +15,7 @@ from app.decoding.strategies import Strategy
 from app.protocols import ExitableDecoder
 
 Prompts = Sequence[Sequence[int]]
-Decode = Callable[[Prompts, int], Sequence[DecodingResult]]
+Decode = Callable[[Prompts, DecodingSettings], Sequence[DecodingResult]]
 
 # The fastest of several noisy measurements was lucky as a rule (winner's curse): what was chosen for its speed is
 # measured again, this often, and only the second measurement counts.
@@ -25,40 +25,75 @@ _WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A way to decode."""
+    """A way to decode: `decode` continues prompts together and greedily, by these settings."""
 
     strategy: str
-    exit_layer: int | None = None  # blocks that run where decoding leaves early; None for a strategy that does not
-    num_draft_tokens: int | None = None  # most tokens drafted in a round; None for a strategy that does not draft
-    decode: Decode  # continues prompts together and greedily, each by at most the given number of tokens
-
-    @classmethod
-    def of(
-        cls,
-        strategy: str,
-        settings: DecodingSettings,
-        decode: Callable[[Prompts, DecodingSettings], Sequence[DecodingResult]],
-    ) -> "Contender":
-        """Decode with these settings, of which the budget of each call replaces `max_new_tokens`."""
-        return cls(
-            strategy=strategy,
-            exit_layer=settings.exit_layer,
-            num_draft_tokens=settings.num_draft_tokens,
-            decode=lambda prompts, budget: decode(prompts, replace(settings, max_new_tokens=budget)),
-        )
+    settings: DecodingSettings
+    decode: Decode
 
     @property
     def label(self) -> str:
         """Strategy and setting, for instance "self_speculative, exit 2, drafts 3"."""
-        settings = (("exit", self.exit_layer), ("drafts", self.num_draft_tokens))
+        settings = (("exit", self.settings.exit_layer), ("drafts", self.settings.num_draft_tokens))
         return ", ".join([self.strategy, *(f"{name} {value}" for name, value in settings if value is not None)])
 
 
 def engine_contender(decoder: ExitableDecoder, strategy: Strategy, settings: DecodingSettings) -> Contender:
-    """A strategy of our own engine."""
-    return Contender.of(
-        strategy, settings, lambda prompts, own: decode_batch(decoder, prompts, strategy=strategy, settings=own)
-    )
+    """Let our own engine decode."""
+
+    def decode(prompts: Prompts, settings: DecodingSettings) -> list[DecodingResult]:
+        return decode_batch(decoder, prompts, strategy=strategy, settings=settings)
+
+    return Contender(strategy=strategy, settings=settings, decode=decode)
+
+
+def drafting_contenders(
+    decoder: ExitableDecoder, plain: DecodingSettings, drafting: Iterable[tuple[int, int]]
+) -> list[Contender]:
+    """Decode autoregressively, then self-speculatively with each (exit_layer, num_draft_tokens) of `drafting`."""
+    contenders = [engine_contender(decoder, "autoregressive", plain)]
+    for exit_layer, num_draft_tokens in drafting:
+        settings = replace(plain, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+        contenders.append(engine_contender(decoder, "self_speculative", settings))
+    return contenders
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundCounts:
+    """Sums over prompts, so that those of disjoint parts add up; a ratio is None where its denominator is 0.
+
+    A round is a step after the prompt's own pass. That pass yields the first token of an output, which is not counted.
+    """
+
+    decoded: int  # new tokens after the first of each output
+    rounds: int
+    drafted: int  # tokens proposed in the rounds
+    accepted: int  # proposed tokens that the full model kept
+
+    @staticmethod
+    def total(parts: Sequence["RoundCounts"]) -> "RoundCounts":
+        """The counts of all parts together."""
+        names = [field.name for field in fields(RoundCounts)]
+        return RoundCounts(**{name: sum(getattr(part, name) for part in parts) for name in names})
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        return ratio(self.accepted, self.drafted)
+
+    @property
+    def mean_tokens_per_round(self) -> float | None:
+        return ratio(self.decoded, self.rounds)
+
+    def predicted_speedup(self, costs: CostModel) -> float | None:
+        """The speedup over autoregressive decoding if these rounds cost what `costs` says."""
+        if not self.rounds:
+            return None
+        return costs.speedup(self.decoded / self.rounds, self.drafted / self.rounds)
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """The quotient, or None where there is nothing to divide by."""
+    return numerator / denominator if denominator else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +115,11 @@ class Measurement:
 
     @property
     def counts(self) -> RoundCounts:
-        results = self.results
         return RoundCounts(
-            decoded=sum(result.num_decoded for result in results),
-            rounds=sum(result.rounds for result in results),
-            drafted=sum(result.drafted for result in results),
-            accepted=sum(result.accepted for result in results),
+            decoded=sum(result.num_decoded for result in self.results),
+            rounds=sum(result.rounds for result in self.results),
+            drafted=sum(result.drafted for result in self.results),
+            accepted=sum(result.accepted for result in self.results),
         )
 
     def seconds_by_batch(self, repeat: int | None = None) -> list[float]:
@@ -140,7 +174,6 @@ def alternate(
     contenders: Sequence[Contender],
     batches: Sequence[Prompts],
     *,
-    max_new_tokens: int,
     repeats: int,
     time_limit_seconds: float = float("inf"),
     on_batch: Callable[[int], None] | None = None,
@@ -150,9 +183,9 @@ def alternate(
     All batches are decoded once before any is decoded again, so that a time limit does not favour the first of them.
 
     Args:
-        contenders: At least one; each warms up before anything counts.
+        contenders: At least one; each warms up before anything counts. Budgets are at least 2, since the first token
+            costs no decode time.
         batches: At least one, each of at least one prompt; used in this order.
-        max_new_tokens: Budget of each prompt, at least 2: the first token costs no decode time.
         time_limit_seconds: No batch is started after this; the first is always measured. A repeat that was not
             finished does not count, unless it is the only one.
         on_batch: Called with the number of batches that are done, those of all repeats together.
@@ -161,13 +194,15 @@ def alternate(
         A measurement for each contender.
     """
     started = perf_counter()
-    for contender in contenders:
-        contender.decode(batches[0], min(max_new_tokens, _WARM_UP_TOKENS))
+    for each in contenders:
+        short = replace(each.settings, max_new_tokens=min(each.settings.max_new_tokens, _WARM_UP_TOKENS))
+        each.decode(batches[0], short)
     runs: list[list[list[Sequence[DecodingResult]]]] = [[[] for _ in batches] for _ in contenders]
     for done, (repeat, number) in enumerate(product(range(repeats), range(len(batches))), start=1):
         for turn in range(len(contenders)):
             index = (repeat + number + turn) % len(contenders)
-            runs[index][number].append(contenders[index].decode(batches[number], max_new_tokens))
+            contender = contenders[index]
+            runs[index][number].append(contender.decode(batches[number], contender.settings))
         if on_batch is not None:
             on_batch(done)
         if perf_counter() - started > time_limit_seconds:
@@ -175,39 +210,6 @@ def alternate(
     whole = max(1, done // len(batches))
     kept = ([of_batch[:whole] for of_batch in own if of_batch] for own in runs)
     return [Measurement(contender=contender, runs=own) for contender, own in zip(contenders, kept, strict=True)]
-
-
-def measure_drafting(
-    decoder: ExitableDecoder,
-    prompts: Prompts,
-    drafting: Sequence[tuple[int, int]],
-    *,
-    max_new_tokens: int,
-    eos_token_ids: Sequence[int],
-    repeats: int,
-    time_limit_seconds: float,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[Measurement]:
-    """Decode prompt by prompt, autoregressively and self-speculatively with each (exit_layer, num_draft_tokens).
-
-    See `alternate` for the other arguments.
-
-    Returns:
-        Autoregressive decoding first, then a measurement for each pair of `drafting`.
-    """
-    plain = DecodingSettings(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos_token_ids))
-    contenders = [engine_contender(decoder, "autoregressive", plain)]
-    for exit_layer, num_draft_tokens in drafting:
-        settings = replace(plain, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
-        contenders.append(engine_contender(decoder, "self_speculative", settings))
-    return alternate(
-        contenders,
-        [[prompt] for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        repeats=repeats,
-        time_limit_seconds=time_limit_seconds,
-        on_batch=on_batch,
-    )
 
 
 def sum_columns(rows: Iterable[Sequence[int]]) -> list[int]:

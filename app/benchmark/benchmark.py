@@ -147,7 +147,6 @@ def run_benchmark(
         measurements = alternate(
             build_contenders(subject, settings, costs[0] and costs[0].model),
             batches,
-            max_new_tokens=settings.max_new_tokens,
             repeats=settings.repeats,
             on_batch=after,
         )
@@ -214,7 +213,7 @@ def _contender(subject: Subject, strategy: BenchmarkStrategy, settings: Decoding
         raise ConfigError(field, got=error.got, allowed=error.allowed, fix=error.fix) from error
     if strategy == own:
         return engine_contender(subject.decoder, own, settings)
-    return Contender.of(strategy, settings, partial(generate_batch, subject.model))
+    return Contender(strategy=strategy, settings=settings, decode=partial(generate_batch, subject.model))
 
 
 def _measure_costs(subject: Subject, prompts: Prompts, settings: BenchmarkSettings) -> Costs | None:

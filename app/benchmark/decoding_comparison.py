@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from app.benchmark.alternation import Measurement, measure_drafting
-from app.benchmark.round_counts import RoundCounts, ratio
+from app.benchmark.alternation import Measurement, RoundCounts, alternate, drafting_contenders, ratio
 from app.benchmark.speedup_interval import Interval, PairedTimes, interval_in_words, speedup_interval
+from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
 from app.protocols import ExitableDecoder
 from app.tables import Table, cell
@@ -85,7 +85,7 @@ def compare_decoding(
 
     Args:
         decoder: The model, in eval mode.
-        prompts: At least one, used in this order.
+        prompts: At least one; used in this order.
         exit_layers: Exits to draft from, each 1..num_layers-1; every exit is measured with every draft length.
         max_new_tokens: Budget of each output, at least 2: the first token costs no decode time.
         eos_token_ids: End an output early; with none, every prompt is decoded to the full length.
@@ -96,27 +96,22 @@ def compare_decoding(
     """
     if not prompts:
         raise ConfigError("prompts", got="0 prompts", allowed="at least one")
-    baseline, *candidates = measure_drafting(
-        decoder,
-        prompts,
-        list(product(exit_layers, num_draft_tokens)),
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos_token_ids,
-        repeats=1,
-        time_limit_seconds=time_limit_seconds,
-    )
+    plain = DecodingSettings(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos_token_ids))
+    contenders = drafting_contenders(decoder, plain, product(exit_layers, num_draft_tokens))
+    batches = [[prompt] for prompt in prompts]
+    baseline, *candidates = alternate(contenders, batches, repeats=1, time_limit_seconds=time_limit_seconds)
     return [compare_measurements(candidate, baseline, num_given=len(prompts)) for candidate in candidates]
 
 
 def compare_measurements(candidate: Measurement, baseline: Measurement, *, num_given: int) -> DecodingComparison:
     """Compare self-speculative decoding with autoregressive decoding of the same prompts, one prompt a batch."""
-    contender = candidate.contender
-    assert contender.exit_layer is not None
-    assert contender.num_draft_tokens is not None
+    settings = candidate.contender.settings
+    assert settings.exit_layer is not None
+    assert settings.num_draft_tokens is not None
     return DecodingComparison(
         **vars(candidate.counts),
-        exit_layer=contender.exit_layer,
-        num_draft_tokens=contender.num_draft_tokens,
+        exit_layer=settings.exit_layer,
+        num_draft_tokens=settings.num_draft_tokens,
         num_given=num_given,
         identical=sum(candidate.identical_to(baseline)),
         baseline_decoded=baseline.counts.decoded,

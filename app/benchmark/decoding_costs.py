@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import fmean, linear_regression, median
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -41,10 +42,14 @@ class DecodingCosts:
     extra_token: float  # k, what each further position costs beside j, as the same share
     overhead: float  # what a draft-and-verify round costs beside its passes, in blocks
 
+    @property
+    def in_blocks(self) -> dict[str, Any]:
+        """Every cost that is measured in blocks, by its name."""
+        return {name: value for name, value in vars(self).items() if name != "block_seconds"}
+
     def cost_model(self, *, num_layers: int, exit_layer: int) -> CostModel:
         """The cost model of self-speculative decoding from this exit."""
-        shares = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "block_seconds"}
-        return CostModel.self_speculative(num_layers=num_layers, exit_layer=exit_layer, **shares)
+        return CostModel.self_speculative(num_layers=num_layers, exit_layer=exit_layer, **self.in_blocks)
 
 
 def measure_decoding_costs(
@@ -154,12 +159,11 @@ def fit_decoding_costs(
         - extra_token * (num_layers - chosen + head)
         for chosen in {exit_layer for exit_layer, _ in rounds}
     ]
+    draft_head = fmean(drafts)
     costs = DecodingCosts(
         block_seconds=block,
         head=head,
-        draft_head=mean
-        if (mean := fmean(drafts)) > 0.0
-        else head,  # a draft runs the head too, so it cannot cost nothing
+        draft_head=draft_head if draft_head > 0.0 else head,  # a draft runs the head too, so it cannot cost nothing
         first_extra=first_extra,
         extra_token=extra_token,
         overhead=0.0,

@@ -1,23 +1,21 @@
 """From measurements to the figures of a benchmark, and what the cost model would have said."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 
-from app.benchmark.alternation import Contender, Measurement
-from app.benchmark.benchmark import Benchmark, BenchmarkSettings, Costs, Subject
+from app.benchmark.alternation import Contender, Measurement, ratio
+from app.benchmark.benchmark import Benchmark, Costs
 from app.benchmark.output_differences import OutputDifferences
-from app.benchmark.round_counts import ratio
 from app.benchmark.speedup_interval import Interval
 from app.decoding.cost_model import CostModel, tokens_per_round
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkResult:
+class BenchmarkResult(OutputDifferences):
     """One strategy with one exit and draft length; None where a figure does not apply or nothing was decoded.
 
-    Times are decode time: the prompts' pass, and the tokens that it yields, are left out. What is not explained here
-    is explained in OutputDifferences and RoundCounts.
+    Times are decode time: the prompts' pass, and the tokens that it yields, are left out. RoundCounts explains counts.
     """
 
     strategy: str
@@ -30,10 +28,6 @@ class BenchmarkResult:
     mean_tokens_per_round: float | None
     speedup: float | None  # time per token of our own autoregressive decoding in the same run / this one's
     identical_to_autoregressive: float  # share of prompts whose tokens are, in every repeat, those of that decoding
-    num_differing: int
-    num_unexplained: int
-    largest_logit_gap: float | None
-    largest_gap_in_spacings: float | None
     speedup_min: float | None  # the lowest of one whole repeat
     speedup_max: float | None  # the highest of one whole repeat
     speedup_interval: Interval | None  # 95 % interval of `speedup` over the batches (`app.benchmark.speedup_interval`)
@@ -48,7 +42,6 @@ class BenchmarkResult:
     predicted_speedup_from_rounds: float | None
     prediction_error_from_rounds: float | None
     seconds_prefill: float  # mean over the batches
-    num_prompts: int
     num_tokens: int  # new tokens, first ones included
     rounds: int
     drafted: int
@@ -60,46 +53,40 @@ class BenchmarkResult:
     fell_back_share: float  # share of prompts for which drafting was given up
 
 
-def benchmark_results(benchmark: Benchmark, *, subject: Subject, settings: BenchmarkSettings) -> list[BenchmarkResult]:
-    """The figures of each measurement, in the same order."""
-    results = []
-    for measurement, differences in zip(benchmark.measurements, benchmark.differences, strict=True):
-        costs = round_costs(
-            measurement.contender, benchmark.costs, subject=subject, skipped_layers=settings.skipped_layers
-        )
-        fixed = settings.draft_policy == "fixed" and not settings.fall_back
-        predicted = _predict(measurement, costs) if fixed else None
-        from_rounds = None if costs is None else measurement.counts.predicted_speedup(costs)
-        results.append(_result(measurement, differences, benchmark.measurements, predicted, from_rounds))
-    return results
+def benchmark_results(benchmark: Benchmark, *, num_layers: int) -> list[BenchmarkResult]:
+    """The figures of each measurement of a model with `num_layers` blocks, in the same order."""
+    return [
+        _result(measurement, differences, benchmark, num_layers)
+        for measurement, differences in zip(benchmark.measurements, benchmark.differences, strict=True)
+    ]
 
 
 def _result(
-    measurement: Measurement,
-    differences: OutputDifferences,
-    everyone: Sequence[Measurement],
-    predicted: float | None,
-    from_rounds: float | None,
+    measurement: Measurement, differences: OutputDifferences, benchmark: Benchmark, num_layers: int
 ) -> BenchmarkResult:
-    contender, baseline, counts = measurement.contender, everyone[0], measurement.counts
+    everyone, counts, settings = benchmark.measurements, measurement.counts, measurement.contender.settings
+    costs = round_costs(measurement.contender, benchmark.costs, num_layers=num_layers)
+    has_fixed_drafts = settings.draft_policy == "fixed" and not settings.fall_back
+    predicted = _predict(measurement, costs) if has_fixed_drafts else None
+    from_rounds = None if costs is None else counts.predicted_speedup(costs)
     seconds_per_token = measurement.seconds_per_token()
-    speedup = measurement.speedup_over(baseline)
-    lowest, highest = measurement.speedup_range(baseline)
+    speedup = measurement.speedup_over(everyone[0])
+    lowest, highest = measurement.speedup_range(everyone[0])
     reached, accepted = measurement.reached_by_position, measurement.accepted_by_position
     return BenchmarkResult(
-        **asdict(differences),
-        strategy=contender.strategy,
-        exit_layer=contender.exit_layer,
-        num_draft_tokens=contender.num_draft_tokens,
+        **vars(differences),
+        strategy=measurement.contender.strategy,
+        exit_layer=settings.exit_layer,
+        num_draft_tokens=settings.num_draft_tokens,
         tokens_per_second=1.0 / seconds_per_token if seconds_per_token else None,
         seconds_per_token=seconds_per_token,
         acceptance_rate=counts.acceptance_rate,
         mean_tokens_per_round=counts.mean_tokens_per_round,
         speedup=speedup,
-        identical_to_autoregressive=fmean(measurement.identical_to(baseline)),
+        identical_to_autoregressive=fmean(measurement.identical_to(everyone[0])),
         speedup_min=lowest if speedup else None,
         speedup_max=highest if speedup else None,
-        speedup_interval=measurement.speedup_interval(baseline),
+        speedup_interval=measurement.speedup_interval(everyone[0]),
         speedup_vs_transformers=_speedup_over(everyone, "transformers", measurement),
         speedup_vs_transformers_early_exit=_speedup_over(everyone, "transformers_early_exit", measurement),
         predicted_speedup=predicted,
@@ -120,46 +107,37 @@ def _result(
 
 def _speedup_over(everyone: Sequence[Measurement], strategy: str, measurement: Measurement) -> float | None:
     """Speedup over another strategy, at the same setting if that has settings; None where that was not measured."""
-    own = measurement.contender
+    own = measurement.contender.settings
     for other in everyone:
-        setting = other.contender.exit_layer, other.contender.num_draft_tokens
+        setting = other.contender.settings.exit_layer, other.contender.settings.num_draft_tokens
         if other.contender.strategy == strategy and setting in ((None, None), (own.exit_layer, own.num_draft_tokens)):
             return measurement.speedup_over(other)
     return None
 
 
-def round_costs(
-    contender: Contender, costs: Costs | None, *, subject: Subject, skipped_layers: Sequence[int]
-) -> CostModel | None:
+def round_costs(contender: Contender, costs: Costs | None, *, num_layers: int) -> CostModel | None:
     """The cost model of a contender that drafts, with the measured costs; None where these are not known."""
     if costs is None:
         return None
-    num_layers, head = subject.decoder.num_layers, costs.model.head
-    match contender.strategy:
-        case "self_speculative":
-            assert contender.exit_layer is not None
-            return costs.model.cost_model(num_layers=num_layers, exit_layer=contender.exit_layer)
-        case "layer_skip":
-            draft_step = num_layers - len(set(skipped_layers)) + costs.model.draft_head
-        case "draft_model" if costs.draft_model is not None and subject.draft_decoder is not None:
-            seconds = costs.draft_model.block_seconds * (subject.draft_decoder.num_layers + costs.draft_model.head)
-            draft_step = seconds / costs.model.block_seconds
-        case _:
-            return None
-    return CostModel.two_pass(
-        num_layers=num_layers,
-        head=head,
-        draft_step=draft_step,
-        first_extra=costs.model.first_extra,
-        extra_token=costs.model.extra_token,
-        overhead=costs.model.overhead,
-    )
+    settings = contender.settings
+    if contender.strategy == "self_speculative" and settings.exit_layer is not None:
+        return costs.model.cost_model(num_layers=num_layers, exit_layer=settings.exit_layer)
+    if contender.strategy == "layer_skip" and settings.skipped_layers is not None:
+        draft_step = num_layers - len(set(settings.skipped_layers)) + costs.model.draft_head
+    elif costs.draft_model is not None and settings.draft_decoder is not None:
+        seconds = costs.draft_model.block_seconds * (settings.draft_decoder.num_layers + costs.draft_model.head)
+        draft_step = seconds / costs.model.block_seconds
+    else:
+        return None
+    shares = costs.model.in_blocks
+    del shares["draft_head"]
+    return CostModel.two_pass(num_layers=num_layers, draft_step=draft_step, **shares)
 
 
 def _predict(measurement: Measurement, costs: CostModel | None) -> float | None:
     """The speedup by T(a, d), with a the chance of acceptance given that the drafts before were accepted."""
     chance = ratio(measurement.counts.accepted, sum(measurement.reached_by_position))
-    drafts = measurement.contender.num_draft_tokens
+    drafts = measurement.contender.settings.num_draft_tokens
     if costs is None or chance is None or drafts is None:
         return None
     return costs.speedup(tokens_per_round(chance, drafts), drafts)

@@ -66,7 +66,7 @@ def benchmark(
         subject, tokens, settings, on_batch=lambda done: _log.info("batch %d of %d", done, num_batches)
     )
 
-    results = benchmark_results(measured, subject=subject, settings=settings)
+    results = benchmark_results(measured, num_layers=loaded.decoder.num_layers)
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
     asked = {"model": model, "prompts": prompts, "limit": limit, "draft_model": draft_model, "ignore_eos": ignore_eos}
     document = report_document(results, costs=measured.costs, environment=where, settings=asked | asdict(settings))

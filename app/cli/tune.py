@@ -3,7 +3,7 @@
 import json as json_module
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +49,14 @@ def tune(
         store: Write the choice into generation_config.json of a model directory, where generate finds it.
         options: See TuningSettings.
     """
-    settings = TuningSettings(**options)
+    settings = TuningSettings(eos_token_ids=(), **options)
     texts = read_prompts(prompts, limit=limit)
     loaded = load_decoder(model, dtype=dtype, device=device, threads=threads)
     directory = _storable(model) if store else None
     tokens = encode_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length)
     with torch.inference_mode():
-        tuning = tune_decoder(
-            loaded.decoder,
-            tokens,
-            eos_token_ids=loaded.eos_token_ids,
-            settings=settings,
-            conditions=Conditions.of(loaded.model),
-        )
+        settings = replace(settings, eos_token_ids=loaded.eos_token_ids)
+        tuning = tune_decoder(loaded.decoder, tokens, settings, conditions=Conditions.of(loaded.model))
     if not json:
         _print(tuning)  # before it is stored, since a full disk must not cost the answer
     file = None if directory is None or tuning.shortfall else write_decoding_defaults(directory, tuning.defaults)

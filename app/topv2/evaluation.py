@@ -112,22 +112,17 @@ def _decode(
     """Decode batch by batch, the ways in turn; nothing where there are no ways or no examples."""
     if not ways or not examples:
         return {}
-    settings = [
-        DecodingSettings(
+    contenders = []
+    for way in ways:
+        settings = DecodingSettings(
             max_new_tokens=plan.max_new_tokens,
             eos_token_ids=plan.eos_token_ids,
             exit_layer=None if way.strategy == "autoregressive" else way.exit_layer,
             num_draft_tokens=way.num_draft_tokens or None,
         )
-        for way in ways
-    ]
+        contenders.append(engine_contender(decoder, way.strategy, settings))
     # A prompt that fills the context gets an empty answer, which is wrong.
     prompts = [example.prompt[: decoder.max_length] for example in examples]
-    measurements = alternate(
-        [engine_contender(decoder, way.strategy, own) for way, own in zip(ways, settings, strict=True)],
-        [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)],
-        max_new_tokens=plan.max_new_tokens,
-        repeats=1,
-        time_limit_seconds=plan.time_limit_seconds,
-    )
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    measurements = alternate(contenders, batches, repeats=1, time_limit_seconds=plan.time_limit_seconds)
     return dict(zip(ways, measurements, strict=True))

@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from app.benchmark.round_counts import RoundCounts
+from app.benchmark.alternation import RoundCounts
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
 from app.protocols import ExitableDecoder

@@ -102,12 +102,8 @@ class Tuning:
         """The recommendation: what was confirmed, or no drafts at all."""
         plain = DecodingDefaults(
             strategy="autoregressive",
-            head=self.costs.head,
-            draft_head=self.costs.draft_head,
-            first_extra=self.costs.first_extra,
-            extra_token=self.costs.extra_token,
-            overhead=self.costs.overhead,
             conditions=self.conditions,
+            **self.costs.in_blocks,
         )
         if (run := self.confirmed) is None:
             return plain

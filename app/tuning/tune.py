@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, measure_drafting
+from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, alternate, drafting_contenders
 from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
 from app.benchmark.output_differences import OutputDifferences, find_output_differences
+from app.decoding.settings import DecodingSettings
 from app.errors import DataError, check_range
 from app.model_files.decoding_defaults import Conditions
 from app.protocols import ExitableDecoder
@@ -36,6 +37,7 @@ class TuningSettings:
             over at least 4 prompts and 200 tokens.
         time_limit_seconds: No prompt is started after this time, at least 0, but one is always decoded. All prompts are
             decoded once before any is decoded again. Nothing is stored if the prompts that were decoded are too few.
+        eos_token_ids: Ids that end a sequence.
     """
 
     max_new_tokens: int = 128
@@ -43,6 +45,7 @@ class TuningSettings:
     num_verified: int = 4
     repeats: int = 3
     time_limit_seconds: float = 180.0
+    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def longest_draft(self) -> int:
@@ -63,9 +66,8 @@ class TuningSettings:
 def tune(
     decoder: ExitableDecoder,
     prompts: Sequence[Sequence[int]],
-    *,
-    eos_token_ids: Sequence[int],
     settings: TuningSettings,
+    *,
     conditions: Conditions | None = None,
 ) -> Tuning:
     """Find the fastest lossless way to decode these prompts greedily, one at a time.
@@ -80,7 +82,7 @@ def tune(
         DataError: Every output ends with its first token, so that there is nothing to speed up.
     """
     check_range("num_layers", decoder.num_layers, low=2, fix="a single block has no exit to draft from")
-    agreement, costs = _look(decoder, prompts, eos_token_ids=eos_token_ids, settings=settings)
+    agreement, costs = _look(decoder, prompts, settings)
     if not agreement.num_positions:
         raise DataError("prompts: the model ends every output at its first token, which no draft can speed up")
     predictions = predict(agreement, costs, max_draft_tokens=settings.longest_draft)
@@ -91,31 +93,27 @@ def tune(
     seen, unseen = prompts[: len(agreement.outputs)], prompts[len(agreement.outputs) :]
     lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1] + [*unseen]
     share = replace(settings, time_limit_seconds=_FOR_VERIFICATION * settings.time_limit_seconds)
-    verifications = _verify(decoder, lively, chosen, eos_token_ids=eos_token_ids, settings=share)
+    verifications = _verify(decoder, lively, chosen, share)
     return Tuning(
         agreement=agreement,
         costs=costs,
         predictions=predictions,
         verifications=verifications,
-        confirmations=_confirm(decoder, lively, verifications, eos_token_ids=eos_token_ids, settings=settings),
+        confirmations=_confirm(decoder, lively, verifications, settings),
         limited_by="max_draft_tokens" if settings.longest_draft == settings.max_draft_tokens else "max_new_tokens",
         conditions=conditions,
     )
 
 
 def _look(
-    decoder: ExitableDecoder,
-    prompts: Sequence[Sequence[int]],
-    *,
-    eos_token_ids: Sequence[int],
-    settings: TuningSettings,
+    decoder: ExitableDecoder, prompts: Sequence[Sequence[int]], settings: TuningSettings
 ) -> tuple[LayerAgreement, DecodingCosts]:
     """Measure the agreement of the exits, and the costs of steps before, halfway and after."""
     costs: list[DecodingCosts] = []
     context = int(fmean(map(len, prompts))) + settings.max_new_tokens // 2
+    positions = max(3, min(settings.longest_draft + 1, decoder.max_length // 2))
 
     def measure_costs() -> None:
-        positions = max(3, min(settings.longest_draft + 1, decoder.max_length // 2))
         costs.append(
             measure_decoding_costs(decoder, context_length=context, max_positions=positions, repeats=_COST_REPEATS)
         )
@@ -130,7 +128,7 @@ def _look(
         decoder,
         prompts,
         max_new_tokens=settings.max_new_tokens,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=settings.eos_token_ids,
         time_limit_seconds=_FOR_OUTPUTS * settings.time_limit_seconds,
         on_prompt=after,
     )
@@ -143,22 +141,17 @@ def _confirm(
     decoder: ExitableDecoder,
     prompts: Sequence[Sequence[int]],
     verifications: Sequence[Verification],
-    *,
-    eos_token_ids: Sequence[int],
     settings: TuningSettings,
 ) -> list[Verification]:
     """Run the fastest settings that reached 1 again, alone against autoregressive decoding, until one holds."""
-    again = replace(
-        settings,
-        repeats=CONFIRMING_REPEATS,
-        time_limit_seconds=_FOR_CONFIRMATION * settings.time_limit_seconds,
-    )
+    time_limit = _FOR_CONFIRMATION * settings.time_limit_seconds
+    again = replace(settings, repeats=CONFIRMING_REPEATS, time_limit_seconds=time_limit)
     confirmations: list[Verification] = []
     for run in sorted(verifications, key=lambda run: -run.speedup)[:_MOST_CONFIRMED]:
         if run.speedup < 1.0:
             break
         _log.info("confirming %s", setting_in_words(run.prediction))
-        confirmations += _verify(decoder, prompts, [run.prediction], eos_token_ids=eos_token_ids, settings=again)
+        confirmations += _verify(decoder, prompts, [run.prediction], again)
         if confirmations[-1].holds:
             break
     return confirmations
@@ -168,26 +161,23 @@ def _verify(
     decoder: ExitableDecoder,
     prompts: Sequence[Sequence[int]],
     chosen: Sequence[Prediction],
-    *,
-    eos_token_ids: Sequence[int],
     settings: TuningSettings,
 ) -> list[Verification]:
     """Run the chosen settings and autoregressive decoding in turn, prompt by prompt, as long as `settings` says."""
-    baseline, *measured = measure_drafting(
-        decoder,
-        prompts,
-        [(prediction.exit_layer, prediction.num_draft_tokens) for prediction in chosen],
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_ids=eos_token_ids,
+    plain = DecodingSettings(max_new_tokens=settings.max_new_tokens, eos_token_ids=settings.eos_token_ids)
+    drafting = [(prediction.exit_layer, prediction.num_draft_tokens) for prediction in chosen]
+    batches = [[prompt] for prompt in prompts]
+    measured = alternate(
+        drafting_contenders(decoder, plain, drafting),
+        batches,
         repeats=settings.repeats,
         time_limit_seconds=settings.time_limit_seconds,
         on_batch=lambda done: _log.info("verification: run %d of %d", done, len(prompts) * settings.repeats),
     )
-    batches = [[prompt] for prompt in prompts]
-    _, *differences = find_output_differences(decoder, batches, [baseline, *measured], eos_token_ids=eos_token_ids)
+    differences = find_output_differences(decoder, batches, measured, eos_token_ids=settings.eos_token_ids)
     return [
-        _verification(*each, baseline, num_given=len(prompts))
-        for each in zip(chosen, measured, differences, strict=True)
+        _verification(*each, measured[0], num_given=len(prompts))
+        for each in zip(chosen, measured[1:], differences[1:], strict=True)
     ]
 
 

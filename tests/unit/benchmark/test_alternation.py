@@ -4,8 +4,7 @@ from collections.abc import Sequence
 import pytest
 
 from app.benchmark import alternation
-from app.benchmark.alternation import Contender, Measurement, Prompts, alternate, engine_contender
-from app.benchmark.round_counts import RoundCounts
+from app.benchmark.alternation import Contender, Measurement, Prompts, RoundCounts, alternate, engine_contender
 from app.decoding.result import DecodingResult, Step
 from app.decoding.settings import DecodingSettings
 from tests.support.fake_decoder import counting_decoder
@@ -17,23 +16,23 @@ def _result(tokens: Sequence[int], *, seconds: float = 1.0, steps: tuple[Step, .
     )
 
 
-def _contender(name: str, calls: list[tuple[str, list[int], int]]) -> Contender:
+def _contender(name: str, calls: list[tuple[str, list[int], int]], *, budget: int) -> Contender:
     """Says when it is called; its tokens are the budget's."""
 
-    def decode(prompts: Prompts, max_new_tokens: int) -> list[DecodingResult]:
-        calls.append((name, [prompt[0] for prompt in prompts], max_new_tokens))
-        return [_result(range(max_new_tokens)) for _ in prompts]
+    def decode(prompts: Prompts, settings: DecodingSettings) -> list[DecodingResult]:
+        calls.append((name, [prompt[0] for prompt in prompts], settings.max_new_tokens))
+        return [_result(range(settings.max_new_tokens)) for _ in prompts]
 
-    return Contender(strategy=name, decode=decode)
+    return Contender(strategy=name, settings=DecodingSettings(max_new_tokens=budget), decode=decode)
 
 
 def _measurement(*batches: Sequence[Sequence[DecodingResult]]) -> Measurement:
-    return Measurement(contender=Contender(strategy="x", decode=lambda *_: []), runs=batches)
+    return Measurement(contender=_contender("x", [], budget=2), runs=batches)
 
 
 def test_everyone_decodes_every_batch_in_turn_and_another_begins_each_time() -> None:
     calls: list[tuple[str, list[int], int]] = []
-    alternate([_contender(name, calls) for name in "abc"], [[[1], [2]], [[3]]], max_new_tokens=20, repeats=2)
+    alternate([_contender(name, calls, budget=20) for name in "abc"], [[[1], [2]], [[3]]], repeats=2)
     assert "".join(name for name, *_ in calls) == "abc" + "abcbca" + "bcacab"  # warm-up, then both batches, twice
     assert [prompts for _, prompts, _ in calls] == [[1, 2]] * 6 + [[3]] * 3 + [[1, 2]] * 3 + [[3]] * 3
     assert [budget for *_, budget in calls] == [16] * 3 + [20] * 12
@@ -41,7 +40,7 @@ def test_everyone_decodes_every_batch_in_turn_and_another_begins_each_time() -> 
 
 def test_a_warm_up_is_no_longer_than_the_budget_and_counts_for_nothing() -> None:
     calls: list[tuple[str, list[int], int]] = []
-    measured = alternate([_contender("a", calls)], [[[1]]], max_new_tokens=3, repeats=2)
+    measured = alternate([_contender("a", calls, budget=3)], [[[1]]], repeats=2)
     assert [budget for *_, budget in calls] == [3, 3, 3]
     assert len(measured[0].runs[0]) == 2
 
@@ -51,11 +50,9 @@ def test_no_batch_is_started_after_the_time_limit_but_the_first_is_measured(monk
     monkeypatch.setattr(alternation, "perf_counter", lambda: float(next(ticks)))  # one second a batch
 
     def measure(limit: float, repeats: int = 1) -> list[Measurement]:
-        contenders = [_contender(name, []) for name in "ab"]
+        contenders = [_contender(name, [], budget=2) for name in "ab"]
         batches = [[[1]], [[2]], [[3]]]
-        return alternate(
-            contenders, batches, max_new_tokens=2, repeats=repeats, time_limit_seconds=limit, on_batch=done.append
-        )
+        return alternate(contenders, batches, repeats=repeats, time_limit_seconds=limit, on_batch=done.append)
 
     assert [[len(each.runs) for each in measure(limit)] for limit in (0.0, 1.5, 9.0)] == [[1, 1], [2, 2], [3, 3]]
     assert done == [1, 1, 2, 1, 2, 3]
@@ -103,10 +100,10 @@ def test_an_output_is_identical_if_it_is_in_every_repeat() -> None:
     assert once.identical_to(expected) == [True, False]
 
 
-def test_an_engine_contender_decodes_with_its_strategy_and_the_budget_of_the_call() -> None:
-    settings = DecodingSettings(max_new_tokens=1, exit_layer=2, num_draft_tokens=3)
+def test_an_engine_contender_decodes_with_its_strategy_and_settings() -> None:
+    settings = DecodingSettings(max_new_tokens=9, exit_layer=2, num_draft_tokens=3)
     contender = engine_contender(counting_decoder(), "self_speculative", settings)
-    assert (contender.strategy, contender.exit_layer, contender.num_draft_tokens) == ("self_speculative", 2, 3)
-    results = contender.decode([[1], [10, 11]], 9)
+    assert (contender.strategy, contender.label) == ("self_speculative", "self_speculative, exit 2, drafts 3")
+    results = contender.decode([[1], [10, 11]], contender.settings)
     assert [result.tokens for result in results] == [list(range(2, 11)), list(range(12, 21))]
     assert [result.drafted for result in results] == [6, 6]

@@ -56,7 +56,7 @@ def _settings(*strategies: BenchmarkStrategy, **options: Any) -> BenchmarkSettin
 
 
 def _names(contenders: Sequence[Contender]) -> list[tuple[str, int | None, int | None]]:
-    return [(each.strategy, each.exit_layer, each.num_draft_tokens) for each in contenders]
+    return [(each.strategy, each.settings.exit_layer, each.settings.num_draft_tokens) for each in contenders]
 
 
 def test_every_strategy_of_the_engine_can_be_benchmarked_and_two_of_transformers() -> None:

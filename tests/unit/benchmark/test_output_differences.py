@@ -30,24 +30,24 @@ def _contender(decoder: ExitableDecoder, name: str, *edits: Edit) -> Contender:
     turns = [Edit()] * len(BATCHES) if not edits else list(edits)
     calls: dict[int, int] = {}
 
-    def decode(prompts: Prompts, max_new_tokens: int) -> Sequence[DecodingResult]:
+    def decode(prompts: Prompts, settings: DecodingSettings) -> Sequence[DecodingResult]:
         call = calls.get(prompts[0][0], -1 if not calls else 0)  # it warms up with the first
         calls[prompts[0][0]] = call + 1
         edit = turns[call % len(turns)]
-        results = honest.decode(prompts, max_new_tokens)
+        results = honest.decode(prompts, settings)
         return [
             replace(result, tokens=edit.get(prompt[0], result.tokens))
             for prompt, result in zip(prompts, results, strict=True)
         ]
 
-    return Contender(strategy=name, decode=decode)
+    return Contender(strategy=name, settings=honest.settings, decode=decode)
 
 
 def _differences(decoder: ExitableDecoder, *others: Contender, batches: Sequence[Prompts] = BATCHES) -> list[
     OutputDifferences
 ]:  # fmt: skip
     plain = engine_contender(decoder, "autoregressive", DecodingSettings(max_new_tokens=6, eos_token_ids=(40,)))
-    measured: list[Measurement] = alternate([plain, *others], batches, max_new_tokens=6, repeats=2)
+    measured: list[Measurement] = alternate([plain, *others], batches, repeats=2)
     found = find_output_differences(decoder, batches, measured, eos_token_ids=(40,))
     assert found[0] == OutputDifferences(num_prompts=3, num_differing=0)
     return found[1:]
@@ -78,7 +78,7 @@ def test_the_gap_at_the_first_position_that_differs_tells_a_tie_from_a_bug(
 def test_outputs_that_are_the_same_are_not_decoded_again() -> None:
     decoder = _near_ties(0.25)
     plain = engine_contender(decoder, "autoregressive", DecodingSettings(max_new_tokens=6))
-    measured = alternate([plain, plain], BATCHES, max_new_tokens=6, repeats=1)
+    measured = alternate([plain, plain], BATCHES, repeats=1)
     runs = len(decoder.spans)
     assert find_output_differences(decoder, BATCHES, measured, eos_token_ids=()) == [OutputDifferences(
         num_prompts=3, num_differing=0
@@ -89,11 +89,9 @@ def test_outputs_that_are_the_same_are_not_decoded_again() -> None:
 def test_the_batch_is_decoded_as_it_was_and_rows_that_end_leave_it() -> None:
     decoder, batches = _near_ties(0.25), [[[39], [10, 11]]]  # 40 ends
     plain = engine_contender(decoder, "autoregressive", DecodingSettings(max_new_tokens=6, eos_token_ids=(40,)))
-    plain.decode(batches[0], 4)
+    plain.decode(batches[0], replace(plain.settings, max_new_tokens=4))
     as_it_was = list(decoder.heads)
-    measured = alternate(
-        [plain, _contender(decoder, "self_speculative", {10: WRONG})], batches, max_new_tokens=6, repeats=1
-    )
+    measured = alternate([plain, _contender(decoder, "self_speculative", {10: WRONG})], batches, repeats=1)
     decoder.heads.clear()
     find_output_differences(decoder, batches, measured, eos_token_ids=(40,))
     assert decoder.heads[1:][: len(as_it_was)] == as_it_was  # after one that tells the number type
@@ -127,7 +125,7 @@ def test_gaps_of_a_real_model_are_those_of_its_own_forward() -> None:
     model = tiny_llama(tied=False)
     decoder = SpanDecoder(model)
     plain = engine_contender(decoder, "autoregressive", DecodingSettings(max_new_tokens=6))
-    honest = [result.tokens for result in plain.decode(BATCHES[0], 6)]
+    honest = [result.tokens for result in plain.decode(BATCHES[0], plain.settings)]
     other = [*honest[1][:4], (honest[1][4] + 1) % decoder.vocab_size, 0]
     (found,) = _differences(decoder, _contender(decoder, "self_speculative", {10: other}))
     with torch.no_grad():

@@ -6,25 +6,27 @@ from typing import Any
 import pytest
 
 from app.benchmark.alternation import Contender, Measurement
-from app.benchmark.benchmark import Benchmark, BenchmarkSettings, Costs, Subject
+from app.benchmark.benchmark import Benchmark, Costs
 from app.benchmark.decoding_costs import DecodingCosts
 from app.benchmark.output_differences import OutputDifferences
 from app.benchmark.result import BenchmarkResult, benchmark_results, round_costs
 from app.benchmark.transformers_baseline import GenerateResult
 from app.decoding.result import DecodingResult, Step
+from app.decoding.settings import DecodingSettings
 
 COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
 SMALL = DecodingCosts(block_seconds=5e-4, head=1.0, draft_head=1.0, first_extra=0.0, extra_token=0.01, overhead=9.0)
-SUBJECT: Any = Subject(*(SimpleNamespace(num_layers=layers) for layers in (0, 10, 4)))  # type: ignore[arg-type]
+SMALL_DECODER: Any = SimpleNamespace(num_layers=4)
 TOKENS = list(range(9))
 KEPT, CUT = Step([1, 2, 3, 4], 3), Step([5], 0, (7, 7, 7))  # of three drafts: all kept, and none
 
 
 def _measurement(
-    strategy: str, *runs: DecodingResult, exit_layer: int | None = None, drafts: int | None = None
+    strategy: str, *runs: DecodingResult, exit_layer: int | None = None, drafts: int | None = None, **others: Any
 ) -> Measurement:
     """One prompt, decoded once in each repeat."""
-    contender = Contender(strategy=strategy, exit_layer=exit_layer, num_draft_tokens=drafts, decode=lambda *_: [])
+    settings = DecodingSettings(max_new_tokens=9, exit_layer=exit_layer, num_draft_tokens=drafts, **others)
+    contender = Contender(strategy=strategy, settings=settings, decode=lambda *_: [])
     return Measurement(contender=contender, runs=[[[run] for run in runs]])
 
 
@@ -34,14 +36,9 @@ def _run(seconds: float, *steps: Step, tokens: Sequence[int] = TOKENS) -> Decodi
     )
 
 
-def _results(*measurements: Measurement, costs: Costs | None = None, **settings: Any) -> list[BenchmarkResult]:
-    asked: dict[str, Any] = {"strategies": ("autoregressive",), "max_new_tokens": 9, "repeats": 3}
+def _results(*measurements: Measurement, costs: Costs | None = None) -> list[BenchmarkResult]:
     differences = [OutputDifferences(num_prompts=1, num_differing=0)] * len(measurements)
-    return benchmark_results(
-        Benchmark(list(measurements), costs, differences),
-        subject=SUBJECT,
-        settings=BenchmarkSettings(**(asked | settings)),
-    )
+    return benchmark_results(Benchmark(list(measurements), costs, differences), num_layers=10)
 
 
 PLAIN = _measurement("autoregressive", _run(8.0), _run(16.0), _run(8.0))
@@ -81,23 +78,23 @@ def test_predictions_are_the_cost_model_fed_with_what_was_measured() -> None:
 
 @pytest.mark.parametrize("options", [{"draft_policy": "adaptive"}, {"fall_back": True}])
 def test_drafts_of_varying_length_are_predicted_from_their_rounds_alone(options: dict[str, Any]) -> None:
-    _, speculative = _results(PLAIN, SPECULATIVE, costs=Costs(COSTS, None), **options)
+    contender = replace(SPECULATIVE.contender, settings=replace(SPECULATIVE.contender.settings, **options))
+    _, speculative = _results(PLAIN, replace(SPECULATIVE, contender=contender), costs=Costs(COSTS, None))
     assert (speculative.predicted_speedup, speculative.prediction_error) == (None, None)
     assert speculative.predicted_speedup_from_rounds is not None
 
 
 def test_what_shares_no_computation_is_costed_as_two_passes() -> None:
-    def costs_of(strategy: str, costs: Costs) -> Any:
-        contender = _measurement(strategy, drafts=3).contender
-        return round_costs(contender, costs, subject=SUBJECT, skipped_layers=(4, 5, 5, 6))
+    def costs_of(strategy: str, costs: Costs, **settings: Any) -> Any:
+        return round_costs(_measurement(strategy, drafts=3, **settings).contender, costs, num_layers=10)
 
-    skip = costs_of("layer_skip", Costs(COSTS, None))
+    skip = costs_of("layer_skip", Costs(COSTS, None), skipped_layers=(4, 5, 5, 6))
     assert (skip.draft_step, skip.draft_tail, skip.verify, skip.plain_step) == (10 - 3 + 1.5, 0.0, 12.0, 12.0)
     assert (skip.extra_token, skip.overhead) == (0.05, 0.5 + 0.25 * 12)
-    small = costs_of("draft_model", Costs(COSTS, SMALL))
+    small = costs_of("draft_model", Costs(COSTS, SMALL), draft_decoder=SMALL_DECODER)
     assert small.draft_step == pytest.approx((4 + 1) / 2)  # its blocks take half as long
-    assert costs_of("draft_model", Costs(COSTS, None)) is None
-    assert costs_of("transformers_early_exit", Costs(COSTS, SMALL)) is None
+    assert costs_of("draft_model", Costs(COSTS, None), draft_decoder=SMALL_DECODER) is None
+    assert costs_of("transformers_early_exit", Costs(COSTS, SMALL), exit_layer=3) is None
 
 
 def test_speedups_over_transformers_are_there_where_it_was_measured_with_the_same_setting() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from app.benchmark.round_counts import RoundCounts
+from app.benchmark.alternation import RoundCounts
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.spans.decoder import SpanDecoder

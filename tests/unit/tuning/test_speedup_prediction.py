@@ -1,6 +1,6 @@
 import pytest
 
-from app.benchmark.round_counts import RoundCounts
+from app.benchmark.alternation import RoundCounts
 from app.tuning.layer_agreement import LayerAgreement
 from app.tuning.speedup_prediction import choose_diverse, needed_agreement, predict
 from tests.unit.tuning.made_up import COSTS, make_prediction

@@ -50,16 +50,14 @@ def test_the_fastest_is_run_again_and_the_second_fastest_where_it_does_not_hold(
     calls: list[tuple[list[int], TuningSettings]] = []
     again = iter(confirmed)
 
-    def verify(_: object, __: object, which: list[Prediction], *, eos_token_ids: object, settings: TuningSettings) -> (
-        list[Verification]
-    ):  # fmt: skip
+    def verify(_: object, __: object, which: list[Prediction], settings: TuningSettings) -> list[Verification]:
         calls.append(([prediction.num_draft_tokens for prediction in which], settings))
         speedups = verified if len(calls) == 1 else (next(again),)
         return [make_run(*pair) for pair in zip(which, speedups, strict=True)]
 
     monkeypatch.setattr(tuning_module, "choose_diverse", lambda *_, **__: settings)
     monkeypatch.setattr(tuning_module, "_verify", verify)
-    tuning = tune(counting_decoder(), _PROMPTS, eos_token_ids=(), settings=replace(_SETTINGS, time_limit_seconds=100.0))
+    tuning = tune(counting_decoder(), _PROMPTS, replace(_SETTINGS, time_limit_seconds=100.0))
     assert [which for which, _ in calls] == [[p.num_draft_tokens for p in settings], *([drafts] for drafts in run)]
     assert [used.repeats for _, used in calls] == [2, *[5] * len(run)]
     assert [used.time_limit_seconds for _, used in calls] == [40.0, *[20.0] * len(run)]
@@ -70,7 +68,7 @@ def test_the_fastest_is_run_again_and_the_second_fastest_where_it_does_not_hold(
 @pytest.mark.parametrize(("max_new_tokens", "most"), [(5, 3), (4, 2)])
 def test_no_draft_is_looked_at_that_an_output_has_no_room_for(max_new_tokens: int, most: int) -> None:
     settings = replace(_SETTINGS, max_new_tokens=max_new_tokens)
-    tuning = tune(counting_decoder(), _PROMPTS, eos_token_ids=(), settings=settings)
+    tuning = tune(counting_decoder(), _PROMPTS, settings)
     assert max(prediction.num_draft_tokens for prediction in tuning.predictions) == most
     assert tuning.limited_by == ("max_draft_tokens" if most == 3 else "max_new_tokens")
     assert replace(_SETTINGS, max_new_tokens=2).longest_draft == 1
@@ -82,14 +80,14 @@ def test_costs_are_the_median_of_three_moments(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         tuning_module, "measure_decoding_costs", lambda _, **options: (asked.append(options), next(moments))[1]
     )
-    tuning = tune(counting_decoder(), _PROMPTS, eos_token_ids=(), settings=_SETTINGS)
+    tuning = tune(counting_decoder(), _PROMPTS, _SETTINGS)
     assert tuning.costs == replace(COSTS, head=1.5)
     assert tuning.predictions == predict(tuning.agreement, tuning.costs, max_draft_tokens=3)
     assert asked == [{"context_length": 4 + 8, "max_positions": 4, "repeats": 3}] * 3
 
 
 def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
-    tuning = tune(_agreeing_decoder(), _PROMPTS, eos_token_ids=(), settings=_SETTINGS)
+    tuning = tune(_agreeing_decoder(), _PROMPTS, _SETTINGS)
     assert [p.exit_layer for p in tuning.predictions] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert len(tuning.verifications) == 2
     for run in tuning.verifications:
@@ -105,21 +103,21 @@ def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
 
 
 def test_a_used_up_time_limit_leaves_one_prompt() -> None:
-    tuning = tune(_agreeing_decoder(), _PROMPTS, eos_token_ids=(), settings=replace(_SETTINGS, time_limit_seconds=0.0))
+    tuning = tune(_agreeing_decoder(), _PROMPTS, replace(_SETTINGS, time_limit_seconds=0.0))
     assert len(tuning.agreement.outputs) == tuning.best.num_prompts == 1
     assert "on 1 of 2 prompts and 15 tokens" in tuning.reason
 
 
 def test_prompts_that_the_first_pass_had_no_time_for_are_run_when_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning_module, "_FOR_OUTPUTS", 0.0)
-    tuning = tune(_agreeing_decoder(), _PROMPTS, eos_token_ids=(), settings=_SETTINGS)
+    tuning = tune(_agreeing_decoder(), _PROMPTS, _SETTINGS)
     assert (len(tuning.agreement.outputs), tuning.best.num_prompts, tuning.best.num_given) == (1, 2, 2)
 
 
 def test_prompts_whose_output_is_one_token_are_not_run() -> None:
     decoder = counting_decoder(max_length=64)
-    tuning = tune(decoder, [[4], [7], [9]], eos_token_ids=(5,), settings=_SETTINGS)  # 5 comes right after 4
+    tuning = tune(decoder, [[4], [7], [9]], replace(_SETTINGS, eos_token_ids=(5,)))  # 5 comes right after 4
     assert len(tuning.agreement.outputs) == 3
     assert tuning.best.num_prompts == 2
     with pytest.raises(DataError, match="first token"):
-        tune(decoder, [[4]], eos_token_ids=(5,), settings=_SETTINGS)
+        tune(decoder, [[4]], replace(_SETTINGS, eos_token_ids=(5,)))

@@ -159,7 +159,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
                 shutil.rmtree(partial_path(self._saving_to), ignore_errors=True)
             raise CheckpointError(
                 f"cannot write checkpoint {self._saving_to}: {_reasons(error)}; earlier checkpoints are untouched"
-            ) from error
+            ) from _first_cause(error)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -207,7 +207,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
             try:
                 load(wanted, storage_reader=ShardReader(path))
             except CheckpointException as error:  # not a subclass of Exception
-                raise CheckpointError(f"cannot read checkpoint {path}: {_reasons(error)}") from error
+                raise CheckpointError(f"cannot read checkpoint {path}: {_reasons(error)}") from _first_cause(error)
         else:
             content = contents.read_file(path, mmap=True)
             self.lightning_module.on_load_checkpoint(content)
@@ -243,6 +243,11 @@ class ShardedCheckpoints(ModelParallelStrategy):
 def _reasons(error: CheckpointException) -> str:
     failures = sorted(error.failures.items())
     return "; ".join(f"rank {rank}: {textwrap.shorten(str(reason), 200)}" for rank, (reason, _) in failures)
+
+
+def _first_cause(error: CheckpointException) -> BaseException:
+    """What the first rank that failed raised; torch does not chain the errors of ranks."""
+    return error.failures[min(error.failures)][0]
 
 
 def _described(key: str, shards: Shards) -> Tensor:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Mapping
 from traceback import walk_tb
 from types import FrameType
 from typing import Any
@@ -25,11 +26,13 @@ _CHOSEN_BY = {
 }
 _RESUME = "go on from the last checkpoint, if there is one, with --ckpt_path auto"
 # Words of torch's errors for the faults of other processes and of the config, and what to do about them.
-_FAULTS = {
+_DEAD_WORKER = {
     r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (?:exited unexpectedly|is killed by signal: (.*?)\.)": (
         "data worker process {0} died ({1}); most often the machine ran out of memory (`dmesg` tells): give fewer"
         f" workers (--data.num_workers) or a machine with more, and {_RESUME}"
     ),
+}
+_FAULTS = {
     r"Timed out waiting (\d+)ms for|Watchdog caught collective operation timeout.*Timeout\(ms\)=(\d+)": (
         "rank {rank} waited for another rank for {seconds:g} s, the timeout: look at the output of the others for one"
         " that is stuck or gone; if one is only slow, raise the strategy's timeout"
@@ -55,10 +58,12 @@ class LocatedError(UserError):
 
 def user_message(error: BaseException) -> str | None:
     """The message for an error that the user can mend, or None for a bug of ours."""
+    # A dead worker first: torch may raise its death anywhere, and what was done there did not fail by itself.
+    if message := _of_fault(error, _DEAD_WORKER):
+        return message
     if isinstance(error, UserError):
         return str(error)
-    # A fault first: torch raises the death of a data worker wherever it is, for instance in the optimizer's step.
-    if (message := _of_fault(error) or _of_chosen_class(error)) or type(error).__name__ == _LIGHTNINGS:
+    if (message := _of_fault(error, _FAULTS) or _of_chosen_class(error)) or type(error).__name__ == _LIGHTNINGS:
         return message or str(error)
     if isinstance(error, OSError) and (error.errno in _OF_DISKS or error.filename is not None):
         named = isinstance(error.filename, str | bytes | os.PathLike)
@@ -117,10 +122,10 @@ def _of_trainer(frame: FrameType, text: str) -> str:
     return f"trainer{'.' if name else ''}{name}: {got}{text}"
 
 
-def _of_fault(error: BaseException) -> str | None:
+def _of_fault(error: BaseException, faults: Mapping[str, str]) -> str | None:
     """The message for an error of torch, or what it was raised from, that another process or the config caused."""
     for cause in causes(error):
-        for pattern, message in _FAULTS.items() if isinstance(cause, RuntimeError) else ():
+        for pattern, message in faults.items() if isinstance(cause, RuntimeError) else ():
             if found := re.search(pattern, str(cause), re.DOTALL):
                 given = [group for group in found.groups() if group]
                 seconds = int(given[0]) / 1000 if given and given[0].isdigit() else 0.0

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -17,6 +18,9 @@ _SECONDS_TO_END = 5.0
 class WorkerLoader(DataLoader[Any]):
     """A DataLoader that reports a dead worker as such; give it `worker_init_fn=prepare_worker`.
 
+    A worker's death is raised where a batch is asked for that never comes. torch also handles SIGCHLD, and then raises
+    the death at whatever line the run has reached: in the midst of an optimizer step, or of a checkpoint's writing.
+
     torch looks for a dead worker only when it cannot receive a batch. The kernel closes a process's sockets a moment
     before it ends the process, and within that moment torch reports a broken socket.
 
@@ -26,18 +30,21 @@ class WorkerLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield batches, or raise RuntimeError, as torch words it, if a worker died."""
+        before = signal.getsignal(signal.SIGCHLD)
         batches = super().__iter__()
+        if signal.getsignal(signal.SIGCHLD) is not before:  # torch handles it once, for all loaders of a process
+            signal.signal(signal.SIGCHLD, before)
         workers = multiprocessing.active_children()
         try:
             yield from batches
-        except (ConnectionError, EOFError) as error:
-            ended = wait([worker.sentinel for worker in workers], timeout=_SECONDS_TO_END) if workers else []
-            if not (dead := [worker for worker in workers if worker.sentinel in ended]):
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            # torch's own report, a RuntimeError, comes after the death and does not say how the worker died.
+            limit = 0 if isinstance(error, RuntimeError) else _SECONDS_TO_END
+            ended = wait([worker.sentinel for worker in workers], timeout=limit) if workers else []
+            dead = [worker for worker in workers if worker.sentinel in ended and worker.exitcode != 0]
+            if not dead:
                 raise
-            for worker in dead:
-                worker.join()  # torch's handler of the signal that a child ended may raise its own report here
-            pids = ", ".join(str(worker.pid) for worker in dead)
-            raise RuntimeError(f"DataLoader worker (pid(s) {pids}) exited unexpectedly") from error
+            raise RuntimeError(_death_of(dead[0])) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the datamodule keeps the position, or the optimizer step tells it."""
@@ -45,6 +52,14 @@ class WorkerLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore nothing. Lightning takes a loader with these two methods for one that can stop inside an epoch."""
+
+
+def _death_of(worker: BaseProcess) -> str:
+    """How a worker died, in torch's words."""
+    worker.join()
+    assert worker.exitcode is not None
+    killed = f"is killed by signal: {signal.strsignal(-worker.exitcode)}." if worker.exitcode < 0 else ""
+    return f"DataLoader worker (pid {worker.pid}) {killed or 'exited unexpectedly'}"
 
 
 def prepare_worker(worker: int) -> None:  # noqa: ARG001  # torch's signature

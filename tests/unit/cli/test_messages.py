@@ -1,14 +1,19 @@
 """What a user reads where jsonargparse, Lightning or torch refuses a setting."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from app.checkpoints.checkpoint_io import AtomicCheckpointIO
+from app.checkpoints.sharded import ShardedCheckpoints
 from app.cli.messages import user_message
-from app.errors import ConfigError
+from app.errors import CheckpointError, ConfigError
 from datamodules.loading.datamodule import check_end
 from tests.support.runs import cli
 
@@ -85,3 +90,18 @@ def test_a_stream_may_be_validated_by_the_clock() -> None:
     check_end(Trainer(max_steps=1, val_check_interval="00:00:00:01", logger=False))
     with pytest.raises(ConfigError, match=r"got 0\.5, allowed a number of batches"):
         check_end(Trainer(max_steps=1, val_check_interval=0.5, logger=False))
+
+
+def test_a_dead_worker_is_told_as_such_whatever_its_death_broke_off(tmp_path) -> None:
+    died = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    of_ranks = ShardedCheckpoints()
+    of_ranks._saving_to = tmp_path / "last.ckpt"
+    with (
+        pytest.raises(CheckpointError, match="cannot write") as one_file,
+        patch.object(torch, "save", side_effect=died),
+    ):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="cannot write") as shards, of_ranks._one_error():
+        raise CheckpointException("write", {1: (died, None)})  # type: ignore[dict-item]
+    for error in (one_file.value, shards.value):
+        assert (user_message(error) or "").startswith("data worker process 7 died (Killed); ")

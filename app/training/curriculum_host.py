@@ -1,19 +1,23 @@
 """What callbacks may set in a module that trains, and ask of it: the hosts of app.protocols, but for decoding.
 
-Tested by tests/unit/callbacks/test_own_curricula.py and tests/unit/callbacks/test_curricula.py.
+Tested by tests/unit/callbacks/test_own_curricula.py, test_curricula.py and tests/distributed/test_agreement.py.
 """
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Generic, NamedTuple, TypeVar
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from typing_extensions import override
 
+from app.data_ranks import data_ranks
 from app.errors import ConfigError, check_range
-from app.training.micro_batch_work import WorkWatcher
+from app.layerskip.layer_dropout import KeptSamples, draw_kept_samples
+from app.protocols import MicroBatchWork
 
 _FIX = "one of them is enough; of the command line's, --{} leaves it to a callback of your own"
 Value = TypeVar("Value")
@@ -43,7 +47,7 @@ class CurriculumHost(LightningModule):
         )
         self._dropped_shares = self.dropout_rates
         self._monitored: set[int] = set()
-        self._work_watchers: list[WorkWatcher] = []
+        self._work_watchers: list[Callable[[MicroBatchWork], None]] = []
 
     @property
     def num_layers(self) -> int:
@@ -89,7 +93,7 @@ class CurriculumHost(LightningModule):
     def monitor_exits(self, exit_layers: Sequence[int]) -> None:
         self._monitored.update(exit_layers)
 
-    def watch_work(self, watcher: WorkWatcher) -> None:
+    def watch_work(self, watcher: Callable[[MicroBatchWork], None]) -> None:
         self._work_watchers.append(watcher)
 
     @override
@@ -110,6 +114,41 @@ class CurriculumHost(LightningModule):
             allowed = f"the full model, exit {self.num_layers}, among them on more than one device"
             raise ConfigError("set_exit_weights", got=dict(weights), allowed=allowed)
         return dropout, weights
+
+    def draw_kept(self, batch_size: int, batch_idx: int, *, seed: int) -> KeptSamples | None:
+        """Draw the samples that each block keeps in a micro-batch, and show its work to those who watch.
+
+        Ranks that share weights call this together: whatever rows each has, all must know which blocks no rank needs,
+        so they agree on the largest micro-batch among them. So do ranks whose work is watched, at any rates.
+
+        Returns:
+            The samples, on the CPU; None if none can be dropped.
+        """
+        trainer, rates, watchers = self.trainer, self.dropout_rates, self._work_watchers
+        (rank, num_replicas), largest, kept = data_ranks(trainer), batch_size, None
+        if num_replicas > 1 and (watchers or (any(rates) and self.device_mesh is not None)):
+            of_all_ranks = torch.tensor(batch_size, device=self.device)
+            dist.all_reduce(of_all_ranks, op=dist.ReduceOp.MAX)
+            largest = int(of_all_ranks)
+        if any(rates):
+            micro_step = batch_idx % trainer.accumulate_grad_batches
+            kept = draw_kept_samples(
+                rates,
+                batch_size=batch_size,
+                seed=seed,
+                step=trainer.global_step,
+                micro_batch=micro_step * num_replicas + rank,
+                largest_batch=largest,
+            )
+        if watchers:
+            samples = kept and tuple(tuple(of_block.tolist()) for of_block in kept.by_block)
+            exits = tuple(sorted(self.exit_weights.items()))
+            work = MicroBatchWork(batch_size, rates, samples, kept and kept.most, exits)
+            for watch in watchers:
+                watch(work)
+        shares = (1 - len(of_block) / max(1, batch_size) for of_block in kept.by_block) if kept else rates
+        self._dropped_shares = tuple(shares)
+        return kept
 
 
 class _Writer(NamedTuple):

@@ -3,20 +3,22 @@
 A skipped step changes neither weights nor optimizer states. It still counts: `global_step`, the data position and every
 schedule (learning rate, dropout, exits) go on, since all are functions of the step. So a run that skips sees the same
 batches at the same steps as one that does not, and resumes as exactly. Tested by tests/integration/test_divergence.py.
+
+Shape legend: `W` ranks, `A` micro-batches of a step, `E` exits that are on.
 """
 
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from app.errors import DivergenceError, check_choice, check_range
-from app.training.step_sums import StepSums, StepTotals, gathered
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +27,15 @@ OnDivergence = Literal["stop", "skip"]
 _LOWER = "with a lower learning rate"
 _ALLOW = "--allow_changes '[model.optimizer]'"
 _EARLIER = "resume an earlier checkpoint (callbacks.LastCheckpoint: keep_previous keeps one)"
+
+
+class StepTotals(NamedTuple):
+    """A step over all micro-batches and ranks. All but the last field are the same on every rank."""
+
+    num_label_tokens: float
+    exit_losses: dict[int, float]  # exit_layer -> mean cross entropy, in nats a label token
+    grads_finite: bool  # on every rank
+    own_sums_AE: Tensor  # this rank's sums of losses, by micro-batch and exit
 
 
 class DivergenceGuard:
@@ -44,13 +55,7 @@ class DivergenceGuard:
         self._steps_taken = 0  # by this process
 
     def accepts(
-        self,
-        module: LightningModule,
-        optimizer: torch.optim.Optimizer,
-        *,
-        sums: StepSums,
-        totals: StepTotals,
-        grad_norm: Tensor,
+        self, module: LightningModule, optimizer: torch.optim.Optimizer, *, totals: StepTotals, grad_norm: Tensor
     ) -> bool:
         """Whether this step is to be taken, the same on all ranks. If not, the optimizer's gradients are dropped.
 
@@ -70,7 +75,8 @@ class DivergenceGuard:
             found = f"gradient norm is {float(grad_norm)} {found}, in {_names_and_ranks(grads, module)}"
         else:
             exit_layer, loss = next(each for each in totals.exit_losses.items() if not math.isfinite(each[1]))
-            micro_batches = [f"rank {rank} micro-batch {micro}" for rank, micro in sums.not_finite_at()]
+            flags_WA = _gathered((~torch.isfinite(totals.own_sums_AE)).any(dim=1))
+            micro_batches = [f"rank {rank} micro-batch {micro}" for rank, micro in flags_WA.nonzero().tolist()]
             found = f"loss at exit {exit_layer} is {loss} {found}, {_listed(micro_batches)}"
         if not self.skips:
             raise DivergenceError(f"{found}; the step was not taken: {self._advice(module)}")
@@ -133,10 +139,20 @@ def _drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
 
 def _names_and_ranks(tensors: Sequence[tuple[str, Tensor | None]], module: LightningModule) -> str:
     """Names and ranks of the tensors that are not finite; empty if all are. All ranks must call it together."""
-    found_WN = gathered(torch.tensor([_is_not_finite(tensor) for _, tensor in tensors], device=module.device))
+    found_WN = _gathered(torch.tensor([_is_not_finite(tensor) for _, tensor in tensors], device=module.device))
     names = _listed([tensors[idx][0] for idx in found_WN.any(dim=0).nonzero().flatten().tolist()])
     ranks = _listed([str(rank) for rank in found_WN.any(dim=1).nonzero().flatten().tolist()])
     return names and f"{names} on rank {ranks}"
+
+
+def _gathered(flags_N: Tensor) -> Tensor:
+    """The flags [N] of every rank, as [W, N]; all ranks together."""
+    own = flags_N.to(torch.uint8)
+    if not dist.is_initialized():
+        return own[None]
+    of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, own)
+    return torch.stack(of_ranks)
 
 
 def not_finite_weights(module: LightningModule) -> str:

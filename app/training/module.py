@@ -23,7 +23,7 @@ from app.checkpoints.run_record import GENERATION_CONFIG_KEY
 from app.checkpoints.weights import HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
-from app.layerskip.layer_dropout import KeptSamples, keep_scales
+from app.layerskip.layer_dropout import keep_scales
 from app.model.compiled_blocks import compile_blocks
 from app.model.config_check import build_without_memory, check_sizes
 from app.model.early_exit import EarlyExitModel
@@ -32,14 +32,13 @@ from app.model.parallel import parallelize
 from app.model_files.generation_config import untuned_generation_config
 from app.model_files.open import build_model, check_tokenizer_of, load_config, load_pretrained
 from app.model_files.sharded_loading import fill
-from app.protocols import CorpusOwner, ExitableDecoder, MicroBatchWork, TokenizerOwner
+from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
 from app.spans.decoder import SpanDecoder
 from app.text.text_tokens import listed_ends
 from app.text.tokenizer_files import tokenizer_to_files
 from app.training.batch import GivenBatch, check_row_length
 from app.training.divergence import DivergenceGuard, OnDivergence
 from app.training.evaluation_steps import EvaluationSteps
-from app.training.micro_batch_work import draw_for
 from app.training.optim import LearningRate, LRSchedule, LRSchedulerClass, parameter_groups
 from app.training.token_mean import TokenMeanStep
 
@@ -207,7 +206,7 @@ class LayerSkipModule(EvaluationSteps):
         dropout, exit_weights = self.curricula_now()
         labels = batch["labels"].flatten()
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
-        kept = self._draw_kept(len(batch["input_ids"]), batch_idx)
+        kept = self.draw_kept(len(batch["input_ids"]), batch_idx, seed=self.seed)
         hidden = self._network.hidden_by_exit(
             batch["input_ids"],
             batch["position_ids"],
@@ -219,20 +218,6 @@ class LayerSkipModule(EvaluationSteps):
         )
         loss = early_exit_loss(hidden, labels[targets], exit_weights, self._network.weighted_losses)
         return self._step.add(loss, exit_weights)
-
-    def _draw_kept(self, batch_size: int, batch_idx: int) -> KeptSamples | None:
-        """Draw the samples that each block keeps, and show the work to those who watch; None if none can be dropped."""
-        rates, watchers = self.dropout_rates, self._work_watchers
-        kept = draw_for(self, rates, batch_size=batch_size, batch_idx=batch_idx, seed=self.seed, watched=bool(watchers))
-        if watchers:
-            samples = None if kept is None else tuple(tuple(of_block.tolist()) for of_block in kept.by_block)
-            most = None if kept is None else kept.most
-            work = MicroBatchWork(batch_size, rates, samples, most, tuple(sorted(self.exit_weights.items())))
-            for watch in watchers:
-                watch(work)
-        shares = rates if kept is None else (1 - len(samples) / max(1, batch_size) for samples in kept.by_block)
-        self._dropped_shares = tuple(shares)
-        return kept
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -1,17 +1,20 @@
-"""One optimizer step, whose gradients become those of the mean over all label tokens of its micro-batches and ranks."""
+"""One optimizer step, whose gradients become those of the mean over all label tokens of its micro-batches and ranks.
+
+Its sums take one reduction and one wait for the device. Shape legend: `E` exits that are on.
+"""
 
 from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from app import metric_names
 from app.data_ranks import data_ranks
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import EarlyExitLoss
-from app.training.divergence import DivergenceGuard
-from app.training.step_sums import StepSums
+from app.training.divergence import DivergenceGuard, StepTotals
 
 # Any constant would do, since gradients are scaled to the exact mean before the optimizer sees them. One near the
 # tokens of a batch keeps them near their final size until then, so that fp16 loss scaling works as usual.
@@ -24,13 +27,13 @@ class TokenMeanStep:
 
     def __init__(self, guard: DivergenceGuard) -> None:
         self.guard = guard
-        self._sums = StepSums()
+        self._micro_batches: list[Tensor] = []  # [1 + E] each: label tokens, then the loss sum of every exit
         self._exit_weights: Mapping[int, float] | None = None  # of the step, once it has begun
         self._grad_norm: Tensor = torch.zeros(())
 
     def clear(self) -> None:
         """Forget a step that was left unfinished."""
-        self._sums.clear()
+        self._micro_batches = []
         self._exit_weights = None
 
     def add(self, loss: EarlyExitLoss, exit_weights: Mapping[int, float]) -> Tensor:
@@ -44,7 +47,7 @@ class TokenMeanStep:
             fix = "make them a function of trainer.global_step"
             raise ConfigError("set_exit_weights", got=got, allowed="the same in all micro-batches of a step", fix=fix)
         self._exit_weights = exit_weights
-        self._sums.add(loss)
+        self._micro_batches.append(torch.cat([loss.num_label_tokens.double().view(1), loss.exit_sums.double()]))
         return loss.weighted_sum / _NOMINAL_TOKENS
 
     def finish(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
@@ -57,11 +60,11 @@ class TokenMeanStep:
         assert exit_weights is not None  # a step has a micro-batch
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)  # of the whole gradient, also if it is sharded
-        totals = self._sums.total(trainer.strategy, sorted(exit_weights), norm)
+        totals = self._totals(module, norm)
         for name, logged in (trainer._results or {}).items():
             if any(own in name for own in _OF_A_STEP):  # or Lightning logs it again for exits that are off, and skips
                 logged.reset()
-        if self.guard.accepts(module, optimizer, sums=self._sums, totals=totals, grad_norm=norm):
+        if self.guard.accepts(module, optimizer, totals=totals, grad_norm=norm):
             # Lightning divided by the micro-batches, DDP and FSDP by the ranks; undo both.
             undo = _NOMINAL_TOKENS * trainer.accumulate_grad_batches * trainer.world_size
             factor = undo / max(1.0, totals.num_label_tokens)
@@ -78,6 +81,20 @@ class TokenMeanStep:
         if self.guard.skips:
             module.log(metric_names.SKIPPED_STEPS, float(self.guard.skipped_steps))
         self.clear()
+
+    def _totals(self, module: LightningModule, grad_norm: Tensor) -> StepTotals:
+        """Sum over micro-batches and ranks, all ranks together.
+
+        Whether `grad_norm` is finite is asked of all ranks, since a replica can be damaged on one rank alone.
+        """
+        assert self._exit_weights is not None
+        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        sums = torch.stack(self._micro_batches)
+        local = torch.cat([sums.sum(dim=0), (~torch.isfinite(norm)).double().view(1)])
+        num_tokens, *exit_sums, not_finite = module.trainer.strategy.reduce(local, reduce_op="sum").tolist()  # waits
+        exits = zip(sorted(self._exit_weights), exit_sums, strict=True)
+        losses = {exit_layer: total / max(1.0, num_tokens) for exit_layer, total in exits}
+        return StepTotals(num_tokens, losses, grads_finite=not not_finite, own_sums_AE=sums[:, 1:])
 
     def clip(
         self, module: LightningModule, optimizer: torch.optim.Optimizer, clip_val: float | None, algorithm: str | None

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-import app.training.micro_batch_work as module_under_test
+import app.training.curriculum_host as module_under_test
 from app.errors import ConfigError, DisagreementError
 from app.layerskip.layer_dropout import KeptSamples, draw_kept_samples
 from callbacks import DropoutAgreementCheck

@@ -47,7 +47,7 @@ class CheckpointError(UserError):
     @classmethod
     def unusable(cls, path: object, found: str, cause: BaseException | None = None) -> Self:
         """The error about checkpoint `path`, in which something was found; the cause is shortened to one line."""
-        reason = "" if cause is None else f" ({textwrap.shorten(str(cause), 300)})"
+        reason = "" if cause is None else f" ({shortened(cause)})"
         return cls(f"checkpoint {path}: {found}{reason}; use an earlier one")
 
 
@@ -61,6 +61,11 @@ class NotFiniteError(UserError):
 
 class DivergenceError(UserError):
     """A loss or gradient of training is not finite; the message names the step and the exit."""
+
+
+def shortened(error: object) -> str:
+    """An error's message in one line of at most 300 characters."""
+    return textwrap.shorten(str(error), 300)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -63,10 +63,10 @@ class Shards:
                 _check_parts(directory, key, entry, saved.storage_data)
                 self.shapes[key.removeprefix(prefix)] = entry.size, entry.properties.dtype
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One whole tensor, in its own dtype by default. Raises CheckpointError if a part is damaged."""
-        shape, own_dtype = self.shapes[name]
-        whole = torch.empty(shape, dtype=dtype or own_dtype)
+    def read(self, name: str) -> Tensor:
+        """One whole tensor. Raises CheckpointError if a part is damaged."""
+        shape, dtype = self.shapes[name]
+        whole = torch.empty(shape, dtype=dtype)
         self.read_into({name: whole})
         return whole
 

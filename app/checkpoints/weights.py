@@ -38,15 +38,15 @@ class TrainedWeights:
     Attributes:
         metadata: Everything else but the optimizer states: global_step, loops, states of callbacks and data.
         shapes: Shape and dtype of every weight, by Hugging Face name.
-        read: Called with a name and optionally a dtype, reads one weight, or raises CheckpointError if it is damaged.
-            From a single file, a tensor in its own dtype is a private map of the file: it takes memory when it is used.
+        read: Reads the weight of a name, or raises CheckpointError if it is damaged. From a single file, it gives a
+            private map of the file, which takes memory when it is used.
     """
 
     path: Path
     config: PreTrainedConfig
     metadata: Mapping[str, Any]
     shapes: Shapes
-    read: Callable[..., Tensor]
+    read: Callable[[str], Tensor]
     _tokenizer_files: Mapping[str, str] | None = field(repr=False)
 
     @cached_property
@@ -88,7 +88,7 @@ def open_trained_weights(path: str | Path) -> TrainedWeights:
     return TrainedWeights(path, config, content, shapes, read, tokenizer_files)
 
 
-_Opened = tuple[dict[str, Any], Shapes, Callable[..., Tensor]]
+_Opened = tuple[dict[str, Any], Shapes, Callable[[str], Tensor]]
 
 
 def _open_file(path: Path) -> _Opened:
@@ -102,11 +102,8 @@ def _open_file(path: Path) -> _Opened:
         for name, tensor in state_dict.items()
         if name.startswith(STATE_DICT_PREFIX)
     }
-
-    def read(name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return weights[name].to(dtype)
-
-    return content, {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}, read
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+    return content, shapes, weights.__getitem__
 
 
 def _open_directory(path: Path) -> _Opened:

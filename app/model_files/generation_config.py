@@ -9,7 +9,6 @@ import copy
 import json
 import logging
 import re
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from app.checkpoints.run_record import GENERATION_CONFIG_KEY
-from app.errors import CheckpointError
+from app.errors import CheckpointError, shortened
 from app.text.text_tokens import listed_ends
 
 if TYPE_CHECKING:
@@ -67,8 +66,7 @@ def stored_generation_config(directory: Path, config: PreTrainedConfig) -> Gener
     except CheckpointError:
         raise
     except Exception as error:  # transformers' validation raises anything
-        reason = textwrap.shorten(str(error), 300)
-        raise CheckpointError(f"{file}: contradicts itself ({reason})") from error
+        raise CheckpointError(f"{file}: contradicts itself ({shortened(error)})") from error
     vocab_size = config.get_text_config().vocab_size
     for end in listed_ends(generation.eos_token_id):
         if type(end) is not int or not 0 <= end < vocab_size:
@@ -96,8 +94,7 @@ def trained_generation_config(trained: TrainedWeights) -> GenerationConfig:
             fields = {name: value for name, value in generation.to_dict().items() if name != DERIVED}
             return GenerationConfig.from_dict(fields | {"eos_token_id": [*ends, end] if ends else end})
     except Exception as error:  # transformers' validation raises anything
-        reason = textwrap.shorten(str(error), 300)
-        damage = f"its {GENERATION_CONFIG_KEY!r} is damaged ({reason})"
+        damage = f"its {GENERATION_CONFIG_KEY!r} is damaged ({shortened(error)})"
         raise CheckpointError(f"checkpoint {trained.path}: {damage}") from error
 
 
@@ -127,9 +124,8 @@ def saveable(generation: GenerationConfig) -> GenerationConfig:
     except ValueError as error:
         dropped = {name: getattr(kept, name) for name in _IDLE.findall(str(error))}
         if not dropped:
-            reason = textwrap.shorten(str(error), 300)
-            message = f"the model's {GENERATION_CONFIG_NAME} contradicts itself, mend it there: {reason}"
-            raise CheckpointError(message) from error
+            found = f"the model's {GENERATION_CONFIG_NAME} contradicts itself, mend it there"
+            raise CheckpointError(f"{found}: {shortened(error)}") from error
         for name in dropped:
             setattr(kept, name, None)
         said = ", ".join(f"{name} {value}" for name, value in dropped.items())

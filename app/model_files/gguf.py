@@ -2,7 +2,6 @@
 
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import (
 from transformers.utils import is_accelerate_available, is_gguf_available
 from transformers.utils import logging as transformers_logging
 
-from app.errors import CheckpointError, ConfigError
+from app.errors import CheckpointError, ConfigError, shortened
 from app.git_lfs import IS_POINTER, is_pointer
 from app.model_files.gguf_metadata import check_all_used, obey_metadata
 from app.model_files.loading import check_complete
@@ -142,5 +141,5 @@ def _progress_on_terminals_only() -> Iterator[None]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = IS_POINTER if path.is_file() and is_pointer(path) else textwrap.shorten(str(error), 300)
+    reason = IS_POINTER if path.is_file() and is_pointer(path) else shortened(error)
     return CheckpointError(f"{path}: truncated, damaged, or not a GGUF file that transformers can read ({reason})")

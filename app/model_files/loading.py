@@ -7,7 +7,6 @@ dtype and in the wanted one. So its loader is given objects that read one weight
 import json
 import logging
 import shlex
-import textwrap
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from app.checkpoints.integrity import check_bytes
 from app.checkpoints.weights import TrainedWeights
-from app.errors import CheckpointError, ConfigError, UserError
+from app.errors import CheckpointError, ConfigError, UserError, shortened
 from app.git_lfs import IS_POINTER, is_pointer
 from app.model.config_check import build_without_memory, refused_as_config
 from app.model_files.generation_config import quiet_transformers
@@ -39,8 +38,8 @@ class StoredWeights:
 
     path: str  # for error messages
     dtypes: Mapping[str, torch.dtype | str]  # by name; a string where a weight has no plain floating-point type
-    map: Callable[[str], Tensor]  # gives a private map of the file where it can, for which the file must stay
-    copy: Callable[[str, torch.dtype | None], Tensor]  # gives memory of its own in a dtype; None keeps the weight's
+    read: Callable[[str], Tensor]
+    mapped: bool  # whether `read` gives a private map of the file, for which the file must stay
 
 
 class _LazyTensor:
@@ -91,14 +90,13 @@ def fill_model(
     except UserError:
         raise
     except (OSError, RuntimeError) as error:
-        reason = textwrap.shorten(str(error), 300)
-        raise CheckpointError(f"{stored.path}: the weights are damaged ({reason})") from error
+        raise CheckpointError(f"{stored.path}: the weights are damaged ({shortened(error)})") from error
     except Exception as error:  # constructors of any architecture raise anything
         try:
             with refused_as_config(config):
                 raise
         except ConfigError as told:
-            reason = textwrap.shorten(f"{CONFIG_NAME}: {told}", 300)
+            reason = shortened(f"{CONFIG_NAME}: {told}")
         raise ConfigError(field, got=stored.path, allowed="a model that can be built", fix=reason) from error
     check_complete(stored.path, info)
     return model
@@ -111,12 +109,11 @@ def _lazy_state_dict(
     lock = Lock()  # transformers reads in several threads, and each would take memory for the weight it reads
 
     def read(name: str) -> Tensor:
-        kind, wanted = stored.dtypes[name], dtype
-        if name.rpartition(".")[2] in tables:
-            wanted = None
-        else:
-            check_plain(stored.path, name, kind)
-        return stored.map(name) if not own and wanted in (None, kind) else stored.copy(name, wanted)
+        is_table = name.rpartition(".")[2] in tables
+        if not is_table:
+            check_plain(stored.path, name, stored.dtypes[name])
+        wanted = None if is_table else dtype
+        return stored.read(name).to(wanted, copy=own and stored.mapped)
 
     return {name: _LazyTensor(lambda name=name: read(name), lock) for name in stored.dtypes}  # type: ignore[misc]
 
@@ -147,15 +144,9 @@ def check_complete(path: str, info: dict[str, Any]) -> None:
 def from_checkpoint(weights: TrainedWeights) -> StoredWeights:
     """Weights of a checkpoint of ours, or CheckpointError if bytes are damaged; all ranks call this together."""
     check_bytes(weights.path)
-
-    def copy(name: str, dtype: torch.dtype | None) -> Tensor:
-        if weights.path.is_dir():
-            return weights.read(name, dtype)
-        return weights.read(name).to(dtype, copy=True)
-
     plain = _DTYPES.values()
     dtypes = {name: dtype if dtype in plain else str(dtype) for name, (_, dtype) in weights.shapes.items()}
-    return StoredWeights(str(weights.path), dtypes, weights.read, copy)
+    return StoredWeights(str(weights.path), dtypes, weights.read, mapped=weights.path.is_file())
 
 
 def from_safetensors(directory: Path, *, field: str) -> StoredWeights:
@@ -169,11 +160,7 @@ def from_safetensors(directory: Path, *, field: str) -> StoredWeights:
             reason = IS_POINTER if is_pointer(file) else error
             raise CheckpointError(f"{directory}: the weights are damaged ({file.name}: {reason})") from error
     dtypes = {name: _DTYPES.get(kind := stored.get_dtype(), kind) for name, stored in slices.items()}
-
-    def read(name: str) -> Tensor:
-        return slices[name][...]  # type: ignore[no-any-return]
-
-    return StoredWeights(str(directory), dtypes, read, lambda name, dtype: read(name).to(dtype, copy=True))
+    return StoredWeights(str(directory), dtypes, lambda name: slices[name][...], mapped=True)
 
 
 def _weight_files(directory: Path, *, field: str) -> list[Path]:

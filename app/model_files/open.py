@@ -2,7 +2,6 @@
 
 import json
 import logging
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from transformers.utils import (
 )
 
 from app.checkpoints.weights import TOKENIZER_KEY, is_trained_weights, open_trained_weights
-from app.errors import CheckpointError, ConfigError, check_range
+from app.errors import CheckpointError, ConfigError, check_range, shortened
 from app.model.config_check import check_plain_head, check_sizes, refused_as_config
 from app.model_files.generation_config import stored_generation_config, trained_generation_config
 from app.model_files.gguf import read_gguf_config, read_gguf_tokenizer, read_gguf_weights
@@ -229,7 +228,7 @@ def _check_object(file: Path) -> None:
 
 def _reason(error: Exception) -> str:
     """The error's message, without the hub's advice on settings of its own."""
-    return textwrap.shorten(str(error).partition("\nCheck your internet connection")[0], 300)
+    return shortened(str(error).partition("\nCheck your internet connection")[0])
 
 
 def _download(hub_id: str, *, field: str) -> Path:

@@ -2,7 +2,6 @@
 
 import re
 import tempfile
-import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-from app.errors import ConfigError
+from app.errors import ConfigError, shortened
 
 # Entries that only pad a vocabulary, such as [PAD151936], <unused7>, <|reserved_special_token_9|>, <pad>.
 _FILLER = re.compile(r"[\[<].*(pad|unused|reserved|extra|dummy).*[\]>]", re.IGNORECASE)
@@ -42,8 +41,8 @@ def load_tokenizer(path: str, *, field: str) -> Any:
             raise TypeError(f"{TOKENIZER_CONFIG_FILE}: model_max_length: got {longest!r}, allowed a number")
         tokenizer.decode(tokenizer("a")["input_ids"])  # what fails shows before a model is loaded
     except Exception as error:  # their readers raise anything
-        reason = f"its tokenizer cannot be read: {textwrap.shorten(str(error), 300)}"
-        raise ConfigError(field, got=path, allowed=allowed, fix=reason) from error
+        fix = f"its tokenizer cannot be read: {shortened(error)}"
+        raise ConfigError(field, got=path, allowed=allowed, fix=fix) from error
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes of some classes without files
         raise ConfigError(field, got=path, allowed=allowed, fix="copy the files of the tokenizer it was trained with")
     return tokenizer

@@ -91,7 +91,11 @@ MISTAKES = [
     (["--model.init_args.warmup_steps", "3"], "LayerSkipModule, and has no init_args: model.warmup_steps"),
     (["--trainer.limit_val_batches", "x"], "trainer.limit_val_batches: got x, allowed int | float"),
     (["--trainer.precision", "7"], "trainer.precision: got 7, allowed 64 | 32 | 16 | transformer-engine | "),
-    (["--early_exit", "x"], "early_exit: Unable to load config 'x'"),
+    (["--early_exit", "x"], "early_exit: got 'x', allowed its keys, as in --early_exit.KEY VALUE"),
+    (["--model", '{"class_path": "LayerSkipModule", "init_args": {"seed": 3}}'], "has no init_args: model.seed"),
+    (["--model", "my_llama"], "--model.KEY VALUE; the model that a run begins with is model.pretrained"),
+    (["--trainer.profiler.init_args.filename", "x"], "trainer.profiler.filename: got 'x', allowed after the class"),
+    (["--model.lr_scheduler.gamma", "0.5"], "model.lr_scheduler.gamma: got '0.5', allowed after the class"),
 ]  # fmt: skip
 
 

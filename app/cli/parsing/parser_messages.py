@@ -25,6 +25,7 @@ _NOT_CLASS = (
     r"expects a function or a callable class: (?:.*class_path='([^']+)'|.*Got value: (.*))",
     r"Import path does not correspond to a subclass of (?s:.*?)Given value: (.*)",
 )
+_BEFORE_CLASS = re.compile(r"NestedArg\(key='([^']+)', val=(.*?)\)(?:\.? Got value|\n|$)")
 _NOT_TYPE = r"Expected an? (?!<class 'NoneType'>)(.+?)\. Got value: (.*?)(?:\. Got value: Namespace|\n|$)"
 _MEANINGS = {"int": "int (a whole number)", "float": "float (a finite number)", "bool": "true | false", "tuple": "list"}
 # Names that other applications of LightningCLI have for settings of ours.
@@ -50,6 +51,10 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
         allowed = "a class of this application or one it knows to be harmless (app/cli/parsing/allowed_classes.py)"
         fix = f"if you trust {package}, add --allowed_classes+ {package} to the command line, at every start"
         return f"{path}: got {found[1]}, allowed {allowed}; {fix}"
+    if (found := _BEFORE_CLASS.search(text)) and _names_no_class(text):
+        allowed = "allowed after the class that takes it"
+        fix = f"put --{path} CLASS, or the --config that names the class, before it"
+        return f"{path}.{found[1]}: got {found[2]}, {allowed}; {fix}"
     if found := _UNKNOWN.search(text):
         return _unknown_key(f"{path}.{found[1]}".lstrip("."), options, of=owners[-1] if owners else "")
     if found := re.search(r"the following arguments are required: (.*)", text):
@@ -63,6 +68,9 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
             return f"{path}: {_no_class(next(filter(None, found.groups()), ''), text)}"
     if found := re.search(_NOT_TYPE, text) or _UNION.search(text):
         return f"{path}: {_wrong_type(_plain(found[1]), found[2])}"
+    if found := re.search(r"Unable to load config '(.*)'", text):
+        fix = "; the model that a run begins with is model.pretrained" if path == "model" else ""
+        return f"{path}: got {found[1]!r}, allowed its keys, as in --{path}.KEY VALUE{fix}"
     if found := re.match(r"(Problems parsing|Unexpected) config: (?s:(.*))", text):
         got = shorten(found[2], 200)
         if found[1] == "Unexpected":
@@ -87,6 +95,12 @@ def _unknown_key(path: str, options: Collection[str], *, of: str = "") -> str:
 def _nearest(name: str, names: Collection[str], *, cutoff: float) -> str:
     near = get_close_matches(name, sorted(names), cutoff=cutoff)
     return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def _names_no_class(text: str) -> bool:
+    """Whether jsonargparse tried the settings on the base classes alone, since no class was given."""
+    tried = {path.rpartition(".")[2] for path in re.findall(r"class_path[ =]'([^']+)'", text)}
+    return tried <= {(base or result).rpartition(".")[2] for base, result in _BASE.findall(text)}
 
 
 def _no_class(got: str, text: str) -> str:

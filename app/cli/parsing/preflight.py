@@ -25,7 +25,7 @@ CHECKPOINT_HELP = (
 )
 USE_PREVIOUS = "--fall_back_to_previous true"
 _MOST_VALUES = 100_000  # in a config; aliases make more of a few lines than memory holds
-_MODELS = ("model", "draft_model", "model.pretrained")
+_MODELS = {True: ("model.pretrained",), False: ("model", "draft_model")}  # by whether the verb is one of fit's
 
 
 def check_arguments(
@@ -48,7 +48,7 @@ def check_arguments(
             read_prompts(value, limit=1)
         elif option == "ckpt_path" and value not in (None, "null") and of_fit:  # `export` has messages of its own
             check_checkpoint_path(str(value), use_previous=("fall_back_to_previous", "true") in given)
-        elif needs_model and option in _MODELS and value not in (None, "null"):
+        elif needs_model and option in _MODELS[of_fit] and value not in (None, "null"):
             check_exists(str(value), field=option)
         for name in names:
             if options is not None and _is_unknown(name, options):

@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch.utils.data import DataLoader
 
 from app.errors import ConfigError, check_choice, check_range
@@ -13,10 +12,9 @@ from app.protocols import GenerationExample
 from app.text.text_stream import text_of
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
 from datamodules.loading.datamodule import RowDataModule, RowSettings
-from datamodules.loading.workers import WorkerLoader, prepare_worker
+from datamodules.loading.workers import WorkerLoader
 from datamodules.topv2_rows.batches import ExampleRows
 from datamodules.topv2_rows.files import Split, choose_domains
-from datamodules.topv2_rows.length_buckets import BucketSampler
 from datamodules.topv2_rows.rows import generation_examples, held_out_rows, short_prompts, training_rows
 from datamodules.topv2_rows.store import StoreSettings, TaskStore, open_store
 
@@ -158,17 +156,9 @@ class TOPv2DataModule(RowDataModule):
 
     def train_dataloader(self) -> WorkerLoader:
         """Batches from the current optimizer step on; `len` is an epoch; DataError says that it has too few rows."""
-        settings, examples = self._settings, self._store.examples["train"]
-        rows = training_rows(examples, seq_len=settings.seq_len, packed=self._packed)
-        data = ExampleRows(examples, rows, length_multiple=self._length_multiple)
-        sampler = BucketSampler(
-            data.lengths,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            share=self._share,
-            step=lambda: 0 if self.trainer is None else self.trainer.global_step,
-        )
-        return self._loader(data, batch_sampler=sampler)
+        examples = self._store.examples["train"]
+        rows = training_rows(examples, seq_len=self.seq_len, packed=self._packed)
+        return self._training_loader(ExampleRows(examples, rows, length_multiple=self._length_multiple))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Rows of the evaluation split in ascending order of length; every rank takes an equal part of all lengths."""
@@ -207,13 +197,3 @@ class TOPv2DataModule(RowDataModule):
         own_rows = rows[share.rank : count * share.num_replicas : share.num_replicas]
         data = ExampleRows(examples, own_rows, length_multiple=self._length_multiple)
         return self._loader(data, batch_size=settings.batch_size)
-
-    def _loader(self, data: ExampleRows, **batches: Any) -> WorkerLoader:
-        return WorkerLoader(
-            data,
-            collate_fn=data.collate,
-            num_workers=self._settings.num_workers,
-            worker_init_fn=prepare_worker,
-            generator=torch.Generator().manual_seed(self._settings.seed),  # else it would draw from the global one
-            **batches,
-        )

@@ -10,15 +10,20 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from app.errors import ConfigError, check_range
+from datamodules.loading.length_buckets import BucketSampler
 from datamodules.loading.rank_share import RankShare
 from datamodules.loading.tokenizers import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, fingerprint
+from datamodules.loading.workers import WorkerLoader, prepare_worker
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +92,16 @@ def check_end(trainer: Trainer) -> None:
         raise ConfigError("trainer.val_check_interval", got=interval, allowed=allowed)
 
 
+class CollatedRows(Protocol):
+    """A finite number of rows, of `lengths` [rows] in tokens; `collate` makes a batch of some, also of none."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> Any: ...
+    def collate(self, rows: Any) -> dict[str, torch.Tensor]: ...
+
+
 class RowDataModule(LightningDataModule, ABC):
     """A datamodule of token rows that divides and orders its batches itself."""
 
@@ -138,6 +153,27 @@ class RowDataModule(LightningDataModule, ABC):
         overfit: float = self.trainer.overfit_batches  # type: ignore[attr-defined]  # Lightning sets it by setattr
         if overfit:
             raise ConfigError("trainer.overfit_batches", got=overfit, allowed="0", fix="train on less data instead")
+
+    def _training_loader(self, data: CollatedRows) -> WorkerLoader:
+        """Epochs of all rows from the current optimizer step on; DataError says that there are too few of them."""
+        sampler = BucketSampler(
+            data.lengths,
+            batch_size=self._settings.batch_size,
+            seed=self._settings.seed,
+            share=self._share,
+            step=lambda: 0 if self.trainer is None else self.trainer.global_step,
+        )
+        return self._loader(data, batch_sampler=sampler)
+
+    def _loader(self, data: CollatedRows, **batches: Any) -> WorkerLoader:
+        return WorkerLoader(
+            data,  # type: ignore[arg-type]  # what can be indexed is a dataset
+            collate_fn=data.collate,
+            num_workers=self._settings.num_workers,
+            worker_init_fn=prepare_worker,
+            generator=torch.Generator().manual_seed(self._settings.seed),  # else it would draw from the global one
+            **batches,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The order of training rows."""

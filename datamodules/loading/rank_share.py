@@ -1,6 +1,6 @@
 """The rows that a rank takes: of each optimizer step's micro-batches, and of the held-out rows.
 
-Tested by tests/unit/datamodules/topv2_rows/test_length_buckets.py and tests/unit/datamodules/test_topv2.py.
+Tested by tests/unit/datamodules/loading/test_length_buckets.py and tests/unit/datamodules/test_topv2.py.
 """
 
 import math

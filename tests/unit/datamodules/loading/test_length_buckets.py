@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pytest
 
 from app.errors import DataError
+from datamodules.loading.length_buckets import BucketSampler, LengthBuckets
 from datamodules.loading.rank_share import RankShare
-from datamodules.topv2_rows.length_buckets import BucketSampler, LengthBuckets
 
 LENGTHS: npt.NDArray[np.int64] = np.random.default_rng(0).integers(5, 100, size=1000)
 

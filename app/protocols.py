@@ -131,8 +131,8 @@ class DecoderCache(Protocol):
 class ExitableDecoder(Layered, Protocol):
     """A decoder whose blocks can be run in spans, so that drafting and verifying share one cache.
 
-    Positions are 0..max_length-1 and token ids, on `device`, 0..vocab_size-1. `block_size` and `head_size` count the
-    parameters of one block and of the LM head.
+    Positions are 0..max_length-1 and token ids, on `device`, 0..vocab_size-1. `block_size`, `head_size` and
+    `draft_head_size` count the parameters of one block, of the LM head, and of the rows of it that drafts use.
     """
 
     @property
@@ -145,6 +145,14 @@ class ExitableDecoder(Layered, Protocol):
     def block_size(self) -> int: ...
     @property
     def head_size(self) -> int: ...
+    @property
+    def draft_head_size(self) -> int: ...
+    def exit_span(self, exit_layer: int) -> range:
+        """The blocks that this exit has of its own, as `run_blocks` numbers them; empty where it has none.
+
+        Their keys and values are in the same cache. They run on the states that leave block `exit_layer` - 1.
+        """
+
     def new_cache(self, *, batch_size: int, capacity: int) -> DecoderCache:
         """An empty cache for `batch_size` sequences with room for `capacity` positions each (it may grow)."""
 
@@ -157,8 +165,11 @@ class ExitableDecoder(Layered, Protocol):
         Appends their keys and values to the cache; returns the pre-norm hidden states [B, T, D].
         """
 
-    def unembed(self, hidden_BTD: Tensor) -> Tensor:
-        """Final norm and LM head: pre-norm hidden states [B, T, D] -> logits [B, T, V]."""
+    def unembed(self, hidden_BTD: Tensor, *, exit_layer: int | None = None) -> Tensor:
+        """Norm of an exit, by default the final one, and LM head: pre-norm states [B, T, D] -> logits [B, T, V]."""
+
+    def draft_logits(self, hidden_BTD: Tensor, *, exit_layer: int) -> Tensor:
+        """The same for drafts, whose logits [B, T, V] are minus infinity outside the draft vocabulary."""
 
 
 # -- datamodules -----------------------------------------------------------------------------------------------------

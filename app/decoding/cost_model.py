@@ -39,19 +39,21 @@ class CostModel:
         head: float,
         extra_token: float,
         draft_head: float | None = None,
+        num_exit_blocks: int = 0,
         first_extra: float = 0.0,
         overhead: float = 0.0,
     ) -> "CostModel":
         """Costs of drafting with the first blocks and verifying with the others, by the method's symbols.
 
-        draft_step = E + H_d (H_d is H unless given), draft_tail = E, verify = L - E + H, plain_step = L + H. The last
-        draft runs through the first E blocks for verification alone. `first_extra` is the share of `verify` that a
+        draft_step = E + A + H_d (H_d is H unless given), draft_tail = E, verify = L - E + H, plain_step = L + H. The
+        last draft runs through the first E blocks for verification alone; the A blocks of the exit's own see it only
+        if it is kept. `first_extra` is the share of `verify` that a
         pass over several positions costs more than one over a single position, however many they are.
         """
         verify = num_layers - exit_layer + head
         return cls(
             plain_step=num_layers + head,
-            draft_step=exit_layer + (head if draft_head is None else draft_head),
+            draft_step=exit_layer + num_exit_blocks + (head if draft_head is None else draft_head),
             draft_tail=exit_layer,
             verify=verify,
             extra_token=extra_token,

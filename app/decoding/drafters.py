@@ -30,10 +30,21 @@ class FullModel:
 
         Prompts shorter than T are padded on the right with any id, since what follows a position does not change it.
         """
-        hidden_BTD = self.decoder.run_blocks(self.decoder.embed(tokens_BT), start=0, stop=self.stop, cache=self.cache)
+        hidden_BTD = self._run_all(tokens_BT)
         self.cache.truncate(lengths)
         last_B = torch.tensor(lengths, device=hidden_BTD.device) - 1
-        return self.decoder.unembed(hidden_BTD[torch.arange(len(lengths), device=last_B.device), last_B][:, None])
+        last_B1D = hidden_BTD[torch.arange(len(lengths), device=last_B.device), last_B][:, None]
+        return self.decoder.unembed(last_B1D, exit_layer=self.stop)
+
+    def _run_all(self, tokens_BT: Tensor) -> Tensor:
+        """The states [B, T, D] that enter the norm, after blocks 0..stop-1 and the exit's own."""
+        hidden_BTD = self.decoder.run_blocks(self.decoder.embed(tokens_BT), start=0, stop=self.stop, cache=self.cache)
+        return self._run_exit_blocks(hidden_BTD, self.stop)
+
+    def _run_exit_blocks(self, hidden_BTD: Tensor, exit_layer: int) -> Tensor:
+        if not (own := self.decoder.exit_span(exit_layer)):
+            return hidden_BTD
+        return self.decoder.run_blocks(hidden_BTD, start=own.start, stop=own.stop, cache=self.cache)
 
     def draft(self, tokens_B: Tensor) -> Tensor:
         """Take one more token of each sequence; return the drafter's logits [B, V] for the one after it."""
@@ -41,8 +52,7 @@ class FullModel:
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
         """Return the full model's logits [B, S, V] at the latest settled token and the drafts after it."""
-        hidden_BSD = self.decoder.run_blocks(self.decoder.embed(tokens_BS), start=0, stop=self.stop, cache=self.cache)
-        return self.decoder.unembed(hidden_BSD)
+        return self.decoder.unembed(self._run_all(tokens_BS), exit_layer=self.stop)
 
     def settle(self, lengths: Sequence[int]) -> None:
         """End a round: forget every position >= lengths[b] of sequence b."""
@@ -61,6 +71,9 @@ class EarlyExitDrafter(FullModel):
 
     The states leaving block `exit_layer` - 1 are kept (the paper's exit-query part of the KVQ cache), so drafted
     positions never run through the first blocks again. The last draft runs through them for verification alone.
+
+    An exit's own blocks run on those states, for drafts alone. They see every position that is kept: the prompt and the
+    drafts as they are made, and what was kept without having been drafted on at the end of its round.
     """
 
     def __init__(self, decoder: ExitableDecoder, settings: DecodingSettings, batch_size: int, capacity: int) -> None:
@@ -68,22 +81,47 @@ class EarlyExitDrafter(FullModel):
         assert settings.exit_layer is not None
         self.exit_layer = settings.exit_layer
         self._exit_states: list[Tensor] = []  # each [B, 1, D]
+        self._drafting_span = decoder.exit_span(self.exit_layer)
+        self._undrafted_BTD: Tensor | None = None  # states of this round's positions that the exit's blocks lack
 
     def draft(self, tokens_B: Tensor) -> Tensor:
         self._exit_states.append(self._run_to_exit(tokens_B[:, None]))
-        return self.decoder.unembed(self._exit_states[-1])[:, 0]
+        hidden_B1D = self._run_exit_blocks(self._exit_states[-1], self.exit_layer)
+        return self.decoder.draft_logits(hidden_B1D, exit_layer=self.exit_layer)[:, 0]
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
-        exit_states = [*self._exit_states, self._run_to_exit(tokens_BS[:, len(self._exit_states) :])]
+        self._undrafted_BTD = self._run_to_exit(tokens_BS[:, len(self._exit_states) :])
+        exit_states_BSD = torch.cat([*self._exit_states, self._undrafted_BTD], dim=1)
         self._exit_states = []
-        hidden_BSD = self.decoder.run_blocks(
-            torch.cat(exit_states, dim=1), start=self.exit_layer, stop=self.stop, cache=self.cache
-        )
-        return self.decoder.unembed(hidden_BSD)
+        return self.decoder.unembed(self._run_from_exit(exit_states_BSD))
+
+    def settle(self, lengths: Sequence[int]) -> None:
+        super().settle(lengths)
+        if not (own := self._drafting_span):
+            return
+        assert self._undrafted_BTD is not None
+        seen = self.cache.lengths(own.start)
+        if any(length > known for length, known in zip(lengths, seen, strict=True)):
+            # A sequence that kept less begins these states at a later position than theirs, and forgets them again.
+            self._run_exit_blocks(self._undrafted_BTD, self.exit_layer)
+            super().settle(lengths)
+
+    def end_drafting(self) -> None:
+        self._drafting_span = range(0)
+
+    def _run_all(self, tokens_BT: Tensor) -> Tensor:
+        if not self._drafting_span:
+            return super()._run_all(tokens_BT)
+        hidden_BTD = self._run_to_exit(tokens_BT)
+        self._run_exit_blocks(hidden_BTD, self.exit_layer)
+        return self._run_from_exit(hidden_BTD)
 
     def _run_to_exit(self, tokens_BT: Tensor) -> Tensor:
         hidden_BTD = self.decoder.embed(tokens_BT)
         return self.decoder.run_blocks(hidden_BTD, start=0, stop=self.exit_layer, cache=self.cache)
+
+    def _run_from_exit(self, hidden_BTD: Tensor) -> Tensor:
+        return self.decoder.run_blocks(hidden_BTD, start=self.exit_layer, stop=self.stop, cache=self.cache)
 
 
 class LayerSkipDrafter(FullModel):
@@ -104,7 +142,7 @@ class LayerSkipDrafter(FullModel):
         hidden_B1D = self.decoder.embed(tokens_B[:, None])
         for start, stop in self._spans:
             hidden_B1D = self.decoder.run_blocks(hidden_B1D, start=start, stop=stop, cache=self.cache)
-        return self.decoder.unembed(hidden_B1D)[:, 0]
+        return self.decoder.draft_logits(hidden_B1D, exit_layer=self.stop)[:, 0]
 
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
         self._settled = list(lengths)

@@ -43,7 +43,12 @@ def _sizes(decoder: ExitableDecoder) -> dict[str, Any]:
 
 def _self_speculative_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
     assert settings.exit_layer is not None
-    return CostModel.self_speculative(exit_layer=settings.exit_layer, **_sizes(decoder))
+    return CostModel.self_speculative(
+        exit_layer=settings.exit_layer,
+        num_exit_blocks=len(decoder.exit_span(settings.exit_layer)),
+        draft_head=decoder.draft_head_size / decoder.block_size,
+        **_sizes(decoder),
+    )
 
 
 def _draft_model_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
@@ -56,9 +61,8 @@ def _draft_model_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> 
 def _layer_skip_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
     assert settings.skipped_layers is not None
     sizes = _sizes(decoder)
-    return CostModel.two_pass(
-        draft_step=decoder.num_layers - len(set(settings.skipped_layers)) + sizes["head"], **sizes
-    )
+    kept = decoder.num_layers - len(set(settings.skipped_layers))
+    return CostModel.two_pass(draft_step=kept + decoder.draft_head_size / decoder.block_size, **sizes)
 
 
 STRATEGIES: dict[Strategy, StrategyEntry] = {

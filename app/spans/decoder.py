@@ -3,7 +3,7 @@
 Shape legend: `B` sequences, `T` new positions, `S` stored positions (new ones included), `D` width, `V` vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from app.errors import ConfigError, check_choice
+from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu.products import Product
+from app.model.exit_block import ExitBlock
 from app.protocols import DecoderCache
 from app.spans.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, Sight, is_functional
 from app.spans.kv_cache import KeyValueCache
@@ -52,9 +53,17 @@ class SpanDecoder:
     It changes neither weights, modes nor gradients. Run it in eval mode and under `torch.no_grad`. The layers of most
     types run as functions of their weights (`functional_block`), the others as modules; so do all if `functional` is
     False, to which tests compare. A model that would not give its own logits in spans is a ConfigError.
+
+    Blocks of exits are numbered from `num_layers` on, in the order of the exits.
     """
 
-    def __init__(self, model: PreTrainedModel, *, functional: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        exit_blocks: Mapping[int, ExitBlock] | None = None,
+        functional: bool = True,
+    ) -> None:
         config, head = model.config, model.get_output_embeddings()
         check_choice("model_type", config.model_type, SUPPORTED_MODEL_TYPES)
         if not isinstance(head, nn.Linear):
@@ -68,17 +77,37 @@ class SpanDecoder:
         self._model, self._decoder = model, decoder
         self._head = Product(head.weight, head.bias)
         self._layers = list(decoder.layers)  # slicing a ModuleList builds a new module: 50 us a call
+        self._windows = _sliding_windows(config)
+        self._norms, self._exit_spans = {self.num_layers: decoder.norm}, dict[int, range]()
+        self._exit_blocks = dict(sorted((exit_blocks or {}).items()))
+        for exit_layer, block in self._exit_blocks.items():
+            for layer, source in zip(block.decoder.layers, block.source_layers, strict=True):
+                layer.self_attn.layer_idx = len(self._layers)  # where modules keep their keys and values
+                self._layers.append(layer)
+                self._windows.append(self._windows[source])
+            self._exit_spans[exit_layer] = range(len(self._layers) - len(block.source_layers), len(self._layers))
+            self._norms[exit_layer] = block.decoder.norm
         self._blocks: list[FunctionalBlock] = []
         if functional and is_functional(model):
             self._blocks = [FunctionalBlock(layer, config, layer_idx=i) for i, layer in enumerate(self._layers)]
         self._query_groups = config.num_attention_heads // config.num_key_value_heads
-        self._windows = _sliding_windows(config)
         self._tables: _RotaryTables | None = None
+        self._draft_ids_V: Tensor | None = None
+        self._draft_head = self._head
 
     @property
     def num_layers(self) -> int:
         """L, the number of blocks."""
-        return len(self._windows)
+        return len(self._decoder.layers)
+
+    def exit_span(self, exit_layer: int) -> range:
+        """The blocks that this exit has of its own, as `run_blocks` numbers them; empty where it has none."""
+        return self._exit_spans.get(exit_layer, range(0))
+
+    @property
+    def own_exits(self) -> tuple[int, ...]:
+        """The exits that have blocks or a norm of their own, ascending."""
+        return tuple(self._exit_blocks)
 
     @property
     def max_length(self) -> int:
@@ -105,11 +134,37 @@ class SpanDecoder:
         """Parameters of the LM head."""
         return self._head.weight.numel()
 
+    @property
+    def draft_head_size(self) -> int:
+        """Parameters of the rows of the LM head that drafts use."""
+        return self._draft_head.weight.numel()
+
+    def use_draft_vocabulary(self, token_ids: Sequence[int] | None) -> None:
+        """Let drafts use only these rows of the head, which are copied once; None gives them the whole head back.
+
+        Raises:
+            ConfigError: An id is not in the vocabulary, or stands twice.
+        """
+        self._draft_ids_V, self._draft_head = None, self._head
+        if token_ids is None:
+            return
+        if not token_ids or len(set(token_ids)) < len(token_ids):
+            raise ConfigError(
+                "draft_vocabulary", got=f"{len(token_ids)} ids", allowed="different token ids, at least one"
+            )
+        for token in (min(token_ids), max(token_ids)):
+            check_range("draft_vocabulary", token, low=0, high=self.vocab_size - 1, fix="use the model's own tokenizer")
+        self._draft_ids_V = torch.tensor(token_ids, device=self.device)
+        weight, bias = self._head.weight.detach(), self._head.bias
+        self._draft_head = Product(
+            weight[self._draft_ids_V], None if bias is None else bias.detach()[self._draft_ids_V]
+        )
+
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> KeyValueCache:
         """An empty cache of `capacity` positions a sequence, which may grow; ConfigError in training mode."""
-        if any(module.training for module in self._model.modules()):
+        if any(module.training for part in (self._model, *self._exit_blocks.values()) for module in part.modules()):
             raise ConfigError("model", got="training mode", allowed="eval mode", fix="call model.eval() first")
-        return KeyValueCache(num_layers=self.num_layers, batch_size=batch_size, capacity=capacity)
+        return KeyValueCache(num_layers=len(self._layers), batch_size=batch_size, capacity=capacity)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""
@@ -194,14 +249,23 @@ class SpanDecoder:
         positions_BT = cache.next_positions(start, num_new, device=like.device)
         return _RotaryTables(*(table[0, positions_BT] for table in self._tables))
 
-    def unembed(self, hidden_BTD: Tensor) -> Tensor:
-        """Final norm and LM head: pre-norm hidden states [B, T, D] -> logits [B, T, V]."""
-        norm = self._decoder.norm
+    def unembed(self, hidden_BTD: Tensor, *, exit_layer: int | None = None) -> Tensor:
+        """Norm of an exit, by default the final one, and LM head: pre-norm states [B, T, D] -> logits [B, T, V]."""
+        return self._head(self._normed(hidden_BTD, exit_layer))
+
+    def draft_logits(self, hidden_BTD: Tensor, *, exit_layer: int) -> Tensor:
+        """The same for drafts, whose logits [B, T, V] are minus infinity outside the draft vocabulary."""
+        logits = self._draft_head(self._normed(hidden_BTD, exit_layer))
+        if self._draft_ids_V is None:
+            return logits
+        whole_BTV = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
+        return whole_BTV.index_copy_(-1, self._draft_ids_V, logits)
+
+    def _normed(self, hidden_BTD: Tensor, exit_layer: int | None) -> Tensor:
+        norm = self._norms.get(exit_layer or self.num_layers, self._decoder.norm)
         if self._blocks:  # these types end in a plain RMSNorm, whose module takes three times as long
-            normed_BTD = F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], norm.weight, norm.variance_epsilon)
-        else:
-            normed_BTD = norm(hidden_BTD)
-        return self._head(normed_BTD)
+            return F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], norm.weight, norm.variance_epsilon)
+        return norm(hidden_BTD)  # type: ignore[no-any-return]
 
 
 def _sliding_windows(config: PretrainedConfig) -> list[int | None]:

@@ -4,7 +4,7 @@ Shape legend: `B` sequences, `T` new positions, `S` stored positions, `D` width,
 Tested by tests/unit/spans/test_decoder.py and test_architectures.py against the Hugging Face layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -158,15 +158,15 @@ def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 @torch.no_grad()
-def join_projections(model: PreTrainedModel) -> None:
+def join_projections(model: PreTrainedModel, layers: Iterable[Any] | None = None) -> None:
     """Move query, key and value weights next to one another in memory, and gate and up, so each group is one product.
 
     The parameters and their names stay; at most one group exists twice at a time. Do it to a model you own and do not
-    train, before decoding.
+    train, before decoding. `layers` are blocks of this model's kind, by default all of its own.
     """
     if not is_functional(model):
         return
-    for layer in model.get_decoder().layers:
+    for layer in model.get_decoder().layers if layers is None else layers:
         attention, mlp = layer.self_attn, layer.mlp
         for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
             for name in ("weight", "bias"):

@@ -61,6 +61,8 @@ class FakeDecoder:
         by_past: Index the logits, then each [any number, V], by the past modulo their number instead of the token, so
             that a cache with anything wrong in it leads to other tokens.
         may_skip: Whether a run may start after fewer blocks than lie before it.
+        unspeakable: Tokens outside the draft vocabulary.
+        own_exit, num_own: An exit with blocks of its own, and how many; they must see every position.
         spans: (start, stop, tokens) of every run of blocks.
         heads: Number of positions in every run of the head.
         elapsed: What all runs cost by the model of app.decoding.cost_model, in blocks: the time of a fake clock.
@@ -71,6 +73,8 @@ class FakeDecoder:
     block_size, head_size = 100, 100
     extra_token = 0.03
     by_past = may_skip = False
+    own_exit, num_own = 0, 0
+    unspeakable: tuple[int, ...] = ()
 
     def __init__(self, full_logits: Tensor, exit_logits: Tensor, *, max_length: int = 64) -> None:
         self.full_logits, self.exit_logits, self.max_length = full_logits, exit_logits, max_length
@@ -80,7 +84,15 @@ class FakeDecoder:
         self.elapsed = 0.0
 
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> FakeCache:
-        return FakeCache(self.num_layers, batch_size, capacity)
+        return FakeCache(self.num_layers + self.num_own, batch_size, capacity)
+
+    @property
+    def draft_head_size(self) -> int:
+        return self.head_size
+
+    def exit_span(self, exit_layer: int) -> range:
+        own = range(self.num_layers, self.num_layers + self.num_own)
+        return own if exit_layer == self.own_exit else range(0)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         nothing_BT = torch.zeros_like(tokens_BT)
@@ -89,7 +101,10 @@ class FakeDecoder:
     def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: FakeCache) -> Tensor:
         tokens_BT, run_BT, *_ = hidden_BTD.unbind(-1)
         batch, num_new = tokens_BT.shape
-        is_full = bool((run_BT == start).all())  # came through all blocks before this one
+        is_own = start >= self.num_layers
+        is_full = bool(
+            (run_BT == (self.own_exit if is_own else start)).all()
+        )  # came through all blocks before this one
         assert is_full or self.may_skip, "blocks must run in order"
         assert len({cache.lengths(layer_idx) for layer_idx in range(start, stop)}) == 1, "equally filled blocks"
         assert batch > 1 or cache.lengths(start)[0] + num_new <= self.max_length, "ran past the context"
@@ -106,9 +121,17 @@ class FakeDecoder:
         shortcut_BT = torch.full_like(past_BT, not is_full) | last_B2[:, 1:]
         for layer_idx in range(start, stop):
             cache.append(layer_idx, torch.stack([past_BT, shortcut_BT], dim=-1))
-        return torch.stack([tokens_BT, run_BT + stop - start, past_BT, shortcut_BT], dim=-1)
+        run_BT = torch.full_like(run_BT, -1) if is_own else run_BT + stop - start
+        return torch.stack([tokens_BT, run_BT, past_BT, shortcut_BT], dim=-1)
 
-    def unembed(self, hidden_BTD: Tensor) -> Tensor:
+    def draft_logits(self, hidden_BTD: Tensor, *, exit_layer: int) -> Tensor:
+        spoken = torch.ones(self.vocab_size, dtype=torch.bool)
+        spoken[list(self.unspeakable)] = False
+        return self.unembed(hidden_BTD, exit_layer=exit_layer).where(spoken, float("-inf"))
+
+    def unembed(self, hidden_BTD: Tensor, *, exit_layer: int | None = None) -> Tensor:
+        if exit_layer == self.own_exit:
+            assert (hidden_BTD[..., 1] == -1).all(), "an exit's own blocks were left out"
         batch, num_new, _ = hidden_BTD.shape
         self.heads.append(batch * num_new)
         self.elapsed += self.head_size / self.block_size * (1 + self.extra_token * (num_new - 1))

@@ -47,10 +47,10 @@ class CostlyDecoder(FakeDecoder):
             self._spend(_OVERHEAD, 1)
         return super().run_blocks(hidden_BTD, start=start, stop=stop, cache=cache)
 
-    def unembed(self, hidden_BTD: Tensor) -> Tensor:
+    def unembed(self, hidden_BTD: Tensor, *, exit_layer: int | None = None) -> Tensor:
         blocks_run = hidden_BTD[0, 0, 1]
         self._spend(_DRAFT_HEAD if 1 < blocks_run < self.num_layers else _HEAD, hidden_BTD.shape[1])
-        return super().unembed(hidden_BTD)
+        return super().unembed(hidden_BTD, exit_layer=exit_layer)
 
 
 def _as_tuple(costs: DecodingCosts) -> tuple[float, ...]:

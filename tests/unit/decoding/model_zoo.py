@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from app.model.exit_block import ExitBlock
 from app.spans.decoder import SpanDecoder
 from app.spans.functional_block import join_projections
 from tests.support.slow_twins import greedy_by_recomputation
@@ -104,6 +105,23 @@ def model_named(name: str) -> PreTrainedModel:
 @cache
 def decoder_named(name: str) -> LimitedDecoder:
     return LimitedDecoder(model_named(name), functional="by modules" not in name)
+
+
+@cache
+def decoder_with_exit_blocks(name: str, *, perfect: bool = False) -> LimitedDecoder:
+    """The same with blocks of its own at exit 1, and a norm at exit 2 of larger models.
+
+    They are copies of the last block, or of all later blocks if `perfect`, so that they draft what the model says.
+    """
+    model = model_named(name)
+    num_layers = model.config.num_hidden_layers
+    sources = {1: range(1, num_layers) if perfect else [num_layers - 1]} | ({2: []} if num_layers > 2 else {})
+    blocks = {
+        exit_layer: ExitBlock(model, exit_layer=exit_layer, source_layers=of) for exit_layer, of in sources.items()
+    }
+    for block in blocks.values():
+        block.eval()
+    return LimitedDecoder(model, exit_blocks=blocks, functional="by modules" not in name)
 
 
 @cache

@@ -14,7 +14,16 @@ from app.decoding.strategies import STRATEGIES
 from app.spans.kv_cache import KeyValueCache
 from tests.support.decoding import decode
 from tests.unit.decoding.circumstances import HostileClock, ends_after, hostile_memory
-from tests.unit.decoding.model_zoo import CONTEXT, NAMES, VOCAB, LimitedDecoder, decoder_named, draft_decoder, prompt_of
+from tests.unit.decoding.model_zoo import (
+    CONTEXT,
+    NAMES,
+    VOCAB,
+    LimitedDecoder,
+    decoder_named,
+    decoder_with_exit_blocks,
+    draft_decoder,
+    prompt_of,
+)
 
 _LENGTHS = (9, 1, 30, 12, 4)
 _NEEDED: dict[str, dict[str, Any]] = {
@@ -67,8 +76,9 @@ def _told(result: DecodingResult) -> tuple[list[int], str, tuple[Step, ...], int
 def test_a_greedy_batch_equals_its_prompts_alone_whatever_the_model(name: str) -> None:
     prompts = [prompt_of(length) for length in _LENGTHS[:4]]
     settings = _settings("self_speculative", max_new_tokens=14)
-    together, alone = _together_and_alone(decoder_named(name), prompts, "self_speculative", settings, CONTEXT)
-    assert [_told(result) for result in together] == [_told(result) for result in alone]
+    for decoder in (decoder_named(name), decoder_with_exit_blocks(name)):
+        together, alone = _together_and_alone(decoder, prompts, "self_speculative", settings, CONTEXT)
+        assert [_told(result) for result in together] == [_told(result) for result in alone]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,16 @@ from app.spans.kv_cache import KeyValueCache
 from tests.support.decoding import decode
 from tests.support.slow_twins import cut_at_end
 from tests.unit.decoding.circumstances import HostileClock, ends_after
-from tests.unit.decoding.model_zoo import NAMES, VOCAB, continuation, decoder_named, draft_decoder, prompt_of
+from tests.unit.decoding.model_zoo import (
+    CONTEXT,
+    NAMES,
+    VOCAB,
+    continuation,
+    decoder_named,
+    decoder_with_exit_blocks,
+    draft_decoder,
+    prompt_of,
+)
 
 _NUM_TOKENS = 24
 _ENDLESS = 10_000
@@ -27,6 +36,8 @@ class _Case(NamedTuple):
     eos_positions: tuple[int, ...]
     pattern: tuple[int, int]  # where it begins in the continuation, and its length; length 0 is none
     clock: tuple[int, ...]
+    exit_blocks: bool = False
+    draft_vocabulary: int | None = None  # ids below this one
 
 
 @st.composite
@@ -51,6 +62,8 @@ def _cases(draw: st.DrawFn, num_layers: int) -> _Case:
         eos_positions=tuple(draw(st.lists(st.integers(0, _NUM_TOKENS - 1), max_size=2))),
         pattern=draw(st.tuples(st.integers(0, _NUM_TOKENS - 1), st.sampled_from((0, 0, 0, 1, 2, 3)))),
         clock=tuple(draw(st.lists(st.integers(1, 50), min_size=1, max_size=5))),
+        exit_blocks=draw(st.booleans()),
+        draft_vocabulary=draw(st.sampled_from((None, None, 1, VOCAB // 2, VOCAB))),
     )
 
 
@@ -65,8 +78,9 @@ def _compare(name: str, prompt_length: int, case: _Case) -> tuple[DecodingResult
     expected, why = cut_at_end(endless, budget=min(budget, most), eos_token_ids=tuple(eos), pattern=pattern)
     if why == "budget":
         why = "max_new_tokens" if budget <= most else "context_length"
-    decoder = decoder_named(name)
+    decoder = decoder_with_exit_blocks(name) if case.exit_blocks else decoder_named(name)
     decoder.limit = prompt_length + most
+    decoder.use_draft_vocabulary(None if case.draft_vocabulary is None else range(case.draft_vocabulary))
     chosen = DecodingSettings(
         max_new_tokens=budget,
         eos_token_ids=tuple(sorted(eos)),
@@ -104,6 +118,25 @@ def test_every_exit_and_draft_length_gives_the_same_tokens(name: str) -> None:
             assert result.tokens == expected == endless, (exit_layer, drafts)
             kept |= {(step.drafted, step.accepted) for step in result.steps}
     assert {(3, 0)} <= kept if "disagree" in name else {(3, 0), (3, 1), (3, 3)} <= kept
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exit_that_copies_all_later_blocks_has_every_draft_kept(name: str) -> None:
+    endless, decoder = continuation(name, 17, _NUM_TOKENS), decoder_with_exit_blocks(name, perfect=True)
+    decoder.limit = CONTEXT
+    spoken = [token for token in range(VOCAB) if token != endless[-2]]  # at least one draft is not to be kept
+    for vocabulary in (None, spoken):
+        decoder.use_draft_vocabulary(vocabulary)
+        chosen = DecodingSettings(max_new_tokens=len(endless), exit_layer=1, num_draft_tokens=3)
+        result = decode(decoder, prompt_of(17), strategy="self_speculative", settings=chosen)
+        assert result.tokens == endless
+        unspeakable = sum(token == endless[-2] for token in endless[1:])
+        assert sum(step.accepted < step.drafted for step in result.steps) <= (unspeakable if vocabulary else 0)
+    decoder.use_draft_vocabulary(None)
+    early = decode(
+        decoder, prompt_of(17), strategy="early_exit", settings=DecodingSettings(max_new_tokens=9, exit_layer=1)
+    )
+    assert early.tokens == endless[:9]
 
 
 def test_the_models_say_varied_things() -> None:

@@ -102,7 +102,7 @@ def test_a_processor_that_writes_into_its_scores_changes_nothing_else() -> None:
 
 
 def test_the_logits_themselves_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeDecoder, "unembed", lambda self, hidden: logits)  # its own memory
+    monkeypatch.setattr(FakeDecoder, "unembed", lambda self, hidden, **_: logits)  # its own memory
     logits, before = _FULL[None, :1].clone(), _FULL[None, :1].clone()
     sampling = SamplingSettings(processor=lambda ids, scores: scores.fill_(1.0))
     settings = DecodingSettings(max_new_tokens=3, sampling=sampling)

@@ -37,6 +37,7 @@ _CUTS: dict[str, dict[str, Any]] = {
 _WAYS: dict[str, dict[str, Any]] = {
     "self_speculative": {"exit_layer": 1, "num_draft_tokens": 2},
     "self_speculative, adaptive": {"exit_layer": 1, "num_draft_tokens": 3, "draft_policy": "adaptive"},
+    "self_speculative, some tokens never drafted": {"exit_layer": 1, "num_draft_tokens": 2},
     "draft_model": {"num_draft_tokens": 2},
     "layer_skip": {"skipped_layers": (1,), "num_draft_tokens": 2},
 }
@@ -51,6 +52,7 @@ def _settings(way: str, cut: str, **changed: Any) -> DecodingSettings:
 def _samples(way: str, cut: str, number: int) -> list[DecodingResult]:
     settings, decoder = _settings(way, cut), FakeDecoder(_FULL, _EXITS)
     decoder.may_skip = way == "layer_skip"
+    decoder.unspeakable = (1, 3) if "never drafted" in way else ()
     results: list[DecodingResult] = []
     for first in range(0, number, _ROWS):
         generators = [torch.Generator().manual_seed(seed) for seed in range(first, first + _ROWS)]
@@ -107,6 +109,7 @@ def test_20000_samples_follow_the_full_models_distribution(way: str, cut: str) -
     [
         ("self_speculative", "a processor of the context"),
         ("self_speculative, adaptive", "temperature"),
+        ("self_speculative, some tokens never drafted", "a processor of the context"),
         ("draft_model", "temperature"),
         ("layer_skip", "top-k, top-p and min-p"),
     ],

@@ -76,6 +76,20 @@ def test_the_first_blocks_see_each_drafted_token_once_and_the_others_each_verifi
     assert {(step.drafted, step.accepted) for step in result.steps} >= {(4, 4), (4, 2), (4, 0)}
 
 
+def test_an_exits_own_blocks_see_each_kept_position_once_and_the_last_draft_only_where_all_were_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeDecoder, "own_exit", 1)
+    monkeypatch.setattr(FakeDecoder, "num_own", 2)
+    decoder, _, result = _decode("self_speculative")
+    expected = [(0, 1, 3), (4, 6, 3), (1, 4, 3)]
+    for step in result.steps:
+        expected += [(0, 1, 1), (4, 6, 1)] * step.drafted + [(0, 1, 1), (1, 4, step.drafted + 1)]
+        expected += [(4, 6, 1)] * (step.accepted == step.drafted)
+    assert decoder.spans == expected
+    assert {(step.drafted, step.accepted) for step in result.steps} >= {(4, 4), (4, 2), (4, 0)}
+
+
 def test_layer_skip_drafts_with_the_kept_blocks_and_verifies_with_all() -> None:
     decoder, _, result = _decode("layer_skip")
     expected = [(0, 4, 3)]

@@ -127,7 +127,9 @@ def test_chunks_of_positions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(layer_agreement, "_LOGITS_PER_CHUNK", 3 * decoder.vocab_size)
     longest = []
     unembed = SpanDecoder.unembed
-    monkeypatch.setattr(SpanDecoder, "unembed", lambda self, h: longest.append(h.shape[1]) or unembed(self, h))
+    monkeypatch.setattr(
+        SpanDecoder, "unembed", lambda self, h, **of: longest.append(h.shape[1]) or unembed(self, h, **of)
+    )
     assert measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS) == whole
     assert max(longest) == 3
 

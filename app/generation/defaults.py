@@ -45,7 +45,8 @@ def choose_decoding(
     needs = STRATEGIES[strategy].needs
     if exit_layer is None and "exit_layer" in needs:
         known = tuned and tuned.exit_layer
-        exit_layer = known or max(1, num_layers // _USUAL_SHARE)
+        own = next(iter(loaded.decoder.own_exits), None)
+        exit_layer = known or own or max(1, num_layers // _USUAL_SHARE)
         said.append(_say("exit_layer", f"{exit_layer} of {num_layers}", tuned=bool(known)))
     if num_draft_tokens is None and "num_draft_tokens" in needs:
         same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)

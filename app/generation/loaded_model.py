@@ -81,6 +81,7 @@ def load_decoder(
     if device == "cuda" and not has_gpu:
         raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
     # Importing transformers' models takes longer than all checks above.
+    from app.model_files.exit_blocks import load_exit_blocks
     from app.model_files.open import load_for_decoding
     from app.spans.decoder import SpanDecoder
     from app.spans.functional_block import join_projections
@@ -88,8 +89,10 @@ def load_decoder(
     weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype], field=field)
     weights.to(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))
     avoid_emulation(weights, field=field, chosen=dtype != "auto")
+    exit_blocks = load_exit_blocks(model, weights)
     join_projections(weights)
-    return LoadedModel(weights, tokenizer, SpanDecoder(weights), dtype)
+    join_projections(weights, [layer for block in exit_blocks.values() for layer in block.decoder.layers])
+    return LoadedModel(weights, tokenizer, SpanDecoder(weights, exit_blocks=exit_blocks), dtype)
 
 
 def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Sequence[str]) -> ExitableDecoder | None:

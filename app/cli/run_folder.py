@@ -4,8 +4,11 @@ Tested by tests/contract/test_command_line.py and test_resume.py.
 """
 
 import csv
+import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,11 @@ from typing_extensions import override
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
 from app.checkpoints.run_lock import hold_run
 from app.checkpoints.run_record import RUN_CONFIG_KEY
-from app.training.logged_steps import log_once
+from app.training.logged_steps import EVENTS, log_once, points
 from app.training.module import LayerSkipModule
 from app.whole_file import write_whole
 
+_HPARAMS = "hparams.yaml"  # Lightning's loggers write it, and here it is empty
 _VERSION = re.compile(r"version_(\d+)")
 
 
@@ -87,6 +91,32 @@ def go_on_in_latest_version(trainer: Trainer) -> None:
                 if isinstance(other, TensorBoardLogger | CSVLogger) and other._version is None:
                     other._version = max(versions)
         return
+
+
+@contextmanager
+def no_trace_if_refused(trainer: Trainer) -> Iterator[None]:
+    """Removes, where an error is raised, log files without a point and the folders that were made for them.
+
+    Lightning opens the log files before it asks callbacks, datamodule and checkpoint whether the run can start.
+    """
+    opened = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger | CSVLogger)]
+    folders = [Path(logger.log_dir) for logger in opened if trainer.is_global_zero]
+    own = f"{EVENTS}.{os.getpid()}.*"
+    before = {file for folder in folders for file in folder.glob(own)}
+    made = [above for folder in folders for above in (folder, *folder.parents) if not above.exists()]
+    try:
+        yield
+    except Exception:
+        for folder in folders:
+            for file in {*folder.glob(own)} - before:
+                if next(points(file), None) is None:
+                    file.unlink()
+            if folder in made and [path.name for path in folder.glob("*")] == [_HPARAMS]:
+                (folder / _HPARAMS).unlink()
+        for above in made:
+            with suppress(OSError):  # it holds something
+                above.rmdir()
+        raise
 
 
 def keep_metrics(trainer: Trainer) -> None:

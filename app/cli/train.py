@@ -39,7 +39,7 @@ from app.cli.refusals import (
     refuse_early,
     take_tokenizer_of_model,
 )
-from app.cli.run_folder import SaveFitConfig, go_on_in_latest_version, keep_metrics
+from app.cli.run_folder import SaveFitConfig, go_on_in_latest_version, keep_metrics, no_trace_if_refused
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range
@@ -140,7 +140,8 @@ class LayerSkipCLI(LightningCLI):
                 keep_metrics(self.trainer)
             if subcommand != "fit":
                 warn_of_random_weights(self.model, self.config_init[subcommand].get("ckpt_path"))
-            super()._run_subcommand(subcommand)
+            with no_trace_if_refused(self.trainer):
+                super()._run_subcommand(subcommand)
         except ConfigError as error:
             raise locate(error, self.plain_config()) from error
         finally:

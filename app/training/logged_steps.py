@@ -19,6 +19,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from app.whole_file import write_whole
 
+EVENTS = "events.out.tfevents.*"  # names of the files that TensorBoard writes
+
 
 def log_once(trainer: Trainer) -> None:
     """Drop the points that a resumed run will log again, or has logged again.
@@ -52,10 +54,15 @@ def _purge(logger: TensorBoardLogger, step: int) -> None:
 
 
 def _values(folder: Path) -> Iterator[tuple[Any, Any]]:
-    for file in sorted(folder.glob("events.out.tfevents.*")):  # their names begin with the time they were opened
-        for event in LegacyEventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                yield event, value
+    for file in sorted(folder.glob(EVENTS)):  # their names begin with the time they were opened
+        yield from points(file)
+
+
+def points(file: Path) -> Iterator[tuple[Any, Any]]:
+    """The points in a file of TensorBoard's, each as the event and its value."""
+    for event in LegacyEventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            yield event, value
 
 
 def _drop_rows(file: Path, step: int) -> None:

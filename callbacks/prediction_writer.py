@@ -5,6 +5,7 @@ Tested by tests/integration/test_monitors.py.
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 class PredictionWriter(BasePredictionWriter):
     """Appends predictions to `filename` in the run's folder while they are made, one file for each rank.
+
+    A loss that is not finite is null, since JSON has no number for it.
 
     Args:
         filename: Name of the file; ranks above 0 add their number. Of ranks that share their rows (tensor parallelism)
@@ -60,6 +63,7 @@ class PredictionWriter(BasePredictionWriter):
         losses = {layer: values.tolist() for layer, values in sorted(prediction["loss_by_exit"].items())}
         with self._path(trainer).open("a") as file:
             for idx, source in enumerate(prediction["source"].tolist()):
-                by_exit = {layer: round(values[idx], 6) for layer, values in losses.items()}
+                row = {layer: round(values[idx], 6) for layer, values in losses.items()}
+                by_exit = {layer: loss if math.isfinite(loss) else None for layer, loss in row.items()}
                 record = {"batch": batch_idx, "row": idx, "source": source, "loss_by_exit": by_exit}
                 file.write(json.dumps(record) + "\n")

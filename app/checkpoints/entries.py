@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from app.checkpoints.integrity import is_finite
 from app.errors import CheckpointError
 
 Entry = tuple[object, ...]  # the keys that lead to an entry
@@ -40,6 +41,12 @@ class SavedEntries:
         """A whole number from `low` to `high`."""
         if isinstance(got, bool) or not isinstance(got, int) or not low <= got <= high:
             self.refuse(entry, got, f"a whole number in [{low}, {high}]" if low < high else f"{low}")
+        return got
+
+    def finite(self, entry: Entry, got: Tensor) -> Tensor:
+        """A tensor without NaN and infinity, or one without memory."""
+        if not is_finite(got):
+            self.refuse(entry, "NaN or infinity", "finite numbers")
         return got
 
     def keys(self, entry: Entry, got: object, allowed: Collection[object]) -> dict[Any, Any]:

@@ -12,7 +12,7 @@
    whether the data is the same (`check_state_dict` of the datamodule: tokenizer, order of rows, position);
    whether the config is the same, unless step 1 has asked, and the optimizer's settings, unless the user insists;
    how many micro-batches a step has (`loop_counts`).
-4. At the first step, whether the weights are finite (`app.training.divergence`).
+4. A strategy that shards asks whether weights and states are finite once each rank has read its parts (`sharded`).
 
 `validate`, `test` and `predict` ask the same of the weights and the tokenizer, and take nothing else.
 """

@@ -7,7 +7,7 @@ import io
 import logging
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +30,9 @@ from typing_extensions import override
 from app.checkpoints import contents
 from app.checkpoints.atomic import partial_path
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
-from app.checkpoints.integrity import KEEP_PREVIOUS
+from app.checkpoints.integrity import KEEP_PREVIOUS, check_finite
 from app.checkpoints.shards import ShardReader, Shards, copy_own_part
+from app.checkpoints.states import is_torchs
 from app.checkpoints.weights import OPTIMIZER_STATES, STATE_DICT, Shapes
 from app.checkpoints.writer import CheckpointWriter
 from app.errors import CheckpointError
@@ -210,17 +211,27 @@ class ShardedCheckpoints(ModelParallelStrategy):
                 raise CheckpointError(f"cannot read checkpoint {path}: {_reasons(error)}") from _first_cause(error)
         else:
             content = contents.read_file(path, mmap=True)
-            self.lightning_module.on_load_checkpoint(content)
+            of_tensors = {key: content[key] for key in (STATE_DICT, OPTIMIZER_STATES) if key in content}
+            described = {**content, **tree_map(_without_memory, of_tensors)}
+            self.lightning_module.on_load_checkpoint(described)
+            content = {**described, **of_tensors}
             whole = self._take_tensors(content)
             shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in whole.items()}
             wanted = self._wanted(path, content[OPTIMIZER_STATES], shapes)
             with torch.no_grad():
                 for key, tensor in wanted.items():
                     copy_own_part(tensor, whole[key])
+        check_finite(path, self._with_known_meaning(wanted))
         for index, (optimizer, state) in enumerate(zip(self.optimizers, content[OPTIMIZER_STATES], strict=False)):
             tensors = {key: wanted[key] for key in contents.state_keys(wanted, index)}
             optimizer.load_state_dict(contents.by_index(contents.filled(state, tensors, index)))
         return content
+
+    def _with_known_meaning(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of this rank's parts, those that must be finite; the states of a class other than torch's need not be."""
+        foreign = [index for index, optimizer in enumerate(self.optimizers) if not is_torchs(optimizer)]
+        left_out = {key for index in foreign for key in contents.state_keys(wanted, index)}
+        return {key: tensor for key, tensor in wanted.items() if key not in left_out}
 
     def _wanted(self, path: Path, states: list[contents.OptimizerState], shapes: Shapes) -> dict[str, Any]:
         """The tensors to read into, by their keys in shards: this rank's parts of weights and new optimizer states."""
@@ -254,6 +265,11 @@ def _described(key: str, shards: Shards) -> Tensor:
     """A tensor to compare with the live one: a single number with its value, any other without memory."""
     shape, dtype = shards.shapes[key]
     return shards.read(key) if shape.numel() == 1 else torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _without_memory(value: object) -> object:
+    """The same of a tensor in a mapped file, and any other value as it is."""
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) and value.numel() != 1 else value
 
 
 def _empty_state(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

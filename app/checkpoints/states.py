@@ -79,7 +79,7 @@ def check_states(checkpoint: Mapping[str, Any], module: Any) -> None:
 
 
 def _check_weights(saved: SavedEntries, got: object, live: Mapping[str, Tensor]) -> None:
-    """Names and shapes must be the model's. The precision may differ, but then for all weights alike."""
+    """Names and shapes must be the model's, and all numbers finite. All weights may have another precision."""
     weights = saved.keys((STATE_DICT,), got, live)
     precisions: dict[torch.dtype, torch.dtype] = {}
     for name, weight in live.items():
@@ -89,6 +89,7 @@ def _check_weights(saved: SavedEntries, got: object, live: Mapping[str, Tensor])
         expected = precisions.setdefault(weight.dtype, tensor.dtype)
         if tensor.dtype != expected:
             saved.refuse((STATE_DICT, name), tensor, f"{str(expected).removeprefix('torch.')}, as the others")
+        saved.finite((STATE_DICT, name), tensor)
 
 
 # -- loops -------------------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def _check_optimizer(saved: SavedEntries, got: object, live: Optimizer, module: 
     state, entry = only["state"], (*entry, "state")
     known = [index for index in range(len(parameters)) if not isinstance(state, dict) or index in state]
     saved.keys(entry, state, known)
-    if not _is_torchs(live):
+    if not is_torchs(live):
         return
     kinds = _kinds_of_state(module, parameters)
     for index, parameter in enumerate(parameters):
@@ -171,7 +172,7 @@ def _check_optimizer(saved: SavedEntries, got: object, live: Optimizer, module: 
             saved.refuse(below, MISSING, f"the states of {names[parameter]}")
 
 
-def _is_torchs(live: Optimizer | LRScheduler) -> bool:
+def is_torchs(live: Optimizer | LRScheduler) -> bool:
     """Whether the class is torch's own; what the states of another class must be is not known here."""
     return type(live).__module__.startswith("torch.optim")
 
@@ -206,13 +207,13 @@ def _check_state(saved: SavedEntries, entry: Entry, got: object, like: object, o
     assert isinstance(got, Tensor)
     if not got.is_meta and entry[-1] == "step":
         saved.number(entry, got.item(), low=1, high=steps)
-    elif not got.is_meta and not got.isfinite().all():
-        saved.refuse(entry, "NaN or infinity", "finite numbers")
+    else:
+        saved.finite(entry, got)
 
 
 def _check_schedule(saved: SavedEntries, checkpoint: Mapping[str, Any], scheduler: LRScheduler, *, step: int) -> None:
     """The one schedule must stand at the run's step, and scale the rates that the optimizer began with."""
-    if not _is_torchs(scheduler):
+    if not is_torchs(scheduler):
         saved.sequence((_SCHEDULERS,), checkpoint[_SCHEDULERS], length=1)
         saved.any_keys((_SCHEDULERS, 0), checkpoint[_SCHEDULERS][0])
         return
@@ -239,7 +240,7 @@ def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable) -
     saved = SavedEntries(module.trainer.ckpt_path)
     live = module.optimizer_over(module.model)
     fresh, scheduler = live["optimizer"].param_groups, live["lr_scheduler"]["scheduler"]
-    if not _is_torchs(scheduler):
+    if not is_torchs(scheduler):
         return  # it may set any of them
     moved = ("params", *(("betas", "momentum") if isinstance(scheduler, OneCycleLR | CyclicLR) else ()))
     rates = checkpoint[_SCHEDULERS][0]["_last_lr"]

@@ -3,13 +3,12 @@
 import logging
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from app.metric_names import TEST_LOSS, VAL_LOSS
 from app.model.cpu.precision import emulated
 from app.protocols import Reportable
 from app.tables import Table
-from app.training.divergence import not_finite_weights
 from app.training.module import LayerSkipModule
 
 _log = logging.getLogger(__name__)
@@ -42,15 +41,10 @@ def warn_of_random_weights(module: LayerSkipModule, ckpt_path: object) -> None:
         _log.warning("no --ckpt_path is given: what follows is measured on random weights")
 
 
-def warn_of_poison(trainer: Trainer, module: LightningModule) -> None:
-    """Warns if a measured loss is not finite, and says whether the weights are to blame."""
+def warn_of_overflow(trainer: Trainer) -> None:
+    """Warns if a measured loss is not finite; weights that are not finite have been refused before."""
     for name in (VAL_LOSS, TEST_LOSS):
         loss = trainer.callback_metrics.get(name)
-        if loss is None or torch.isfinite(loss) or not trainer.is_global_zero:
-            continue
-        weights = not_finite_weights(module)
-        _log.warning(
-            "%s of %s is %s: %s",
-            *(name, trainer.ckpt_path or "this model", float(loss)),
-            f"its weights are not finite, in {weights}" if weights else "its weights are finite, what follows is not",
-        )
+        if loss is not None and not torch.isfinite(loss) and trainer.is_global_zero:
+            what = f"{name} of {trainer.ckpt_path or 'this model'} is {float(loss)}"
+            _log.warning("%s: its weights are finite, what follows is not: give trainer.precision more range", what)

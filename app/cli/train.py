@@ -28,7 +28,7 @@ from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.may_resume import check_before
 from app.checkpoints.resumed_config import GivenConfig, check_names
 from app.checkpoints.run_lock import hold, release
-from app.cli.measured import measured_table, warn_of_emulation, warn_of_poison, warn_of_random_weights
+from app.cli.measured import measured_table, warn_of_emulation, warn_of_overflow, warn_of_random_weights
 from app.cli.messages import locate
 from app.cli.parsing.preflight import AUTO, LAST, USE_PREVIOUS, check_checkpoint_path
 from app.cli.parsing.training_parser import TrainingParser
@@ -147,7 +147,7 @@ class LayerSkipCLI(LightningCLI):
         finally:
             release()
         if subcommand in ("validate", "test"):
-            warn_of_poison(self.trainer, self.model)
+            warn_of_overflow(self.trainer)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # `run` prints the results instead of Lightning, whose table has figures of seventeen digits.

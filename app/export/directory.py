@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from app.checkpoints.integrity import check_finite
 from app.errors import CheckpointError, ConfigError
 from app.export.output_directory import whole_or_absent
 from app.model.freed_memory import give_back_freed
@@ -87,8 +88,8 @@ def write_pretrained(
         Number of files of weights.
 
     Raises:
-        CheckpointError: The directory cannot be written, `weights` are not those of the model, or its generation config
-            contradicts itself.
+        CheckpointError: The directory cannot be written, `weights` are not those of the model or not finite, or its
+            generation config contradicts itself.
     """
     settings, weights = settings or ExportSettings(), weights or Weights.of(model)
     names = _stored_names(model, weights)
@@ -98,7 +99,7 @@ def write_pretrained(
     if tokenizer is not None and generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
     with whole_or_absent(directory, readme=settings.readme) as folder:
-        num_files = _write_shards(names, weights, folder, settings=settings, num_parameters=model.num_parameters())
+        num_files = _write_shards(model, names, weights, folder, settings=settings)
         config.save_pretrained(folder)
         generation.save_pretrained(folder)
         if settings.decoding is not None:
@@ -132,7 +133,7 @@ def _stored_names(model: PreTrainedModel, weights: Weights) -> list[str]:
 
 
 def _write_shards(
-    names: list[str], weights: Weights, folder: Path, *, settings: ExportSettings, num_parameters: int
+    model: PreTrainedModel, names: list[str], weights: Weights, folder: Path, *, settings: ExportSettings
 ) -> int:
     shapes, read = weights.shapes, weights.read
     own = {name: shapes[name][1] for name in names}
@@ -142,11 +143,12 @@ def _write_shards(
     shards = split_torch_state_dict_into_shards(planned, filename_pattern=_SHARD_NAMES, max_shard_size=size)
     for file, members in shards.filename_to_tensors.items():
         tensors = {name: read(name).detach().to(dtypes[name]).contiguous() for name in members}
+        check_finite(f"the weights of a {type(model).__name__}", tensors)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
         give_back_freed()
     if shards.is_sharded:
-        metadata = {"total_parameters": num_parameters, **shards.metadata}
+        metadata = {"total_parameters": model.num_parameters(), **shards.metadata}
         index = json.dumps({"metadata": metadata, "weight_map": shards.tensor_to_filename}, indent=2, sort_keys=True)
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index + "\n", "utf-8")
     return len(shards.filename_to_tensors)

@@ -23,6 +23,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
+from app.checkpoints.integrity import check_finite
 from app.checkpoints.weights import TOKENIZER_KEY, is_trained_weights, open_trained_weights
 from app.errors import CheckpointError, ConfigError, check_range, shortened
 from app.model.config_check import check_plain_head, check_sizes, refused_as_config
@@ -71,9 +72,11 @@ def load_pretrained(path: str, *, dtype: torch.dtype | None = torch.float32) -> 
 
     Raises:
         ConfigError: There is no such model, its weights are pickled, or its head does more than multiply.
-        CheckpointError: Its weights are damaged or incomplete.
+        CheckpointError: Its weights are damaged, incomplete or not finite.
     """
-    return open_source(path, field="pretrained").weights(dtype, True)
+    model = open_source(path, field="pretrained").weights(dtype, True)
+    check_finite(path, dict(model.named_parameters()))
+    return model
 
 
 def load_for_decoding(path: str, *, dtype: torch.dtype | None, field: str = "model") -> tuple[PreTrainedModel, Any]:
@@ -85,7 +88,9 @@ def load_for_decoding(path: str, *, dtype: torch.dtype | None, field: str = "mod
     source = open_source(path, field=field)
     tokenizer = source.tokenizer()
     check_fits(tokenizer, vocab_size=source.config.get_text_config().vocab_size, field=field, got=path)
-    return source.weights(dtype, False).eval(), tokenizer
+    model = source.weights(dtype, False).eval()
+    check_finite(path, dict(model.named_parameters()))
+    return model, tokenizer
 
 
 def open_tokenizer(path: str, *, field: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from app.checkpoints.integrity import check_bytes
+from app.checkpoints.integrity import check_bytes, check_finite
 from app.checkpoints.shards import copy_own_part
 from app.checkpoints.weights import is_trained_weights, open_shards, open_trained_weights
 from app.errors import CheckpointError, ConfigError
@@ -34,6 +34,7 @@ def fill(model: PreTrainedModel, device: torch.device, *, pretrained: str | None
     _take_memory(model, device)
     if pretrained:
         _fill_from(model, pretrained)
+        check_finite(pretrained, dict(model.named_parameters()))
     else:
         _fill_at_random(model, seed=seed)
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from app.checkpoints.integrity import is_finite
 from app.errors import DivergenceError, check_choice, check_range
 
 _log = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ class DivergenceGuard:
         if poisoned := _names_and_ranks([*module.named_parameters()], module):
             if self._steps_taken:
                 return f"a step before left weights that are not finite in {poisoned}: {_EARLIER} {_LOWER} and {_ALLOW}"
-            fix = _EARLIER if resumed else "start from others"
-            return f"the weights that it began with are not finite in {poisoned}: {fix}"
+            return f"the weights that it began with are not finite in {poisoned}: start from others"
         if not self._steps_taken and resumed:
             return f"it is the first one after the checkpoint, whatever the learning rate: {_EARLIER}, {skip}"
         if not self._steps_taken:
@@ -139,7 +138,8 @@ def _drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
 
 def _names_and_ranks(tensors: Sequence[tuple[str, Tensor | None]], module: LightningModule) -> str:
     """Names and ranks of the tensors that are not finite; empty if all are. All ranks must call it together."""
-    found_WN = _gathered(torch.tensor([_is_not_finite(tensor) for _, tensor in tensors], device=module.device))
+    own = [tensor is not None and not is_finite(tensor) for _, tensor in tensors]
+    found_WN = _gathered(torch.tensor(own, device=module.device))
     names = _listed([tensors[idx][0] for idx in found_WN.any(dim=0).nonzero().flatten().tolist()])
     ranks = _listed([str(rank) for rank in found_WN.any(dim=1).nonzero().flatten().tolist()])
     return names and f"{names} on rank {ranks}"
@@ -153,16 +153,6 @@ def _gathered(flags_N: Tensor) -> Tensor:
     of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(of_ranks, own)
     return torch.stack(of_ranks)
-
-
-def not_finite_weights(module: LightningModule) -> str:
-    """Names of this rank's parameters that are not finite; empty if all are."""
-    return _listed([name for name, parameter in module.named_parameters() if _is_not_finite(parameter)])
-
-
-def _is_not_finite(tensor: Tensor | None) -> bool:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local is not None and not bool(torch.isfinite(local).all())
 
 
 def _listed(items: list[str], *, most: int = 3) -> str:

@@ -199,20 +199,42 @@ def test_a_checkpoint_behind_the_runs_end_is_told_to_leave_nothing_to_train(fold
     assert "nothing is left" not in capsys.readouterr().err
 
 
-def test_weights_that_are_not_finite_are_named_by_fit_and_validate(folder, monkeypatch, tmp_path, capsys):
-    poisoned, name = tmp_path / "poisoned.ckpt", "model.model.layers.2.mlp.up_proj.weight"
+@pytest.fixture(scope="module")
+def poisoned(folder):
+    """A checkpoint with NaN in one weight, and the weight's name."""
+    path, name = folder / "poisoned.ckpt", "model.layers.2.mlp.up_proj.weight"
     checkpoint = torch.load(folder / "half" / "checkpoints" / "last.ckpt", weights_only=True)
-    checkpoint["state_dict"][name].fill_(float("nan"))
-    torch.save(checkpoint, poisoned)
-    assert resume(monkeypatch, folder, "--ckpt_path", str(poisoned)) == 2
-    err = capsys.readouterr().err
-    assert f"the weights that it began with are not finite in {name} on rank 0: resume an earlier checkpoint" in err
-    common = ["--config", str(folder / "config.yaml"), "--trainer.limit_val_batches=1", "--ckpt_path"]
-    assert cli(monkeypatch, "validate", *common, str(poisoned)) == 0
-    said = capsys.readouterr().err
-    assert f"WARNING: val/loss of {poisoned} is nan: its weights are not finite, in {name}" in said
-    assert cli(monkeypatch, "validate", *common, str(folder / "half" / "checkpoints" / "last.ckpt")) == 0
-    assert "finite" not in capsys.readouterr().err
+    checkpoint["state_dict"][f"model.{name}"][-1, -1] = float("nan")
+    torch.save(checkpoint, path)
+    return path, name
+
+
+@pytest.mark.parametrize("verb", ["fit", "fit --model.pretrained", "validate", "predict", "export", "generate"])
+def test_weights_that_are_not_finite_are_refused_by_name_before_anything_is_written(
+    folder, monkeypatch, tmp_path, capsys, poisoned, verb
+):
+    path, name = map(str, poisoned)
+    config = ["--config", str(folder / "config.yaml"), *OPTIONS, *CONSTANT]
+    config += ["--trainer.logger.init_args.save_dir", str(tmp_path)]
+    options = {
+        "fit --model.pretrained": [*config, "--model.config=null", "--model.pretrained", path],
+        "export": ["--model", path, "--output_dir", str(tmp_path / "out")],
+        "generate": ["--model", path, "--prompt", "a"],
+    }
+    assert cli(monkeypatch, verb.split()[0], *options.get(verb, [*config, "--ckpt_path", path])) == 2
+    said = capsys.readouterr()
+    (message,) = [line for line in said.err.splitlines() if "error: " in line]
+    assert f"{path}: " in message or verb == "export"
+    assert name in message
+    assert "NaN or infinity" in message
+    assert not said.out
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_resume_that_is_refused_leaves_the_folder_of_the_run_as_it_was(folder, monkeypatch, poisoned):
+    before = sorted((folder / "half").rglob("*"))
+    assert fit(monkeypatch, folder / "config.yaml", "half", "--ckpt_path", str(poisoned[0])) == 2
+    assert sorted((folder / "half").rglob("*")) == before
 
 
 def test_validate_of_another_tokenizers_size_is_refused_by_that(folder, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import sys
@@ -101,7 +102,20 @@ def resume_everywhere(root):
         root, mesh(asynchronous=True), name="background", extra=[SaveInBackground(root)], every=1000
     )
     runs["mesh from background"] = fit(root, mesh(), name="resumed", resume="slow", every=1000)
+    fit(root, mesh(), name="poisoned", until=1, extra=[PoisonStateOfRank1()])
+    with pytest.raises(CheckpointError) as refused:
+        fit(root, mesh(), name="resumed", resume="poisoned")
+    runs["refused"] = str(refused.value)
     return runs
+
+
+class PoisonStateOfRank1(Callback):
+    """NaN in one optimizer state, in the part that rank 1 holds."""
+
+    def on_train_batch_end(self, trainer, *_):
+        state = [*trainer.optimizers[0].state.values()][2]["exp_avg"].to_local()
+        if trainer.global_rank == 1:
+            state.view(-1)[-1] = float("nan")
 
 
 class SaveInBackground(Callback):
@@ -282,6 +296,13 @@ def test_a_directory_that_is_not_copied_whole_is_refused_by_whoever_reads_it(run
     for read in (AtomicCheckpointIO().load_checkpoint, load_pretrained):
         with pytest.raises(CheckpointError, match=r"not all there \(manifest.json is missing\)"):
             read(str(copy))
+
+
+def test_a_state_that_is_not_finite_in_one_shard_is_refused_by_all_ranks(runs):
+    for of_rank in runs:
+        assert re.search(
+            r"poisoned/last.ckpt: optimizer_0\.state\.\S+exp_avg holds NaN or infinity", of_rank["refused"]
+        )
 
 
 def test_a_disk_that_fails_is_told_in_one_line(runs, root, monkeypatch):

@@ -170,6 +170,10 @@ def test_validate_test_and_predict_work_on_the_trained_module(watched_run, tmp_p
     assert set(rows[0]["loss_by_exit"]) == {str(layer) for layer in range(1, NUM_LAYERS + 1)}
     mean = sum(row["loss_by_exit"]["4"] for row in rows) / len(rows)
     assert mean == pytest.approx(validated["val/loss"], rel=0.05)  # rows weigh alike here, tokens there
+    overflowed = {"loss_by_exit": {4: torch.tensor([torch.nan])}, "source": torch.tensor([0])}
+    callbacks[-1].write_on_batch_end(trainer, module, overflowed, None, None, batch_idx=9, dataloader_idx=0)
+    last = (tmp_path / "predictions.jsonl").read_text().splitlines()[-1]
+    assert last == '{"batch": 9, "row": 0, "source": 0, "loss_by_exit": {"4": null}}'
 
 
 def test_exit_the_model_does_not_have_is_refused(tmp_path):

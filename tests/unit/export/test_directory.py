@@ -54,6 +54,16 @@ CONFIGS = {
 }
 
 
+def test_weights_beyond_the_range_of_the_type_asked_for_are_refused_and_nothing_is_written(tmp_path):
+    model = new_model(CONFIGS["llama, tied"])
+    model.model.norm.weight.data[0] = 1e6
+    with pytest.raises(
+        CheckpointError, match=r"LlamaForCausalLM: model\.norm\.weight holds NaN or infinity in float16"
+    ):
+        write_pretrained(model, None, tmp_path / "out", settings=ExportSettings(dtype=torch.float16))
+    assert [*tmp_path.iterdir()] == []
+
+
 def new_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()

@@ -7,7 +7,7 @@ or else what the card or file says that comes before it.
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,14 +108,7 @@ def model_card(
     templates = Environment(  # noqa: S701  # Markdown, in which nothing is escaped
         loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
-    shown: dict[str, Any] = {}
-    if record is not None:
-        shown["settings"] = list(_settings(record))
-        shown["exits"] = list(_exits(record, num_layers))
-        shown["sources"] = list(_sources(record))
-        shown["data_settings"] = _plain({name: record.data_settings.get(name) for name in _DATA_SETTINGS})
     return templates.get_template("model_card.md.jinja").render(
-        shown,
         front_matter=_front_matter(record, card, has_exits=has_exits).to_yaml(),
         card=card,
         architecture=type(model).__name__,
@@ -123,7 +116,9 @@ def model_card(
         num_parameters=model.num_parameters(),
         dtype=dtype,
         record=record,
+        data_settings={name: record.data_settings.get(name) for name in _DATA_SETTINGS} if record else {},
         methods=methods,
+        exp=math.exp,
         decoding=decoding,
         drafts=decoding is not None or (has_exits and model.config.model_type in SUPPORTED_MODEL_TYPES),
         exit_layer=max(1, num_layers // _UNTUNED_SHARE) if decoding is None else decoding.exit_layer,
@@ -146,51 +141,3 @@ def _methods(config: Mapping[str, Any]) -> list[str]:
     dropout, exits = config["layer_dropout"], config["early_exit"]
     parts = ["layer dropout"] if dropout["max_dropout_rate"] else []
     return parts + (["early-exit loss"] if exits["curriculum"] != "none" and exits["early_exit_scale"] else [])
-
-
-def _settings(record: RunRecord) -> Iterator[tuple[str, str]]:
-    """Names and values of the run's settings, as far as its checkpoint tells."""
-    config = record.config
-    if config:
-        yield "started from", record.pretrained or "random weights"
-    yield "optimizer steps", f"{record.steps:,}{' of {:,}'.format(config['trainer']['max_steps']) if config else ''}"
-    if record.tokens is not None:
-        yield "tokens seen", f"{record.tokens:,}"
-    if not config:
-        return
-    model, trainer, methods = config["model"], config["trainer"], _methods(config)
-    if isinstance(optimizer := model["optimizer"], Mapping):  # otherwise a function's name, which tells nothing
-        yield "optimizer", f"{optimizer['class_path'].rpartition('.')[2]}, peak {_plain(optimizer['init_args'])}"
-    yield "learning rate", _schedule(model)
-    yield "gradient clipping", str(trainer["gradient_clip_val"] or "off")
-    yield "precision", str(trainer["precision"] or "32-true")
-    yield "layer dropout", _plain(config["layer_dropout"]) if "layer dropout" in methods else "off"
-    yield "early-exit loss", _plain(config["early_exit"]) if "early-exit loss" in methods else "off"
-    yield "seed", str(config["seed_everything"])
-
-
-def _schedule(model: Mapping[str, Any]) -> str:
-    if isinstance(scheduler := model.get("lr_scheduler"), Mapping):  # absent from older runs
-        return f"{scheduler['class_path'].rpartition('.')[2]}, {_plain(scheduler['init_args'])}"
-    return f"{model['lr_schedule']} after {model['warmup_steps']:,} steps of warmup"
-
-
-def _exits(record: RunRecord, num_layers: int) -> Iterator[tuple[str, ...]]:
-    _, scores = record.exits or (0, {})
-    for layer, (loss, agreement) in scores.items():
-        name = f"{layer}{' (full)' * (layer == num_layers)}"
-        yield name, f"{loss:.3f}", f"{math.exp(loss):.1f}", f"{agreement:.1%}"
-
-
-def _sources(record: RunRecord) -> Iterator[tuple[str, ...]]:
-    kinds, total = record.data_settings.get("sources") or {}, record.tokens
-    for source in record.sources:
-        kind, counted = kinds.get(source.name, {}).get("kind", "-"), source.tokens is not None
-        delivered = f"{source.tokens / total:.1%}" if source.tokens is not None and total else "-"
-        yield source.name, kind, f"{source.weight:.1%}", delivered, f"{source.tokens:,}" if counted else "-"
-
-
-def _plain(settings: Mapping[str, Any]) -> str:
-    """`name value` of each setting that is on."""
-    on = ((name, value) for name, value in settings.items() if value not in (None, [], {}) and value is not False)
-    return ", ".join(name if value is True else f"{name} {value}" for name, value in on)

@@ -6,25 +6,11 @@ cannot be renamed over one that is not empty, so for an instant no checkpoint is
 returns `.NAME.previous`. Renames work on NFS and Lustre as on local disks; only Linux can exchange two names at once.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # The command line reports mistakes without loading Lightning.
-    from lightning.pytorch import Trainer
 
 _resumed_from: set[Path] = set()  # checkpoints that runs of this process have resumed from
-
-
-def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """The folders on a disk that the callbacks of a run write checkpoints to."""
-    beside_logs = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-    savers: list[Any] = trainer.checkpoint_callbacks
-    folders = {str(getattr(saver, "dirpath", None) or beside_logs) for saver in savers}
-    return [Path(folder) for folder in sorted(folders) if "://" not in folder]
 
 
 def note_resumed_from(path: Path) -> None:
@@ -86,7 +72,7 @@ def publish(path: Path, *, keep_previous: bool = False) -> None:
             _delete(replaced)
             path.rename(replaced)
         partial.rename(path)
-    flush_folder(path.parent)
+    flush(path.parent)
     if replaced.exists():
         if keep_previous:
             remove(previous)
@@ -105,9 +91,9 @@ def remove(path: Path) -> None:
         _delete(removed)
 
 
-def flush_folder(folder: Path) -> None:
-    """Write the folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Write a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -13,9 +13,8 @@ import logging
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from app.checkpoints.atomic import checkpoint_folders
 from app.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -25,6 +24,14 @@ _log = logging.getLogger(__name__)
 
 LOCK_FILE = ".fit.lock"
 _held: dict[Path, int] = {}  # open descriptors by file: closing one would release its lock
+
+
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """The folders on a disk that the callbacks of a run write checkpoints to."""
+    beside_logs = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    savers: list[Any] = trainer.checkpoint_callbacks
+    folders = {str(getattr(saver, "dirpath", None) or beside_logs) for saver in savers}
+    return [Path(folder) for folder in sorted(folders) if "://" not in folder]
 
 
 def hold_run(trainer: Trainer) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from typing_extensions import override
 
-from app.checkpoints.atomic import flush_folder, partial_path, publish
+from app.checkpoints.atomic import flush, partial_path, publish
 from app.checkpoints.integrity import MANIFEST_FILE, Checksum, manifest
 from app.checkpoints.shards import METADATA_FILE
 from app.checkpoints.weights import CONTENT_FILE
@@ -54,7 +54,7 @@ class CheckpointWriter(FileSystemWriter):
             checksums |= cast(_Written, written).checksums
         checksums[CONTENT_FILE] = _write(folder / CONTENT_FILE, self._content)
         _write(folder / MANIFEST_FILE, manifest(self._step, checksums))
-        flush_folder(folder)
+        flush(folder)
         publish(self._target, keep_previous=self._keep_previous)
 
 

@@ -17,17 +17,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 import datamodules  # noqa: F401  # makes its classes known to jsonargparse by their bare names
-from app.checkpoints.atomic import (
-    checkpoint_folders,
-    clear_leftovers,
-    find_checkpoint,
-    previous_checkpoint,
-    restore_interrupted,
-)
+from app.checkpoints.atomic import clear_leftovers, find_checkpoint, previous_checkpoint, restore_interrupted
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.may_resume import check_before
 from app.checkpoints.resumed_config import GivenConfig, check_names
-from app.checkpoints.run_lock import hold, release
+from app.checkpoints.run_lock import checkpoint_folders, hold, release
 from app.cli.measured import measured_table, warn_of_emulation, warn_of_overflow, warn_of_random_weights
 from app.cli.messages import locate
 from app.cli.parsing.preflight import AUTO, LAST, USE_PREVIOUS, check_checkpoint_path

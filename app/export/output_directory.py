@@ -8,7 +8,6 @@ Tested by tests/unit/export/test_directory.py.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
+from app.checkpoints.atomic import find_checkpoint, flush, partial_path, publish
 from app.errors import CheckpointError, ConfigError
 
 README = "README.md"
@@ -79,21 +79,21 @@ def _digest(text: str) -> str:
 def whole_or_absent(directory: Path, *, readme: str) -> Iterator[Path]:
     """A folder to write files into, which gets README.md and replaces the directory when the block ends well.
 
-    A process killed at any moment leaves nothing incomplete under the directory's name, and the next export removes
-    the hidden folders that it leaves beside it. An error of the disk is a CheckpointError.
+    It becomes whole or absent as a checkpoint does (`app.checkpoints.atomic`), and the next export removes what a
+    killed process leaves beside it. An error of the disk is a CheckpointError.
     """
-    # A rename needs both on the same disk.
-    partial, replaced = _beside(directory, "partial"), _beside(directory, "replaced")
+    partial = partial_path(directory)
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         partial.mkdir(parents=True)
         yield partial
         _sign(partial, readme)
-        _to_disk(partial)
-        if directory.exists():
-            directory.rename(replaced)
-        partial.rename(directory)
-        shutil.rmtree(replaced, ignore_errors=True)
+        mode = (partial / README).stat().st_mode
+        for path in partial.iterdir():
+            path.chmod(mode)  # only the owner can read what safetensors writes
+            flush(path)
+        flush(partial)
+        publish(directory)
     except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for contradictions
         _put_back(directory)
         raise CheckpointError(f"cannot write {directory}: {error}") from error
@@ -101,29 +101,7 @@ def whole_or_absent(directory: Path, *, readme: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _beside(directory: Path, what: str) -> Path:
-    return directory.with_name(f".{directory.name}.{what}")
-
-
 def _put_back(directory: Path) -> None:
-    """Restore the old directory where an export was killed before it had moved the new one in."""
-    replaced = _beside(directory, "replaced")
-    if not replaced.exists():
-        return
-    if directory.exists():
-        shutil.rmtree(replaced)
-    else:
-        replaced.rename(directory)
-
-
-def _to_disk(folder: Path) -> None:
-    """Wait until the files are on the disk, and give all the permissions of README.md."""
-    mode = (folder / README).stat().st_mode
-    for path in [*folder.iterdir(), folder]:
-        if path != folder:
-            path.chmod(mode)  # only the owner can read what safetensors writes
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Restore the old directory where an export ended after it had moved it away."""
+    if (old := find_checkpoint(directory)) != directory:
+        old.rename(directory)

@@ -257,10 +257,10 @@ def test_killed_between_taking_the_old_away_and_putting_the_new_in_the_old_comes
     out = tmp_path / "out"
     export(checkpoint, out)
     before = contents(out)
-    out.rename(tmp_path / ".out.replaced")  # what such a kill leaves
+    out.rename(tmp_path / ".out.previous")  # what such a kill leaves
     assert check_output_dir(str(out)) == out
     assert contents(out) == before
-    assert not (tmp_path / ".out.replaced").exists()
+    assert not (tmp_path / ".out.previous").exists()
 
 
 @pytest.mark.parametrize("limit", [20_000, 500], ids=["in the weights", "in config.json"])

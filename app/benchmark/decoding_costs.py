@@ -1,14 +1,11 @@
 """What the symbols of the cost model (`app.decoding.cost_model`) are worth on this machine, timed on a live decoder.
 
-The costs are, in blocks at one token: a head of H in a step and of H_d in a draft, a share k for every further position
-of a pass, a share j for having several positions at all, and an overhead for every draft-and-verify round.
-
 Shape legend: `B` sequences, `T` prompt tokens, `S` positions of a pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from statistics import fmean, linear_regression, median
 from time import perf_counter
 from typing import Any
@@ -86,38 +83,33 @@ def measure_decoding_costs(
     num_layers = decoder.num_layers
     check_range("num_layers", num_layers, low=2, fix="a single block has no exit to draft from")
     check_range("max_positions", max_positions, low=3, high=decoder.max_length // 2)
-    prompts_BT = torch.randint(
-        decoder.vocab_size,
-        (batch_size, max(1, min(context_length, decoder.max_length - max_positions - _TIMED_TOKENS))),
-        generator=torch.Generator().manual_seed(0),
-    )
+    length = max(1, min(context_length, decoder.max_length - max_positions - _TIMED_TOKENS))
+    generator = torch.Generator().manual_seed(0)
+    prompts_BT = torch.randint(decoder.vocab_size, (batch_size, length), generator=generator)
     exits = sorted({max(1, num_layers // 8), max(1, num_layers // 4)})  # where drafts are worth it
-    settings = [(1, 0), (num_layers, 0)]
-    settings += [
-        (exit_layer, drafts) for exit_layer in exits for drafts in ((max_positions - 1) // 2, max_positions - 1)
-    ]
+    lengths = (max_positions - 1) // 2, max_positions - 1
+    settings = [(1, 0), (num_layers, 0), *product(exits, lengths)]
     timer = _Timer(decoder, prompts_BT.tolist(), clock)
     timed: dict[Setting, list[float]] = {setting: [] for setting in settings}
-    passes: dict[int, list[float]] = {positions: [] for positions in range(1, max_positions + 1)}
-    for repeat in range(repeats + 1):  # the first one warms up
-        for setting in settings:
-            seconds = timer.rounds(*setting)
-            timed[setting] += seconds if repeat else []
-        for positions, duration in timer.passes(max_positions).items():
-            passes[positions] += [duration] if repeat else []
+    passes: list[list[float]] = []
+    for repeat in range(repeats + 1):
+        rounds = {setting: timer.rounds(*setting) for setting in settings}
+        passed = timer.passes(max_positions)
+        if repeat:  # the first one warms up
+            passes.append(passed)
+            for setting, seconds in rounds.items():
+                timed[setting] += seconds
     return fit_decoding_costs(
         {exit_layer: median(samples) for (exit_layer, drafts), samples in timed.items() if not drafts},
-        {positions: median(samples) for positions, samples in passes.items()},
+        dict(enumerate(map(median, zip(*passes, strict=True)), start=1)),
         {setting: median(samples) for setting, samples in timed.items() if setting[1]},
         head_by_size=decoder.head_size / decoder.block_size,
     )
 
 
 def median_costs(costs: Sequence[DecodingCosts]) -> DecodingCosts:
-    """The median of each figure over several measurements, so that a busy moment of the machine decides none."""
-    return DecodingCosts(
-        **{field.name: median(getattr(each, field.name) for each in costs) for field in fields(DecodingCosts)}
-    )
+    """Take the median of each figure over several measurements, so that a busy moment of the machine decides none."""
+    return DecodingCosts(**{name: median(getattr(each, name) for each in costs) for name in vars(costs[0])})
 
 
 def costs_line(costs: DecodingCosts) -> str:
@@ -153,13 +145,12 @@ def fit_decoding_costs(
     head = full / block - num_layers
     several = {positions - 1: seconds / passes[1] - 1.0 for positions, seconds in passes.items() if positions > 1}
     first_extra, extra_token = _line(several)
-    drafts = [
-        _slope({drafts: seconds / block for (exit_layer, drafts), seconds in rounds.items() if exit_layer == chosen})
-        - chosen
-        - extra_token * (num_layers - chosen + head)
-        for chosen in {exit_layer for exit_layer, _ in rounds}
-    ]
-    draft_head = fmean(drafts)
+    heads = []
+    for chosen in {exit_layer for exit_layer, _ in rounds}:
+        own = {drafts: seconds / block for (exit_layer, drafts), seconds in rounds.items() if exit_layer == chosen}
+        slope = linear_regression(list(own), list(own.values())).slope
+        heads.append(slope - chosen - extra_token * (num_layers - chosen + head))
+    draft_head = fmean(heads)
     costs = DecodingCosts(
         block_seconds=block,
         head=head,
@@ -184,10 +175,6 @@ def _line(shares: Mapping[int, float]) -> tuple[float, float]:
     if start >= 0.0:
         return start, slope
     return 0.0, max(0.0, linear_regression(further, heights, proportional=True).slope)
-
-
-def _slope(values: Mapping[int, float]) -> float:
-    return linear_regression(list(values), list(values.values())).slope
 
 
 class _Timer:
@@ -219,17 +206,17 @@ class _Timer:
         return [after - before for before, after in pairwise(times[0][:together])]
 
     @torch.no_grad()
-    def passes(self, max_positions: int) -> dict[int, float]:
-        """Seconds of one pass of the full model over 1 to `max_positions` positions after the prompt."""
+    def passes(self, max_positions: int) -> list[float]:
+        """Time one pass of the full model over 1, 2, ... `max_positions` positions after the prompt, in seconds."""
         lengths = [len(prompt) for prompt in self._prompts]
         tokens_BT = torch.tensor(self._prompts, device=self._decoder.device)
         model = FullModel(self._decoder, batch_size=len(lengths), capacity=lengths[0] + max_positions)
         model.prefill(tokens_BT, lengths).argmax(-1).tolist()
-        seconds = {}
+        seconds = []
         for positions in range(1, max_positions + 1):
             tokens_BS = tokens_BT[:, :1].expand(-1, positions)
             started = self._clock()
             model.verify(tokens_BS).argmax(-1).tolist()  # waits for the device, as a round does
-            seconds[positions] = self._clock() - started
+            seconds.append(self._clock() - started)
             model.settle(lengths)
         return seconds

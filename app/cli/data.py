@@ -115,34 +115,22 @@ def _print(found: Preview) -> None:
 
 
 def _table(found: Preview) -> Table:
-    columns = (
-        "source",
-        "rows",
-        "tokens",
-        "share",
-        "asked",
-        "documents",
-        "tokens/doc",
-        "bytes/token",
-        "read",
-        "skipped",
+    sources = found.sources.values()
+    return Table.of_columns(
+        "Training stream, by source",
+        {
+            "source": [*found.sources],
+            "rows": [f"{source.rows:,}" for source in sources],
+            "tokens": [f"{source.tokens:,}" for source in sources],
+            "share": [f"{source.tokens / max(1, found.tokens):.1%}" for source in sources],
+            "asked": [cell(source.asked, "{:.1%}") for source in sources],
+            "documents": [f"{source.documents:,}" for source in sources],
+            "tokens/doc": [f"{s.tokens / s.documents:,.0f}" if s.documents >= _ENOUGH else "-" for s in sources],
+            "bytes/token": [f"{source.bytes / source.tokens:.2f}" if source.tokens else "-" for source in sources],
+            "read": [cell(source.seen, "{:,}") for source in sources],
+            "skipped": [cell(source.skipped, "{:,}") for source in sources],
+        },
     )
-    rows: list[tuple[str, ...]] = [
-        (
-            name,
-            f"{source.rows:,}",
-            f"{source.tokens:,}",
-            f"{source.tokens / max(1, found.tokens):.1%}",
-            cell(source.asked, "{:.1%}"),
-            f"{source.documents:,}",
-            f"{source.tokens / source.documents:,.0f}" if source.documents >= _ENOUGH else "-",
-            f"{source.bytes / source.tokens:.2f}" if source.tokens else "-",
-            cell(source.seen, "{:,}"),
-            cell(source.skipped, "{:,}"),
-        )
-        for name, source in found.sources.items()
-    ]
-    return Table("Training stream, by source", columns, rows)
 
 
 def run() -> None:

@@ -41,6 +41,7 @@ _ARCHITECTURE_FIRST = (
     " in that order it is planned as a model that is continued (fit takes one or the other)"
 )
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})\s*")
 # The trainer that is built on this machine. It trains nothing.
 _HERE = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
 
@@ -65,8 +66,9 @@ class PlanOptions:
     json: bool = False
 
     def __post_init__(self) -> None:
-        check_range("num_nodes", 1 if self.num_nodes is None else self.num_nodes, low=1)
-        check_range("devices", 1 if self.devices is None else self.devices, low=1)
+        for name in ("num_nodes", "devices"):
+            if (count := getattr(self, name)) is not None:
+                check_range(name, count, low=1)
         if self.peak_flops is not None and not 0 < self.peak_flops < float("inf"):
             raise ConfigError("peak_flops", got=self.peak_flops, allowed="(0, inf)")
         if not 0 < self.utilisation <= 1:
@@ -74,16 +76,14 @@ class PlanOptions:
         self.machine()
 
     def machine(self) -> Machine:
-        """The kind of device that is planned for; a ConfigError if `device_memory` is not a size."""
-        memory = None if self.device_memory is None else _parse_bytes(self.device_memory)
+        """Describe the device that is planned for; a ConfigError if `device_memory` is not a size."""
+        memory = None
+        if self.device_memory is not None:
+            found = _SIZE.fullmatch(self.device_memory.upper())
+            if not found or not float(found[1]):
+                raise ConfigError("device_memory", got=self.device_memory, allowed="a size, such as 80GB or 80GiB")
+            memory = float(found[1]) * _UNITS[found[2]]
         return Machine(device_memory=memory, peak_flops=self.peak_flops, utilisation=self.utilisation)
-
-
-def _parse_bytes(text: str) -> float:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", text.upper())
-    if not found or not float(found[1]):
-        raise ConfigError("device_memory", got=text, allowed="a size, such as 80GB or 80GiB")
-    return float(found[1]) * _UNITS[found[2]]
 
 
 class PlanCLI(BesideFitCLI):
@@ -144,9 +144,11 @@ class PlanCLI(BesideFitCLI):
         module.trainer = trainer
         _check_dense(module.config)
         check_row_length(self._data["seq_len"], module.config, field="data.init_args.seq_len")
-        dropout, exits = (self.config_init[self.config.subcommand][name] for name in ("layer_dropout", "early_exit"))
-        for curriculum in (dropout, exits):
-            curriculum.setup(trainer, module, "fit")
+        for name in ("layer_dropout", "early_exit"):
+            self.config_init[self.config.subcommand][name].setup(trainer, module, "fit")
+        config = self.plain_config()
+        dropout, exits = config["layer_dropout"], config["early_exit"]
+        del dropout["rescale"]
         return Recipe(
             num_layers=module.num_layers,
             from_scratch=self._from_scratch,
@@ -155,15 +157,8 @@ class PlanCLI(BesideFitCLI):
             accumulate=trainer.accumulate_grad_batches,
             world_size=self._world_size,
             max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
-            max_dropout_rate=dropout.max_dropout_rate,
-            depth_scale=dropout.depth_scale,
-            time_scale=dropout.time_scale,
-            curriculum=exits.curriculum,
-            rotation_interval=exits.rotation_interval,
-            early_exit_scale=exits.early_exit_scale,
-            exit_weights=exits.exit_weights,
-            always_on_last=exits.always_on_last,
-            exit_layers=exits.exit_layers,
+            **dropout,
+            **exits | {"exit_layers": tuple(exits["exit_layers"])},
         )
 
     def _plan(self, recipe: Recipe, layout: Layout) -> Plan:

@@ -132,7 +132,7 @@ def _check_directory(path: Path, *, part: int, num_parts: int) -> None:
         file = path / name
         if not file.is_file():
             raise CheckpointError.unusable(path, f"not all there ({name} is missing)")
-        if index % num_parts == part and _checksum(file)._asdict() != expected:
+        if index % num_parts == part and checksum_of(file)._asdict() != expected:
             raise CheckpointError.unusable(path, f"damaged, the bytes of {name} are not those that were written")
 
 
@@ -146,7 +146,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError.unusable(path, f"{MANIFEST_FILE} is missing or damaged") from error
 
 
-def _checksum(file: Path) -> Checksum:
+def checksum_of(file: Path) -> Checksum:
+    """Size and CRC-32 of a file, read in parts."""
     num_bytes, crc32 = 0, 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):

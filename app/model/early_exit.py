@@ -20,7 +20,7 @@ from app.errors import ConfigError
 from app.model.class_swap import swap_class
 from app.model.config_check import check_plain_head
 from app.model.cpu.attention import fast_attention
-from app.model.head_loss import WeightedCrossEntropy, cross_entropies
+from app.model.head_loss import Teacher, WeightedTokenLosses, token_losses
 
 
 @dataclass
@@ -104,31 +104,39 @@ class DroppableBlock(nn.Module):
 
 
 class LossHead(nn.Linear):
-    """LM head whose forward also computes the chunked cross entropy, so that FSDP's hooks surround both."""
+    """LM head whose forward also computes the chunked losses, so that FSDP's hooks surround both."""
 
     def forward(
-        self, hidden: Tensor | Sequence[Tensor], labels: Tensor | None = None, weights: Sequence[float] | None = None
+        self,
+        hidden: Tensor | Sequence[Tensor],
+        labels: Tensor | None = None,
+        weights: Sequence[float] | None = None,
+        teacher: Teacher | None = None,
     ) -> Any:
         """Turn normed hidden states [..., D] into logits [..., V], or with labels [...] into cross entropies [...].
 
         The cross entropies have no gradient. Given several exits' hidden states and their weights, the result is the
-        weighted sum of the exits' cross entropies, which has one, and the cross entropies [E, ...].
+        weighted sum of the exits' losses, which has one, and the losses [E, ...]. They are cross entropies unless
+        `teacher` says otherwise, whose hidden states are [..., D], too.
         """
         if labels is None:
             return super().forward(hidden)  # type: ignore[arg-type]
         exits = [hidden] if isinstance(hidden, Tensor) else hidden
-        rows, weight = [each.flatten(0, -2) for each in exits], self.weight
+        states = [*exits] if teacher is None else [*exits, teacher.normed]
+        rows, weight = [each.flatten(0, -2) for each in states], self.weight
         dtype, device = rows[0].dtype, labels.device
         if self.bias is not None:
             rows, weight = [F.pad(each, (0, 1), value=1.0) for each in rows], torch.cat([weight, self.bias[:, None]], 1)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
+        if teacher is not None:
+            teacher = Teacher(rows.pop().detach(), teacher.losses)
         with torch.autocast(device.type, enabled=False):
             if weights is None:
-                (losses,) = cross_entropies(rows, weight, labels.flatten(), dtype=dtype)
+                (losses,) = token_losses(rows, weight, labels.flatten(), dtype=dtype)
                 return losses.view(labels.shape)
-            total, losses = WeightedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                weight, labels.flatten(), weights, dtype, *rows
+            total, losses = WeightedTokenLosses.apply(  # type: ignore[no-untyped-call]
+                weight, labels.flatten(), weights, teacher, dtype, *rows
             )
         return total, losses.view(len(exits), *labels.shape)
 
@@ -203,10 +211,13 @@ class EarlyExitModel:
         return losses
 
     def weighted_losses(
-        self, normed: Sequence[Tensor], labels: Tensor, weights: Sequence[float]
+        self, normed: Sequence[Tensor], labels: Tensor, weights: Sequence[float], teacher: Teacher | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Sum of `weights` times the token losses of each exit's normed states, with gradient; the losses [E, ...]."""
-        total, losses = self._head(normed, labels, weights)
+        """Sum of `weights` times the token losses of each exit's normed states, with gradient; the losses [E, ...].
+
+        The losses are cross entropies of the labels unless `teacher` says otherwise.
+        """
+        total, losses = self._head(normed, labels, weights, teacher)
         return total, losses
 
     def head(self, normed: Tensor) -> Tensor:

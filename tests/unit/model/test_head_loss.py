@@ -1,11 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from app.layerskip.distillation import divergence_loss
 from app.model import head_loss
-from app.model.head_loss import WeightedCrossEntropy, cross_entropies
+from app.model.head_loss import Teacher, WeightedTokenLosses, token_losses
 
 N, D, V = 23, 8, 50
 
@@ -28,7 +31,7 @@ def problem(dtype=torch.float64, *, rows=N):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_losses_and_gradients_equal_those_of_whole_logits(dtype, tolerance):
     hidden, weight, labels, weights = problem(dtype)
-    total, losses = WeightedCrossEntropy.apply(weight, labels, weights, dtype, *hidden)
+    total, losses = WeightedTokenLosses.apply(weight, labels, weights, None, dtype, *hidden)
     expected = torch.stack([F.cross_entropy(each @ weight.T, labels, reduction="none") for each in hidden])
     assert torch.allclose(losses, expected, atol=tolerance, rtol=tolerance)
     assert not losses.requires_grad
@@ -39,10 +42,32 @@ def test_losses_and_gradients_equal_those_of_whole_logits(dtype, tolerance):
         assert theirs.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("trained_head", [True, False])
+def test_a_teacher_s_losses_equal_those_of_whole_logits_and_it_learns_nothing(dtype, tolerance, trained_head):
+    hidden, weight, labels, weights = problem(torch.promote_types(dtype, torch.float32))
+    weight.requires_grad_(trained_head)
+    full = torch.randn_like(hidden[0]).requires_grad_()
+    teacher = Teacher(full, [partial(divergence_loss, "kl"), None])
+    total, losses = WeightedTokenLosses.apply(weight, labels, weights, teacher, dtype, *hidden)
+    drafts, counted = [each @ weight.T for each in hidden], labels != -100
+    p = (full @ weight.T).detach().softmax(-1)
+    kl = (p * (p.log() - drafts[0].log_softmax(-1))).sum(-1) * counted
+    expected = torch.stack([kl, F.cross_entropy(drafts[1], labels, reduction="none")])
+    assert (losses - expected).norm() <= tolerance * expected.norm()
+    inputs = (*hidden, weight) if trained_head else hidden
+    ours = torch.autograd.grad(3.0 * total, (*inputs, full), allow_unused=True)
+    twin = 3.0 * (torch.tensor(weights, dtype=expected.dtype)[:, None] * expected).sum()
+    for got, theirs in zip(ours[:-1], torch.autograd.grad(twin, inputs), strict=True):
+        assert (got - theirs).norm() <= tolerance * theirs.norm()
+        assert theirs.abs().sum() > 0
+    assert ours[-1] is None
+
+
 def test_bfloat16_products_stay_near_and_sums_stay_in_float32():
     hidden, weight, labels, weights = problem(torch.float32)
-    exact = cross_entropies(hidden, weight, labels, dtype=torch.float32, weights=weights)
-    rounded = cross_entropies(hidden, weight, labels, dtype=torch.bfloat16, weights=weights)
+    exact = token_losses(hidden, weight, labels, dtype=torch.float32, weights=weights)
+    rounded = token_losses(hidden, weight, labels, dtype=torch.bfloat16, weights=weights)
     for got, expected in zip(rounded, exact, strict=True):
         assert got.dtype == torch.float32
         assert 0 < (got - expected).norm() < 0.02 * expected.norm()
@@ -50,22 +75,24 @@ def test_bfloat16_products_stay_near_and_sums_stay_in_float32():
 
 def test_improbable_targets_have_finite_losses():
     hidden = torch.tensor([[1000.0], [-1000.0]])
-    losses = cross_entropies([hidden], torch.tensor([[1.0], [0.0]]), torch.tensor([1, 0]), dtype=torch.float32)[0]
+    losses = token_losses([hidden], torch.tensor([[1.0], [0.0]]), torch.tensor([1, 0]), dtype=torch.float32)[0]
     assert losses.tolist() == [[1000.0, 1000.0]]
 
 
 def test_without_labels_all_gradients_are_zero():
     for rows in (N, 0):
         hidden, weight, labels, weights = problem(rows=rows)
-        total, _ = WeightedCrossEntropy.apply(weight, torch.full_like(labels, -100), weights, torch.float64, *hidden)
+        total, _ = WeightedTokenLosses.apply(
+            weight, torch.full_like(labels, -100), weights, None, torch.float64, *hidden
+        )
         assert total == 0
         assert all(grad.abs().sum() == 0 for grad in torch.autograd.grad(total, (*hidden, weight)))
 
 
 def test_frozen_head_gets_no_gradient_and_the_hidden_states_get_theirs():
     hidden, weight, labels, weights = problem()
-    whole = cross_entropies(hidden, weight, labels, dtype=torch.float64, weights=weights)
-    total, _ = WeightedCrossEntropy.apply(weight.detach(), labels, weights, torch.float64, *hidden)
+    whole = token_losses(hidden, weight, labels, dtype=torch.float64, weights=weights)
+    total, _ = WeightedTokenLosses.apply(weight.detach(), labels, weights, None, torch.float64, *hidden)
     for got, expected in zip(torch.autograd.grad(total, hidden), whole[1:3], strict=True):
         assert torch.equal(got, expected)
     assert len(whole) == 4
@@ -73,7 +100,7 @@ def test_frozen_head_gets_no_gradient_and_the_hidden_states_get_theirs():
 
 def test_a_second_backward_is_refused():
     hidden, weight, labels, weights = problem()
-    total, _ = WeightedCrossEntropy.apply(weight, labels, weights, torch.float64, *hidden)
+    total, _ = WeightedTokenLosses.apply(weight, labels, weights, None, torch.float64, *hidden)
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
@@ -90,11 +117,13 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory_is_bound_by_the_chunk_whatever_the_number_of_positions_and_exits():
-    for rows, exits in ((40, 1), (400, 1), (400, 8)):
+    for rows, exits, taught in ((40, 1, False), (400, 1, False), (400, 8, False), (400, 8, True)):
         hidden, weight, labels, _ = problem(rows=rows)
+        states, settings = hidden[0].detach(), {"dtype": torch.float64, "weights": [1.0] * exits}
+        if taught:
+            settings["teacher"] = Teacher(states, [partial(divergence_loss, "lk")] * exits)
         with Largest() as largest:
-            cross_entropies(
-                [hidden[0].detach()] * exits, weight.detach(), labels, dtype=torch.float64, weights=[1.0] * exits
-            )
-        assert largest.elements == max(2 * 5 * V, rows * D)  # both buffers of a chunk, or an exit's hidden states
+            token_losses([states] * exits, weight.detach(), labels, **settings)
+        buffers = 3 if taught else 2
+        assert largest.elements == max(buffers * 5 * V, rows * D)  # those of a chunk, or an exit's hidden states
         assert largest.elements < rows * V

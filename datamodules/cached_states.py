@@ -86,15 +86,8 @@ class CachedStatesDataModule(RowDataModule):
         check_choice("dtype", dtype, get_args(StateDtype))
         check_choice("compute_dtype", compute_dtype, get_args(ComputeDtype))
         of_corpus = corpus._settings
-        super().__init__(
-            replace(
-                of_corpus,
-                default_vocab_size=of_corpus.vocab_size,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                seed=seed,
-            )
-        )
+        settings = replace(of_corpus, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(settings, default_vocab_size=of_corpus.vocab_size)
         self._corpus, self._pretrained, self._folder = corpus, pretrained, Path(cache_dir)
         self._exit_layers = tuple(sorted({*exit_layers}))
         self._num_rows = ceil(num_tokens / of_corpus.seq_len)

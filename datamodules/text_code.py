@@ -1,24 +1,31 @@
 """Text and code from any number of sources, streamed and mixed by weight: for pretraining and finetuning alike."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from app.errors import ConfigError, check_choice, check_range
+from app.errors import ConfigError, check_range
 from app.protocols import SourceStatistics
 from app.text.text_tokens import around
-from datamodules.loading.datamodule import RowDataModule, RowSettings, check_end
+from datamodules.loading.datamodule import RowDataModule, check_end
 from datamodules.loading.tokenizers import Encoder
 from datamodules.readers import open_reader
 from datamodules.readers.records import Reader
 from datamodules.readers.sources import Source, token_shares, warn_of_mixed_weights
-from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, check_lanes, stack
-from datamodules.streaming.packing import PACKINGS, LongDocuments, Packing
-from datamodules.streaming.position import PositionKeeper, check_position
-from datamodules.streaming.source_blocks import StreamSettings
+from datamodules.streaming.loader import (
+    STATE_KEY,
+    LaneBatches,
+    PositionKeeper,
+    StreamLoader,
+    check_lanes,
+    check_position,
+    stack,
+)
+from datamodules.streaming.packing import LongDocuments, Packing
+from datamodules.streaming.source_blocks import ORDER_SETTINGS, StreamSettings
 from datamodules.streaming.survey import SurveyedCorpus
 
 _DEFAULT_VOCAB_SIZE = 4096
@@ -81,40 +88,25 @@ class TextCodeDataModule(RowDataModule):
     ) -> None:
         if not sources:
             raise ConfigError("sources", got=sources, allowed="one or more, each under a name of its own")
-        check_choice("packing", packing, PACKINGS)
-        check_choice("long_documents", long_documents, get_args(LongDocuments))
-        check_range("shuffle_megabytes", shuffle_megabytes, low=0, high=float("inf"), high_open=True)
         check_range("num_lanes", 1 if num_lanes is None else num_lanes, low=1, high=2**16)
-        if not 0 < validation_share < 1:
-            raise ConfigError("validation_share", got=validation_share, allowed="(0, 1)")
-        super().__init__(
-            RowSettings(
-                seq_len=seq_len,
-                batch_size=batch_size,
-                validation_rows=validation_rows,
-                num_workers=num_workers,
-                seed=seed,
-                vocab_size=vocab_size,
-                default_vocab_size=_DEFAULT_VOCAB_SIZE,
-                tokenizer=tokenizer,
-                max_bad_share=max_bad_share,
-            )
-        )
         self._stream = StreamSettings(
             seq_len=seq_len,
+            batch_size=batch_size,
             packing=packing,
             long_documents=long_documents,
             shuffle_megabytes=shuffle_megabytes,
             validation_share=validation_share,
-            max_bad_share=max_bad_share,
+            validation_rows=validation_rows,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            num_workers=num_workers,
             seed=seed,
-            num_lanes=0,  # set once the trainer is known
+            max_bad_share=max_bad_share,
         )
+        super().__init__(self._stream, default_vocab_size=_DEFAULT_VOCAB_SIZE)
         self._sources = tuple(replace(source, name=name) for name, source in sources.items())
         warn_of_mixed_weights(self._sources)
-        self._corpus = SurveyedCorpus(
-            self._sources, settings=self._settings, validation_share=validation_share, cache_dir=Path(cache_dir)
-        )
+        self._corpus = SurveyedCorpus(self._sources, settings=self._stream, cache_dir=Path(cache_dir))
         self._num_lanes = num_lanes
         self._keeper = PositionKeeper()
         self._opened: dict[int, list[Reader]] = {}  # by number of lanes
@@ -154,14 +146,9 @@ class TextCodeDataModule(RowDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         """Batches without end, from behind the latest one that was trained on; ConfigError as of `check_lanes`."""
-        settings, stream = self._settings, self._stream_settings()
-        batches = LaneBatches(
-            list(zip(self._sources, self._readers(stream.num_lanes), strict=True)),
-            encode=Encoder(self.tokenizer),
-            settings=stream,
-            batch_size=settings.batch_size,
-            share=self._share,
-        )
+        settings = self._stream_settings()
+        sources = list(zip(self._sources, self._readers(settings.num_lanes), strict=True))
+        batches = LaneBatches(sources, encode=Encoder(self.tokenizer), settings=settings, share=self._share)
         return StreamLoader(batches, position=self._keeper.latest, num_workers=settings.num_workers, seed=settings.seed)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -225,10 +212,8 @@ class TextCodeDataModule(RowDataModule):
     def _order(self) -> dict[str, int | float | str]:
         settings = self._stream_settings()
         readers = zip(self.source_names, self._readers(settings.num_lanes), strict=True)
-        own = {
-            "batch_size": self._settings.batch_size,
-            "sources": ", ".join(f"{source.name}={source.relative_weight}" for source in self._sources),
-        }
+        order = {name: getattr(settings, name) for name in ORDER_SETTINGS}
+        order["sources"] = ", ".join(f"{source.name}={source.relative_weight}" for source in self._sources)
         if before := around(self.tokenizer).before:
-            own["beginning of documents"] = str(before)
-        return asdict(settings) | own | {f"files of source {name}": reader.fingerprint[:16] for name, reader in readers}
+            order["beginning of documents"] = str(before)
+        return order | {f"files of source {name}": reader.fingerprint[:16] for name, reader in readers}

@@ -13,9 +13,8 @@ from app.text.text_stream import text_of
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
 from datamodules.loading.datamodule import RowDataModule, RowSettings
 from datamodules.loading.workers import WorkerLoader
-from datamodules.topv2_rows.batches import ExampleRows
 from datamodules.topv2_rows.files import Split, choose_domains
-from datamodules.topv2_rows.rows import generation_examples, held_out_rows, short_prompts, training_rows
+from datamodules.topv2_rows.rows import ExampleRows, generation_examples, held_out_rows, short_prompts, training_rows
 from datamodules.topv2_rows.store import StoreSettings, TaskStore, open_store
 
 _DEFAULT_VOCAB_SIZE = 2048
@@ -28,7 +27,7 @@ class TOPv2DataModule(RowDataModule):
 
     A batch is a dict of int64 tensors: `input_ids`, `labels` (shifted; -100: no target), `position_ids` [B, T] and
     `source` [B], the domain. Only the target and the end-of-text token after it have labels. Feed `position_ids` with
-    `attention_mask=None, use_cache=False` (see `topv2_rows.batches`). Every example comes once an epoch; those
+    `attention_mask=None, use_cache=False` (see `topv2_rows.rows`). Every example comes once an epoch; those
     longer than `seq_len` never, with a warning that counts them.
 
     Args:
@@ -91,12 +90,12 @@ class TOPv2DataModule(RowDataModule):
                 batch_size=batch_size,
                 validation_rows=validation_rows,
                 vocab_size=vocab_size,
-                default_vocab_size=_DEFAULT_VOCAB_SIZE,
                 tokenizer=tokenizer,
                 num_workers=num_workers,
                 seed=seed,
                 max_bad_share=max_bad_share,
-            )
+            ),
+            default_vocab_size=_DEFAULT_VOCAB_SIZE,
         )
         self._content = StoreSettings(
             path=path,

@@ -9,7 +9,7 @@ import logging
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,22 +38,18 @@ _NEW_RUN = "start a new run from the weights (--model.pretrained CHECKPOINT)"
 
 @dataclass(frozen=True, kw_only=True)
 class RowSettings:
-    """Settings of rows and batches, checked; each datamodule's docstring says what they mean to it.
-
-    A warning says that a size other than the datamodule's own `default_vocab_size` has no effect on a given tokenizer.
-    """
+    """Settings of rows and batches, checked; each datamodule's docstring says what they mean to it."""
 
     seq_len: int
     batch_size: int
     validation_rows: int
     vocab_size: int
-    default_vocab_size: InitVar[int]
     tokenizer: str | None
     num_workers: int
     seed: int
     max_bad_share: float
 
-    def __post_init__(self, default_vocab_size: int) -> None:
+    def __post_init__(self) -> None:
         check_range("seq_len", self.seq_len, low=2)
         check_range("batch_size", self.batch_size, low=1, high=_MAX_ROWS)
         check_range("validation_rows", self.validation_rows, low=1)
@@ -63,8 +59,6 @@ class RowSettings:
         check_workers(self.num_workers)
         check_range("seed", self.seed, low=0)
         check_range("max_bad_share", self.max_bad_share, low=0, high=1)
-        if self.tokenizer is not None and self.vocab_size != default_vocab_size:
-            _log.warning("vocab_size has no effect: the tokenizer in %s is used", self.tokenizer)
 
 
 def check_workers(num_workers: int) -> None:
@@ -103,10 +97,15 @@ class CollatedRows(Protocol):
 
 
 class RowDataModule(LightningDataModule, ABC):
-    """A datamodule of token rows that divides and orders its batches itself."""
+    """A datamodule of token rows that divides and orders its batches itself.
 
-    def __init__(self, settings: RowSettings) -> None:
+    A warning says that a vocabulary size other than the default has no effect on a given tokenizer.
+    """
+
+    def __init__(self, settings: RowSettings, *, default_vocab_size: int) -> None:
         super().__init__()
+        if settings.tokenizer is not None and settings.vocab_size != default_vocab_size:
+            _log.warning("vocab_size has no effect: the tokenizer in %s is used", settings.tokenizer)
         self._settings = settings
         self._checked: dict[str, Any] | None = None  # the state from which a fit may resume
 

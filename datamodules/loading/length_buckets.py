@@ -22,29 +22,6 @@ _POOL_BATCHES = 64
 _MIN_POOLS = 4  # in an epoch: sorted as a whole, a small one would be cut into the same batches every time
 
 
-class LengthBuckets:
-    """The endless stream of global batches, in epochs of `num_batches` (1 to the number of rows)."""
-
-    def __init__(self, lengths: npt.NDArray[np.integer], *, num_batches: int, seed: int) -> None:
-        self._lengths, self._num_batches, self._seed = lengths, num_batches, seed
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
-
-    def batch(self, k: int) -> npt.NDArray[np.int64]:
-        """Rows of the k-th batch, k >= 0, in ascending order of length."""
-        epoch, index = divmod(k, self._num_batches)
-        return self._epoch(epoch)[index]
-
-    def _draw_epoch(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        generator = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
-        order = generator.permutation(len(self._lengths))
-        edges = np.arange(self._num_batches + 1) * len(order) // self._num_batches
-        pool_batches = max(1, min(_POOL_BATCHES, self._num_batches // _MIN_POOLS))
-        for pool in np.split(order, edges[pool_batches:-1:pool_batches]):
-            pool[:] = pool[np.argsort(self._lengths[pool], kind="stable")]  # a view: sorts this part of `order`
-        batches = np.split(order, edges[1:-1])
-        return [batches[index] for index in generator.permutation(self._num_batches)]
-
-
 class BucketSampler(Sampler[list[int]]):
     """Micro-batches of row indices of one rank, from the next optimizer step, `step()`, to the end of the epoch.
 
@@ -71,17 +48,32 @@ class BucketSampler(Sampler[list[int]]):
                 f" {share.accumulate}); lower one of these, or add data"
             )
         self._num_steps = math.ceil(len(lengths) / (batch_size * share.micro_batches))
-        self._buckets = LengthBuckets(lengths, num_batches=self._num_steps, seed=seed)
-        self._share, self._step = share, step
+        self._lengths, self._seed, self._share, self._step = lengths, seed, share, step
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
         share, start = self._share, self._step()
         epoch = share.epoch_steps(self._num_steps)
         for step in range(start, start - start % epoch + epoch):
-            rows = self._buckets.batch(step)
+            rows = self.step_rows(step)
             for first in range(share.rank, share.micro_batches, share.num_replicas):
                 yield rows[first :: share.micro_batches].tolist()
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, before Lightning applies its limit."""
         return self._num_steps * self._share.accumulate
+
+    def step_rows(self, step: int) -> npt.NDArray[np.int64]:
+        """Rows of an optimizer step on all ranks, in ascending order of length."""
+        epoch, index = divmod(step, self._num_steps)
+        return self._epoch(epoch)[index]
+
+    def _draw_epoch(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        generator = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(epoch,)))
+        order = generator.permutation(len(self._lengths))
+        edges = np.arange(self._num_steps + 1) * len(order) // self._num_steps
+        pool_batches = max(1, min(_POOL_BATCHES, self._num_steps // _MIN_POOLS))
+        for pool in np.split(order, edges[pool_batches:-1:pool_batches]):
+            pool[:] = pool[np.argsort(self._lengths[pool], kind="stable")]  # a view: sorts this part of `order`
+        batches = np.split(order, edges[1:-1])
+        return [batches[index] for index in generator.permutation(self._num_steps)]

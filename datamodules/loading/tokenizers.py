@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and END_OF_TEXT
 MAX_VOCAB_SIZE = 2**20  # training allocates memory for the whole vocabulary at once
 
-_DOCUMENTS_PER_CALL = 256  # bounds the memory that encodings take beside the ids
+_TEXTS_A_CALL = 256  # bounds the memory that encodings take beside the ids
 
 
 def train_byte_level_bpe(texts: Iterator[str] | Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -89,40 +89,32 @@ def fingerprint(tokenizer: Any) -> str:
     return found
 
 
-def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-    """Token ids of each text, without special tokens; a special token spelled out in a text is ordinary text."""
-    backend = _plain_backend(tokenizer)
-    return [
-        np.asarray(encoding.ids, dtype=np.int32)
-        for start in range(0, len(texts), _DOCUMENTS_PER_CALL)
-        for encoding in backend.encode_batch_fast(
-            list(texts[start : start + _DOCUMENTS_PER_CALL]), add_special_tokens=False
-        )
-    ]
+class Encoder:
+    """Encodes texts; a special token that is spelled out in one is ordinary text, and none is cut or padded.
 
+    A document begins with the tokens `before`, as the (fast) tokenizer begins texts, and ends with the end-of-text
+    token `end`.
+    """
 
-def _plain_backend(tokenizer: Any) -> Tokenizer:
-    """A copy of the backend that takes special tokens for ordinary text, and neither cuts nor pads."""
-    backend = _uncut(tokenizer)
-    backend.encode_special_tokens = True
-    return backend
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend = _uncut(tokenizer)
+        self._backend.encode_special_tokens = True
+        self.before, self.end = around(tokenizer).before, int(tokenizer.eos_token_id)
+
+    def __call__(self, documents: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Token ids [tokens] of each document."""
+        return [np.fromiter((*self.before, *ids, self.end), dtype=np.int32) for ids in self.inside(documents)]
+
+    def inside(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield the token ids of each text, without `before` and `end`."""
+        for start in range(0, len(texts), _TEXTS_A_CALL):
+            some = list(texts[start : start + _TEXTS_A_CALL])
+            yield from (encoding.ids for encoding in self._backend.encode_batch_fast(some, add_special_tokens=False))
 
 
 def _uncut(tokenizer: Any) -> Tokenizer:
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the tokenizer keeps its settings
+    """A copy of the backend that neither cuts nor pads; the tokenizer keeps its settings."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-class Encoder:
-    """Encodes documents: each begins as the (fast) tokenizer begins texts, and ends with its end-of-text token."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._backend, self._eos = _plain_backend(tokenizer), tokenizer.eos_token_id
-        self._before = around(tokenizer).before
-
-    def __call__(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Token ids [tokens] of each text."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.fromiter((*self._before, *encoding.ids, self._eos), dtype=np.int32) for encoding in encodings]

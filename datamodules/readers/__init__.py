@@ -23,12 +23,12 @@ FILE_READERS: dict[SourceKind, type[WholeFileReader | LineReader | ParquetReader
 }
 
 
-def open_reader(source: Source, *, min_chunks: int, seed: int = 0) -> Reader:
+def open_reader(source: Source, *, min_chunks: int) -> Reader:
     """Open `source`, which reads names, sizes and footers, but no documents.
 
-    There are at least `min_chunks` chunks (1 or more), unless the source has fewer files (`files`) or bytes. `seed`
-    orders files in chunks. DataError says that there is nothing to read, why, and what to do.
+    There are at least `min_chunks` chunks (1 or more), unless the source has fewer files (`files`) or bytes.
+    DataError says that there is nothing to read, why, and what to do.
     """
     if source.kind == "hub":
         return HubReader(source, min_chunks=min_chunks)
-    return FILE_READERS[source.kind](source, list_files(source), min_chunks=min_chunks, seed=seed)
+    return FILE_READERS[source.kind](source, list_files(source), min_chunks=min_chunks)

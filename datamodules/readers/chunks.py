@@ -1,8 +1,8 @@
 """Files cut into chunks of about equal size: pure arithmetic over sizes.
 
-Files come in a seeded random order, so that a chunk of small files mixes folders: the files of one folder are alike,
-a chunk is read as a whole, and a shuffle buffer is small beside a corpus. Laid end to end in that order, the files are
-cut at equal distances, either anywhere (`ByteRanges`) or only between files (`Groups`).
+Files come in a random order that is always the same, so that a chunk of small files mixes folders: the files of one
+folder are alike, a chunk is read as a whole, and a shuffle buffer is small beside a corpus. Laid end to end in that
+order, the files are cut at equal distances, either anywhere (`ByteRanges`) or only between files (`Groups`).
 """
 
 import logging
@@ -33,8 +33,8 @@ def chunk_count(total: int, *, min_chunks: int) -> int:
 class ByteRanges:
     """Chunks cut anywhere, of equally many bytes, give or take one; `sizes` [num_files] int64 are in bytes."""
 
-    def __init__(self, sizes: np.ndarray, *, min_chunks: int, seed: int) -> None:
-        self.order = np.random.default_rng(seed).permutation(len(sizes))
+    def __init__(self, sizes: np.ndarray, *, min_chunks: int) -> None:
+        self.order = np.random.default_rng(0).permutation(len(sizes))
         self._ends = np.cumsum(sizes[self.order])
         self._total = int(self._ends[-1]) if len(sizes) else 0
         self.num_chunks = min(chunk_count(self._total, min_chunks=min_chunks), self._total)
@@ -57,8 +57,8 @@ class Groups:
     `costs` [num_units] int64 tell what reading each unit costs, in bytes.
     """
 
-    def __init__(self, costs: np.ndarray, *, min_chunks: int, seed: int) -> None:
-        self.order = np.random.default_rng(seed).permutation(len(costs))
+    def __init__(self, costs: np.ndarray, *, min_chunks: int) -> None:
+        self.order = np.random.default_rng(0).permutation(len(costs))
         ends = np.cumsum(costs[self.order])
         total = int(ends[-1]) if len(costs) else 0
         self.num_chunks = num_chunks = min(chunk_count(total, min_chunks=min_chunks), len(costs))

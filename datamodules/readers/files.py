@@ -20,7 +20,6 @@ TOPICS = "pydoc_data/topics.py"
 _LIBRARY_EXCLUDES = (
     *("site-packages/", "dist-packages/", "test/", "tests/", "idle_test/", "__pycache__/", "/pydoc_data/*"),
 )
-
 _SAMPLED_FILES, _SAMPLED_BLOCKS = 1000, 3000  # of a source at most
 _BLOCKS_A_FILE, _BLOCK_BYTES = 64, 4096
 
@@ -43,7 +42,6 @@ class FileList:
         return os.fsdecode(self._names[file].as_py())
 
     def path(self, file: int) -> Path:
-        """The path of a file."""
         return self.root / self.name(file)
 
     def take(self, files: np.ndarray) -> "FileList":

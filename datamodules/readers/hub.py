@@ -12,9 +12,8 @@ import pyarrow as pa
 
 from app.errors import DataError
 from datamodules.readers.chunks import stride
-from datamodules.readers.contents import JsonField
 from datamodules.readers.files import FileList
-from datamodules.readers.records import BadRecord, Document, LostRecords, Record, fingerprint
+from datamodules.readers.records import BadRecord, Document, JsonField, LostRecords, Record, fingerprint
 from datamodules.readers.sources import Source
 
 _log = logging.getLogger(__name__)
@@ -37,7 +36,6 @@ class HubReader:
         self.fingerprint = prefix + fingerprint(source, [chosen, *parts], num_shards, self._stride)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
-        """Yield the records of `chunk` from index `start` on."""
         shard, first = divmod(chunk, self._stride)
         return islice(self._records(shard), first + start * self._stride, None, self._stride)
 

@@ -13,17 +13,21 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from datamodules.readers.chunks import ByteRange, ByteRanges, Groups, stride
-from datamodules.readers.contents import (
+from datamodules.readers.files import FileList
+from datamodules.readers.records import (
     READ_ERRORS,
+    BadRecord,
+    Document,
     JsonField,
+    LostRecords,
+    Record,
     decode,
+    fingerprint,
     is_compressed,
     open_bytes,
     size_change,
     why_unreadable,
 )
-from datamodules.readers.files import FileList
-from datamodules.readers.records import BadRecord, Document, LostRecords, Record, fingerprint
 from datamodules.readers.sources import Source
 
 _BLOCK_BYTES = 1 << 20
@@ -36,13 +40,13 @@ _IS_ARRAY = "the file is a JSON array, not an object a line: jq -c '.[]' FILE > 
 class LineReader:
     """A reader (`records.Reader`) whose first chunks are ranges of bytes, and whose last ones are compressed files."""
 
-    def __init__(self, source: Source, files: FileList, *, min_chunks: int, seed: int) -> None:
+    def __init__(self, source: Source, files: FileList, *, min_chunks: int) -> None:
         self._text = JsonField(source.field).read if source.kind == "jsonl" else decode
         self._source = source
         compressed = np.array([is_compressed(files.name(file)) for file in range(len(files))])
         self._plain, self._compressed = files.take(np.flatnonzero(~compressed)), files.take(np.flatnonzero(compressed))
-        self._ranges = ByteRanges(self._plain.sizes, min_chunks=min_chunks, seed=seed)
-        self._groups = Groups(self._compressed.sizes, min_chunks=min_chunks, seed=seed)
+        self._ranges = ByteRanges(self._plain.sizes, min_chunks=min_chunks)
+        self._groups = Groups(self._compressed.sizes, min_chunks=min_chunks)
         self._stride = stride(
             self._groups.num_chunks, min_chunks=min_chunks, source=source.name, unit="compressed file"
         )
@@ -50,14 +54,12 @@ class LineReader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the files and the layout of chunks."""
         ranges, groups = self._ranges, self._groups
         layout = (ranges.num_chunks, ranges.order, groups.num_chunks, groups.order, self._stride)
         parts = chain(self._plain.digest_parts(), self._compressed.digest_parts())
         return fingerprint(self._source, parts, *layout)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
-        """Yield the records of `chunk` from index `start` on."""
         group, first = divmod(chunk - self._ranges.num_chunks, self._stride)
         if group < 0:
             ranges = [_LineRange(self._plain, part) for part in self._ranges.ranges(chunk)]
@@ -69,20 +71,19 @@ class LineReader:
         lines = chain.from_iterable(part.lines(self._source.max_bytes) for part in ranges)
         return map(self._record, islice(lines, first, None, step))
 
-    def _record(self, line: "_Line") -> Record:
+    def _record(self, line: "_Line | BadRecord") -> Record:
+        if isinstance(line, BadRecord):
+            return line
         text, problem = ("", line.content) if isinstance(line.content, str) else self._text(line.content)
         if not problem:
             return Document(f"{line.part.name}@{line.offset}", text, origin=text)
-        if self._source.kind == "jsonl" and line.number > 0 and line.part.is_array:
+        if self._source.kind == "jsonl" and line.part.is_array:
             problem = _IS_ARRAY
-        return (LostRecords if line.number < 0 else BadRecord)(line.part.location(line), problem)
+        return BadRecord(line.part.location(line), problem)
 
 
 class _Line(NamedTuple):
-    """One line, not decoded; `content` is a str where it says what is wrong.
-
-    `number` counts from 1 in `part`; 0 means the whole part, and -1 the rest of it, which could not be read.
-    """
+    """One line, not decoded; `number` counts from 1 in `part`, and a `content` that is a str says what is wrong."""
 
     part: "_LineRange"
     number: int
@@ -97,17 +98,15 @@ class _LineRange:
         self.name, self._path = files.name(part.file), files.path(part.file)
         self._size, self._begin, self._end = int(files.sizes[part.file]), part.begin, part.end
 
-    def lines(self, max_bytes: int) -> Iterator[_Line]:
+    def lines(self, max_bytes: int) -> Iterator[_Line | BadRecord]:
         """Yield the lines without their ends; at most `max_bytes` of a line are ever in memory."""
-        problem, number = "", 0
         try:
             with open_bytes(self._path) as stream:
                 yield from self._lines_of(stream, max_bytes)
-            problem = size_change(self._path, self._size)
+            if change := size_change(self._path, self._size):
+                yield BadRecord(self.name, change)
         except READ_ERRORS as error:
-            problem, number = why_unreadable(error), -1
-        if problem:
-            yield _Line(self, number, self._begin, problem)
+            yield LostRecords(self.name, why_unreadable(error))
 
     def _lines_of(self, stream: BinaryIO, max_bytes: int) -> Iterator[_Line]:
         offset = number = 0
@@ -137,9 +136,6 @@ class _LineRange:
         return offset
 
     def location(self, line: _Line) -> str:
-        """Where a line is, for a message."""
-        if line.number <= 0:
-            return self.name
         if self._lines_before is None:
             return f"{self.name}:byte {line.offset}"
         return f"{self.name}:{self._lines_before + line.number}"

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice
-from typing import NamedTuple
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,19 @@ import pyarrow.parquet as pq
 
 from app.errors import DataError
 from datamodules.readers.chunks import Groups, stride
-from datamodules.readers.contents import READ_ERRORS, decode, refuse_pointer, size_change, why_unreadable
 from datamodules.readers.files import FileList
-from datamodules.readers.records import BadRecord, Document, LostRecords, Record, fingerprint
+from datamodules.readers.records import (
+    READ_ERRORS,
+    BadRecord,
+    Document,
+    LostRecords,
+    Record,
+    decode,
+    fingerprint,
+    refuse_pointer,
+    size_change,
+    why_unreadable,
+)
 from datamodules.readers.sources import Source
 
 _BATCH_BYTES, _BATCH_ROWS = 1 << 20, 1024
@@ -26,7 +36,7 @@ _TEXT = {pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large
 class ParquetReader:
     """A reader (`records.Reader`) whose chunks are groups of row groups, or every m-th row of a group."""
 
-    def __init__(self, source: Source, files: FileList, *, min_chunks: int, seed: int) -> None:
+    def __init__(self, source: Source, files: FileList, *, min_chunks: int) -> None:
         self._source, self._files = source, files
         self._unreadable: dict[int, str] = {}  # why, by file
         # [num_units, 3]: file, row group, bytes
@@ -38,33 +48,32 @@ class ParquetReader:
                 what = f"none of {len(files)} files can be read, {files.name(file)}: {problem}"
             raise DataError(f"source {source.name!r} ({source.root}): {what}; correct its field or its files")
         self._units = units
-        self._groups = Groups(units[:, 2], min_chunks=min_chunks, seed=seed)
+        self._groups = Groups(units[:, 2], min_chunks=min_chunks)
         self._stride = stride(self._groups.num_chunks, min_chunks=min_chunks, source=source.name, unit="row group")
         self.num_chunks = self._groups.num_chunks * self._stride
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the files and the layout of chunks."""
         layout = (self._units, self._groups.num_chunks, self._groups.order, self._stride)
         return fingerprint(self._source, self._files.digest_parts(), *layout)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
-        """Yield the records of `chunk` from index `start` on."""
         group, first = divmod(chunk, self._stride)
         rows = (row for unit in self._groups.units(group) for row in self._rows(*map(int, self._units[unit, :2])))
         return map(self._record, islice(rows, first + start * self._stride, None, self._stride))
 
-    def _record(self, row: "_Row | BadRecord") -> Record:
+    def _record(self, row: tuple[str, pa.Scalar] | BadRecord) -> Record:
         if isinstance(row, BadRecord):
             return row
-        raw = row.column[row.offset].as_py()
+        value: Any
+        location, value = row
+        raw = value.as_py()
         if raw is None:
             text, problem = "", f"column {self._source.field!r} is null"
         elif len(raw) > self._source.max_bytes:
             text, problem = "", f"longer than {self._source.max_bytes} bytes"
         else:
             text, problem = decode(raw)
-        location = f"{row.file}:row {row.number}"
         return BadRecord(location, problem) if problem else Document(location, text, origin=text)
 
     def _units_of(self, file: int) -> list[tuple[int, int, int]]:
@@ -77,20 +86,22 @@ class ParquetReader:
             return [(file, _WHOLE_FILE, 1)]
         return [(file, number, size) for number, size in enumerate(sizes) if groups[number].num_rows]
 
-    def _rows(self, file: int, group: int) -> Iterator["_Row | BadRecord"]:
+    def _rows(self, file: int, group: int) -> Iterator[tuple[str, pa.Scalar] | BadRecord]:
+        """Yield the location of each row and its value, which is not decoded."""
         name = self._files.name(file)
         if group == _WHOLE_FILE:
             yield LostRecords(name, self._unreadable[file])
             return
         try:
-            problem = size_change(self._files.path(file), int(self._files.sizes[file]))
-            if not problem:
-                with self._open(file) as (opened, column):
-                    yield from _rows_of(opened, column, name, group)
+            if change := size_change(self._files.path(file), int(self._files.sizes[file])):
+                yield LostRecords(name, f"row group {group + 1}: {change}")
+                return
+            with self._open(file) as (opened, column):
+                number = sum(opened.metadata.row_group(before).num_rows for before in range(group))
+                values = chain.from_iterable(column.values(batch) for batch in _batches(opened, column, group))
+                yield from ((f"{name}:row {row}", value) for row, value in enumerate(values, number + 1))
         except READ_ERRORS as error:
-            problem = why_unreadable(error)
-        if problem:
-            yield LostRecords(name, f"row group {group + 1}: {problem}")
+            yield LostRecords(name, f"row group {group + 1}: {why_unreadable(error)}")
 
     @contextmanager
     def _open(self, file: int) -> Iterator[tuple[pq.ParquetFile, "_TextColumn"]]:
@@ -101,27 +112,11 @@ class ParquetReader:
                 yield opened, _TextColumn(opened, self._source.field)
 
 
-class _Row(NamedTuple):
-    """A value that is not decoded, at `offset` in a batch; `number` is its row in the file, from 1."""
-
-    file: str
-    number: int
-    column: pa.LargeBinaryArray
-    offset: int
-
-
-def _rows_of(opened: pq.ParquetFile, column: "_TextColumn", name: str, group: int) -> Iterator[_Row]:
+def _batches(opened: pq.ParquetFile, column: "_TextColumn", group: int) -> Iterator[pa.RecordBatch]:
     metadata = opened.metadata.row_group(group)
     rows = _BATCH_BYTES * metadata.num_rows // max(column.num_bytes(metadata), 1)
-    number = sum(opened.metadata.row_group(before).num_rows for before in range(group))
-    batches = opened.iter_batches(
-        max(1, min(rows, _BATCH_ROWS)), row_groups=[group], columns=[column.field], use_threads=False
-    )
-    for batch in batches:
-        values = column.values(batch)
-        for index in range(len(values)):
-            number += 1
-            yield _Row(name, number, values, index)
+    size = max(1, min(rows, _BATCH_ROWS))
+    yield from opened.iter_batches(size, row_groups=[group], columns=[column.field], use_threads=False)
 
 
 class _TextColumn:

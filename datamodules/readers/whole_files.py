@@ -14,9 +14,18 @@ from itertools import islice
 import numpy as np
 
 from datamodules.readers.chunks import Groups
-from datamodules.readers.contents import READ_ERRORS, decode, open_bytes, size_change, why_unreadable
 from datamodules.readers.files import TOPICS, FileList
-from datamodules.readers.records import BadRecord, Document, Record, fingerprint
+from datamodules.readers.records import (
+    READ_ERRORS,
+    BadRecord,
+    Document,
+    Record,
+    decode,
+    fingerprint,
+    open_bytes,
+    size_change,
+    why_unreadable,
+)
 from datamodules.readers.sources import Source
 
 _FILE_COST = 4096  # bytes that could be read in the time that opening a file takes
@@ -42,18 +51,16 @@ _LITERAL = re.compile(
 class WholeFileReader:
     """A reader (`records.Reader`) whose chunks are groups of files."""
 
-    def __init__(self, source: Source, files: FileList, *, min_chunks: int, seed: int) -> None:
+    def __init__(self, source: Source, files: FileList, *, min_chunks: int) -> None:
         self._source, self._files = source, files
-        self._groups = Groups(files.sizes + np.int64(_FILE_COST), min_chunks=min_chunks, seed=seed)
+        self._groups = Groups(files.sizes + np.int64(_FILE_COST), min_chunks=min_chunks)
         self.num_chunks = self._groups.num_chunks
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the files and the layout of chunks."""
         return fingerprint(self._source, self._files.digest_parts(), self.num_chunks, self._groups.order)
 
     def read(self, chunk: int, *, start: int = 0) -> Iterator[Record]:
-        """Yield the records of `chunk` from index `start` on."""
         files = self._groups.units(chunk)
         if self._source.kind == "stdlib_text":  # some files give several records
             return islice((record for file in files for record in self._prose(file)), start, None)

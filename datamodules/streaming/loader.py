@@ -1,4 +1,4 @@
-"""The training loader of a stream: which lane a batch comes from, and what state of the lane it brings along.
+"""The training loader of a stream: which lane a batch comes from, and where all lanes of all ranks stand.
 
 Micro-batch `k` of rank `r` of W comes from lane (k W + r) mod V, and of K workers the (k mod K)-th prepares it. V is a
 multiple of W K, so every lane has one owner, and global micro-batch k W + r is the same whatever W and K are.
@@ -7,25 +7,104 @@ Each batch brings along the state that its lane has after it. The states that co
 trained on, not of those that workers have prepared already, so no loader has to be asked, stopped or replayed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from app.checkpoints.entries import SavedEntries
 from app.errors import ConfigError, DataError
+from app.protocols import SourceStatistics
 from datamodules.loading.rank_share import RankShare
 from datamodules.loading.tokenizers import Encoder
 from datamodules.loading.workers import WorkerLoader, prepare_worker
 from datamodules.readers.records import BadRecord, Reader
 from datamodules.readers.sources import Source
 from datamodules.streaming.packing import Row
-from datamodules.streaming.position import StreamPosition
 from datamodules.streaming.source_blocks import StreamSettings
 from datamodules.streaming.stream import Lane, LaneState
 
 STATE_KEY = "lane_state"
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """The micro-batches that every rank trained on, and the state of each lane that delivered some, by its number."""
+
+    batches: int
+    lanes: Mapping[int, LaneState]
+
+
+def check_position(state: Mapping[str, Any], *, num_sources: int) -> None:
+    """Raise CheckpointError, naming the entry, if a saved state is no position of a stream."""
+    saved, entry = SavedEntries(), ("data",)
+    saved.count((*entry, "global_batches"), state.get("global_batches"))
+    num_lanes = saved.count((*entry, "num_lanes"), state.get("num_lanes"), low=1)
+    for number, lane in saved.any_keys((*entry, "lanes"), state.get("lanes")).items():
+        saved.count((*entry, "lanes", number), int(number) if str(number).isdigit() else number, high=num_lanes - 1)
+        saved.alike((*entry, "lanes", number), lane, LaneState.start(num_sources).to_lists())
+
+
+class PositionKeeper:
+    """Follows which batches were trained on; a step that was begun but not taken does not count."""
+
+    def __init__(self) -> None:
+        self._now = self._step_start = StreamPosition(0, {})
+        self._step: int | None = None  # optimizer steps taken when the latest batch was handed over
+
+    def latest(self) -> StreamPosition:
+        """The position behind the latest batch that was handed over, where an iteration goes on."""
+        return self._now
+
+    def hand_over(self, number: int, state: LaneState, *, step: int) -> None:
+        """Note that a batch of lane `number` is about to be trained on, after `step` optimizer steps."""
+        if step != self._step:
+            self._step, self._step_start = step, self._now
+        self._now = StreamPosition(self._now.batches + 1, {**self._now.lanes, number: state})
+
+    def at_step(self, step: int) -> StreamPosition:
+        """Where the data of optimizer step `step` (the next to be taken) begins."""
+        return self._step_start if step == self._step else self._now
+
+    def state(self, step: int, *, share: RankShare) -> dict[str, Any]:
+        """`at_step` of all ranks as plain values; all of them must ask together."""
+        position = self.at_step(step)
+        lanes = _own_lanes(position, share)
+        if share.num_replicas > 1:
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()  # tensor-parallel ranks say the same
+            torch.distributed.all_gather_object(gathered, lanes)
+            lanes = {number: state for part in gathered for number, state in part.items()}
+        return {
+            "global_batches": position.batches * share.num_replicas,
+            "lanes": {str(number): state.to_lists() for number, state in sorted(lanes.items())},
+        }
+
+    def restore(self, state: Mapping[str, Any], *, share: RankShare) -> None:
+        """Go on from what `state` gave, on any number of ranks."""
+        lanes = {int(number): LaneState.from_lists(lists) for number, lists in state["lanes"].items()}
+        self._now = self._step_start = StreamPosition(state["global_batches"] // share.num_replicas, lanes)
+
+    def statistics(self, source_names: Sequence[str], *, share: RankShare) -> dict[str, SourceStatistics]:
+        """What each source gave to the lanes of this rank; names in the order of the lanes' figures."""
+        own = _own_lanes(self._now, share).values()
+        return {
+            name: SourceStatistics(
+                tokens=sum(state.tokens[index] for state in own),
+                rows=sum(state.rows[index] for state in own),
+                epochs=sum(state.epochs[index] for state in own) / max(1, len(own)),
+                seen=sum(state.seen[index] for state in own),
+                skipped=sum(state.skipped[index] for state in own),
+            )
+            for index, name in enumerate(source_names)
+        }
+
+
+def _own_lanes(position: StreamPosition, share: RankShare) -> dict[int, LaneState]:
+    """The states of the lanes that this rank reads; those of others are as old as the checkpoint."""
+    return {number: state for number, state in position.lanes.items() if number % share.num_replicas == share.rank}
 
 
 def check_lanes(num_lanes: int, *, num_replicas: int, workers: int) -> None:
@@ -51,11 +130,9 @@ class LaneBatches(IterableDataset[Any]):
         *,
         encode: Encoder,
         settings: StreamSettings,
-        batch_size: int,
         share: RankShare,
     ) -> None:
-        self._sources, self._encode, self._settings = sources, encode, settings
-        self._batch_size, self._share = batch_size, share
+        self._sources, self._encode, self._settings, self._share = sources, encode, settings, share
         self.position = StreamPosition(0, {})
 
     def __iter__(self) -> Iterator[Any]:
@@ -77,7 +154,7 @@ class LaneBatches(IterableDataset[Any]):
                     logged=logged,
                 )
             try:
-                batch = stack([lanes[number].next_row() for _ in range(self._batch_size)])
+                batch = stack([lanes[number].next_row() for _ in range(self._settings.batch_size)])
             except DataError as error:  # a worker's exception would arrive as a traceback in a string
                 yield error
                 return

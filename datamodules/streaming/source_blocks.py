@@ -11,32 +11,45 @@ the seed and of its number, so the position at which it begins is enough to read
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from app.errors import DataError
+from app.errors import ConfigError, DataError, check_choice, check_range
+from datamodules.loading.datamodule import RowSettings
 from datamodules.readers.records import BadRecord, Reader
 from datamodules.streaming.bad_records import BadRecords
-from datamodules.streaming.packing import LongDocuments, Packing
+from datamodules.streaming.packing import PACKINGS, LongDocuments, Packing
 
-_CHUNK_KEY, _DOCUMENT_KEY = 0, 1  # kinds of randomness; source_stream and stream have others
+_CHUNK_KEY, _DOCUMENT_KEY = 0, 1  # kinds of randomness; stream has others
 _PATIENCE = 20  # passes without a document before a source counts as empty: a lane may meet the same chunks repeatedly
 
 
-@dataclass(frozen=True, kw_only=True)
-class StreamSettings:
-    """What the rows of a stream depend on, beside its sources; see `TextCodeDataModule`. `num_lanes` is V."""
+# What the order of training rows depends on, beside the sources.
+ORDER_SETTINGS = (
+    *("seq_len", "packing", "long_documents", "shuffle_megabytes", "validation_share", "max_bad_share", "seed"),
+    *("num_lanes", "batch_size"),
+)
 
-    seq_len: int
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings(RowSettings):
+    """Settings of a stream, checked; see `TextCodeDataModule`. `num_lanes` is V, 0 as long as no trainer is known."""
+
     packing: Packing
     long_documents: LongDocuments
     shuffle_megabytes: float
     validation_share: float
-    max_bad_share: float
-    seed: int
-    num_lanes: int
+    num_lanes: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("packing", self.packing, PACKINGS)
+        check_choice("long_documents", self.long_documents, get_args(LongDocuments))
+        check_range("shuffle_megabytes", self.shuffle_megabytes, low=0, high=float("inf"), high_open=True)
+        if not 0 < self.validation_share < 1:
+            raise ConfigError("validation_share", got=self.validation_share, allowed="(0, 1)")
 
     def generator(self, *key: int) -> np.random.Generator:
         """A generator of its own for each key."""

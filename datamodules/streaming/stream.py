@@ -1,13 +1,14 @@
 """The endless stream of training rows of one lane: the rows of all its sources, mixed by weight.
 
 A run has V lanes. A lane is what one worker process reads: a part of every source, disjoint from the parts of all other
-lanes (`source_blocks`), packed and shuffled source by source (`source_stream`).
+lanes (`source_blocks`). The documents of each source are tokenised and packed into rows. A long document gives many
+rows, so rows are shuffled once more, in windows of half a million tokens of one block.
 
 Everything is a function of the seed and of the position, so a checkpoint holds ten integers for each source of a lane.
 A lane set to a position reads one block and packs one window of rows again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,99 @@ from datamodules.loading.tokenizers import Encoder
 from datamodules.readers.records import BadRecord, Reader
 from datamodules.readers.sources import Source
 from datamodules.streaming.bad_records import BadRecords
-from datamodules.streaming.packing import Row
+from datamodules.streaming.packing import PACKINGS, Row, Tokens
 from datamodules.streaming.source_blocks import SourceBlocks, SourcePosition, StreamSettings
-from datamodules.streaming.source_stream import SourceStream
 
-_CREDIT_KEY = 3  # kind of randomness; source_blocks and source_stream have others
+_ROW_KEY, _CREDIT_KEY = 2, 3  # kinds of randomness; source_blocks has others
+_WINDOW_TOKENS = 2**19  # rows are shuffled among so many tokens
+_DOCUMENTS_A_CALL = 64  # given to the tokenizer at once
+
+
+class SourceStream:
+    """The rows of one source in one lane, from a position on."""
+
+    def __init__(self, blocks: SourceBlocks, position: SourcePosition, *, encode: Encoder) -> None:
+        self._blocks, self._encode, self._settings = blocks, encode, blocks.settings
+        # Where the window begins, and the row after the latest one that was packed.
+        self._start = self._next_start = position
+        self._window: list[Row] = []
+        self._drawn = position.drawn
+        self._unfinished: list[SourcePosition] = []  # documents that the packing was given and has not finished
+        self._finished = 0  # documents that the packing has finished
+        self._last = position  # of the document that the packing was given last
+        self._extents: dict[int, tuple[int, int]] = {}  # chunks and documents of each block that is in use
+        pack = PACKINGS[self._settings.packing]
+        self._rows = pack(self._documents(position), seq_len=self._settings.seq_len, within=position.within)
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the lane's part of the source given out so far; within a window, in proportion to its rows."""
+        start = self._passes(self._start)
+        if not self._window:
+            return start
+        return start + (self._passes(self._next_start) - start) * self._drawn / len(self._window)
+
+    def _passes(self, position: SourcePosition) -> float:
+        """Passes up to a position; within a block, in proportion to its documents."""
+        chunks, documents = self._extents.get(position.block, (0, 1))
+        return self._blocks.epochs(position.ordinal + chunks * position.taken / documents)
+
+    @property
+    def records(self) -> tuple[int, int]:
+        """Records read so far, and bad ones among them."""
+        return self._blocks.records.seen, self._blocks.records.skipped
+
+    @property
+    def position(self) -> SourcePosition:
+        """Where the next row comes from."""
+        return self._start._replace(drawn=self._drawn)
+
+    def next_row(self) -> Row:
+        """Return the next row and advance `position`; DataError as of `SourceBlocks.read`."""
+        if not self._window:
+            self._window = self._pack_window()
+        row = self._window[self._drawn]
+        self._drawn += 1
+        if self._drawn == len(self._window):
+            self._start, self._window, self._drawn = self._next_start._replace(window=self._start.window + 1), [], 0
+        return row
+
+    def _pack_window(self) -> list[Row]:
+        """The rows of a window, all of which begin in one block, shuffled."""
+        size = _WINDOW_TOKENS // self._settings.seq_len
+        row, block = self._pack_row()
+        rows = [row]
+        _, documents = self._extents[block]
+        while len(rows) < size and self._next_start.block == block and self._next_start.taken < documents:
+            rows.append(self._pack_row()[0])
+        if self._settings.shuffle_megabytes == 0:
+            return rows
+        key = (self._blocks.index, _ROW_KEY, self._blocks.lane, self._start.window)
+        return [rows[index] for index in self._settings.generator(*key).permutation(len(rows))]
+
+    def _pack_row(self) -> tuple[Row, int]:
+        """The next row in order, and the block in which it begins."""
+        packed = next(self._rows)
+        block = self._unfinished[0].block
+        del self._unfinished[: packed.finished - self._finished]
+        self._finished = packed.finished
+        if self._unfinished:
+            self._next_start = self._unfinished[0]._replace(within=packed.within)
+        else:
+            self._next_start = self._last._replace(taken=self._last.taken + 1, within=0)
+        return packed.row, block
+
+    def _documents(self, position: SourcePosition) -> Iterator[Tokens | None]:
+        """Yield the token ids of each document from `position` on, and None at the end of each block."""
+        for start, texts, following in self._blocks.read(position):
+            in_use = {block: extent for block, extent in self._extents.items() if block >= self._start.block}
+            self._extents = in_use | {start.block: (following.ordinal - start.ordinal, len(texts))}
+            for first in range(start.taken, len(texts), _DOCUMENTS_A_CALL):
+                for taken, ids in enumerate(self._encode(texts[first : first + _DOCUMENTS_A_CALL]), first):
+                    self._last = start._replace(taken=taken)
+                    self._unfinished.append(self._last)
+                    yield ids[: self._settings.seq_len] if self._settings.long_documents == "truncate" else ids
+            yield None
 
 
 class LaneState(NamedTuple):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 
 from app.errors import DataError
-from datamodules.loading.datamodule import RowSettings
 from datamodules.loading.rank_share import RankShare
 from datamodules.loading.tokenizers import Encoder, load_tokenizer, trained_tokenizer
 from datamodules.readers import open_reader
@@ -22,6 +21,7 @@ from datamodules.readers.records import BadRecord, Document
 from datamodules.readers.sources import Source
 from datamodules.streaming.bad_records import BadRecords
 from datamodules.streaming.packing import Row, Tokens, split_rows
+from datamodules.streaming.source_blocks import StreamSettings
 
 _log = logging.getLogger(__name__)
 
@@ -107,11 +107,8 @@ class Survey:
 class SurveyedCorpus:
     """Sources, of which something is read only when it is first asked for; `settings` choose the tokenizer."""
 
-    def __init__(
-        self, sources: Sequence[Source], *, settings: RowSettings, validation_share: float, cache_dir: Path
-    ) -> None:
-        self._sources, self._settings = sources, settings
-        self._validation_share, self._cache_dir = validation_share, cache_dir
+    def __init__(self, sources: Sequence[Source], *, settings: StreamSettings, cache_dir: Path) -> None:
+        self._sources, self._settings, self._cache_dir = sources, settings, cache_dir
 
     @cached_property
     def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerFast
@@ -157,7 +154,7 @@ class SurveyedCorpus:
                 source,
                 training_bytes=0 if settings.tokenizer else _TRAINING_BYTES // len(self._sources),
                 held_out_bytes=_HELD_OUT_BYTES_A_TOKEN * settings.validation_rows * settings.seq_len,
-                validation_share=self._validation_share,
+                validation_share=settings.validation_share,
                 max_bad_share=settings.max_bad_share,
             )
             for source in self._sources

@@ -7,7 +7,7 @@ two steps, as the cache needs: tables with a fingerprint, which is quick, and th
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -59,7 +59,7 @@ class Table(NamedTuple):
     name: str  # of the file or dataset split, for messages
     domain: str  # the only one that is right in it
     fingerprint: str  # of the content
-    records: Callable[[], Iterator[tuple[int, list[str] | str]]]  # number and fields of each row, or why it has none
+    rows: Sequence[tuple[int, bytes | Sequence[Any]]]  # the number of each, with its line or its fields
 
 
 def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | None) -> list[Table]:
@@ -84,8 +84,9 @@ def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | 
     name = f"{path} ({split})"
     if missing := [column for column in _COLUMNS if column not in dataset.column_names]:
         raise DataError(f"{name}: no column {', '.join(missing)} in {', '.join(dataset.column_names)}")
-    fields = [list(values) for values in zip(*(list(dataset[column]) for column in _COLUMNS), strict=True)]
-    return [_dataset_table(name, domain, fields) for domain in domains]
+    rows = list(enumerate(map(list, zip(*(dataset[column] for column in _COLUMNS), strict=True))))
+    of_domains = {domain: [row for row in rows if row[1][0] in (domain, None)] for domain in domains}  # None is bad
+    return [Table(name, domain, sha256(repr(own).encode()).hexdigest(), own) for domain, own in of_domains.items()]
 
 
 def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: float) -> list[AnnotatedUtterance]:
@@ -96,9 +97,9 @@ def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: floa
     """
     rows: list[AnnotatedUtterance] = []
     bad: list[str] = []
-    for number, record in table.records():
+    for number, raw in table.rows:
         try:
-            rows.append(_row(record, domain=table.domain, encode=encode))
+            rows.append(_row(raw, domain=table.domain, encode=encode))
         except ParseError as error:
             bad.append(f"{table.name}:{number}: {error}")
     for reason in bad:
@@ -114,12 +115,16 @@ def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: floa
     return rows
 
 
-def _row(record: list[str] | str, *, domain: str, encode: Callable[[str], str]) -> AnnotatedUtterance:
-    if isinstance(record, str):
-        raise ParseError(record)
-    if len(record) != len(_COLUMNS):
-        raise ParseError(f"{len(record)} columns, not {len(_COLUMNS)}")
-    found, utterance, parse = record
+def _row(raw: bytes | Sequence[Any], *, domain: str, encode: Callable[[str], str]) -> AnnotatedUtterance:
+    try:
+        fields: Sequence[Any] = raw.decode().rstrip("\r").split("\t") if isinstance(raw, bytes) else raw
+    except UnicodeDecodeError as error:
+        raise ParseError(f"not UTF-8 at byte {error.start}") from error
+    if len(fields) != len(_COLUMNS):
+        raise ParseError(f"{len(fields)} columns, not {len(_COLUMNS)}")
+    if wrong := [column for column, value in zip(_COLUMNS, fields, strict=True) if not isinstance(value, str)]:
+        raise ParseError(f"no text in {', '.join(wrong)}")
+    found, utterance, parse = fields
     if found != domain:
         raise ParseError(f"domain {found!r}, not {domain!r}")
     if not utterance.strip():
@@ -140,15 +145,7 @@ def _read_tsv(file: Path, domain: str) -> Table:
     columns = header.decode("utf-8-sig", errors="replace").rstrip("\r").split("\t")
     if columns not in _HEADERS:
         raise DataError(f"{file}:1: got columns {columns}, allowed {' or '.join(map(str, _HEADERS))}")
-
-    def records() -> Iterator[tuple[int, list[str] | str]]:
-        for number, line in enumerate(lines, start=2):
-            try:
-                yield number, line.decode("utf-8").rstrip("\r").split("\t")
-            except UnicodeDecodeError as error:
-                yield number, f"not UTF-8 at byte {error.start}"
-
-    return Table(str(file), domain, sha256(b"\n".join(lines)).hexdigest(), records)
+    return Table(str(file), domain, sha256(b"\n".join(lines)).hexdigest(), list(enumerate(lines, start=2)))
 
 
 def _load_dataset(path: str, split: Split) -> Any:  # datasets.Dataset
@@ -164,15 +161,3 @@ def _load_dataset(path: str, split: Split) -> Any:  # datasets.Dataset
         if name in found:
             return found[name]
     raise DataError(f"{path}: no split {' or '.join(_SPLIT_NAMES[split])} in {', '.join(found)}")
-
-
-def _dataset_table(name: str, domain: str, fields: Sequence[list[Any]]) -> Table:
-    """The rows of `domain` among `fields`, and those without any domain, which are bad."""
-    own = [(number, record) for number, record in enumerate(fields) if record[0] in (domain, None)]
-
-    def records() -> Iterator[tuple[int, list[str] | str]]:
-        for number, record in own:
-            wrong = [column for column, value in zip(_COLUMNS, record, strict=True) if not isinstance(value, str)]
-            yield number, f"no text in {', '.join(wrong)}" if wrong else record
-
-    return Table(name, domain, sha256(repr(own).encode()).hexdigest(), records)

@@ -19,11 +19,10 @@ import numpy.typing as npt
 from tokenizers import AddedToken
 
 from app.errors import ConfigError
-from app.text.text_tokens import around
 from app.text.tokenizer_files import tokenizer_from_files, tokenizer_to_files
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
 from datamodules.loading.cache import cached
-from datamodules.loading.tokenizers import MIN_VOCAB_SIZE, encode_documents, load_tokenizer, train_byte_level_bpe
+from datamodules.loading.tokenizers import MIN_VOCAB_SIZE, Encoder, load_tokenizer, train_byte_level_bpe
 from datamodules.topv2_rows.files import AnnotatedUtterance, Split, Table, find_tables, read_rows
 
 _CODE_VERSION = 2  # raise it when the same settings and files give other examples
@@ -147,18 +146,17 @@ def _fit_tokenizer(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], 
 
 
 def _encode(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], tokenizer: Any) -> Examples:
-    before = np.asarray(around(tokenizer).before, dtype=np.int32)
-    end = np.asarray([tokenizer.eos_token_id], dtype=np.int32)
-    texts = [text for row in rows for text in (_prompt_text(settings, row), _target_text(row))]
-    ids = encode_documents(tokenizer, texts)
-    parts = [part for prompt, target in zip(ids[::2], ids[1::2], strict=True) for part in (before, prompt, target, end)]
-    lengths = np.asarray([len(part) for part in parts]).reshape(-1, 4)
-    index = {domain: source for source, domain in enumerate(settings.domains)}
+    encoder = Encoder(tokenizer)
+    prompt_ids = encoder.inside([_prompt_text(settings, row) for row in rows])
+    target_ids = encoder.inside([_target_text(row) for row in rows])
+    prompts = [np.asarray([*encoder.before, *ids], dtype=np.int32) for ids in prompt_ids]
+    targets = [np.asarray([*ids, encoder.end], dtype=np.int32) for ids in target_ids]
+    pairs = list(zip(prompts, targets, strict=True))
     return Examples(
-        tokens=np.concatenate(parts),
-        offsets=np.concatenate([[0], lengths.sum(axis=1).cumsum()]),
-        prompt_lengths=lengths[:, :2].sum(axis=1).astype(np.int32),
-        sources=np.asarray([index[row.domain] for row in rows]),
+        tokens=np.concatenate(list(chain.from_iterable(pairs))),
+        offsets=np.cumsum([0, *(len(prompt) + len(target) for prompt, target in pairs)]),
+        prompt_lengths=np.asarray([len(prompt) for prompt in prompts], dtype=np.int32),
+        sources=np.asarray([settings.domains.index(row.domain) for row in rows]),
         references=[row.target for row in rows],
     )
 

@@ -44,9 +44,11 @@ def make_settings(**changes: Any) -> StreamSettings:
         "packing": "split",
         "long_documents": "split",
         "shuffle_megabytes": 40e-6,
-        "validation_share": 0.0,
+        "validation_share": 1e-9,
         "max_bad_share": 0.5,
         "seed": 3,
         "num_lanes": 1,
+        "batch_size": 2,
+        **{"validation_rows": 1, "vocab_size": 300, "tokenizer": None, "num_workers": 0},
     }
     return StreamSettings(**(defaults | changes))

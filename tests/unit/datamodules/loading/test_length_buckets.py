@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from app.errors import DataError
-from datamodules.loading.length_buckets import BucketSampler, LengthBuckets
+from datamodules.loading.length_buckets import BucketSampler
 from datamodules.loading.rank_share import RankShare
 
 LENGTHS: npt.NDArray[np.int64] = np.random.default_rng(0).integers(5, 100, size=1000)
@@ -82,23 +82,23 @@ def test_resuming_at_any_step_gives_what_an_uninterrupted_run_gives(first_step: 
 
 
 def test_a_batch_is_the_same_whenever_it_is_asked_for() -> None:
-    buckets = LengthBuckets(LENGTHS, num_batches=125, seed=0)
-    forth = [buckets.batch(k).tolist() for k in range(400)]
-    back = [buckets.batch(k).tolist() for k in reversed(range(400))]
+    buckets = sampler()
+    forth = [buckets.step_rows(k).tolist() for k in range(400)]
+    back = [buckets.step_rows(k).tolist() for k in reversed(range(400))]
     assert forth == back[::-1]
 
 
 def test_an_epoch_is_drawn_once_also_where_two_meet() -> None:
-    buckets = LengthBuckets(LENGTHS, num_batches=125, seed=0)
-    first, second = buckets.batch(124), buckets.batch(125)
-    assert buckets.batch(124) is first
-    assert buckets.batch(125) is second
+    buckets = sampler()
+    first, second = buckets.step_rows(124), buckets.step_rows(125)
+    assert buckets.step_rows(124) is first
+    assert buckets.step_rows(125) is second
 
 
 def test_no_more_than_64_batches_are_sorted_together() -> None:
     lengths = np.random.default_rng(0).permutation(8192)
-    buckets = LengthBuckets(lengths, num_batches=1024, seed=0)
-    spreads = [int(np.ptp(lengths[buckets.batch(k)])) for k in range(1024)]
+    buckets = BucketSampler(lengths, batch_size=8, seed=0, share=RankShare(), step=lambda: 0)
+    spreads = [int(np.ptp(lengths[buckets.step_rows(k)])) for k in range(1024)]
     assert 7 / 9 < np.mean(spreads) / (8192 / 64 * 7 / 8) < 9 / 7  # 7 of the gaps between 512 rows
 
 

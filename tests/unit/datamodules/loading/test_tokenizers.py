@@ -15,7 +15,6 @@ from datamodules.loading.tokenizers import (
     END_OF_TEXT,
     MIN_VOCAB_SIZE,
     Encoder,
-    encode_documents,
     fingerprint,
     load_tokenizer,
     train_byte_level_bpe,
@@ -28,11 +27,15 @@ TEXTS = ["the exit layer and the other layer", "def exit(layer): return layer"] 
 TOKENIZER = train_byte_level_bpe(TEXTS, vocab_size=300)
 
 
+def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return list(Encoder(tokenizer).inside(texts))
+
+
 @given(st.one_of(st.text(), st.binary().map(lambda raw: raw.decode("latin-1"))))
 def test_any_text_survives_the_round_trip(text: str) -> None:
-    (ids,) = encode_documents(TOKENIZER, [text])
-    assert TOKENIZER.decode(ids.tolist()) == text
-    assert ids.max(initial=0) < len(TOKENIZER)
+    (ids,) = ids_of(TOKENIZER, [text])
+    assert TOKENIZER.decode(ids) == text
+    assert max(ids, default=0) < len(TOKENIZER)
 
 
 def test_training_is_deterministic_and_bounded() -> None:
@@ -48,16 +51,16 @@ def test_training_is_deterministic_and_bounded() -> None:
 
 def test_end_of_text_spelled_out_in_a_document_is_ordinary_text() -> None:
     text = f"before {END_OF_TEXT} after"
-    (ids,) = encode_documents(TOKENIZER, [text])
+    (ids,) = ids_of(TOKENIZER, [text])
     assert TOKENIZER.eos_token_id not in ids
-    assert TOKENIZER.decode(ids.tolist()) == text
+    assert TOKENIZER.decode(ids) == text
     assert TOKENIZER.eos_token_id in TOKENIZER(text)["input_ids"]  # the negative control: its own settings stay
 
 
 def test_encoding_in_calls_of_many_documents_is_encoding_each() -> None:
     texts = [f"layer {index}" for index in range(600)]
-    together = encode_documents(TOKENIZER, texts)
-    assert [ids.tolist() for ids in together] == [encode_documents(TOKENIZER, [text])[0].tolist() for text in texts]
+    together = ids_of(TOKENIZER, texts)
+    assert together == [ids_of(TOKENIZER, [text])[0] for text in texts]
 
 
 def test_a_saved_tokenizer_is_loaded_unchanged(tmp_path: Path) -> None:
@@ -96,9 +99,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
 def test_an_encoder_ends_every_text_and_takes_special_tokens_for_text() -> None:
     encode, texts = Encoder(TOKENIZER), ["the exit", "", f"a {END_OF_TEXT} b"]
     eos = TOKENIZER.eos_token_id
-    assert [ids.tolist() for ids in encode(texts)] == [
-        [*ids.tolist(), eos] for ids in encode_documents(TOKENIZER, texts)
-    ]
+    assert [ids.tolist() for ids in encode(texts)] == [[*ids, eos] for ids in ids_of(TOKENIZER, texts)]
     assert encode(texts)[2].tolist().count(eos) == 1
 
 
@@ -111,8 +112,8 @@ def test_a_tokenizer_that_adds_cuts_and_pads_by_itself_does_none_of_it_here() ->
     backend.enable_truncation(3)
     backend.enable_padding(length=5)
     assert [len(encoding.ids) for encoding in backend.encode_batch(TEXTS[:2])] == [5, 5]  # the negative control
-    expected = [ids.tolist() for ids in encode_documents(TOKENIZER, TEXTS)]
-    assert [ids.tolist() for ids in encode_documents(tokenizer, TEXTS)] == expected
+    expected = ids_of(TOKENIZER, TEXTS)
+    assert ids_of(tokenizer, TEXTS) == expected
     assert [ids.tolist() for ids in Encoder(tokenizer)(TEXTS)] == [[0, *ids, 0] for ids in expected]
     assert (backend.truncation["max_length"], backend.padding["length"], backend.encode_special_tokens) == (3, 5, False)
 

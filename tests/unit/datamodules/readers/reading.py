@@ -9,8 +9,8 @@ from datamodules.readers.sources import Source
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
 
 
-def open_path(path: object, *, min_chunks: int = 1, seed: int = 0, **settings: Any) -> Reader:
-    return open_reader(Source(name="notes", path=str(path), **settings), min_chunks=min_chunks, seed=seed)
+def open_path(path: object, *, min_chunks: int = 1, **settings: Any) -> Reader:
+    return open_reader(Source(name="notes", path=str(path), **settings), min_chunks=min_chunks)
 
 
 def read_all(reader: Reader) -> list[Record]:

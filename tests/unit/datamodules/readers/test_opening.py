@@ -64,13 +64,12 @@ def test_a_fingerprint_depends_on_names_sizes_and_layout_but_not_on_where_the_fo
     shutil.copytree(folder, tmp_path / "b")
     assert {open_reader(source(kind, tmp_path / "b"), min_chunks=5).fingerprint} == seen
     seen.add(open_reader(source(kind, folder), min_chunks=4).fingerprint)
-    seen.add(open_reader(source(kind, folder), min_chunks=5, seed=1).fingerprint)
     files = sorted(folder.glob(suffix))
     files[0].rename(folder / suffix.replace("*", "other"))
     seen.add(open_reader(source(kind, folder), min_chunks=5).fingerprint)
     shutil.copy(files[-1], folder / suffix.replace("*", "more"))
     seen.add(open_reader(source(kind, folder), min_chunks=5).fingerprint)
-    assert len(seen) == 5
+    assert len(seen) == 4
 
 
 def rewrite(file: Path, *, at: float) -> None:

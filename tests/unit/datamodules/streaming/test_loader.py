@@ -14,9 +14,8 @@ from datamodules.loading.rank_share import RankShare
 from datamodules.loading.workers import prepare_worker
 from datamodules.readers.sources import Source
 from datamodules.streaming import loader as stream_loader
-from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, stack
+from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, StreamPosition, stack
 from datamodules.streaming.packing import Row
-from datamodules.streaming.position import StreamPosition
 from datamodules.streaming.stream import Lane, LaneState
 from tests.unit.datamodules.list_reader import ListReader, chunks, encode, make_settings
 
@@ -25,8 +24,8 @@ def make_batches(
     reader: ListReader | None = None, *, rank: int = 0, num_replicas: int = 1, batch_size: int = 2, **changes: Any
 ) -> LaneBatches:
     sources = [(Source(kind="files", path=".", name="letters"), reader or ListReader(chunks(5, 6, 7)))]
-    share, settings = RankShare(rank=rank, num_replicas=num_replicas), make_settings(**changes)
-    return LaneBatches(sources, encode=encode, settings=settings, batch_size=batch_size, share=share)  # type: ignore[arg-type]
+    share, settings = RankShare(rank=rank, num_replicas=num_replicas), make_settings(batch_size=batch_size, **changes)
+    return LaneBatches(sources, encode=encode, settings=settings, share=share)  # type: ignore[arg-type]
 
 
 def lane_numbers(batches: LaneBatches, count: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 
 from app.errors import CheckpointError
 from datamodules.loading.rank_share import RankShare
-from datamodules.streaming.position import PositionKeeper, StreamPosition, check_position
+from datamodules.streaming.loader import PositionKeeper, StreamPosition, check_position
 from datamodules.streaming.stream import LaneState
 
 ALONE = RankShare()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from app.errors import DataError
 from datamodules.readers.records import EMPTY, BadRecord, Document, LostRecords, Record
 from datamodules.readers.sources import Source
-from datamodules.streaming import source_stream
+from datamodules.streaming import stream as lane_stream
 from datamodules.streaming.packing import Row
 from datamodules.streaming.source_blocks import SourcePosition
 from datamodules.streaming.stream import Lane, LaneState
@@ -88,7 +88,7 @@ def test_documents_of_a_block_are_shuffled_and_without_a_buffer_they_are_not() -
 
 
 def test_a_window_s_rows_are_shuffled_among_one_another_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_stream, "_WINDOW_TOKENS", 4 * SEQ_LEN + 1)
+    monkeypatch.setattr(lane_stream, "_WINDOW_TOKENS", 4 * SEQ_LEN + 1)
     texts: list[list[str | None]] = [[chr(number) + "x" * 6 for number in range(65, 95)]]  # a document a row
     in_order = make_lane(ListReader(texts), shuffle_megabytes=0.0)  # 1 block, 1 window and 1 row a document
     assert [row.input_ids[0] for _, row in take(in_order, 30)] == list(range(65, 95))
@@ -108,7 +108,7 @@ def test_a_window_s_rows_are_shuffled_among_one_another_alone(monkeypatch: pytes
 def test_rows_of_a_long_document_come_in_another_order_in_each_window_lane_and_source(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(source_stream, "_WINDOW_TOKENS", 10 * SEQ_LEN)
+    monkeypatch.setattr(lane_stream, "_WINDOW_TOKENS", 10 * SEQ_LEN)
     text = "".join(chr(number // SEQ_LEN + 65) for number in range(20 * SEQ_LEN - 1))  # its rows are AAA.., BBB.., ...
 
     def windows(**where: Any) -> list[tuple[int, ...]]:
@@ -129,7 +129,7 @@ def test_without_a_buffer_the_rows_of_a_long_document_keep_their_order() -> None
 
 
 def test_the_smallest_window_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_stream, "_WINDOW_TOKENS", SEQ_LEN - 1)
+    monkeypatch.setattr(lane_stream, "_WINDOW_TOKENS", SEQ_LEN - 1)
     lane = make_lane(ListReader([["a" * 8 + "b" * 8 + "c" * 7]]), shuffle_megabytes=1.0)
     assert [row.input_ids[0] for _, row in take(lane, 6)] == [*map(ord, "abcabc")]
     assert lane.state.positions[0].window == 6
@@ -195,7 +195,7 @@ def test_a_lane_goes_on_from_any_position_as_if_it_had_not_stopped(data: st.Data
     changes["lane"] = data.draw(st.integers(0, changes["num_lanes"] - 1))
     before = data.draw(st.integers(0, 60))
     window = data.draw(st.sampled_from([1, 3, 1000]))
-    with patch.object(source_stream, "_WINDOW_TOKENS", window * SEQ_LEN):
+    with patch.object(lane_stream, "_WINDOW_TOKENS", window * SEQ_LEN):
         whole = make_lane(ListReader(texts), ListReader(other), **changes)
         take(whole, before)
         state = LaneState.from_lists(whole.state.to_lists())

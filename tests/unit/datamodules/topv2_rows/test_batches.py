@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from app.layerskip.early_exit_loss import IGNORE_INDEX
-from datamodules.topv2_rows.batches import ExampleRows
+from datamodules.topv2_rows.rows import ExampleRows
 from datamodules.topv2_rows.store import Examples
 from tests.support.tiny_models import tiny_llama
 

@@ -174,7 +174,10 @@ def build_contenders(
         for exit_layer, num_draft_tokens in product(exits, drafts):
             model = None
             if costs is not None and strategy == "self_speculative" and exit_layer is not None:
-                model = costs.cost_model(num_layers=subject.decoder.num_layers, exit_layer=exit_layer)
+                own = len(subject.decoder.exit_span(exit_layer))
+                model = costs.cost_model(
+                    num_layers=subject.decoder.num_layers, exit_layer=exit_layer, num_exit_blocks=own
+                )
             one = DecodingSettings(
                 max_new_tokens=settings.max_new_tokens,
                 eos_token_ids=settings.eos_token_ids,

@@ -44,9 +44,11 @@ class DecodingCosts:
         """Every cost that is measured in blocks, by its name."""
         return {name: value for name, value in vars(self).items() if name != "block_seconds"}
 
-    def cost_model(self, *, num_layers: int, exit_layer: int) -> CostModel:
-        """The cost model of self-speculative decoding from this exit."""
-        return CostModel.self_speculative(num_layers=num_layers, exit_layer=exit_layer, **self.in_blocks)
+    def cost_model(self, *, num_layers: int, exit_layer: int, num_exit_blocks: int = 0) -> CostModel:
+        """The cost model of self-speculative decoding from this exit, which has so many blocks of its own."""
+        return CostModel.self_speculative(
+            num_layers=num_layers, exit_layer=exit_layer, num_exit_blocks=num_exit_blocks, **self.in_blocks
+        )
 
 
 def measure_decoding_costs(
@@ -66,10 +68,11 @@ def measure_decoding_costs(
         block_seconds = (t(L) - t(1)) / (L - 1)        what a step costs whatever its blocks cancels out
         H             = t(L) / block_seconds - L
         j, k            of the least squares line p(S)/p(1) - 1 = j + k (S-1), S > 1
-        H_d           = mean over E of (round(E, d') - round(E, d)) / (d' - d) / block_seconds - E - k (L - E + H)
+        H_d           = mean over E of (round(E, d') - round(E, d)) / (d' - d) / block_seconds - E - A - k (L-E+H)
         overhead      = mean over (E, d) of round(E, d) / block_seconds - C(E, d)
 
-    where C(E, d) is the cost model's round without overhead. No cost is ever negative; H_d is H where it would be.
+    where A counts the blocks of an exit's own, and C(E, d) is the cost model's round without overhead. No cost is ever
+    negative; H_d is H where it would be.
 
     Args:
         decoder: In eval mode, with at least two blocks.
@@ -86,7 +89,9 @@ def measure_decoding_costs(
     length = max(1, min(context_length, decoder.max_length - max_positions - _TIMED_TOKENS))
     generator = torch.Generator().manual_seed(0)
     prompts_BT = torch.randint(decoder.vocab_size, (batch_size, length), generator=generator)
-    exits = sorted({max(1, num_layers // 8), max(1, num_layers // 4)})  # where drafts are worth it
+    num_exit_blocks = {exit_layer: len(decoder.exit_span(exit_layer)) for exit_layer in range(1, num_layers)}
+    own = [exit_layer for exit_layer, number in num_exit_blocks.items() if number]
+    exits = own[:2] or sorted({max(1, num_layers // 8), max(1, num_layers // 4)})  # where drafts are worth it
     lengths = (max_positions - 1) // 2, max_positions - 1
     settings = [(1, 0), (num_layers, 0), *product(exits, lengths)]
     timer = _Timer(decoder, prompts_BT.tolist(), clock)
@@ -104,6 +109,7 @@ def measure_decoding_costs(
         dict(enumerate(map(median, zip(*passes, strict=True)), start=1)),
         {setting: median(samples) for setting, samples in timed.items() if setting[1]},
         head_by_size=decoder.head_size / decoder.block_size,
+        num_exit_blocks=num_exit_blocks,
     )
 
 
@@ -127,7 +133,12 @@ def costs_line(costs: DecodingCosts) -> str:
 
 
 def fit_decoding_costs(
-    steps: Mapping[int, float], passes: Mapping[int, float], rounds: Mapping[Setting, float], *, head_by_size: float
+    steps: Mapping[int, float],
+    passes: Mapping[int, float],
+    rounds: Mapping[Setting, float],
+    *,
+    head_by_size: float,
+    num_exit_blocks: Mapping[int, int] | None = None,
 ) -> DecodingCosts:
     """The equations of `measure_decoding_costs`; no cost comes out negative, whatever the noise.
 
@@ -136,7 +147,9 @@ def fit_decoding_costs(
         passes: Positions -> seconds of a pass of the full model; of 1, 2 and 3 positions at least.
         rounds: (exit_layer, num_draft_tokens) -> seconds of a draft-and-verify round; two lengths of every exit.
         head_by_size: H by parameter counts, for times so noisy that blocks seem to cost nothing.
+        num_exit_blocks: Exit layer -> A, by default 0.
     """
+    own = num_exit_blocks or {}
     num_layers, first = max(steps), min(steps)
     full = steps[num_layers]
     block = min((full - steps[first]) / (num_layers - first), full / num_layers)
@@ -147,9 +160,9 @@ def fit_decoding_costs(
     first_extra, extra_token = _line(several)
     heads = []
     for chosen in {exit_layer for exit_layer, _ in rounds}:
-        own = {drafts: seconds / block for (exit_layer, drafts), seconds in rounds.items() if exit_layer == chosen}
-        slope = linear_regression(list(own), list(own.values())).slope
-        heads.append(slope - chosen - extra_token * (num_layers - chosen + head))
+        timed = {drafts: seconds / block for (exit_layer, drafts), seconds in rounds.items() if exit_layer == chosen}
+        slope = linear_regression(list(timed), list(timed.values())).slope
+        heads.append(slope - chosen - own.get(chosen, 0) - extra_token * (num_layers - chosen + head))
     draft_head = fmean(heads)
     costs = DecodingCosts(
         block_seconds=block,
@@ -160,7 +173,10 @@ def fit_decoding_costs(
         overhead=0.0,
     )
     beyond = [
-        seconds / block - costs.cost_model(num_layers=num_layers, exit_layer=exit_layer).round_cost(drafts)
+        seconds / block
+        - costs.cost_model(
+            num_layers=num_layers, exit_layer=exit_layer, num_exit_blocks=own.get(exit_layer, 0)
+        ).round_cost(drafts)
         for (exit_layer, drafts), seconds in rounds.items()
     ]
     return replace(costs, overhead=max(0.0, fmean(beyond)))

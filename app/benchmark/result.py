@@ -120,8 +120,8 @@ def round_costs(contender: Contender, costs: Costs | None, *, num_layers: int) -
     if costs is None:
         return None
     settings = contender.settings
-    if contender.strategy == "self_speculative" and settings.exit_layer is not None:
-        return costs.model.cost_model(num_layers=num_layers, exit_layer=settings.exit_layer)
+    if contender.strategy == "self_speculative":
+        return settings.costs
     if contender.strategy == "layer_skip" and settings.skipped_layers is not None:
         draft_step = num_layers - len(set(settings.skipped_layers)) + costs.model.draft_head
     elif costs.draft_model is not None and settings.draft_decoder is not None:

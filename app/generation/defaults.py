@@ -58,7 +58,7 @@ def choose_decoding(
     if said:
         _log.info("defaults: %s; %s%s", ", ".join(said), _origin(tuned, strategy, settings), elsewhere)
     if strategy == "self_speculative" and exit_layer is not None and not elsewhere:
-        settings = replace(settings, costs=_costs(tuned, num_layers, exit_layer))
+        settings = replace(settings, costs=_costs(tuned, loaded.decoder, exit_layer))
     return strategy, settings
 
 
@@ -96,13 +96,14 @@ def _origin(tuned: DecodingDefaults | None, strategy: Strategy, settings: Decodi
     return f"layerskip tune measured a speedup of {tuned.measured_speedup:.2f} with {setting}"
 
 
-def _costs(tuned: DecodingDefaults | None, num_layers: int, exit_layer: int) -> CostModel | None:
+def _costs(tuned: DecodingDefaults | None, decoder: ExitableDecoder, exit_layer: int) -> CostModel | None:
     """The measured costs, which hold for any exit; None if they were not measured."""
     if tuned is None or tuned.head is None or tuned.extra_token is None:
         return None
     return CostModel.self_speculative(
-        num_layers=num_layers,
+        num_layers=decoder.num_layers,
         exit_layer=exit_layer,
+        num_exit_blocks=len(decoder.exit_span(exit_layer)),
         head=tuned.head,
         draft_head=tuned.draft_head,
         first_extra=tuned.first_extra or 0.0,

@@ -7,13 +7,15 @@ Shape legend: `T` tokens of prompt and output, `N` new tokens after the first, `
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from app.benchmark.alternation import RoundCounts
+from app.benchmark.decoding_costs import DecodingCosts
+from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
 from app.protocols import ExitableDecoder
@@ -58,6 +60,12 @@ class LayerAgreement:
     # Exit 1..L -> for each prompt, whether the exit chooses each output token after the first. At L this compares one
     # pass over all positions with one-token passes: all true in float32, up to rounding.
     matches: dict[int, list[list[bool]]]
+    num_exit_blocks: dict[int, int] = field(default_factory=dict)  # exit -> blocks of its own, where it has some
+
+    def cost_model(self, costs: DecodingCosts, exit_layer: int) -> CostModel:
+        """What the rounds of self-speculative decoding from this exit cost."""
+        own = self.num_exit_blocks.get(exit_layer, 0)
+        return costs.cost_model(num_layers=self.num_layers, exit_layer=exit_layer, num_exit_blocks=own)
 
     @property
     def num_positions(self) -> int:
@@ -116,7 +124,13 @@ def measure_layer_agreement(
         if perf_counter() - started > time_limit_seconds:
             break
     budgets = [min(max_new_tokens, decoder.max_length - len(prompt)) for prompt in prompts[: len(outputs)]]
-    return LayerAgreement(num_layers=decoder.num_layers, outputs=outputs, budgets=budgets, matches=matches)
+    return LayerAgreement(
+        num_layers=decoder.num_layers,
+        outputs=outputs,
+        budgets=budgets,
+        matches=matches,
+        num_exit_blocks={exit_layer: len(own) for exit_layer in matches if (own := decoder.exit_span(exit_layer))},
+    )
 
 
 @torch.no_grad()
@@ -128,11 +142,15 @@ def _matches(decoder: ExitableDecoder, prompt: Sequence[int], output: Sequence[i
     hidden_1TD, found = decoder.embed(tokens_1T), {}
     for exit_layer in range(1, decoder.num_layers + 1):
         hidden_1TD = decoder.run_blocks(hidden_1TD, start=exit_layer - 1, stop=exit_layer, cache=cache)
-        found[exit_layer] = _choices(decoder, hidden_1TD[:, len(prompt) :]).eq(wanted_N).tolist()
+        exit_1TD = hidden_1TD
+        if own := decoder.exit_span(exit_layer):
+            exit_1TD = decoder.run_blocks(hidden_1TD, start=own.start, stop=own.stop, cache=cache)
+        found[exit_layer] = _choices(decoder, exit_1TD[:, len(prompt) :], exit_layer).eq(wanted_N).tolist()
     return found
 
 
-def _choices(decoder: ExitableDecoder, hidden_1ND: Tensor) -> Tensor:
-    """The most probable token [N] after each position; logits exist for one chunk of positions at a time."""
+def _choices(decoder: ExitableDecoder, hidden_1ND: Tensor, exit_layer: int) -> Tensor:
+    """The token [N] that the exit drafts after each position; logits exist for one chunk of positions at a time."""
+    unembed = decoder.unembed if exit_layer == decoder.num_layers else decoder.draft_logits
     chunks_1CD = torch.split(hidden_1ND, max(1, _LOGITS_PER_CHUNK // decoder.vocab_size), dim=1)
-    return torch.cat([decoder.unembed(chunk_1CD).argmax(-1)[0] for chunk_1CD in chunks_1CD])
+    return torch.cat([unembed(chunk_1CD, exit_layer=exit_layer).argmax(-1)[0] for chunk_1CD in chunks_1CD])

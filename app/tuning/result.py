@@ -141,7 +141,7 @@ class Tuning:
             return f"autoregressive: no setting kept its lead when it was run again; {again}"
         measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {best.prompts_in_words}"
         slow = f"autoregressive: even {setting_in_words(setting)}, the fastest of {count} settings run, {measured}"
-        model = self.costs.cost_model(num_layers=self.agreement.num_layers, exit_layer=setting.exit_layer)
+        model = self.agreement.cost_model(self.costs, setting.exit_layer)
         agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
         if agreement >= needed:  # the costs measured apart had promised more, so agreement is not the reason
             return slow

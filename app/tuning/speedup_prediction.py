@@ -36,7 +36,7 @@ def predict(agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens
     predictions = []
     for exit_layer, drafts in product(range(1, agreement.num_layers), range(1, max_draft_tokens + 1)):
         counts = agreement.count_rounds(exit_layer, drafts)
-        speedup = counts.predicted_speedup(costs.cost_model(num_layers=agreement.num_layers, exit_layer=exit_layer))
+        speedup = counts.predicted_speedup(agreement.cost_model(costs, exit_layer))
         assert speedup is not None
         assert counts.mean_tokens_per_round is not None
         predictions.append(

@@ -43,13 +43,13 @@ class CostlyDecoder(FakeDecoder):
 
     def run_blocks(self, hidden_BTD: Tensor, *, start: int, stop: int, cache: FakeCache) -> Tensor:
         self._spend(stop - start, hidden_BTD.shape[1])
-        if start:  # only verification starts in the middle
+        if 0 < start < self.num_layers:  # only verification starts in the middle
             self._spend(_OVERHEAD, 1)
         return super().run_blocks(hidden_BTD, start=start, stop=stop, cache=cache)
 
     def unembed(self, hidden_BTD: Tensor, *, exit_layer: int | None = None) -> Tensor:
         blocks_run = hidden_BTD[0, 0, 1]
-        self._spend(_DRAFT_HEAD if 1 < blocks_run < self.num_layers else _HEAD, hidden_BTD.shape[1])
+        self._spend(_DRAFT_HEAD if blocks_run < 0 or 1 < blocks_run < self.num_layers else _HEAD, hidden_BTD.shape[1])
         return super().unembed(hidden_BTD, exit_layer=exit_layer)
 
 
@@ -164,3 +164,13 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(max_positions: 
 def test_a_model_of_one_block_has_no_exit() -> None:
     with pytest.raises(ConfigError, match="num_layers"):
         measure_decoding_costs(SpanDecoder(tiny_llama(num_layers=1)))
+
+
+def test_blocks_of_an_exits_own_are_no_part_of_the_drafts_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CostlyDecoder, "own_exit", 3)
+    monkeypatch.setattr(CostlyDecoder, "num_own", 2)
+    decoder = CostlyDecoder()
+    costs = measure_decoding_costs(decoder, clock=decoder.clock)
+    assert costs.draft_head == pytest.approx(_DRAFT_HEAD)
+    model = costs.cost_model(num_layers=16, exit_layer=3, num_exit_blocks=2)
+    assert model.draft_step == pytest.approx(3 + 2 + _DRAFT_HEAD)

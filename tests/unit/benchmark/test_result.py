@@ -43,7 +43,11 @@ def _results(*measurements: Measurement, costs: Costs | None = None) -> list[Ben
 
 PLAIN = _measurement("autoregressive", _run(8.0), _run(16.0), _run(8.0))
 SPECULATIVE = _measurement(
-    "self_speculative", *(_run(seconds, KEPT, CUT, KEPT) for seconds in (4.0, 2.0, 8.0)), exit_layer=3, drafts=3
+    "self_speculative",
+    *(_run(seconds, KEPT, CUT, KEPT) for seconds in (4.0, 2.0, 8.0)),
+    exit_layer=3,
+    drafts=3,
+    costs=COSTS.cost_model(num_layers=10, exit_layer=3),
 )
 
 

@@ -7,6 +7,7 @@ from transformers import LlamaForCausalLM
 from app.benchmark.alternation import RoundCounts
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
+from app.model.exit_block import ExitBlock
 from app.spans.decoder import SpanDecoder
 from app.tuning import layer_agreement
 from app.tuning.layer_agreement import LayerAgreement, measure_layer_agreement, simulate_rounds
@@ -42,8 +43,13 @@ def _counts(counts: RoundCounts) -> list[int]:
 
 
 def test_simulated_rounds_are_those_of_the_engine_for_every_exit_and_draft_length() -> None:
-    decoder = SpanDecoder(_sometimes_agreeing_llama())
+    model = _sometimes_agreeing_llama()
+    own = ExitBlock(model, exit_layer=2, source_layers=[3]).eval()
+    decoder = SpanDecoder(model, exit_blocks={2: own})
+    decoder.use_draft_vocabulary(range(50))
     agreement = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS)
+    assert agreement.num_exit_blocks == {2: 1}
+    assert all(map(all, agreement.matches[4])), "the full model may say what is not drafted"
     kept = set()
     for exit_layer in (1, 2, 3):
         for drafts in (1, 2, 3, 5, 8, 30):

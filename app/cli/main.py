@@ -17,6 +17,7 @@ import warnings
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+from app.cli.held_warnings import warnings_held
 from app.cli.parsing.help_texts import complete, keep_help, kept_help, options_in
 from app.cli.parsing.included_configs import with_installed
 from app.cli.parsing.preflight import check_arguments
@@ -117,7 +118,8 @@ def _run(module: str) -> int:
     verb = importlib.import_module(module)  # this loads torch, so it comes after the cheap checks
     before, threading.excepthook = threading.excepthook, _thread_ended
     try:
-        verb.run()
+        with warnings_held():
+            verb.run()
     except Exception as error:
         message = _user_message(error)
         if message is None:

@@ -16,14 +16,16 @@ from app.errors import ConfigError, UserError, causes
 _LIGHTNINGS = "MisconfigurationException"  # by name, since the verbs that decode do not load Lightning
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_DISKS = (*_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)  # with or without the name of a file
-# The setting that chooses a class made of one of these base classes of Lightning and torch.
+# The setting that chooses a class made of one of these base classes of Lightning, torch and transformers.
 _CHOSEN_BY = {
     "Callback": "trainer.callbacks",
     "Logger": "trainer.logger",
     "Profiler": "trainer.profiler",
     "Optimizer": "model.optimizer",
     "LRScheduler": "model.lr_scheduler",
+    "PreTrainedConfig": "model.config",
 }
+_UPSTREAM = ("lightning", "torch", "transformers")
 _RESUME = "go on from the last checkpoint, if there is one, with --ckpt_path auto"
 # Words of torch's errors for the faults of other processes and of the config, and what to do about them.
 _DEAD_WORKER = {
@@ -91,7 +93,7 @@ def locate(error: Exception, config: Any) -> LocatedError:
 
 
 def _of_chosen_class(error: BaseException) -> str | None:
-    """The message of a class of Lightning or torch, after the setting that chose the class.
+    """The message of a class of Lightning, torch or transformers, after the setting that chose the class.
 
     It is None if other code raised the error, which then needs a traceback.
     """
@@ -101,11 +103,11 @@ def _of_chosen_class(error: BaseException) -> str | None:
         if frame.f_code.co_qualname == "Trainer.__init__":
             return _of_trainer(frame, text)
     for frame in reversed(frames):
-        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("lightning", "torch"):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _UPSTREAM:
             return None
         chosen = type(frame.f_locals.get("self"))
         for base in chosen.__mro__:
-            if base.__name__ in _CHOSEN_BY and base.__module__.startswith(("lightning.", "torch.")):
+            if base.__name__ in _CHOSEN_BY and base.__module__.partition(".")[0] in _UPSTREAM:
                 return f"{_CHOSEN_BY[base.__name__]} ({chosen.__name__}): {text}"
     return None
 

@@ -15,10 +15,13 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from app.cli.parsing.preflight import walk
 from app.errors import ConfigError, check_range
 from app.model.config_check import check_runs
+from app.model.early_exit import EarlyExitModel
 from app.model_files.open import check_tokenizer_of, open_tokenizer
 from app.training.batch import check_row_length
 from app.training.module import LayerSkipModule
@@ -125,16 +128,29 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
             callback.setup(trainer, module, "fit")
     if isinstance(data, TextCodeDataModule | TOPv2DataModule):
         check_row_length(data.seq_len, module.config)
-    if module.pretrained is None:
-        _check_memory(check_runs(module.config), trainer)
+    _check_memory(_built(module), trainer)
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks, since it is broadcast
     if trainer.is_global_zero:
         _check_folder(folder)
     module.optimizer_over(nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)]))  # a tensor for each of its two groups
 
 
-def _check_memory(num_weights: int, trainer: Trainer) -> None:
+def _built(module: LayerSkipModule) -> PreTrainedModel:
+    """The module's model without memory, which can be built and cut into exits."""
+    try:
+        model = check_runs(module.config)
+    except ConfigError as error:
+        if (path := module.pretrained) is None:
+            raise
+        allowed, fix = "a model that can be built", f"{CONFIG_NAME}: {error}"
+        raise ConfigError("pretrained", got=path, allowed=allowed, fix=fix) from error
+    EarlyExitModel(model)
+    return model
+
+
+def _check_memory(model: PreTrainedModel, trainer: Trainer) -> None:
     """Refuses a model that does not fit this machine's memory in float32, unless it is built in parts."""
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * num_weights > there and not isinstance(trainer.strategy, ModelParallelStrategy):
         got, allowed = f"{num_weights:,} weights", f"what {there / 1e9:.0f} GB of memory hold, at 4 bytes each"

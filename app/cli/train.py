@@ -22,6 +22,7 @@ from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.may_resume import check_before
 from app.checkpoints.resumed_config import GivenConfig, check_names
 from app.checkpoints.run_lock import checkpoint_folders, hold, release
+from app.cli.held_warnings import show_warnings
 from app.cli.measured import measured_table, warn_of_emulation, warn_of_overflow, warn_of_random_weights
 from app.cli.messages import locate
 from app.cli.parsing.preflight import AUTO, LAST, USE_PREVIOUS, check_checkpoint_path
@@ -151,6 +152,7 @@ class LayerSkipCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuses what can be refused before a logger writes files. Lightning calls this."""
         refuse_early(self.trainer, self.model, self.datamodule)
+        show_warnings()
 
     def _check_checkpoints(self) -> None:
         """Replaces last and auto by what is in the run's folder; refuses to resume nothing or to overwrite a run."""

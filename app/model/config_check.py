@@ -101,8 +101,8 @@ def build_without_memory(config: PreTrainedConfig, *, dtype: torch.dtype) -> Pre
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
 
 
-def check_runs(config: PreTrainedConfig) -> int:
-    """Count a model's weights, and raise ConfigError if it cannot be built or its shapes do not fit each other."""
+def check_runs(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without memory; ConfigError if it cannot be built or its shapes do not fit each other."""
     model = build_without_memory(config, dtype=torch.bfloat16).train()  # experts' products have only this dtype here
     tokens_BT = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")  # transformers would look at values to make one
@@ -112,7 +112,7 @@ def check_runs(config: PreTrainedConfig) -> int:
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
                 raise  # a forward that depends on values fails on the meta device, whatever its shapes
-    return sum(parameter.numel() for parameter in model.parameters())
+    return model
 
 
 def _walk(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,11 @@ from app.text.tokenizer_files import check_fits, check_knows_tokens, load_tokeni
 _OWN_CODE = (
     "it brings Python code of its own (auto_map in config.json), which could do anything and is never run: "
     "take a model of an architecture that transformers has itself"
+)
+_NOWHERE = "no such directory here, nor on the hub"
+_WRONG_TYPE = (  # words of the hub's library, by which transformers checks the types in a config
+    r"Field '(?P<name>\w+)' with value (?P<got>.*) doesn't match any type in \((?P<types>.*?)\)\.",
+    r"Field '(?P<name>\w+)' expected (?P<types>\w+), got \w+ \(value: (?P<got>.*)\)",
 )
 _MOST_LABELS = 2**20
 _log = logging.getLogger(__name__)
@@ -214,9 +220,9 @@ def _read_config(path: str, *, field: str) -> PreTrainedConfig:
             _check_object(Path(path) / CONFIG_NAME)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the file may hold anything, and the network may fail
-        where = f"{CONFIG_NAME}: " if is_local else "no such directory here, nor on the hub: "
-        fix = where + (_OWN_CODE if "trust_remote_code" in str(error) else _reason(error))
-        raise ConfigError(field, got=path, allowed=SOURCES, fix=fix) from error
+        allowed, where = ("a model that can be built", CONFIG_NAME) if is_local else (SOURCES, _NOWHERE)
+        reason = _OWN_CODE if "trust_remote_code" in str(error) else _reason(error)
+        raise ConfigError(field, got=path, allowed=allowed, fix=f"{where}: {reason}") from error
 
 
 def _check_object(file: Path) -> None:
@@ -232,7 +238,11 @@ def _check_object(file: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The error's message, without the hub's advice on settings of its own."""
+    """What was got and is allowed, if a setting has another type; else the message, without the hub's advice."""
+    for pattern in _WRONG_TYPE:
+        if found := re.search(pattern, str(error), re.DOTALL):
+            types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", found["types"]).replace(", ", " | ")
+            return shortened(f"{found['name']}: got {found['got']}, allowed {types.replace('NoneType', 'null')}")
     return shortened(str(error).partition("\nCheck your internet connection")[0])
 
 

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import logging
 import os
 import re
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,7 @@ REFUSED_EARLY = [
     (["--trainer.max_epochs", "0"], "trainer.max_epochs: got 0, allowed more than 0"),
     (["--model.config.init_args.hidden_act", "foo"], "model.config.init_args.hidden_act: got 'foo', allowed gelu | "),
     (["--model.config.init_args.rope_parameters", '{"rope_type": "foo"}'], "rope_type: got 'foo', allowed default | l"),
+    (["--model.config", "transformers.GPT2Config"], "model: got 'gpt2', allowed a decoder with `layers` and `norm`"),
     (["--model.config.init_args.attention_dropout", "2"], "attention_dropout: got 2, allowed [0.0, 1.0]"),
     (["--model.config.init_args.intermediate_size", "0"], "intermediate_size: got 0, allowed [1, 2147483647]"),
     (["--model.config.init_args.num_hidden_layers", "10000000"], "num_hidden_layers: got 10000000, allowed [1, 10000]"),
@@ -151,8 +154,11 @@ REFUSED_EARLY = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED_EARLY, ids=[message[:40] for _, message in REFUSED_EARLY])
 def test_a_refused_fit_leaves_nothing_behind(config, tmp_path, monkeypatch, capsys, arguments, message):
     folder = ["--trainer.logger.init_args.save_dir", str(tmp_path), "--data.init_args.cache_dir", str(tmp_path)]
+    of_transformers = StringIO()
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [logging.StreamHandler(of_transformers)])
     assert cli(monkeypatch, "fit", "--config", str(config), *folder, *arguments) == 2
     assert message in capsys.readouterr().err
+    assert of_transformers.getvalue() == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -162,6 +168,15 @@ def test_a_refused_fit_loads_no_weights(config, tmp_path, monkeypatch, capsys):
     continued = ["--model.config=null", "--model.pretrained", str(model), "--trainer.logger.save_dir", str(tmp_path)]
     assert cli(monkeypatch, "fit", "--config", str(config), *continued, "--early_exit.rotation_interval", "99") == 2
     assert "early_exit.rotation_interval: got 99, allowed [1, " in capsys.readouterr().err
+    settings = json.loads((model / "config.json").read_text())
+    unknown = json.dumps(settings | {"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}})
+    (model / "config.json").write_text(unknown)
+    assert cli(monkeypatch, "fit", "--config", str(config), *continued) == 2
+    assert (
+        f"model.pretrained: got '{model}', allowed a model that can be built; config.json: rope_type: got 'foo', all"
+        in (capsys.readouterr().err)
+    )
+    (model / "config.json").write_text(json.dumps(settings))
     byte_level(vocab_size=290).save_pretrained(other := tmp_path / "other")
     for verb in ("fit", "data"):
         assert cli(monkeypatch, verb, "--config", str(config), *continued, f"--data.tokenizer={other}") == 2

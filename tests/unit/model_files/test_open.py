@@ -146,7 +146,12 @@ BROKEN_DIRECTORIES = {
     "field of wrong type": (
         lambda d: set_config(d, hidden_size="x"),
         ConfigError,
-        r"config\.json: .*'hidden_size' expected int",
+        r"config\.json: hidden_size: got 'x', allowed int$",
+    ),
+    "field of none of its types": (
+        lambda d: set_config(d, eos_token_id=[[1]]),
+        ConfigError,
+        r"a model that can be built; config\.json: eos_token_id: got \[\[1\]\], allowed int \| list\[int\] \| null$",
     ),
     "unknown model": (lambda d: set_config(d, model_type="x"), ConfigError, "model type `x`"),
     "not a decoder": (lambda d: set_config(d, model_type="t5"), ConfigError, "T5Config"),

@@ -10,16 +10,6 @@ import os
 import shutil
 from pathlib import Path
 
-_resumed_from: set[Path] = set()  # checkpoints that runs of this process have resumed from
-
-
-def note_resumed_from(path: Path) -> None:
-    """Remember that a run resumed from `path`, so that `publish` does not replace a good previous checkpoint.
-
-    A run that resumes from the previous checkpoint does so because the one that replaced it is damaged or not wanted.
-    """
-    _resumed_from.add(path.resolve())
-
 
 def partial_path(path: Path) -> Path:
     """The name under which checkpoint `path` is written."""
@@ -60,11 +50,9 @@ def clear_leftovers(folder: Path) -> None:
 def publish(path: Path, *, keep_previous: bool = False) -> None:
     """Rename the complete and flushed `partial_path(path)` to `path`; the checkpoint there survives until then.
 
-    With `keep_previous` that checkpoint is kept as `previous_checkpoint(path)`, unless the run resumed from the one
-    that already has this name.
+    With `keep_previous` that checkpoint is kept as `previous_checkpoint(path)`.
     """
     partial, replaced, previous = partial_path(path), _replaced_path(path), previous_checkpoint(path)
-    keep_previous = keep_previous and previous.resolve() not in _resumed_from
     if path.is_file() and partial.is_file() and not keep_previous:
         partial.replace(path)
     else:
@@ -79,7 +67,6 @@ def publish(path: Path, *, keep_previous: bool = False) -> None:
             replaced.rename(previous)
         else:
             _delete(replaced)
-    _resumed_from.discard(previous.resolve())  # The new checkpoint is whole: the next one may replace the previous.
 
 
 def remove(path: Path) -> None:

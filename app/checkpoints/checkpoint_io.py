@@ -13,14 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from app.checkpoints.atomic import (
-    find_checkpoint,
-    note_resumed_from,
-    partial_path,
-    previous_checkpoint,
-    publish,
-    remove,
-)
+from app.checkpoints.atomic import find_checkpoint, partial_path, previous_checkpoint, publish, remove
 from app.checkpoints.contents import read_file, read_whole
 from app.checkpoints.integrity import KEEP_PREVIOUS, damage, saved_step
 from app.checkpoints.run_lock import release
@@ -42,14 +35,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self, *, use_previous: bool = False) -> None:
         super().__init__()
         self._use_previous = use_previous
+        self._resumed_from: Path | None = None
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write `checkpoint` to `path`; the checkpoint there survives a failure.
-
-        Raises:
-            CheckpointError: The file cannot be written, for instance because the disk is full.
-        """
+        """Write a single file; the checkpoint at `path` survives a failure, which is a CheckpointError."""
         target = Path(path)
         partial = partial_path(target)
         try:
@@ -58,13 +48,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            publish(target, keep_previous=bool((storage_options or {}).get(KEEP_PREVIOUS)))
+            publish(target, keep_previous=self.keeps_previous(target, storage_options))
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
             partial.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__ or error
             raise CheckpointError(
                 f"cannot write checkpoint {target}: {cause}; earlier checkpoints are untouched"
             ) from error
+
+    def keeps_previous(self, path: Path, storage_options: Any | None) -> bool:
+        """Whether the checkpoint that a new one replaces at `path` is to be kept as the previous one.
+
+        It is not if the run resumed from the previous one, and so found what replaced it damaged, or did not want it.
+        """
+        if self._resumed_from == previous_checkpoint(path).resolve():
+            self._resumed_from = None  # once the new one is whole, the next may replace the previous
+            return False
+        return bool((storage_options or {}).get(KEEP_PREVIOUS))
 
     @override
     def load_checkpoint(
@@ -73,7 +73,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,  # noqa: ARG005
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        """Read a single file, or a directory as if it were one; all ranks together. Nothing is ever unpickled.
+        """Read a single file, or a directory as if it were one; all ranks together.
 
         Raises:
             CheckpointError: It is missing, truncated, damaged or foreign, or holds anything but plain values.
@@ -91,7 +91,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = find_checkpoint(path)
         if (error := damage(path)) is None:
-            note_resumed_from(path)
+            self._resumed_from = path.resolve()
             return path
         previous = previous_checkpoint(path)
         if not previous.exists():
@@ -102,8 +102,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             )
         if (also := damage(previous)) is not None:
             raise CheckpointError(f"{error}; {also}")
-        note_resumed_from(previous)
-        _log.warning("%s. Taking the previous checkpoint %s: %s", error, previous, _lost_steps(path, previous))
+        self._resumed_from = previous.resolve()
+        lost = "the damaged one does not tell how many steps are lost"
+        if (last := saved_step(path)) is not None and (step := saved_step(previous)) is not None:
+            lost = f"{last - step} steps are lost, training goes on after step {step}"
+        _log.warning("%s. Taking the previous checkpoint %s: %s", error, previous, lost)
         return previous
 
     @override
@@ -114,10 +117,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def teardown(self) -> None:
         """Give the folders of the run back, also if it failed."""
         release()
-
-
-def _lost_steps(damaged: Path, previous: Path) -> str:
-    last, step = saved_step(damaged), saved_step(previous)
-    if last is None or step is None:
-        return "the damaged one does not tell how many steps are lost"
-    return f"{last - step} steps are lost, training goes on after step {step}"

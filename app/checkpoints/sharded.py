@@ -30,7 +30,7 @@ from typing_extensions import override
 from app.checkpoints import contents
 from app.checkpoints.atomic import partial_path
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
-from app.checkpoints.integrity import KEEP_PREVIOUS, check_finite
+from app.checkpoints.integrity import check_finite
 from app.checkpoints.shards import ShardReader, Shards, copy_own_part
 from app.checkpoints.states import is_torchs
 from app.checkpoints.weights import OPTIMIZER_STATES, STATE_DICT, Shapes
@@ -98,14 +98,13 @@ class ShardedCheckpoints(ModelParallelStrategy):
         if not self._in_directories:
             super(ModelParallelStrategy, self).save_checkpoint(checkpoint, path, storage_options)
             return
+        plugin = self.checkpoint_io
+        keep_previous = isinstance(plugin, AtomicCheckpointIO) and plugin.keeps_previous(path, storage_options)
         tensors = self._take_tensors(checkpoint)
         content = io.BytesIO()
         torch.save(checkpoint, content)
         writer = CheckpointWriter(
-            path,
-            content=content.getbuffer(),
-            step=checkpoint["global_step"],
-            keep_previous=bool((storage_options or {}).get(KEEP_PREVIOUS)),
+            path, content=content.getbuffer(), step=checkpoint["global_step"], keep_previous=keep_previous
         )
         if self.is_global_zero:  # a killed or failed attempt may have left something
             shutil.rmtree(partial_path(path), ignore_errors=True)

@@ -13,7 +13,6 @@ from app.checkpoints import atomic
 from app.checkpoints.atomic import (
     clear_leftovers,
     find_checkpoint,
-    note_resumed_from,
     partial_path,
     previous_checkpoint,
     publish,
@@ -102,19 +101,6 @@ def test_half_removed_it_is_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         remove(tmp_path / "last.ckpt")
     assert not find_checkpoint(tmp_path / "last.ckpt").exists()
-
-
-@pytest.mark.parametrize("directory", [False, True])
-def test_the_one_a_run_came_from_is_kept_until_another_whole_one_stands(tmp_path, directory):
-    path = tmp_path / "last.ckpt"
-    write(previous_checkpoint(path), "good", directory=directory)
-    write(path, "damaged", directory=directory)
-    note_resumed_from(previous_checkpoint(path))
-    for name, before in (("first", "good"), ("second", "first")):
-        write(partial_path(path), name, directory=directory)
-        publish(path, keep_previous=True)
-        assert (read(path), read(previous_checkpoint(path))) == (name, before)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["before_last.ckpt", "last.ckpt"]
 
 
 def content(weight):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from app.checkpoints.entries import SavedEntries
 from app.checkpoints.shards import Shards
-from app.checkpoints.weights import CONTENT_FILE, HF_CONFIG_KEY, OPTIMIZER_STATES, STATE_DICT, read_plain
+from app.checkpoints.weights import HF_CONFIG_KEY, OPTIMIZER_STATES, STATE_DICT, read_plain
 from app.errors import CheckpointError
 
 _VERSION, _STEP = "pytorch-lightning_version", "global_step"
@@ -49,10 +49,7 @@ def read_directory(path: Path) -> tuple[dict[str, Any], Shards]:
     Raises:
         CheckpointError: It is incomplete or damaged, or layerskip did not write its optimizer states.
     """
-    if not (path / CONTENT_FILE).is_file():
-        raise CheckpointError.unusable(path, f"not all there ({CONTENT_FILE} is missing)")
-    content = read_plain(path / CONTENT_FILE)
-    shards = Shards(path, prefix="")
+    content, shards = read_plain(path), Shards(path, prefix="")
     if OPTIMIZER_STATES not in content:
         raise CheckpointError(
             f"checkpoint {path}: its optimizer states are not as layerskip writes them; its weights alone can be used"

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from app.checkpoints.shards import existing_part
 from app.checkpoints.weights import CONTENT_FILE, OPTIMIZER_STATES, read_plain
 from app.errors import CheckpointError
 from app.words import dtype_name
@@ -124,14 +125,11 @@ def _check_file(path: Path) -> None:
 
 def _check_directory(path: Path, *, part: int, num_parts: int) -> None:
     if not (path / MANIFEST_FILE).is_file():
-        content = path / CONTENT_FILE
-        if content.is_file() and OPTIMIZER_STATES in read_plain(content):  # Lightning itself keeps these in shards
-            raise CheckpointError.unusable(path, f"not all there ({MANIFEST_FILE} is missing)")
+        if (path / CONTENT_FILE).is_file() and OPTIMIZER_STATES in read_plain(path):  # Lightning's own are in shards
+            existing_part(path, MANIFEST_FILE)
         return
     for index, (name, expected) in enumerate(sorted(_read_manifest(path)["files"].items())):
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError.unusable(path, f"not all there ({name} is missing)")
+        file = existing_part(path, name)
         if index % num_parts == part and checksum_of(file)._asdict() != expected:
             raise CheckpointError.unusable(path, f"damaged, the bytes of {name} are not those that were written")
 

@@ -29,7 +29,7 @@ from app.checkpoints.contents import refuse_weights_alone
 from app.checkpoints.loop_counts import count_micro_batches
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, saved_config
 from app.checkpoints.states import Resumable, check_optimizer_settings, check_states
-from app.checkpoints.weights import CONTENT_FILE, HF_CONFIG_KEY, STATE_DICT, read_plain
+from app.checkpoints.weights import HF_CONFIG_KEY, STATE_DICT, read_plain
 from app.errors import CheckpointError
 from app.protocols import ResumableData
 
@@ -63,7 +63,7 @@ def check_before(path: Path, given: GivenConfig, *, fit: bool) -> None:
         ConfigError, CheckpointError: Naming the setting that differs.
     """
     try:
-        content = read_plain(path / CONTENT_FILE if path.is_dir() else path, mmap=True)
+        content = read_plain(path, mmap=True)
         saved_config(content)
     except CheckpointError:
         return

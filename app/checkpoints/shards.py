@@ -91,11 +91,18 @@ class ShardReader(filesystem.FileSystemReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._saved = read_metadata(path / METADATA_FILE)
+        self._saved = read_metadata(existing_part(path, METADATA_FILE))
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         return self._saved
+
+
+def existing_part(directory: Path, name: str) -> Path:
+    """The file of that name in a checkpoint directory; CheckpointError if it is missing."""
+    if not (directory / name).is_file():
+        raise CheckpointError.unusable(directory, f"not all there ({name} is missing)")
+    return directory / name
 
 
 def copy_own_part(target: Tensor, whole: Tensor) -> None:

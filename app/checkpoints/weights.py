@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from app.checkpoints.shards import METADATA_FILE, Shards
+from app.checkpoints.shards import METADATA_FILE, Shards, existing_part
 from app.errors import CheckpointError
 from app.text.tokenizer_files import tokenizer_from_files
 
@@ -75,7 +75,8 @@ def open_trained_weights(path: str | Path) -> TrainedWeights:
         CheckpointError: It is damaged, incomplete or foreign, or holds anything but tensors and plain values.
     """
     path = Path(path)
-    content, shapes, read = _open_directory(path) if path.is_dir() else _open_file(path)
+    content = read_plain(path, mmap=True)
+    shapes, read = _take_weights(path, content)
     if HF_CONFIG_KEY not in content:
         raise CheckpointError(f"checkpoint {path}: not written by LayerSkipModule (no {HF_CONFIG_KEY!r} in it)")
     if not shapes:
@@ -88,11 +89,11 @@ def open_trained_weights(path: str | Path) -> TrainedWeights:
     return TrainedWeights(path, config, content, shapes, read, tokenizer_files)
 
 
-_Opened = tuple[dict[str, Any], Shapes, Callable[[str], Tensor]]
-
-
-def _open_file(path: Path) -> _Opened:
-    content = read_plain(path, mmap=True)
+def _take_weights(path: Path, content: dict[str, Any]) -> tuple[Shapes, Callable[[str], Tensor]]:
+    """The shapes of the weights and what reads one; those of a single file are taken out of its content."""
+    if path.is_dir():
+        shards = open_shards(path)
+        return shards.shapes, shards.read
     state_dict = content.pop(STATE_DICT, None)
     content.pop(OPTIMIZER_STATES, None)
     if not isinstance(state_dict, dict):
@@ -102,16 +103,7 @@ def _open_file(path: Path) -> _Opened:
         for name, tensor in state_dict.items()
         if name.startswith(STATE_DICT_PREFIX)
     }
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
-    return content, shapes, weights.__getitem__
-
-
-def _open_directory(path: Path) -> _Opened:
-    for name in (METADATA_FILE, CONTENT_FILE):
-        if not (path / name).is_file():
-            raise CheckpointError.unusable(path, f"not all there ({name} is missing)")
-    shards = open_shards(path)
-    return read_plain(path / CONTENT_FILE), shards.shapes, shards.read
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}, weights.__getitem__
 
 
 def open_shards(path: Path) -> Shards:
@@ -120,11 +112,16 @@ def open_shards(path: Path) -> Shards:
 
 
 def read_plain(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """A file that Lightning wrote, as tensors and plain values; nothing in it is run. Arguments as of `torch.load`.
+    """What Lightning wrote to a single file, or to a directory beside its shards; nothing in it is run.
+
+    Args:
+        map_location: As of `torch.load`, and so is `mmap`.
 
     Raises:
-        CheckpointError: It is truncated or damaged, or holds anything else.
+        CheckpointError: It is missing, truncated or damaged, or holds anything but tensors and plain values.
     """
+    if path.is_dir():
+        path = existing_part(path, CONTENT_FILE)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:

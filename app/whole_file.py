@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     """Write `content`, text as UTF-8, beside `path` and rename it once it is on the disk.
 
     A link stays; its target is replaced and keeps its mode. A pipe or a device is written to directly.

@@ -5,7 +5,7 @@ Tested by tests/contract/test_resume.py and tests/unit/checkpoints/test_may_resu
 
 import logging
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,10 +74,10 @@ class GivenConfig:
             check_names(self.allow_changes, self.settings)
             return None
         if self._compared_with != checkpoint[RUN_CONFIG_KEY]:
-            _refuse_another_tokenizer(saved, self.settings)
+            _refuse_another_tokenizer(_flat(saved), _flat(self.settings))
             if fit:
                 refuse_changes(saved, self.settings, allowed=self.allow_changes)
-                _warn_of_length(saved, self.settings, step=checkpoint.get("global_step"))
+                _warn_of_length(_flat(saved), _flat(self.settings), step=checkpoint.get("global_step"))
             self._compared_with = checkpoint[RUN_CONFIG_KEY]
         return int(saved["trainer"]["accumulate_grad_batches"])
 
@@ -93,7 +93,7 @@ def saved_config(checkpoint: Mapping[str, Any]) -> Config | None:
         reason = textwrap.shorten(str(error), 200)
         raise CheckpointError(f"the checkpoint's {RUN_CONFIG_KEY!r} is damaged: not plain YAML ({reason})") from error
     match config:
-        case {"trainer": {"accumulate_grad_batches": int(number)}} if number > 0:
+        case {"trainer": {"accumulate_grad_batches": int(micro_batches)}} if micro_batches > 0:
             return dict(config)
     got = textwrap.shorten(repr(text), 100)
     raise CheckpointError(f"the checkpoint's {RUN_CONFIG_KEY!r} is damaged: got {got}, allowed a run's config as YAML")
@@ -109,7 +109,7 @@ def check_names(names: Sequence[str], *configs: Config) -> None:
 
     A name below a group of settings must be in one of the configs.
     """
-    known = [name for config in configs for name, _ in _flat(config)]
+    known = [name for config in configs for name in _flat(config)]
     for name in names:
         below = any(_is_within(name, group) for group in _SAME) and any(_is_within(key, name) for key in known)
         if not below and not any(_is_within(group, name) for group in _SAME):
@@ -125,7 +125,7 @@ def refuse_changes(saved: Config, given: Config, *, allowed: Sequence[str]) -> N
         CheckpointError: Settings differ on which the user may insist.
     """
     check_names(allowed, saved, given)
-    before, now = dict(_flat(saved)), dict(_flat(given))
+    before, now = _flat(saved), _flat(given)
     _refuse_another(_SEED, before, now, fix=f"batches and dropout masks are drawn from it: restore it, or {_NEW_RUN}")
     _refuse_other_states(before, now)
     _refuse_another_scheduler(before, now)
@@ -177,17 +177,15 @@ def _optimizer(flat: Config) -> str:
     return _ITS_CLASS if path == _DEFAULT_OPTIMIZER else path
 
 
-def _refuse_another_tokenizer(saved: Config, given: Config) -> None:
+def _refuse_another_tokenizer(before: Config, now: Config) -> None:
     """A tokenizer that the run trains depends on its size; the datamodule compares the rest."""
-    before, now = dict(_flat(saved)), dict(_flat(given))
     is_trained = before.get(_TOKENIZER) is now.get(_TOKENIZER) is None
     if is_trained and None not in (before.get(_VOCAB_SIZE), now.get(_VOCAB_SIZE)):
         fix = "the model knows the tokenizer that was trained to this size, and no other: restore it"
         _refuse_another(_VOCAB_SIZE, before, now, fix=fix)
 
 
-def _warn_of_length(saved: Config, given: Config, *, step: object) -> None:
-    before, now = dict(_flat(saved)), dict(_flat(given))
+def _warn_of_length(before: Config, now: Config, *, step: object) -> None:
     length = now.get(_LENGTH)
     if length is not None and isinstance(step, int) and 0 <= length <= step:
         _log.warning("%s %s: the checkpoint is of step %d, nothing is left to train", _LENGTH, length, step)
@@ -224,12 +222,12 @@ def take_optimizer_settings(trainer: Trainer) -> None:
             group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
 
 
-def _flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
+    """The settings by their whole names."""
+    flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _is_within(name: str, group: str) -> bool:

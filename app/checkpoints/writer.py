@@ -22,6 +22,7 @@ from app.checkpoints.atomic import flush, partial_path, publish
 from app.checkpoints.integrity import MANIFEST_FILE, Checksum, manifest
 from app.checkpoints.shards import METADATA_FILE
 from app.checkpoints.weights import CONTENT_FILE
+from app.whole_file import write_whole
 
 
 class CheckpointWriter(FileSystemWriter):
@@ -40,7 +41,7 @@ class CheckpointWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         written = _Written(super().write_data(plan, planner).wait())
         written.checksums = self._files.checksums
-        done: Future[list[WriteResult]] = Future()
+        done = Future[list[WriteResult]]()
         done.set_result(written)
         return done
 
@@ -52,8 +53,9 @@ class CheckpointWriter(FileSystemWriter):
         checksums[METADATA_FILE] = checksums.pop(f"{METADATA_FILE}.tmp")  # torch has renamed this file
         for written in results:
             checksums |= cast(_Written, written).checksums
-        checksums[CONTENT_FILE] = _write(folder / CONTENT_FILE, self._content)
-        _write(folder / MANIFEST_FILE, manifest(self._step, checksums))
+        write_whole(folder / CONTENT_FILE, self._content)
+        checksums[CONTENT_FILE] = Checksum(len(self._content), zlib.crc32(self._content))
+        write_whole(folder / MANIFEST_FILE, manifest(self._step, checksums))
         flush(folder)
         publish(self._target, keep_previous=self._keep_previous)
 
@@ -71,10 +73,7 @@ class _ChecksummingFiles(FileSystem):
     @override
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
+        assert mode == "wb"  # a writer does not read
         with _ChecksummingFile(io.FileIO(path, "w")) as file:
             yield file
         self.checksums[Path(path).name] = file.checksum
@@ -90,11 +89,3 @@ class _ChecksummingFile(io.BufferedWriter):
         num_bytes, crc32 = self.checksum
         self.checksum = Checksum(num_bytes + memoryview(data).nbytes, zlib.crc32(data, crc32))
         return super().write(data)
-
-
-def _write(path: Path, content: bytes | memoryview) -> Checksum:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return Checksum(len(content), zlib.crc32(content))

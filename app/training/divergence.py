@@ -66,7 +66,10 @@ class DivergenceGuard:
         """
         trainer = module.trainer
         losses_finite = all(map(math.isfinite, totals.exit_losses.values()))
-        if losses_finite and (totals.grads_finite or _scaler_will_mend(trainer)):
+        scaler = gradient_scaler(trainer)
+        # At a scale above 1 the gradient may be out of fp16's range only because it is scaled. The scaler then skips
+        # the step by itself and scales less.
+        if losses_finite and (totals.grads_finite or (scaler is not None and scaler.get_scale() > 1)):
             self._steps_taken += 1
             return True
         found = f"at step {trainer.global_step} with exits {sorted(totals.exit_losses)} on"
@@ -110,24 +113,15 @@ class DivergenceGuard:
         return f"no checkpoint was saved yet: start anew {_LOWER}, {skip}"
 
 
-def _scaler(trainer: Trainer) -> Any:  # torch.amp.GradScaler | None
+def gradient_scaler(trainer: Trainer) -> Any:  # torch.amp.GradScaler | None
     """The gradient scaler of precision 16-mixed."""
     return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _scaler_will_mend(trainer: Trainer) -> bool:
-    """Whether the gradient may be out of fp16's range only because it is scaled; the scaler then skips and scales less.
-
-    At a scale of 1 or less, scaling is not the cause.
-    """
-    scaler = _scaler(trainer)
-    return scaler is not None and scaler.get_scale() > 1
 
 
 def _drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
     """Let the optimizer's step, which cannot be cancelled any more, leave weights and states as they are."""
     # The scaler tells a fused optimizer to do nothing if it finds gradients that are not finite.
-    scaler_decides = _scaler(trainer) is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    scaler_decides = gradient_scaler(trainer) is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not scaler_decides:

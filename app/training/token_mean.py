@@ -14,7 +14,7 @@ from app import metric_names
 from app.data_ranks import data_ranks
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import EarlyExitLoss
-from app.training.divergence import DivergenceGuard, StepTotals
+from app.training.divergence import DivergenceGuard, StepTotals, gradient_scaler
 
 # Any constant would do, since gradients are scaled to the exact mean before the optimizer sees them. One near the
 # tokens of a batch keeps them near their final size until then, so that fp16 loss scaling works as usual.
@@ -104,7 +104,7 @@ class TokenMeanStep:
         Raises:
             ConfigError: With a fused optimizer under fp16 loss scaling, which unscales after the clipping.
         """
-        if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+        if gradient_scaler(module.trainer) is not None:
             if clip_val and getattr(optimizer, "_step_supports_amp_scaling", False):
                 allowed = "false with trainer.gradient_clip_val and precision 16-mixed"
                 raise ConfigError("optimizer.init_args.fused", got=True, allowed=allowed)

@@ -30,18 +30,18 @@ def accept_greedy(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, i
 
 
 def accept_sampled(
-    drafts_T: Tensor, *, draft_probs_TV: Tensor, target_probs_SV: Tensor, uniforms_T: Tensor
+    drafts_T: Tensor, *, draft_probs_TV: Tensor | None, target_probs_SV: Tensor, uniforms_T: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Speculative sampling (Leviathan et al. 2023, algorithm 1): kept tokens are distributed as the target's own.
 
-    Token t was drawn from `draft_probs_TV[t]`. The targets are the full model's distributions at the same positions and
-    the one after them; `uniforms_T` are independent draws from [0, 1).
+    Token t was drawn from `draft_probs_TV[t]`; without these, it was certain. The targets are the full model's
+    distributions at the same positions and the one after them; `uniforms_T` are independent draws from [0, 1).
 
     Returns:
         The number of drafts kept (no dimensions), and the distribution [V] from which to draw the next token.
     """
     draft_T1 = drafts_T[:, None]
-    draft_prob_T = draft_probs_TV.gather(-1, draft_T1)[:, 0]
+    draft_prob_T = 1.0 if draft_probs_TV is None else draft_probs_TV.gather(-1, draft_T1)[:, 0]
     target_prob_T = target_probs_SV[:-1].gather(-1, draft_T1)[:, 0]
     keep_T = uniforms_T * draft_prob_T < target_prob_T  # u < min(1, target / draft), without dividing
     accepted = keep_T.long().cumprod(0).sum()
@@ -49,8 +49,12 @@ def accept_sampled(
     # The residual after a rejection is norm(max(0, target - draft)). After a full accept the draft counts as zeros.
     # index_select keeps the number on the device, where indexing with a tensor would wait for it.
     target_V = target_probs_SV.index_select(0, accepted[None])[0]
-    draft_V = pad(draft_probs_TV, (0, 0, 0, 1)).index_select(0, accepted[None])[0]
-    residual_V = (target_V - draft_V).clamp(min=0.0)
+    if draft_probs_TV is None:  # the target without the rejected token
+        token_1 = pad(drafts_T, (0, 1)).index_select(0, accepted[None])
+        residual_V = target_V.scatter(0, token_1, target_V.gather(0, token_1) * (accepted == len(drafts_T)))
+    else:
+        draft_V = pad(draft_probs_TV, (0, 0, 0, 1)).index_select(0, accepted[None])[0]
+        residual_V = (target_V - draft_V).clamp(min=0.0)
     mass = residual_V.sum()
     # Equal distributions leave no residual. Only rounding can reject then, and the target itself is right.
     return accepted, torch.where(mass > 0, residual_V / mass, target_V)
@@ -86,8 +90,13 @@ class GreedyRule:
         tokens, confidences = torch.stack((tokens_B.double(), confidence_B.double())).tolist()  # one wait for both
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
-    def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
-        """For each sequence how many of its drafts to keep, and the full model's token after them."""
+    def verify(
+        self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts, tokens_BS: Tensor
+    ) -> list[tuple[int, int]]:
+        """For each sequence how many of its drafts to keep, and the full model's token after them.
+
+        `tokens_BS` are the tokens before each position of the logits: the latest settled one, the drafts and padding.
+        """
         scores_BSV = process(logits_BSV, rows, drafts, self._processor)
         choices_BS1 = scores_BSV.argmax(-1, keepdim=True)  # a NaN counts as the highest
         highest_BS1 = scores_BSV.gather(-1, choices_BS1)
@@ -103,12 +112,13 @@ class SamplingRule:
     """Draws tokens from processed distributions, so that the output is distributed as the full model's.
 
     Every sequence draws from its own generator, and only for itself, so that it comes out as it would alone. Drafts
-    and their distributions stay on the device; only a processor needs token ids sent there.
+    and their distributions stay on the device; only a processor needs token ids sent there. Drafts that were not drawn
+    here are certain.
     """
 
     def __init__(self, settings: SamplingSettings) -> None:
         self._settings = settings
-        self._drafted: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by index of the row: token [1], its probs [1, V]
+        self._draft_probs: dict[int, list[Tensor]] = {}  # by index of the row, each [1, V]
 
     def draft(self, logits_BV: Tensor, rows: Sequence[SequenceState], drafts: Drafts, live: Sequence[bool]) -> Drafted:
         scores_BV = process(logits_BV[:, None], rows, drafts, self._settings.processor, first=True)[:, 0]
@@ -118,24 +128,25 @@ class SamplingRule:
             if live[i]:
                 assert row.generator is not None
                 tokens_B[i : i + 1] = draw(probs_BV[i], generator=row.generator)
-                self._drafted.setdefault(row.index, []).append((tokens_B[i : i + 1], probs_BV[i : i + 1]))
+                self._draft_probs.setdefault(row.index, []).append(probs_BV[i : i + 1])
         confidence_B = probs_BV.gather(-1, tokens_B[:, None])[:, 0]
         tokens, confidences = torch.stack((tokens_B.double(), confidence_B.double())).tolist()
         _check_finite([confidence for confidence, drafting in zip(confidences, live, strict=True) if drafting])
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
-    def verify(self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts) -> list[tuple[int, int]]:
+    def verify(
+        self, logits_BSV: Tensor, rows: Sequence[SequenceState], drafts: Drafts, tokens_BS: Tensor
+    ) -> list[tuple[int, int]]:
         scores_BSV = process(logits_BSV, rows, drafts, self._settings.processor)
         outcomes = []
-        for row, drafted, probs_SV in zip(
-            rows, drafts, probabilities(scores_BSV, settings=self._settings), strict=True
+        for row, drafted, tokens_S, probs_SV in zip(
+            rows, drafts, tokens_BS, probabilities(scores_BSV, settings=self._settings), strict=True
         ):
             assert row.generator is not None
-            nothing = (probs_SV.new_empty(0, dtype=torch.long), probs_SV[:0])
-            tokens, draft_probs = zip(nothing, *self._drafted.pop(row.index, []), strict=True)
+            draft_probs = self._draft_probs.pop(row.index, None)
             accepted, next_probs_V = accept_sampled(
-                torch.cat(tokens),
-                draft_probs_TV=torch.cat(draft_probs),
+                tokens_S[1 : len(drafted) + 1],
+                draft_probs_TV=None if draft_probs is None else torch.cat(draft_probs),
                 target_probs_SV=probs_SV[: len(drafted) + 1],
                 uniforms_T=torch.rand(len(drafted), generator=row.generator, device=probs_SV.device),
             )

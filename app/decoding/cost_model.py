@@ -7,7 +7,7 @@ One unit is one block over one token of one sequence. With `d` drafts and accept
     speedup            T(a, d) * plain_step / C(d)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,10 @@ class CostModel:
             extra_token=extra_token,
             overhead=overhead + first_extra * plain,
         )
+
+    def of_n_grams(self) -> "CostModel":
+        """Costs of rounds whose drafts were found in the text: they cost nothing, and all blocks verify them."""
+        return replace(self, draft_step=0.0, draft_tail=0.0, verify=self.plain_step)
 
     def round_cost(self, num_draft_tokens: float) -> float:
         """C(d), in blocks; d may be a mean."""

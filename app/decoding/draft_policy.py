@@ -104,15 +104,22 @@ class Pace:
         self._seen = 0
         self.gave_up = False
 
-    def drafts(self) -> bool:
-        """Whether the next round may draft. A round that may not is timed as a plain one while drafting is judged."""
+    def wants_plain_round(self) -> bool:
+        """Whether the next round is to be a plain one, whose time tells what drafting gains."""
         if self.gave_up or not self._by_clock or len(self._rounds) < _MIN_ROUNDS:
-            return not self.gave_up
+            return False
         # One plain round shows that drafting clearly pays. Before it is given up, several are timed.
-        return len(self._plain_seconds()) >= (_PROBES if self._speedup() < _SUSPICION else 1)
+        return len(self._plain_seconds()) < (_PROBES if self._speedup() < _SUSPICION else 1)
 
     def observe(self, *, drafted: float, settled: float, draft_seconds: float, verify_seconds: float) -> None:
-        """Add a round: mean tokens drafted and settled by a sequence, and the time up to and after the last draft."""
+        """Add a round.
+
+        Args:
+            drafted: Mean tokens drafted for a sequence; 0 in a plain round.
+            settled: Tokens settled for each one that would have been settled without these drafts.
+            draft_seconds: Time up to the last draft.
+            verify_seconds: Time after it.
+        """
         self._seen += 1
         if not drafted:
             self._plain.append((self._seen, draft_seconds + verify_seconds))

@@ -169,7 +169,10 @@ class DraftModelDrafter(FullModel):
         assert settings.draft_decoder is not None
         self._draft_model: FullModel | None = FullModel(settings.draft_decoder, batch_size, capacity)
         self._fed_BS: Tensor | None = None  # what the large model was fed in this round
-        self._unseen: list[Tensor] = []  # tokens [B, 1] of rounds without drafts, which the small model runs later
+        self._num_drafted = 0  # columns of it that the small model has seen
+        self._unseen: list[
+            Tensor
+        ] = []  # tokens [B, T] of rounds that it drafted nothing in, which the small model runs later
 
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
         assert self._draft_model is not None
@@ -180,6 +183,7 @@ class DraftModelDrafter(FullModel):
         assert self._draft_model is not None
         tokens_BT = torch.cat([*self._unseen, tokens_B[:, None]], dim=1)
         self._unseen = []
+        self._num_drafted += 1
         # The small model's vocabulary may be padded further than the large one's.
         return self._draft_model.verify(tokens_BT)[:, -1, : self.decoder.vocab_size]
 
@@ -188,17 +192,21 @@ class DraftModelDrafter(FullModel):
         return super().verify(tokens_BS)
 
     def settle(self, lengths: Sequence[int]) -> None:
-        """End a round in both models. Where every draft was kept, the small model must still see the last one."""
+        """End a round in both models. The small one must still see what it did not draft from, if that was kept."""
         super().settle(lengths)
         small = self._draft_model
         if small is None:
             return
         assert self._fed_BS is not None
-        if self._fed_BS.shape[1] == 1:
-            self._unseen.append(self._fed_BS)
-        elif any(seen < length for seen, length in zip(small.cache.lengths(0), lengths, strict=True)):
-            hidden_B1D = small.decoder.embed(self._fed_BS[:, -1:])
-            small.decoder.run_blocks(hidden_B1D, start=0, stop=small.stop, cache=small.cache)
+        drafted, self._num_drafted = self._num_drafted, 0
+        unseen = sum(tokens_BT.shape[1] for tokens_BT in self._unseen)
+        missing = [length - seen - unseen for seen, length in zip(small.cache.lengths(0), lengths, strict=True)]
+        if not drafted and min(missing) == max(missing):
+            self._unseen.append(self._fed_BS[:, : missing[0]])
+        elif max(missing) > 0:
+            hidden_BTD = small.decoder.embed(torch.cat([*self._unseen, self._fed_BS[:, drafted:]], dim=1))
+            small.decoder.run_blocks(hidden_BTD, start=0, stop=small.stop, cache=small.cache)
+            self._unseen = []
         small.settle(lengths)
 
     def end_drafting(self) -> None:
@@ -208,5 +216,5 @@ class DraftModelDrafter(FullModel):
         super().keep_rows(rows)
         if self._draft_model is not None:
             index = torch.tensor(rows, device=self.decoder.device)
-            self._unseen = [tokens_B1[index] for tokens_B1 in self._unseen]
+            self._unseen = [tokens_BT[index] for tokens_BT in self._unseen]
             self._draft_model.keep_rows(rows)

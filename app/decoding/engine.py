@@ -1,6 +1,6 @@
 """The one way to decode: check, draft, verify, stop, count and time.
 
-Shape legend: `B` sequences, `T` prompt tokens.
+Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts + 1).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -8,16 +8,18 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from app.decoding.acceptance import ChoiceRule, GreedyRule, SamplingRule
 from app.decoding.cost_model import CostModel
 from app.decoding.draft_policy import POLICIES, Pace
 from app.decoding.drafters import FullModel
+from app.decoding.n_grams import NGramIndex
 from app.decoding.result import DecodingResult, Step
 from app.decoding.rows import SequenceState
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import STRATEGIES, Strategy, check_settings
-from app.errors import ConfigError, check_choice, check_range
+from app.decoding.strategies import STRATEGIES, Strategy, check_request, check_settings
+from app.errors import check_choice
 from app.protocols import ExitableDecoder
 
 OnStep = Callable[[int, Step], None]
@@ -90,29 +92,40 @@ class Decoding:
     ) -> None:
         check_choice("strategy", strategy, STRATEGIES)
         check_settings(strategy, settings, decoder)
-        _check_request(decoder, prompts, settings, generators)
+        check_request(decoder, prompts, settings, generators)
         never_drafts = settings.draft_policy == "off" and STRATEGIES[strategy].lossless
         self._entry = STRATEGIES["autoregressive" if never_drafts else strategy]
         self._decoder, self._settings = decoder, settings
         costs = _NO_DRAFTS
         if self._entry.costs is not None:
             costs = settings.costs or self._entry.costs(decoder, settings)
-        policy = POLICIES["off" if self._entry.costs is None else settings.draft_policy]
-        # All rows share one clock when greedy. When sampling, what a seed gives depends on no other row.
-        shared_pace = Pace(costs, by_clock=True) if settings.sampling.greedy else None
-        self._rows = [
-            SequenceState(
-                index=index,
-                prompt=list(prompt),
-                room=decoder.max_length - len(prompt),
-                settings=settings,
-                policy=policy(settings.num_draft_tokens or 0, costs),
-                pace=shared_pace or Pace(costs, by_clock=False),
-                generator=None if generators is None else generators[index],
+        policy = POLICIES[settings.draft_policy if self._entry.has_drafter else "off"]
+        match = None if self._entry.costs is None else settings.n_gram_match
+        # All rows share their clocks when greedy. When sampling, what a seed gives depends on no other row.
+        shared = self._new_paces(costs) if settings.sampling.greedy else None
+        self._rows = []
+        for index, prompt in enumerate(prompts):
+            pace, n_gram_pace = shared or self._new_paces(costs)
+            self._rows.append(
+                SequenceState(
+                    index=index,
+                    prompt=list(prompt),
+                    room=decoder.max_length - len(prompt),
+                    settings=settings,
+                    policy=policy(settings.num_draft_tokens or 0, costs),
+                    pace=pace,
+                    n_grams=None if match is None else NGramIndex(prompt, match=match),
+                    n_gram_pace=n_gram_pace,
+                    generator=None if generators is None else generators[index],
+                )
             )
-            for index, prompt in enumerate(prompts)
-        ]
         self._started_at = perf_counter()
+
+    def _new_paces(self, costs: CostModel) -> tuple[Pace, Pace]:
+        """Who judges the drafter's drafts and those of n-grams; one and the same where only n-grams draft."""
+        by_clock = self._settings.sampling.greedy
+        of_n_grams = Pace(costs.of_n_grams(), by_clock=by_clock)
+        return (Pace(costs, by_clock=by_clock) if self._entry.has_drafter else of_n_grams), of_n_grams
 
     def __iter__(self) -> Iterator[tuple[int, Step]]:
         """For each round and each prompt still in it, yield the prompt's index and what was settled."""
@@ -168,22 +181,30 @@ class _Loop(NamedTuple):
         padded = [row.prompt + [0] * (max(lengths) - len(row.prompt)) for row in rows]
         tokens_BT = torch.tensor(padded, device=self.drafter.decoder.device)
         nothing: list[list[int]] = [[] for _ in rows]
-        chosen = self.rule.verify(self.drafter.prefill(tokens_BT, lengths), rows, nothing)
+        chosen = self.rule.verify(self.drafter.prefill(tokens_BT, lengths), rows, nothing, tokens_BT)
         return _Round([Step([token]) for _, token in chosen], perf_counter(), 0.0, 0.0)
 
     def round(self, rows: Sequence[SequenceState]) -> _Round:
         """Draft for every row until none wants more, then verify all at once.
 
-        Rows that draft less than others are padded with tokens that are neither verified nor kept.
+        A row's drafts are what followed its latest tokens where they occurred before, else the drafter's. Rows that
+        draft less than others are padded with tokens that are neither verified nor kept.
         """
         started_at = perf_counter()
-        limits = [row.draft_limit() if row.pace.drafts() else 0 for row in rows]
-        drafts: list[list[int]] = [[] for _ in rows]
+        is_plain = any(pace.wants_plain_round() for pace in _paces(rows))
+        drafts = [[] if is_plain else row.n_gram_draft() for row in rows]
+        by_n_gram = [bool(found) for found in drafts]
+        limits = [0 if is_plain or found else row.draft_limit() for row, found in zip(rows, drafts, strict=True)]
         live = [limit > 0 for limit in limits]
-        columns = [torch.tensor([row.tokens[-1] for row in rows], device=self.drafter.decoder.device)]
+        found_BS = self._latest_and_found(rows, drafts)
+        columns = [found_BS[:, 0]]
         while any(live):
             drafted = self.rule.draft(self.drafter.draft(columns[-1]), rows, drafts, live)
-            columns.append(drafted.tokens_B)
+            tokens_B = drafted.tokens_B
+            if len(columns) < found_BS.shape[1]:
+                found_B = found_BS[:, len(columns)]
+                tokens_B = found_B.where(found_B >= 0, tokens_B)
+            columns.append(tokens_B)
             for i, row in enumerate(rows):
                 if live[i]:
                     drafts[i].append(drafted.tokens[i])
@@ -192,17 +213,25 @@ class _Loop(NamedTuple):
                         and drafts[i][-1] not in row.settings.eos_token_ids  # nothing comes after the end
                         and row.policy.goes_on(drafted.confidences[i] if drafted.confidences else 1.0)
                     )
+        tokens_BS = torch.cat([torch.stack(columns, dim=1), found_BS[:, len(columns) :].clamp(min=0)], dim=1)
         drafted_at = perf_counter()
-        outcomes = self.rule.verify(self.drafter.verify(torch.stack(columns, dim=1)), rows, drafts)
+        outcomes = self.rule.verify(self.drafter.verify(tokens_BS), rows, drafts, tokens_BS)
         self.drafter.settle([row.length + 1 + kept for row, (kept, _) in zip(rows, outcomes, strict=True)])
         ended_at = perf_counter()
         steps = [
-            Step([*proposed[:kept], token], kept, tuple(proposed[kept:]))
-            for proposed, (kept, token) in zip(drafts, outcomes, strict=True)
+            Step([*proposed[:kept], token], kept, tuple(proposed[kept:]), found)
+            for proposed, found, (kept, token) in zip(drafts, by_n_gram, outcomes, strict=True)
         ]
         for row, step in zip(rows, steps, strict=True):
-            row.policy.observe(drafted=step.drafted, accepted=step.accepted)
+            if not step.by_n_gram:
+                row.policy.observe(drafted=step.drafted, accepted=step.accepted)
         return _Round(steps, ended_at, drafted_at - started_at, ended_at - drafted_at)
+
+    def _latest_and_found(self, rows: Sequence[SequenceState], found: Sequence[Sequence[int]]) -> Tensor:
+        """Each row's latest token and what n-grams drafted after it [B, S], in one transfer; -1 where that ends."""
+        longest = max(map(len, found))
+        tokens = [[row.tokens[-1], *own, *[-1] * (longest - len(own))] for row, own in zip(rows, found, strict=True)]
+        return torch.tensor(tokens, device=self.drafter.decoder.device)
 
 
 def _settle(rows: Sequence[SequenceState], done: _Round) -> Iterator[tuple[int, Step]]:
@@ -212,42 +241,30 @@ def _settle(rows: Sequence[SequenceState], done: _Round) -> Iterator[tuple[int, 
 
 
 def _watch(rows: Sequence[SequenceState], done: _Round) -> None:
-    """Let each pace see the round, and note for which rows drafting ends with it."""
-    for pace in dict.fromkeys(row.pace for row in rows):
-        own = [row for row in rows if row.pace is pace]
+    """Let each pace see the rounds that it judges, and note for which rows drafting ends with this one.
+
+    All paces see rounds without drafts. Where the drafter drafted for some rows and n-grams for others, the time is the
+    drafter's doing, and what n-grams settled would have been settled without it, too.
+    """
+    for pace in _paces(rows):
+        own = [row for row in rows if pace in (row.pace, row.n_gram_pace)]
+        steps = [row.steps[-1] for row in own]
+        by_drafter = any(step.drafted and not step.by_n_gram for step in steps)
+        if any(step.drafted for step in steps) and by_drafter == (pace is own[0].n_gram_pace):
+            continue
         had_given_up = pace.gave_up
+        without = sum(len(step.tokens) if by_drafter and step.by_n_gram else 1 for step in steps)
         pace.observe(
-            drafted=sum(row.steps[-1].drafted for row in own) / len(own),
-            settled=sum(len(row.steps[-1].tokens) for row in own) / len(own),
+            drafted=sum(step.drafted for step in steps) / len(own),
+            settled=sum(len(step.tokens) for step in steps) / without,
             draft_seconds=done.draft_seconds,
             verify_seconds=done.verify_seconds,
         )
         if pace.gave_up and not had_given_up:
             for row in own:
-                row.fell_back_after = len(row.tokens)
+                if row.pace is pace:
+                    row.fell_back_after = len(row.tokens)
 
 
-def _check_request(
-    decoder: ExitableDecoder,
-    prompts: Sequence[Sequence[int]],
-    settings: DecodingSettings,
-    generators: Sequence[torch.Generator] | None,
-) -> None:
-    """Refuse prompts the model cannot take, while they are plain integers and checking waits for no device."""
-    if not prompts:
-        raise ConfigError("prompts", got=[], allowed="at least one prompt")
-    for prompt in prompts:
-        if not prompt:
-            raise ConfigError("prompt_tokens", got=[], allowed="at least one token", fix="start from a BOS token")
-        if len(prompt) > decoder.max_length:
-            allowed = f"at most {decoder.max_length} tokens, the model's context"
-            raise ConfigError("prompt_tokens", got=f"{len(prompt)} tokens", allowed=allowed)
-    for field, tokens in (
-        *(("prompt_tokens", prompt) for prompt in prompts),
-        ("eos_token_ids", settings.eos_token_ids),
-    ):
-        for token in {min(tokens, default=0), max(tokens, default=0)}:
-            check_range(field, token, low=0, high=decoder.vocab_size - 1, fix="use the model's own tokenizer")
-    if not settings.sampling.greedy and len(generators or ()) != len(prompts):
-        allowed = f"one torch.Generator on {decoder.device} for each prompt when temperature > 0"
-        raise ConfigError("generators", got=generators, allowed=allowed)
+def _paces(rows: Sequence[SequenceState]) -> list[Pace]:
+    return list(dict.fromkeys(pace for row in rows for pace in (row.pace, row.n_gram_pace)))

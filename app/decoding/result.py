@@ -12,6 +12,7 @@ class Step(NamedTuple):
     tokens: list[int]  # the accepted drafts, then one token of the full model
     accepted: int = 0  # how many of `tokens`, counted from the first, were drafted
     rejected: tuple[int, ...] = ()  # drafts that the full model did not keep
+    by_n_gram: bool = False  # whether the drafts are what followed the latest tokens where they occurred before
 
     @property
     def drafted(self) -> int:
@@ -58,6 +59,19 @@ class DecodingResult:
     @property
     def accepted(self) -> int:
         return sum(step.accepted for step in self.steps)
+
+    @property
+    def rounds_by_n_gram(self) -> int:
+        return sum(step.by_n_gram for step in self.steps)
+
+    @property
+    def drafted_by_n_gram(self) -> int:
+        """Those of `drafted` that n-grams drafted; the strategy's drafter drafted the others."""
+        return sum(step.drafted for step in self.steps if step.by_n_gram)
+
+    @property
+    def accepted_by_n_gram(self) -> int:
+        return sum(step.accepted for step in self.steps if step.by_n_gram)
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from app.decoding.draft_policy import DraftPolicy, Pace
+from app.decoding.n_grams import NGramIndex
 from app.decoding.result import DecodingResult, Step, StopReason
 from app.decoding.settings import DecodingSettings
 
@@ -22,6 +23,8 @@ class SequenceState:
     Attributes:
         index: Number of the prompt in the request.
         room: Tokens that the model's context holds after the prompt.
+        n_grams: The sequence as an index of what to draft from; None where n-grams do not draft.
+        n_gram_pace: Judges their drafts, as `pace` judges the drafter's. Both are the same where only n-grams draft.
         generator: The sequence's own source of randomness, so that a batch changes nothing; None when greedy.
         context_S: Token ids on the device for processors of scores: the prompt and settled tokens they have seen.
     """
@@ -32,6 +35,8 @@ class SequenceState:
     settings: DecodingSettings
     policy: DraftPolicy
     pace: Pace
+    n_grams: NGramIndex | None
+    n_gram_pace: Pace
     generator: torch.Generator | None
     context_S: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     tokens: list[int] = field(default_factory=list)
@@ -51,9 +56,17 @@ class SequenceState:
         """New tokens that budget and context still allow."""
         return min(self.settings.max_new_tokens, self.room) - len(self.tokens)
 
+    def n_gram_draft(self) -> list[int]:
+        """What the text itself drafts now, up to the first end of the sequence; often nothing."""
+        if self.n_grams is None or self.n_gram_pace.gave_up:
+            return []
+        drafted = self.n_grams.draft(min(self.settings.n_gram_max_drafts, self.remaining - 1))
+        ends = (i + 1 for i, token in enumerate(drafted) if token in self.settings.eos_token_ids)
+        return drafted[: next(ends, None)]
+
     def draft_limit(self) -> int:
-        """Most tokens worth drafting now: a round settles one more than it drafts."""
-        return min(self.policy.limit(), self.remaining - 1)
+        """Most tokens that the drafter should draft now: a round settles one more than it drafts."""
+        return 0 if self.pace.gave_up else min(self.policy.limit(), self.remaining - 1)
 
     def new_ids(self, drafted: Sequence[int]) -> list[int]:
         """What `context_S` lacks: the later tokens of prompt and output, then what was drafted."""
@@ -76,6 +89,8 @@ class SequenceState:
         if stop is not None and (stopped := stop(self.prompt, self.tokens[:keep], keep - before)) is not None:
             keep, self.stop_reason = stopped, "stop"
         del self.tokens[keep:]
+        if self.n_grams is not None:
+            self.n_grams.extend(self.tokens[before:])
         self.end_without_room()
         if before:
             self.steps.append(step)
@@ -83,7 +98,8 @@ class SequenceState:
             self.first_token_at = at
         self.last_token_at = at
         taken = step.tokens[: keep - before]
-        return Step(taken, min(step.accepted, len(taken)), step.rejected if len(taken) == len(step.tokens) else ())
+        rejected = step.rejected if len(taken) == len(step.tokens) else ()
+        return Step(taken, min(step.accepted, len(taken)), rejected, step.by_n_gram)
 
     def end_without_room(self) -> None:
         """End the sequence if the budget or the context is used up."""

@@ -32,6 +32,9 @@ class DecodingSettings:
         draft_decoder: The model that drafts for draft_model; it has the same token ids.
         draft_policy: How many of `num_draft_tokens` to draft: all, as many as pay, or none.
         fall_back: Whether drafting stops for the rest of a request that it slows down.
+        n_gram_match: Draft what followed the latest tokens where at least so many of them, at least 1, occurred before,
+            and let the strategy draft elsewhere. None does not; strategies that never draft have no use for it.
+        n_gram_max_drafts: Most tokens of such a draft, at least 1.
         costs: What a round costs on this machine, for adaptive drafting and for falling back when sampling. By
             default the decoder's parameter counts give an estimate.
     """
@@ -46,6 +49,8 @@ class DecodingSettings:
     draft_decoder: ExitableDecoder | None = None
     draft_policy: DraftPolicyName = "fixed"
     fall_back: bool = False
+    n_gram_match: int | None = None
+    n_gram_max_drafts: int = 8
     costs: CostModel | None = None
 
     def __post_init__(self) -> None:
@@ -54,3 +59,6 @@ class DecodingSettings:
         if self.num_draft_tokens is not None:
             fix = "to draft nothing use strategy autoregressive"
             check_range("num_draft_tokens", self.num_draft_tokens, low=1, fix=fix)
+        if self.n_gram_match is not None:
+            check_range("n_gram_match", self.n_gram_match, low=1, fix="leave it out to draft without n-grams")
+        check_range("n_gram_max_drafts", self.n_gram_max_drafts, low=1)

@@ -1,7 +1,7 @@
 """The ways to decode, as one closed table: which settings each needs, who drafts, and what its rounds cost."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
 
-Strategy = Literal["autoregressive", "early_exit", "self_speculative", "draft_model", "layer_skip"]
+Strategy = Literal["autoregressive", "early_exit", "self_speculative", "draft_model", "layer_skip", "n_gram"]
 
 # k, the share of a pass that a further position costs, until `tune` measures it. It is near 0 where every pass reads
 # weights from memory. Products in float32 on a CPU soon wait for arithmetic (0.05 to 0.13 measured).
@@ -28,6 +28,11 @@ class StrategyEntry(NamedTuple):
     new_drafter: Callable[[ExitableDecoder, DecodingSettings, int, int], FullModel]  # ..., batch size, capacity
     costs: Callable[[ExitableDecoder, DecodingSettings], CostModel] | None  # by parameter counts; None: never drafts
     lossless: bool = True  # whether its output is the full model's
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether something drafts that costs time; n-grams do not."""
+        return "num_draft_tokens" in self.needs
 
 
 def _sizes(decoder: ExitableDecoder) -> dict[str, Any]:
@@ -65,6 +70,10 @@ def _layer_skip_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> C
     return CostModel.two_pass(draft_step=kept + decoder.draft_head_size / decoder.block_size, **sizes)
 
 
+def _n_gram_costs(decoder: ExitableDecoder, _: DecodingSettings) -> CostModel:
+    return CostModel.two_pass(draft_step=0.0, **_sizes(decoder))
+
+
 STRATEGIES: dict[Strategy, StrategyEntry] = {
     "autoregressive": StrategyEntry(
         frozenset(), lambda decoder, _, batch, capacity: FullModel(decoder, batch, capacity), None
@@ -82,6 +91,11 @@ STRATEGIES: dict[Strategy, StrategyEntry] = {
         frozenset({"draft_decoder", "num_draft_tokens"}), DraftModelDrafter, _draft_model_costs
     ),
     "layer_skip": StrategyEntry(frozenset({"skipped_layers", "num_draft_tokens"}), LayerSkipDrafter, _layer_skip_costs),
+    "n_gram": StrategyEntry(
+        frozenset({"n_gram_match"}),
+        lambda decoder, _, batch, capacity: FullModel(decoder, batch, capacity),
+        _n_gram_costs,
+    ),
 }
 
 
@@ -91,18 +105,21 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
     Raises:
         ConfigError: A setting is missing or out of range.
     """
-    needs, num_layers = STRATEGIES[strategy].needs, decoder.num_layers
+    entry, num_layers = STRATEGIES[strategy], decoder.num_layers
+    needs = entry.needs
     if num_layers == 1 and strategy in ("self_speculative", "layer_skip"):
         fix = "it has no blocks to leave out"
         raise ConfigError("strategy", got=strategy, allowed="autoregressive, for a model of one block", fix=fix)
-    for name in ("exit_layer", "num_draft_tokens", "skipped_layers", "draft_decoder"):
+    for name in ("exit_layer", "num_draft_tokens", "skipped_layers", "draft_decoder", "n_gram_match"):
         value = getattr(settings, name)
         if name in needs and value is None:
             raise ConfigError(name, got=None, allowed=f"a value, with strategy {strategy}")
-        if name not in needs and value is not None:
+        takes = name in needs or (name == "n_gram_match" and entry.costs is not None)
+        if value is not None and not takes:
             shown = "" if name == "draft_decoder" else f"={value}"
             _log.warning("%s%s has no effect with strategy %s", name, shown, strategy)
-    if settings.draft_policy != "fixed" and "num_draft_tokens" not in needs:
+    can_be_off = entry.costs is not None and settings.draft_policy == "off"
+    if settings.draft_policy != "fixed" and not entry.has_drafter and not can_be_off:
         _log.warning("draft_policy=%s has no effect with strategy %s", settings.draft_policy, strategy)
     if "exit_layer" in needs and settings.exit_layer is not None:
         highest = num_layers - 1 if strategy == "self_speculative" else num_layers
@@ -124,3 +141,33 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
                 theirs,
                 ours,
             )
+
+
+def check_request(
+    decoder: ExitableDecoder,
+    prompts: Sequence[Sequence[int]],
+    settings: DecodingSettings,
+    generators: Sequence[torch.Generator] | None,
+) -> None:
+    """Refuse prompts the model cannot take, while they are plain integers and checking waits for no device.
+
+    Raises:
+        ConfigError: A prompt, an end of sequence or a generator cannot be used with this model.
+    """
+    if not prompts:
+        raise ConfigError("prompts", got=[], allowed="at least one prompt")
+    for prompt in prompts:
+        if not prompt:
+            raise ConfigError("prompt_tokens", got=[], allowed="at least one token", fix="start from a BOS token")
+        if len(prompt) > decoder.max_length:
+            allowed = f"at most {decoder.max_length} tokens, the model's context"
+            raise ConfigError("prompt_tokens", got=f"{len(prompt)} tokens", allowed=allowed)
+    for field, tokens in (
+        *(("prompt_tokens", prompt) for prompt in prompts),
+        ("eos_token_ids", settings.eos_token_ids),
+    ):
+        for token in {min(tokens, default=0), max(tokens, default=0)}:
+            check_range(field, token, low=0, high=decoder.vocab_size - 1, fix="use the model's own tokenizer")
+    if not settings.sampling.greedy and len(generators or ()) != len(prompts):
+        allowed = f"one torch.Generator on {decoder.device} for each prompt when temperature > 0"
+        raise ConfigError("generators", got=generators, allowed=allowed)

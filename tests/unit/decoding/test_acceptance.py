@@ -97,6 +97,22 @@ def test_the_distribution_of_the_output_is_the_targets_by_exact_enumeration(pair
     assert _error(accept_sampled, *_PAIRS[pair], num_drafts) < 1e-12
 
 
+def _certain(drafts_T: Tensor, *, draft_probs_TV: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
+    assert set(draft_probs_TV.flatten().tolist()) == {0.0, 1.0}
+    return accept_sampled(drafts_T, draft_probs_TV=None, **given)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2, 3])
+@pytest.mark.parametrize("target", [target for _, target in _PAIRS.values()], ids=_PAIRS)
+def test_drafts_that_are_certain_need_no_distributions_by_exact_enumeration(
+    target: _Distributions, num_drafts: int
+) -> None:
+    def draft(prefix: tuple[int, ...]) -> Tensor:  # as an n-gram says one thing or another, given what came before
+        return torch.eye(_VOCAB, dtype=torch.float64)[(1 + sum(prefix)) % _VOCAB]
+
+    assert _error(_certain, draft, target, num_drafts) < 1e-12
+
+
 def _draws_again_from_the_target(drafts_T: Tensor, **distributions: Tensor) -> tuple[Tensor, Tensor]:
     accepted, _ = accept_sampled(drafts_T, **distributions)
     return accepted, distributions["target_probs_SV"][accepted]
@@ -124,12 +140,15 @@ def test_a_rejection_by_rounding_alone_draws_from_the_target() -> None:
 
 
 def _accept(drafts: list[int], draft: list[float], target: list[float], uniform: float) -> tuple[int, list[float]]:
-    accepted, distribution = accept_sampled(
-        torch.tensor(drafts, dtype=torch.long),
-        draft_probs_TV=torch.tensor([draft] * len(drafts)).view(-1, _VOCAB),
-        target_probs_SV=torch.tensor([target] * (len(drafts) + 1)),
-        uniforms_T=torch.full((len(drafts),), uniform),
-    )
+    given = {
+        "target_probs_SV": torch.tensor([target] * (len(drafts) + 1)),
+        "uniforms_T": torch.full((len(drafts),), uniform),
+    }
+    drafts_T, draft_probs_TV = torch.tensor(drafts, dtype=torch.long), torch.tensor([draft] * len(drafts))
+    accepted, distribution = accept_sampled(drafts_T, draft_probs_TV=draft_probs_TV.view(-1, _VOCAB), **given)
+    if not drafts or max(draft) == 1:  # certain drafts: their distributions may be left out
+        again, likewise = accept_sampled(drafts_T, draft_probs_TV=None, **given)
+        assert (int(again), likewise.tolist()) == (int(accepted), distribution.tolist())
     return int(accepted), distribution.tolist()
 
 

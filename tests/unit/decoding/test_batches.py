@@ -32,6 +32,7 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "self_speculative": {"exit_layer": 1, "num_draft_tokens": 4},
     "draft_model": {"draft_decoder": None, "num_draft_tokens": 4},
     "layer_skip": {"skipped_layers": (1,), "num_draft_tokens": 4},
+    "n_gram": {"n_gram_match": 1},
 }
 _SAMPLING = SamplingSettings(temperature=0.9, top_k=30, top_p=0.95, min_p=0.01)
 
@@ -75,8 +76,8 @@ def _told(result: DecodingResult) -> tuple[list[int], str, tuple[Step, ...], int
 @pytest.mark.parametrize("name", NAMES)
 def test_a_greedy_batch_equals_its_prompts_alone_whatever_the_model(name: str) -> None:
     prompts = [prompt_of(length) for length in _LENGTHS[:4]]
-    settings = _settings("self_speculative", max_new_tokens=14)
-    for decoder in (decoder_named(name), decoder_with_exit_blocks(name)):
+    for decoder, match in ((decoder_named(name), None), *((decoder_with_exit_blocks(name), m) for m in (None, 1))):
+        settings = _settings("self_speculative", max_new_tokens=14, n_gram_match=match)
         together, alone = _together_and_alone(decoder, prompts, "self_speculative", settings, CONTEXT)
         assert [_told(result) for result in together] == [_told(result) for result in alone]
 

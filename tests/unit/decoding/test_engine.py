@@ -23,6 +23,7 @@ def _decode(
         "num_draft_tokens": 4,
         "skipped_layers": (1, 2),
         "draft_decoder": counting_decoder(max_length=decoder.max_length),
+        "n_gram_match": 2,
     }
     chosen = {name: value for name, value in needed.items() if name in STRATEGIES[strategy].needs}
     decoder.may_skip = strategy == "layer_skip"
@@ -122,6 +123,9 @@ def test_times_are_split_at_the_first_token() -> None:
         ([1], "self_speculative", {"exit_layer": 0}, "exit_layer: got 0"),
         ([1], "self_speculative", {"exit_layer": None}, "exit_layer: got None"),
         ([1], "self_speculative", {"num_draft_tokens": 0}, "num_draft_tokens: got 0"),
+        ([1], "self_speculative", {"n_gram_match": 0}, "n_gram_match: got 0.*leave it out"),
+        ([1], "n_gram", {"n_gram_match": None}, "n_gram_match: got None, allowed a value, with strategy n_gram"),
+        ([1], "n_gram", {"n_gram_max_drafts": 0}, "n_gram_max_drafts: got 0"),
         ([1], "early_exit", {"exit_layer": 5}, r"exit_layer: got 5, allowed \[1, 4\]"),
         ([1], "autoregressive", {"max_new_tokens": -1}, "max_new_tokens: got -1"),
         ([1], "autoregressive", {"sampling": SamplingSettings(temperature=1.0)}, "generators: got None"),
@@ -141,7 +145,11 @@ def test_an_unknown_strategy_is_refused_with_the_choices() -> None:
 
 def test_a_setting_the_strategy_does_not_use_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        result = _decode(counting_decoder(), [1], "autoregressive", exit_layer=2, num_draft_tokens=4)
+        result = _decode(counting_decoder(), [1], "autoregressive", exit_layer=2, num_draft_tokens=4, n_gram_match=2)
+        _decode(counting_decoder(), [1], n_gram_match=2)
+        _decode(counting_decoder(), [1], "n_gram", draft_policy="off")
     assert "exit_layer=2 has no effect with strategy autoregressive" in caplog.text
     assert "num_draft_tokens=4 has no effect with strategy autoregressive" in caplog.text
+    assert "n_gram_match=2 has no effect with strategy autoregressive" in caplog.text
+    assert len(caplog.records) == 3
     assert (result.num_tokens, result.drafted) == (12, 0)

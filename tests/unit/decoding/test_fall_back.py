@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from app.decoding.cost_model import CostModel
+from app.decoding.draft_policy import DraftPolicy
 from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
@@ -119,6 +120,71 @@ def test_in_a_sampled_batch_every_row_is_judged_for_itself() -> None:
     assert easy.fell_back_after is None
     assert [step.drafted for step in easy.steps] == [4] * 5 + [3]
     assert [step.drafted for step in hard.steps] == [4] * 8 + [0] * 21
+
+
+def _looping(misses: tuple[int, ...], *, budget: int, strategy: Any = "self_speculative") -> DecodingResult:
+    """0 to 19 again and again, so that from the second time on n-grams draft all of it; `misses` are the exit's."""
+    decoder = counting_decoder(misses=misses, vocab_size=100, max_length=400)
+    decoder.full_logits[19] = decoder.full_logits[99]  # 0 follows
+    needs = {"exit_layer": 1, "num_draft_tokens": 4} if strategy == "self_speculative" else {}
+    settings = DecodingSettings(max_new_tokens=budget, n_gram_match=3, n_gram_max_drafts=4, fall_back=True, **needs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.decoding.engine.perf_counter", lambda: decoder.elapsed)
+        result = decode(decoder, [0], strategy=strategy, settings=settings)
+    assert result.tokens == [token % 20 for token in range(1, budget + 1)]
+    return result
+
+
+def test_n_grams_do_not_hide_that_the_drafter_never_pays_and_go_on_after_it() -> None:
+    result = _looping(_ALL, budget=200)
+    assert result.fell_back_after is not None
+    assert 9 <= result.fell_back_after <= 12
+    assert sum(step.drafted > 0 and not step.by_n_gram for step in result.steps) == 8
+    assert result.steps[-2].by_n_gram
+    assert result.accepted_by_n_gram == result.drafted_by_n_gram > 100
+
+
+def test_a_policy_hears_only_of_what_the_drafter_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[int, int]] = []
+    observe = DraftPolicy.observe
+    monkeypatch.setattr(
+        DraftPolicy, "observe", lambda self, **told: heard.append(tuple(told.values())) or observe(self, **told)
+    )
+    result = _looping((), budget=60)
+    assert heard == [(step.drafted, step.accepted) for step in result.steps if not step.by_n_gram]
+    assert 0 < len(heard) < len(result.steps)
+
+
+def test_n_grams_are_interrupted_once_in_64_rounds_to_time_a_plain_one() -> None:
+    result = _looping((), budget=300, strategy="n_gram")
+    first = next(index for index, step in enumerate(result.steps) if step.drafted)
+    plain = [index for index, step in enumerate(result.steps) if not step.drafted and index > first]
+    assert result.fell_back_after is None
+    assert len(plain) <= 2
+
+
+@pytest.mark.parametrize("sampling", [_GREEDY, _SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("strategy", ["self_speculative", "n_gram"])
+def test_n_grams_that_are_never_kept_are_given_up_and_the_drafter_goes_on(
+    strategy: str, sampling: SamplingSettings
+) -> None:
+    decoder = counting_decoder(vocab_size=400, max_length=400)
+    decoder.extra_token = 0.2
+    prompt = [token for number in range(1, 200) for token in (number, 399)]  # 5 was followed by 399 before, not by 6
+    needs = {"exit_layer": 1, "num_draft_tokens": 1} if strategy == "self_speculative" else {}
+    settings = DecodingSettings(
+        max_new_tokens=30, n_gram_match=1, n_gram_max_drafts=4, fall_back=True, sampling=sampling, **needs
+    )
+    generator = None if sampling.greedy else torch.Generator().manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.decoding.engine.perf_counter", lambda: decoder.elapsed)
+        result = decode(decoder, [*prompt[:300], 5], strategy=strategy, settings=settings, generator=generator)  # type: ignore[arg-type]
+    assert result.tokens == list(range(6, 36))
+    found = [step for step in result.steps if step.by_n_gram]
+    assert [step.accepted for step in found] == [0] * 8
+    assert result.fell_back_after == (None if strategy == "self_speculative" else pytest.approx(11, abs=2))
+    if strategy == "self_speculative":
+        assert all(step.drafted and not step.by_n_gram for step in result.steps[12:-1])
 
 
 def _adaptive(misses: tuple[int, ...]) -> DecodingResult:

@@ -42,10 +42,13 @@ class _Case(NamedTuple):
 
 @st.composite
 def _cases(draw: st.DrawFn, num_layers: int) -> _Case:
-    strategy = draw(st.sampled_from(("self_speculative", "draft_model", "layer_skip", "autoregressive")))
+    strategy = draw(st.sampled_from(("self_speculative", "draft_model", "layer_skip", "autoregressive", "n_gram")))
     chosen: dict[str, Any] = {}
     if strategy != "autoregressive":
-        chosen["num_draft_tokens"] = draw(st.integers(1, 16))
+        if strategy != "n_gram":
+            chosen["num_draft_tokens"] = draw(st.integers(1, 16))
+        chosen["n_gram_match"] = draw(st.sampled_from((1, 2, 1, 2) if strategy == "n_gram" else (None, None, 1, 2)))
+        chosen["n_gram_max_drafts"] = draw(st.sampled_from((1, 3, 8)))
         chosen["draft_policy"] = draw(st.sampled_from(("fixed", "fixed", "adaptive", "off")))
         chosen["fall_back"] = draw(st.booleans())
     if strategy == "self_speculative":

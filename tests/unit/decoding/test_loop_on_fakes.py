@@ -19,7 +19,7 @@ from tests.support.slow_twins import cut_at_end
 from tests.unit.decoding.circumstances import HostileClock, ends_after
 
 _VOCAB, _NUM_DISTRIBUTIONS = 11, 23
-_STRATEGIES = ("autoregressive", "self_speculative", "draft_model", "layer_skip")
+_STRATEGIES = ("autoregressive", "self_speculative", "draft_model", "layer_skip", "n_gram")
 
 
 class _Case(NamedTuple):
@@ -40,7 +40,9 @@ def _cases(draw: st.DrawFn, *, sampled: bool = False) -> _Case:
     chosen: dict[str, Any] = {}
     if strategy != "autoregressive":
         chosen = {
-            "num_draft_tokens": draw(st.integers(1, 16)),
+            "num_draft_tokens": None if strategy == "n_gram" else draw(st.integers(1, 16)),
+            "n_gram_match": draw(st.sampled_from((1, 2) if strategy == "n_gram" else (None, 1, 2))),
+            "n_gram_max_drafts": draw(st.integers(1, 9)),
             "draft_policy": draw(st.sampled_from(("fixed", "adaptive", "off"))),
             "fall_back": sampled and draw(st.booleans()),  # a greedy batch has one clock for all
         }

@@ -29,6 +29,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "self_speculative": {"exit_layer": 1, "num_draft_tokens": 3},
     "draft_model": {"num_draft_tokens": 3},
     "layer_skip": {"skipped_layers": (1, 2), "num_draft_tokens": 3},
+    "n_gram": {"n_gram_match": 1},
 }
 
 

@@ -40,6 +40,8 @@ _WAYS: dict[str, dict[str, Any]] = {
     "self_speculative, some tokens never drafted": {"exit_layer": 1, "num_draft_tokens": 2},
     "draft_model": {"num_draft_tokens": 2},
     "layer_skip": {"skipped_layers": (1,), "num_draft_tokens": 2},
+    "self_speculative, n-grams": {"exit_layer": 1, "num_draft_tokens": 2, "n_gram_match": 1, "n_gram_max_drafts": 2},
+    "n_gram": {"n_gram_match": 1, "n_gram_max_drafts": 2},
 }
 
 
@@ -93,15 +95,22 @@ def _excess(results: list[DecodingResult], cut: str) -> float:
     return sum((count - mean) ** 2 / mean for count, mean in cells) / quantile
 
 
+def _check_kinds(way: str, cut: str, results: list[DecodingResult]) -> None:
+    """Drafts of two were kept in part, whole and not at all, by each that drafts; what repeats itself is penalised."""
+    for by_n_gram in {way == "n_gram", "gram" in way}:
+        kinds = {(s.drafted, s.accepted) for result in results for s in result.steps if s.by_n_gram == by_n_gram}
+        assert ({(2, 0)} if by_n_gram and "processor" in cut else {(2, 0), (2, 1), (2, 2)}) <= kinds
+    first = {"self_speculative, adaptive": {1, 2}, "n_gram": {0, 2}}
+    assert {result.steps[0].drafted for result in results} == first.get(way, {2})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", _WAYS)
 @pytest.mark.parametrize("cut", _CUTS)
 def test_20000_samples_follow_the_full_models_distribution(way: str, cut: str) -> None:
     results = _samples(way, cut, 20_000)
     assert _excess(results, cut) < 1.0
-    kinds = {(step.drafted, step.accepted) for result in results for step in result.steps}
-    assert {(2, 0), (2, 1), (2, 2)} <= kinds
-    assert {result.steps[0].drafted for result in results} == ({1, 2} if "adaptive" in way else {2})
+    _check_kinds(way, cut, results)
 
 
 @pytest.mark.parametrize(
@@ -112,14 +121,14 @@ def test_20000_samples_follow_the_full_models_distribution(way: str, cut: str) -
         ("self_speculative, some tokens never drafted", "a processor of the context"),
         ("draft_model", "temperature"),
         ("layer_skip", "top-k, top-p and min-p"),
+        ("self_speculative, n-grams", "a processor of the context"),
+        ("n_gram", "top-k, top-p and min-p"),
     ],
 )
 def test_samples_follow_the_full_models_distribution_whoever_drafts(way: str, cut: str) -> None:
     results = _samples(way, cut, 2_000)
     assert _excess(results, cut) < 1.0
-    kinds = {(step.drafted, step.accepted) for result in results for step in result.steps}
-    assert {(2, 0), (2, 1), (2, 2)} <= kinds
-    assert {result.steps[0].drafted for result in results} == ({1, 2} if "adaptive" in way else {2})
+    _check_kinds(way, cut, results)
 
 
 def _keeps_every_draft(drafts_T: Tensor, *, target_probs_SV: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,16 +150,19 @@ def _shows_no_drafts(logits_BSV: Tensor, rows: Any, drafts: Any, processor: Any,
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "cut"),
+    ("name", "wrong", "way", "cut"),
     [
-        ("accept_sampled", _keeps_every_draft, "temperature"),
-        ("accept_sampled", _draws_again_from_the_target, "temperature"),
-        ("process", _shows_no_drafts, "a processor of the context"),
+        ("accept_sampled", _keeps_every_draft, "self_speculative", "temperature"),
+        ("accept_sampled", _draws_again_from_the_target, "self_speculative", "temperature"),
+        ("accept_sampled", _draws_again_from_the_target, "n_gram", "temperature"),
+        ("process", _shows_no_drafts, "self_speculative", "a processor of the context"),
     ],
 )
-def test_the_count_notices(name: str, wrong: Callable[..., object], cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_count_notices(
+    name: str, wrong: Callable[..., object], way: str, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(acceptance, name, wrong)
-    assert _excess(_samples("self_speculative", cut, 2_000), cut) > 1.2
+    assert _excess(_samples(way, cut, 2_000), cut) > 1.2
 
 
 def test_the_count_notices_distributions_that_are_cut_for_the_drafter_alone(monkeypatch: pytest.MonkeyPatch) -> None:

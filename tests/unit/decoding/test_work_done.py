@@ -28,6 +28,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "self_speculative": {"exit_layer": 1, "num_draft_tokens": 4},
     "draft_model": {"num_draft_tokens": 4},
     "layer_skip": {"skipped_layers": (1, 2), "num_draft_tokens": 4},
+    "n_gram": {"n_gram_match": 1},
 }
 
 
@@ -88,6 +89,28 @@ def test_an_exits_own_blocks_see_each_kept_position_once_and_the_last_draft_only
         expected += [(4, 6, 1)] * (step.accepted == step.drafted)
     assert decoder.spans == expected
     assert {(step.drafted, step.accepted) for step in result.steps} >= {(4, 4), (4, 2), (4, 0)}
+
+
+def test_what_an_n_gram_drafts_costs_no_draft_step_and_runs_through_all_blocks_once() -> None:
+    decoder = counting_decoder(misses=_MISSES)
+    decoder.full_logits[15] = decoder.full_logits[3]  # after 15 comes 4 again
+    settings = DecodingSettings(max_new_tokens=30, n_gram_match=1, n_gram_max_drafts=6, **_NEEDS["self_speculative"])
+    result = decode(decoder, [1, 2, 3], strategy="self_speculative", settings=settings)
+    expected, heads = [(0, 4, 3)], [1]
+    for step in result.steps:
+        alone = 0 if step.by_n_gram else step.drafted
+        expected += [(0, 1, 1)] * alone + [(0, 1, step.drafted + 1 - alone), (1, 4, step.drafted + 1)]
+        heads += [1] * alone + [step.drafted + 1]
+    assert result.tokens == [*range(4, 16), *range(4, 16), *range(4, 10)]
+    assert (decoder.spans, decoder.heads) == (expected, heads)
+    assert [(step.drafted, step.by_n_gram) for step in result.steps[-3:]] == [(6, True), (6, True), (2, True)]
+    drafted = [step for step in result.steps if step.by_n_gram]
+    assert (result.rounds_by_n_gram, result.drafted_by_n_gram, result.accepted_by_n_gram) == (
+        len(drafted),
+        sum(step.drafted for step in drafted),
+        sum(step.accepted for step in drafted),
+    )
+    assert 0 < result.drafted_by_n_gram < result.drafted
 
 
 def test_layer_skip_drafts_with_the_kept_blocks_and_verifies_with_all() -> None:
@@ -183,7 +206,8 @@ def test_the_host_waits_once_a_draft_step_and_once_a_round(
 ) -> None:
     decoder = decoder_named("llama whose exits agree")
     decoder.limit = CONTEXT
-    needs = dict(_NEEDS[strategy]) | ({"skipped_layers": (1,)} if strategy == "layer_skip" else {})
+    needs = {"n_gram_match": 1} if policy == "adaptive" and strategy not in ("autoregressive", "early_exit") else {}
+    needs |= _NEEDS[strategy] | ({"skipped_layers": (1,)} if strategy == "layer_skip" else {})
     if strategy == "draft_model":
         needs["draft_decoder"] = draft_decoder(1, VOCAB)
     settings = DecodingSettings(max_new_tokens=12, sampling=sampling, draft_policy=policy, **needs)
@@ -197,8 +221,12 @@ def test_the_host_waits_once_a_draft_step_and_once_a_round(
     with _HiddenTransfers() as hidden:
         results = decode_batch(decoder, prompts, strategy=strategy, settings=settings, generators=generators)
     monkeypatch.undo()
-    longest = [  # draft of each round, among the rows that were still there
-        max(result.steps[index].drafted for result in results if index < result.rounds)
+    longest = [  # draft of each round that was not found in the text, among the rows that were still there
+        max(
+            0 if (step := result.steps[index]).by_n_gram else step.drafted
+            for result in results
+            if index < result.rounds
+        )
         for index in range(max(result.rounds for result in results))
     ]
     assert counts == {"tolist": 1 + sum(drafted + 1 for drafted in longest)}

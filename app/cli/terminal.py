@@ -131,6 +131,9 @@ def summary(batches: Sequence[Sequence[DecodingResult]]) -> str:
         parts.append(f"{decoded / seconds:.1f} tokens/s after the first")
     if drafted:
         parts.append(f"{sum(result.accepted for result in results) / drafted:.1%} of {drafted} drafted tokens accepted")
+        if found := sum(result.drafted_by_n_gram for result in results):
+            kept = sum(result.accepted_by_n_gram for result in results)
+            parts[-1] += f" (by n-grams {kept / found:.1%} of {found})"
         parts.append(f"{decoded / rounds:.2f} tokens a round")
     if gave_up := [result.fell_back_after for result in results if result.fell_back_after is not None]:
         where = f"after {gave_up[0]} tokens" if len(results) == 1 else f"for {len(gave_up)} prompts"

@@ -3,7 +3,7 @@
 import json as json_module
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,8 @@ def _print(tuning: Tuning) -> None:
 
 def _flags(tuning: Tuning) -> str:
     """The options of `generate` for the recommended setting."""
-    values = asdict(tuning.defaults)
-    names = ("strategy", "exit_layer", "num_draft_tokens")
-    return " ".join(f"--{name} {values[name]}" for name in names if values[name] is not None)
+    values = {"strategy": tuning.defaults.strategy, **tuning.defaults.settings}
+    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 def run() -> None:

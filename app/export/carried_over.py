@@ -43,8 +43,7 @@ def chosen_defaults(
         if not Path(given).is_dir() or _holds(Path(given), weights):
             return defaults
         _log.warning("%s holds other weights: what layerskip tune chose is taken, what it measured is not", given)
-        strategy, exit_layer, drafts = defaults.strategy, defaults.exit_layer, defaults.num_draft_tokens
-        return DecodingDefaults(strategy=strategy, exit_layer=exit_layer, num_draft_tokens=drafts)
+        return DecodingDefaults(strategy=defaults.strategy, **dict[str, Any](defaults.settings))
     if (own := read_decoding_defaults(model)) is not None or not replaced.exists():
         return own
     try:
@@ -65,7 +64,7 @@ def named(defaults: DecodingDefaults) -> str:
     """The defaults in a few words."""
     if defaults.strategy == "autoregressive":
         return "autoregressive, no setting being faster"
-    return f"exit_layer {defaults.exit_layer}, num_draft_tokens {defaults.num_draft_tokens}"
+    return ", ".join(f"{name} {value}" for name, value in defaults.settings.items())
 
 
 def _stored_defaults(model: PreTrainedModel, path: Path, *, field: str) -> DecodingDefaults | None:

@@ -8,25 +8,32 @@ from app.decoding.cost_model import CostModel
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
 from app.generation.loaded_model import LoadedModel
-from app.model_files.decoding_defaults import Conditions, DecodingDefaults, read_decoding_defaults
+from app.model_files.decoding_defaults import SETTING_NAMES, Conditions, DecodingDefaults, read_decoding_defaults
 from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
 
 _USUAL_DRAFTS = 3
+_USUAL_MATCH = 3
 _USUAL_SHARE = 4  # drafts run a quarter of the blocks
 
 
 def choose_decoding(
-    strategy: Strategy | None, settings: DecodingSettings, loaded: LoadedModel, *, batch_size: int = 1
+    strategy: Strategy | None,
+    settings: DecodingSettings,
+    loaded: LoadedModel,
+    *,
+    batch_size: int = 1,
+    n_grams: bool = True,
 ) -> tuple[Strategy, DecodingSettings]:
-    """Fills in what is None of strategy, exit, drafts and costs, and logs what was chosen and why.
+    """Fills in what is None of strategy, exit, drafts, n-grams and costs, and logs what was chosen and why.
 
-    An exit or a number of drafts without a strategy means self_speculative. Strategy, exit and drafts that were tuned
-    under other conditions are still the best guess, but their costs are not used.
+    An exit or a number of drafts without a strategy means self_speculative. What was tuned under other conditions is
+    still the best guess, but its costs are not used.
 
     Args:
         batch_size: Number of prompts decoded together.
+        n_grams: Whether n-grams may draft where the settings leave it open.
 
     Raises:
         ConfigError: Exit, drafts or skipped layers do not fit the model; then nothing is logged.
@@ -36,11 +43,15 @@ def choose_decoding(
     num_layers, said = loaded.decoder.num_layers, list[str]()
     of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
     if strategy is None and num_layers == 1 and not of_drafts:
-        _log.info("strategy autoregressive: a model of one block has no earlier exit")
-        return "autoregressive", settings
+        strategy = "autoregressive" if settings.n_gram_match is None else "n_gram"
+        _log.info("strategy %s: a model of one block has no earlier exit", strategy)
+        return strategy, settings
     if strategy is None:
         strategy = "self_speculative" if tuned is None or of_drafts else tuned.strategy
         said.append(_say("strategy", strategy, tuned=tuned is not None and not of_drafts))
+        if strategy == "autoregressive" and settings.n_gram_match is not None:
+            strategy = "n_gram"
+            said[-1] = _say("strategy", strategy, tuned=False)
     exit_layer, num_draft_tokens = settings.exit_layer, settings.num_draft_tokens
     needs = STRATEGIES[strategy].needs
     if exit_layer is None and "exit_layer" in needs:
@@ -53,11 +64,18 @@ def choose_decoding(
         known = tuned.num_draft_tokens if tuned is not None and same else None
         num_draft_tokens = known or _USUAL_DRAFTS
         said.append(_say("num_draft_tokens", num_draft_tokens, tuned=bool(known)))
-    settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    n_gram_match = settings.n_gram_match
+    if n_gram_match is None and n_grams:
+        same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)
+        known = tuned.n_gram_match if tuned is not None and same else None
+        n_gram_match = known or (_USUAL_MATCH if "n_gram_match" in needs else None)
+        if n_gram_match is not None:
+            said.append(_say("n_gram_match", n_gram_match, tuned=bool(known)))
+    settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens, n_gram_match=n_gram_match)
     _check(strategy, settings, loaded.decoder)
     if said:
         _log.info("defaults: %s; %s%s", ", ".join(said), _origin(tuned, strategy, settings), elsewhere)
-    if strategy == "self_speculative" and exit_layer is not None and not elsewhere:
+    if strategy in ("self_speculative", "n_gram") and not elsewhere:
         settings = replace(settings, costs=_costs(tuned, loaded.decoder, exit_layer))
     return strategy, settings
 
@@ -87,26 +105,27 @@ def _origin(tuned: DecodingDefaults | None, strategy: Strategy, settings: Decodi
         return "layerskip tune finds what is fastest for a model"
     if tuned.strategy == "autoregressive":
         return "layerskip tune found no setting that is faster than autoregressive"
-    setting = f"exit_layer {tuned.exit_layer} and num_draft_tokens {tuned.num_draft_tokens}"
-    chosen = tuned.strategy, tuned.exit_layer, tuned.num_draft_tokens
-    if chosen != (strategy, settings.exit_layer, settings.num_draft_tokens):
+    setting = " and ".join(f"{name} {value}" for name, value in tuned.settings.items())
+    own = {name: getattr(settings, name) for name in SETTING_NAMES if getattr(settings, name) is not None}
+    if (tuned.strategy, tuned.settings) != (strategy, own):
         return f"layerskip tune chose otherwise: {tuned.strategy} with {setting}"
     if tuned.measured_speedup is None:
         return "as stored with the model; layerskip tune measures what is fastest"
     return f"layerskip tune measured a speedup of {tuned.measured_speedup:.2f} with {setting}"
 
 
-def _costs(tuned: DecodingDefaults | None, decoder: ExitableDecoder, exit_layer: int) -> CostModel | None:
-    """The measured costs, which hold for any exit; None if they were not measured."""
+def _costs(tuned: DecodingDefaults | None, decoder: ExitableDecoder, exit_layer: int | None) -> CostModel | None:
+    """The measured costs, which hold for any exit and for n-grams alone; None if they were not measured."""
     if tuned is None or tuned.head is None or tuned.extra_token is None:
         return None
-    return CostModel.self_speculative(
-        num_layers=decoder.num_layers,
-        exit_layer=exit_layer,
-        num_exit_blocks=len(decoder.exit_span(exit_layer)),
-        head=tuned.head,
-        draft_head=tuned.draft_head,
-        first_extra=tuned.first_extra or 0.0,
-        extra_token=tuned.extra_token,
-        overhead=tuned.overhead or 0.0,
-    )
+    shared: dict[str, Any] = {
+        "num_layers": decoder.num_layers,
+        "head": tuned.head,
+        "first_extra": tuned.first_extra or 0.0,
+        "extra_token": tuned.extra_token,
+        "overhead": tuned.overhead or 0.0,
+    }
+    if exit_layer is None:
+        return CostModel.two_pass(draft_step=0.0, **shared)
+    own = len(decoder.exit_span(exit_layer))
+    return CostModel.self_speculative(exit_layer=exit_layer, num_exit_blocks=own, draft_head=tuned.draft_head, **shared)

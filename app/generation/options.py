@@ -23,6 +23,10 @@ class GenerationOptions:
         draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
         skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
         draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), or none (off).
+        n_gram_match: Draft what followed the latest tokens where at least so many of them occurred before, in prompt or
+            output; elsewhere the strategy drafts, unless it is n_gram. 0 is off. By default, what layerskip tune
+            stored, else off, or 3 with strategy n_gram.
+        n_gram_max_drafts: Largest number of tokens of such a draft.
         fall_back: Stop drafting for the rest of a text when drafting slows it down.
         max_new_tokens: Largest number of new tokens for each prompt.
         stop: Texts, any of which ends the output. The output includes that text and the whole of its last token.
@@ -44,6 +48,8 @@ class GenerationOptions:
     draft_model: str | None = None
     skipped_layers: list[int] | None = None
     draft_policy: DraftPolicyName = "fixed"
+    n_gram_match: int | None = None
+    n_gram_max_drafts: int = 8
     fall_back: bool = True
     max_new_tokens: int = 128
     stop: list[str] | None = None
@@ -58,6 +64,9 @@ class GenerationOptions:
         check_range("seed", self.seed, low=0, high=2**63 - 1)
         if not 0.0 < self.repetition_penalty < float("inf"):
             raise ConfigError("repetition_penalty", got=self.repetition_penalty, allowed="(0, inf)", fix="1 is off")
+        check_range("n_gram_match", self.n_gram_match or 0, low=0, fix="0 is off")
+        if self.n_gram_match == 0 and self.strategy == "n_gram":
+            raise ConfigError("n_gram_match", got=0, allowed="at least 1, with strategy n_gram")
         self.settings()
 
     def settings(self) -> DecodingSettings:
@@ -69,6 +78,8 @@ class GenerationOptions:
             num_draft_tokens=self.num_draft_tokens,
             skipped_layers=None if self.skipped_layers is None else tuple(self.skipped_layers),
             draft_policy=self.draft_policy,
+            n_gram_match=self.n_gram_match or None,
+            n_gram_max_drafts=self.n_gram_max_drafts,
             fall_back=self.fall_back,
             sampling=SamplingSettings(
                 temperature=self.temperature,

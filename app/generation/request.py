@@ -28,7 +28,7 @@ _STRIDE = 0x9E3779B97F4A7C15  # odd, and so are its low 32 bits, which are all t
 _PRINTED = (
     *("text", "tokens", "num_tokens", "seconds_prefill", "seconds_decode", "tokens_per_second", "acceptance_rate"),
     *("mean_tokens_per_round", "rounds", "drafted", "accepted", "prompt", "stop_reason", "strategy", "lossless"),
-    *("exit_layer", "num_draft_tokens", "fell_back_after"),
+    *("exit_layer", "num_draft_tokens", "fell_back_after", "n_gram_match", "drafted_by_n_gram", "accepted_by_n_gram"),
 )
 
 
@@ -42,6 +42,7 @@ class Generation(DecodingResult):
         lossless: Whether this strategy gives the full model's own output.
         exit_layer: Number of blocks that drafted, or that were run at all; None where the strategy has no exit.
         num_draft_tokens: Largest number of tokens drafted in a round; None where the strategy drafts nothing.
+        n_gram_match: Fewest latest tokens that must have occurred before for n-grams to draft; None where they do not.
     """
 
     prompt: str
@@ -50,6 +51,7 @@ class Generation(DecodingResult):
     lossless: bool
     exit_layer: int | None
     num_draft_tokens: int | None
+    n_gram_match: int | None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that `layerskip generate --json` prints."""
@@ -79,7 +81,9 @@ class Request:
         tokens = encode_prompts(texts, loaded.tokenizer, max_length=max_length, chat=options.chat, location=location)
         stop = None if options.stop is None else StopStrings(loaded.tokenizer, options.stop)
         batch_size = min(batch_size, len(texts))
-        strategy, settings = choose_decoding(options.strategy, options.settings(), loaded, batch_size=batch_size)
+        strategy, settings = choose_decoding(
+            options.strategy, options.settings(), loaded, batch_size=batch_size, n_grams=options.n_gram_match != 0
+        )
         settings = replace(
             settings,
             eos_token_ids=loaded.eos_token_ids,
@@ -103,9 +107,15 @@ class Request:
             parts.append(f"exit {self.settings.exit_layer} of {num_layers}")
         if "num_draft_tokens" in needs:
             parts.append(f"up to {self.settings.num_draft_tokens} drafts")
+        if self._n_gram_match is not None:
+            parts.append(f"n-grams of {self._n_gram_match} and more")
         if not STRATEGIES[self.strategy].lossless:
             parts.append("lossy: not the full model's output")
         return ", ".join(parts)
+
+    @property
+    def _n_gram_match(self) -> int | None:
+        return None if STRATEGIES[self.strategy].costs is None else self.settings.n_gram_match
 
     def decode(self, rows: range, *, on_step: OnStep | None = None) -> list[DecodingResult]:
         """Continues the prompts of these indices together. A prompt's random stream depends on seed and index alone."""
@@ -143,5 +153,6 @@ class Request:
             strategy=self.strategy,
             lossless=entry.lossless,
             exit_layer=self.settings.exit_layer if "exit_layer" in entry.needs else None,
-            num_draft_tokens=self.settings.num_draft_tokens if "num_draft_tokens" in entry.needs else None,
+            num_draft_tokens=self.settings.num_draft_tokens if entry.has_drafter else None,
+            n_gram_match=self._n_gram_match,
         )

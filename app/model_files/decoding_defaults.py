@@ -31,7 +31,13 @@ from app.words import counted, dtype_name
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel  # loading all of transformers' models takes seconds
 
-DefaultStrategy = Literal["self_speculative", "autoregressive"]
+DefaultStrategy = Literal["self_speculative", "n_gram", "autoregressive"]
+SETTING_NAMES = ("exit_layer", "num_draft_tokens", "n_gram_match")
+_NEEDED: dict[DefaultStrategy, tuple[str, ...]] = {
+    "self_speculative": ("exit_layer", "num_draft_tokens"),
+    "n_gram": ("n_gram_match",),
+    "autoregressive": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +93,11 @@ class DecodingDefaults:
     """What `layerskip tune` chose for a model, and the costs that it measured; None stands for an unknown cost."""
 
     strategy: DefaultStrategy
-    exit_layer: int | None = None  # blocks that a draft runs, 1..num_layers-1; None where nothing is drafted
-    num_draft_tokens: int | None = None  # in a round, at least 1; None where nothing is drafted
+    exit_layer: int | None = None  # blocks that a draft runs, 1..num_layers-1; None where no exit drafts
+    num_draft_tokens: int | None = None  # in a round, at least 1; None where no exit drafts
+    n_gram_match: int | None = (
+        None  # tokens that must have occurred before, at least 1; None where n-grams do not draft
+    )
     head: float | None = None  # H, the cost of a step beside its blocks, in blocks
     draft_head: float | None = None  # H_d, the same for a draft; None means as `head`
     first_extra: float | None = None  # j, the cost of a second position in a pass, as a share of a pass over one
@@ -98,18 +107,25 @@ class DecodingDefaults:
     conditions: Conditions | None = None  # None in files of versions that did not store them
 
     def __post_init__(self) -> None:
-        check_choice("strategy", self.strategy, ("self_speculative", "autoregressive"))
-        drafts = self.strategy == "self_speculative"
-        for name in ("exit_layer", "num_draft_tokens"):
+        check_choice("strategy", self.strategy, _NEEDED)
+        for name in SETTING_NAMES:
             value = getattr(self, name)
-            if drafts != (type(value) is int and value >= 1):
-                allowed = "an integer, at least 1" if drafts else "null"
-                raise ConfigError(name, got=value, allowed=f"{allowed}, with strategy {self.strategy}")
+            is_needed = name in _NEEDED[self.strategy]
+            may_be_given = is_needed or (self.strategy == "self_speculative" and name == "n_gram_match")
+            is_number = type(value) is int and value >= 1
+            if not (may_be_given if is_number else value is None and not is_needed):
+                allowed = ["an integer, at least 1"] * may_be_given + ["null"] * (not is_needed)
+                raise ConfigError(name, got=value, allowed=f"{' or '.join(allowed)}, with strategy {self.strategy}")
         for name in ("head", "draft_head", "first_extra", "extra_token", "overhead", "measured_speedup"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 raise ConfigError(name, got=value, allowed="a number or null")
             check_range(name, value or 0.0, low=0.0, high=sys.float_info.max)
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What the strategy drafts with, by name."""
+        return {name: value for name in SETTING_NAMES if (value := getattr(self, name)) is not None}
 
 
 def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:

@@ -26,6 +26,7 @@ FLAGS = {
     "self_speculative": ["--exit_layer", "2", "--num_draft_tokens", "3"],
     "draft_model": ["--draft_model", "DRAFT_MODEL", "--num_draft_tokens", "2"],
     "layer_skip": ["--skipped_layers", "[1,2]", "--num_draft_tokens", "2"],
+    "n_gram": ["--n_gram_match", "1", "--fall_back", "false"],
 }
 
 

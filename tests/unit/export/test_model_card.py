@@ -1,5 +1,6 @@
 """What the README.md of an export says, and what it must not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,11 @@ def test_how_to_decode_is_what_tune_found():
     tuned = section(card_of(decoding=TUNED), "How to decode with it")
     assert "drafts of 5 tokens from exit 3, measured on bfloat16 on cpu with 2 threads: 1.46x." in tuned
     assert "do_sample=False, assistant_early_exit=3)" in tuned
+    both = section(card_of(decoding=replace(TUNED, n_gram_match=2)), "How to decode with it")
+    assert "chose drafts of what followed the latest 2 tokens before, else of 5 tokens from exit 3, measured on" in both
+    found = section(card_of(decoding=DecodingDefaults(strategy="n_gram", n_gram_match=2)), "How to decode with it")
+    assert "Drafts of what followed the latest 2 tokens before were not measured" in found
+    assert "assistant_early_exit" not in found
     plain = section(card_of(decoding=DecodingDefaults(strategy="autoregressive")), "How to decode with it")
     assert "no setting that was faster" in plain
     assert "assistant_early_exit" not in plain

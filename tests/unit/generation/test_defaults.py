@@ -38,7 +38,7 @@ def choose(caplog, monkeypatch):
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
-    def run(strategy=None, *, tuned=TUNED, batch_size=1, **settings):
+    def run(strategy=None, *, tuned=TUNED, batch_size=1, n_grams=True, **settings):
         stored = None if tuned is None else asdict(tuned)
         monkeypatch.setattr(MODEL.generation_config, "layerskip", stored, raising=False)
         caplog.clear()
@@ -48,6 +48,7 @@ def choose(caplog, monkeypatch):
                 DecodingSettings(max_new_tokens=4, **settings),
                 LoadedModel(MODEL, None, SpanDecoder(MODEL)),
                 batch_size=batch_size,
+                n_grams=n_grams,
             )
         return *chosen, caplog.text
 
@@ -108,6 +109,36 @@ def test_a_speedup_is_not_claimed_for_what_was_not_tuned(choose, strategy, given
     assert f"layerskip tune chose otherwise: self_speculative with {SETTING}" in said
 
 
+@pytest.mark.parametrize(
+    ("tuned", "strategy", "given", "expected"),
+    [
+        (replace(TUNED, n_gram_match=2), None, {}, ("self_speculative", 2)),
+        (replace(TUNED, n_gram_match=2), None, {"n_gram_match": 5}, ("self_speculative", 5)),
+        (replace(TUNED, n_gram_match=2), None, {"n_grams": False}, ("self_speculative", None)),
+        (replace(TUNED, n_gram_match=2), None, {"exit_layer": 2}, ("self_speculative", None)),  # tuned for another exit
+        (TUNED, None, {}, ("self_speculative", None)),
+        (TUNED, None, {"n_gram_match": 5}, ("self_speculative", 5)),
+        (TUNED, "n_gram", {}, ("n_gram", 3)),
+        (DecodingDefaults(strategy="n_gram", n_gram_match=2), None, {}, ("n_gram", 2)),
+        (DecodingDefaults(strategy="autoregressive"), None, {}, ("autoregressive", None)),
+        (DecodingDefaults(strategy="autoregressive"), None, {"n_gram_match": 5}, ("n_gram", 5)),
+        (None, None, {"n_gram_match": 5}, ("self_speculative", 5)),
+    ],
+)
+def test_n_grams_draft_where_that_was_tuned_or_is_asked_for(choose, tuned, strategy, given, expected):
+    chosen, settings, said = choose(strategy, tuned=tuned, **given)
+    assert (chosen, settings.n_gram_match) == expected
+    assert ("n_gram_match" in said.split(";")[0]) == (expected[1] not in (None, 5))
+
+
+def test_costs_that_were_measured_hold_for_n_grams_alone(choose):
+    tuned = DecodingDefaults(
+        strategy="n_gram", n_gram_match=2, head=2.0, extra_token=0.5, overhead=0.25, first_extra=0.5
+    )
+    costs = choose(tuned=tuned)[1].costs
+    assert (costs.round_cost(0), costs.round_cost(2)) == (10 + 0.25 + 5, 10 * 2 + 0.25 + 5)
+
+
 def test_nothing_is_said_where_nothing_is_left_open(choose):
     assert choose("self_speculative", exit_layer=2, num_draft_tokens=2)[-1] == ""
     assert choose("autoregressive")[-1] == ""
@@ -145,7 +176,11 @@ def test_a_model_of_one_block_is_decoded_autoregressively_and_drafts_with_it_are
     loaded = LoadedModel(single, None, SpanDecoder(single))
     with caplog.at_level(logging.INFO):
         assert choose_decoding(None, DecodingSettings(max_new_tokens=4), loaded)[0] == "autoregressive"
-    assert caplog.messages == ["strategy autoregressive: a model of one block has no earlier exit"]
+        given = DecodingSettings(max_new_tokens=4, n_gram_match=2)
+        assert choose_decoding(None, given, loaded)[0] == "n_gram"
+    assert caplog.messages == [
+        f"strategy {name}: a model of one block has no earlier exit" for name in ("autoregressive", "n_gram")
+    ]
     for strategy, settings in (("self_speculative", {}), ("layer_skip", {}), (None, {"num_draft_tokens": 2})):
         with pytest.raises(ConfigError, match=r"strategy: got .*allowed autoregressive, for a model of one block"):
             choose_decoding(strategy, DecodingSettings(max_new_tokens=4, **settings), loaded)

@@ -1,9 +1,13 @@
-"""The folder of a run: the config that made it, and logs that a resumed run goes on with.
+"""The folder of a run: the config that made it, and logs that a resumed run goes on with, each point in them once.
 
+A killed run has logged points behind its latest checkpoint. Lightning logs step number n, counted from 1, and the
+validation after it at n - 1. Our callbacks draw figures and write texts at n. A run that resumes at step n logs all
+points from n on again, and those of the validation after step n if it was still due.
 Tested by tests/contract/test_command_line.py and test_resume.py.
 """
 
 import csv
+import io
 import os
 import re
 import warnings
@@ -15,16 +19,19 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from typing_extensions import override
 
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
 from app.checkpoints.run_lock import hold_run
 from app.checkpoints.run_record import RUN_CONFIG_KEY
-from app.training.logged_steps import EVENTS, log_once, points
 from app.training.module import LayerSkipModule
 from app.whole_file import write_whole
 
 _HPARAMS = "hparams.yaml"  # Lightning's loggers write it, and here it is empty
+_EVENTS = "events.out.tfevents.*"  # names of the files that TensorBoard writes
 _VERSION = re.compile(r"version_(\d+)")
 
 
@@ -46,7 +53,7 @@ class SaveFitConfig(SaveConfigCallback):
         hold_run(trainer)
         self._goes_on = trainer.ckpt_path is not None
         if self._goes_on:
-            log_once(trainer)
+            _log_once(trainer)
         if trainer.ckpt_path and changes_optimizer(self.config["allow_changes"]):
             take_optimizer_settings(trainer)
         log_dir = trainer.log_dir  # asked on all ranks, since it is broadcast
@@ -63,7 +70,7 @@ class SaveFitConfig(SaveConfigCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run may begin with a validation that the killed run has logged. It then replaces what was logged.
         if self._goes_on:
-            log_once(trainer)
+            _log_once(trainer)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -101,7 +108,7 @@ def no_trace_if_refused(trainer: Trainer) -> Iterator[None]:
     """
     opened = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger | CSVLogger)]
     folders = [Path(logger.log_dir) for logger in opened if trainer.is_global_zero]
-    own = f"{EVENTS}.{os.getpid()}.*"
+    own = f"{_EVENTS}.{os.getpid()}.*"
     before = {file for folder in folders for file in folder.glob(own)}
     made = [above for folder in folders for above in (folder, *folder.parents) if not above.exists()]
     try:
@@ -109,7 +116,7 @@ def no_trace_if_refused(trainer: Trainer) -> Iterator[None]:
     except Exception:
         for folder in folders:
             for file in {*folder.glob(own)} - before:
-                if next(points(file), None) is None:
+                if next(_points(file), None) is None:
                     file.unlink()
             if folder in made and [path.name for path in folder.glob("*")] == [_HPARAMS]:
                 (folder / _HPARAMS).unlink()
@@ -137,3 +144,64 @@ def keep_metrics(trainer: Trainer) -> None:
         if file.is_file():
             with file.open(newline="") as lines:
                 writer.metrics_keys = next(csv.reader(lines), [])
+
+
+def _log_once(trainer: Trainer) -> None:
+    """Drop the points that a resumed run will log again, or has logged again.
+
+    Called between the reading of the checkpoint and the first batch, before and after a validation that was due.
+    """
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, TensorBoardLogger):
+            _purge(logger, trainer.global_step)
+        elif isinstance(logger, CSVLogger):
+            _drop_rows(Path(logger.log_dir) / "metrics.csv", trainer.global_step)
+
+
+def _purge(logger: TensorBoardLogger, step: int) -> None:
+    """Tell TensorBoard to forget everything from the latest logged step on, and write the points of that step again.
+
+    SummaryWriter's `purge_step` cannot do this, since Lightning opens the writer before it reads the checkpoint.
+    """
+    first_void = max(0, step - 1)
+    logger.experiment.flush()
+    kept: dict[tuple[str, int], tuple[Event, Any]] = {}  # the later one of a point that was logged twice
+    for event, value in _values(Path(logger.log_dir)):
+        if event.step == step - 1 or (event.step == step and not value.HasField("simple_value")):
+            kept[value.tag, event.step] = event, value
+    writer = logger.experiment.file_writer
+    writer.add_event(Event(step=first_void, file_version="brain.Event:2"))
+    writer.add_event(Event(step=first_void, session_log=SessionLog(status=SessionLog.START)))
+    for event, value in kept.values():
+        again = Event(step=event.step, wall_time=event.wall_time, summary=Summary(value=[value]))
+        writer.event_writer.add_event(again)
+
+
+def _values(folder: Path) -> Iterator[tuple[Any, Any]]:
+    for file in sorted(folder.glob(_EVENTS)):  # their names begin with the time they were opened
+        yield from _points(file)
+
+
+def _points(file: Path) -> Iterator[tuple[Any, Any]]:
+    """The points in a file of TensorBoard's, each as the event and its value."""
+    for event in LegacyEventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            yield event, value
+
+
+def _drop_rows(file: Path, step: int) -> None:
+    """Keep the rows of earlier steps; of those of the latest logged step, keep the last one with the same columns."""
+    if not file.is_file():
+        return
+    with file.open(newline="") as lines:
+        reader = csv.DictReader(lines)
+        names, rows = reader.fieldnames or [], list(reader)
+    kept: dict[object, dict[str, str]] = {}
+    for number, row in enumerate(rows):
+        if (logged := int(row["step"])) < step:
+            kept[number if logged < step - 1 else tuple(name for name in names if row[name])] = row
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(kept.values())
+    write_whole(file, text.getvalue())

@@ -14,6 +14,8 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections import ChainMap
+from collections.abc import Iterable
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def main() -> int:
         gone. Any other error is a bug of ours and raises.
     """
     args = sys.argv[1:] = with_installed(sys.argv[1:])
-    complete(VERBS, lambda verb: options_in(_help(verb)))
+    complete(VERBS, lambda verb: _options_in(map(_help, _texts_of(verb))))
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {verb:11} {summary}" for verb, (_, summary) in VERBS.items()]
         print("usage: layerskip VERB [options]\n\nverbs:", *lines, sep="\n")
@@ -108,10 +110,19 @@ def _help(verb: str) -> str:
     return texts[verb].getvalue()
 
 
+def _texts_of(verb: str) -> tuple[str, ...]:
+    """The verbs whose help texts show the options that this one takes."""
+    return ("fit", verb) if verb in ("data", "plan") else (verb,)
+
+
+def _options_in(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    return dict(ChainMap(*map(options_in, texts)))
+
+
 def _known_options(verb: str) -> set[str] | None:
     """The names of the verb's options, or None if its help has not been made yet."""
-    texts = [kept_help(name) for name in (verb, "fit") if name == verb or verb in ("data", "plan")]
-    return {"allowed_classes"}.union(*map(options_in, filter(None, texts))) if all(texts) else None
+    texts = [*map(kept_help, _texts_of(verb))]
+    return {"allowed_classes", *_options_in(filter(None, texts))} if all(texts) else None
 
 
 def _run(module: str) -> int:

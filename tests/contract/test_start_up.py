@@ -13,10 +13,20 @@ FIT_HELP = """
   --trainer.callbacks.help CLASS_PATH_OR_NAME
   --trainer.callbacks CALLBACKS, --trainer.callbacks+ CALLBACKS
   --trainer.max_steps MAX_STEPS
+                        Stop after this number of steps. (type: int, default: -1)
+  --trainer.precision PRECISION
+                        Default: ``'32-true'``. (type: Union[Literal[32, 16], Literal['transformer-
+                        engine', '16-mixed',  'bf16-mixed'], Literal['32', '16', 'bf16'], null],
+                        default: null)
+  --trainer.deterministic DETERMINISTIC
+                        Default: ``False``. (type: Union[bool, Literal['warn'], null], default: null)
   --model.optimizer OPTIMIZER
   --model.lr_schedule {constant,linear,cosine}
   --data.help CLASS_PATH_OR_NAME
   --data DATA
+"""
+PLAN_HELP = """
+  --devices DEVICES     Number of devices. (type: int | null, default: null)
 """
 MISTAKES = [
     (["fit", "--config", "absent.yaml"], "config: got 'absent.yaml', allowed a YAML file (no such file or direct"),
@@ -35,6 +45,9 @@ COMPLETED = {
     "layerskip f": ["fit"],
     "layerskip fit --trainer.max_": ["--trainer.max_steps"],
     "layerskip fit --model.lr_schedule c": ["constant", "cosine"],
+    "layerskip fit --trainer.precision ": ["32", "16", "transformer-engine", "16-mixed", "bf16-mixed", "bf16"],
+    "layerskip plan --trainer.deterministic ": ["warn", "true", "false"],
+    "layerskip plan --dev": ["--devices"],
 }
 # Each command in one process, since an import that one of them needs would be seen after it.
 SCRIPT = """
@@ -66,6 +79,7 @@ print(json.dumps((said, offered)))
 def test_help_completion_and_mistakes_that_show_at_once_are_answered_without_torch(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     help_texts.keep_help("fit", FIT_HELP)
+    help_texts.keep_help("plan", PLAN_HELP)
     asked = json.dumps(([command for command, _ in MISTAKES], [*COMPLETED], str(tmp_path / "answer")))
     done = subprocess.run([sys.executable, "-c", SCRIPT, asked], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from app.whole_file import write_whole
 
 _PACKAGES = ("jsonargparse", "lightning", "torch", "transformers")  # their docstrings are in the texts
 _ROOMS = ("app", "callbacks", "datamodules")
-_OPTION = re.compile(r"(?m)^ +(?:-\w(?: \S+)?, )?--([\w.]+)\+?(?:[ =](\{[^}]*\}))?")
+_OPTION = re.compile(r"(?m)^ +(?:-\w(?: \S+)?, )?--([\w.]+)\+?(?:[ =]\{([^}]*)\})?")
 
 
 def kept_help(verb: str) -> str | None:
@@ -46,9 +46,18 @@ def keep_help(verb: str, text: str) -> None:
 def options_in(text: str) -> dict[str, tuple[str, ...]]:
     """The options in a help text, without dashes, each with its values if the text lists them."""
     options: dict[str, tuple[str, ...]] = {}
-    for name, values in _OPTION.findall(text):
-        options[name] = options.get(name) or tuple(filter(None, values.strip("{}").split(",")))
+    _, *parts = _OPTION.split(text)
+    for name, values, described in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        listed = values.split(",") if values else _values_of_type(described)
+        options[name] = options.get(name) or tuple(dict.fromkeys(listed))
     return options
+
+
+def _values_of_type(described: str) -> list[str]:
+    """The values that the type in an option's description lists, such as `Optional[Literal['fixed', 'off']]`."""
+    kind = "".join(described.partition("(type:")[2].split()).partition(",default:")[0]  # lines may break within a name
+    listed = [value.strip("'") for values in re.findall(r"Literal\[(.*?)\]", kind) for value in values.split(",")]
+    return listed + ["true", "false"] * ("bool" in kind)
 
 
 def complete(verbs: Iterable[str], options_of: Callable[[str], Mapping[str, tuple[str, ...]]]) -> None:

@@ -26,15 +26,6 @@ class _RankWork(NamedTuple):
     data_rank: int
     work: MicroBatchWork
 
-    def hash_for_all(self) -> int:
-        """Hash of what all ranks must have in common."""
-        work = self.work
-        return _hash((self.step, self.micro_batch, work.dropout_rates, work.exit_weights, work.most_kept))
-
-    def hash_of_rows(self) -> int:
-        """Hash of what ranks that share rows must have in common, too."""
-        return _hash((self.work.batch_size, self.work.kept_samples))
-
 
 class DropoutAgreementCheck(Callback):
     """Compares hashes of the ranks' work before the forward: one collective of 24 bytes a rank, and a wait for it.
@@ -67,7 +58,9 @@ class DropoutAgreementCheck(Callback):
         if trainer.world_size == 1 or trainer.global_step % self.every_n_steps:
             return
         own = _RankWork(trainer.global_step, self._micro_batch, data_ranks(trainer).rank, work)
-        hashes = torch.tensor([own.hash_for_all(), own.hash_of_rows(), own.data_rank], device=pl_module.device)
+        alike = _hash((own.step, own.micro_batch, work.dropout_rates, work.exit_weights, work.most_kept))
+        alike_on_same_rows = _hash((work.batch_size, work.kept_samples))
+        hashes = torch.tensor([alike, alike_on_same_rows, own.data_rank], device=pl_module.device)
         gathered = [torch.empty_like(hashes) for _ in range(trainer.world_size)]
         dist.all_gather(gathered, hashes)
         for_all, of_rows, by_data_rank = zip(*(of_rank.tolist() for of_rank in gathered), strict=True)

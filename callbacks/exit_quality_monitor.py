@@ -35,8 +35,9 @@ class ExitQualityMonitor(Callback):
     def __init__(self, *, exit_layers: list[int] | None = None) -> None:
         self._wanted = exit_layers
         self._quality: ExitQuality | None = None
-        self.history: dict[int, dict[int, ExitScore]] = {}  # step -> exit_layer -> score, of validations in fits
-        self._latest: dict[int, dict[int, ExitScore]] = {}  # likewise, of this process's last measurement alone
+        # Both hold step -> exit_layer -> score: one of all validations in fits, the other of this process's latest one.
+        self.history: dict[int, dict[int, ExitScore]] = {}
+        self._latest: dict[int, dict[int, ExitScore]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, ExitMonitorHost):

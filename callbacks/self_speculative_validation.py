@@ -54,7 +54,7 @@ class SelfSpeculativeValidation(DecodingValidation):
         check_range("prompt_length", prompt_length, low=1)
         self.num_prompts, self.prompt_length = num_prompts, prompt_length
         self._latest: list[DecodingComparison] = []
-        self._num_ranks = 1  # that measured `_latest`
+        self._world_size = 1  # ranks that measured `_latest`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate"):
@@ -68,7 +68,7 @@ class SelfSpeculativeValidation(DecodingValidation):
         if not self._is_due(trainer):
             return
         parts = on_all_ranks(trainer, lambda: self._measure(trainer, pl_module))
-        self._latest, self._num_ranks = pool_comparisons(parts), len(parts)
+        self._latest, self._world_size = pool_comparisons(parts), len(parts)
         pl_module.log_dict(_metrics(self._latest), sync_dist=True)  # the same on all ranks already
         if table := self.report():
             write_table(trainer, "decode/self_speculative", table)
@@ -96,7 +96,7 @@ class SelfSpeculativeValidation(DecodingValidation):
         if not self._latest:
             return None
         table = comparison_table(self._latest)
-        return table._replace(title=f"{table.title} on {self._num_ranks} ranks") if self._num_ranks > 1 else table
+        return table._replace(title=f"{table.title} on {self._world_size} ranks") if self._world_size > 1 else table
 
 
 def _metrics(comparisons: Sequence[DecodingComparison]) -> dict[str, float]:

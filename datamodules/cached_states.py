@@ -199,8 +199,8 @@ class CachedStatesDataModule(RowDataModule):
         """The corpus's training batches from the first one on; `passes` over each source are noted."""
         for batch in self._corpus.train_dataloader():
             _, state = batch[STATE_KEY]
-            for name, epochs in zip(self.source_names, state.epochs, strict=True):
-                passes[name] = max(passes[name], epochs)
+            for name, source in zip(self.source_names, state, strict=True):
+                passes[name] = max(passes[name], source.given.epochs)
             yield batch
 
     # -- rows ------------------------------------------------------------------------------------------------------
@@ -229,10 +229,6 @@ class CachedStatesDataModule(RowDataModule):
         return self._loader(self._rows("validation", num_rows), sampler=own, batch_size=self._settings.batch_size)
 
     test_dataloader = predict_dataloader = val_dataloader
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse another order; nothing is to be restored, since the trainer's step tells the position."""
-        self.check_state_dict(state_dict)
 
     def _order(self) -> dict[str, Any]:
         made = sha256(json.dumps(self._cache.made_from, sort_keys=True).encode()).hexdigest()[:16]

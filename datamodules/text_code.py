@@ -155,8 +155,8 @@ class TextCodeDataModule(RowDataModule):
         """Note the position behind a training batch, which is about to be trained on, and take it out of the batch."""
         if STATE_KEY not in batch:
             return batch
-        number, state = batch[STATE_KEY]
-        self._keeper.hand_over(number, state, step=self._steps_taken)
+        lane, state = batch[STATE_KEY]
+        self._keeper.hand_over(lane, state, step=self._steps_taken)
         return {name: column for name, column in batch.items() if name != STATE_KEY}
 
     def val_dataloader(self) -> DataLoader[Any]:

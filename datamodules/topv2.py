@@ -169,10 +169,6 @@ class TOPv2DataModule(RowDataModule):
 
     predict_dataloader = test_dataloader
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse another order; nothing is to be restored, since the trainer's step tells the position."""
-        self.check_state_dict(state_dict)
-
     def _order(self) -> dict[str, int | str]:
         settings = self._settings
         return {

@@ -1,6 +1,6 @@
 """What callbacks may set in a module that trains, and ask of it: the hosts of app.protocols, but for decoding.
 
-Tested by tests/unit/callbacks/test_own_curricula.py, test_curricula.py and tests/distributed/test_agreement.py.
+Tested also by tests/unit/callbacks/test_curricula.py and tests/distributed/test_agreement.py.
 """
 
 import inspect

@@ -196,6 +196,10 @@ class RowDataModule(LightningDataModule, ABC):
             raise ConfigError("tokenizer", got=now, allowed=allowed, fix=fix)
         self._checked = state_dict if self._resumes else None
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse another order; nothing is to be restored where the trainer's step tells the position."""
+        self.check_state_dict(state_dict)
+
 
 def _difference(field: str, value: Any, saved: Mapping[str, Any], *, num_replicas: int) -> ConfigError:
     name, restore = field, "restore it"

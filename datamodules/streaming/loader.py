@@ -25,14 +25,14 @@ from datamodules.readers.records import BadRecord, Reader
 from datamodules.readers.sources import Source
 from datamodules.streaming.packing import Row
 from datamodules.streaming.source_blocks import StreamSettings
-from datamodules.streaming.stream import Lane, LaneState
+from datamodules.streaming.stream import Lane, LaneState, SourceState, from_lists, to_lists
 
 STATE_KEY = "lane_state"
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """The micro-batches that every rank trained on, and the state of each lane that delivered some, by its number."""
+    """The micro-batches that every rank trained on, and the state of each lane that delivered some, by its index."""
 
     batches: int
     lanes: Mapping[int, LaneState]
@@ -43,9 +43,9 @@ def check_position(state: Mapping[str, Any], *, num_sources: int) -> None:
     saved, entry = SavedEntries(), ("data",)
     saved.count((*entry, "global_batches"), state.get("global_batches"))
     num_lanes = saved.count((*entry, "num_lanes"), state.get("num_lanes"), low=1)
-    for number, lane in saved.any_keys((*entry, "lanes"), state.get("lanes")).items():
-        saved.count((*entry, "lanes", number), int(number) if str(number).isdigit() else number, high=num_lanes - 1)
-        saved.alike((*entry, "lanes", number), lane, LaneState.start(num_sources).to_lists())
+    for lane, lists in saved.any_keys((*entry, "lanes"), state.get("lanes")).items():
+        saved.count((*entry, "lanes", lane), int(lane) if str(lane).isdigit() else lane, high=num_lanes - 1)
+        saved.alike((*entry, "lanes", lane), lists, to_lists((SourceState(),) * num_sources))
 
 
 class PositionKeeper:
@@ -59,11 +59,11 @@ class PositionKeeper:
         """The position behind the latest batch that was handed over, where an iteration goes on."""
         return self._now
 
-    def hand_over(self, number: int, state: LaneState, *, step: int) -> None:
-        """Note that a batch of lane `number` is about to be trained on, after `step` optimizer steps."""
+    def hand_over(self, lane: int, state: LaneState, *, step: int) -> None:
+        """Note that a batch of `lane` is about to be trained on, after `step` optimizer steps."""
         if step != self._step:
             self._step, self._step_start = step, self._now
-        self._now = StreamPosition(self._now.batches + 1, {**self._now.lanes, number: state})
+        self._now = StreamPosition(self._now.batches + 1, {**self._now.lanes, lane: state})
 
     def at_step(self, step: int) -> StreamPosition:
         """Where the data of optimizer step `step` (the next to be taken) begins."""
@@ -76,35 +76,31 @@ class PositionKeeper:
         if share.num_replicas > 1:
             gathered: list[Any] = [None] * torch.distributed.get_world_size()  # tensor-parallel ranks say the same
             torch.distributed.all_gather_object(gathered, lanes)
-            lanes = {number: state for part in gathered for number, state in part.items()}
+            lanes = {lane: state for part in gathered for lane, state in part.items()}
         return {
             "global_batches": position.batches * share.num_replicas,
-            "lanes": {str(number): state.to_lists() for number, state in sorted(lanes.items())},
+            "lanes": {str(lane): to_lists(lanes[lane]) for lane in sorted(lanes)},
         }
 
     def restore(self, state: Mapping[str, Any], *, share: RankShare) -> None:
         """Go on from what `state` gave, on any number of ranks."""
-        lanes = {int(number): LaneState.from_lists(lists) for number, lists in state["lanes"].items()}
+        lanes = {int(lane): from_lists(lists) for lane, lists in state["lanes"].items()}
         self._now = self._step_start = StreamPosition(state["global_batches"] // share.num_replicas, lanes)
 
     def statistics(self, source_names: Sequence[str], *, share: RankShare) -> dict[str, SourceStatistics]:
         """What each source gave to the lanes of this rank; names in the order of the lanes' figures."""
         own = _own_lanes(self._now, share).values()
+        given = [[SourceState().given, *(state[index].given for state in own)] for index in range(len(source_names))]
+        totals = [SourceStatistics(*map(sum, zip(*of_source, strict=True))) for of_source in given]
         return {
-            name: SourceStatistics(
-                tokens=sum(state.tokens[index] for state in own),
-                rows=sum(state.rows[index] for state in own),
-                epochs=sum(state.epochs[index] for state in own) / max(1, len(own)),
-                seen=sum(state.seen[index] for state in own),
-                skipped=sum(state.skipped[index] for state in own),
-            )
-            for index, name in enumerate(source_names)
+            name: total._replace(epochs=total.epochs / max(1, len(own)))
+            for name, total in zip(source_names, totals, strict=True)
         }
 
 
 def _own_lanes(position: StreamPosition, share: RankShare) -> dict[int, LaneState]:
     """The states of the lanes that this rank reads; those of others are as old as the checkpoint."""
-    return {number: state for number, state in position.lanes.items() if number % share.num_replicas == share.rank}
+    return {lane: state for lane, state in position.lanes.items() if lane % share.num_replicas == share.rank}
 
 
 def check_lanes(num_lanes: int, *, num_replicas: int, workers: int) -> None:
@@ -136,29 +132,29 @@ class LaneBatches(IterableDataset[Any]):
         self.position = StreamPosition(0, {})
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield batches, each with its lane's number and state; or the error that ended a source."""
+        """Yield batches, each with its lane's index and state; or the error that ended a source."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         lanes: dict[int, Lane] = {}
         logged: list[set[BadRecord]] = [set() for _ in self._sources]
         k = self.position.batches + worker
         while True:
-            number = (k * self._share.num_replicas + self._share.rank) % self._settings.num_lanes
-            if number not in lanes:
-                lanes[number] = Lane(
+            lane = (k * self._share.num_replicas + self._share.rank) % self._settings.num_lanes
+            if lane not in lanes:
+                lanes[lane] = Lane(
                     self._sources,
-                    lane=number,
+                    lane=lane,
                     encode=self._encode,
                     settings=self._settings,
-                    state=self.position.lanes.get(number, LaneState.start(len(self._sources))),
+                    state=self.position.lanes.get(lane, (SourceState(),) * len(self._sources)),
                     logged=logged,
                 )
             try:
-                batch = stack([lanes[number].next_row() for _ in range(self._settings.batch_size)])
+                batch = stack([lanes[lane].next_row() for _ in range(self._settings.batch_size)])
             except DataError as error:  # a worker's exception would arrive as a traceback in a string
                 yield error
                 return
-            yield batch | {STATE_KEY: (number, lanes[number].state)}
+            yield batch | {STATE_KEY: (lane, lanes[lane].state)}
             k += workers
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from app.protocols import SourceStatistics
 from datamodules.loading.tokenizers import Encoder
 from datamodules.readers.records import BadRecord, Reader
 from datamodules.readers.sources import Source
@@ -25,11 +26,37 @@ _WINDOW_TOKENS = 2**19  # rows are shuffled among so many tokens
 _DOCUMENTS_A_CALL = 64  # given to the tokenizer at once
 
 
-class SourceStream:
-    """The rows of one source in one lane, from a position on."""
+class SourceState(NamedTuple):
+    """Where the next row of a source begins in a lane, and what the source gave to the lane so far.
 
-    def __init__(self, blocks: SourceBlocks, position: SourcePosition, *, encode: Encoder) -> None:
+    Only `tokens` and `rows` decide on rows to come; the rest of `given` is for information.
+    """
+
+    position: SourcePosition = SourcePosition()
+    given: SourceStatistics = SourceStatistics(tokens=0, rows=0, epochs=0.0, seen=0, skipped=0)
+
+
+LaneState = tuple[SourceState, ...]  # by source
+
+
+def to_lists(state: LaneState) -> list[list[Any]]:
+    """The state of a lane for a checkpoint: the positions in its sources, and for each figure that of every source."""
+    figures = zip(*(source.given for source in state), strict=True)
+    return [[list(source.position) for source in state], *map(list, figures)]
+
+
+def from_lists(lists: list[list[Any]]) -> LaneState:
+    """Undo `to_lists`."""
+    rows = zip(*lists, strict=True)
+    return tuple(SourceState(SourcePosition(*position), SourceStatistics(*given)) for position, *given in rows)
+
+
+class SourceStream:
+    """The rows of one source in one lane, from a state on."""
+
+    def __init__(self, blocks: SourceBlocks, state: SourceState, *, encode: Encoder) -> None:
         self._blocks, self._encode, self._settings = blocks, encode, blocks.settings
+        self.tokens, self._num_rows, position = state.given.tokens, state.given.rows, state.position
         # Where the window begins, and the row after the latest one that was packed.
         self._start = self._next_start = position
         self._window: list[Row] = []
@@ -42,34 +69,27 @@ class SourceStream:
         self._rows = pack(self._documents(position), seq_len=self._settings.seq_len, within=position.within)
 
     @property
-    def epochs(self) -> float:
-        """Passes over the lane's part of the source given out so far; within a window, in proportion to its rows."""
-        start = self._passes(self._start)
-        if not self._window:
-            return start
-        return start + (self._passes(self._next_start) - start) * self._drawn / len(self._window)
+    def state(self) -> SourceState:
+        """Where the next row comes from, and what was given out so far."""
+        epochs = self._passes(self._start)
+        if self._window:
+            epochs += (self._passes(self._next_start) - epochs) * self._drawn / len(self._window)
+        records = self._blocks.records
+        given = SourceStatistics(self.tokens, self._num_rows, epochs, records.seen, records.skipped)
+        return SourceState(self._start._replace(drawn=self._drawn), given)
 
     def _passes(self, position: SourcePosition) -> float:
         """Passes up to a position; within a block, in proportion to its documents."""
         chunks, documents = self._extents.get(position.block, (0, 1))
         return self._blocks.epochs(position.ordinal + chunks * position.taken / documents)
 
-    @property
-    def records(self) -> tuple[int, int]:
-        """Records read so far, and bad ones among them."""
-        return self._blocks.records.seen, self._blocks.records.skipped
-
-    @property
-    def position(self) -> SourcePosition:
-        """Where the next row comes from."""
-        return self._start._replace(drawn=self._drawn)
-
     def next_row(self) -> Row:
-        """Return the next row and advance `position`; DataError as of `SourceBlocks.read`."""
+        """Return the next row and advance `state`; DataError as of `SourceBlocks.read`."""
         if not self._window:
             self._window = self._pack_window()
         row = self._window[self._drawn]
         self._drawn += 1
+        self.tokens, self._num_rows = self.tokens + row.num_tokens, self._num_rows + 1
         if self._drawn == len(self._window):
             self._start, self._window, self._drawn = self._next_start._replace(window=self._start.window + 1), [], 0
         return row
@@ -112,37 +132,6 @@ class SourceStream:
             yield None
 
 
-class LaneState(NamedTuple):
-    """Where the next row of each source begins, and what each source gave so far.
-
-    `tokens` (without padding) and `rows` were delivered. For information, `epochs` counts passes over the lane's part
-    of the source, `seen` the records read, and `skipped` the bad ones among them.
-    """
-
-    positions: tuple[SourcePosition, ...]
-    tokens: tuple[int, ...]
-    rows: tuple[int, ...]
-    epochs: tuple[float, ...]
-    seen: tuple[int, ...]
-    skipped: tuple[int, ...]
-
-    @classmethod
-    def start(cls, num_sources: int) -> "LaneState":
-        """The state of a lane that has delivered nothing."""
-        zeros = (0,) * num_sources
-        return cls((SourcePosition(),) * num_sources, zeros, zeros, (0.0,) * num_sources, zeros, zeros)
-
-    def to_lists(self) -> list[list[Any]]:
-        """The state as lists of numbers, for a checkpoint."""
-        return [[list(position) for position in self.positions], *map(list, self[1:])]
-
-    @classmethod
-    def from_lists(cls, lists: list[list[Any]]) -> "LaneState":
-        """The inverse of `to_lists`."""
-        positions, *figures = lists
-        return cls(tuple(SourcePosition(*position) for position in positions), *map(tuple, figures))
-
-
 class Lane:
     """The endless mixture of all sources in one lane: the source that is furthest behind its weight gives a row.
 
@@ -165,9 +154,8 @@ class Lane:
             known = logged[index] if logged else None
             records = BadRecords(source.name, max_share=settings.max_bad_share, logged=known)
             blocks = SourceBlocks(reader, index=index, lane=lane, settings=settings, records=records)
-            self._streams.append(SourceStream(blocks, state.positions[index], encode=encode))
+            self._streams.append(SourceStream(blocks, state[index], encode=encode))
         self._weights = [source.relative_weight for source, _ in sources]
-        self._tokens, self._rows = list(state.tokens), list(state.rows)
         # Up to a row in advance, or all lanes would take their first row, and many later ones, from the same source.
         credit = settings.generator(lane, _CREDIT_KEY)
         self._credit = credit.uniform(0.0, settings.seq_len, size=len(sources))
@@ -175,24 +163,13 @@ class Lane:
     def next_row(self) -> tuple[int, Row]:
         """The index of a source, and its next row."""
         behind = [
-            (tokens + credit) / weight
-            for tokens, credit, weight in zip(self._tokens, self._credit, self._weights, strict=True)
+            (stream.tokens + credit) / weight
+            for stream, credit, weight in zip(self._streams, self._credit, self._weights, strict=True)
         ]
         source = int(np.argmin(behind))
-        row = self._streams[source].next_row()
-        self._tokens[source] += row.num_tokens
-        self._rows[source] += 1
-        return source, row
+        return source, self._streams[source].next_row()
 
     @property
     def state(self) -> LaneState:
         """Where the next row comes from."""
-        seen, skipped = zip(*(stream.records for stream in self._streams), strict=True)
-        return LaneState(
-            positions=tuple(stream.position for stream in self._streams),
-            tokens=tuple(self._tokens),
-            rows=tuple(self._rows),
-            epochs=tuple(stream.epochs for stream in self._streams),
-            seen=seen,
-            skipped=skipped,
-        )
+        return tuple(stream.state for stream in self._streams)

@@ -16,7 +16,7 @@ from datamodules.readers.sources import Source
 from datamodules.streaming import loader as stream_loader
 from datamodules.streaming.loader import STATE_KEY, LaneBatches, StreamLoader, StreamPosition, stack
 from datamodules.streaming.packing import Row
-from datamodules.streaming.stream import Lane, LaneState
+from datamodules.streaming.stream import Lane, SourceState
 from tests.unit.datamodules.list_reader import ListReader, chunks, encode, make_settings
 
 
@@ -61,21 +61,21 @@ def test_each_batch_brings_the_state_behind_it_and_one_can_go_on_from_there() ->
             assert torch.equal(batch["input_ids"], expected["input_ids"])
             assert batch[STATE_KEY] == expected[STATE_KEY]
     assert not torch.equal(batches[0]["input_ids"], batches[2]["input_ids"])
-    assert batches[2][STATE_KEY][1].rows == (4,)
+    assert batches[2][STATE_KEY][1][0].given.rows == 4
 
 
 def test_a_bad_record_that_every_lane_meets_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "datamodules")
     reader = ListReader([*chunks(2, 2, 2, 2, 2, 2, 2), [None]])
     batches = list(islice(make_batches(reader, num_lanes=4), 60))
-    assert sum(state.skipped[0] > 0 for state in dict(batch[STATE_KEY] for batch in batches).values()) > 1
+    assert sum(state[0].given.skipped > 0 for state in dict(batch[STATE_KEY] for batch in batches).values()) > 1
     assert [record.getMessage() for record in caplog.records] == ["source 'letters': skipped 7:0: bad"]
 
 
 def test_a_batch_has_the_rows_a_lane_gives() -> None:
     sources = [(Source(kind="files", path=".", name="letters"), ListReader(chunks(5, 6, 7)))]
     settings = make_settings()
-    lane = Lane(sources, lane=0, encode=encode, settings=settings, state=LaneState.start(1))  # type: ignore[arg-type]
+    lane = Lane(sources, lane=0, encode=encode, settings=settings, state=(SourceState(),))  # type: ignore[arg-type]
     rows = [lane.next_row() for _ in range(6)]
     batches = list(islice(make_batches(batch_size=3), 2))
     assert [row for batch in batches for row in batch["input_ids"].tolist()] == [

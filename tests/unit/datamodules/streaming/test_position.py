@@ -9,14 +9,15 @@ import torch
 from app.errors import CheckpointError
 from datamodules.loading.rank_share import RankShare
 from datamodules.streaming.loader import PositionKeeper, StreamPosition, check_position
-from datamodules.streaming.stream import LaneState
+from datamodules.streaming.stream import LaneState, SourceState, from_lists, to_lists
 
 ALONE = RankShare()
 
 
 def lane_state(tokens: int) -> LaneState:
     """A state that can be told from others."""
-    return LaneState.start(2)._replace(tokens=(tokens, 0), epochs=(0.5, 0.0))
+    given = SourceState().given._replace(tokens=tokens, epochs=0.5)
+    return SourceState(given=given), SourceState()
 
 
 def test_a_new_keeper_is_at_the_beginning() -> None:
@@ -66,13 +67,13 @@ def test_each_lane_is_told_by_the_rank_that_reads_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     keeper, share = PositionKeeper(), RankShare(rank=rank, num_replicas=2)
-    everything = {"lanes": {str(number): lane_state(number).to_lists() for number in range(4)}, "global_batches": 6}
+    everything = {"lanes": {str(number): to_lists(lane_state(number)) for number in range(4)}, "global_batches": 6}
     keeper.restore(everything, share=share)  # the other rank's lanes are known from the checkpoint, and go stale
     keeper.hand_over(rank, lane_state(50), step=0)
     state = keeper.state(1, share=share)
     assert told == [{rank: lane_state(50), rank + 2: lane_state(rank + 2)}]
     assert state["global_batches"] == 2 * (3 + 1)
-    assert {number: LaneState.from_lists(plain).tokens[0] for number, plain in state["lanes"].items()} == {
+    assert {number: from_lists(plain)[0].given.tokens for number, plain in state["lanes"].items()} == {
         "0": 10,
         "1": 11,
         "2": 12,
@@ -81,7 +82,7 @@ def test_each_lane_is_told_by_the_rank_that_reads_it(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("junk", ["x", -1, None, [1]])
 def test_a_state_that_is_no_position_is_refused_by_name(junk):
-    lane = LaneState.start(2).to_lists()
+    lane = to_lists((SourceState(), SourceState()))
     check_position({"global_batches": 3, "num_lanes": 1, "lanes": {"0": lane}}, num_sources=2)
     lane[0][1][9] = junk
     with pytest.raises(CheckpointError, match=r"data\.lanes\.0\.0\.1\.9: got"):

@@ -17,7 +17,7 @@ from datamodules.readers.sources import Source
 from datamodules.streaming import stream as lane_stream
 from datamodules.streaming.packing import Row
 from datamodules.streaming.source_blocks import SourcePosition
-from datamodules.streaming.stream import Lane, LaneState
+from datamodules.streaming.stream import Lane, LaneState, SourceState, from_lists, to_lists
 from tests.unit.datamodules.list_reader import SEQ_LEN, ListReader, chunks, encode, make_settings
 
 
@@ -34,7 +34,7 @@ def make_lane(
         (Source(kind="files", path=".", name=f"source{index}", weight=weight), reader)
         for index, (reader, weight) in enumerate(zip(readers, weights, strict=True))
     ]
-    state = state or LaneState.start(len(readers))
+    state = state or (SourceState(),) * len(readers)
     return Lane(sources, lane=lane, encode=encode, settings=make_settings(**changes), state=state)
 
 
@@ -74,7 +74,7 @@ def test_an_epoch_has_every_document_once_and_the_next_has_another_order(packing
     assert sorted(first) == sorted(second) == sorted(ord(text[0]) for chunk in texts for text in chunk if text)
     assert first != second
     assert first != sorted(first)
-    assert 1 <= lane.state.epochs[0] <= 2
+    assert 1 <= lane.state[0].given.epochs <= 2
 
 
 def test_documents_of_a_block_are_shuffled_and_without_a_buffer_they_are_not() -> None:
@@ -92,17 +92,17 @@ def test_a_window_s_rows_are_shuffled_among_one_another_alone(monkeypatch: pytes
     texts: list[list[str | None]] = [[chr(number) + "x" * 6 for number in range(65, 95)]]  # a document a row
     in_order = make_lane(ListReader(texts), shuffle_megabytes=0.0)  # 1 block, 1 window and 1 row a document
     assert [row.input_ids[0] for _, row in take(in_order, 30)] == list(range(65, 95))
-    assert in_order.state.positions[0][2:] == (29, 29, 0, 0, 1, 0, 30, 0)
+    assert in_order.state[0].position[2:] == (29, 29, 0, 0, 1, 0, 30, 0)
     one_block = make_lane(ListReader([["x" * 239]]), shuffle_megabytes=1.0)  # 30 rows of one document
     for window in range(7):
         for drawn in range(4):
-            position = one_block.state.positions[0]
+            position = one_block.state[0].position
             assert (position.window, position.drawn) == (window, drawn)
             assert (position.taken, position.within) == (0, 4 * SEQ_LEN * window)
             one_block.next_row()
-    assert [one_block.state.positions[0].window, one_block.state.positions[0].within] == [7, 28 * SEQ_LEN]
+    assert [one_block.state[0].position.window, one_block.state[0].position.within] == [7, 28 * SEQ_LEN]
     take(one_block, 2)  # a block's last window ends with it
-    assert one_block.state.positions[0] == SourcePosition(taken=1, window=8)
+    assert one_block.state[0].position == SourcePosition(taken=1, window=8)
 
 
 def test_rows_of_a_long_document_come_in_another_order_in_each_window_lane_and_source(
@@ -132,33 +132,33 @@ def test_the_smallest_window_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lane_stream, "_WINDOW_TOKENS", SEQ_LEN - 1)
     lane = make_lane(ListReader([["a" * 8 + "b" * 8 + "c" * 7]]), shuffle_megabytes=1.0)
     assert [row.input_ids[0] for _, row in take(lane, 6)] == [*map(ord, "abcabc")]
-    assert lane.state.positions[0].window == 6
+    assert lane.state[0].position.window == 6
 
 
 def test_a_window_keeps_to_the_block_it_begins_in() -> None:
     lane = make_lane(ListReader(chunks(4, length=7)), shuffle_megabytes=14e-6)  # 2 documents a block, 1 row each
     windows = []
     for _ in range(8):
-        windows.append(lane.state.positions[0].window)
+        windows.append(lane.state[0].position.window)
         lane.next_row()
     assert windows == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_epochs_are_told_as_far_as_rows_were_given_and_records_as_far_as_they_were_read() -> None:
     lane = make_lane(ListReader([["a" * 7, None], ["b" * 7] * 3]), shuffle_megabytes=0.0)  # a block a document
-    assert (lane.state.epochs, lane.state.seen, lane.state.skipped) == ((0.0,), (0,), (0,))
+    assert lane.state == (SourceState(),)
     passed = []
     for _ in range(8):
         lane.next_row()
-        passed.append(lane.state.epochs[0])
+        passed.append(lane.state[0].given.epochs)
     assert passed == sorted(passed)
     assert passed[-1] in {1.5, 2.0}  # whole chunks, but for the last one's end
-    assert (lane.state.seen, lane.state.skipped) in {((10,), (2,)), ((9,), (1,))}
+    assert lane.state[0].given[3:] in {(10, 2), (9, 1)}  # seen, skipped
     whole = make_lane(ListReader([["a" * 15, "b" * 15]] * 2), shuffle_megabytes=1.0)  # an epoch a block, of 8 rows
-    monitored = [whole.state.epochs[0]]
+    monitored = [whole.state[0].given.epochs]
     for _ in range(8):
         whole.next_row()
-        monitored.append(whole.state.epochs[0])
+        monitored.append(whole.state[0].given.epochs)
     assert monitored == [count / 8 for count in range(9)]
 
 
@@ -198,7 +198,7 @@ def test_a_lane_goes_on_from_any_position_as_if_it_had_not_stopped(data: st.Data
     with patch.object(lane_stream, "_WINDOW_TOKENS", window * SEQ_LEN):
         whole = make_lane(ListReader(texts), ListReader(other), **changes)
         take(whole, before)
-        state = LaneState.from_lists(whole.state.to_lists())
+        state = from_lists(to_lists(whole.state))
         assert state == whole.state
         expected = take(whole, 25)
         resumed = make_lane(ListReader(texts), ListReader(other), state=state, **changes)
@@ -207,7 +207,7 @@ def test_a_lane_goes_on_from_any_position_as_if_it_had_not_stopped(data: st.Data
 
 
 def test_a_new_lane_is_at_the_start() -> None:
-    assert make_lane(ListReader(chunks(3)), ListReader(chunks(3))).state == LaneState.start(2)
+    assert make_lane(ListReader(chunks(3)), ListReader(chunks(3))).state == (SourceState(), SourceState())
 
 
 def test_another_position_is_another_stream() -> None:
@@ -234,8 +234,8 @@ def test_weights_are_shares_of_tokens_at_any_time(packing: str) -> None:
     for source, row in take(lane, 400):
         tokens[source] += row.num_tokens
         assert abs(tokens[0] * 3.0 - tokens[1]) <= 8 * SEQ_LEN
-    assert lane.state.tokens == tuple(tokens)
-    assert sum(lane.state.rows) == 400
+    assert [source.given.tokens for source in lane.state] == list(tokens)
+    assert sum(source.given.rows for source in lane.state) == 400
 
 
 def test_lanes_do_not_take_the_same_source_at_the_same_time() -> None:
@@ -263,7 +263,7 @@ def test_bad_records_are_skipped_counted_and_too_many_stop_the_stream() -> None:
     texts: list[list[str | None]] = [["a" * 7, None], ["b" * 7], [None, "c" * 7]]
     lane = make_lane(ListReader(texts), max_bad_share=0.5)
     assert {chr(row.input_ids[0]) for _, row in take(lane, 6)} == {"a", "b", "c"}
-    assert lane.state.positions[0].skipped == pytest.approx(lane.state.positions[0].seen * 0.4, abs=2)
+    assert lane.state[0].position.skipped == pytest.approx(lane.state[0].position.seen * 0.4, abs=2)
     why = r"'source0': 2 of 5 records are bad, more than max_bad_share 0.3[^$]*: bad \(and 1 more\)"
     with pytest.raises(DataError, match=why):
         take(make_lane(ListReader(texts), max_bad_share=0.3), 6)
@@ -291,7 +291,7 @@ def test_empty_records_are_counted_but_not_held_against_a_source() -> None:
     texts: list[list[str | None]] = [["a" * 7, None], ["b" * 7, None]]
     lane = make_lane(Empties(texts), max_bad_share=0.0)
     take(lane, 8)
-    assert lane.state.skipped[0] == lane.state.seen[0] / 2
+    assert lane.state[0].given.skipped == lane.state[0].given.seen / 2
     with pytest.raises(DataError):
         take(make_lane(ListReader(texts), max_bad_share=0.0), 8)
 

@@ -34,6 +34,7 @@ VERBS = {
     "data": ("app.cli.data", "Show what a config's training data look like to the model, before training."),
     "plan": ("app.cli.plan", "Say what a config's run will take: memory, tokens, FLOPs, hours."),
     "generate": ("app.cli.generate", "Continue a prompt: autoregressively, from an early exit, or self-speculatively."),
+    "write": ("app.cli.write", "Let a model write text to train its exits on."),
     "benchmark": ("app.cli.benchmark", "Time ways to decode the same prompts, transformers' own included."),
     "export": ("app.cli.export", "Write a model as a Hugging Face directory, which plain transformers loads."),
     "consolidate": ("app.cli.consolidate", "Write a checkpoint of several ranks as one file to resume from."),

@@ -1,0 +1,111 @@
+"""A model writes text to train on: acceptance is measured on the model's own text, so drafts learn most from it.
+
+Tested by tests/contract/test_write.py.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+from app.errors import ConfigError, check_range
+from app.generation.loaded_model import LoadedModel
+from app.generation.options import GenerationOptions
+from app.generation.request import Request
+from app.model.weights_hash import weights_hash
+
+_log = logging.getLogger(__name__)
+_LOG_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnText:
+    """What is to be written: the continuation of each text at each temperature, one JSON object a line.
+
+    Attributes:
+        texts: The prompts.
+        options: How they are continued; each of `temperatures` replaces the one in it.
+        temperatures: 0 is greedy.
+        batch_size: Prompts that are decoded together.
+    """
+
+    texts: Sequence[str]
+    options: GenerationOptions
+    temperatures: Sequence[float]
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        check_range("batch_size", self.batch_size, low=1)
+        if not self.temperatures:
+            raise ConfigError("temperatures", got=[], allowed="at least one")
+
+    def write(self, loaded: LoadedModel, output: Path) -> int:
+        """Write the lines that `output` lacks, behind those that an interrupted call left; return the new tokens.
+
+        A line has `text`, which is prompt and continuation, `prompt` and `temperature`. A line that was cut off is
+        written again, and every line is what it would have been without the interruption.
+
+        Raises:
+            ConfigError: The file holds something else, or a prompt or an option does not fit the model.
+        """
+        mark = self._mark(loaded)
+        done = self._keep_whole_lines(output, mark)
+        total, count = len(self.texts) * len(self.temperatures), 0
+        if done:
+            _log.info("%s: %d of %d texts are there; going on", output, done, total)
+        started = told = perf_counter()
+        with output.open("a", encoding="utf-8") as file:
+            for lines, tokens in self._batches(loaded, first=done, mark=mark):
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.flush()
+                done, count, now = done + len(lines), count + tokens, perf_counter()
+                if now - told > _LOG_SECONDS or done == total:
+                    told = now
+                    _log.info("%s: %d of %d texts, %.0f tokens/s", output, done, total, count / (now - started))
+        return count
+
+    def _batches(self, loaded: LoadedModel, *, first: int, mark: str) -> Iterator[tuple[list[dict[str, object]], int]]:
+        for at, temperature in enumerate(self.temperatures):
+            start = max(0, first - at * len(self.texts)) // self.batch_size * self.batch_size
+            if start >= len(self.texts):
+                continue
+            options = replace(self.options, temperature=temperature)
+            request = Request.of(loaded, self.texts, options, location="prompt", batch_size=self.batch_size)
+            for begin in range(start, len(self.texts), self.batch_size):
+                rows = range(begin, min(begin + self.batch_size, len(self.texts)))
+                made = [request.generation(row, result) for row, result in zip(rows, request.decode(rows), strict=True)]
+                new = [each for row, each in zip(rows, made, strict=True) if at * len(self.texts) + row >= first]
+                lines = [
+                    {"text": each.prompt + each.text, "prompt": each.prompt, "temperature": temperature, "of": mark}
+                    for each in new
+                ]
+                yield lines, sum(each.num_tokens for each in new)
+
+    def _mark(self, loaded: LoadedModel) -> str:
+        """A short hash of all that decides what is written, but for the prompts, which stand in the lines."""
+        own = weights_hash(loaded.model.state_dict(), exit_layer=1)
+        told = own, loaded.model.dtype, asdict(self.options), [*self.temperatures]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+    def _keep_whole_lines(self, output: Path, mark: str) -> int:
+        """Cut off what follows the last whole line of an earlier call; return how many lines are kept."""
+        if not output.exists():
+            return 0
+        lines = output.read_bytes().split(b"\n")[:-1]
+        expected = [text for _ in self.temperatures for text in self.texts]
+        for number, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+                same = number < len(expected) and (entry["prompt"], entry["of"]) == (expected[number], mark)
+            except (ValueError, LookupError, TypeError):
+                same = False
+            if not same:
+                allowed = "a new file, or one that the same command began"
+                fix = f"line {number + 1} is of another model, prompt or option: name another file, or remove this one"
+                raise ConfigError("output", got=str(output), allowed=allowed, fix=fix)
+        with output.open("r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines))
+        return len(lines)

@@ -1,0 +1,102 @@
+"""`layerskip write`: a model's own text, to train on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from datamodules.readers import open_reader
+from datamodules.readers.sources import Source
+from tests.support.runs import cli
+from tests.support.saved_models import save_model, write_prompts
+
+_PROMPTS = ["the end", "x = 1", "more of it"]
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch, capsys):
+    """Runs the verb; gives its status, the lines written and what it said."""
+    model = save_model(tmp_path / "model")
+    output = tmp_path / "own.jsonl"
+
+    def run(*options):
+        given = ["write", "--model", str(model), "--output", str(output), "--max_new_tokens", "9", *options]
+        status = cli(monkeypatch, *given)
+        captured = capsys.readouterr()
+        lines = output.read_text().splitlines() if output.exists() else []
+        return status, [json.loads(line) for line in lines], captured.out + captured.err
+
+    run.output, run.prompts = output, str(write_prompts(tmp_path / "prompts.jsonl", _PROMPTS))
+    return run
+
+
+def test_each_prompt_is_continued_at_each_temperature_and_the_texts_can_be_trained_on(write):
+    status, lines, _ = write("--prompts", write.prompts, "--temperatures", "[0, 0.9]", "--batch_size", "2")
+    assert status == 0
+    assert [(line["prompt"], line["temperature"]) for line in lines] == [(p, t) for t in (0, 0.9) for p in _PROMPTS]
+    assert all(line["text"].startswith(line["prompt"]) and line["text"] != line["prompt"] for line in lines)
+    assert [line["text"] for line in lines[:3]] != [line["text"] for line in lines[3:]]
+    reader = open_reader(Source(kind="jsonl", path=str(write.output), name="own"), min_chunks=1)
+    read = [record.text for chunk in range(reader.num_chunks) for record in reader.read(chunk)]
+    assert sorted(read) == sorted(line["text"] for line in lines)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 200, 10_000])  # bytes that a killed process did not write
+def test_an_interrupted_call_goes_on_to_the_same_file(write, cut):
+    options = ["--prompts", write.prompts, "--temperatures", "[0.9, 0]", "--batch_size", "2"]
+    write(*options)
+    whole = write.output.read_bytes()
+    write.output.write_bytes(whole[: max(0, len(whole) - cut)])
+    status, _, said = write(*options)
+    assert (status, write.output.read_bytes()) == (0, whole)
+    assert ("going on" in said) == (cut < len(whole))
+
+
+def test_a_file_of_another_command_is_refused_and_left(write):
+    write("--prompts", write.prompts, "--temperatures", "[0]")
+    before = write.output.read_bytes()
+    for options in (["--temperatures", "[0, 1]"], ["--temperatures", "[0]", "--top_p", "0.5"]):
+        status, _, said = write("--prompts", write.prompts, *options)
+        assert status == 2
+        assert "output: got" in said
+        assert "line 1 is of another model, prompt or option" in said
+        assert write.output.read_bytes() == before
+
+
+def test_prompts_of_a_corpus_begin_at_lines_of_documents_that_are_not_held_out(write, tmp_path):
+    corpus = Path(tmp_path, "corpus")
+    corpus.mkdir()
+    for index in range(40):
+        (corpus / f"{index}.txt").write_text("".join(f"{index} is line {n} of this text\n" for n in range(30)))
+    status, lines, _ = write(
+        "--corpus", str(corpus), "--num_prompts", "8", "--prompt_length", "6", "--temperatures", "[0]",
+        "--held_out_share", "0.5",
+    )  # fmt: skip
+    assert (status, len(lines)) == (0, 8)
+    documents = list(open_reader(Source(kind="files", path=str(corpus), name="c"), min_chunks=1).read(0))
+    held_out = {document.text.split()[0] for document in documents if document.is_held_out(share=0.5)}
+    assert 5 < len(held_out) < 35
+    for line in lines:
+        number, rest = line["prompt"].split(" ", 1)
+        assert number.isdigit()
+        assert number not in held_out
+        assert "is line".startswith(rest[:7])
+    again = write("--corpus", str(corpus), "--num_prompts", "8")
+    assert again[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "prompts: got 'neither'"),
+        (["--prompts", "FILE", "--corpus", "x"], "prompts: got 'both'"),
+        (["--prompts", "FILE", "--temperatures", "[]"], "temperatures: got []"),
+        (["--prompts", "FILE", "--temperatures", "[-1]"], "temperature: got -1"),
+        (["--prompts", "FILE", "--batch_size", "0"], "batch_size: got 0"),
+        (["--corpus", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_message(write, options, said):
+    status, lines, message = write(*(write.prompts if option == "FILE" else option for option in options))
+    assert (status, lines) == (2, [])
+    assert said in message

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing_extensions import override
 
 from app.cli.beside_fit import BesideFitCLI, run_beside_fit
+from app.cli.early_checks import check_tokenizer
 from app.cli.messages import locate
-from app.cli.refusals import check_tokenizer
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_range
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner

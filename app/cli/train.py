@@ -22,18 +22,18 @@ from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.may_resume import check_before
 from app.checkpoints.resumed_config import GivenConfig, check_names
 from app.checkpoints.run_lock import checkpoint_folders, hold, release
-from app.cli.held_warnings import show_warnings
-from app.cli.measured import measured_table, warn_of_emulation, warn_of_overflow, warn_of_random_weights
-from app.cli.messages import locate
-from app.cli.parsing.preflight import AUTO, LAST, USE_PREVIOUS, check_checkpoint_path
-from app.cli.parsing.training_parser import TrainingParser
-from app.cli.refusals import (
+from app.cli.early_checks import (
     check_numbers,
     check_tokenizer,
     check_trainer_settings,
     refuse_early,
     take_tokenizer_of_model,
 )
+from app.cli.held_warnings import show_warnings
+from app.cli.measured import measured_table, warn_of_emulation, warn_of_overflow, warn_of_random_weights
+from app.cli.messages import locate
+from app.cli.parsing.preflight import AUTO, LAST, USE_PREVIOUS, check_checkpoint_path
+from app.cli.parsing.training_parser import TrainingParser
 from app.cli.run_folder import SaveFitConfig, go_on_in_latest_version, keep_metrics, no_trace_if_refused
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table

@@ -67,24 +67,14 @@ def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
     for name in ("limit_train_batches", "max_epochs") if verb == "fit" else ():
         if trainer[name] in (0, 0.0):
             raise ConfigError(f"trainer.{name}", got=0, allowed="more than 0, or nothing is trained")
-    for group in ("logger", "callbacks"):
-        for path, value in walk(_plain(trainer[group]), f"trainer.{group}"):
-            *_, owner, name = path.split(".")
-            if owner == "init_args" and name in _PARTS_OF_PATHS and isinstance(value, str):
-                _check_below(path, value)
-
-
-def _check_below(path: str, value: str) -> None:
-    part = PurePath(value)
-    if part.is_absolute() or ".." in part.parts:
-        fix = "the folder itself is save_dir of a logger, dirpath of a checkpoint callback"
-        raise ConfigError(path, got=value, allowed="a name or path below its folder, without '..'", fix=fix)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Namespace):
-        return value.as_dict()
-    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+    settings = trainer.as_dict()
+    for path, value in walk({group: settings[group] for group in ("logger", "callbacks")}, "trainer"):
+        *_, owner, name = path.split(".")
+        if owner == "init_args" and name in _PARTS_OF_PATHS and isinstance(value, str):
+            part = PurePath(value)
+            if part.is_absolute() or ".." in part.parts:
+                fix = "the folder itself is save_dir of a logger, dirpath of a checkpoint callback"
+                raise ConfigError(path, got=value, allowed="a name or path below its folder, without '..'", fix=fix)
 
 
 def take_tokenizer_of_model(config: Namespace) -> None:

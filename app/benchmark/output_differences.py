@@ -84,17 +84,14 @@ def find_output_differences(
     """
     baseline = measurements[0]
     forks = [list(_forks(batches, baseline, measurement)) for measurement in measurements]
-    wanted: dict[int, set[_Fork]] = {}
-    for number, fork in (pair for own in forks for pair in own):
-        wanted.setdefault(number, set()).add(fork)
     gaps: dict[_Fork, _Gap] = {}
-    for number, those in wanted.items():
-        gaps |= _measure_gaps(decoder, batches[number], those, eos_token_ids)
-    found = [
-        _sum_up(measurement.identical_to(baseline), [gaps.get(fork) for _, fork in own])
-        for measurement, own in zip(measurements, forks, strict=True)
-    ]
-    for measurement, differences in zip(measurements, found, strict=True):
+    for number, prompts in enumerate(batches):
+        if wanted := {fork for own in forks for of_batch, fork in own if of_batch == number}:
+            gaps |= _measure_gaps(decoder, prompts, wanted, eos_token_ids)
+    found = []
+    for measurement, own in zip(measurements, forks, strict=True):
+        differences = _sum_up(measurement.identical_to(baseline), [gaps.get(fork) for _, fork in own])
+        found.append(differences)
         if differences.num_unexplained:
             _log.warning(
                 "%s: outputs differ from autoregressive decoding, %d of them by more than rounding explains (%s);"

@@ -94,13 +94,11 @@ def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
     The speedup takes the median repeat of each batch. Beside it stands its 95 % interval over batches like these, or,
     for a single batch, which has no interval, the lowest and the highest repeat.
     """
-    intervals = [result.speedup_interval for result in results]
-    spread, name = intervals, "95 %\ninterval"
-    if not any(intervals):
+    spread, name = [result.speedup_interval for result in results], "95 %\ninterval"
+    if not any(spread):
+        ranges = [(result.speedup_min, result.speedup_max) for result in results]
+        spread = [None if low is None or high is None else (low, high) for low, high in ranges]
         name = "whole\nrepeats"
-        spread = [
-            None if r.speedup_min is None or r.speedup_max is None else (r.speedup_min, r.speedup_max) for r in results
-        ]
     return Table.of_columns(
         title,
         _names(results)
@@ -124,7 +122,10 @@ def draft_table(results: Sequence[BenchmarkResult]) -> Table:
         _names(drafting)
         | {
             "acceptance": [cell(result.acceptance_rate, "{:.1%}") for result in drafting],
-            "by position, %": [_shares(r) for r in drafting],
+            "by position, %": [
+                " ".join("-" if share is None else f"{100.0 * share:.0f}" for share in result.acceptance_by_position)
+                for result in drafting
+            ],
             "tokens\na round": [cell(result.mean_tokens_per_round, "{:.2f}") for result in drafting],
             "speedup": [cell(result.speedup, "{:.2f}x") for result in drafting],
             "predicted": [
@@ -141,11 +142,6 @@ def _names(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
         "exit": [cell(result.exit_layer, "{}") for result in results],
         "drafts": [cell(result.num_draft_tokens, "{}") for result in results],
     }
-
-
-def _shares(result: BenchmarkResult) -> str:
-    shares = result.acceptance_by_position
-    return " ".join(cell(None if share is None else 100.0 * share, "{:.0f}") for share in shares)
 
 
 def _prediction(speedup: float | None, error: float | None) -> str:

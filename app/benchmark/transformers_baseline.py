@@ -32,17 +32,13 @@ class _Arrivals(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
     """Notes when tokens come. generate waits for the tokens of each step anyway: this costs a microsecond a step."""
 
     def __init__(self) -> None:
-        self._all: list[tuple[float, Tensor]] = []
+        self.all: list[tuple[float, Tensor]] = []
 
     def put(self, value: Tensor) -> None:  # [B] or [1, T]: the prompts, then what each step or round settled
-        self._all.append((perf_counter(), value))
+        self.all.append((perf_counter(), value))
 
     def end(self) -> None:
         pass  # nothing is held back
-
-    def by_round(self, batch_size: int) -> list[tuple[float, list[list[int]]]]:
-        """The time at which each round ended, and the tokens that it settled for each sequence."""
-        return [(at, tokens.reshape(batch_size, -1).tolist()) for at, tokens in self._all[1:]]
 
 
 def generate_batch(model: PreTrainedModel, prompts: Prompts, settings: DecodingSettings) -> list[GenerateResult]:
@@ -75,7 +71,7 @@ def generate_batch(model: PreTrainedModel, prompts: Prompts, settings: DecodingS
     mask_BT = (torch.arange(width, device=model.device) >= width - lengths_B1).long()
     with _generation_config(model, config):
         model.generate(tokens_BT, attention_mask=mask_BT, streamer=arrivals, **assistant)
-    rounds = arrivals.by_round(len(prompts))
+    rounds = [(at, tokens.reshape(len(prompts), -1).tolist()) for at, tokens in arrivals.all[1:]]
     return [
         _result(
             [(at, tokens[row]) for at, tokens in rounds],

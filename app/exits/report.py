@@ -21,23 +21,17 @@ _MOST_EXITS = 6
 def exit_table(history: History, *, num_layers: int) -> Table:
     """Held-out loss of every exit at the first and the last measurement, which may be one, and its latest agreement."""
     (first_step, first), (last_step, last) = min(history.items()), max(history.items())
-    trend = first_step < last_step
-    rows = []
-    for layer, score in sorted(last.items()):
-        before = (f"{first[layer].loss:.3f}" if layer in first else "-",) if trend else ()
-        name = f"{layer} (full)" if layer == num_layers else str(layer)
-        rows.append((name, *before, f"{score.loss:.3f}", f"{score.perplexity:.1f}", f"{score.agreement:.1%}"))
-    return Table(
-        title=f"Exits on held-out tokens after {counted(last_step, 'step')}" if trend else "Exits on held-out tokens",
-        columns=(
-            "exit layer",
-            *((f"loss at step {first_step}",) if trend else ()),
-            f"loss at step {last_step}" if trend else "loss",
-            "perplexity",
-            "agreement with full model",
-        ),
-        rows=rows,
-    )
+    scores = dict(sorted(last.items()))
+    title, latest = "Exits on held-out tokens", "loss"
+    cells = {"exit layer": [f"{layer} (full)" if layer == num_layers else str(layer) for layer in scores]}
+    if first_step < last_step:
+        title, latest = f"{title} after {counted(last_step, 'step')}", f"loss at step {last_step}"
+        before = [f"{first[layer].loss:.3f}" if layer in first else "-" for layer in scores]
+        cells[f"loss at step {first_step}"] = before
+    cells[latest] = [f"{score.loss:.3f}" for score in scores.values()]
+    cells["perplexity"] = [f"{score.perplexity:.1f}" for score in scores.values()]
+    cells["agreement with full model"] = [f"{score.agreement:.1%}" for score in scores.values()]
+    return Table.of_columns(title, cells)
 
 
 def exit_figure(history: History) -> Figure:
@@ -82,7 +76,9 @@ def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
     agreement_axes, loss_axes = figure.subplots(1, 2, width_ratios=(3, 2))
     full = {label: max(max(scores) for scores in curve.values()) for label, curve in runs.items()}
     exits = sorted({layer for label, curve in runs.items() for scores in curve.values() for layer in scores})
-    early = _evenly([layer for layer in exits if layer not in full.values()], most=_MOST_EXITS)
+    early = [layer for layer in exits if layer not in full.values()]
+    stride = -(-(len(early) + 1) // (_MOST_EXITS + 1))
+    early = early[stride - 1 :: stride]
     colors = dict(zip(early, mpl.colormaps["viridis"].resampled(max(2, len(early))).colors, strict=False))  # type: ignore[attr-defined]
     for (label, curve), style in zip(runs.items(), _STYLES, strict=False):
         for layer in early:
@@ -96,18 +92,11 @@ def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
         axes.set(xlabel="tokens trained on (thousands)", xlim=(0, None))
         axes.grid(alpha=0.3)
     by_exit = [Line2D([], [], color=colors[layer], label=f"exit {layer}") for layer in reversed(early)]
-    by_run = [
-        Line2D([], [], color="black", linestyle=style, label=label) for label, style in zip(runs, _STYLES, strict=False)
-    ]
-    figure.legend(
-        handles=[*by_run, *by_exit], frameon=False, ncols=len(by_run) + len(by_exit), loc="outside lower center"
-    )
+    styles = zip(runs, _STYLES, strict=False)
+    by_run = [Line2D([], [], color="black", linestyle=style, label=label) for label, style in styles]
+    handles = [*by_run, *by_exit]
+    figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
     return figure
-
-
-def _evenly(layers: Sequence[int], *, most: int) -> list[int]:
-    stride = -(-(len(layers) + 1) // (most + 1))
-    return list(layers[stride - 1 :: stride])
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], **style: object) -> None:

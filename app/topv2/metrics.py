@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from app.errors import DataError
-from app.topv2.semantic_parse import TARGET_FORMATS, Node, ParseError, TargetFormat, frame
+from app.topv2.semantic_parse import TARGET_FORMATS, ParseError, TargetFormat, frame
 
 
 class ParseScore(NamedTuple):
@@ -53,7 +53,10 @@ class ParseExactMatch(Metric):
                 right = self._decode(reference)
             except ParseError as error:
                 raise DataError(f"reference {reference!r} of {group}: {error}") from error
-            tree = self._tree(answer)
+            try:
+                tree = self._decode(answer)
+            except ParseError:  # it counts as a wrong answer
+                tree = None
             hits = (tree == right, tree is not None and frame(tree) == frame(right), tree is not None, True)
             self.counts_G4[self.groups.index(group)] += torch.tensor(hits, device=self.counts_G4.device)
 
@@ -62,16 +65,8 @@ class ParseExactMatch(Metric):
         counts_G4 = self.counts_G4.cpu()
         if not counts_G4.any():
             return None
-        by_group = {
-            group: _score(counts_4) for group, counts_4 in zip(self.groups, counts_G4, strict=True) if counts_4.any()
-        }
-        return ParseScores(_score(counts_G4.sum(0)), by_group)
-
-    def _tree(self, answer: str) -> Node | None:
-        try:
-            return self._decode(answer)
-        except ParseError:  # it counts as a wrong answer
-            return None
+        seen = ((group, counts_4) for group, counts_4 in zip(self.groups, counts_G4, strict=True) if counts_4.any())
+        return ParseScores(_score(counts_G4.sum(0)), {group: _score(counts_4) for group, counts_4 in seen})
 
 
 def _score(counts_4: Tensor) -> ParseScore:

@@ -32,7 +32,7 @@ _MARKERS = "osD^vPX*"  # they tell lines apart that coincide
 
 @dataclass(frozen=True, kw_only=True)
 class ParseReport:
-    """One evaluation."""
+    """The results of one evaluation, and the model they are of."""
 
     stage: str  # validate or test
     step: int | None  # optimizer steps the model has taken; None outside of fits, where that is not known
@@ -136,16 +136,8 @@ def exact_match_figure(runs: Mapping[str, Mapping[str, Any]], *, metric: Metric 
         counts |= {r["num_examples"] for r in records}
         stages.add(document["stage"])
         errors = [100.0 * sqrt(s * (1.0 - s) / r["num_examples"]) for s, r in zip(shares, records, strict=True)]
-        axes.errorbar(
-            exits,
-            [100.0 * share for share in shares],
-            yerr=errors,
-            label=label,
-            marker=marker,
-            markersize=7,
-            capsize=3,
-            alpha=0.85,
-        )
+        style = {"marker": marker, "markersize": 7, "capsize": 3, "alpha": 0.85}
+        axes.errorbar(exits, [100.0 * share for share in shares], yerr=errors, label=label, **style)
     some = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     axes.set(
         title=f"{some} examples ({', '.join(sorted(stages))}); bars: one standard error",
@@ -160,21 +152,12 @@ def exact_match_figure(runs: Mapping[str, Mapping[str, Any]], *, metric: Metric 
     return figure
 
 
-def _speeds(speed: DecodingComparison | None, against: DecodingComparison | None) -> dict[str, float | int | None]:
-    """Figures of speed: those of a way that drafts, or the time of autoregressive decoding, `against` which it ran."""
-    figures: dict[str, float | int | None] = dict.fromkeys(_SPEEDS)
+def _speeds(speed: DecodingComparison | None, against: DecodingComparison | None) -> dict[str, float | None]:
+    """Give the speed of a way that drafts, or of autoregressive decoding, `against` which it ran."""
+    figures: dict[str, float | None] = dict.fromkeys(_SPEEDS)
+    if speed is not None:
+        figures |= {name: getattr(speed, name) for name in _SPEEDS if name != "ms_per_token"}
+    tokens_per_second = speed and speed.self_speculative_tokens_per_second
     if against is not None:
-        return figures | {"ms_per_token": _milliseconds(against.autoregressive_tokens_per_second)}
-    if speed is None:
-        return figures
-    return {
-        "acceptance_rate": speed.acceptance_rate,
-        "mean_tokens_per_round": speed.mean_tokens_per_round,
-        "ms_per_token": _milliseconds(speed.self_speculative_tokens_per_second),
-        "speedup": speed.speedup,
-        "identical_share": speed.identical_share,
-    }
-
-
-def _milliseconds(tokens_per_second: float | None) -> float | None:
-    return 1e3 / tokens_per_second if tokens_per_second else None
+        tokens_per_second = against.autoregressive_tokens_per_second
+    return figures | {"ms_per_token": 1e3 / tokens_per_second if tokens_per_second else None}

@@ -1,8 +1,8 @@
 """`layerskip benchmark`: ways to decode the same prompts, timed in turn. Tested by tests/contract/test_benchmark.py."""
 
 import logging
-import sys
 from dataclasses import asdict, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def benchmark(
         threads: Number of CPU threads; by default torch's own choice.
         options: See BenchmarkSettings.
     """
+    transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
     file = check_output_file(output, suffix=".json")
     settings = BenchmarkSettings(eos_token_ids=(), **options)
     texts = read_prompts(prompts, limit=limit)
@@ -84,7 +85,4 @@ def benchmark(
     print(*(f"note: {note}" for note in document["notes"]), f"report: {file}, figure: {figure}", sep="\n")
 
 
-def run() -> None:
-    """Parses the command line and runs the verb."""
-    transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
-    call_verb(benchmark, sys.argv[2:])
+run = partial(call_verb, benchmark)

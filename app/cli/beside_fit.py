@@ -33,7 +33,7 @@ class BesideFitCLI(LayerSkipCLI):
 
 
 def run_beside_fit(kind: type[BesideFitCLI], verb: str, options: type[Any], *, fixed: Sequence[str] = ()) -> None:
-    """Runs a verb whose own options are the fields of `options`, and some of `fit` are fixed."""
+    """Run a verb whose own options are the fields of `options`, and some of `fit` are fixed."""
     own, rest = _split(options, verb, sys.argv[2:])
     sys.argv[1:] = ["fit", *rest, *fixed]
     make_cli(partial(kind, verb=verb, options=own))

@@ -1,7 +1,7 @@
 """`layerskip consolidate`: a directory of shards as one file. Tested by tests/distributed/test_checkpoints.py."""
 
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,6 +57,4 @@ def _mapped(tensor: Tensor, folder: Path) -> Tensor:
     return copy.view(tensor.shape)
 
 
-def run() -> None:
-    """Parses the command line and runs the verb."""
-    call_verb(consolidate, sys.argv[2:])
+run = partial(call_verb, consolidate)

@@ -5,6 +5,7 @@ import json
 import resource
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from typing_extensions import override
@@ -133,6 +134,4 @@ def _table(found: Preview) -> Table:
     )
 
 
-def run() -> None:
-    """Parses the command line and runs the verb."""
-    run_beside_fit(DataCLI, "data", DataOptions, fixed=[*_HERE, *_PLAIN])
+run = partial(run_beside_fit, DataCLI, "data", DataOptions, fixed=[*_HERE, *_PLAIN])

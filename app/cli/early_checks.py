@@ -47,14 +47,14 @@ _SET_UP_TWICE = (LayerDropoutCurriculum, EarlyExitCurriculum, ExitQualityMonitor
 
 
 def check_numbers(config: Namespace) -> None:
-    """Refuses whole numbers beyond 64 bits anywhere in the config, and models without attention heads."""
+    """Refuse whole numbers beyond 64 bits anywhere in the config, and models without attention heads."""
     for path, value in walk(config.as_dict()):
         if isinstance(value, int):
             check_range(path, value, low=1 if path.endswith(_HEADS) else -_LARGEST, high=_LARGEST)
 
 
 def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
-    """Refuses settings that Lightning divides by, accepts silently, or writes outside of their folder for."""
+    """Refuse settings that Lightning divides by, accepts silently, or writes outside of their folder for."""
     for name, (low, high) in _RANGES.items():
         if trainer[name] is not None:
             check_range(f"trainer.{name}", trainer[name], low=low, high=high)
@@ -78,14 +78,14 @@ def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
 
 
 def take_tokenizer_of_model(config: Namespace) -> None:
-    """Names the tokenizer of the model that is continued where the config names none; changes the config in place."""
+    """Name the tokenizer of the model that is continued where the config names none; change the config in place."""
     pretrained, arguments = config["model"]["pretrained"], _data_arguments(config)
     if pretrained is not None and arguments is not None and arguments["tokenizer"] is None:
         arguments["tokenizer"] = pretrained
 
 
 def check_tokenizer(config: Namespace) -> None:
-    """Refuses a tokenizer with other ids than those of the model that is continued.
+    """Refuse a tokenizer with other ids than those of the model that is continued.
 
     Only our own datamodules are asked here; the module asks the others when training starts.
     """
@@ -104,7 +104,7 @@ def _data_arguments(config: Namespace) -> Any:
 
 
 def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataModule) -> None:
-    """Runs the checks of a fit that need neither weights nor rows, in the order in which Lightning will repeat them.
+    """Run the checks of a fit that need neither weights nor rows, in the order in which Lightning will repeat them.
 
     The module is attached to the trainer. The datamodule is not asked for its tokenizer, which it may have to train.
     """
@@ -139,7 +139,7 @@ def _built(module: LayerSkipModule) -> PreTrainedModel:
 
 
 def _check_memory(model: PreTrainedModel, trainer: Trainer) -> None:
-    """Refuses a model that does not fit this machine's memory in float32, unless it is built in parts."""
+    """Refuse a model that does not fit this machine's memory in float32, unless it is built in parts."""
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * num_weights > there and not isinstance(trainer.strategy, ModelParallelStrategy):
@@ -148,7 +148,7 @@ def _check_memory(model: PreTrainedModel, trainer: Trainer) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Tries whether files can be made in the run's folder, and removes the folders that this made."""
+    """Try whether files can be made in the run's folder, and remove the folders that this made."""
     new = [above for above in (folder, *folder.parents) if not above.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

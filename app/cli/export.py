@@ -1,8 +1,8 @@
 """`layerskip export`: a model as a Hugging Face directory. Tested by tests/contract/test_export.py."""
 
 import logging
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,4 @@ def _next_step(decoding: DecodingDefaults | None, directory: Path, *, model_type
     return f"decoding, as layerskip tune chose: {named(decoding)}"
 
 
-def run() -> None:
-    """Parses the command line and runs the verb."""
-    call_verb(export, sys.argv[2:])
+run = partial(call_verb, export)

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from textwrap import shorten
 from threading import Event
 from typing import Any
@@ -48,6 +49,8 @@ def generate(
         threads: Number of CPU threads; by default torch's own choice.
         options: See GenerationOptions.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model's text may hold what the terminal's encoding lacks
     chosen = GenerationOptions(**options)
     check_range("batch_size", batch_size, low=1)
     texts = _texts(prompt, prompts)
@@ -71,7 +74,7 @@ def _texts(prompt: str | None, prompts: str | None) -> list[str]:
 
 @contextmanager
 def _interrupt_after_steps(show: OnStep | None) -> Iterator[OnStep]:
-    """Lets Ctrl-C raise only after a step was shown, so that no step is half printed or half counted.
+    """Let Ctrl-C raise only after a step was shown, so that no step is half printed or half counted.
 
     A second Ctrl-C raises at once.
     """
@@ -95,7 +98,7 @@ def _interrupt_after_steps(show: OnStep | None) -> Iterator[OnStep]:
 
 
 def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
-    """Decodes batch by batch and prints. After Ctrl-C it prints what the batch has so far, and stops."""
+    """Decode and print batch by batch. After Ctrl-C, print what the batch has so far, and stop."""
     console = None if json else styled_console()
     write = plain_writer if console is None else styled_writer(console)
     batches: list[list[DecodingResult]] = []
@@ -125,15 +128,11 @@ def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
         raise interruption
 
 
-def run() -> None:
-    """Parses the command line and runs the verb."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model's text may hold what the terminal's encoding lacks
-    ends = "One or several texts, any of which ends the output. The output includes that text."
-    by_hand: dict[str, dict[str, Any]] = {
-        # These texts are taken as they are. As types of a signature, "null" and "#include" would be read as nothing.
-        "prompt": {"type": str, "help": "Text to continue."},
-        "stop": {"type": str, "nargs": "+", "help": ends},
-        "json": JSON_FLAG | {"help": "Print one JSON object for each prompt instead of text."},
-    }
-    call_verb(generate, sys.argv[2:], by_hand=by_hand)
+_STOP_HELP = "One or several texts, any of which ends the output. The output includes that text."
+_BY_HAND: dict[str, dict[str, Any]] = {
+    # These texts are taken as they are. As types of a signature, "null" and "#include" would be read as nothing.
+    "prompt": {"type": str, "help": "Text to continue."},
+    "stop": {"type": str, "nargs": "+", "help": _STOP_HELP},
+    "json": JSON_FLAG | {"help": "Print one JSON object for each prompt instead of text."},
+}
+run = partial(call_verb, generate, by_hand=_BY_HAND)

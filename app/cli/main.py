@@ -47,7 +47,7 @@ _WITH_OPTIONS_OF_FIT = ("fit", "validate", "test", "predict", "data", "plan")
 
 
 def main() -> int:
-    """Runs the verb on the process's command line.
+    """Run the verb on the process's command line.
 
     Returns:
         The exit status: 0; 2 after an error that the user can mend; 130 after Ctrl-C; 141 if the reader of stdout has
@@ -149,14 +149,14 @@ def _user_message(error: BaseException) -> str | None:
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    """Says nothing of an error that the thread keeps for its owner to raise, as TensorBoard's writer does."""
+    """Say nothing of an error that the thread keeps for its owner to raise, as TensorBoard's writer does."""
     kept = ended.exc_value if getattr(ended.thread, "exception", None) is ended.exc_value else None
     if kept is None or _user_message(kept) is None:
         threading.__excepthook__(ended)
 
 
 def _keep_compiled_code_private() -> None:
-    """Moves torch.compile's cache, whose code is run, out of a folder of guessable name where all users may write.
+    """Move torch.compile's cache, whose code is run, out of a folder of guessable name where all users may write.
 
     Without a home that can be written to, the cache is a folder that is removed when the process ends.
     """

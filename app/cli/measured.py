@@ -28,7 +28,7 @@ def measured_table(trainer: Trainer) -> Table | None:
 
 
 def warn_of_emulation(trainer: Trainer) -> None:
-    """Warns if the CPU emulates `trainer.precision`, which makes training several times slower."""
+    """Warn if the CPU emulates `trainer.precision`, which makes training several times slower."""
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).partition("-")[0])
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if dtype and on_cpu and trainer.is_global_zero and (why := emulated(dtype)):
@@ -36,13 +36,13 @@ def warn_of_emulation(trainer: Trainer) -> None:
 
 
 def warn_of_random_weights(module: LayerSkipModule, ckpt_path: object) -> None:
-    """Warns if a model is measured that has no weights from anywhere."""
+    """Warn if a model is measured that has no weights from anywhere."""
     if ckpt_path is None and module.pretrained is None:
         _log.warning("no --ckpt_path is given: what follows is measured on random weights")
 
 
 def warn_of_overflow(trainer: Trainer) -> None:
-    """Warns if a measured loss is not finite; weights that are not finite have been refused before."""
+    """Warn if a measured loss is not finite; weights that are not finite have been refused before."""
     for name in (VAL_LOSS, TEST_LOSS):
         loss = trainer.callback_metrics.get(name)
         if loss is not None and not torch.isfinite(loss) and trainer.is_global_zero:

@@ -79,7 +79,7 @@ def user_message(error: BaseException) -> str | None:
 
 
 def locate(error: Exception, config: Any) -> LocatedError:
-    """Writes the field of a ConfigError as its path: that of the only value in `config` that it can mean.
+    """Write the field of a ConfigError as its path: that of the only value in `config` that it can mean.
 
     The error comes from a constructor, which knows the name of its own argument only. jsonargparse may have wrapped it.
     """

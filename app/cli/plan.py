@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ class PlanCLI(BesideFitCLI):
 
 
 def _read_architecture(path: str) -> PreTrainedConfig:
-    """Reads a model's config as `fit` does. Its weights need not be there yet."""
+    """Read a model's config as `fit` does. Its weights need not be there yet."""
     try:
         return load_config(path, field="model.pretrained")
     except ConfigError as error:
@@ -192,7 +193,7 @@ def _read_architecture(path: str) -> PreTrainedConfig:
 
 
 def _check_dense(config: PreTrainedConfig) -> None:
-    """Refuses a mixture of experts, whose FLOPs depend on which experts the tokens choose."""
+    """Refuse a mixture of experts, whose FLOPs depend on which experts the tokens choose."""
     for name, value in config.get_text_config().to_dict().items():
         if name.endswith("experts") and type(value) is int and value > 1:
             fix = "which experts a token takes depends on values, and plan counts without any"
@@ -238,6 +239,4 @@ def _as_dict(plan: Plan, changes: list[Change]) -> dict[str, Any]:
     return asdict(plan) | said | {"memory": memory, "recipe": recipe, "flops": plan.flops, "hours": plan.hours}
 
 
-def run() -> None:
-    """Parses the command line and runs the verb."""
-    run_beside_fit(PlanCLI, "plan", PlanOptions)
+run = partial(run_beside_fit, PlanCLI, "plan", PlanOptions)

@@ -1,10 +1,10 @@
 """`layerskip plot`: what the exits of several runs score, in one picture."""
 
 import io
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import is_trained_weights, open_trained_weights
@@ -47,7 +47,7 @@ def plot(
 
 
 def _read(field: str, given: list[str], read: Callable[[Path], _T]) -> dict[str, _T]:
-    """Reads the file of each label."""
+    """Read the file of each label."""
     runs: dict[str, _T] = {}
     for named in given:
         label, equals, file = named.partition("=")
@@ -75,15 +75,13 @@ def _read_curve(path: Path) -> History:
     }
 
 
-def run() -> None:
-    """Parses the command line and runs the verb."""
-    results = "One or several LABEL=FILE, with files that callbacks.ParseValidation wrote (parse_test.json)."
-    checkpoints = (
+_HELP = {
+    "results": "One or several LABEL=FILE, with files that callbacks.ParseValidation wrote (parse_test.json).",
+    "checkpoints": (
         "Instead, one to four LABEL=CHECKPOINT of runs with callbacks.ExitQualityMonitor: agreement of early exits and"
         " loss of the full model are drawn over tokens."
-    )
-    by_hand: dict[str, dict[str, Any]] = {
-        "results": {"type": str, "nargs": "+", "help": results},
-        "checkpoints": {"type": str, "nargs": "+", "help": checkpoints},
-    }
-    call_verb(plot, sys.argv[2:], by_hand=by_hand)
+    ),
+}
+run = partial(
+    call_verb, plot, by_hand={name: {"type": str, "nargs": "+", "help": text} for name, text in _HELP.items()}
+)

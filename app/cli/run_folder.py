@@ -84,7 +84,7 @@ def _given_config(pl_module: LightningModule) -> GivenConfig:
 
 
 def go_on_in_latest_version(trainer: Trainer) -> None:
-    """Lets loggers that would begin a new version of their folder take the latest version that has a `last.ckpt`.
+    """Let loggers that would begin a new version of their folder take the latest version that has a `last.ckpt`.
 
     This must come before the trainer is asked for its `log_dir`.
     """
@@ -102,7 +102,7 @@ def go_on_in_latest_version(trainer: Trainer) -> None:
 
 @contextmanager
 def no_trace_if_refused(trainer: Trainer) -> Iterator[None]:
-    """Removes, where an error is raised, log files without a point and the folders that were made for them.
+    """Remove, where an error is raised, log files without a point and the folders that were made for them.
 
     Lightning opens the log files before it asks callbacks, datamodule and checkpoint whether the run can start.
     """
@@ -127,7 +127,7 @@ def no_trace_if_refused(trainer: Trainer) -> Iterator[None]:
 
 
 def keep_metrics(trainer: Trainer) -> None:
-    """Opens CSV loggers so that they append to their `metrics.csv` instead of deleting it."""
+    """Open CSV loggers so that they append to their `metrics.csv` instead of deleting it."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if not isinstance(logger, CSVLogger) or not (folder := Path(logger.log_dir)).is_dir():
             continue

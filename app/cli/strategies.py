@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_strategy(trainer: Namespace) -> None:
-    """Refuses a strategy that cannot train this model, or a mesh that the devices do not fill.
+    """Refuse a strategy that cannot train this model, or a mesh that the devices do not fill.
 
     Lightning's ModelParallelStrategy is replaced by MeshStrategy in `trainer`: it takes the same settings, and its
     checkpoints are whole or absent and hold no pickles.
@@ -43,7 +43,7 @@ def check_strategy(trainer: Namespace) -> None:
 
 
 def check_launch(trainer: Namespace) -> None:
-    """Refuses settings that ask for another number of processes than torchrun or srun started."""
+    """Refuse settings that ask for another number of processes than torchrun or srun started."""
     devices, num_nodes = world_size_of(trainer, num_nodes=1), trainer["num_nodes"]
     if devices is None:
         return

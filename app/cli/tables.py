@@ -12,7 +12,7 @@ _BORDER = 3  # characters that each column takes beside its text
 
 
 def print_table(table: Table) -> None:
-    """Draws the table on stdout, no wider than the terminal, or 120 characters where stdout is no terminal.
+    """Draw the table on stdout, no wider than the terminal, or 120 characters where stdout is no terminal.
 
     To fit, headers are broken between words and long cells anywhere. A table that is still too wide is drawn as it is,
     so that no figure is lost.

@@ -53,7 +53,7 @@ def styled_writer(console: Console) -> Write:
 
 
 def plain_writer(text: str, kind: Kind) -> None:
-    """Writes settled text to stdout at once, as it is."""
+    """Write settled text to stdout at once, as it is."""
     if kind not in ("rejected", "again"):
         print(text, end="", flush=True)
 
@@ -76,14 +76,14 @@ class BatchPrinter:
         self._pieces: list[list[tuple[str, Kind]]] = [[] for _ in prompts]
 
     def __call__(self, index: int, step: Step) -> None:
-        """Prints or keeps what a round adds to the continuation at `index`."""
+        """Print or keep what a round adds to the continuation at `index`."""
         for piece in _pieces(self._streams[index], step):
             self._pieces[index].append(piece)
             if not self._titles and piece[0]:
                 self._write(*piece)
 
     def close(self) -> None:
-        """Prints what is left. A text among which rejected drafts were printed is printed again without them."""
+        """Print what is left. A text among which rejected drafts were printed is printed again without them."""
         for index, (pieces, stream) in enumerate(zip(self._pieces, self._streams, strict=True)):
             pieces.append((stream.rest(), "own"))
             if self._titles:
@@ -97,7 +97,7 @@ class BatchPrinter:
 
 
 def _pieces(stream: TextStream, step: Step) -> Iterator[tuple[str, Kind]]:
-    """Yields the pieces of text of a round. A character is of the kind of the token that completes it."""
+    """Yield the pieces of text of a round. A character is of the kind of the token that completes it."""
     for index, token in enumerate(step.tokens):
         if index == step.accepted and step.rejected:  # drafted before the full model's token
             yield stream.preview(step.rejected), "rejected"
@@ -105,7 +105,7 @@ def _pieces(stream: TextStream, step: Step) -> Iterator[tuple[str, Kind]]:
 
 
 def print_statistics(label: str, batches: Sequence[Sequence[DecodingResult]], *, console: Console | None) -> None:
-    """Prints a line of statistics on stderr and, if `console` has styles, a line that says what they mean."""
+    """Print a line of statistics on stderr and, if `console` has styles, a line that says what they mean."""
     print(f"[{label}] {summary(batches)}", file=sys.stderr)
     if console is not None and any(result.drafted for batch in batches for result in batch):
         write = styled_writer(console)

@@ -150,12 +150,12 @@ class LayerSkipCLI(LightningCLI):
         return kwargs | {name: False for name in kwargs if name == "verbose"}
 
     def before_fit(self) -> None:
-        """Refuses what can be refused before a logger writes files. Lightning calls this."""
+        """Refuse what can be refused before a logger writes files. Lightning calls this."""
         refuse_early(self.trainer, self.model, self.datamodule)
         show_warnings()
 
     def _check_checkpoints(self) -> None:
-        """Replaces last and auto by what is in the run's folder; refuses to resume nothing or to overwrite a run."""
+        """Replace last and auto by what is in the run's folder; refuse to resume nothing or to overwrite a run."""
         options = self.config_init[self.config.subcommand]  # Lightning calls the trainer's method with these
         ckpt_path = options.get("ckpt_path")
         folders = checkpoint_folders(self.trainer)
@@ -189,7 +189,7 @@ class LayerSkipCLI(LightningCLI):
         self._check_changes(found)
 
     def _check_changes(self, found: Sequence[Path]) -> None:
-        """Refuses settings that a resumed run may not change, if the checkpoint tells, before a logger writes files."""
+        """Refuse settings that a resumed run may not change, if the checkpoint tells, before a logger writes files."""
         options = self.config_init[self.config.subcommand]
         config = self.config[self.config.subcommand].clone()
         allow_changes = config["allow_changes"]
@@ -222,7 +222,7 @@ def _latest(paths: Sequence[Path]) -> Path:
 
 
 def make_cli(kind: Callable[..., LayerSkipCLI]) -> LayerSkipCLI:
-    """Parses the command line, builds everything and runs the verb."""
+    """Parse the command line, build everything and run the verb."""
     return kind(
         LayerSkipModule,
         LightningDataModule,
@@ -240,7 +240,7 @@ def make_cli(kind: Callable[..., LayerSkipCLI]) -> LayerSkipCLI:
 
 
 def run() -> None:
-    """Runs one of Lightning's verbs, then prints what was measured and what the callbacks report."""
+    """Run one of Lightning's verbs, then print what was measured and what the callbacks report."""
     cli = make_cli(LayerSkipCLI)
     if not cli.trainer.is_global_zero:
         return

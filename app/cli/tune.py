@@ -2,8 +2,8 @@
 
 import json as json_module
 import os
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,4 @@ def _flags(tuning: Tuning) -> str:
     return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
-def run() -> None:
-    """Parses the command line and runs the verb."""
-    call_verb(tune, sys.argv[2:], by_hand={"json": JSON_FLAG})
+run = partial(call_verb, tune, by_hand={"json": JSON_FLAG})

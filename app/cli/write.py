@@ -1,9 +1,9 @@
 """`layerskip write`: a model writes text to train its exits on. Tested by tests/contract/test_write.py."""
 
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,4 @@ def _cut(pieces: Sequence[str], loaded: LoadedModel, length: int) -> list[str]:
     return [text for each in ids if (text := tokenizer.decode(each, skip_special_tokens=True)).strip()]
 
 
-def run() -> None:
-    """Parses the command line and runs the verb."""
-    call_verb(write, sys.argv[2:])
+run = partial(call_verb, write)

@@ -116,7 +116,7 @@ def exported_dtype(weights: Weights, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _stored_names(model: PreTrainedModel, weights: Weights) -> list[str]:
-    """Names of the model's weights, in its order, without those that are tied to another."""
+    """List the names of the model's weights, in its order, without those that are tied to another."""
     own, shapes = model.state_dict(), weights.shapes
     tied = model.all_tied_weights_keys
     names = [name for name in own if name not in tied]

@@ -137,7 +137,7 @@ def _front_matter(record: RunRecord | None, card: CardSettings, *, has_exits: bo
 
 
 def _methods(config: Mapping[str, Any]) -> list[str]:
-    """Names of the parts of LayerSkip that were on."""
+    """Name the parts of LayerSkip that were on."""
     dropout, exits = config["layer_dropout"], config["early_exit"]
     parts = ["layer dropout"] if dropout["max_dropout_rate"] else []
     return parts + (["early-exit loss"] if exits["curriculum"] != "none" and exits["early_exit_scale"] else [])

@@ -136,7 +136,7 @@ def exact_match_figure(runs: Mapping[str, Mapping[str, Any]], *, metric: Metric 
         counts |= {r["num_examples"] for r in records}
         stages.add(document["stage"])
         errors = [100.0 * sqrt(s * (1.0 - s) / r["num_examples"]) for s, r in zip(shares, records, strict=True)]
-        style = {"marker": marker, "markersize": 7, "capsize": 3, "alpha": 0.85}
+        style: dict[str, Any] = {"marker": marker, "markersize": 7, "capsize": 3, "alpha": 0.85}
         axes.errorbar(exits, [100.0 * share for share in shares], yerr=errors, label=label, **style)
     some = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     axes.set(

@@ -33,7 +33,7 @@ _DENIED = ("*", "lightning.fabric.plugins.io", "lightning.pytorch.plugins.io", "
 
 
 def restrict_classes(args: Sequence[str]) -> list[str]:
-    """Allows the classes of this application and those of `--allowed_classes+`, for the rest of the process.
+    """Allow the classes of this application and those of `--allowed_classes+`, for the rest of the process.
 
     Returns the other arguments. A config cannot add classes, since only the command line knows the option.
     """

@@ -34,7 +34,7 @@ def kept_help(verb: str) -> str | None:
 
 
 def keep_help(verb: str, text: str) -> None:
-    """Stores the help text of a verb. If that fails, the next call has to make the text again, which takes seconds."""
+    """Store the help text of a verb. If that fails, the next call has to make the text again, which takes seconds."""
     try:
         file = _file(verb)
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def _values_of_type(described: str) -> list[str]:
 
 
 def complete(verbs: Iterable[str], options_of: Callable[[str], Mapping[str, tuple[str, ...]]]) -> None:
-    """Answers a shell that asks for completions, and ends the process; returns at once if no shell asks.
+    """Answer a shell that asks for completions, and end the process; return at once if no shell asks.
 
     The user turns this on with `eval "$(register-python-argcomplete layerskip)"`. `options_of` gives the options of a
     verb, without dashes, each with its values where these are few.

@@ -43,7 +43,7 @@ def with_included(args: Sequence[str]) -> list[str]:
 
 
 def _stack(file: str, *, above: tuple[Path, ...]) -> Iterator[str]:
-    """Yields `file` and all files below it, the lowest first."""
+    """Yield `file` and all files below it, the lowest first."""
     path = Path(file).resolve()
     if path in above:
         raise ConfigError(_KEY, got=file, allowed=f"files that are not stacked on themselves, as {above[0]} is")

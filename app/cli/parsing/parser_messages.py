@@ -83,7 +83,7 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
 
 
 def _unknown_key(path: str, options: Collection[str], *, of: str = "") -> str:
-    """Says that there is no such key (of the class `of`), and what it is called here or which keys are like it."""
+    """Say that there is no such key (of the class `of`), and what it is called here or which keys are like it."""
     for pattern, key in _KEYS_OF_OTHERS.items():
         if other := re.match(pattern, path):
             return f"{path}: unknown key; {other.expand(key)}"
@@ -114,7 +114,7 @@ def _no_class(got: str, text: str) -> str:
 
 
 def _subclasses(base: str) -> Iterator[type]:
-    """Yields all subclasses, imported so far, of the class at this path."""
+    """Yield all subclasses, imported so far, of the class at this path."""
     module, _, name = base.rpartition(".")
     pending = [getattr(sys.modules.get(module), name, None)]
     while pending:

@@ -31,7 +31,7 @@ _MODELS = {True: ("model.pretrained",), False: ("model", "draft_model")}  # by w
 def check_arguments(
     args: Sequence[str], *, options: Collection[str] | None, of_fit: bool, needs_model: bool = True
 ) -> None:
-    """Refuses files that are missing or not YAML, and options that the verb does not have.
+    """Refuse files that are missing or not YAML, and options that the verb does not have.
 
     Args:
         args: What follows the verb on the command line.
@@ -56,7 +56,7 @@ def check_arguments(
 
 
 def check_checkpoint_path(path: str, *, use_previous: bool) -> None:
-    """Refuses a `ckpt_path` with no checkpoint; with `use_previous`, the previous one will do, and its reader warns."""
+    """Refuse a `ckpt_path` with no checkpoint; with `use_previous`, the previous one will do, and its reader warns."""
     if path in (LAST, AUTO) or (path and find_checkpoint(Path(path)).exists()):
         return
     fix = ""
@@ -69,7 +69,7 @@ def check_checkpoint_path(path: str, *, use_previous: bool) -> None:
 
 
 def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Yields each option, without its dashes, with the argument that follows it."""
+    """Yield each option, without its dashes, with the argument that follows it."""
     for arg, following in pairwise([*args, None]):
         if arg is not None and (arg.startswith("--") or arg == "-c"):
             option, equals, value = arg.lstrip("-").partition("=")
@@ -101,7 +101,7 @@ def _read_config(value: str) -> Any:
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every value in nested dicts and lists with its path, which begins with `path`."""
+    """Yield every value in nested dicts and lists with its path, which begins with `path`."""
     items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         below = f"{path}.{key}" if path else str(key)

@@ -51,7 +51,7 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 
 
 def _classes_as_configs(args: Sequence[str]) -> Iterator[str]:
-    """Yields the arguments, with `--trainer.strategy '{class_path: ...}'` and its like written as configs.
+    """Yield the arguments, with `--trainer.strategy '{class_path: ...}'` and its like written as configs.
 
     These settings may be names as well as classes. On the command line jsonargparse takes a misspelt class for a name,
     which Lightning then does not find; in a config it says what is wrong with the class.

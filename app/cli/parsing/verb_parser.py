@@ -4,7 +4,7 @@ Tested by tests/contract/test_generate_mistakes.py.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from jsonargparse import (  # type: ignore[attr-defined]  # ActionConfigFile is in its __all__ by computation
@@ -21,7 +21,7 @@ class OneLineErrors(ArgumentParser):
     """A parser that prints an error as one line, says where help is, and exits with status 2."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Reports two errors that jsonargparse lets pass: a config that is not UTF-8, and one that contains itself."""
+        """Report two errors that jsonargparse lets pass: a config that is not UTF-8, and one that contains itself."""
         try:
             return super().parse_args(*args, **kwargs)
         except UnicodeDecodeError as error:
@@ -46,17 +46,15 @@ class OneLineErrors(ArgumentParser):
         return self
 
 
-def call_verb(
-    verb: Callable[..., None], args: Sequence[str], *, by_hand: Mapping[str, dict[str, Any]] | None = None
-) -> None:
-    """Calls the function of a verb with the options on the command line, which follow the verb.
+def call_verb(verb: Callable[..., None], *, by_hand: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Call the function of a verb with the options on the command line, which follow the verb.
 
     The arguments of the function are the options. `by_hand` has settings of `add_argument` for those options that the
     function's signature does not describe well.
     """
     parser = parser_of(verb, verb.__name__, by_hand or {})
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
-    options = parser.parse_args(args).as_dict()
+    options = parser.parse_args(sys.argv[2:]).as_dict()
     options.pop("config")
     verb(**options)
 

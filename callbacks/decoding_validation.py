@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from app.checkpoints.entries import SavedEntries
+from app.checkpoints.entries import SavedEntry
 from app.errors import ConfigError, check_range
 from app.model.parallel import unsharded
 from app.protocols import DecodingHost, EndOwner, ExitableDecoder, TokenizerOwner
@@ -57,9 +57,8 @@ class DecodingValidation(Callback):
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved, entry = SavedEntries(), ("callbacks", self.state_key)
-        state = saved.keys(entry, state_dict, ("validations",))
-        self._validations = saved.count((*entry, "validations"), state["validations"])
+        saved = SavedEntry(state_dict, "callbacks", self.state_key).mapping(("validations",))
+        self._validations = saved["validations"].count()
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether to measure now; counts this validation if it belongs to a fit."""

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from app import metric_names
-from app.checkpoints.entries import SavedEntries
+from app.checkpoints.entries import SavedEntry
 from app.errors import ConfigError
 from app.exits.quality import ExitQuality, ExitScore
 from app.exits.report import exit_figure, exit_table
@@ -96,15 +96,16 @@ class ExitQualityMonitor(Callback):
         return {"history": {step: {e: tuple(s) for e, s in scores.items()} for step, scores in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved, entry = SavedEntries(), ("callbacks", self.state_key, "history")
         history: dict[int, dict[int, ExitScore]] = {}
-        for step, scores in saved.any_keys(entry, state_dict.get("history")).items():
-            at = (*entry, saved.count((*entry, step), step))
+        saved = SavedEntry(state_dict, "callbacks", self.state_key)["history"]
+        for step, scores in saved.mapping().items():
+            scores.holding(step).count()
             history[step] = {}
-            for exit_layer, score in saved.any_keys(at, scores).items():
-                figures = saved.sequence((*at, saved.count((*at, exit_layer), exit_layer, low=1)), score, length=2)
+            for exit_layer, score in scores.mapping().items():
+                score.holding(exit_layer).count(low=1)
+                figures = [figure.value for figure in score.sequence(length=2)]
                 if not all(isinstance(figure, float) for figure in figures):  # NaN passes: a run may have diverged
-                    saved.refuse((*at, exit_layer), score, "loss and agreement, as numbers")
+                    score.refuse("loss and agreement, as numbers")
                 history[step][exit_layer] = ExitScore(*figures)
         self.history = history
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.checkpoints.entries import SavedEntries
+from app.checkpoints.entries import SavedEntry
 from app.checkpoints.shards import Shards
 from app.checkpoints.weights import HF_CONFIG_KEY, OPTIMIZER_STATES, STATE_DICT, read_plain
 from app.errors import CheckpointError
@@ -67,7 +67,7 @@ def _check_kinds(path: Path, content: Mapping[str, Any], *, needed: Sequence[str
         if key in content and not isinstance(content[key], kind):
             raise CheckpointError.unusable(path, f"damaged or foreign, its {key!r} is no {kind.__name__}")
     if not re.match(r"2\.\d+\.\d", content[_VERSION]):  # Lightning would migrate it, whatever it holds
-        SavedEntries(path).refuse((_VERSION,), content[_VERSION], "2.x")
+        SavedEntry(content, path=path)[_VERSION].refuse("2.x")
 
 
 def refuse_weights_alone(path: str | Path | None, content: Mapping[str, Any]) -> None:
@@ -107,31 +107,27 @@ def made_whole(
     if not weights:
         raise CheckpointError.unusable(path, "no weights are in its shards")
     states = []
-    for index, state in enumerate(content[OPTIMIZER_STATES]):
+    for index, state in enumerate(SavedEntry(content, path=path)[OPTIMIZER_STATES].sequence()):
         own = state_keys(keys, index)
-        _check_named(path, state, own, index)
-        states.append(by_index(filled(state, {key: read(key) for key in own}, index)))
+        _check_named(state, own, index)
+        states.append(by_index(filled(state.value, {key: read(key) for key in own}, index)))
     return {**content, STATE_DICT: weights, OPTIMIZER_STATES: states}
 
 
-def _check_named(path: Path, state: object, keys: Sequence[str], index: int) -> None:
+def _check_named(saved: SavedEntry, keys: Sequence[str], index: int) -> None:
     """Check that the states of optimizer `index` are those of its parameters, each named once."""
-    saved, entry = SavedEntries(path), (OPTIMIZER_STATES, index)
-    parts, names = saved.keys(entry, state, ("state", "param_groups")), set[object]()
-    for number, group in enumerate(saved.sequence((*entry, "param_groups"), parts["param_groups"])):
-        below = (*entry, "param_groups", number)
-        params = saved.any_keys(below, group).get("params")
-        for param_index, name in enumerate(saved.sequence((*below, "params"), params)):
-            if not isinstance(name, str) or name in names:
-                saved.refuse((*below, "params", param_index), name, "the name of a parameter, once")
-            names.add(name)
+    parts, names = saved.mapping(("state", "param_groups")), set[object]()
+    for group in parts["param_groups"].sequence():
+        for name in group["params"].sequence():
+            if not isinstance(name.value, str) or name.value in names:
+                name.refuse("the name of a parameter, once")
+            names.add(name.value)
     in_shards = {parameter_of(key, index) for key in keys}
-    in_content = saved.any_keys((*entry, "state"), parts["state"])
-    states = saved.keys((*entry, "state"), in_content, in_shards | (in_content.keys() & names))
-    for name, entries in states.items():
+    in_content = parts["state"].mapping()
+    for name, states in parts["state"].mapping(in_shards | (in_content.keys() & names)).items():
         if name not in names:
-            saved.refuse((*entry, "state", name), entries, "states of the parameters in param_groups alone")
-        saved.any_keys((*entry, "state", name), entries)
+            states.refuse("states of the parameters in param_groups alone")
+        states.mapping()
 
 
 # -- optimizer states ------------------------------------------------------------------------------------------------

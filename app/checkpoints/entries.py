@@ -5,7 +5,7 @@ Tested by tests/integration/test_edited_checkpoints.py.
 
 import math
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,87 +14,94 @@ from torch import Tensor
 from app.checkpoints.integrity import is_finite
 from app.errors import CheckpointError
 
-Entry = tuple[object, ...]  # the keys that lead to an entry
 
+class SavedEntry:
+    """An entry of a checkpoint: its value, and the keys that lead to it.
 
-class SavedEntries:
-    """Checks for the entries of one checkpoint.
-
-    Each method raises CheckpointError naming the entry, what it is and what is allowed, and else returns the entry.
+    Each check raises CheckpointError naming the entry, what it is and what is allowed, and else returns the value or
+    the entries below.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
-        self._path = path or "to load"
+    def __init__(self, value: Any, *keys: object, path: str | Path | None = None) -> None:
+        self.value, self.keys, self._path = value, keys, path
 
-    def refuse(self, entry: Entry, got: object, allowed: str) -> NoReturn:
+    def __getitem__(self, key: Any) -> "SavedEntry":
+        """The entry below this one; its value is MISSING where there is none."""
+        is_there = isinstance(self.value, Mapping) and key in self.value
+        if isinstance(self.value, list | tuple):
+            is_there = isinstance(key, int) and key < len(self.value)
+        return SavedEntry(self.value[key] if is_there else MISSING, *self.keys, key, path=self._path)
+
+    def holding(self, value: object) -> "SavedEntry":
+        """This entry with another value."""
+        return SavedEntry(value, *self.keys, path=self._path)
+
+    def refuse(self, allowed: str) -> NoReturn:
         """Raise the CheckpointError."""
-        name = ".".join(map(str, entry))
-        raise CheckpointError.unusable(self._path, f"damaged or foreign, {name}: got {shown(got)}, allowed {allowed}")
+        found = f"damaged or foreign, {'.'.join(map(str, self.keys))}: got {shown(self.value)}, allowed {allowed}"
+        raise CheckpointError.unusable(self._path or "to load", found)
 
-    def number(self, entry: Entry, got: object, *, low: float = -math.inf, high: float = math.inf) -> float:
+    def number(self, *, low: float = -math.inf, high: float = math.inf) -> float:
         """A finite number from `low` to `high`."""
+        got = self.value
         if isinstance(got, bool) or not isinstance(got, int | float) or not low <= got <= high or math.isinf(got):
-            self.refuse(entry, got, f"a number in [{low}, {high}]")
+            self.refuse(f"a number in [{low}, {high}]")
         return got
 
-    def count(self, entry: Entry, got: object, *, low: int = 0, high: float = math.inf) -> int:
+    def count(self, *, low: int = 0, high: float = math.inf) -> int:
         """A whole number from `low` to `high`."""
+        got = self.value
         if isinstance(got, bool) or not isinstance(got, int) or not low <= got <= high:
-            self.refuse(entry, got, f"a whole number in [{low}, {high}]" if low < high else f"{low}")
+            self.refuse(f"a whole number in [{low}, {high}]" if low < high else f"{low}")
         return got
 
-    def finite(self, entry: Entry, got: Tensor) -> Tensor:
+    def finite(self) -> Tensor:
         """A tensor without NaN and infinity, or one without memory."""
-        if not is_finite(got):
-            self.refuse(entry, "NaN or infinity", "finite numbers")
-        return got
+        if not is_finite(self.value):
+            self.holding("NaN or infinity").refuse("finite numbers")
+        return self.value  # type: ignore[no-any-return]
 
-    def keys(self, entry: Entry, got: object, allowed: Collection[object]) -> dict[Any, Any]:
-        """A dict with exactly these keys."""
-        entries = self.any_keys(entry, got)
-        for key in allowed:
-            if key not in entries:
-                self.refuse((*entry, key), MISSING, "an entry")
-        for key in entries:
-            if key not in allowed:
-                self.refuse((*entry, key), entries[key], "no such entry")
-        return entries
+    def mapping(self, keys: Collection[object] | None = None) -> dict[Any, "SavedEntry"]:
+        """The entries of a dict, with exactly these keys if some are given."""
+        if not isinstance(self.value, Mapping):
+            self.refuse("a dict")
+        for key in keys or ():
+            if key not in self.value:
+                self[key].refuse("an entry")
+        for key in self.value:
+            if keys is not None and key not in keys:
+                self[key].refuse("no such entry")
+        return {key: self[key] for key in self.value}
 
-    def any_keys(self, entry: Entry, got: object) -> dict[Any, Any]:
-        """A dict."""
-        if not isinstance(got, dict):
-            self.refuse(entry, got, "a dict")
-        return got
+    def sequence(self, *, length: int | None = None) -> list["SavedEntry"]:
+        """The entries of a list or tuple, of this length if one is given."""
+        if not isinstance(self.value, list | tuple) or length not in (None, len(self.value)):
+            self.refuse("a list" if length is None else f"a list of {length}")
+        return [self[index] for index in range(len(self.value))]
 
-    def sequence(self, entry: Entry, got: object, *, length: int | None = None) -> list[Any] | tuple[Any, ...]:
-        """A list or tuple, of this length if one is given."""
-        if not isinstance(got, list | tuple) or length not in (None, len(got)):
-            self.refuse(entry, got, "a list" if length is None else f"a list of {length}")
-        return got
-
-    def alike(self, entry: Entry, got: object, like: object) -> None:
+    def alike(self, like: object) -> None:
         """A value with the types, keys, lengths, shapes and dtypes of `like`; a switch may be true, false or None."""
+        got = self.value
         match like:
             case Tensor():
                 if not isinstance(got, Tensor) or (got.shape, got.dtype) != (like.shape, like.dtype):
-                    self.refuse(entry, got, shown(like))
+                    self.refuse(shown(like))
             case dict():
-                saved = self.keys(entry, got, like)
-                for key, value in like.items():
-                    self.alike((*entry, key), saved[key], value)
+                for key, entry in self.mapping(like).items():
+                    entry.alike(like[key])
             case list() | tuple():
-                for index, value in enumerate(self.sequence(entry, got, length=len(like))):
-                    self.alike((*entry, index), value, like[index])
+                for entry, value in zip(self.sequence(length=len(like)), like, strict=True):
+                    entry.alike(value)
             case None | bool():
                 if got is not None and not isinstance(got, bool):
-                    self.refuse(entry, got, "true, false or null")
+                    self.refuse("true, false or null")
             case int():
-                self.count(entry, got)
+                self.count()
             case float():
-                self.number(entry, got)
+                self.number()
             case _:
                 if type(got) is not type(like):
-                    self.refuse(entry, got, f"a value of type {type(like).__name__}")
+                    self.refuse(f"a value of type {type(like).__name__}")
 
 
 class _Missing:

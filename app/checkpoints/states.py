@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LRScheduler, OneCycleLR
 
-from app.checkpoints.entries import MISSING, Entry, SavedEntries, shown
+from app.checkpoints.entries import SavedEntry, shown
 from app.checkpoints.weights import OPTIMIZER_STATES, SKIPPED_STEPS_KEY, STATE_DICT
 from app.errors import CheckpointError
+from app.words import dtype_name
 
-_STEP, _EPOCH = "global_step", "epoch"
-_LOOPS, _SCHEDULERS, _CALLBACKS = "loops", "lr_schedulers", "callbacks"
-_LOADERS = "combined_loader"
+_LOOPS, _SCHEDULERS = "loops", "lr_schedulers"
 _INSIST = (
     "--allow_changes '[model.optimizer]' takes the configured ones, and a script starts anew from the weights"
     " (pretrained=CHECKPOINT)"
@@ -58,118 +57,112 @@ def check_states(checkpoint: Mapping[str, Any], module: Any) -> None:
     Raises:
         CheckpointError: Naming the first entry that does not fit, what it is and what is allowed.
     """
-    trainer = module.trainer
-    saved = SavedEntries(trainer.ckpt_path)
-    step = saved.count((_STEP,), checkpoint.get(_STEP))
-    _check_weights(saved, checkpoint[STATE_DICT], module.state_dict())
-    loops, fn = checkpoint.get(_LOOPS, {}), trainer.state.fn
+    trainer, fn = module.trainer, module.trainer.state.fn
+    saved = SavedEntry(checkpoint, path=trainer.ckpt_path)
+    step = saved["global_step"].count()
+    _check_weights(saved[STATE_DICT], module.state_dict())
     if fn != TrainerFn.FITTING:
         name = f"{fn.value}_loop"
-        if name in loops:
-            _check_counts(saved, (_LOOPS, name), loops[name], getattr(trainer, name).state_dict())
+        if name in checkpoint.get(_LOOPS, {}):
+            _check_counts(saved[_LOOPS][name], getattr(trainer, name).state_dict())
         return
-    fit_loop = loops["fit_loop"]
-    _check_counts(saved, (_LOOPS, "fit_loop"), fit_loop, trainer.fit_loop.state_dict())
-    _check_progress(saved, fit_loop, step=step, epoch=checkpoint.get(_EPOCH))
-    skipped = saved.count((SKIPPED_STEPS_KEY,), checkpoint.get(SKIPPED_STEPS_KEY, 0), high=step)
+    _check_counts(saved[_LOOPS]["fit_loop"], trainer.fit_loop.state_dict())
+    _check_progress(saved, step=step)
+    skipped = saved[SKIPPED_STEPS_KEY].count(high=step) if SKIPPED_STEPS_KEY in checkpoint else 0
     fresh = module.optimizer_over(module.model)
-    _check_optimizer(saved, checkpoint[OPTIMIZER_STATES], fresh["optimizer"], module, steps=step - skipped)
-    _check_schedule(saved, checkpoint, fresh["lr_scheduler"]["scheduler"], step=step)
-    _check_callbacks(saved, checkpoint.get(_CALLBACKS), trainer.callbacks)
+    _check_optimizer(saved[OPTIMIZER_STATES], fresh["optimizer"], module, steps=step - skipped)
+    _check_schedule(saved, fresh["lr_scheduler"]["scheduler"], step=step)
+    _check_callbacks(saved["callbacks"], trainer.callbacks)
 
 
-def _check_weights(saved: SavedEntries, got: object, live: Mapping[str, Tensor]) -> None:
+def _check_weights(saved: SavedEntry, live: Mapping[str, Tensor]) -> None:
     """Names and shapes must be the model's, and all numbers finite. All weights may have another precision."""
-    weights = saved.keys((STATE_DICT,), got, live)
+    entries = saved.mapping(live)
     precisions: dict[torch.dtype, torch.dtype] = {}
     for name, weight in live.items():
-        tensor = weights[name]
+        entry, tensor = entries[name], entries[name].value
         if not isinstance(tensor, Tensor) or tensor.shape != weight.shape or not tensor.is_floating_point():
-            saved.refuse((STATE_DICT, name), tensor, shown(weight))
+            entry.refuse(shown(weight))
         expected = precisions.setdefault(weight.dtype, tensor.dtype)
         if tensor.dtype != expected:
-            saved.refuse((STATE_DICT, name), tensor, f"{str(expected).removeprefix('torch.')}, as the others")
-        saved.finite((STATE_DICT, name), tensor)
+            entry.refuse(f"{dtype_name(expected)}, as the others")
+        entry.finite()
 
 
 # -- loops -------------------------------------------------------------------------------------------------------------
 
 
-def _check_counts(saved: SavedEntries, entry: Entry, got: object, like: Mapping[str, Any]) -> None:
+def _check_counts(saved: SavedEntry, like: Mapping[str, Any]) -> None:
     """Check the state of a loop, of which `like` is the live one."""
-    state = saved.keys(entry, got, like)
+    state = saved.mapping(like)
     for key, value in like.items():
-        below = (*entry, key)
+        entry = state[key]
         if key == "state_dict":  # the states of data loaders, which check them themselves
-            loaders = saved.any_keys(below, state[key]).get(_LOADERS, [])
-            for index, each in enumerate(saved.sequence((*below, _LOADERS), loaders)):
-                saved.any_keys((*below, _LOADERS, index), each)
+            loaders = entry.mapping().get("combined_loader")
+            for loader in loaders.sequence() if loaders else ():
+                loader.mapping()
         elif key in ("total", "current"):
-            _check_order(saved, below, saved.keys(below, state[key], value))
+            _check_order(entry.mapping(value))
         elif isinstance(value, dict):
-            _check_counts(saved, below, state[key], value)
-        elif isinstance(value, bool) and not isinstance(state[key], bool):
-            saved.refuse(below, state[key], "true or false")
+            _check_counts(entry, value)
+        elif isinstance(value, bool) and not isinstance(entry.value, bool):
+            entry.refuse("true or false")
         else:
-            saved.alike(below, state[key], value)
-    if "current" in like and entry[-1] not in _OF_EVALUATION:  # a validation may start to count anew at any time
+            entry.alike(value)
+    if "current" in like and saved.keys[-1] not in _OF_EVALUATION:  # a validation may start to count anew at any time
         total, current = state["total"], state["current"]
-        for name in current:
-            saved.count((*entry, "current", name), current[name], high=total[name])
-            expected = total["ready"] - (current["ready"] - current[name])
-            saved.count((*entry, "total", name), total[name], low=expected, high=expected)
+        for name in current.value:
+            done = current[name].count(high=total[name].value)
+            expected = total["ready"].value - (current["ready"].value - done)
+            total[name].count(low=expected, high=expected)
 
 
-def _check_order(saved: SavedEntries, entry: Entry, counts: Mapping[str, Any]) -> None:
+def _check_order(counts: Mapping[str, SavedEntry]) -> None:
     """At most one is in work: each count is the one before it or one less. An epoch may be ready and not started."""
-    first, *others = [name for name in _COUNTS if name in counts]
-    highest = saved.count((*entry, first), counts[first])
-    for name in others:
-        lowest = highest if name == "started" and "epoch_progress" not in entry else max(0, counts[first] - 1)
-        highest = saved.count((*entry, name), counts[name], low=lowest, high=highest)
+    first, *others = [counts[name] for name in _COUNTS if name in counts]
+    highest = first.count()
+    for count in others:
+        may_wait = count.keys[-1] != "started" or "epoch_progress" in count.keys
+        highest = count.count(low=max(0, first.value - 1) if may_wait else highest, high=highest)
 
 
-def _check_progress(saved: SavedEntries, fit_loop: Mapping[str, Any], *, step: int, epoch: object) -> None:
+def _check_progress(saved: SavedEntry, *, step: int) -> None:
     """The counts of steps, micro-batches and epochs must agree."""
-    entry = (_LOOPS, "fit_loop")
-    steps = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
-    saved.count((_STEP,), step, low=steps, high=steps)
-    counted = fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"]
-    saved.count((*entry, "epoch_loop.state_dict", "_batches_that_stepped"), counted, high=step + 1)
-    batches = fit_loop["epoch_loop.batch_progress"]["total"]["ready"]
-    saved.count((*entry, "epoch_loop.batch_progress", "total", "ready"), batches, low=step)
-    epochs = fit_loop["epoch_progress"]["current"]["processed"]
-    saved.count((_EPOCH,), epoch, low=epochs, high=epochs)
+    loop = saved[_LOOPS]["fit_loop"]
+    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"].value
+    saved["global_step"].count(low=steps, high=steps)
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"].count(high=step + 1)
+    loop["epoch_loop.batch_progress"]["total"]["ready"].count(low=step)
+    epochs = loop["epoch_progress"]["current"]["processed"].value
+    saved["epoch"].count(low=epochs, high=epochs)
 
 
 # -- optimizer and schedule --------------------------------------------------------------------------------------------
 
 
-def _check_optimizer(saved: SavedEntries, got: object, live: Optimizer, module: Resumable, *, steps: int) -> None:
+def _check_optimizer(saved: SavedEntry, live: Optimizer, module: Resumable, *, steps: int) -> None:
     """The states must be those that `steps` steps of the live optimizer leave for its parameters."""
-    (only,) = saved.sequence((OPTIMIZER_STATES,), got, length=1)
-    entry: Entry = (OPTIMIZER_STATES, 0)
-    groups, own = saved.keys(entry, only, ("state", "param_groups"))["param_groups"], live.state_dict()["param_groups"]
-    saved.alike((*entry, "param_groups"), groups, own)
-    for number, (group, fresh) in enumerate(zip(groups, own, strict=True)):
-        if list(group["params"]) != fresh["params"]:
-            saved.refuse((*entry, "param_groups", number, "params"), group["params"], shown(fresh["params"]))
+    (only,) = saved.sequence(length=1)
+    parts, own = only.mapping(("state", "param_groups")), live.state_dict()["param_groups"]
+    groups, states = parts["param_groups"], parts["state"]
+    groups.alike(own)
+    for group, fresh in zip(groups.sequence(), own, strict=True):
+        if list(group["params"].value) != fresh["params"]:
+            group["params"].refuse(shown(fresh["params"]))
     names = {parameter: name for name, parameter in module.named_parameters()}
     parameters = [parameter for group in live.param_groups for parameter in group["params"]]
-    state, entry = only["state"], (*entry, "state")
-    known = [index for index in range(len(parameters)) if not isinstance(state, dict) or index in state]
-    saved.keys(entry, state, known)
+    known = sorted(states.mapping().keys() & range(len(parameters)))
+    states.mapping(known)
     if not is_torchs(live):
         return
     kinds = _kinds_of_state(module, parameters)
     for index, parameter in enumerate(parameters):
-        kind, below = kinds[parameter.dim(), parameter.dtype], (*entry, index)
-        if index in state:
+        kind = kinds[parameter.dim(), parameter.dtype]
+        if index in known:
             for key, like in kind.items():
-                value = saved.keys(below, state[index], kind)[key]
-                _check_state(saved, (*below, key), value, like, parameter, steps=steps)
+                _check_state(states[index].mapping(kind)[key], like, parameter, steps=steps)
         elif kind and not _had_no_gradient(index, known, [names[each] for each in parameters], steps=steps):
-            saved.refuse(below, MISSING, f"the states of {names[parameter]}")
+            states[index].refuse(f"the states of {names[parameter]}")
 
 
 def is_torchs(live: Optimizer | LRScheduler) -> bool:
@@ -197,39 +190,37 @@ def _kinds_of_state(module: Resumable, parameters: Sequence[Tensor]) -> dict[tup
     return {kind: dict(optimizer.state[stand_in]) for kind, stand_in in zip(kinds, stand_ins, strict=True)}
 
 
-def _check_state(saved: SavedEntries, entry: Entry, got: object, like: object, of: Tensor, *, steps: int) -> None:
+def _check_state(saved: SavedEntry, like: object, of: Tensor, *, steps: int) -> None:
     """Compare one state of parameter `of` with that of its stand-in."""
     if not isinstance(like, Tensor):
-        saved.alike(entry, got, like)
+        saved.alike(like)
         return
     sizes = [of.shape[_STAND_IN.index(size)] if size in _STAND_IN[: of.dim()] else size for size in like.shape]
-    saved.alike(entry, got, torch.empty(sizes, dtype=like.dtype, device="meta"))
-    assert isinstance(got, Tensor)
-    if not got.is_meta and entry[-1] == "step":
-        saved.number(entry, got.item(), low=1, high=steps)
+    saved.alike(torch.empty(sizes, dtype=like.dtype, device="meta"))
+    if saved.keys[-1] == "step" and not saved.value.is_meta:
+        saved.holding(saved.value.item()).number(low=1, high=steps)
     else:
-        saved.finite(entry, got)
+        saved.finite()
 
 
-def _check_schedule(saved: SavedEntries, checkpoint: Mapping[str, Any], scheduler: LRScheduler, *, step: int) -> None:
+def _check_schedule(saved: SavedEntry, scheduler: LRScheduler, *, step: int) -> None:
     """The one schedule must stand at the run's step, and scale the rates that the optimizer began with."""
     if not is_torchs(scheduler):
-        saved.sequence((_SCHEDULERS,), checkpoint[_SCHEDULERS], length=1)
-        saved.any_keys((_SCHEDULERS, 0), checkpoint[_SCHEDULERS][0])
+        (only,) = saved[_SCHEDULERS].sequence(length=1)
+        only.mapping()
         return
-    live = scheduler.state_dict()
-    saved.alike((_SCHEDULERS,), checkpoint[_SCHEDULERS], [live])
-    state, entry = checkpoint[_SCHEDULERS][0], (_SCHEDULERS, 0)
-    saved.count((*entry, "last_epoch"), state["last_epoch"], low=step, high=step)
+    live, state = scheduler.state_dict(), saved[_SCHEDULERS][0]
+    saved[_SCHEDULERS].alike([live])
+    state["last_epoch"].count(low=step, high=step)
     if not isinstance(scheduler, CosineAnnealingWarmRestarts):  # this class does not count its steps
-        saved.count((*entry, "_step_count"), state["_step_count"], low=step + 1, high=step + 1)
+        state["_step_count"].count(low=step + 1, high=step + 1)
     for key, value in live.items():
-        if isinstance(value, bool) and state[key] is not value:
-            saved.refuse((*entry, key), state[key], str(value))
-    for index, group in enumerate(checkpoint[OPTIMIZER_STATES][0]["param_groups"]):
-        if state["base_lrs"][index] != group["initial_lr"]:
-            allowed = f"{group['initial_lr']}, the optimizer's initial_lr"
-            saved.refuse((*entry, "base_lrs", index), state["base_lrs"][index], allowed)
+        if isinstance(value, bool) and state[key].value is not value:
+            state[key].refuse(str(value))
+    groups = saved[OPTIMIZER_STATES][0]["param_groups"].sequence()
+    for group, base_lr in zip(groups, state["base_lrs"].sequence(), strict=True):
+        if base_lr.value != group["initial_lr"].value:
+            base_lr.refuse(f"{group['initial_lr'].value}, the optimizer's initial_lr")
 
 
 def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable) -> None:
@@ -237,63 +228,62 @@ def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable) -
 
     `check_states` must have passed. Raises CheckpointError naming the first setting.
     """
-    saved = SavedEntries(module.trainer.ckpt_path)
+    saved = SavedEntry(checkpoint, path=module.trainer.ckpt_path)
     live = module.optimizer_over(module.model)
     fresh, scheduler = live["optimizer"].param_groups, live["lr_scheduler"]["scheduler"]
     if not is_torchs(scheduler):
         return  # it may set any of them
     moved = ("params", *(("betas", "momentum") if isinstance(scheduler, OneCycleLR | CyclicLR) else ()))
-    rates = checkpoint[_SCHEDULERS][0]["_last_lr"]
-    for index, (group, own) in enumerate(zip(checkpoint[OPTIMIZER_STATES][0]["param_groups"], fresh, strict=True)):
-        for key, value in (own | {"lr": rates[index]}).items():
-            listed = [list(each) if isinstance(each, tuple) else each for each in (group[key], value)]
+    groups, rates = saved[OPTIMIZER_STATES][0]["param_groups"].sequence(), saved[_SCHEDULERS][0]["_last_lr"].value
+    for group, own, rate in zip(groups, fresh, rates, strict=True):
+        for key, value in (own | {"lr": rate}).items():
+            listed = [list(each) if isinstance(each, tuple) else each for each in (group[key].value, value)]
             if key not in moved and listed[0] != listed[1]:
-                entry = (OPTIMIZER_STATES, 0, "param_groups", index, key)
-                saved.refuse(entry, group[key], f"{value!r}, as configured; {_INSIST}")
+                group[key].refuse(f"{value!r}, as configured; {_INSIST}")
 
 
 # -- callbacks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_callbacks(saved: SavedEntries, got: object, live: Sequence[Callback]) -> None:
+def _check_callbacks(saved: SavedEntry, live: Sequence[Callback]) -> None:
     """Let a copy of each callback load its saved state. ModelCheckpoint loads anything, so its state is compared."""
-    states = saved.any_keys((_CALLBACKS,), got)
-    for key, state in states.items():
-        saved.any_keys((_CALLBACKS, key), state)
+    states = saved.mapping()
+    for state in states.values():
+        state.mapping()
     for callback in live:
         if callback.state_key not in states:
             continue
-        entry, state = (_CALLBACKS, callback.state_key), states[callback.state_key]
+        state = states[callback.state_key]
         if isinstance(callback, ModelCheckpoint):
-            _check_saver(saved, entry, state, callback)
+            _check_saver(state, callback)
             continue
         try:
-            copy.copy(callback).load_state_dict(copy.deepcopy(state))
+            copy.copy(callback).load_state_dict(copy.deepcopy(state.value))
         except CheckpointError:
             raise
         except Exception as error:  # a user's callback may raise anything
-            saved.refuse(entry, state, f"what its load_state_dict takes, which raises {error!r}")
+            state.refuse(f"what its load_state_dict takes, which raises {error!r}")
 
 
-def _check_saver(saved: SavedEntries, entry: Entry, got: object, live: ModelCheckpoint) -> None:
-    state = saved.keys(entry, got, live.state_dict())
-    scores = saved.any_keys((*entry, "best_k_models"), state["best_k_models"])
-    for path, score in scores.items():
-        _check_score(saved, (*entry, "best_k_models", path), score)
-    for key, value in state.items():
+def _check_saver(saved: SavedEntry, live: ModelCheckpoint) -> None:
+    state = saved.mapping(live.state_dict())
+    scores = state["best_k_models"].mapping()
+    for score in scores.values():
+        _check_score(score)
+    for key, entry in state.items():
         needed = key == "kth_value" or (key == "best_model_score" and scores)
-        if needed or (key in ("best_model_score", "current_score") and value is not None):
-            _check_score(saved, (*entry, key), value)
+        if needed or (key in ("best_model_score", "current_score") and entry.value is not None):
+            _check_score(entry)
         elif key.endswith("path"):
-            saved.alike((*entry, key), value, "")
+            entry.alike("")
     if scores:
         for key, others in (("best_model_path", ()), ("kth_best_model_path", ("",))):
-            if state[key] not in (*scores, *others):
-                saved.refuse((*entry, key), state[key], "one of best_k_models")
-        if state["best_model_score"] != scores[state["best_model_path"]]:
-            saved.refuse((*entry, "best_model_score"), state["best_model_score"], "that of best_model_path")
+            if state[key].value not in (*scores, *others):
+                state[key].refuse("one of best_k_models")
+        if state["best_model_score"].value != scores[state["best_model_path"].value].value:
+            state["best_model_score"].refuse("that of best_model_path")
 
 
-def _check_score(saved: SavedEntries, entry: Entry, got: object) -> None:
-    if not isinstance(got, Tensor) or got.shape or not got.is_floating_point():
-        saved.refuse(entry, got, "a number, as a float tensor []")
+def _check_score(saved: SavedEntry) -> None:
+    if not isinstance(saved.value, Tensor) or saved.value.shape or not saved.value.is_floating_point():
+        saved.refuse("a number, as a float tensor []")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from app.checkpoints.entries import SavedEntries
+from app.checkpoints.entries import SavedEntry
 from app.errors import ConfigError, DataError
 from app.protocols import SourceStatistics
 from datamodules.loading.rank_share import RankShare
@@ -40,12 +40,12 @@ class StreamPosition:
 
 def check_position(state: Mapping[str, Any], *, num_sources: int) -> None:
     """Raise CheckpointError, naming the entry, if a saved state is no position of a stream."""
-    saved, entry = SavedEntries(), ("data",)
-    saved.count((*entry, "global_batches"), state.get("global_batches"))
-    num_lanes = saved.count((*entry, "num_lanes"), state.get("num_lanes"), low=1)
-    for lane, lists in saved.any_keys((*entry, "lanes"), state.get("lanes")).items():
-        saved.count((*entry, "lanes", lane), int(lane) if str(lane).isdigit() else lane, high=num_lanes - 1)
-        saved.alike((*entry, "lanes", lane), lists, to_lists((SourceState(),) * num_sources))
+    saved = SavedEntry(state, "data")
+    saved["global_batches"].count()
+    num_lanes = saved["num_lanes"].count(low=1)
+    for lane, lists in saved["lanes"].mapping().items():
+        lists.holding(int(lane) if str(lane).isdigit() else lane).count(high=num_lanes - 1)
+        lists.alike(to_lists((SourceState(),) * num_sources))
 
 
 class PositionKeeper:

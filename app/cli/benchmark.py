@@ -35,6 +35,7 @@ def benchmark(
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: int | None = None,
+    draft_vocabulary: str | None = None,
     **options: Any,
 ) -> None:
     """Decode the same prompts greedily in each of several ways, transformers' own included, and compare them.
@@ -50,13 +51,15 @@ def benchmark(
             Lossless decoding is exact in float32.
         device: Device to decode on; auto takes a GPU if there is one.
         threads: Number of CPU threads; by default torch's own choice.
+        draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
+            for the whole vocabulary. By default, draft_vocabulary.json beside the model.
         options: See BenchmarkSettings.
     """
     transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
     file = check_output_file(output, suffix=".json")
     settings = BenchmarkSettings(eos_token_ids=(), **options)
     texts = read_prompts(prompts, limit=limit)
-    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads)
+    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
     if not ignore_eos:
         settings = replace(settings, eos_token_ids=loaded.eos_token_ids)
     draft_decoder = load_draft_decoder(draft_model, loaded, strategies=settings.strategies)

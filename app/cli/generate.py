@@ -34,6 +34,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: int | None = None,
+    draft_vocabulary: str | None = None,
     json: bool = False,
     **options: Any,
 ) -> None:
@@ -47,6 +48,8 @@ def generate(
             Lossless decoding is exact in float32.
         device: Device to decode on; auto takes a GPU if there is one.
         threads: Number of CPU threads; by default torch's own choice.
+        draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
+            for the whole vocabulary. By default, draft_vocabulary.json beside the model.
         options: See GenerationOptions.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -56,7 +59,7 @@ def generate(
     texts = _texts(prompt, prompts)
     if prompts is None and batch_size > 1:
         _log.warning("batch_size=%d has no effect on a single prompt", batch_size)
-    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads)
+    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
     location = "prompt" if prompts is None else f"{prompts}: prompt"
     request = Request.of(loaded, texts, chosen, location=location, batch_size=batch_size)
     _run(request, batch_size=batch_size, live=prompts is None, json=json)

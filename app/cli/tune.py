@@ -31,6 +31,7 @@ def tune(
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: int | None = None,
+    draft_vocabulary: str | None = None,
     store: bool = True,
     json: bool = False,
     **options: Any,
@@ -46,12 +47,14 @@ def tune(
             is fastest depends on it.
         device: Device to decode on; auto takes a GPU if there is one.
         threads: Number of CPU threads; by default torch's own choice.
+        draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
+            for the whole vocabulary. By default, draft_vocabulary.json beside the model.
         store: Write the choice into generation_config.json of a model directory, where generate finds it.
         options: See TuningSettings.
     """
     settings = TuningSettings(eos_token_ids=(), **options)
     texts = read_prompts(prompts, limit=limit)
-    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads)
+    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
     directory = _storable(model) if store else None
     tokens = encode_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length)
     with torch.inference_mode():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -56,7 +57,13 @@ class LoadedModel(NamedTuple):
 
 
 def load_decoder(
-    model: str, *, dtype: str, device: str, threads: int | None = None, field: str = "model"
+    model: str,
+    *,
+    dtype: str,
+    device: str,
+    threads: int | None = None,
+    draft_vocabulary: str | None = None,
+    field: str = "model",
 ) -> LoadedModel:
     """Loads a model in eval mode on its device, and joins the projections of each block to decode faster.
 
@@ -66,6 +73,8 @@ def load_decoder(
             would emulate it.
         device: auto takes a GPU if there is one.
         threads: Number of CPU threads that torch uses from now on, at least 1; None leaves torch's own choice.
+        draft_vocabulary: File of the token ids that drafts are chosen from; "none" for all. By default, the file beside
+            the model, if there is one.
         field: Names the setting that `model` comes from in an error.
 
     Raises:
@@ -81,6 +90,7 @@ def load_decoder(
     if device == "cuda" and not has_gpu:
         raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
     # Importing transformers' models takes longer than all checks above.
+    from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, read_draft_vocabulary
     from app.model_files.exit_blocks import load_exit_blocks
     from app.model_files.open import load_for_decoding
     from app.spans.decoder import SpanDecoder
@@ -92,7 +102,12 @@ def load_decoder(
     exit_blocks = load_exit_blocks(model, weights)
     join_projections(weights)
     join_projections(weights, [layer for block in exit_blocks.values() for layer in block.decoder.layers])
-    return LoadedModel(weights, tokenizer, SpanDecoder(weights, exit_blocks=exit_blocks), dtype)
+    loaded = LoadedModel(weights, tokenizer, SpanDecoder(weights, exit_blocks=exit_blocks), dtype)
+    file = Path(model) / DRAFT_VOCABULARY_FILE if draft_vocabulary is None else Path(draft_vocabulary)
+    if draft_vocabulary != "none" and (draft_vocabulary is not None or file.is_file()):
+        vocab_size, ends = loaded.decoder.vocab_size, loaded.eos_token_ids
+        loaded.decoder.use_draft_vocabulary(read_draft_vocabulary(file, vocab_size=vocab_size, ends=ends))
+    return loaded
 
 
 def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Sequence[str]) -> ExitableDecoder | None:

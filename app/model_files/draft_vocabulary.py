@@ -1,0 +1,74 @@
+"""The token ids that drafts are chosen from: counted in texts, stored beside a model, read from SGLang's token maps.
+
+A draft's head then has V' rows for V, which is most of a draft's cost in small models. Tokens outside are never
+drafted; verification still may choose them, so that the output stays the full model's.
+"""
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from app.errors import DataError, check_range, shortened
+from app.whole_file import write_whole
+
+DRAFT_VOCABULARY_FILE = "draft_vocabulary.json"
+_KEY = "token_ids"
+
+
+def most_frequent(texts: Iterable[Sequence[int]], *, size: int, vocab_size: int, ends: Sequence[int]) -> list[int]:
+    """The ends of a text, then the most frequent token ids, `size` in all; of equally frequent ones the lower id.
+
+    Args:
+        texts: Token ids of texts like those that are to be drafted, best the model's own.
+        size: V', at least the number of ends and at most V.
+        vocab_size: V.
+        ends: Ids that end a text, which are always in.
+    """
+    check_range("draft_vocabulary_size", size, low=max(1, len(ends)), high=vocab_size)
+    counts = Counter[int]()
+    for text in texts:
+        counts.update(text)
+    others = [token for token in range(vocab_size) if token not in ends]
+    others.sort(key=lambda token: -counts[token])
+    return [*ends, *others][:size]
+
+
+def write_draft_vocabulary(directory: Path, token_ids: Sequence[int]) -> Path:
+    """Store the ids beside a model, most useful first; return the file."""
+    file = directory / DRAFT_VOCABULARY_FILE
+    write_whole(file, json.dumps({_KEY: list(token_ids)}))
+    return file
+
+
+def read_draft_vocabulary(file: Path, *, vocab_size: int, ends: Sequence[int]) -> list[int]:
+    """The ids in a file: JSON of ours, a JSON list, or the token map of SGLang, a .pt file with a list or tensor.
+
+    Raises:
+        DataError: The file cannot be read, holds something else, or ids outside the model's vocabulary or twice, or
+            lacks one of the ids that end a text.
+    """
+    try:
+        stored = torch.load(file, weights_only=True) if file.suffix == ".pt" else json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, RecursionError) as error:
+        raise DataError(f"{file}: no list of token ids can be read from it ({shortened(error)})") from error
+    ids = stored.get(_KEY) if isinstance(stored, dict) else stored
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
+        raise DataError(f"{file}: allowed a list of token ids, or an object with one as {_KEY!r}")
+    found = [
+        *(
+            f"id {token} is not below {vocab_size}, the vocabulary's size"
+            for token in ids
+            if not 0 <= token < vocab_size
+        ),
+        *(f"id {token} stands {count} times" for token, count in Counter(ids).items() if count > 1),
+        *(f"id {token}, which ends a text, is not among its ids" for token in ends if token not in ids),
+    ]
+    if found:
+        raise DataError(f"{file}: {found[0]}; make it anew for this model, or remove it")
+    return ids

@@ -1,0 +1,79 @@
+"""The token ids that drafts are chosen from: which ones, and what files are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.errors import ConfigError, DataError
+from app.generation.loaded_model import load_decoder
+from app.model_files.draft_vocabulary import most_frequent, read_draft_vocabulary, write_draft_vocabulary
+from tests.support.saved_models import save_model
+
+
+def test_ends_come_first_then_the_most_frequent_ids_and_the_lower_of_equals() -> None:
+    texts = [[5, 5, 7, 3], [7, 5, 9]]
+    assert most_frequent(texts, size=6, vocab_size=12, ends=(2,)) == [2, 5, 7, 3, 9, 0]
+    assert sorted(most_frequent(texts, size=12, vocab_size=12, ends=(2, 5))) == list(range(12))
+    for size in (1, 13):
+        with pytest.raises(ConfigError, match="draft_vocabulary_size"):
+            most_frequent(texts, size=size, vocab_size=12, ends=(2, 5))
+
+
+def test_lists_of_ours_and_of_sglang_are_read(tmp_path: Path) -> None:
+    ids = [2, 5, 1]
+    own = write_draft_vocabulary(tmp_path, ids)
+    plain, tensor, listed = tmp_path / "ids.json", tmp_path / "tensor.pt", tmp_path / "list.pt"
+    plain.write_text(json.dumps(ids))
+    torch.save(torch.tensor(ids), tensor)
+    torch.save(ids, listed)
+    for file in (own, plain, tensor, listed):
+        assert read_draft_vocabulary(file, vocab_size=6, ends=(2,)) == ids
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[2, 6]", "id 6 is not below 6"),
+        ("[2, -1]", "id -1 is not below 6"),
+        ("[2, 1, 2]", "id 2 stands 2 times"),
+        ("[1, 0]", "id 2, which ends a text, is not among its ids"),
+        ("[]", "allowed a list of token ids"),
+        ("[2, 1.0]", "allowed a list of token ids"),
+        ("[2, true]", "allowed a list of token ids"),
+        ('{"ids": [2]}', "'token_ids'"),
+        ("7", "allowed a list of token ids"),
+        ("[2", "no list of token ids can be read from it"),
+    ],
+)
+def test_what_is_no_draft_vocabulary_of_the_model_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "ids.json"
+    file.write_text(content)
+    with pytest.raises(DataError, match=r"ids\.json: ") as error:
+        read_draft_vocabulary(file, vocab_size=6, ends=(2,))
+    assert said in str(error.value)
+
+
+def test_a_token_map_that_is_no_file_of_torch_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "map.pt"
+    with pytest.raises(DataError, match="no list of token ids"):
+        read_draft_vocabulary(file, vocab_size=6, ends=())
+    file.write_bytes(b"no file of torch")
+    with pytest.raises(DataError, match="no list of token ids"):
+        read_draft_vocabulary(file, vocab_size=6, ends=())
+
+
+def test_the_file_beside_a_model_is_used_unless_another_or_none_is_named(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+
+    def draft_rows(name: str | None = None) -> float:
+        decoder = load_decoder(str(model), dtype="auto", device="cpu", draft_vocabulary=name).decoder
+        return decoder.draft_head_size / decoder.head_size * decoder.vocab_size
+
+    whole = draft_rows()
+    ends = load_decoder(str(model), dtype="auto", device="cpu").eos_token_ids
+    write_draft_vocabulary(model, [*ends, 20, 21, 22])
+    (tmp_path / "other.json").write_text(json.dumps([*ends, 20]))
+    counts = [draft_rows(), draft_rows(str(tmp_path / "other.json")), draft_rows("none")]
+    assert counts == pytest.approx([len(ends) + 3, len(ends) + 1, whole])

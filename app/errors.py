@@ -5,7 +5,7 @@ Tested by tests/contract/test_command_line.py and tests/unit/cli/test_messages.p
 
 import os
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -95,6 +95,16 @@ def check_range(
     left = "(-inf" if low is None else f"[{low}"
     right = "inf)" if high is None else f"{high}{')' if high_open else ']'}"
     raise ConfigError(field, got=value, allowed=f"{left}, {right}", fix=fix)
+
+
+def check_early_exits(exit_layers: Sequence[int], *, num_layers: int, instead: str) -> None:
+    """Raise ConfigError unless all are in 1..num_layers - 1; `instead` says what a model of one block does without."""
+    if all(1 <= exit_layer < num_layers for exit_layer in exit_layers):
+        return
+    allowed, fix = f"1..{num_layers - 1} for a {num_layers}-layer model", f"{num_layers} is the full model"
+    if num_layers == 1:
+        allowed, fix = "none in a model of one block", instead
+    raise ConfigError("exit_layers", got=list(exit_layers), allowed=allowed, fix=fix)
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> None:

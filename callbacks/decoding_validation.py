@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from app.checkpoints.entries import SavedEntry
-from app.errors import ConfigError, check_range
+from app.errors import ConfigError, check_early_exits, check_range
 from app.model.parallel import unsharded
 from app.protocols import DecodingHost, EndOwner, ExitableDecoder, TokenizerOwner
 from app.tables import Table
@@ -73,10 +73,8 @@ class DecodingValidation(Callback):
         """Raise ConfigError unless the module can decode, and draft from the exits."""
         if not isinstance(pl_module, DecodingHost):
             raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
-        num_layers = pl_module.num_layers
-        if wrong := [layer for layer in self.exit_layers if layer >= num_layers]:
-            allowed = f"1..{num_layers - 1} for a {num_layers}-layer model"
-            raise ConfigError("exit_layers", got=list(self.exit_layers), allowed=allowed, fix=f"{wrong} cannot draft")
+        instead = f"take {type(self).__name__} out of trainer.callbacks"
+        check_early_exits(self.exit_layers, num_layers=pl_module.num_layers, instead=instead)
 
     def _eos_token_ids(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, ...]:
         """Every id that ends a text of the exported model: the model's own ends, and that of the data's tokenizer."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app import metric_names
-from app.errors import ConfigError, check_choice, check_range, require_total_steps
+from app.errors import ConfigError, check_choice, check_early_exits, check_range, require_total_steps
 from app.layerskip.exit_curricula import EXIT_CURRICULA, ExitCurriculum, exits_on
 from app.layerskip.exit_weights import EXIT_WEIGHTS, ExitWeights, normalised_exit_weights
 from app.protocols import EarlyExitHost
@@ -59,8 +59,7 @@ class EarlyExitCurriculum(Callback):
         num_layers = pl_module.num_layers
         if self.curriculum == "gradual":
             require_total_steps(trainer.max_steps, field="curriculum", got=self.curriculum)
-        for exit_layer in self.exit_layers:
-            check_range("exit_layers", exit_layer, low=1, high=num_layers - 1)
+        check_early_exits(self.exit_layers, num_layers=num_layers, instead="set curriculum none")
         if self.curriculum == "rotational":
             if not self.always_on_last and trainer.world_size > 1:  # blocks above the highest exit have no gradient
                 raise ConfigError("always_on_last", got=False, allowed="true on more than one device")

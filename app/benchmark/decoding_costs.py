@@ -16,7 +16,7 @@ from app.decoding.cost_model import CostModel
 from app.decoding.drafters import FullModel
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
-from app.errors import check_range
+from app.errors import ConfigError, check_range
 from app.protocols import ExitableDecoder
 
 _TIMED_TOKENS = 8  # tokens of every decoding after its first one; more than one, since the first find cold caches
@@ -84,7 +84,12 @@ def measure_decoding_costs(
         ConfigError: `max_positions` is out of range, or the model has a single block.
     """
     num_layers = decoder.num_layers
-    check_range("num_layers", num_layers, low=2, fix="a single block has no exit to draft from")
+    if num_layers == 1:
+        allowed, fix = (
+            "at least two, to draft from some of them",
+            "one block is decoded autoregressively: nothing to tune",
+        )
+        raise ConfigError("model", got="one block", allowed=allowed, fix=fix)
     check_range("max_positions", max_positions, low=3, high=decoder.max_length // 2)
     length = max(1, min(context_length, decoder.max_length - max_positions - _TIMED_TOKENS))
     generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from app.benchmark.alternation import Measurement, Prompts
 from app.decoding.engine import decode_batch
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
-from app.decoding.strategies import STRATEGIES
+from app.decoding.strategies import is_lossless
 from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def find_output_differences(
         measurements: Autoregressive decoding first, then other ways to decode the same batches.
     """
     baseline = measurements[0]
-    forks = [list(_forks(batches, baseline, measurement)) for measurement in measurements]
+    forks = [list(_forks(decoder.num_layers, batches, baseline, measurement)) for measurement in measurements]
     gaps: dict[_Fork, _Gap] = {}
     for number, prompts in enumerate(batches):
         if wanted := {fork for own in forks for of_batch, fork in own if of_batch == number}:
@@ -103,9 +103,12 @@ def find_output_differences(
     return found
 
 
-def _forks(batches: Sequence[Prompts], baseline: Measurement, other: Measurement) -> Iterator[tuple[int, _Fork]]:
+def _forks(
+    num_layers: int, batches: Sequence[Prompts], baseline: Measurement, other: Measurement
+) -> Iterator[tuple[int, _Fork]]:
     """The number of the batch and the fork of each prompt that differs in some repeat; none of a lossy strategy."""
-    if other.contender.strategy in STRATEGIES and not STRATEGIES[other.contender.strategy].lossless:
+    given = other.contender
+    if not is_lossless(given.strategy, exit_layer=given.settings.exit_layer, num_layers=num_layers):
         return
     for number, (prompts, expected, repeats) in enumerate(zip(batches, baseline.runs, other.runs, strict=False)):
         for row, prompt in enumerate(prompts):

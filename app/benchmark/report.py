@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from app.benchmark.benchmark import Costs
 from app.benchmark.result import BenchmarkResult
 from app.benchmark.speedup_interval import interval_in_words
-from app.decoding.strategies import STRATEGIES
+from app.decoding.strategies import is_lossless
 from app.tables import Table, cell
 from app.whole_file import write_whole
 from app.words import dtype_name
@@ -52,6 +52,7 @@ def report_document(
     costs: Costs | None,
     environment: Mapping[str, object],
     settings: Mapping[str, object],
+    num_layers: int,
 ) -> dict[str, Any]:
     """The whole report; costs are null where the engine drafted nothing."""
     return {
@@ -60,15 +61,15 @@ def report_document(
         "costs": None if costs is None else asdict(costs.model),
         "draft_model_costs": None if costs is None or costs.draft_model is None else asdict(costs.draft_model),
         "results": [asdict(result) for result in results],
-        "notes": notes(results, dtype=str(environment["dtype"])),
+        "notes": notes(results, dtype=str(environment["dtype"]), num_layers=num_layers),
     }
 
 
-def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
-    """Remarks without which the figures would mislead."""
+def notes(results: Sequence[BenchmarkResult], *, dtype: str, num_layers: int) -> list[str]:
+    """Remarks without which the figures of a model with `num_layers` blocks would mislead."""
     said = []
-    lossless = [r for r in results if r.strategy not in STRATEGIES or STRATEGIES[r.strategy].lossless]
-    differing = [r for r in lossless if r.num_differing]
+    lossy = [r for r in results if not is_lossless(r.strategy, exit_layer=r.exit_layer, num_layers=num_layers)]
+    differing = [r for r in results if r.num_differing and r not in lossy]
     if differing:
         gap = max((r.largest_logit_gap for r in differing if r.largest_logit_gap is not None), default=None)
         most = max(r.num_differing for r in differing)
@@ -81,7 +82,7 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str) -> list[str]:
             said.append(f"WARNING: up to {worst} of them by more than rounding explains in {dtype}: please report it")
         else:
             said[-1] += f": ties in {dtype}, which rounding decides"
-    if any(result.strategy == "early_exit" for result in results):
+    if lossy:
         said.append("early_exit is lossy: its output is not the full model's")
     if all(result.speedup is None for result in results):
         said.append("nothing to time: every output ended at its first token; ignore_eos goes on after it")

@@ -27,7 +27,7 @@ class StrategyEntry(NamedTuple):
     needs: frozenset[str]  # settings it cannot do without; others of the same kind have no effect on it
     new_drafter: Callable[[ExitableDecoder, DecodingSettings, int, int], FullModel]  # ..., batch size, capacity
     costs: Callable[[ExitableDecoder, DecodingSettings], CostModel] | None  # by parameter counts; None: never drafts
-    lossless: bool = True  # whether its output is the full model's
+    lossless: bool = True  # whether its output is the full model's, whatever its settings
 
     @property
     def has_drafter(self) -> bool:
@@ -97,6 +97,11 @@ STRATEGIES: dict[Strategy, StrategyEntry] = {
         _n_gram_costs,
     ),
 }
+
+
+def is_lossless(strategy: str, *, exit_layer: int | None, num_layers: int) -> bool:
+    """Whether a strategy, also one of transformers, gives the full model's output; an exit after all blocks does."""
+    return strategy not in STRATEGIES or STRATEGIES[strategy].lossless or exit_layer == num_layers
 
 
 def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDecoder) -> None:

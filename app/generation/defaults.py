@@ -28,8 +28,8 @@ def choose_decoding(
 ) -> tuple[Strategy, DecodingSettings]:
     """Fills in what is None of strategy, exit, drafts, n-grams and costs, and logs what was chosen and why.
 
-    An exit or a number of drafts without a strategy means self_speculative. What was tuned under other conditions is
-    still the best guess, but its costs are not used.
+    An exit or a number of drafts without a strategy means self_speculative where a model has exits. What was tuned
+    under other conditions is still the best guess, but its costs are not used.
 
     Args:
         batch_size: Number of prompts decoded together.
@@ -42,7 +42,7 @@ def choose_decoding(
     elsewhere = _elsewhere(tuned, Conditions.of(loaded.model, batch_size=batch_size))
     num_layers, said = loaded.decoder.num_layers, list[str]()
     of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
-    if strategy is None and num_layers == 1 and not of_drafts:
+    if strategy is None and num_layers == 1:  # the engine warns of an exit or drafts that have no effect
         strategy = "autoregressive" if settings.n_gram_match is None else "n_gram"
         _log.info("strategy %s: a model of one block has no earlier exit", strategy)
         return strategy, settings

@@ -11,7 +11,7 @@ from app.decoding.engine import Decoding, OnStep, decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.decoding.stopping import StopStrings
-from app.decoding.strategies import STRATEGIES, Strategy
+from app.decoding.strategies import STRATEGIES, Strategy, is_lossless
 from app.generation.defaults import choose_decoding
 from app.generation.loaded_model import LoadedModel, load_draft_decoder
 from app.generation.options import GenerationOptions
@@ -39,7 +39,7 @@ class Generation(DecodingResult):
     Attributes:
         prompt: The text that was continued.
         text: What the new tokens add to the prompt.
-        lossless: Whether this strategy gives the full model's own output.
+        lossless: Whether this is the full model's own output.
         exit_layer: Number of blocks that drafted, or that were run at all; None where the strategy has no exit.
         num_draft_tokens: Largest number of tokens drafted in a round; None where the strategy drafts nothing.
         n_gram_match: Fewest latest tokens that must have occurred before for n-grams to draft; None where they do not.
@@ -109,13 +109,18 @@ class Request:
             parts.append(f"up to {self.settings.num_draft_tokens} drafts")
         if self._n_gram_match is not None:
             parts.append(f"n-grams of {self._n_gram_match} and more")
-        if not STRATEGIES[self.strategy].lossless:
+        if not self._is_lossless:
             parts.append("lossy: not the full model's output")
         return ", ".join(parts)
 
     @property
     def _n_gram_match(self) -> int | None:
         return None if STRATEGIES[self.strategy].costs is None else self.settings.n_gram_match
+
+    @property
+    def _is_lossless(self) -> bool:
+        num_layers = self.loaded.decoder.num_layers
+        return is_lossless(self.strategy, exit_layer=self.settings.exit_layer, num_layers=num_layers)
 
     def decode(self, rows: range, *, on_step: OnStep | None = None) -> list[DecodingResult]:
         """Continues the prompts of these indices together. A prompt's random stream depends on seed and index alone."""
@@ -151,7 +156,7 @@ class Request:
             prompt=self.texts[row],
             text=continuation(self.loaded.tokenizer, self.tokens[row], result.tokens),
             strategy=self.strategy,
-            lossless=entry.lossless,
+            lossless=self._is_lossless,
             exit_layer=self.settings.exit_layer if "exit_layer" in entry.needs else None,
             num_draft_tokens=self.settings.num_draft_tokens if entry.has_drafter else None,
             n_gram_match=self._n_gram_match,

@@ -144,6 +144,8 @@ def parse_decoding_defaults(stored: object, config: PreTrainedConfig) -> Decodin
         defaults = DecodingDefaults(**_arguments(stored, DecodingDefaults))
         if defaults.exit_layer is not None:
             last = config.get_text_config().num_hidden_layers - 1
+            if last == 0:
+                raise ConfigError("strategy", got=defaults.strategy, allowed="autoregressive, for a model of one block")
             check_range("exit_layer", defaults.exit_layer, low=1, high=last)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error.field}", got=error.got, allowed=error.allowed, fix=fix) from error

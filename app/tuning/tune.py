@@ -81,7 +81,6 @@ def tune(
         ConfigError: The model has a single block.
         DataError: Every output ends with its first token, so that there is nothing to speed up.
     """
-    check_range("num_layers", decoder.num_layers, low=2, fix="a single block has no exit to draft from")
     agreement, costs = _look(decoder, prompts, settings)
     if not agreement.num_positions:
         raise DataError("prompts: the model ends every output at its first token, which no draft can speed up")

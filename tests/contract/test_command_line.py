@@ -112,9 +112,13 @@ def test_a_mistake_ends_with_status_2_and_names_the_field(config, monkeypatch, c
 
 REFUSED_EARLY = [
     (["--early_exit.rotation_interval", "5"], "early_exit.rotation_interval: got 5, allowed [1, 4]"),
-    (["--early_exit.curriculum=fixed", "--early_exit.exit_layers=[4]"], "exit_layers: got 4, allowed [1, 3]"),
+    (["--early_exit.curriculum=fixed", "--early_exit.exit_layers=[4]"], "early_exit.exit_layers: got [4], allo"),
     (["--trainer.callbacks=SelfSpeculativeValidation", "--trainer.callbacks.exit_layers=[4]",
       "--trainer.callbacks.num_draft_tokens=[2]"], "exit_layers: got [4], allowed 1..3 for a 4-layer model"),
+    (["--model.config.init_args.num_hidden_layers=1", "--early_exit.rotation_interval=1",
+      "--trainer.callbacks=SelfSpeculativeValidation", "--trainer.callbacks.exit_layers=[1]",
+      "--trainer.callbacks.num_draft_tokens=[2]"],
+      "exit_layers: got [1], allowed none in a model of one block; take SelfSpeculativeValidation out of trainer.call"),
     (["--trainer.callbacks=ExitQualityMonitor", "--trainer.callbacks.exit_layers=[5]"], "exit_layers: got [5], allo"),
     (["--trainer.max_steps", "0"], "trainer.max_steps: got 0, allowed >= 1: the stream"),
     (["--trainer.max_steps=-1", "--trainer.limit_train_batches=4"], "model.lr_schedule: got 'cosine', allowed only"),

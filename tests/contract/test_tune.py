@@ -174,7 +174,7 @@ MISTAKES = [
     (["--batch_size", "2"], "batch_size: unknown key"),
     (["--model", "damaged"], "damaged/generation_config.json: unreadable or damaged"),
     (["--model", "short"], "prompt 1: got"),
-    (["--model", "shallow"], "num_layers: got 1, allowed [2, inf)"),
+    (["--model", "shallow"], "model: got 'one block', allowed at least two, to draft from some of them; one block"),
 ]
 
 

@@ -162,7 +162,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(max_positions: 
 
 
 def test_a_model_of_one_block_has_no_exit() -> None:
-    with pytest.raises(ConfigError, match="num_layers"):
+    with pytest.raises(ConfigError, match="model: got 'one block', allowed at least two"):
         measure_decoding_costs(SpanDecoder(tiny_llama(num_layers=1)))
 
 

@@ -28,7 +28,9 @@ COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=2.0, first_extra=
 def _document(results: list[BenchmarkResult], **where: str) -> dict[str, Any]:
     settings = {"strategies": ("autoregressive",), "limit": None}
     costs = Costs(COSTS, None)
-    return report_document(results, costs=costs, environment={"dtype": "float32"} | where, settings=settings)
+    return report_document(
+        results, costs=costs, environment={"dtype": "float32"} | where, settings=settings, num_layers=6
+    )
 
 
 def test_the_document_holds_what_the_contract_says() -> None:
@@ -58,28 +60,37 @@ def test_the_environment_tells_versions_hardware_number_type_and_threads() -> No
 
 def test_differing_outputs_are_counted_and_called_ties_only_where_rounding_explains_them() -> None:
     tied = replace(DRAFTS, num_differing=2, largest_logit_gap=0.03125)
-    assert notes([PLAIN, DRAFTS, tied], dtype="bfloat16") == [
+    assert notes([PLAIN, DRAFTS, tied], dtype="bfloat16", num_layers=6) == [
         "outputs of up to 2 of 4 prompts differ from autoregressive decoding; largest logit gap 0.031 where they first"
         " do: ties in bfloat16, which rounding decides"
     ]
     wrong = replace(DRAFTS, num_differing=3, num_unexplained=1, largest_logit_gap=1.5)
     for dtype in ("float32", "bfloat16"):
-        said, loud = notes([PLAIN, tied, wrong], dtype=dtype)
+        said, loud = notes([PLAIN, tied, wrong], dtype=dtype, num_layers=6)
         assert said.startswith(
             "outputs of up to 3 of 4 prompts differ from autoregressive decoding; largest logit gap 1.5"
         )
         assert "ties" not in said
         assert loud == f"WARNING: up to 1 of them by more than rounding explains in {dtype}: please report it"
-    assert notes([PLAIN, DRAFTS], dtype="bfloat16") == []
+    assert notes([PLAIN, DRAFTS], dtype="bfloat16", num_layers=6) == []
 
 
 def test_a_lossy_strategy_is_called_that_instead() -> None:
     lossy = replace(PLAIN, strategy="early_exit", exit_layer=2, identical_to_autoregressive=0.0, num_differing=4)
-    assert notes([PLAIN, lossy], dtype="float32") == ["early_exit is lossy: its output is not the full model's"]
+    assert notes([PLAIN, lossy], dtype="float32", num_layers=6) == [
+        "early_exit is lossy: its output is not the full model's"
+    ]
+
+
+def test_early_exit_after_all_blocks_is_not_called_lossy_and_its_differences_are_counted() -> None:
+    full = replace(
+        PLAIN, strategy="early_exit", exit_layer=6, num_differing=1, num_unexplained=1, largest_logit_gap=1.5
+    )
+    assert "please report it" in notes([PLAIN, full], dtype="float32", num_layers=6)[-1]
 
 
 def test_outputs_without_time_are_explained() -> None:
-    assert "ignore_eos" in notes([replace(PLAIN, speedup=None)], dtype="float32")[0]
+    assert "ignore_eos" in notes([replace(PLAIN, speedup=None)], dtype="float32", num_layers=6)[0]
 
 
 def _rows(table: Table) -> list[dict[str, str]]:

@@ -181,6 +181,8 @@ def test_a_model_of_one_block_is_decoded_autoregressively_and_drafts_with_it_are
     assert caplog.messages == [
         f"strategy {name}: a model of one block has no earlier exit" for name in ("autoregressive", "n_gram")
     ]
-    for strategy, settings in (("self_speculative", {}), ("layer_skip", {}), (None, {"num_draft_tokens": 2})):
+    for settings in ({"num_draft_tokens": 2}, {"exit_layer": 1}):
+        assert choose_decoding(None, DecodingSettings(max_new_tokens=4, **settings), loaded)[0] == "autoregressive"
+    for strategy in ("self_speculative", "layer_skip"):
         with pytest.raises(ConfigError, match=r"strategy: got .*allowed autoregressive, for a model of one block"):
-            choose_decoding(strategy, DecodingSettings(max_new_tokens=4, **settings), loaded)
+            choose_decoding(strategy, DecodingSettings(max_new_tokens=4), loaded)

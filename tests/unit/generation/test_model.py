@@ -45,6 +45,9 @@ def test_all_strategies_give_the_continuation_of_transformers(model, expected, p
         assert (drafted.tokens, drafted.strategy, drafted.lossless) == (expected, options["strategy"], True)
         assert drafted.drafted > 0
     assert (drafted.acceptance_rate, plain.acceptance_rate) == (1.0, None)  # a model drafts well for itself
+    for exit_layer, is_all in ((1, False), (model.num_layers, True)):
+        left = model.generate(PROMPT, max_new_tokens=20, strategy="early_exit", exit_layer=exit_layer)
+        assert (left.lossless, left.tokens == expected) == (is_all, is_all)
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2])

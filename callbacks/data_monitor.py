@@ -1,4 +1,4 @@
-"""Logs what the sources of a mixture deliver: shares of tokens, epochs, skipped records, padding."""
+"""Log what the sources of a mixture deliver: shares of tokens, epochs, skipped records, padding."""
 
 import logging
 from typing import Any
@@ -12,7 +12,7 @@ _log = logging.getLogger(__name__)
 
 
 class DataMonitor(Callback):
-    """Logs, at every logging step, each source's share of tokens, epochs and skipped records so far, and padding.
+    """Log, at every logging step, each source's share of tokens, epochs and skipped records so far, and padding.
 
     Shares, epochs and padding are of the rows that were trained on. `skipped_records` is ahead of them by up to
     `shuffle_megabytes` of text. Each rank counts its own rows since the run began, and the mean over ranks is logged.

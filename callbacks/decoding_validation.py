@@ -24,7 +24,7 @@ Part = TypeVar("Part")
 
 
 class DecodingValidation(Callback):
-    """Decodes at the end of every n-th validation.
+    """Decode at the end of every n-th validation.
 
     Training is not touched: decoding uses no randomness and a cache of its own, and every submodule gets its mode
     back. Weights are used as they are stored, without autocast; under FSDP2 they are gathered once, in its compute
@@ -53,7 +53,7 @@ class DecodingValidation(Callback):
         self._validations = 0  # in all fits, without sanity checks
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of validations so far, so that a resumed run keeps its rhythm."""
+        """Return the number of validations so far, so that a resumed run keeps its rhythm."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ class DecodingValidation(Callback):
         self._validations = saved["validations"].count()
 
     def _is_due(self, trainer: Trainer) -> bool:
-        """Whether to measure now; counts this validation if it belongs to a fit."""
+        """Tell whether to measure now; count this validation if it belongs to a fit."""
         if trainer.sanity_checking:
             return False
         if trainer.state.fn != TrainerFn.FITTING:
@@ -77,7 +77,7 @@ class DecodingValidation(Callback):
         check_early_exits(self.exit_layers, num_layers=pl_module.num_layers, instead=instead)
 
     def _eos_token_ids(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, ...]:
-        """Every id that ends a text of the exported model: the model's own ends, and that of the data's tokenizer."""
+        """Return all ids that end a text of the exported model: the model's own, and that of the data's tokenizer."""
         datamodule = datamodule_of(trainer)
         own = pl_module.end_token_ids if isinstance(pl_module, EndOwner) else ()
         trained = listed_ends(datamodule.tokenizer.eos_token_id) if isinstance(datamodule, TokenizerOwner) else ()
@@ -85,7 +85,7 @@ class DecodingValidation(Callback):
 
 
 def datamodule_of(trainer: Trainer) -> object:
-    """The trainer's datamodule, or None."""
+    """Return the trainer's datamodule, or None."""
     return trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
 
 

@@ -28,7 +28,7 @@ class _RankWork(NamedTuple):
 
 
 class DropoutAgreementCheck(Callback):
-    """Compares hashes of the ranks' work before the forward: one collective of 24 bytes a rank, and a wait for it.
+    """Compare hashes of the ranks' work before the forward: one collective of 24 bytes a rank, and a wait for it.
 
     All ranks must have the same step, rates, numbers of samples that each block keeps of the largest batch (so the
     same blocks skipped whole), exits and weights. Ranks that share rows (tensor parallelism) must also have the same
@@ -77,12 +77,12 @@ class DropoutAgreementCheck(Callback):
 
 
 def _hash(value: object) -> int:
-    """A hash of 63 bits that is the same in every process."""
+    """Return a hash of 63 bits that is the same in every process."""
     return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _differences(by_rank: list[_RankWork]) -> Iterator[str]:
-    """What differs, and what each rank has, the most telling first."""
+    """Return what differs, and what each rank has, the most telling first."""
     yield from _differing("step and micro-batch", {rank: (w.step, w.micro_batch) for rank, w in enumerate(by_rank)})
     yield from _differing("exits and weights", {rank: w.work.exit_weights for rank, w in enumerate(by_rank)})
     blocks = range(min(len(w.work.dropout_rates) for w in by_rank))

@@ -1,4 +1,4 @@
-"""Carries the exits that are on and their weights (arXiv 2404.16710 section 4.1.2) from the step to the module.
+"""Carry the exits that are on and their weights (arXiv 2404.16710 section 4.1.2) from the step to the module.
 
 Tested by tests/unit/callbacks/test_curricula.py.
 """
@@ -15,7 +15,7 @@ from app.protocols import EarlyExitHost
 
 
 class EarlyExitCurriculum(Callback):
-    """Sets the exits C(t, l) and weights w(t, l) before every training batch; nothing to save.
+    """Set the exits C(t, l) and weights w(t, l) before every training batch; nothing to save.
 
     Args:
         curriculum: rotational, gradual (needs trainer.max_steps), fixed (`exit_layers` at every step; not the

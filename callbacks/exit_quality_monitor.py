@@ -1,4 +1,4 @@
-"""Logs loss, perplexity and top-1 agreement of every exit at every validation, as scalars and one figure.
+"""Log loss, perplexity and top-1 agreement of every exit at every validation, as scalars and one figure.
 
 Tested by tests/integration/test_monitors.py.
 """
@@ -20,7 +20,7 @@ from app.tables import Table
 
 
 class ExitQualityMonitor(Callback):
-    """Scores exits on the validation (or test) rows with torchmetrics and keeps their history.
+    """Score exits on the validation (or test) rows with torchmetrics and keep their history.
 
     Checkpoints hold the history, so that the heat map of a resumed run is whole. With trainer.num_sanity_val_steps -1,
     which validates all rows before the first step, the history begins with what a pretrained model's exits know.
@@ -110,7 +110,7 @@ class ExitQualityMonitor(Callback):
         self.history = history
 
     def report(self) -> Table | None:
-        """Every exit as this process last measured it, after a fit beside the run's first measurement."""
+        """Return every exit as this process last measured it, after a fit beside the run's first measurement."""
         if not self._latest:
             return None
         (step,) = self._latest

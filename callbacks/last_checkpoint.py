@@ -1,4 +1,4 @@
-"""Keeps the checkpoint to resume from. Tested by tests/integration/test_resume.py and test_faults.py."""
+"""Keep the checkpoint to resume from. Tested by tests/integration/test_resume.py and test_faults.py."""
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -9,7 +9,7 @@ from app.errors import ConfigError
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, written every so many steps and when training ends.
+    """Keep `last.ckpt`, written every so many steps and when training ends.
 
     Lightning's ModelCheckpoint leaves out the end of a run whose length is no multiple of its interval, and what
     the validation after the last step found.

@@ -1,4 +1,4 @@
-"""Carries p(l, t) of layer dropout (arXiv 2404.16710 section 4.1.1) from the optimizer step to the module.
+"""Carry p(l, t) of layer dropout (arXiv 2404.16710 section 4.1.1) from the optimizer step to the module.
 
 Tested by tests/unit/callbacks/test_curricula.py.
 """
@@ -12,7 +12,7 @@ from app.protocols import LayerDropoutHost
 
 
 class LayerDropoutCurriculum(Callback):
-    """Sets p(l, t) = S(t) D(l) p_max before every training batch; a pure function of the step, nothing to save.
+    """Set p(l, t) = S(t) D(l) p_max before every training batch; a pure function of the step, nothing to save.
 
     Args:
         max_dropout_rate: p_max in [0, 1); 0 sets nothing, so no block is dropped unless another callback says so.

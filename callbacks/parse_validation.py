@@ -1,4 +1,4 @@
-"""Scores generated semantic parses in validation and test, at the full model, at early exits and self-speculatively."""
+"""Score generated semantic parses in validation and test, at the full model, at early exits and self-speculatively."""
 
 from pathlib import Path
 from typing import cast
@@ -18,7 +18,7 @@ from callbacks.decoding_validation import DecodingValidation, datamodule_of, len
 
 
 class ParseValidation(DecodingValidation):
-    """Lets the model write the parses of held-out utterances at the end of validation and test, and scores them.
+    """Let the model write the parses of held-out utterances at the end of validation and test, and score them.
 
     Decodes greedily; an end of text of the exported model ends an answer. Logs exact match, frame match and the share
     of well-formed answers of the full model and of every early exit, overall and by domain. Self-speculative decoding

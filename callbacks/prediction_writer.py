@@ -1,4 +1,4 @@
-"""Writes what `layerskip predict` finds: one JSON line for each row, with its mean loss at every exit.
+"""Write what `layerskip predict` finds: one JSON line for each row, with its mean loss at every exit.
 
 Tested by tests/integration/test_monitors.py.
 """
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Appends predictions to `filename` in the run's folder while they are made, one file for each rank.
+    """Append predictions to `filename` in the run's folder while they are made, one file for each rank.
 
     A loss that is not finite is null, since JSON has no number for it.
 

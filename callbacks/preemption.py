@@ -1,4 +1,4 @@
-"""Ends a run that is told to stop: it finishes its step, saves, says how to go on, and queues itself under SLURM.
+"""End a run that is told to stop: finish its step, save, say how to go on, and queue it again under SLURM.
 
 Tested by tests/integration/test_preemption.py.
 """

@@ -1,4 +1,4 @@
-"""Measures in validation what LayerSkip is trained for: acceptance and speed of self-speculative decoding."""
+"""Measure in validation what LayerSkip is trained for: acceptance and speed of self-speculative decoding."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from callbacks.decoding_validation import DecodingValidation, datamodule_of, len
 
 
 class SelfSpeculativeValidation(DecodingValidation):
-    """Decodes fixed held-out prompts at the end of validation, with and without early exits, and compares.
+    """Decode fixed held-out prompts at the end of validation, with and without early exits, and compare.
 
     Logs acceptance, tokens a round, speeds, speedup and identity of every (exit, drafts) setting, and those of the
     fastest setting under the bare names. Training is not touched, see DecodingValidation.
@@ -100,7 +100,7 @@ class SelfSpeculativeValidation(DecodingValidation):
 
 
 def _metrics(comparisons: Sequence[DecodingComparison]) -> dict[str, float]:
-    """Every figure of every setting, and the fastest setting's under the bare names; absent figures are left out."""
+    """Return all figures of all settings, and the fastest setting's under the bare names; leave out absent ones."""
     metrics: dict[str, float] = {}
     for comparison in comparisons:
         setting = comparison.exit_layer, comparison.num_draft_tokens

@@ -1,4 +1,4 @@
-"""Logs tokens a second, model FLOPs utilisation, block computations saved by layer dropout, and peak memory.
+"""Log tokens a second, model FLOPs utilisation, block computations saved by layer dropout, and peak memory.
 
 Tested by tests/integration/test_monitors.py.
 """
@@ -35,7 +35,7 @@ class _Window:
 
 
 class ThroughputMonitor(Callback):
-    """Logs means over a window of optimizer steps, by wall-clock time.
+    """Log means over a window of optimizer steps, by wall-clock time.
 
     Waiting for data and writing checkpoints count; validation does not. The time between two micro-batches is logged
     as waiting for data, unless a checkpoint was written then: nobody can tell how long the data took of such a pause,

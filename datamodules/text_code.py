@@ -127,7 +127,7 @@ class TextCodeDataModule(RowDataModule):
         return token_shares(self._sources)
 
     def source_statistics(self) -> dict[str, SourceStatistics]:
-        """What each source gave to training on this rank so far; records count as they are read, also ahead."""
+        """Return what each source gave to training on this rank so far; records count as they are read, also ahead."""
         return self._keeper.statistics(self.source_names, share=self._share)
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
@@ -145,7 +145,7 @@ class TextCodeDataModule(RowDataModule):
             check_end(self.trainer)
 
     def train_dataloader(self) -> StreamLoader:
-        """Batches without end, from behind the latest one that was trained on; ConfigError as of `check_lanes`."""
+        """Load batches without end, from behind the latest one that was trained on; ConfigError as of `check_lanes`."""
         settings = self._stream_settings()
         sources = list(zip(self._sources, self._readers(settings.num_lanes), strict=True))
         batches = LaneBatches(sources, encode=Encoder(self.tokenizer), settings=settings, share=self._share)
@@ -160,7 +160,7 @@ class TextCodeDataModule(RowDataModule):
         return {name: column for name, column in batch.items() if name != STATE_KEY}
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Held-out rows, spread evenly over each source's documents; sources take turns, and ranks get equally many."""
+        """Load held-out rows, spread evenly over each source's documents; sources take turns, and ranks get as many."""
         return DataLoader(
             self._corpus.validation_rows(self._share),  # type: ignore[arg-type]  # a list is a dataset
             batch_size=self._settings.batch_size,
@@ -171,7 +171,7 @@ class TextCodeDataModule(RowDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, and the settings it depends on; all ranks must ask together."""
+        """Return the position in the stream, and the settings it depends on; all ranks must ask together."""
         return super().state_dict() | self._keeper.state(self._steps_taken, share=self._share)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class TextCodeDataModule(RowDataModule):
         return self._keeper.latest().batches if self.trainer is None else self.trainer.global_step
 
     def _stream_settings(self) -> StreamSettings:
-        """The settings with the number of lanes, which depends on the trainer and the checkpoint."""
+        """Return the settings with the number of lanes, which depends on the trainer and the checkpoint."""
         num_replicas, workers = self._share.num_replicas, max(1, self._settings.num_workers)
         if self._num_lanes is None:
             self._num_lanes = num_replicas * workers

@@ -127,11 +127,11 @@ class TOPv2DataModule(RowDataModule):
         return self._content.target_format
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
-        """At most `count` whole prompts of at most `length` token ids, the same at every call; DataError if none is."""
+        """Return at most `count` whole prompts of at most `length` token ids, always the same; DataError if none is."""
         return short_prompts(self._store.examples["eval"], count=count, length=length)
 
     def generation_examples(self, stage: str, count: int) -> list[GenerationExample]:
-        """At most `count` shuffled examples of stage `validate` or `test`, the same at every call.
+        """Return at most `count` shuffled examples of stage `validate` or `test`, the same at every call.
 
         Long ones are among them: a model that cannot finish them has them wrong.
         """
@@ -139,7 +139,7 @@ class TOPv2DataModule(RowDataModule):
         return generation_examples(self._store.examples[_SPLITS[stage]], count=count, domains=self.source_names)
 
     def answer(self, tokens: Sequence[int]) -> str:
-        """The text of generated token ids up to the end-of-text token."""
+        """Return the text of generated token ids up to the end-of-text token."""
         end = self.tokenizer.eos_token_id
         written = list(tokens[: tokens.index(end)] if end in tokens else tokens)
         return text_of(self.tokenizer, written).strip()
@@ -154,13 +154,13 @@ class TOPv2DataModule(RowDataModule):
         _ = self._store
 
     def train_dataloader(self) -> WorkerLoader:
-        """Batches from the current optimizer step on; `len` is an epoch; DataError says that it has too few rows."""
+        """Load batches from the current optimizer step on; `len` is an epoch; DataError says that rows are too few."""
         examples = self._store.examples["train"]
         rows = training_rows(examples, seq_len=self.seq_len, packed=self._packed)
         return self._training_loader(ExampleRows(examples, rows, length_multiple=self._length_multiple))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Rows of the evaluation split in ascending order of length; every rank takes an equal part of all lengths."""
+        """Load the evaluation split in ascending order of length; every rank takes an equal part of all lengths."""
         return self._held_out_loader("eval")
 
     def test_dataloader(self) -> DataLoader[Any]:

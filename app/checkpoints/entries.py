@@ -26,14 +26,14 @@ class SavedEntry:
         self.value, self.keys, self._path = value, keys, path
 
     def __getitem__(self, key: Any) -> "SavedEntry":
-        """The entry below this one; its value is MISSING where there is none."""
+        """Return the entry below this one; its value is MISSING where there is none."""
         is_there = isinstance(self.value, Mapping) and key in self.value
         if isinstance(self.value, list | tuple):
             is_there = isinstance(key, int) and key < len(self.value)
         return SavedEntry(self.value[key] if is_there else MISSING, *self.keys, key, path=self._path)
 
     def holding(self, value: object) -> "SavedEntry":
-        """This entry with another value."""
+        """Return this entry with another value."""
         return SavedEntry(value, *self.keys, path=self._path)
 
     def refuse(self, allowed: str) -> NoReturn:
@@ -42,27 +42,27 @@ class SavedEntry:
         raise CheckpointError.unusable(self._path or "to load", found)
 
     def number(self, *, low: float = -math.inf, high: float = math.inf) -> float:
-        """A finite number from `low` to `high`."""
+        """Return the value, which must be a finite number from `low` to `high`."""
         got = self.value
         if isinstance(got, bool) or not isinstance(got, int | float) or not low <= got <= high or math.isinf(got):
             self.refuse(f"a number in [{low}, {high}]")
         return got
 
     def count(self, *, low: int = 0, high: float = math.inf) -> int:
-        """A whole number from `low` to `high`."""
+        """Return the value, which must be a whole number from `low` to `high`."""
         got = self.value
         if isinstance(got, bool) or not isinstance(got, int) or not low <= got <= high:
             self.refuse(f"a whole number in [{low}, {high}]" if low < high else f"{low}")
         return got
 
     def finite(self) -> Tensor:
-        """A tensor without NaN and infinity, or one without memory."""
+        """Return the value, which must be a tensor without NaN and infinity, or one without memory."""
         if not is_finite(self.value):
             self.holding("NaN or infinity").refuse("finite numbers")
         return self.value  # type: ignore[no-any-return]
 
     def mapping(self, keys: Collection[object] | None = None) -> dict[Any, "SavedEntry"]:
-        """The entries of a dict, with exactly these keys if some are given."""
+        """Return the entries of a dict, which must have exactly these keys if some are given."""
         if not isinstance(self.value, Mapping):
             self.refuse("a dict")
         for key in keys or ():

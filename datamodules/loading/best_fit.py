@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def best_fit(sizes: Sequence[int], *, capacity: int) -> list[list[int]]:
-    """Rows of at most `capacity`, each a list of indices into `sizes` (1 to `capacity`); every index is in one row."""
+    """Pack rows of at most `capacity`, lists of indices into `sizes` (1 to `capacity`), with every index in one row."""
     rows: list[list[int]] = []
     by_room: list[tuple[int, int]] = []  # (room, row) of rows with room, ascending
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):  # stable

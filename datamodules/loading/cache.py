@@ -15,7 +15,7 @@ _DIGEST_BYTES = 32
 
 
 def cached(file: Path, make: Callable[[], bytes]) -> bytes:
-    """The content of `file`, which `make` gives if there is no such file or it is damaged.
+    """Return the content of `file`, which `make` gives if there is no such file or it is damaged.
 
     Several processes may ask at once: the file appears whole or not at all. It begins with the digest of the content.
     """

@@ -126,7 +126,7 @@ class RowDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def _order(self) -> dict[str, Any]:
-        """All that the order of training rows depends on, except M and the tokenizer."""
+        """Return all that the order of training rows depends on, except M and the tokenizer."""
 
     @property
     def _share(self) -> RankShare:
@@ -154,7 +154,7 @@ class RowDataModule(LightningDataModule, ABC):
             raise ConfigError("trainer.overfit_batches", got=overfit, allowed="0", fix="train on less data instead")
 
     def _training_loader(self, data: CollatedRows) -> WorkerLoader:
-        """Epochs of all rows from the current optimizer step on; DataError says that there are too few of them."""
+        """Load epochs of all rows from the current optimizer step on; DataError says that there are too few of them."""
         sampler = BucketSampler(
             data.lengths,
             batch_size=self._settings.batch_size,
@@ -175,7 +175,7 @@ class RowDataModule(LightningDataModule, ABC):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The order of training rows."""
+        """Return all that the order of training rows depends on."""
         own = {_MICRO_BATCHES: self._share.micro_batches, _TOKENIZER: fingerprint(self.tokenizer)}
         return {**self._order(), **own}
 

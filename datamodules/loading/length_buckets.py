@@ -33,13 +33,7 @@ class BucketSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        lengths: npt.NDArray[np.integer],
-        *,
-        batch_size: int,
-        seed: int,
-        share: RankShare,
-        step: Callable[[], int],
+        self, lengths: npt.NDArray[np.integer], *, batch_size: int, seed: int, share: RankShare, step: Callable[[], int]
     ) -> None:
         if len(lengths) < share.micro_batches:
             raise DataError(
@@ -60,11 +54,11 @@ class BucketSampler(Sampler[list[int]]):
                 yield rows[first :: share.micro_batches].tolist()
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch, before Lightning applies its limit."""
+        """Count the micro-batches of an epoch, before Lightning applies its limit."""
         return self._num_steps * self._share.accumulate
 
     def step_rows(self, step: int) -> npt.NDArray[np.int64]:
-        """Rows of an optimizer step on all ranks, in ascending order of length."""
+        """Return the rows of an optimizer step on all ranks, in ascending order of length."""
         epoch, index = divmod(step, self._num_steps)
         return self._epoch(epoch)[index]
 

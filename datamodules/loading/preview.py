@@ -121,7 +121,7 @@ def _count_row(result: Preview, row: dict[str, Tensor], datamodule: Any) -> None
 
 
 def _documents(row: dict[str, Tensor]) -> list[tuple[int, int]]:
-    """First and last + 1 position of each document; a document without a target is padding."""
+    """Return first and last + 1 position of each document; a document without a target is padding."""
     starts = [*torch.nonzero(row["position_ids"] == 0).flatten().tolist(), len(row["input_ids"])]
     found = []
     for start, stop in pairwise(starts):

@@ -40,13 +40,13 @@ class RankShare:
         return self.num_replicas * self.accumulate
 
     def epoch_steps(self, num_steps: int) -> int:
-        """Optimizer steps in an epoch of `num_steps` after the limit is applied; a partial last step counts as one."""
+        """Apply the limit to an epoch of `num_steps` optimizer steps; a partial last step counts as one."""
         num_batches = num_steps * self.accumulate
         limited = min(num_batches, self.limit) if isinstance(self.limit, int) else num_batches * self.limit
         return max(1, math.ceil(int(limited) / self.accumulate))
 
     def equal_share(self, num_rows: int, *, fix: str) -> int:
-        """The number of held-out rows that each rank takes, so that all ranks run equally many batches.
+        """Return the number of held-out rows that each rank takes, so that all ranks run equally many batches.
 
         DataError says that there are fewer rows than ranks, and `fix` how to get more.
         """

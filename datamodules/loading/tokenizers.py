@@ -76,7 +76,7 @@ _fingerprints: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()  # 
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """A hash of all that decides which ids a text gets; computed once, and again after tokens were added.
+    """Return a hash of all that decides which ids a text gets; computed once, and again after tokens were added.
 
     Whether the tokenizer cuts and pads is left out, since any call may change that.
     """
@@ -90,7 +90,7 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 class Encoder:
-    """Encodes texts; a special token that is spelled out in one is ordinary text, and none is cut or padded.
+    """Encode texts; a special token that is spelled out in one is ordinary text, and none is cut or padded.
 
     A document begins with the tokens `before`, as the (fast) tokenizer begins texts, and ends with the end-of-text
     token `end`.
@@ -102,7 +102,7 @@ class Encoder:
         self.before, self.end = around(tokenizer).before, int(tokenizer.eos_token_id)
 
     def __call__(self, documents: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Token ids [tokens] of each document."""
+        """Return the token ids [tokens] of each document."""
         return [np.fromiter((*self.before, *ids, self.end), dtype=np.int32) for ids in self.inside(documents)]
 
     def inside(self, texts: Sequence[str]) -> Iterator[list[int]]:
@@ -113,7 +113,7 @@ class Encoder:
 
 
 def _uncut(tokenizer: Any) -> Tokenizer:
-    """A copy of the backend that neither cuts nor pads; the tokenizer keeps its settings."""
+    """Return a copy of the backend that neither cuts nor pads; the tokenizer keeps its settings."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()

@@ -55,7 +55,7 @@ class WorkerLoader(DataLoader[Any]):
 
 
 def _death_of(worker: BaseProcess) -> str:
-    """How a worker died, in torch's words."""
+    """Tell how a worker died, in torch's words."""
     worker.join()
     assert worker.exitcode is not None
     killed = f"is killed by signal: {signal.strsignal(-worker.exitcode)}." if worker.exitcode < 0 else ""

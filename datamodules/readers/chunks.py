@@ -26,7 +26,7 @@ class ByteRange(NamedTuple):
 
 
 def chunk_count(total: int, *, min_chunks: int) -> int:
-    """Number of chunks for `total` bytes: 1 MiB each, more in a huge corpus and less in a tiny one."""
+    """Return the number of chunks for `total` bytes: 1 MiB each, more in a huge corpus and less in a tiny one."""
     return max(min(-(-total // _CHUNK_BYTES), _MAX_CHUNKS), min_chunks)
 
 
@@ -68,12 +68,12 @@ class Groups:
         self._first = np.append(np.minimum(first, len(costs) - num_chunks + number), len(costs))
 
     def units(self, chunk: int) -> list[int]:
-        """The indices of the units that make up `chunk`, at least one."""
+        """Return the indices of the units that make up `chunk`, at least one."""
         return [int(unit) for unit in self.order[self._first[chunk] : self._first[chunk + 1]]]
 
 
 def stride(num_units: int, *, min_chunks: int, source: str, unit: str) -> int:
-    """The number of chunks that a unit is dealt to record by record; above 1 where units are fewer than chunks."""
+    """Count the chunks that a unit is dealt to record by record: above 1 where units are fewer than chunks."""
     every = -(-min_chunks // num_units) if num_units else 1
     if every > 1:
         message = "source %r: %d %s(s) for %d lanes: each is read %d times over; more, smaller ones would read faster"

@@ -38,14 +38,14 @@ class FileList:
         return len(self.sizes)
 
     def name(self, file: int) -> str:
-        """The relative name of a file, with "/" between folders."""
+        """Return the relative name of a file, with "/" between folders."""
         return os.fsdecode(self._names[file].as_py())
 
     def path(self, file: int) -> Path:
         return self.root / self.name(file)
 
     def take(self, files: np.ndarray) -> "FileList":
-        """The list of the files with these indices."""
+        """Return the list of the files with these indices."""
         return FileList(self.root, self._names.take(pa.array(files)), self.sizes[files])
 
     def digest_parts(self) -> Iterator[bytes]:
@@ -128,7 +128,7 @@ def _walk(source: Source) -> Iterator[tuple[bytes, int]]:
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:
-    """Whether a path matches a glob, both split at "/", as in `Path.glob`; `**` at the end means all files there."""
+    """Match a path with a glob, both split at "/", as `Path.glob` does; `**` at the end means all files there."""
     if not patterns:
         return not names
     if patterns[0] == "**":

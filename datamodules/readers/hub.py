@@ -59,7 +59,7 @@ class HubReader:
 
 
 def _identify(source: Source, builder: Any) -> tuple[str, Iterable[bytes]]:
-    """What tells the dataset from a later state of it: a prefix for people to read, and what to hash."""
+    """Return what tells the dataset from a later state of it: a prefix for people to read, and what to hash."""
     root = Path(source.path or "")
     if not root.is_dir():
         commit = str(builder.hash)  # to which `datasets` resolved the revision
@@ -73,7 +73,7 @@ def _identify(source: Source, builder: Any) -> tuple[str, Iterable[bytes]]:
 
 
 def _open(source: Source) -> tuple[Any, Any, str]:
-    """The dataset's builder, the datasets.IterableDataset with only the column that is needed, and its name."""
+    """Return the dataset's builder, the datasets.IterableDataset with only the column that is needed, and its name."""
     import datasets  # this takes a second, for which runs without a hub source need not wait
 
     where = f"source {source.name!r}: dataset {source.path!r}"

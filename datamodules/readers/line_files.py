@@ -128,7 +128,7 @@ class _LineRange:
                 yield _Line(self, number, begin, content)
 
     def _skip_line(self, stream: BinaryIO, offset: int) -> int:
-        """Where the next line begins, or somewhere behind the end of the range."""
+        """Return where the next line begins, or somewhere behind the end of the range."""
         while offset < self._end and (part := stream.readline(_BLOCK_BYTES)):
             offset += len(part)
             if part.endswith(b"\n"):

@@ -138,11 +138,11 @@ class _TextColumn:
         self._leaf = next(i for i in range(len(file.schema)) if file.schema.column(i).path == field)
 
     def num_bytes(self, group: pq.RowGroupMetaData) -> int:
-        """Bytes of the column in a row group, uncompressed."""
+        """Return the bytes of the column in a row group, uncompressed."""
         return int(group.column(self._leaf).total_uncompressed_size)
 
     def values(self, batch: pa.RecordBatch) -> pa.LargeBinaryArray:
-        """The texts of a batch as bytes, which need not be UTF-8."""
+        """Return the texts of a batch as bytes, which need not be UTF-8."""
         column = batch.column(self._path[0])
         for key in self._path[1:]:
             column = pc.struct_field(column, key)

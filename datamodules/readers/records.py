@@ -38,7 +38,7 @@ class Document(NamedTuple):
     origin: str
 
     def is_held_out(self, *, share: float) -> bool:
-        """Whether the document belongs to validation. Its content alone decides, so other files cannot move it."""
+        """Tell whether the document belongs to validation. Its content alone decides, so other files cannot move it."""
         digest = sha256(self.origin.encode()).digest()
         return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -92,7 +92,7 @@ def fingerprint(source: Source, parts: Iterable[bytes], *layout: int | np.ndarra
 
 
 def is_compressed(name: str) -> bool:
-    """Whether a file of this name is compressed."""
+    """Tell whether a file of this name is compressed."""
     return Path(name).suffix in _CODECS
 
 
@@ -124,18 +124,18 @@ def refuse_pointer(raw: BinaryIO) -> None:
 
 
 def size_change(path: Path, size: int) -> str:
-    """A message if a file no longer has the size it was listed with; else ""."""
+    """Return a message if a file no longer has the size it was listed with; else ""."""
     now = path.stat().st_size
     return "" if now == size else f"changed since the source was opened: from {size} to {now} bytes"
 
 
 def why_unreadable(error: Exception) -> str:
-    """The reason of a failed read, without the path."""
+    """Return the reason of a failed read, without the path."""
     return f"cannot be read: {(isinstance(error, OSError) and error.strerror) or error}"
 
 
 def decode(raw: bytes) -> tuple[str, str]:
-    """The text, or "" and the reason why there is none."""
+    """Return the text, or "" and the reason why there is none."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -144,13 +144,13 @@ def decode(raw: bytes) -> tuple[str, str]:
 
 
 class JsonField:
-    """Reads one field of JSON objects; `a.b` also means `b` inside of `a`, if there is no field `a.b`."""
+    """Read one field of JSON objects; `a.b` also means `b` inside of `a`, if there is no field `a.b`."""
 
     def __init__(self, field: str) -> None:
         self._field, self._path = field, field.split(".")
 
     def read(self, raw: bytes) -> tuple[str, str]:
-        """The text in a line, or "" and the reason why there is none."""
+        """Return the text in a line, or "" and the reason why there is none."""
         line, problem = decode(raw)
         if problem:
             return "", problem
@@ -164,7 +164,7 @@ class JsonField:
         return text, problem
 
     def pick(self, value: object) -> tuple[str, str]:
-        """The text in an object, or "" and the reason why there is none."""
+        """Return the text in an object, or "" and the reason why there is none."""
         if not isinstance(value, dict):
             return "", f"not a JSON object but {type(value).__name__}"
         found: object = value

@@ -107,7 +107,7 @@ class Source:
 
 
 def token_shares(sources: Sequence[Source]) -> dict[str, float]:
-    """Share of training tokens that each source is to give, by its name; they sum to 1."""
+    """Return the share of training tokens that each source is to give, by its name; they sum to 1."""
     total = sum(source.relative_weight for source in sources)
     return {source.name: source.relative_weight / total for source in sources}
 

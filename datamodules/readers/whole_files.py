@@ -99,7 +99,7 @@ class WholeFileReader:
 
 
 def docstrings(code: str, *, min_chars: int) -> list[str]:
-    """The docstrings of a module, its classes and its functions, as `inspect.cleandoc` leaves them; outer ones first.
+    """Find docstrings of a module, its classes and functions, as `inspect.cleandoc` leaves them; outer ones first.
 
     Those shorter than `min_chars` (1 or more) are left out. One in parentheses is not found, and some may be missing
     where `code` is not valid Python.
@@ -111,7 +111,7 @@ def docstrings(code: str, *, min_chars: int) -> list[str]:
 
 
 def _body(code: str, at: int) -> int:
-    """Where the body of the definition with its header at `at` begins: behind the first colon outside of brackets."""
+    """Find the body of the definition with its header at `at`: it begins behind the first colon outside of brackets."""
     depth = 0
     for match in _HEADER_PART.finditer(code, at):
         depth += {"open": 1, "close": -1}.get(match.lastgroup or "", 0)
@@ -121,7 +121,7 @@ def _body(code: str, at: int) -> int:
 
 
 def _docstring(code: str, at: int, *, min_chars: int) -> str:
-    """The docstring of the body that begins at `at`; "" if there is none of `min_chars` or more."""
+    """Return the docstring of the body that begins at `at`; "" if there is none of `min_chars` or more."""
     match = _LITERAL.match(code, at)
     if match is None or len(match["literal"]) < min_chars:
         return ""

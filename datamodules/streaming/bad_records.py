@@ -12,7 +12,7 @@ _SHOWN = 20
 
 
 class BadRecords:
-    """Counts the records of one source as one process reads them.
+    """Count the records of one source as one process reads them.
 
     Bad records often come together: a shard with the wrong field is several chunks. So as long as not everything has
     been read, bad records are judged as if they came by whole chunks, and only more of them than chance explains stop
@@ -65,7 +65,7 @@ class BadRecords:
             )
 
     def examples(self) -> str:
-        """The first record skipped for each reason, a line each."""
+        """Return the first record skipped for each reason, a line each."""
         return "".join(
             f"\n  {location}: {reason}" + (f" (and {count - 1} more)" if count > 1 else "")
             for reason, (location, count) in self._reasons.items()

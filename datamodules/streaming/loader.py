@@ -49,14 +49,14 @@ def check_position(state: Mapping[str, Any], *, num_sources: int) -> None:
 
 
 class PositionKeeper:
-    """Follows which batches were trained on; a step that was begun but not taken does not count."""
+    """Follow which batches were trained on; a step that was begun but not taken does not count."""
 
     def __init__(self) -> None:
         self._now = self._step_start = StreamPosition(0, {})
         self._step: int | None = None  # optimizer steps taken when the latest batch was handed over
 
     def latest(self) -> StreamPosition:
-        """The position behind the latest batch that was handed over, where an iteration goes on."""
+        """Return the position behind the latest batch that was handed over, where an iteration goes on."""
         return self._now
 
     def hand_over(self, lane: int, state: LaneState, *, step: int) -> None:
@@ -66,7 +66,7 @@ class PositionKeeper:
         self._now = StreamPosition(self._now.batches + 1, {**self._now.lanes, lane: state})
 
     def at_step(self, step: int) -> StreamPosition:
-        """Where the data of optimizer step `step` (the next to be taken) begins."""
+        """Return where the data of optimizer step `step` (the next to be taken) begins."""
         return self._step_start if step == self._step else self._now
 
     def state(self, step: int, *, share: RankShare) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class PositionKeeper:
         self._now = self._step_start = StreamPosition(state["global_batches"] // share.num_replicas, lanes)
 
     def statistics(self, source_names: Sequence[str], *, share: RankShare) -> dict[str, SourceStatistics]:
-        """What each source gave to the lanes of this rank; names in the order of the lanes' figures."""
+        """Return what each source gave to the lanes of this rank; names in the order of the lanes' figures."""
         own = _own_lanes(self._now, share).values()
         given = [[SourceState().given, *(state[index].given for state in own)] for index in range(len(source_names))]
         totals = [SourceStatistics(*map(sum, zip(*of_source, strict=True))) for of_source in given]
@@ -99,7 +99,7 @@ class PositionKeeper:
 
 
 def _own_lanes(position: StreamPosition, share: RankShare) -> dict[int, LaneState]:
-    """The states of the lanes that this rank reads; those of others are as old as the checkpoint."""
+    """Return the states of the lanes that this rank reads; those of others are as old as the checkpoint."""
     return {lane: state for lane, state in position.lanes.items() if lane % share.num_replicas == share.rank}
 
 
@@ -159,7 +159,7 @@ class LaneBatches(IterableDataset[Any]):
 
 
 def stack(rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
-    """Rows with their sources as a batch: `input_ids`, `labels`, `position_ids` [B, S] and `source` [B], int64."""
+    """Make a batch of rows and their sources: `input_ids`, `labels`, `position_ids` [B, S] and `source` [B], int64."""
     columns = ("input_ids", "labels", "position_ids")
     batch = {name: torch.from_numpy(np.stack([getattr(row, name) for _, row in rows])).long() for name in columns}
     return batch | {"source": torch.tensor([source for source, _ in rows])}

@@ -111,7 +111,7 @@ def _group(documents: Iterator[Tokens | None], *, at_least: int) -> list[Tokens]
 
 
 def _best_fit(group: list[Tokens], seq_len: int) -> list[list[_Piece]]:
-    """Rows of pieces, in the order of their first documents, so that long documents do not all come first."""
+    """Return rows of pieces, in the order of their first documents, so that long documents do not all come first."""
     pieces = [
         _Piece(document, start, min(len(document), start + seq_len))
         for document in group

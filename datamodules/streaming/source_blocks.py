@@ -52,7 +52,7 @@ class StreamSettings(RowSettings):
             raise ConfigError("validation_share", got=self.validation_share, allowed="(0, 1)")
 
     def generator(self, *key: int) -> np.random.Generator:
-        """A generator of its own for each key."""
+        """Make a generator of its own for each key."""
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
 
@@ -80,7 +80,7 @@ class Block(NamedTuple):
 
 
 class SourceBlocks:
-    """Reads the blocks of source number `index` in lane `lane`, and counts in `records` what was read so far."""
+    """Read the blocks of the source of this index in a lane, and count in `records` what was read so far."""
 
     def __init__(self, reader: Reader, *, index: int, lane: int, settings: StreamSettings, records: BadRecords) -> None:
         self._reader, self.index, self.lane, self.settings, self.records = reader, index, lane, settings, records
@@ -125,11 +125,11 @@ class SourceBlocks:
                 )
 
     def epochs(self, ordinal: float) -> float:
-        """Passes over the lane's part of the source that `ordinal` chunks make."""
+        """Count the passes over the lane's part of the source that `ordinal` chunks make."""
         return ordinal * self.settings.num_lanes / self._reader.num_chunks
 
     def _block(self, start: SourcePosition, texts: list[str], record: int) -> Block:
-        """The block of all that was read since `start`, up to `record` of the chunk that is being read."""
+        """Return the block of all that was read since `start`, up to `record` of the chunk that is being read."""
         self._check()
         seen = self.records
         following = SourcePosition(seen.chunks, record, start.block + 1, seen.seen, seen.skipped, seen.failed)
@@ -142,7 +142,7 @@ class SourceBlocks:
         self.records.check(complete=alone and self.records.chunks >= self._reader.num_chunks)
 
     def _turn(self, ordinal: int) -> tuple[int, int]:
-        """The epoch of the lane's `ordinal`-th chunk, and its index in the order of that epoch."""
+        """Return the epoch of the lane's `ordinal`-th chunk, and its index in the order of that epoch."""
         return divmod(self.lane + ordinal * self.settings.num_lanes, self._reader.num_chunks)
 
     def _draw_order(self, epoch: int) -> npt.NDArray[np.int64]:

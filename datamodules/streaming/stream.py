@@ -1,8 +1,7 @@
 """The endless stream of training rows of one lane: the rows of all its sources, mixed by weight.
 
-A run has V lanes. A lane is what one worker process reads: a part of every source, disjoint from the parts of all other
-lanes (`source_blocks`). The documents of each source are tokenised and packed into rows. A long document gives many
-rows, so rows are shuffled once more, in windows of half a million tokens of one block.
+The documents of each source are tokenised and packed into rows. A long document gives many rows, so rows are shuffled
+once more, in windows of half a million tokens of one block.
 
 Everything is a function of the seed and of the position, so a checkpoint holds ten integers for each source of a lane.
 A lane set to a position reads one block and packs one window of rows again.
@@ -40,7 +39,7 @@ LaneState = tuple[SourceState, ...]  # by source
 
 
 def to_lists(state: LaneState) -> list[list[Any]]:
-    """The state of a lane for a checkpoint: the positions in its sources, and for each figure that of every source."""
+    """Return the state for a checkpoint: the positions in the sources, and a list of each figure."""
     figures = zip(*(source.given for source in state), strict=True)
     return [[list(source.position) for source in state], *map(list, figures)]
 
@@ -79,7 +78,7 @@ class SourceStream:
         return SourceState(self._start._replace(drawn=self._drawn), given)
 
     def _passes(self, position: SourcePosition) -> float:
-        """Passes up to a position; within a block, in proportion to its documents."""
+        """Count the passes up to a position; within a block, in proportion to its documents."""
         chunks, documents = self._extents.get(position.block, (0, 1))
         return self._blocks.epochs(position.ordinal + chunks * position.taken / documents)
 
@@ -95,7 +94,7 @@ class SourceStream:
         return row
 
     def _pack_window(self) -> list[Row]:
-        """The rows of a window, all of which begin in one block, shuffled."""
+        """Return the rows of a window, all of which begin in one block, shuffled."""
         size = _WINDOW_TOKENS // self._settings.seq_len
         row, block = self._pack_row()
         rows = [row]
@@ -108,7 +107,7 @@ class SourceStream:
         return [rows[index] for index in self._settings.generator(*key).permutation(len(rows))]
 
     def _pack_row(self) -> tuple[Row, int]:
-        """The next row in order, and the block in which it begins."""
+        """Return the next row in order, and the block in which it begins."""
         packed = next(self._rows)
         block = self._unfinished[0].block
         del self._unfinished[: packed.finished - self._finished]
@@ -161,7 +160,7 @@ class Lane:
         self._credit = credit.uniform(0.0, settings.seq_len, size=len(sources))
 
     def next_row(self) -> tuple[int, Row]:
-        """The index of a source, and its next row."""
+        """Return the index of a source and its next row."""
         behind = [
             (stream.tokens + credit) / weight
             for stream, credit, weight in zip(self._streams, self._credit, self._weights, strict=True)

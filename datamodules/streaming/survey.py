@@ -17,7 +17,7 @@ from app.errors import DataError
 from datamodules.loading.rank_share import RankShare
 from datamodules.loading.tokenizers import Encoder, load_tokenizer, trained_tokenizer
 from datamodules.readers import open_reader
-from datamodules.readers.records import BadRecord, Document
+from datamodules.readers.records import BadRecord
 from datamodules.readers.sources import Source
 from datamodules.streaming.bad_records import BadRecords
 from datamodules.streaming.packing import Row, Tokens, split_rows
@@ -45,13 +45,7 @@ class Survey:
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        training_bytes: int,
-        held_out_bytes: int,
-        validation_share: float,
-        max_bad_share: float,
+        self, source: Source, *, training_bytes: int, held_out_bytes: int, validation_share: float, max_bad_share: float
     ) -> None:
         self._source, self._share = source, validation_share
         self._reader = open_reader(source, min_chunks=1)
@@ -86,7 +80,11 @@ class Survey:
                 self._records.bad(item)
                 continue
             self._records.good()
-            self._take(item)
+            self._read += len(item.text)
+            side: _Side = "held_out" if item.is_held_out(share=self._share) else "training"
+            if self._missing[side] > 0:
+                self._found[side].append(item.text[: self._most[side]] if side == "training" else item.text)
+                self._missing[side] -= min(len(item.text.encode()), self._most[side])
             if self._missing[until] <= 0:
                 return
         self._records.chunks += 1
@@ -95,13 +93,6 @@ class Survey:
         if self._read > _MAX_BYTES:
             _log.warning("source %r: few of its documents are held out; raise validation_share", self._source.name)
             self._chunks = []
-
-    def _take(self, document: Document) -> None:
-        self._read += len(document.text)
-        side: _Side = "held_out" if document.is_held_out(share=self._share) else "training"
-        if self._missing[side] > 0:
-            self._found[side].append(document.text[: self._most[side]] if side == "training" else document.text)
-            self._missing[side] -= min(len(document.text.encode()), self._most[side])
 
 
 class SurveyedCorpus:
@@ -119,7 +110,7 @@ class SurveyedCorpus:
         return trained_tokenizer(sample, vocab_size=self._settings.vocab_size, cache_dir=self._cache_dir)
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
-        """At most `count` beginnings of held-out documents, of at most `length` token ids; sources take turns.
+        """Return at most `count` beginnings of held-out documents, of at most `length` token ids; sources take turns.
 
         Documents with more to continue come first. The longest of the others follow, with shorter prompts. A warning
         says if there are fewer than `count`, and DataError that nothing is held out.
@@ -134,7 +125,7 @@ class SurveyedCorpus:
         return prompts
 
     def validation_rows(self, share: RankShare) -> list[tuple[int, Row]]:
-        """This rank's held-out rows, each with the index of its source; sources take turns, and ranks get equally many.
+        """Give this rank its held-out rows with the index of their source: sources take turns, ranks get equally many.
 
         DataError says that fewer rows are held out than there are ranks.
         """
@@ -171,7 +162,7 @@ class SurveyedCorpus:
 
 
 def spread_rows(documents: Sequence[Tokens], *, seq_len: int, num_rows: int) -> list[Row]:
-    """At most `num_rows` rows of `seq_len` tokens, spread evenly over the documents; long documents give their head."""
+    """Pack at most `num_rows` rows of `seq_len` tokens, spread evenly over documents; long ones give their head."""
     heads = (document[: _MAX_ROWS_A_DOCUMENT * seq_len] for document in documents)
     rows = [packed.row for packed in split_rows(heads, seq_len=seq_len)]
     count = min(num_rows, len(rows))

@@ -34,7 +34,7 @@ _SHOWN = 20  # bad rows in an error; the log has all
 
 
 def choose_domains(domains: Sequence[str] | None, *, spis: int | None) -> tuple[str, ...]:
-    """The domains asked for, by default all; ConfigError if one is unknown or given twice, or `spis` is unknown."""
+    """Return the domains, by default all; ConfigError if one is unknown or given twice, or `spis` is unknown."""
     if spis is not None and spis not in SPIS:
         raise ConfigError("spis", got=spis, allowed=" | ".join(map(str, SPIS)))
     available = DOMAINS if spis is None else LOW_RESOURCE_DOMAINS
@@ -63,17 +63,10 @@ class Table(NamedTuple):
 
 
 def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | None) -> list[Table]:
-    """The tables of `split`, one for each domain, in their order; `spis` chooses a low-resource split, but not of test.
+    """Find the tables of `split`, one for each domain; `spis` chooses a low-resource split, but not of test.
 
-    Args:
-        path: The official folder of TSV files, or a local folder or hub id that `datasets` reads.
-        split: train, eval or test.
-        domains: Chosen ones, of `DOMAINS`.
-        spis: One of `SPIS`, or None.
-
-    Raises:
-        DataError: A file or dataset is missing or has other columns.
-        ConfigError: `spis` is asked of a dataset without low-resource splits.
+    `path` is the official folder of TSV files, or a local folder or hub id that `datasets` reads. DataError says that a
+    file or dataset is missing or has other columns, and ConfigError that a dataset has no low-resource splits.
     """
     folder = Path(path)
     if folder.is_dir() and any(folder.glob("*.tsv")):
@@ -90,7 +83,7 @@ def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | 
 
 
 def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: float) -> list[AnnotatedUtterance]:
-    """The usable rows of `table`; others are skipped, counted and logged with their locations.
+    """Return the usable rows of `table`; others are skipped, counted and logged with their locations.
 
     `encode` makes the target from the annotation, or raises ParseError. DataError says that nothing is left, or that
     more than `max_bad_share` of the rows had to be skipped.

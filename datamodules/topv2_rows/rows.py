@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def training_rows(examples: Examples, *, seq_len: int, packed: bool) -> list[list[int]]:
-    """Every example of at most `seq_len` tokens, once; `packed` fills rows with several examples of one domain.
+    """Make rows of all examples of at most `seq_len` tokens; `packed` fills a row with several of one domain.
 
     DataError says, here and below, that no example is that short.
     """
@@ -43,7 +43,7 @@ def training_rows(examples: Examples, *, seq_len: int, packed: bool) -> list[lis
 
 
 def held_out_rows(examples: Examples, *, split: Split, seq_len: int, per_source: int) -> list[list[int]]:
-    """At most `per_source` examples of each domain of `split`, each a row, in ascending order of length.
+    """Return at most `per_source` examples of each domain of `split`, each a row, in ascending order of length.
 
     They are chosen at random once and for all: no other setting changes the choice.
     """
@@ -75,7 +75,7 @@ class ExampleRows:
         return self.rows[row]
 
     def collate(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """A batch: `input_ids`, `labels` (shifted), `position_ids` [B, T] and `source` [B], int64.
+        """Return a batch: `input_ids`, `labels` (shifted), `position_ids` [B, T] and `source` [B], int64.
 
         T is the longest row's length, rounded up. No rows give a batch of one row without an example or a target, so
         that a rank that has nothing to train on in a step computes along with the others.
@@ -101,7 +101,7 @@ class ExampleRows:
 
 
 def short_prompts(examples: Examples, *, count: int, length: int) -> list[list[int]]:
-    """At most `count` whole prompts of at most `length` token ids, shuffled; a warning says if there are fewer."""
+    """Draw at most `count` whole prompts of at most `length` token ids; a warning says if there are fewer."""
     prompts = [examples.prompt(row) for row in _shuffled(examples) if examples.prompt_lengths[row] <= length]
     if not prompts:
         shortest = examples.prompt_lengths.min()
@@ -112,7 +112,7 @@ def short_prompts(examples: Examples, *, count: int, length: int) -> list[list[i
 
 
 def generation_examples(examples: Examples, *, count: int, domains: Sequence[str]) -> list[GenerationExample]:
-    """At most `count` shuffled examples with their references, each grouped under its domain."""
+    """Return at most `count` shuffled examples with their references, each grouped under its domain."""
     return [
         GenerationExample(examples.prompt(row), examples.references[row], domains[examples.sources[row]])
         for row in _shuffled(examples)[:count]
@@ -120,7 +120,7 @@ def generation_examples(examples: Examples, *, count: int, domains: Sequence[str
 
 
 def _shuffled(examples: Examples) -> list[int]:
-    """All examples in an order that no setting changes, so that results of runs can be compared."""
+    """Return all examples in an order that no setting changes, so that results of runs can be compared."""
     order: list[int] = np.random.default_rng(0).permutation(len(examples.sources)).tolist()
     return order
 

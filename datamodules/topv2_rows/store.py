@@ -65,11 +65,11 @@ class Examples:
         return np.diff(self.offsets) - 1
 
     def example(self, index: int) -> npt.NDArray[np.int32]:
-        """Token ids of one example."""
+        """Return token ids of one example."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def prompt(self, index: int) -> list[int]:
-        """Token ids of one example's prompt."""
+        """Return token ids of one example's prompt."""
         prompt: list[int] = self.example(index)[: self.prompt_lengths[index]].tolist()
         return prompt
 
@@ -126,7 +126,7 @@ def _build(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer:
 
 
 def _fit_tokenizer(settings: StoreSettings, rows: Sequence[AnnotatedUtterance], tokenizer: Any) -> Any:
-    """The tokenizer given, or one trained on prompts and targets; special tokens are added if they are asked for."""
+    """Return the tokenizer given, or one trained on prompts and targets, with special tokens if they are asked for."""
     targets = [_target_text(row) for row in rows]
     found = _PIECES[settings.target_format]
     pieces = sorted(set(chain.from_iterable(map(found.findall, targets)))) if settings.special_tokens else []

@@ -39,7 +39,10 @@ class Resumable(Protocol):
     """What a checkpoint is loaded into: LayerSkipModule."""
 
     trainer: Trainer
-    model: Any
+
+    @property
+    def trained(self) -> nn.Module:
+        """What of it the optimizer moves."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
@@ -69,7 +72,7 @@ def check_states(checkpoint: Mapping[str, Any], module: Any) -> None:
     _check_counts(saved[_LOOPS]["fit_loop"], trainer.fit_loop.state_dict())
     _check_progress(saved, step=step)
     skipped = saved[SKIPPED_STEPS_KEY].count(high=step) if SKIPPED_STEPS_KEY in checkpoint else 0
-    fresh = module.optimizer_over(module.model)
+    fresh = module.optimizer_over(module.trained)
     _check_optimizer(saved[OPTIMIZER_STATES], fresh["optimizer"], module, steps=step - skipped)
     _check_schedule(saved, fresh["lr_scheduler"]["scheduler"], step=step)
     _check_callbacks(saved["callbacks"], trainer.callbacks)
@@ -229,7 +232,7 @@ def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable) -
     `check_states` must have passed. Raises CheckpointError naming the first setting.
     """
     saved = SavedEntry(checkpoint, path=module.trainer.ckpt_path)
-    live = module.optimizer_over(module.model)
+    live = module.optimizer_over(module.trained)
     fresh, scheduler = live["optimizer"].param_groups, live["lr_scheduler"]["scheduler"]
     if not is_torchs(scheduler):
         return  # it may set any of them

@@ -23,6 +23,8 @@ HF_CONFIG_KEY = "hf_config"
 SKIPPED_STEPS_KEY = "skipped_steps"  # the steps whose loss was not finite
 TOKENIZER_KEY = "tokenizer_files"
 STATE_DICT_PREFIX = "model."  # of LayerSkipModule.model
+EXIT_BLOCKS_KEY = "exit_blocks"  # exit layer -> which of the model's blocks its own began as; none without exit blocks
+EXIT_BLOCKS_PREFIX = "exit_blocks."  # of LayerSkipModule.exit_blocks
 
 STATE_DICT = "state_dict"
 OPTIMIZER_STATES = "optimizer_states"

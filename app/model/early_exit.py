@@ -193,17 +193,32 @@ class EarlyExitModel:
         wanted = set(exit_layers)
         plan = self._plan
         plan.kept, plan.scales, plan.entered = kept, scales, frozenset(entered)
-        plan.exit_layers = frozenset(wanted - {self.num_layers})
+        states = self.states(input_ids, position_ids, wanted)
+        normed = states.pop(self.num_layers)  # never norm twice
+        hidden = {layer: self.norm(_pick(state, positions)) for layer, state in states.items()}
+        if self.num_layers in wanted:
+            hidden[self.num_layers] = _pick(normed, positions)
+        return hidden
+
+    def states(self, input_ids: Tensor, position_ids: Tensor, exit_layers: Iterable[int]) -> dict[int, Tensor]:
+        """The states [B, T, D] before any norm that leave the last block of each exit, and the final normed state.
+
+        The latter is that of exit `num_layers`, wanted or not. Arguments are those of `hidden_by_exit`.
+        """
+        plan = self._plan
+        plan.exit_layers = frozenset(exit_layers) - {self.num_layers}
         try:
             # Only without cache and mask does transformers see the documents in position_ids.
             out = self._decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
-            hidden = {layer: self._decoder.norm(_pick(tap, positions)) for layer, tap in plan.taps.items()}
+            return {**plan.taps, self.num_layers: out.last_hidden_state}
         finally:
             plan.exit_layers, plan.taps = frozenset(), {}
             # `kept` stays, since activation checkpointing reads it again in the backward.
-        if self.num_layers in wanted:
-            hidden[self.num_layers] = _pick(out.last_hidden_state, positions)  # already normed: never norm twice
-        return hidden
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The final norm alone: states [..., D] that leave a block -> normed states [..., D]."""
+        normed: Tensor = self._decoder.norm(hidden)
+        return normed
 
     def token_losses(self, normed: Tensor, labels: Tensor) -> Tensor:
         """Cross entropies [...] in nats of normed hidden states [..., D]; 0 where the label is -100, no gradient."""

@@ -1,6 +1,6 @@
 """What a datamodule hands to the module: which tensors, of what shapes, and what is refused at the first batch.
 
-Shape legend: `B` rows, `T` tokens.
+Shape legend: `B` rows, `T` tokens, `S` states of a token, `D` model width.
 """
 
 import logging
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class GivenBatch(TypedDict):
-    """A batch as a datamodule gives it: int64 tensors.
+    """A batch as a datamodule gives it: int64 tensors, but for the states.
 
     B and T are 1 or more and may differ between batches and ranks, but all ranks have the same number of batches.
 
@@ -30,12 +30,15 @@ class GivenBatch(TypedDict):
         position_ids: [B, T]; 0 begins a document, and attention does not cross that. By default a row is a document.
         source: [B], indices of CorpusOwner.source_names (app.protocols) for the held-out losses by source; 0 by
             default.
+        states: [B, T, S, D], of a floating-point type, as app.protocols.StateOwner tells. Where exit blocks are
+            trained, they spare the pass through the frozen model.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: NotRequired[Tensor]
     source: NotRequired[Tensor]
+    states: NotRequired[Tensor]
 
 
 def completed(given: GivenBatch) -> GivenBatch:
@@ -45,16 +48,26 @@ def completed(given: GivenBatch) -> GivenBatch:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     if (source := given.get("source")) is None:
         source = input_ids.new_zeros(len(input_ids))
-    return {"input_ids": input_ids, "labels": given["labels"], "position_ids": positions, "source": source}
+    batch: GivenBatch = {
+        "input_ids": input_ids,
+        "labels": given["labels"],
+        "position_ids": positions,
+        "source": source,
+    }
+    if "states" in given:
+        batch["states"] = given["states"]
+    return batch
 
 
-def check_batch(given: Any, *, config: PreTrainedConfig, num_sources: int) -> None:
+def check_batch(given: Any, *, config: PreTrainedConfig, num_sources: int, num_states: int = 0) -> None:
     """Check one batch that a datamodule gives, for a model of this config; waits for the device.
+
+    `num_states` is S of a module that reads states, 0 of others.
 
     Raises:
         ConfigError: It is not a GivenBatch, or its labels are not shifted.
     """
-    names = [*GivenBatch.__annotations__]
+    names = [name for name in GivenBatch.__annotations__ if name != "states"]
     if not isinstance(given, Mapping) or not {"input_ids", "labels"} <= given.keys():
         got = list(given) if isinstance(given, Mapping) else type(given).__name__
         allowed = f"a dict of {', '.join(names)}; the last two may be missing"
@@ -66,13 +79,23 @@ def check_batch(given: Any, *, config: PreTrainedConfig, num_sources: int) -> No
         wanted = f"int64 {shape[:1] if name == 'source' else shape}"
         if name in given and _described(given[name]) != wanted:
             raise ConfigError(f"batch.{name}", got=_described(given[name]), allowed=f"{wanted}, as of input_ids")
+    read = [*names, "attention_mask"]
+    if num_states and "states" in given:
+        _check_states(given["states"], (*shape, num_states, config.get_text_config().hidden_size))
+        read.append("states")
     check_row_length(shape[1], config, field="batch.input_ids: tokens a row")
     _check_values(completed(cast(GivenBatch, given)), config=config, num_sources=num_sources)
     _check_shift(given["input_ids"], given["labels"])
     if "attention_mask" in given:
         _check_mask(given["attention_mask"], given["labels"])
-    if unread := [name for name in given if name not in (*names, "attention_mask")]:
+    if unread := [name for name in given if name not in read]:
         _log.warning("of the batch, %s are not read (app.training.batch.GivenBatch)", ", ".join(map(str, unread)))
+
+
+def _check_states(states: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(states, Tensor) or states.shape != shape or not states.is_floating_point():
+        allowed = f"a floating-point tensor {shape}: rows, tokens, a state of each exit and the final one, width"
+        raise ConfigError("batch.states", got=_described(states), allowed=allowed)
 
 
 def _described(value: object) -> str:

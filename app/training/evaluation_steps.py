@@ -24,6 +24,7 @@ class EvaluationSteps(CurriculumHost):
     """Validates, tests and predicts without dropout, at every exit that is monitored; a subclass builds the model."""
 
     _network: EarlyExitModel
+    _num_states = 0  # of each token, that are read from a batch
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config.num_hidden_layers)
@@ -52,7 +53,7 @@ class EvaluationSteps(CurriculumHost):
         if loop not in self._loops_checked:
             self._loops_checked.add(loop)
             num_sources = len(self._corpus.source_names) if self._corpus else 1
-            check_batch(given, config=self.config, num_sources=num_sources)
+            check_batch(given, config=self.config, num_sources=num_sources, num_states=self._num_states)
         return completed(given)
 
     @override

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from typing_extensions import override
 
 from app.checkpoints.loop_counts import end_with_step
@@ -20,7 +20,7 @@ from app.checkpoints.may_resume import check_resume
 from app.checkpoints.resumed_config import GivenConfig
 from app.checkpoints.run_lock import hold_run, release
 from app.checkpoints.run_record import GENERATION_CONFIG_KEY
-from app.checkpoints.weights import HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
+from app.checkpoints.weights import EXIT_BLOCKS_KEY, HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
 from app.layerskip.layer_dropout import keep_scales
@@ -38,7 +38,7 @@ from app.text.text_tokens import listed_ends
 from app.text.tokenizer_files import tokenizer_to_files
 from app.training.batch import GivenBatch, check_row_length
 from app.training.divergence import DivergenceGuard, OnDivergence
-from app.training.evaluation_steps import EvaluationSteps
+from app.training.exit_block_steps import ExitBlockSettings, ExitBlockSteps, refuse_with_exit_blocks
 from app.training.optim import LearningRate, LRSchedule, LRSchedulerClass, parameter_groups
 from app.training.token_mean import TokenMeanStep
 
@@ -47,7 +47,7 @@ def _default_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class LayerSkipModule(EvaluationSteps):
+class LayerSkipModule(ExitBlockSteps):
     """Trains a Llama-shaped causal LM. Without callbacks it is plain next-token training (the baseline).
 
     Args:
@@ -55,6 +55,7 @@ class LayerSkipModule(EvaluationSteps):
             `pretrained` is given.
         pretrained: Model to continue from: a Hugging Face directory or hub id (safetensors only), a .gguf file, or the
             weights of another run's checkpoint, a .ckpt file or a directory of FSDP2.
+        exit_blocks: Trains exit blocks of the `pretrained` model, which stays as it is, instead of the model.
         optimizer: Called with the parameter groups; AdamW (3e-4, betas 0.9/0.95, decay 0.1) by default.
         lr_schedule: constant, linear or cosine, after the warmup; all but constant need trainer.max_steps.
         warmup_steps: Optimizer steps of linear warmup, >= 0.
@@ -77,6 +78,7 @@ class LayerSkipModule(EvaluationSteps):
         *,
         config: PreTrainedConfig | None = None,
         pretrained: str | None = None,
+        exit_blocks: ExitBlockSettings | None = None,
         optimizer: OptimizerCallable = _default_optimizer,
         lr_schedule: LRSchedule = "cosine",
         warmup_steps: int = 0,
@@ -91,16 +93,18 @@ class LayerSkipModule(EvaluationSteps):
         if (config is None) == (pretrained is None):
             got = "both" if config else "neither"
             raise ConfigError("config", got=got, allowed="exactly one of model.config and model.pretrained")
+        if exit_blocks is not None:
+            refuse_with_exit_blocks(config, activation_checkpointing, compile_blocks)
         own_config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
         check_sizes(own_config)
-        super().__init__(own_config)
+        super().__init__(own_config, exit_blocks)
         self.pretrained, self.seed = pretrained, seed
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self._optimizer = optimizer
         self._learning_rate = LearningRate(lr_schedule, warmup_steps, final_lr_ratio, lr_scheduler)
         self._step = TokenMeanStep(DivergenceGuard(on_divergence, max_skipped_steps))
         self.given_config: GivenConfig | None = None  # set by the command line, to compare with a run to resume
-        self.model: PreTrainedModel | None = None
+        self.model = None
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> Self:  # type: ignore[override]
@@ -120,7 +124,7 @@ class LayerSkipModule(EvaluationSteps):
 
     def exitable_decoder(self) -> ExitableDecoder:
         assert self.model is not None
-        return SpanDecoder(self.model)
+        return SpanDecoder(self.model, exit_blocks=self.own_blocks)
 
     @property
     def end_token_ids(self) -> Sequence[int]:
@@ -158,6 +162,8 @@ class LayerSkipModule(EvaluationSteps):
                 load_pretrained(self.pretrained) if self.pretrained else build_model(self.config, seed=self.seed)
             )
         self.model.train()  # transformers loads in eval mode, which Lightning keeps, and no block would ever drop
+        if self.has_exit_blocks:
+            self.freeze_model(self.model)
         keep_tables_exact(self.model)
         self._network = EarlyExitModel(self.model)
         if self.activation_checkpointing:  # both computations use the same masks, drawn outside the blocks
@@ -171,8 +177,7 @@ class LayerSkipModule(EvaluationSteps):
 
     @override
     def configure_optimizers(self) -> Any:
-        assert self.model is not None
-        return self.optimizer_over(self.model)
+        return self.optimizer_over(self.trained)
 
     def optimizer_over(self, model: nn.Module) -> dict[str, Any]:
         """The optimizer and its schedule over the weights of any model, for instance a stand-in that checks them.
@@ -191,6 +196,7 @@ class LayerSkipModule(EvaluationSteps):
 
     @override
     def on_train_start(self) -> None:
+        super().on_train_start()
         hold_run(self.trainer)
         self._step.clear()  # an earlier fit may have left a step unfinished
         self._logged_step = max(0, self.trainer.global_step - 1)  # for a validation that was due when a run was killed
@@ -203,6 +209,9 @@ class LayerSkipModule(EvaluationSteps):
     def training_step(self, given: GivenBatch, batch_idx: int) -> Tensor:
         """Early-exit loss of one micro-batch under layer dropout, not normalised (app.training.token_mean)."""
         batch = self._checked(given, "train")
+        if self.exit_blocks is not None:
+            self.draw_kept(len(batch["input_ids"]), batch_idx, seed=self.seed)  # drops none, and shows the work
+            return self._step.add(self.exit_block_loss(batch), self.exit_weights)
         dropout, exit_weights = self.curricula_now()
         labels = batch["labels"].flatten()
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
@@ -243,6 +252,8 @@ class LayerSkipModule(EvaluationSteps):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         end_with_step(checkpoint["loops"]["fit_loop"], self.trainer)
         checkpoint[SKIPPED_STEPS_KEY] = self._step.guard.skipped_steps
+        if self.exit_blocks is not None:
+            checkpoint[EXIT_BLOCKS_KEY] = self.exit_sources
         checkpoint[HF_CONFIG_KEY] = json.loads(self.config.to_json_string(use_diff=False))
         if self.pretrained and self.model is not None:
             checkpoint[GENERATION_CONFIG_KEY] = untuned_generation_config(self.model)

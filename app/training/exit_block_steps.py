@@ -1,0 +1,229 @@
+"""What a module does that trains exit blocks of a frozen model instead of the model.
+
+Shape legend: `B` rows, `T` tokens, `S` states of a token, `D` model width. Tested by
+tests/integration/test_exit_blocks.py.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import override
+
+from app.errors import ConfigError, check_choice, check_range
+from app.layerskip.distillation import DistillationLoss, divergence_loss
+from app.layerskip.early_exit_loss import IGNORE_INDEX, EarlyExitLoss, early_exit_loss
+from app.model.exact_tables import keep_tables_exact
+from app.model.exit_block import ExitBlock, ExitBlockStart, exit_blocks_of, source_layers
+from app.model.head_loss import Teacher
+from app.model.weights_hash import weights_hash
+from app.protocols import StateOwner
+from app.training.batch import GivenBatch
+from app.training.evaluation_steps import EvaluationSteps
+
+
+@dataclass(frozen=True)
+class ExitBlockSettings:
+    """Exit blocks that are trained while the model stays as it is (method card, "Exit blocks and distillation").
+
+    Args:
+        exits: Number of blocks A, 0 or more, for each exit layer E in 1..num_layers - 1; E + A is at most num_layers.
+        start: What the blocks begin as: exit, blocks E.. of the model; or last, its last ones.
+        loss: cross_entropy (of the text), kl, total_variation or lk (of the full model's distribution).
+
+    Raises:
+        ConfigError: There is no exit, or a setting is unknown.
+    """
+
+    exits: dict[int, int]
+    start: ExitBlockStart = "exit"
+    loss: DistillationLoss = "lk"
+
+    def __post_init__(self) -> None:
+        check_choice("exit_blocks.start", self.start, get_args(ExitBlockStart))
+        check_choice("exit_blocks.loss", self.loss, get_args(DistillationLoss))
+        if not self.exits:
+            raise ConfigError("exit_blocks.exits", got=self.exits, allowed="one exit or more, as {exit layer: blocks}")
+
+    def sources(self, num_layers: int) -> dict[int, list[int]]:
+        """Which of the model's blocks each exit's begin as; ConfigError if it has no such exit or too few blocks."""
+        for exit_layer, num_blocks in self.exits.items():
+            check_range("exit_blocks.exits", exit_layer, low=1, high=num_layers - 1, fix="exits count blocks run")
+            fix = f"blocks of exit {exit_layer} of {num_layers}"
+            check_range("exit_blocks.exits", num_blocks, low=0, high=num_layers - exit_layer, fix=fix)
+        return {
+            exit_layer: source_layers(num_layers, exit_layer=exit_layer, num_blocks=num_blocks, start=self.start)
+            for exit_layer, num_blocks in sorted(self.exits.items())
+        }
+
+
+def refuse_with_exit_blocks(
+    config: PreTrainedConfig | None, activation_checkpointing: bool, compile_blocks: bool
+) -> None:
+    """Raise ConfigError for settings of LayerSkipModule that do not go with exit blocks."""
+    if config is not None:
+        allowed = "no model.config: exit blocks are for a trained model"
+        raise ConfigError("config", got=config.model_type, allowed=allowed, fix="name the model in model.pretrained")
+    for field, value in (("activation_checkpointing", activation_checkpointing), ("compile_blocks", compile_blocks)):
+        if value:
+            raise ConfigError(field, got=True, allowed="false with model.exit_blocks")
+
+
+class ExitBlockSteps(EvaluationSteps):
+    """Trains and measures the exit blocks of a frozen model where it has any; `exit_blocks` is None where it has none.
+
+    Args:
+        config: The model's configuration.
+        settings: None leaves the module as it is without exit blocks.
+    """
+
+    model: PreTrainedModel | None  # None until Lightning asks for it
+
+    def __init__(self, config: PreTrainedConfig, settings: ExitBlockSettings | None) -> None:
+        super().__init__(config)
+        self.exit_blocks: nn.ModuleDict | None = None
+        self._exit_settings = settings
+        self._sources = settings.sources(self.num_layers) if settings else {}
+        self._num_states = len(self._sources) + 1 if settings else 0
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer moves: the exit blocks, or else the model."""
+        assert self.model is not None
+        return self.exit_blocks or self.model
+
+    @property
+    def has_exit_blocks(self) -> bool:
+        """Whether exit blocks are trained, made or still to be made."""
+        return self._exit_settings is not None
+
+    @property
+    def exit_sources(self) -> dict[int, list[int]]:
+        """Which of the model's blocks those of each exit began as; {} without exit blocks."""
+        return self._sources
+
+    @property
+    def own_blocks(self) -> dict[int, ExitBlock]:
+        """The exit blocks by exit layer; {} without."""
+        return {int(layer): cast(ExitBlock, block) for layer, block in (self.exit_blocks or {}).items()}
+
+    def freeze_model(self, model: PreTrainedModel) -> None:
+        """Freeze a model and make its exit blocks; before the classes of its blocks are swapped.
+
+        Raises:
+            ConfigError: The model is spread over devices.
+        """
+        if self.device_mesh is not None:
+            got, allowed = type(self.trainer.strategy).__name__, "one device or ddp with model.exit_blocks"
+            raise ConfigError("trainer.strategy", got=got, allowed=allowed)
+        self.exit_blocks = exit_blocks_of(model, self._sources)
+        model.requires_grad_(False)
+        keep_tables_exact(self.exit_blocks)
+
+    # -- curricula, which exit blocks do not have --------------------------------------------------------------------
+
+    @property
+    @override
+    def exit_weights(self) -> Mapping[int, float]:
+        return dict.fromkeys(self._sources, 1 / len(self._sources)) if self._sources else super().exit_weights
+
+    @override
+    def set_exit_weights(self, weights: Mapping[int, float]) -> None:
+        self._refuse("early_exit.curriculum", got=dict(weights), allowed="none")
+        super().set_exit_weights(weights)
+
+    @override
+    def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
+        self._refuse("layer_dropout.max_dropout_rate", got=max(rates, default=0.0), allowed="0")
+        super().set_dropout_rates(rates, rescale=rescale)
+
+    def _refuse(self, field: str, *, got: object, allowed: str) -> None:
+        if self.has_exit_blocks:
+            fix = "the model of exit blocks is frozen"
+            raise ConfigError(field, got=got, allowed=f"{allowed} with model.exit_blocks", fix=fix)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if not self.has_exit_blocks:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, StateOwner) and (layers := sorted(data.state_layers)) != sorted(self._sources):
+            allowed = f"{sorted(self._sources)}, those of model.exit_blocks"
+            raise ConfigError("data.exit_layers", got=layers, allowed=allowed)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.has_exit_blocks:  # what the model says is what it says in use; Lightning keeps modes from here on
+            assert self.model is not None
+            self.model.eval()
+
+    @override
+    def _checked(self, given: GivenBatch, loop: str) -> GivenBatch:
+        is_first = loop not in self._loops_checked
+        batch = super()._checked(given, loop)
+        if is_first and self.has_exit_blocks and "states" in batch:
+            self._check_states_are_ours()
+        return batch
+
+    def _check_states_are_ours(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, StateOwner):
+            allowed = "with a datamodule that tells whose they are (app.protocols.StateOwner)"
+            raise ConfigError("batch.states", got=f"of {type(data).__name__}", allowed=allowed)
+        assert self.model is not None
+        if (expected := weights_hash(self.model.state_dict(), exit_layer=self.num_layers)) != data.model_hash:
+            got, allowed = f"states of model {data.model_hash[:12]}", f"those of model.pretrained, {expected[:12]}"
+            raise ConfigError("data.pretrained", got=got, allowed=allowed, fix="fill another cache_dir for this model")
+
+    def exit_block_loss(self, batch: GivenBatch) -> EarlyExitLoss:
+        """The loss of the settings, summed over label tokens; exits count alike. Only exit blocks get a gradient."""
+        assert self._exit_settings is not None
+        labels = batch["labels"].flatten()
+        targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
+        with torch.no_grad():
+            states = self._states(batch, self._sources)
+        hidden = {layer: _pick(normed, targets) for layer, normed in self._own_hidden(states, batch).items()}
+        head = self._network.weighted_losses
+        if (loss := self._exit_settings.loss) != "cross_entropy":
+            losses = [partial(divergence_loss, loss)] * len(hidden)
+            head = partial(head, teacher=Teacher(_pick(states[self.num_layers], targets), losses))
+        return early_exit_loss(hidden, labels[targets], self.exit_weights, head)
+
+    def _states(self, batch: GivenBatch, exit_layers: Iterable[int]) -> dict[int, Tensor]:
+        """The states before any norm at these exits, and the final normed state: from the batch if it has them all."""
+        wanted = {*exit_layers, self.num_layers}
+        in_batch = (*self._sources, self.num_layers)
+        if "states" not in batch or not wanted <= set(in_batch):
+            return self._network.states(batch["input_ids"], batch["position_ids"], wanted)
+        by_exit = zip(in_batch, batch["states"].unbind(dim=2), strict=True)
+        dtype = next(self.trained.parameters()).dtype
+        return {layer: state.to(dtype) for layer, state in by_exit if layer in wanted}
+
+    def _own_hidden(self, states: Mapping[int, Tensor], batch: GivenBatch) -> dict[int, Tensor]:
+        """The normed states [B, T, D] of the exits that have blocks of their own."""
+        positions = batch["position_ids"]
+        return {layer: block(states[layer], positions) for layer, block in self.own_blocks.items() if layer in states}
+
+    @override
+    def _evaluation_hidden(self, batch: GivenBatch) -> dict[int, Tensor]:
+        if not self.has_exit_blocks:
+            return super()._evaluation_hidden(batch)
+        states = self._states(batch, self._monitored)
+        own = self._own_hidden(states, batch)
+        return own | {
+            layer: state if layer == self.num_layers else self._network.norm(state)
+            for layer, state in states.items()
+            if layer not in own
+        }
+
+
+def _pick(hidden_BTD: Tensor, positions_N: Tensor) -> Tensor:
+    return hidden_BTD.flatten(0, 1).index_select(0, positions_N)

@@ -1,0 +1,218 @@
+"""Exit blocks that learn from a frozen model: every loss teaches, nothing else moves, and a killed run goes on."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from app.checkpoints.weights import EXIT_BLOCKS_KEY, EXIT_BLOCKS_PREFIX
+from app.errors import ConfigError
+from app.training.exit_block_steps import ExitBlockSettings
+from app.training.module import LayerSkipModule
+from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum
+from datamodules import CachedStatesDataModule, TextCodeDataModule
+from tests.integration.test_resume import StopAfter
+from tests.support.runs import Recorder, make_data, make_module, make_trainer
+
+EXITS = {1: 1, 2: 0}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a corpus and the checkpoint of a small model that knows it."""
+    root = tmp_path_factory.mktemp("exit_blocks")
+    saver = ModelCheckpoint(dirpath=root, filename="model")
+    make_trainer(root, max_steps=80, callbacks=[saver]).fit(make_module(), datamodule=make_data(root))
+    return root
+
+
+def make_exit_blocks(root, *, exits=None, lr=1e-2, **settings: Any) -> LayerSkipModule:
+    return LayerSkipModule(
+        pretrained=str(root / "model.ckpt"),
+        exit_blocks=ExitBlockSettings(exits or EXITS, **settings),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+        lr_schedule="constant",
+    )
+
+
+class Modes(Callback):
+    """Whether the frozen model and the exit blocks were in training mode at the latest step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.frozen_trains = any(module.training for module in pl_module.model.modules())
+        self.blocks_train = all(module.training for module in pl_module.exit_blocks.modules())
+
+
+@pytest.mark.parametrize("loss", ["lk", "kl", "total_variation", "cross_entropy"])
+def test_every_loss_raises_agreement_and_moves_nothing_but_the_exit_blocks(root, tmp_path, loss):
+    monitor, modes, recorder = ExitQualityMonitor(exit_layers=[1, 2, 3, 4]), Modes(), Recorder()
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=40,
+        callbacks=[monitor, modes, recorder],
+        limit_val_batches=1.0,
+        num_sanity_val_steps=-1,
+        check_val_every_n_epoch=None,
+        val_check_interval=20,
+    )
+    module = make_exit_blocks(root, start="last", loss=loss)
+    plain = LayerSkipModule.load_from_checkpoint(root / "model.ckpt")
+    trainer.fit(module, datamodule=make_data(root))
+    before, after = monitor.history[0], monitor.history[40]
+    assert (before[3], before[4]) == (after[3], after[4])  # they have no blocks of their own
+    assert after[1].agreement > before[1].agreement + 0.1
+    assert after[2].loss < before[2].loss  # a norm alone learns little
+    losses = [step["loss"] for step in recorder.steps]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert [step["exits"] for step in recorder.steps] == [((1, 0.5), (2, 0.5))] * 40
+    assert (modes.frozen_trains, modes.blocks_train) == (False, True)
+    frozen = module.model.state_dict()
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in plain.model.state_dict().items())
+    assert not any(p.requires_grad for p in module.model.parameters())
+    moved = zip(module.exit_blocks.parameters(), make_built(root).exit_blocks.parameters(), strict=True)
+    assert not any(torch.equal(ours, start) for ours, start in moved)
+
+
+def make_built(root):
+    module = make_exit_blocks(root, start="last")
+    module.configure_model()
+    return module
+
+
+def train(root, folder, *, until=STEPS, ckpt_path=None, loss="lk", data=None, **settings):
+    """Steps of a run of STEPS up to `until`; losses, exit blocks, the figures of a validation, and the checkpoint."""
+    recorder, monitor = Recorder(), ExitQualityMonitor(exit_layers=[1, 2])
+    saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=STEPS // 2, save_top_k=-1)
+    trainer = make_trainer(folder, max_steps=STEPS, callbacks=[recorder, monitor, saver], **settings)
+    if until < STEPS:
+        trainer.callbacks.append(StopAfter(until))
+    module = make_exit_blocks(root, loss=loss)
+    trainer.fit(module, datamodule=data or make_data(root), ckpt_path=ckpt_path)
+    weights = {name: p.detach().clone() for name, p in module.exit_blocks.named_parameters()}
+    return recorder.steps, weights, saver.best_model_path
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_and_its_checkpoint_tells_what_it_has(root, tmp_path):
+    whole, weights, _ = train(root, tmp_path / "whole", accumulate_grad_batches=2)
+    first, _, saved = train(root, tmp_path / "parts", until=STEPS // 2, accumulate_grad_batches=2)
+    second, resumed, _ = train(root, tmp_path / "parts", ckpt_path=saved, accumulate_grad_batches=2)
+    assert first + second == whole
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    content = torch.load(saved, weights_only=True)
+    assert content[EXIT_BLOCKS_KEY] == {1: [1], 2: []}
+    trained = {name.removeprefix(EXIT_BLOCKS_PREFIX) for name in content["state_dict"] if "exit_blocks" in name}
+    assert trained == {*weights}
+    assert len(content["optimizer_states"][0]["state"]) == len(weights)
+
+
+class OnLine(Callback):
+    """The loss of each micro-batch as its states give it, and as a pass of the frozen model does."""
+
+    def __init__(self):
+        self.pairs = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        without = {name: column for name, column in batch.items() if name != "states"}
+        self.pairs.append([pl_module.exit_block_loss(each).weighted_sum.item() for each in (batch, without)])
+
+
+def test_cached_states_stand_for_the_pass_through_the_frozen_model(root, tmp_path):
+    pretrained = str(root / "model.ckpt")
+    cached = {"pretrained": pretrained, "exit_layers": [1, 2], "num_tokens": 400, "batch_size": 4, "dtype": "float32"}
+    data = CachedStatesDataModule(corpus=make_data(root), cache_dir=str(tmp_path / "states"), **cached)
+    on_line, monitor = OnLine(), ExitQualityMonitor(exit_layers=[1, 2])
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[on_line, monitor], limit_val_batches=1.0)
+    module = make_exit_blocks(root)
+    trainer.fit(module, datamodule=data)
+    assert all(ours == pytest.approx(theirs, rel=1e-5) for ours, theirs in on_line.pairs)
+    cached_scores = trainer.validate(module, datamodule=data, verbose=False)[0]
+    scores = trainer.validate(module, datamodule=make_data(root), verbose=False)[0]
+    assert cached_scores == pytest.approx(scores, rel=1e-4)
+
+    other = {"exit_layers": [2]}
+    data = CachedStatesDataModule(corpus=make_data(root), cache_dir=str(tmp_path / "other"), **(cached | other))
+    with pytest.raises(ConfigError, match=r"data.exit_layers: got \[2\], allowed .*\[1, 2\]"):
+        make_trainer(tmp_path, max_steps=1, callbacks=[]).fit(make_exit_blocks(root), datamodule=data)
+
+
+class ForeignStates(TextCodeDataModule):
+    """States of the right shape, of nobody knows which model."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        return batch | {"states": torch.zeros(*batch["input_ids"].shape, self.num_states, 32)}
+
+    num_states = 3
+
+
+class StatesOfAnother(ForeignStates):
+    state_layers, model_hash = (1, 2), "0" * 64
+
+
+class StatesOfOneExit(StatesOfAnother):
+    num_states = 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (ForeignStates, "batch.states: got .of ForeignStates.*StateOwner"),
+        (StatesOfAnother, "data.pretrained: got .states of model 000000000000."),
+        (StatesOfOneExit, r"batch.states: got .float32 \(4, 24, 2, 32\).*\(4, 24, 3, 32\)"),
+    ],
+)
+def test_states_that_are_not_this_model_s_are_refused(root, tmp_path, kind, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tmp_path, max_steps=1, callbacks=[]).fit(
+            make_exit_blocks(root), datamodule=make_data(root, kind=kind)
+        )
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (LayerDropoutCurriculum(max_dropout_rate=0.5), "layer_dropout.max_dropout_rate: got 0.5, allowed 0 with"),
+        (EarlyExitCurriculum(curriculum="gradual"), "early_exit.curriculum: got .*, allowed none with"),
+    ],
+)
+def test_the_recipe_is_refused_where_the_model_is_frozen(root, tmp_path, callback, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tmp_path, max_steps=1, callbacks=[callback]).fit(make_exit_blocks(root), make_data(root))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exits": {}}, "exit_blocks.exits: got {}"),
+        ({"exits": {1: 1}, "loss": "mse"}, "exit_blocks.loss: got 'mse'"),
+        ({"exits": {1: 1}, "start": "first"}, "exit_blocks.start: got 'first'"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ExitBlockSettings(**settings)
+
+
+def test_exit_blocks_need_a_trained_model_that_has_the_exit(root):
+    with pytest.raises(ConfigError, match=r"config: got .llama.*model.pretrained"):
+        make_module(exit_blocks=ExitBlockSettings({1: 1}))
+    for setting in ("compile_blocks", "activation_checkpointing"):
+        with pytest.raises(ConfigError, match=f"{setting}: got True"):
+            LayerSkipModule(
+                pretrained=str(root / "model.ckpt"), exit_blocks=ExitBlockSettings({1: 1}), **{setting: True}
+            )
+    with pytest.raises(ConfigError, match=r"exit_blocks.exits: got 4, allowed \[1, 3\]"):
+        make_exit_blocks(root, exits={4: 0})
+    with pytest.raises(ConfigError, match=r"exit_blocks.exits: got 3, allowed \[0, 2\].*exit 2"):
+        make_exit_blocks(root, exits={2: 3})
+
+
+def test_drafts_in_validation_go_through_the_exit_blocks(root):
+    module = make_exit_blocks(root).eval()
+    module.configure_model()
+    decoder = module.exitable_decoder()
+    assert [list(decoder.exit_span(layer)) for layer in (1, 2, 3)] == [[4], [], []]
+    assert decoder.own_exits == (1, 2)

@@ -85,11 +85,7 @@ def refuse_weights_alone(path: str | Path | None, content: Mapping[str, Any]) ->
 
 
 def read_whole(path: Path, *, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Any]:
-    """A directory of shards as the content of a single file; `keep` may store each tensor elsewhere than in memory.
-
-    Raises:
-        CheckpointError: As `read_directory`; or a shard is damaged.
-    """
+    """A directory of shards as the content of a single file; `keep` may store each tensor elsewhere than in memory."""
     content, shards = read_directory(path)
     return made_whole(path, content, shards.shapes, lambda key: keep(shards.read(key)))
 

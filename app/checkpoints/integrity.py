@@ -57,20 +57,20 @@ def damage(path: Path) -> str | None:
     All ranks must ask together. They share the files of a directory, rank 0 reads a single file, and all get the same
     answer.
     """
-    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found: str | None = None
     try:
         if not path.exists():
             raise CheckpointError(f"checkpoint {path}: no such file")
         if path.is_dir():
-            _check_directory(path, part=rank, num_parts=num_ranks)
+            _check_directory(path, part=rank, num_parts=world_size)
         elif rank == 0:
             _check_file(path)
     except CheckpointError as error:
         found = str(error)
     except OSError as error:  # a disk failed; the other ranks wait for this one
         found = str(CheckpointError.unusable(path, "cannot be read", error))
-    return _of_all_ranks(found) if num_ranks > 1 else found
+    return _of_all_ranks(found) if world_size > 1 else found
 
 
 def _of_all_ranks(found: str | None) -> str | None:

@@ -19,7 +19,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
@@ -46,13 +46,6 @@ _SHAPING = (  # the settings of a model that its weights depend on
 )
 
 
-class ResumableRun(Resumable, Protocol):
-    """What a checkpoint is loaded into, and what is known of the run: LayerSkipModule."""
-
-    config: Any  # of transformers
-    given_config: GivenConfig | None
-
-
 def check_before(path: Path, given: GivenConfig, *, fit: bool) -> None:
     """Compare the configs, before a trainer opens files for a run that is then refused.
 
@@ -70,7 +63,7 @@ def check_before(path: Path, given: GivenConfig, *, fit: bool) -> None:
     given.compare(content, fit=fit)
 
 
-def check_resume(checkpoint: dict[str, Any], module: ResumableRun) -> None:
+def check_resume(checkpoint: dict[str, Any], module: Resumable) -> None:
     """Refuse to resume, or change the counts of micro-batches in `checkpoint` to those of the run that resumes.
 
     Args:

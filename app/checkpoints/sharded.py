@@ -90,8 +90,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
     ) -> None:
         """Write a checkpoint, all ranks together; the one that has the name survives a failure.
 
-        Raises:
-            CheckpointError: On all ranks, if this checkpoint or the one before it cannot be written on some rank.
+        If it or the one before cannot be written on some rank, all ranks raise CheckpointError.
         """
         self.finish_saving()
         path = Path(self.broadcast(str(filepath)))
@@ -136,11 +135,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
         return tensors
 
     def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written, then remove those that it replaces; all ranks together.
-
-        Raises:
-            CheckpointError: The checkpoint could not be written.
-        """
+        """Wait for the checkpoint that is being written, then remove those that it replaces; all ranks together."""
         saving, self._saving = self._saving, None
         if saving is not None:
             with self._one_error():
@@ -190,11 +185,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore weights and optimizer states from a directory or a single file; returns the rest of it.
-
-        Raises:
-            CheckpointError: It is missing, damaged or foreign, or holds anything but tensors and plain values.
-        """
+        """Restore weights and optimizer states from a directory or a single file; returns the rest of it."""
         self.finish_saving()
         assert isinstance(self.checkpoint_io, AtomicCheckpointIO)
         path = self.checkpoint_io.verified(Path(self.broadcast(str(checkpoint_path))))

@@ -50,7 +50,7 @@ class Shards:
     """The tensors whose keys begin with `prefix`, which is cut off their names; `shapes` has shape and dtype of each.
 
     Raises:
-        CheckpointError: A part is missing, a file is truncated, or the metadata is not just metadata.
+        CheckpointError: A part is missing, damaged or truncated, or the metadata is not just metadata.
     """
 
     def __init__(self, directory: Path, *, prefix: str) -> None:
@@ -64,18 +64,14 @@ class Shards:
                 self.shapes[key.removeprefix(prefix)] = entry.size, entry.properties.dtype
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor. Raises CheckpointError if a part is damaged."""
+        """One whole tensor."""
         shape, dtype = self.shapes[name]
         whole = torch.empty(shape, dtype=dtype)
         self.read_into({name: whole})
         return whole
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors by name; of a DTensor, only this rank's part is read. Ranks need not call this together.
-
-        Raises:
-            CheckpointError: A part is damaged.
-        """
+        """Fill tensors by name; of a DTensor, only this rank's part is read. Ranks need not call this together."""
         wanted = {self._prefix + name: tensor.detach() for name, tensor in tensors.items()}
         try:
             with warnings.catch_warnings(action="ignore"):  # torch warns that there is no process group
@@ -137,11 +133,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(file: Path) -> metadata.Metadata:
-    """The `.metadata` of torch.distributed.checkpoint, a pickle, of which only descriptions of tensors are accepted.
-
-    Raises:
-        CheckpointError: It is damaged, or names anything else.
-    """
+    """The `.metadata` of torch.distributed.checkpoint, a pickle, of which only descriptions of tensors are accepted."""
     try:
         with file.open("rb") as stream:
             saved = _MetadataUnpickler(stream).load()

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, LRScheduler, OneCycleLR
 
 from app.checkpoints.entries import SavedEntry, shown
+from app.checkpoints.resumed_config import GivenConfig
 from app.checkpoints.weights import OPTIMIZER_STATES, SKIPPED_STEPS_KEY, STATE_DICT
 from app.errors import CheckpointError
 from app.words import dtype_name
@@ -36,8 +37,10 @@ _STAND_IN = (5, 7, 3, 2)  # sizes that all differ, so that a state's size tells 
 
 
 class Resumable(Protocol):
-    """What a checkpoint is loaded into: LayerSkipModule."""
+    """What a checkpoint is loaded into, and what is known of the run: LayerSkipModule."""
 
+    config: Any  # of transformers
+    given_config: GivenConfig | None
     trainer: Trainer
 
     @property

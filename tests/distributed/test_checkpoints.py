@@ -309,7 +309,7 @@ def test_a_disk_that_fails_is_told_in_one_line(runs, root, monkeypatch):
     def fail(file):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint_integrity, "_checksum", fail)
+    monkeypatch.setattr(checkpoint_integrity, "checksum_of", fail)
     with pytest.raises(CheckpointError, match=r"last.ckpt: cannot be read \(\[Errno 5\] Input/output error\)"):
         AtomicCheckpointIO().load_checkpoint(root / "mesh_half" / "last.ckpt")
 

@@ -75,8 +75,10 @@ def test_it_shows_a_parse_as_the_tokenizer_of_the_model_that_is_continued_begins
     (tmp_path / "more.yaml").write_text(
         json.dumps({"model": {"config": None, "pretrained": str(model)}, "data": topv2})
     )
-    row = data("--config", "more.yaml", "--num_batches", "1").out.partition("loss on")[2].splitlines()[1]
+    shown = data("--config", "more.yaml", "--num_batches", "1", "--check_resume").out
+    row = shown.partition("loss on")[2].splitlines()[1]
     assert row.startswith("<s> ")
+    assert "the same batches" in shown
     assert row.endswith(" ]")  # its end of text is predicted, no token of the row; and none of the padding
 
 

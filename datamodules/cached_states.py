@@ -80,8 +80,7 @@ class CachedStatesDataModule(RowDataModule):
     ) -> None:
         if pretrained is None:
             raise ConfigError("pretrained", got=None, allowed="the model whose states are cached (model.pretrained)")
-        if not exit_layers:
-            raise ConfigError("exit_layers", got=exit_layers, allowed="one or more exits")
+        check_exits(exit_layers)
         check_range("num_tokens", num_tokens, low=1)
         check_choice("dtype", dtype, get_args(StateDtype))
         check_choice("compute_dtype", compute_dtype, get_args(ComputeDtype))
@@ -89,7 +88,7 @@ class CachedStatesDataModule(RowDataModule):
         settings = replace(of_corpus, batch_size=batch_size, num_workers=num_workers, seed=seed)
         super().__init__(settings, default_vocab_size=of_corpus.vocab_size)
         self._corpus, self._pretrained, self._folder = corpus, pretrained, Path(cache_dir)
-        self._exit_layers = tuple(sorted({*exit_layers}))
+        self._exit_layers = tuple(sorted({*(exit_layers or ())}))
         self._num_rows = ceil(num_tokens / of_corpus.seq_len)
         self._dtype, self._compute_dtype = dtype, compute_dtype
 
@@ -129,8 +128,7 @@ class CachedStatesDataModule(RowDataModule):
         check_tokenizer_of(self._pretrained, tokenizer, got=f"one of {len(tokenizer)} tokens")
         model = load_pretrained(self._pretrained)
         num_layers = len(model.get_decoder().layers)
-        for exit_layer in self._exit_layers:
-            check_range("exit_layers", exit_layer, low=1, high=num_layers - 1)
+        check_exits(self._exit_layers, num_layers=num_layers)
         facts = made_from(
             model=weights_hash(model.state_dict(), exit_layer=num_layers),
             tokenizer=fingerprint(tokenizer),
@@ -166,8 +164,8 @@ class CachedStatesDataModule(RowDataModule):
         exits = ", ".join(map(str, self._exit_layers))
         _log.info(
             "caching the states at exits %s and of the full model for %s tokens: %s MB in %s, where %s MB are already",
-            *(exits, f"{tokens:,}", f"{size / 1e6:,.0f}", cache.folder),
-            f"{(sum(wanted.values()) * layout.row_bytes - size) / 1e6:,.0f}",
+            *(exits, f"{tokens:,}", f"{size / 1e6:,.3g}", cache.folder),
+            f"{(sum(wanted.values()) * layout.row_bytes - size) / 1e6:,.3g}",
         )
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         compute_dtype = getattr(torch, self._compute_dtype)
@@ -237,3 +235,14 @@ class CachedStatesDataModule(RowDataModule):
 
     def _rows(self, split: Split, num_rows: int) -> CachedRows:
         return CachedRows(self._cache.files(split, num_rows), seq_len=self.seq_len)
+
+
+def check_exits(
+    exit_layers: Sequence[int] | None, *, num_layers: int | None = None, field: str = "exit_layers"
+) -> None:
+    """Raise ConfigError unless there are exits, each of 1..num_layers - 1 where the number of layers is known."""
+    if exit_layers and min(exit_layers) >= 1 and (num_layers is None or max(exit_layers) < num_layers):
+        return
+    highest = "num_layers - 1" if num_layers is None else num_layers - 1
+    got = exit_layers and [*exit_layers]
+    raise ConfigError(field, got=got, allowed=f"one or more of 1..{highest}", fix="model.exit_blocks names them, too")

@@ -27,8 +27,8 @@ from app.training.batch import check_row_length
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum
 from callbacks.decoding_validation import DecodingValidation
-from datamodules import TextCodeDataModule, TOPv2DataModule
-from datamodules.loading.datamodule import check_end
+from datamodules import CachedStatesDataModule, TextCodeDataModule, TOPv2DataModule
+from datamodules.loading.datamodule import RowDataModule, check_end
 
 _LARGEST = 2**63 - 1  # the largest number that a tensor holds
 _MOST_PROCESSES = max(64, os.cpu_count() or 1)  # on a CPU, Lightning starts any number of processes
@@ -77,11 +77,19 @@ def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
                 raise ConfigError(path, got=value, allowed="a name or path below its folder, without '..'", fix=fix)
 
 
-def take_tokenizer_of_model(config: Namespace) -> None:
-    """Name the tokenizer of the model that is continued where the config names none; change the config in place."""
-    pretrained, arguments = config["model"]["pretrained"], _data_arguments(config)
-    if pretrained is not None and arguments is not None and arguments["tokenizer"] is None:
-        arguments["tokenizer"] = pretrained
+def complete_data(config: Namespace) -> None:
+    """Name the model that is continued, its tokenizer and its exits where the data's settings leave them out.
+
+    The config is changed in place.
+    """
+    pretrained, corpus, states = config["model"]["pretrained"], _corpus_arguments(config), states_arguments(config)
+    if states is not None:
+        exits = (config["model"].get("exit_blocks") or {}).get("exits") or {}
+        states["pretrained"] = states["pretrained"] or pretrained
+        states["exit_layers"] = states["exit_layers"] or sorted(map(int, exits)) or None
+        pretrained = states["pretrained"]
+    if pretrained is not None and corpus is not None and corpus["tokenizer"] is None:
+        corpus["tokenizer"] = pretrained
 
 
 def check_tokenizer(config: Namespace) -> None:
@@ -89,18 +97,27 @@ def check_tokenizer(config: Namespace) -> None:
 
     Only our own datamodules are asked here; the module asks the others when training starts.
     """
-    pretrained, arguments = config["model"]["pretrained"], _data_arguments(config)
+    pretrained, arguments = config["model"]["pretrained"], _corpus_arguments(config)
     if pretrained is not None and arguments is not None and arguments["tokenizer"] != pretrained:
         tokenizer = open_tokenizer(arguments["tokenizer"], field="tokenizer")
         check_tokenizer_of(pretrained, tokenizer, got=arguments["tokenizer"])
 
 
-def _data_arguments(config: Namespace) -> Any:
-    """The arguments of a datamodule of ours or of a class made of one; None for others, whose settings are unknown."""
-    data = config["data"]
+def states_arguments(config: Namespace) -> Any:
+    """The arguments of a CachedStatesDataModule, or None if the data are others."""
+    return _arguments(config["data"], CachedStatesDataModule)
+
+
+def _corpus_arguments(config: Namespace) -> Any:
+    """The arguments of the datamodule of ours, or of a class made of one, that reads text; None for others."""
+    states = states_arguments(config)
+    arguments = _arguments(config["data"] if states is None else states["corpus"], TextCodeDataModule, TOPv2DataModule)
+    return arguments if arguments is not None and "tokenizer" in arguments else None
+
+
+def _arguments(data: Any, *kinds: type) -> Any:
     kind = locate(data["class_path"]) if data else None
-    is_ours = isinstance(kind, type) and issubclass(kind, TextCodeDataModule | TOPv2DataModule)
-    return data["init_args"] if is_ours and "tokenizer" in data["init_args"] else None
+    return data["init_args"] if isinstance(kind, type) and issubclass(kind, kinds) else None
 
 
 def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataModule) -> None:
@@ -116,7 +133,7 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
             callback.check_host(module)
         elif type(callback) in _SET_UP_TWICE:
             callback.setup(trainer, module, "fit")
-    if isinstance(data, TextCodeDataModule | TOPv2DataModule):
+    if isinstance(data, RowDataModule):
         check_row_length(data.seq_len, module.config)
     _check_memory(_built(module), trainer)
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks, since it is broadcast

@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 from typing_extensions import override
 
 from app.cli.beside_fit import BesideFitCLI, run_beside_fit
+from app.cli.cache_plan import plan_cache
+from app.cli.early_checks import states_arguments
 from app.cli.messages import locate
 from app.cli.strategies import mesh_of, mesh_settings, name_of, settings_of
 from app.cli.tables import print_table
@@ -109,7 +111,11 @@ class PlanCLI(BesideFitCLI):
         self._dtype, self._autocast = _PRECISIONS[given]
         for name, value in _HERE.items():
             trainer[name] = value
+        self._states = states_arguments(config)
         self._data = config.pop("data")["init_args"]
+        if self._states is not None:
+            corpus = self._states["corpus"]["init_args"]
+            self._data = {"batch_size": self._states["batch_size"], "seq_len": corpus["seq_len"]}
         for name in ("batch_size", "seq_len"):
             if not isinstance(self._data.get(name), int):
                 raise ConfigError(f"data.init_args.{name}", got=self._data.get(name), allowed="a number")
@@ -128,13 +134,16 @@ class PlanCLI(BesideFitCLI):
             plan = self._plan(self._recipe(), self._layout)
             is_short = plan.fits_with(checkpointing=plan.checkpointing) is False
             changes = changes_that_fit(plan, self._plan) if is_short else []
+            cache = None if self._states is None else plan_cache(self._states, self.model.config)
         except ConfigError as error:
             raise locate(error, self.plain_config()) from error
         if self._options.json:
-            print(json.dumps(_as_dict(plan, changes)))
+            print(json.dumps(_as_dict(plan, changes) | ({} if cache is None else {"cache": cache._asdict()})))
             return
         for table in plan_tables(plan, self._options.machine()):
             print_table(table)
+        if cache is not None:
+            print_table(cache.table())
         if is_short:
             print(f"\n{advice(changes)}")
         for departure in plan.departures:

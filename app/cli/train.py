@@ -26,8 +26,8 @@ from app.cli.early_checks import (
     check_numbers,
     check_tokenizer,
     check_trainer_settings,
+    complete_data,
     refuse_early,
-    take_tokenizer_of_model,
 )
 from app.cli.held_warnings import show_warnings
 from app.cli.measured import measured_table, warn_of_emulation, warn_of_overflow, warn_of_random_weights
@@ -92,7 +92,7 @@ class LayerSkipCLI(LightningCLI):
         for group in ("trainer", "model", "layer_dropout", "early_exit"):
             if not isinstance(config[group], Namespace):
                 raise ConfigError(group, got=config[group], allowed=f"its keys, as in --{group}.KEY VALUE")
-        take_tokenizer_of_model(config)
+        complete_data(config)
         check_numbers(config)
         check_trainer_settings(config["trainer"], verb=self.config.subcommand)
         check_strategy(config["trainer"])

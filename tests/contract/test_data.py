@@ -1,13 +1,17 @@
 """`layerskip data`: what the model will see, on stdout, with nothing left behind."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.runs import cli, write_corpus
 from tests.support.saved_models import save_model
 from tests.support.tokenizers import llama
 from tests.support.topv2_folders import DOMAINS, write_folder
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -80,6 +84,54 @@ def test_it_shows_a_parse_as_the_tokenizer_of_the_model_that_is_continued_begins
     assert row.startswith("<s> ")
     assert "the same batches" in shown
     assert row.endswith(" ]")  # its end of text is predicted, no token of the row; and none of the padding
+
+
+def test_a_cache_of_states_is_filled_to_the_size_that_is_planned(data, tmp_path, monkeypatch, capsys):
+    model, cache = save_model(tmp_path / "model", num_layers=3), tmp_path / "states"
+    sources = {"code": {"kind": "files", "path": str(tmp_path / "corpus")}}
+    (tmp_path / "small.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": {"config": None, "pretrained": str(model)},
+                "data": {
+                    "init_args": {
+                        "corpus": {
+                            "init_args": {
+                                "sources": sources,
+                                "seq_len": 32,
+                                "validation_share": 0.3,
+                                "validation_rows": 2,
+                            }
+                        },
+                        "exit_layers": [1, 2],
+                        "num_tokens": 1000,
+                        "cache_dir": str(cache),
+                    },
+                },
+            }
+        )
+    )
+    options = ("--config", str(CONFIGS / "data/cached_states.yaml"), "--config", "small.yaml")
+    arguments = ("plan", "--config", "config.yaml", *options, "--json")
+    assert cli(monkeypatch, *arguments) == 0
+    planned = json.loads(capsys.readouterr().out)["cache"]
+    assert not cache.exists()
+    captured = data(*options, "--json", "--num_batches", "2", "--check_resume")
+    found = json.loads(captured.out)
+    assert found["positions"] == 2 * 8 * 32
+    assert found["resumed"]["identical"]
+    size = sum(file.stat().st_size for file in cache.glob("*.safetensors"))
+    assert planned["bytes"] < size < planned["bytes"] + 1000  # of headers
+    assert planned["num_states"] == 3
+    message = f"caching the states at exits 1, 2 and of the full model for {planned['tokens']:,} tokens: 0."
+    assert message in captured.err
+    for extra, allowed in (
+        (["--data.num_tokens", "0"], "data.num_tokens: got 0, allowed [1, inf)"),
+        (["--data.exit_layers", "[3]"], "data.exit_layers: got [3], allowed one or more of 1..2"),
+    ):
+        assert cli(monkeypatch, *arguments, *extra) == 2
+        assert allowed in capsys.readouterr().err
+    assert "cache_dir: got " in data(*options, "--data.exit_layers", "[2]", status=2).err
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -198,11 +198,11 @@ def alternate(
         short = replace(each.settings, max_new_tokens=min(each.settings.max_new_tokens, _WARM_UP_TOKENS))
         each.decode(batches[0], short)
     runs: list[list[list[Sequence[DecodingResult]]]] = [[[] for _ in batches] for _ in contenders]
-    for done, (repeat, number) in enumerate(product(range(repeats), range(len(batches))), start=1):
+    for done, (repeat, batch) in enumerate(product(range(repeats), range(len(batches))), start=1):
         for turn in range(len(contenders)):
-            index = (repeat + number + turn) % len(contenders)
+            index = (repeat + batch + turn) % len(contenders)
             contender = contenders[index]
-            runs[index][number].append(contender.decode(batches[number], contender.settings))
+            runs[index][batch].append(contender.decode(batches[batch], contender.settings))
         if on_batch is not None:
             on_batch(done)
         if perf_counter() - started > time_limit_seconds:

@@ -85,8 +85,8 @@ def find_output_differences(
     baseline = measurements[0]
     forks = [list(_forks(decoder.num_layers, batches, baseline, measurement)) for measurement in measurements]
     gaps: dict[_Fork, _Gap] = {}
-    for number, prompts in enumerate(batches):
-        if wanted := {fork for own in forks for of_batch, fork in own if of_batch == number}:
+    for index, prompts in enumerate(batches):
+        if wanted := {fork for own in forks for of_batch, fork in own if of_batch == index}:
             gaps |= _measure_gaps(decoder, prompts, wanted, eos_token_ids)
     found = []
     for measurement, own in zip(measurements, forks, strict=True):
@@ -106,11 +106,11 @@ def find_output_differences(
 def _forks(
     num_layers: int, batches: Sequence[Prompts], baseline: Measurement, other: Measurement
 ) -> Iterator[tuple[int, _Fork]]:
-    """The number of the batch and the fork of each prompt that differs in some repeat; none of a lossy strategy."""
+    """Yield the index of the batch and the fork of each prompt that differs somewhere; none of a lossy strategy."""
     given = other.contender
     if not is_lossless(given.strategy, exit_layer=given.settings.exit_layer, num_layers=num_layers):
         return
-    for number, (prompts, expected, repeats) in enumerate(zip(batches, baseline.runs, other.runs, strict=False)):
+    for index, (prompts, expected, repeats) in enumerate(zip(batches, baseline.runs, other.runs, strict=False)):
         for row, prompt in enumerate(prompts):
             right = expected[0][row].tokens
             wrong = next((rows[row].tokens for rows in repeats if rows[row].tokens != right), right)
@@ -118,7 +118,7 @@ def _forks(
                 same = next((i for i, pair in enumerate(zip(right, wrong, strict=False)) if pair[0] != pair[1]), None)
                 same = min(len(right), len(wrong)) if same is None else same
                 ends = (tokens[same] if same < len(tokens) else None for tokens in (right, wrong))
-                yield number, _Fork((*prompt, *right[:same]), *ends)
+                yield index, _Fork((*prompt, *right[:same]), *ends)
 
 
 def _measure_gaps(

@@ -47,7 +47,7 @@ _MOST_LABELS = 2**20
 _log = logging.getLogger(__name__)
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """A model that was found and checked as far as that is possible without its weights."""
 
     config: PreTrainedConfig
@@ -127,7 +127,7 @@ def check_tokenizer_of(pretrained: str, tokenizer: Any, *, got: str) -> None:
     check_knows_tokens(tokenizer, own, got=got, model=pretrained)
 
 
-def open_source(path: str, *, field: str) -> Source:
+def open_source(path: str, *, field: str) -> ModelSource:
     """Find a model and check all but its weights; errors are those of `load_pretrained`, and name `field`."""
     if is_trained_weights(path):
         source = _open_checkpoint(Path(path), field=field)
@@ -152,7 +152,7 @@ def open_source(path: str, *, field: str) -> Source:
     return source
 
 
-def _open_checkpoint(path: Path, *, field: str) -> Source:
+def _open_checkpoint(path: Path, *, field: str) -> ModelSource:
     trained = open_trained_weights(path)
 
     def tokenizer() -> Any:
@@ -165,19 +165,19 @@ def _open_checkpoint(path: Path, *, field: str) -> Source:
         stored, generation = from_checkpoint(trained), trained_generation_config(trained)
         return fill_model(trained.config, stored, dtype=dtype, own=own, field=field, generation_config=generation)
 
-    return Source(trained.config, tokenizer, weights)
+    return ModelSource(trained.config, tokenizer, weights)
 
 
-def _open_gguf(path: Path, *, field: str) -> Source:
+def _open_gguf(path: Path, *, field: str) -> ModelSource:
     config = read_gguf_config(path, field=field)
 
     def weights(dtype: torch.dtype | None, own: bool) -> PreTrainedModel:  # noqa: ARG001  # unpacked into its own
         return read_gguf_weights(path, config, dtype=dtype, field=field)
 
-    return Source(config, lambda: read_gguf_tokenizer(path), weights)
+    return ModelSource(config, lambda: read_gguf_tokenizer(path), weights)
 
 
-def _open_pretrained(path: str, *, field: str) -> Source:
+def _open_pretrained(path: str, *, field: str) -> ModelSource:
     _check_path(path, field=field)
     config = _read_config(path, field=field)
 
@@ -187,7 +187,7 @@ def _open_pretrained(path: str, *, field: str) -> Source:
         generation = stored_generation_config(directory, config)
         return fill_model(config, stored, dtype=dtype, own=own, field=field, generation_config=generation)
 
-    return Source(config, lambda: load_tokenizer(path, field=field), weights)
+    return ModelSource(config, lambda: load_tokenizer(path, field=field), weights)
 
 
 def _check_path(path: str, *, field: str) -> None:

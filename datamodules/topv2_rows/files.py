@@ -53,7 +53,7 @@ class AnnotatedUtterance(NamedTuple):
     target: str
 
 
-class Table(NamedTuple):
+class TsvTable(NamedTuple):
     """The rows of one domain and split, not looked at yet."""
 
     name: str  # of the file or dataset split, for messages
@@ -62,7 +62,7 @@ class Table(NamedTuple):
     rows: Sequence[tuple[int, bytes | Sequence[Any]]]  # the number of each, with its line or its fields
 
 
-def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | None) -> list[Table]:
+def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | None) -> list[TsvTable]:
     """Find the tables of `split`, one for each domain; `spis` chooses a low-resource split, but not of test.
 
     `path` is the official folder of TSV files, or a local folder or hub id that `datasets` reads. DataError says that a
@@ -79,10 +79,10 @@ def find_tables(path: str, *, split: Split, domains: Sequence[str], spis: int | 
         raise DataError(f"{name}: no column {', '.join(missing)} in {', '.join(dataset.column_names)}")
     rows = list(enumerate(map(list, zip(*(dataset[column] for column in _COLUMNS), strict=True))))
     of_domains = {domain: [row for row in rows if row[1][0] in (domain, None)] for domain in domains}  # None is bad
-    return [Table(name, domain, sha256(repr(own).encode()).hexdigest(), own) for domain, own in of_domains.items()]
+    return [TsvTable(name, domain, sha256(repr(own).encode()).hexdigest(), own) for domain, own in of_domains.items()]
 
 
-def read_rows(table: Table, *, encode: Callable[[str], str], max_bad_share: float) -> list[AnnotatedUtterance]:
+def read_rows(table: TsvTable, *, encode: Callable[[str], str], max_bad_share: float) -> list[AnnotatedUtterance]:
     """Return the usable rows of `table`; others are skipped, counted and logged with their locations.
 
     `encode` makes the target from the annotation, or raises ParseError. DataError says that nothing is left, or that
@@ -131,14 +131,14 @@ def _file_name(domain: str, split: Split, spis: int | None) -> str:
     return f"low_resource_splits/{domain}_{'valid' if split == 'eval' else split}_{spis}spis.tsv"
 
 
-def _read_tsv(file: Path, domain: str) -> Table:
+def _read_tsv(file: Path, domain: str) -> TsvTable:
     if not file.is_file():
         raise DataError(f"no file {str(file)!r}; correct path or domains, or complete the folder")
     header, *lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
     columns = header.decode("utf-8-sig", errors="replace").rstrip("\r").split("\t")
     if columns not in _HEADERS:
         raise DataError(f"{file}:1: got columns {columns}, allowed {' or '.join(map(str, _HEADERS))}")
-    return Table(str(file), domain, sha256(b"\n".join(lines)).hexdigest(), list(enumerate(lines, start=2)))
+    return TsvTable(str(file), domain, sha256(b"\n".join(lines)).hexdigest(), list(enumerate(lines, start=2)))
 
 
 def _load_dataset(path: str, split: Split) -> Any:  # datasets.Dataset

@@ -23,7 +23,7 @@ from app.text.tokenizer_files import tokenizer_from_files, tokenizer_to_files
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
 from datamodules.loading.cache import cached
 from datamodules.loading.tokenizers import MIN_VOCAB_SIZE, Encoder, load_tokenizer, train_byte_level_bpe
-from datamodules.topv2_rows.files import AnnotatedUtterance, Split, Table, find_tables, read_rows
+from datamodules.topv2_rows.files import AnnotatedUtterance, Split, TsvTable, find_tables, read_rows
 
 _CODE_VERSION = 2  # raise it when the same settings and files give other examples
 _ARRAYS = ("tokens", "offsets", "prompt_lengths", "sources")  # of Examples
@@ -89,7 +89,7 @@ def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
     DataError says that a file is missing or too much of it is bad, ConfigError that the tokenizer cannot be used or
     `vocab_size` has no room for the special tokens.
     """
-    tables: dict[Split, list[Table]] = {
+    tables: dict[Split, list[TsvTable]] = {
         split: find_tables(settings.path, split=split, domains=settings.domains, spis=settings.spis)
         for split in get_args(Split)
     }
@@ -98,7 +98,7 @@ def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
     return _load(cached(cache_dir / f"topv2-{key}.bin", lambda: _build(settings, tables, tokenizer)), key=key)
 
 
-def _key(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any) -> str:
+def _key(settings: StoreSettings, tables: dict[Split, list[TsvTable]], tokenizer: Any) -> str:
     parts = asdict(settings) | {
         "path": None,  # the content counts, wherever it lies
         "code_version": _CODE_VERSION,
@@ -109,7 +109,7 @@ def _key(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: A
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(settings: StoreSettings, tables: dict[Split, list[Table]], tokenizer: Any) -> bytes:
+def _build(settings: StoreSettings, tables: dict[Split, list[TsvTable]], tokenizer: Any) -> bytes:
     read = partial(
         read_rows, encode=TARGET_FORMATS[settings.target_format].encode, max_bad_share=settings.max_bad_share
     )

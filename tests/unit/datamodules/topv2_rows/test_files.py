@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import ConfigError, DataError
 from app.topv2.semantic_parse import TARGET_FORMATS
-from datamodules.topv2_rows.files import AnnotatedUtterance, Split, Table, find_tables, read_rows
+from datamodules.topv2_rows.files import AnnotatedUtterance, Split, TsvTable, find_tables, read_rows
 from tests.support.topv2_folders import DOMAINS, HEADER, rows_of, write_folder, write_tsv
 
 GOOD = "weather\tis it hot\t[IN:GET_WEATHER is it [SL:WEATHER_ATTRIBUTE hot ] ]"
@@ -183,7 +183,7 @@ def test_what_a_dataset_lacks_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("dataset_cache")
 def test_tables_of_a_dataset_keep_the_order_asked_for_and_know_their_content(tmp_path: Path) -> None:
-    def tables(name: str, rows: datasets.Dataset) -> list[Table]:
+    def tables(name: str, rows: datasets.Dataset) -> list[TsvTable]:
         datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / name)
         return find_tables(str(tmp_path / name), split="train", domains=["weather", "reminder"], spis=None)
 

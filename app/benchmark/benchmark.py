@@ -113,11 +113,7 @@ class Benchmark(NamedTuple):
 
 
 def run_benchmark(
-    subject: Subject,
-    prompts: Prompts,
-    settings: BenchmarkSettings,
-    *,
-    on_batch: Callable[[int], None] | None = None,
+    subject: Subject, prompts: Prompts, settings: BenchmarkSettings, *, on_batch: Callable[[int], None] | None = None
 ) -> Benchmark:
     """Let every contender decode every prompt in turn, and measure the costs of steps on this machine meanwhile.
 

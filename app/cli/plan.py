@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 from typing_extensions import override
 
@@ -172,20 +170,14 @@ class PlanCLI(BesideFitCLI):
         )
 
     def _plan(self, recipe: Recipe, layout: Layout) -> Plan:
-        module = self.model
-
-        def configure(stand_in: nn.Module) -> Optimizer:
-            optimizer: Optimizer = module.optimizer_over(stand_in)["optimizer"]
-            return optimizer
-
         return plan_training(
-            module.config,
+            self.model.config,
             recipe,
-            configure,
+            lambda stand_in: self.model.optimizer_over(stand_in)["optimizer"],
             layout=layout,
             dtype=self._dtype,
             autocast=self._autocast,
-            checkpointing=module.activation_checkpointing,
+            checkpointing=self.model.activation_checkpointing,
             machine=self._options.machine(),
         )
 

@@ -60,15 +60,21 @@ def tune(
     with torch.inference_mode():
         settings = replace(settings, eos_token_ids=loaded.eos_token_ids)
         tuning = tune_decoder(loaded.decoder, tokens, settings, conditions=Conditions.of(loaded.model))
-    if not json:
-        _print(tuning)  # before it is stored, since a full disk must not cost the answer
+    if not json:  # before it is stored, since a full disk must not cost the answer
+        print_table(exits_table(tuning))
+        print_table(verifications_table(tuning))
+        print(f"costs: {costs_line(tuning.costs)}\ndecision: {tuning.reason}")
+        if tuning.advice:
+            print(f"advice: {tuning.advice.replace(tuning.limited_by, f'--{tuning.limited_by}')}")
     file = None if directory is None or tuning.shortfall else write_decoding_defaults(directory, tuning.defaults)
     if json:
         where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
         print(json_module.dumps(tuning_as_json(tuning) | {"stored": file and str(file), "environment": where}))
     else:
         print(f"not stored{_why_not(model, store)}" if file is None else _stored(file, tuning))
-        print(f"by hand: layerskip generate --model {model} {_flags(tuning)}")
+        chosen = {"strategy": tuning.defaults.strategy, **tuning.defaults.settings}
+        flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
+        print(f"by hand: layerskip generate --model {model} {flags}")
 
 
 def _storable(model: str) -> Path | None:
@@ -99,21 +105,6 @@ def _why_not(model: str, store: bool) -> str:
         return ": there is no decision"
     kind = Path(model).suffix if Path(model).is_file() else "hub id"
     return f": a {kind} cannot hold it; layerskip export --model {model} makes a directory that can be tuned"
-
-
-def _print(tuning: Tuning) -> None:
-    print_table(exits_table(tuning))
-    print_table(verifications_table(tuning))
-    print(f"costs: {costs_line(tuning.costs)}")
-    print(f"decision: {tuning.reason}")
-    if tuning.advice:
-        print(f"advice: {tuning.advice.replace(tuning.limited_by, f'--{tuning.limited_by}')}")
-
-
-def _flags(tuning: Tuning) -> str:
-    """The options of `generate` for the recommended setting."""
-    values = {"strategy": tuning.defaults.strategy, **tuning.defaults.settings}
-    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 run = partial(call_verb, tune, by_hand={"json": JSON_FLAG})

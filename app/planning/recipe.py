@@ -103,21 +103,27 @@ def find_departures(recipe: Recipe) -> list[Departure]:
         found += _dropout_departures(recipe)
     if recipe.curriculum != "none" and recipe.early_exit_scale:
         found += _exit_departures(recipe)
-    return [*found, *_precision_departures(recipe)]
+    if recipe.small_weights:
+        message = (
+            "16-bit weights without a float32 copy: an update below 1/256 of a weight is rounded away, as most are"
+            f" at a learning rate of {recipe.learning_rate:g}; bf16-mixed keeps float32 weights"
+        )
+        source = "arXiv 1710.03740 section 3.1 (master copy of weights)"
+        found.append(Departure("trainer.precision", message, source))
+    return found
 
 
 def _dropout_departures(recipe: Recipe) -> Iterator[Departure]:
     section = f"{_PAPER} section 4.1.1"
-    if recipe.from_scratch and recipe.time_scale != "exponential":
-        rule = "from scratch the rate rises with the steps, S(t) = 2^(t/(T-1)) - 1: exponential"
-        yield Departure("layer_dropout.time_scale", f"{recipe.time_scale}: {rule}", section)
-    if not recipe.from_scratch and recipe.time_scale != "constant":
-        rule = "a pretrained model is trained at one rate, S(t) = 1: constant"
-        yield Departure("layer_dropout.time_scale", f"{recipe.time_scale}: {rule}", section)
+    rule, wanted = "a pretrained model is trained at one rate, S(t) = 1", "constant"
+    if recipe.from_scratch:
+        rule, wanted = "from scratch the rate rises with the steps, S(t) = 2^(t/(T-1)) - 1", "exponential"
+    if recipe.time_scale != wanted:
+        yield Departure("layer_dropout.time_scale", f"{recipe.time_scale}: {rule}: {wanted}", section)
     if recipe.from_scratch and recipe.learning_rate < _SCRATCH_LR:
         rule = "layer dropout from scratch wants a higher one; it was raised from 4e-4 (1.5B) and 3e-4 (7B) to 8e-4"
-        message = f"{recipe.learning_rate:g}: {rule}"
-        yield Departure("model.optimizer.lr", message, f"{_PAPER} section 5, table of hyperparameters")
+        source = f"{_PAPER} section 5, table of hyperparameters"
+        yield Departure("model.optimizer.lr", f"{recipe.learning_rate:g}: {rule}", source)
     deepest = max(recipe.last_dropout_rates)
     if (chance := deepest**recipe.batch_size) >= _OFTEN:
         message = (
@@ -140,12 +146,3 @@ def _exit_departures(recipe: Recipe) -> Iterator[Departure]:
     if tokens >= _LARGE_BUDGET and scale > 0.2:
         message = f"{scale:g} for {tokens:.2g} tokens: runs of 26 billion tokens and more have 0.1 to 0.2"
         yield Departure("early_exit.early_exit_scale", message, section)
-
-
-def _precision_departures(recipe: Recipe) -> Iterator[Departure]:
-    if recipe.small_weights:
-        message = (
-            "16-bit weights without a float32 copy: an update below 1/256 of a weight is rounded away, as most are"
-            f" at a learning rate of {recipe.learning_rate:g}; bf16-mixed keeps float32 weights"
-        )
-        yield Departure("trainer.precision", message, "arXiv 1710.03740 section 3.1 (master copy of weights)")

@@ -95,9 +95,8 @@ class LayerAgreement:
 def measure_layer_agreement(
     decoder: ExitableDecoder,
     prompts: Sequence[Sequence[int]],
+    settings: DecodingSettings,
     *,
-    max_new_tokens: int,
-    eos_token_ids: Sequence[int] = (),
     time_limit_seconds: float = float("inf"),
     on_prompt: Callable[[int], None] | None = None,
 ) -> LayerAgreement:
@@ -106,12 +105,11 @@ def measure_layer_agreement(
     Args:
         decoder: In eval mode.
         prompts: At least one; token ids.
-        max_new_tokens: Budget of each output, at least 2.
+        settings: Budget of each output, at least 2, and what ends it.
         time_limit_seconds: No prompt is started after this; the first is always used.
         on_prompt: Called with the number of prompts that are done.
     """
     started = perf_counter()
-    settings = DecodingSettings(max_new_tokens=max_new_tokens, eos_token_ids=tuple(eos_token_ids))
     outputs: list[list[int]] = []
     matches: dict[int, list[list[bool]]] = {exit_layer: [] for exit_layer in range(1, decoder.num_layers + 1)}
     for prompt in prompts:
@@ -123,7 +121,7 @@ def measure_layer_agreement(
             on_prompt(len(outputs))
         if perf_counter() - started > time_limit_seconds:
             break
-    budgets = [min(max_new_tokens, decoder.max_length - len(prompt)) for prompt in prompts[: len(outputs)]]
+    budgets = [min(settings.max_new_tokens, decoder.max_length - len(prompt)) for prompt in prompts[: len(outputs)]]
     return LayerAgreement(
         num_layers=decoder.num_layers,
         outputs=outputs,

@@ -100,11 +100,7 @@ class Tuning:
     @property
     def defaults(self) -> DecodingDefaults:
         """The recommendation: what was confirmed, or no drafts at all."""
-        plain = DecodingDefaults(
-            strategy="autoregressive",
-            conditions=self.conditions,
-            **self.costs.in_blocks,
-        )
+        plain = DecodingDefaults(strategy="autoregressive", conditions=self.conditions, **self.costs.in_blocks)
         if (run := self.confirmed) is None:
             return plain
         return replace(
@@ -158,9 +154,8 @@ def _run_again(run: Verification) -> str:
     low, high = run.speedup_range
     return (
         f"{setting_in_words(run.prediction)} {'confirmed' if run.holds else 'not confirmed'}, measured"
-        f" {run.speedup:.3f}x (predicted {run.prediction.speedup:.3f}x) when run again on"
-        f" {run.prompts_in_words}, 95 % interval {interval_in_words(run.interval)}, whole repeats"
-        f" {low:.3f} to {high:.3f}x"
+        f" {run.speedup:.3f}x (predicted {run.prediction.speedup:.3f}x) when run again on {run.prompts_in_words},"
+        f" 95 % interval {interval_in_words(run.interval)}, whole repeats {low:.3f} to {high:.3f}x"
     )
 
 

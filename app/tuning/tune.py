@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, alternate, drafting_contenders
+from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, Prompts, alternate, drafting_contenders
 from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
 from app.benchmark.output_differences import OutputDifferences, find_output_differences
 from app.decoding.settings import DecodingSettings
@@ -48,6 +48,11 @@ class TuningSettings:
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def plain(self) -> DecodingSettings:
+        """The settings of autoregressive decoding."""
+        return DecodingSettings(max_new_tokens=self.max_new_tokens, eos_token_ids=self.eos_token_ids)
+
+    @property
     def longest_draft(self) -> int:
         """The longest draft that an output has room for.
 
@@ -64,11 +69,7 @@ class TuningSettings:
 
 
 def tune(
-    decoder: ExitableDecoder,
-    prompts: Sequence[Sequence[int]],
-    settings: TuningSettings,
-    *,
-    conditions: Conditions | None = None,
+    decoder: ExitableDecoder, prompts: Prompts, settings: TuningSettings, *, conditions: Conditions | None = None
 ) -> Tuning:
     """Find the fastest lossless way to decode these prompts greedily, one at a time.
 
@@ -104,9 +105,7 @@ def tune(
     )
 
 
-def _look(
-    decoder: ExitableDecoder, prompts: Sequence[Sequence[int]], settings: TuningSettings
-) -> tuple[LayerAgreement, DecodingCosts]:
+def _look(decoder: ExitableDecoder, prompts: Prompts, settings: TuningSettings) -> tuple[LayerAgreement, DecodingCosts]:
     """Measure the agreement of the exits, and the costs of steps before, halfway and after."""
     costs: list[DecodingCosts] = []
     context = int(fmean(map(len, prompts))) + settings.max_new_tokens // 2
@@ -123,13 +122,9 @@ def _look(
             measure_costs()
 
     measure_costs()
+    time_limit = _FOR_OUTPUTS * settings.time_limit_seconds
     agreement = measure_layer_agreement(
-        decoder,
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_ids=settings.eos_token_ids,
-        time_limit_seconds=_FOR_OUTPUTS * settings.time_limit_seconds,
-        on_prompt=after,
+        decoder, prompts, settings.plain, time_limit_seconds=time_limit, on_prompt=after
     )
     measure_costs()
     _log.info("costs of steps: median of %d measurements at a context of %d tokens", len(costs), context)
@@ -137,10 +132,7 @@ def _look(
 
 
 def _confirm(
-    decoder: ExitableDecoder,
-    prompts: Sequence[Sequence[int]],
-    verifications: Sequence[Verification],
-    settings: TuningSettings,
+    decoder: ExitableDecoder, prompts: Prompts, verifications: Sequence[Verification], settings: TuningSettings
 ) -> list[Verification]:
     """Run the fastest settings that reached 1 again, alone against autoregressive decoding, until one holds."""
     time_limit = _FOR_CONFIRMATION * settings.time_limit_seconds
@@ -157,17 +149,13 @@ def _confirm(
 
 
 def _verify(
-    decoder: ExitableDecoder,
-    prompts: Sequence[Sequence[int]],
-    chosen: Sequence[Prediction],
-    settings: TuningSettings,
+    decoder: ExitableDecoder, prompts: Prompts, chosen: Sequence[Prediction], settings: TuningSettings
 ) -> list[Verification]:
     """Run the chosen settings and autoregressive decoding in turn, prompt by prompt, as long as `settings` says."""
-    plain = DecodingSettings(max_new_tokens=settings.max_new_tokens, eos_token_ids=settings.eos_token_ids)
     drafting = [(prediction.exit_layer, prediction.num_draft_tokens) for prediction in chosen]
     batches = [[prompt] for prompt in prompts]
     measured = alternate(
-        drafting_contenders(decoder, plain, drafting),
+        drafting_contenders(decoder, settings.plain, drafting),
         batches,
         repeats=settings.repeats,
         time_limit_seconds=settings.time_limit_seconds,

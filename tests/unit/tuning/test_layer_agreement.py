@@ -47,7 +47,7 @@ def test_simulated_rounds_are_those_of_the_engine_for_every_exit_and_draft_lengt
     own = ExitBlock(model, exit_layer=2, source_layers=[3]).eval()
     decoder = SpanDecoder(model, exit_blocks={2: own})
     decoder.use_draft_vocabulary(range(50))
-    agreement = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS)
+    agreement = measure_layer_agreement(decoder, _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS))
     assert agreement.num_exit_blocks == {2: 1}
     assert all(map(all, agreement.matches[4])), "the full model may say what is not drafted"
     kept = set()
@@ -62,10 +62,12 @@ def test_simulated_rounds_are_those_of_the_engine_for_every_exit_and_draft_lengt
 
 def test_simulated_rounds_are_those_of_the_engine_where_outputs_end_by_themselves() -> None:
     decoder = SpanDecoder(_sometimes_agreeing_llama())
-    whole = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS).outputs
+    whole = measure_layer_agreement(decoder, _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS)).outputs
     ended = drafted_ends = 0
     for eos in sorted({token for output in whole for token in output})[::4]:
-        agreement = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS, eos_token_ids=(eos,))
+        agreement = measure_layer_agreement(
+            decoder, _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS, eos_token_ids=(eos,))
+        )
         for index, prompt in enumerate(_PROMPTS):
             for exit_layer in (1, 2, 3):
                 for drafts in (1, 3, 8):
@@ -84,7 +86,7 @@ def test_simulated_rounds_are_those_of_the_engine_where_outputs_end_by_themselve
 def test_simulated_rounds_are_those_of_the_engine_at_the_end_of_the_context() -> None:
     model = tiny_llama(seed=1, num_layers=3, tied=False, max_length=20)
     decoder, prompt = SpanDecoder(model), [3, 1, 4, 1, 5]
-    agreement = measure_layer_agreement(decoder, [prompt], max_new_tokens=_NEW_TOKENS)
+    agreement = measure_layer_agreement(decoder, [prompt], DecodingSettings(max_new_tokens=_NEW_TOKENS))
     assert agreement.budgets == [15]
     for drafts in (1, 4, 16):
         result = _engine(decoder, prompt, 2, drafts)
@@ -110,7 +112,7 @@ def test_rounds_by_hand(matches: list[bool], drafts: int, budget: int | None, ex
 
 def test_agreement_is_the_share_of_equal_choices_by_the_plain_model() -> None:
     model = _sometimes_agreeing_llama()
-    agreement = measure_layer_agreement(SpanDecoder(model), _PROMPTS, max_new_tokens=_NEW_TOKENS)
+    agreement = measure_layer_agreement(SpanDecoder(model), _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS))
     for exit_layer in (1, 2, 3, 4):
         same = total = 0
         for prompt, output in zip(_PROMPTS, agreement.outputs, strict=True):
@@ -129,14 +131,14 @@ def test_agreement_is_the_share_of_equal_choices_by_the_plain_model() -> None:
 
 def test_chunks_of_positions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = SpanDecoder(_sometimes_agreeing_llama())
-    whole = measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS)
+    whole = measure_layer_agreement(decoder, _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS))
     monkeypatch.setattr(layer_agreement, "_LOGITS_PER_CHUNK", 3 * decoder.vocab_size)
     longest = []
     unembed = SpanDecoder.unembed
     monkeypatch.setattr(
         SpanDecoder, "unembed", lambda self, h, **of: longest.append(h.shape[1]) or unembed(self, h, **of)
     )
-    assert measure_layer_agreement(decoder, _PROMPTS, max_new_tokens=_NEW_TOKENS) == whole
+    assert measure_layer_agreement(decoder, _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS)) == whole
     assert max(longest) == 3
 
 
@@ -148,7 +150,9 @@ def test_the_saturation_layer_is_the_first_exit_after_the_last_miss() -> None:
 
 def test_an_output_of_one_token_or_none_has_no_position() -> None:
     decoder = counting_decoder(max_length=16)
-    agreement = measure_layer_agreement(decoder, [[4], list(range(16))], max_new_tokens=8, eos_token_ids=(5,))
+    agreement = measure_layer_agreement(
+        decoder, [[4], list(range(16))], DecodingSettings(max_new_tokens=8, eos_token_ids=(5,))
+    )
     assert agreement.outputs == [[5], []]
     assert agreement.num_positions == 0
     assert _counts(agreement.count_rounds(1, 4)) == [0, 0, 0]
@@ -156,8 +160,9 @@ def test_an_output_of_one_token_or_none_has_no_position() -> None:
 
 def test_no_prompt_is_started_after_the_time_limit_but_the_first() -> None:
     done: list[int] = []
+    settings = DecodingSettings(max_new_tokens=4)
     agreement = measure_layer_agreement(
-        counting_decoder(), [[1], [2], [3]], max_new_tokens=4, time_limit_seconds=0.0, on_prompt=done.append
+        counting_decoder(), [[1], [2], [3]], settings, time_limit_seconds=0.0, on_prompt=done.append
     )
     assert agreement.outputs == [[2, 3, 4, 5]]
     assert done == [1]

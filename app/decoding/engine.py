@@ -52,14 +52,7 @@ def decode_batch(
     Raises:
         DecodingInterrupted: Ctrl-C was pressed; the error has what was decoded.
     """
-    decoding = Decoding(decoder, prompts, strategy=strategy, settings=settings, generators=generators)
-    try:
-        for index, step in decoding:
-            if on_step is not None:
-                on_step(index, step)
-    except KeyboardInterrupt:
-        raise DecodingInterrupted(decoding.results()) from None
-    return decoding.results()
+    return Decoding(decoder, prompts, strategy=strategy, settings=settings, generators=generators).finish(on_step)
 
 
 class Decoding:
@@ -154,6 +147,16 @@ class Decoding:
                 _watch(rows, done)
                 if all(row.pace.gave_up for row in rows):
                     drafter.end_drafting()
+
+    def finish(self, on_step: OnStep | None = None) -> list[DecodingResult]:
+        """Decode to the end; see `decode_batch`."""
+        try:
+            for index, step in self:
+                if on_step is not None:
+                    on_step(index, step)
+        except KeyboardInterrupt:
+            raise DecodingInterrupted(self.results()) from None
+        return self.results()
 
     def results(self) -> list[DecodingResult]:
         """What was decoded so far for each prompt; one that has not ended counts as interrupted."""

@@ -26,7 +26,7 @@ def choose_decoding(
     batch_size: int = 1,
     n_grams: bool = True,
 ) -> tuple[Strategy, DecodingSettings]:
-    """Fills in what is None of strategy, exit, drafts, n-grams and costs, and logs what was chosen and why.
+    """Fill in what is None of strategy, exit, drafts, n-grams and costs, and log what was chosen and why.
 
     An exit or a number of drafts without a strategy means self_speculative where a model has exits. What was tuned
     under other conditions is still the best guess, but its costs are not used.
@@ -81,7 +81,7 @@ def choose_decoding(
 
 
 def _check(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDecoder) -> None:
-    """Checks the settings that the strategy uses; the engine warns of the others, which have no effect."""
+    """Check the settings that the strategy uses; the engine warns of the others, which have no effect."""
     needs = STRATEGIES[strategy].needs
     used: dict[str, Any] = {name: getattr(settings, name) for name in needs}
     if "draft_decoder" in needs:  # the caller loads the draft model later
@@ -94,7 +94,7 @@ def _say(name: str, value: object, *, tuned: bool) -> str:
 
 
 def _elsewhere(tuned: DecodingDefaults | None, here: Conditions) -> str:
-    """Says under which other conditions the model was tuned; empty if they are the same or not known."""
+    """Say under which other conditions the model was tuned; empty if they are the same or not known."""
     if tuned is None or tuned.conditions is None or not (other := tuned.conditions.differing(here)):
         return ""
     return f"; it was tuned for {tuned.conditions}; here {other}"

@@ -65,7 +65,7 @@ def load_decoder(
     draft_vocabulary: str | None = None,
     field: str = "model",
 ) -> LoadedModel:
-    """Loads a model in eval mode on its device, and joins the projections of each block to decode faster.
+    """Load a model in eval mode on its device, and join the projections of each block to decode faster.
 
     Args:
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
@@ -111,7 +111,7 @@ def load_decoder(
 
 
 def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Sequence[str]) -> ExitableDecoder | None:
-    """Loads the model at `path` that drafts, on the target's device; returns None where no strategy takes one.
+    """Load the model at `path` that drafts, on the target's device; return None where no strategy takes one.
 
     Raises:
         ConfigError: A strategy lacks its model, the model cannot be read, or it has other tokens than the target.

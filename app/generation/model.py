@@ -16,7 +16,7 @@ from app.text.text_stream import TextStream
 
 
 def load(path: str | Path, *, dtype: Dtype = "auto", device: Device = "auto") -> "Model":
-    """Loads a model to continue prompts with.
+    """Load a model to continue prompts with.
 
     Args:
         path: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
@@ -54,7 +54,7 @@ class Model:
     def generate(
         self, prompt: str | Sequence[str], *, batch_size: int | None = None, **options: Any
     ) -> Generation | list[Generation]:
-        """Continues a prompt, or each of a list of prompts.
+        """Continue a prompt, or each of a list of prompts.
 
         Args:
             batch_size: Number of prompts of a list that are decoded together, at least 1; all by default.
@@ -80,7 +80,7 @@ class Model:
         return generations[0] if isinstance(prompt, str) else generations
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """Yields the continuation piece by piece, as the full model settles it.
+        """Yield the continuation piece by piece, as the full model settles it.
 
         Options and errors are those of `generate`, and the pieces make up the `text` that it returns. Decoding goes on
         as the iterator is asked for more.
@@ -95,7 +95,7 @@ class Model:
         return Request.of(self._loaded, texts, GenerationOptions(**options), location="prompt", batch_size=batch_size)
 
     def _pieces(self, request: Request) -> Iterator[str]:
-        steps, text = iter(request.decoding()), TextStream(self.tokenizer, request.tokens[0])
+        steps, text = iter(request.decoding(range(1))), TextStream(self.tokenizer, request.tokens[0])
         while True:
             with torch.inference_mode():  # left before each piece is yielded, or the caller's code would run in it
                 index_and_step = next(steps, None)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # a missing file is refused before transformers, which loads 
 
 
 def read_prompts(path: str, *, limit: int | None = None) -> list[str]:
-    """Reads a JSON lines file in UTF-8: each line holds one object with a string `prompt`, or is blank.
+    """Read a JSON lines file in UTF-8: each line holds one object with a string `prompt`, or is blank.
 
     Args:
         limit: Read at most this many prompts, at least 1, and nothing after them.

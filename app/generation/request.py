@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from app.decoding.engine import Decoding, OnStep, decode_batch
+from app.decoding.engine import Decoding, OnStep
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.decoding.stopping import StopStrings
@@ -73,7 +73,7 @@ class Request:
     def of(
         cls, loaded: LoadedModel, texts: Sequence[str], options: GenerationOptions, *, location: str, batch_size: int
     ) -> "Request":
-        """Encodes the prompts and completes the options for a model; loads the draft model if one is needed.
+        """Encode the prompts and complete the options for a model; load the draft model if one is needed.
 
         An error names the prompts by `location`. `batch_size` prompts will be decoded together.
         """
@@ -123,33 +123,27 @@ class Request:
         return is_lossless(self.strategy, exit_layer=self.settings.exit_layer, num_layers=num_layers)
 
     def decode(self, rows: range, *, on_step: OnStep | None = None) -> list[DecodingResult]:
-        """Continues the prompts of these indices together. A prompt's random stream depends on seed and index alone."""
+        """Continue the prompts of these indices together."""
         with torch.inference_mode():
-            return decode_batch(
-                self.loaded.decoder,
-                [self.tokens[row] for row in rows],
-                strategy=self.strategy,
-                settings=self.settings,
-                generators=self._generators(rows),
-                on_step=on_step,
-            )
+            return self.decoding(rows).finish(on_step)
 
-    def decoding(self) -> Decoding:
-        """A decoding of all prompts together, which runs as its caller iterates over it."""
+    def decoding(self, rows: range) -> Decoding:
+        """A decoding of the prompts of these indices together, which runs as its caller iterates over it.
+
+        A prompt's random stream depends on seed and index alone.
+        """
+        decoder = self.loaded.decoder
+        seeds = [(self.seed + row * _STRIDE) % 2**64 for row in rows]
         return Decoding(
-            self.loaded.decoder,
-            self.tokens,
+            decoder,
+            [self.tokens[row] for row in rows],
             strategy=self.strategy,
             settings=self.settings,
-            generators=self._generators(range(len(self.tokens))),
+            generators=[torch.Generator(decoder.device).manual_seed(seed) for seed in seeds],
         )
 
-    def _generators(self, rows: range) -> list[torch.Generator]:
-        seeds = [(self.seed + row * _STRIDE) % 2**64 for row in rows]
-        return [torch.Generator(self.loaded.decoder.device).manual_seed(seed) for seed in seeds]
-
     def generation(self, row: int, result: DecodingResult) -> Generation:
-        """Puts together what a user is told of the prompt at index `row`."""
+        """Put together what a user is told of the prompt at index `row`."""
         entry = STRATEGIES[self.strategy]
         return Generation(
             **vars(result),

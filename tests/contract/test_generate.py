@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import app.generation.request
-from app.decoding.engine import decode_batch
+from app.decoding.engine import Decoding
 from app.decoding.strategies import STRATEGIES
 from app.model_files.decoding_defaults import DecodingDefaults, write_decoding_defaults
 from tests.contract.conftest import PROMPT
@@ -181,9 +181,9 @@ def test_tuned_costs_reach_the_engine(generate, tmp_path, monkeypatch):
 
     def spy(*args, settings, **options):
         seen.append(settings.costs)
-        return decode_batch(*args, settings=settings, **options)
+        return Decoding(*args, settings=settings, **options)
 
-    monkeypatch.setattr(app.generation.request, "decode_batch", spy)
+    monkeypatch.setattr(app.generation.request, "Decoding", spy)
     generate(model=tuned)
     generate("--strategy", "autoregressive", model=tuned)
     assert (seen[0].plain_step, seen[0].draft_step, seen[0].extra_token, seen[0].overhead) == (6.0, 5.0, 0.5, 0.25)

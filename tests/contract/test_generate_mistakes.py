@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-import app.generation.request
-from app.decoding.engine import decode_batch
+from app.decoding.engine import Decoding
 from datamodules.loading.tokenizers import train_byte_level_bpe
 from tests.contract.conftest import PROMPT
 from tests.support.saved_models import save_model, write_prompts
@@ -157,9 +156,9 @@ def test_a_full_disk_ends_with_status_2_and_advice_that_fits(generate, monkeypat
 
 def interrupt_after(monkeypatch, steps):
     """Ctrl-C while the `steps`-th round of the request is told of."""
-    left = [steps]
+    left, finish = [steps], Decoding.finish
 
-    def interrupted(*args, on_step, **options):
+    def interrupted(decoding, on_step):
         def count(index, step):
             if on_step is not None:
                 on_step(index, step)
@@ -167,9 +166,9 @@ def interrupt_after(monkeypatch, steps):
             if not left[0]:
                 raise KeyboardInterrupt
 
-        return decode_batch(*args, on_step=count, **options)
+        return finish(decoding, count)
 
-    monkeypatch.setattr(app.generation.request, "decode_batch", interrupted)
+    monkeypatch.setattr(Decoding, "finish", interrupted)
 
 
 def test_an_interrupted_file_keeps_what_was_decoded(generate_json, generate, tmp_path, monkeypatch):

@@ -34,7 +34,8 @@ class Contender:
     @property
     def label(self) -> str:
         """Strategy and setting, for instance "self_speculative, exit 2, drafts 3"."""
-        settings = (("exit", self.settings.exit_layer), ("drafts", self.settings.num_draft_tokens))
+        own = self.settings
+        settings = (("exit", own.exit_layer), ("drafts", own.num_draft_tokens), ("n-grams of", own.n_gram_match))
         return ", ".join([self.strategy, *(f"{name} {value}" for name, value in settings if value is not None)])
 
 
@@ -69,6 +70,9 @@ class RoundCounts:
     rounds: int
     drafted: int  # tokens proposed in the rounds
     accepted: int  # proposed tokens that the full model kept
+    rounds_by_n_gram: int = 0  # those of the rounds whose tokens were found in the text, and so on
+    drafted_by_n_gram: int = 0
+    accepted_by_n_gram: int = 0
 
     @staticmethod
     def total(parts: Sequence["RoundCounts"]) -> "RoundCounts":
@@ -88,7 +92,13 @@ class RoundCounts:
         """The speedup over autoregressive decoding if these rounds cost what `costs` says."""
         if not self.rounds:
             return None
-        return costs.speedup(self.decoded / self.rounds, self.drafted / self.rounds)
+        found, others = self.rounds_by_n_gram, self.rounds - self.rounds_by_n_gram
+        cost = others * costs.plain_step
+        if drafted := self.drafted - self.drafted_by_n_gram:
+            cost = others * costs.round_cost(drafted / others)
+        if found:
+            cost += found * costs.of_n_grams().round_cost(self.drafted_by_n_gram / found)
+        return self.decoded * costs.plain_step / cost
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
@@ -115,11 +125,9 @@ class Measurement:
 
     @property
     def counts(self) -> RoundCounts:
+        names = {field.name: field.name for field in fields(RoundCounts)} | {"decoded": "num_decoded"}
         return RoundCounts(
-            decoded=sum(result.num_decoded for result in self.results),
-            rounds=sum(result.rounds for result in self.results),
-            drafted=sum(result.drafted for result in self.results),
-            accepted=sum(result.accepted for result in self.results),
+            **{name: sum(getattr(result, own) for result in self.results) for name, own in names.items()}
         )
 
     def seconds_by_batch(self, repeat: int | None = None) -> list[float]:

@@ -58,6 +58,9 @@ class BenchmarkSettings:
         num_draft_tokens: Draft lengths; each is measured with each exit.
         skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
         draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), or none (off).
+        n_gram_match: Each strategy that drafts is measured without n-grams and with each of these: fewest latest tokens
+            that must have occurred before, so that what followed them is drafted. n_gram drafts nothing else.
+        n_gram_max_drafts: Largest number of tokens of such a draft.
         fall_back: Let our strategies stop drafting for a prompt that drafting slows down.
         eos_token_ids: Ids that end a sequence; with none, every prompt is decoded to max_new_tokens.
         batch_size: Number of prompts decoded together, at least 1.
@@ -70,6 +73,8 @@ class BenchmarkSettings:
     num_draft_tokens: tuple[int, ...] = ()
     skipped_layers: tuple[int, ...] = ()
     draft_policy: DraftPolicyName = "fixed"
+    n_gram_match: tuple[int, ...] = ()
+    n_gram_max_drafts: int = 8
     fall_back: bool = False
     eos_token_ids: tuple[int, ...] = ()
     batch_size: int = 1
@@ -92,6 +97,8 @@ class BenchmarkSettings:
             given = getattr(self, option := _OPTIONS.get(name, name))
             if given and name not in taken:
                 _log.warning("%s=%s has no effect with these strategies", option, list(given))
+        if self.n_gram_match and not any(map(_takes_n_grams, self.strategies)):
+            _log.warning("n_gram_match=%s has no effect with these strategies", list(self.n_gram_match))
 
 
 class Costs(NamedTuple):
@@ -167,7 +174,10 @@ def build_contenders(
     for strategy in dict.fromkeys(strategies):
         exits = _values(strategy, "exit_layer", settings.exit_layers)
         drafts = _values(strategy, "num_draft_tokens", settings.num_draft_tokens)
-        for exit_layer, num_draft_tokens in product(exits, drafts):
+        matches = _values(strategy, "n_gram_match", settings.n_gram_match)
+        if matches == [None] and _takes_n_grams(strategy):
+            matches += dict.fromkeys(settings.n_gram_match)
+        for exit_layer, num_draft_tokens, n_gram_match in product(exits, drafts, matches):
             model = None
             if costs is not None and strategy == "self_speculative" and exit_layer is not None:
                 own = len(subject.decoder.exit_span(exit_layer))
@@ -182,6 +192,8 @@ def build_contenders(
                 skipped_layers=settings.skipped_layers if "skipped_layers" in _needs(strategy) else None,
                 draft_decoder=subject.draft_decoder if "draft_decoder" in _needs(strategy) else None,
                 draft_policy="fixed" if num_draft_tokens is None else settings.draft_policy,
+                n_gram_match=n_gram_match,
+                n_gram_max_drafts=settings.n_gram_max_drafts,
                 fall_back=settings.fall_back,
                 costs=model,
             )
@@ -190,8 +202,12 @@ def build_contenders(
 
 
 def _needs(strategy: BenchmarkStrategy) -> frozenset[str]:
-    """The settings that a strategy takes: exit_layer, num_draft_tokens, skipped_layers, draft_decoder."""
+    """The settings that a strategy needs: exit_layer, num_draft_tokens, skipped_layers, draft_decoder, n_gram_match."""
     return STRATEGIES[BENCHMARK_STRATEGIES[strategy]].needs
+
+
+def _takes_n_grams(strategy: BenchmarkStrategy) -> bool:
+    return BENCHMARK_STRATEGIES[strategy] == strategy and STRATEGIES[strategy].costs is not None
 
 
 def _values(strategy: BenchmarkStrategy, name: str, given: Sequence[int]) -> list[int | None]:
@@ -223,7 +239,8 @@ def _measure_costs(subject: Subject, prompts: Prompts, settings: BenchmarkSettin
     def measure(decoder: ExitableDecoder) -> DecodingCosts | None:
         if decoder.num_layers < 2 or decoder.max_length < 2 * _MIN_POSITIONS:
             return None  # the model is too small to fit costs to
-        positions = max(_MIN_POSITIONS, 1 + max(settings.num_draft_tokens))
+        longest = [*settings.num_draft_tokens, settings.n_gram_max_drafts if settings.n_gram_match else 0]
+        positions = max(_MIN_POSITIONS, 1 + max(longest))
         return measure_decoding_costs(
             decoder,
             batch_size=min(settings.batch_size, len(prompts)),

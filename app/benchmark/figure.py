@@ -21,6 +21,7 @@ _DRAFTING: dict[str, dict[str, Any]] = {
     "draft_model": {"marker": "s", "color": "black"},
     "layer_skip": {"marker": "^", "color": "tab:red"},
 }
+_WITH_N_GRAMS: dict[str, Any] = {"fillstyle": "none"}
 _PREDICTED: dict[str, Any] = {"linestyle": "--", "marker": "_", "markersize": 9, "linewidth": 1.0}
 _BREAK_EVEN: dict[str, Any] = {"color": "black", "linewidth": 1.0}
 _TRANSFORMERS: dict[str, Any] = {"color": "tab:orange", "linestyle": "-."}
@@ -36,11 +37,14 @@ def benchmark_figure(results: Sequence[BenchmarkResult], *, title: str) -> Figur
     exits = sorted({r.exit_layer for r in results if r.exit_layer is not None and r.strategy in _DRAFTING})
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(exits), 2)))
     colors: dict[int | None, Any] = dict(zip(exits, shades, strict=False))
-    groups: dict[tuple[str, int | None], list[BenchmarkResult]] = {}
+    groups: dict[tuple[str, int | None, int | None], list[BenchmarkResult]] = {}
     for result in sorted(results, key=lambda result: result.num_draft_tokens or 0):
         if result.strategy in _DRAFTING and result.speedup is not None:
-            groups.setdefault((result.strategy, result.exit_layer), []).append(result)
-    series = [({"color": colors.get(layer)} | _DRAFTING[strategy], own) for (strategy, layer), own in groups.items()]
+            groups.setdefault((result.strategy, result.exit_layer, result.n_gram_match), []).append(result)
+    series = [
+        ({"color": colors.get(layer)} | _DRAFTING[strategy] | (_WITH_N_GRAMS if match else {}), own)
+        for (strategy, layer, match), own in groups.items()
+    ]
     if series:
         _draw_speedups(speed_axes, results, series)
     else:
@@ -71,7 +75,12 @@ def _draw_speedups(axes: Axes, results: Sequence[BenchmarkResult], series: Seque
 
 def _draw_bars(axes: Axes, results: Sequence[BenchmarkResult]) -> None:
     """Draw a bar for each result; without drafts there is no draft length to draw lines over."""
-    names = [r.strategy if r.exit_layer is None else f"{r.strategy}, exit {r.exit_layer}" for r in results]
+    names = [
+        r.strategy
+        + ("" if r.exit_layer is None else f", exit {r.exit_layer}")
+        + ("" if r.n_gram_match is None else f", n-grams of {r.n_gram_match}")
+        for r in results
+    ]
     axes.barh(names, [result.speedup or 0.0 for result in results], color="tab:gray")
     axes.axvline(1.0, **_BREAK_EVEN)
     axes.invert_yaxis()
@@ -100,6 +109,8 @@ def _legend(results: Sequence[BenchmarkResult], colors: Mapping[int | None, Any]
     present = {result.strategy for result in results}
     styles = {f"exit {layer}": {"color": color, "linewidth": 4} for layer, color in colors.items()}
     styles |= {name: {"color": "gray"} | style for name, style in _DRAFTING.items() if name in present}
+    if any(result.n_gram_match is not None and result.strategy in _DRAFTING for result in results):
+        styles["with n-grams"] = {"color": "gray", "marker": "o"} | _WITH_N_GRAMS
     if any(result.predicted_speedup is not None for result in results):
         styles["predicted by the cost model"] = {"color": "gray"} | _PREDICTED
     styles["autoregressive (break-even)"] = _BREAK_EVEN

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from app.benchmark.alternation import ratio
 from app.benchmark.benchmark import Costs
 from app.benchmark.result import BenchmarkResult
 from app.benchmark.speedup_interval import interval_in_words
@@ -137,9 +138,26 @@ def draft_table(results: Sequence[BenchmarkResult]) -> Table:
     )
 
 
+def n_gram_table(results: Sequence[BenchmarkResult]) -> Table:
+    """Who drafted what, where n-grams found drafts in the text."""
+    found = [result for result in results if result.drafted_by_n_gram]
+    others = [(r.accepted - r.accepted_by_n_gram, r.drafted - r.drafted_by_n_gram) for r in found]
+    return Table.of_columns(
+        "Drafts that n-grams found in the text",
+        _names(found)
+        | {
+            "of all drafts": [f"{result.drafted_by_n_gram / result.drafted:.0%}" for result in found],
+            "acceptance": [f"{result.accepted_by_n_gram / result.drafted_by_n_gram:.1%}" for result in found],
+            "of the others": [cell(ratio(*pair), "{:.1%}") for pair in others],
+        },
+    )
+
+
 def _names(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
     return {
-        "strategy": [result.strategy for result in results],
+        "strategy": [
+            r.strategy if r.n_gram_match is None else f"{r.strategy},\nn-grams of {r.n_gram_match}" for r in results
+        ],
         "exit": [cell(result.exit_layer, "{}") for result in results],
         "drafts": [cell(result.num_draft_tokens, "{}") for result in results],
     }

@@ -21,6 +21,7 @@ class BenchmarkResult(OutputDifferences):
     strategy: str
     exit_layer: int | None
     num_draft_tokens: int | None
+    n_gram_match: int | None
     # Over all prompts; the median repeat of each batch counts, as it does for `speedup`.
     tokens_per_second: float | None
     seconds_per_token: float | None
@@ -46,6 +47,8 @@ class BenchmarkResult(OutputDifferences):
     rounds: int
     drafted: int
     accepted: int
+    drafted_by_n_gram: int
+    accepted_by_n_gram: int
     # For each position of a draft, the number of rounds that drafted that far with everything before it accepted.
     reached_by_position: list[int]
     accepted_by_position: list[int]
@@ -66,7 +69,7 @@ def _result(
 ) -> BenchmarkResult:
     everyone, counts, settings = benchmark.measurements, measurement.counts, measurement.contender.settings
     costs = round_costs(measurement.contender, benchmark.costs, num_layers=num_layers)
-    has_fixed_drafts = settings.draft_policy == "fixed" and not settings.fall_back
+    has_fixed_drafts = settings.draft_policy == "fixed" and not settings.fall_back and settings.n_gram_match is None
     predicted = _predict(measurement, costs) if has_fixed_drafts else None
     from_rounds = None if costs is None else counts.predicted_speedup(costs)
     seconds_per_token = measurement.seconds_per_token()
@@ -78,6 +81,7 @@ def _result(
         strategy=measurement.contender.strategy,
         exit_layer=settings.exit_layer,
         num_draft_tokens=settings.num_draft_tokens,
+        n_gram_match=settings.n_gram_match,
         tokens_per_second=1.0 / seconds_per_token if seconds_per_token else None,
         seconds_per_token=seconds_per_token,
         acceptance_rate=counts.acceptance_rate,
@@ -98,6 +102,8 @@ def _result(
         rounds=counts.rounds,
         drafted=counts.drafted,
         accepted=counts.accepted,
+        drafted_by_n_gram=counts.drafted_by_n_gram,
+        accepted_by_n_gram=counts.accepted_by_n_gram,
         reached_by_position=reached,
         accepted_by_position=accepted,
         acceptance_by_position=[ratio(*pair) for pair in zip(accepted, reached, strict=True)],
@@ -124,6 +130,8 @@ def round_costs(contender: Contender, costs: Costs | None, *, num_layers: int) -
         return settings.costs
     if contender.strategy == "layer_skip" and settings.skipped_layers is not None:
         draft_step = num_layers - len(set(settings.skipped_layers)) + costs.model.draft_head
+    elif contender.strategy == "n_gram":
+        draft_step = 0.0
     elif costs.draft_model is not None and settings.draft_decoder is not None:
         seconds = costs.draft_model.block_seconds * (settings.draft_decoder.num_layers + costs.draft_model.head)
         draft_step = seconds / costs.model.block_seconds

@@ -18,7 +18,10 @@ def print_table(table: Table) -> None:
     so that no figure is lost.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
-    cells = [max((len(row[index]) for row in table.rows), default=0) for index in range(len(table.columns))]
+    cells = [
+        max((len(line) for row in table.rows for line in row[index].split("\n")), default=0)
+        for index in range(len(table.columns))
+    ]
     whole = [max(cell, *map(len, column.split("\n"))) for cell, column in zip(cells, table.columns, strict=True)]
     fits = sum(whole) + _BORDER * len(whole) < console.width
     drawn, needed = RichTable(title=table.title, title_justify="left"), 1

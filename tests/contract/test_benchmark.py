@@ -53,11 +53,23 @@ def benchmark(root, tmp_path, monkeypatch, capsys):
 
 
 def test_every_strategy_is_reported_and_all_lossless_ones_give_the_same_tokens(benchmark, tmp_path):
-    every = "[early_exit,self_speculative,draft_model,layer_skip,transformers,transformers_early_exit]"
+    every = "[early_exit,self_speculative,draft_model,layer_skip,n_gram,transformers,transformers_early_exit]"
     report, streams = benchmark(
-        "--strategies", every, "--draft_model", "small", "--skipped_layers", "[1]", "--repeats", "2", *DRAFTING
+        "--strategies", every, "--draft_model", "small", "--skipped_layers", "[1]", "--repeats", "2",
+        "--n_gram_match", "[1]", *DRAFTING
     )  # fmt: skip
-    results = report["results"]
+    found = [result for result in report["results"] if result["n_gram_match"] is not None]
+    assert [(r["strategy"], r["exit_layer"]) for r in found] == [
+        ("self_speculative", 1), ("self_speculative", 2), ("draft_model", None), ("layer_skip", None), ("n_gram", None)
+    ]  # fmt: skip
+    for result in found:
+        assert result["identical_to_autoregressive"] == 1.0
+        assert 0 < result["drafted_by_n_gram"] <= result["drafted"]
+        assert (result["drafted_by_n_gram"] == result["drafted"]) == (result["strategy"] == "n_gram")
+        assert result["predicted_speedup"] is None
+        assert (result["predicted_speedup_from_rounds"] is not None) == (result["strategy"] != "draft_model")
+    assert "n-gram" in streams.out
+    results = [result for result in report["results"] if result["n_gram_match"] is None]
     assert [(r["strategy"], r["exit_layer"], r["num_draft_tokens"]) for r in results] == [
         ("autoregressive", None, None), ("early_exit", 1, None), ("early_exit", 2, None), ("self_speculative", 1, 2),
         ("self_speculative", 2, 2), ("draft_model", None, 2), ("layer_skip", None, 2), ("transformers", None, None),

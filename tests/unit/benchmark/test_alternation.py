@@ -1,10 +1,12 @@
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from app.benchmark import alternation
 from app.benchmark.alternation import Contender, Measurement, Prompts, RoundCounts, alternate, engine_contender
+from app.decoding.cost_model import CostModel
 from app.decoding.result import DecodingResult, Step
 from app.decoding.settings import DecodingSettings
 from tests.support.fake_decoder import counting_decoder
@@ -90,6 +92,20 @@ def test_counts_are_pooled_over_prompts_and_draft_positions() -> None:
     assert measured.accepted_by_position == [1, 1, 0]
     assert measured.counts.acceptance_rate == pytest.approx(2 / 6)
     assert measured.counts.mean_tokens_per_round == pytest.approx(5 / 3)
+
+
+def test_rounds_of_n_grams_are_counted_apart_and_predicted_by_what_they_cost() -> None:
+    steps = (Step([2, 3, 4], 2, (9,)), Step([5, 6], 1, (9, 9, 9), True), Step([7], 0, (9,), True), Step([8]))
+    measured = _measurement([[_result(range(1, 9), steps=steps)]])
+    counts = RoundCounts(
+        decoded=7, rounds=4, drafted=8, accepted=3, rounds_by_n_gram=2, drafted_by_n_gram=5, accepted_by_n_gram=1
+    )
+    assert measured.counts == counts
+    costs = CostModel(plain_step=10, draft_step=2, draft_tail=3, verify=7, extra_token=0.1, overhead=0.5)
+    drafter = 2 * (1.5 * 2 + 3 + 7 * 1.15 + 0.5)  # 3 drafts in two rounds
+    assert counts.predicted_speedup(costs) == pytest.approx(7 * 10 / (drafter + 2 * (10 * 1.25 + 0.5)))
+    alone = replace(counts, drafted=5, accepted=1)
+    assert alone.predicted_speedup(costs) == pytest.approx(7 * 10 / (2 * 10 + 2 * (10 * 1.25 + 0.5)))
 
 
 def test_an_output_is_identical_if_it_is_in_every_repeat() -> None:

@@ -67,9 +67,18 @@ def test_every_strategy_of_the_engine_can_be_benchmarked_and_two_of_transformers
 
 
 def test_each_strategy_is_measured_with_all_the_exits_and_drafts_it_takes(subject: Subject) -> None:
-    settings = _settings(*BENCHMARK_STRATEGIES, exit_layers=(1, 3), num_draft_tokens=(2, 5), skipped_layers=(1,))
+    settings = _settings(
+        *BENCHMARK_STRATEGIES, exit_layers=(1, 3), num_draft_tokens=(2, 5), skipped_layers=(1,), n_gram_match=(2, 4)
+    )
+    contenders = build_contenders(subject, settings)
+    plain = [each for each in contenders if each.settings.n_gram_match is None]
+    for match in (2, 4):  # whatever our engine drafts, with each of these and without
+        own = [each for each in contenders if each.settings.n_gram_match == match]
+        drafting = [name for name in _names(plain) if name[2] is not None and name[0] != "transformers_early_exit"]
+        assert _names(own) == [*drafting, ("n_gram", None, None)]
+        assert own[-1].label == f"n_gram, n-grams of {match}"
     both = [(exit_layer, drafts) for exit_layer in (1, 3) for drafts in (2, 5)]
-    assert _names(build_contenders(subject, settings)) == [
+    assert _names(plain) == [
         ("autoregressive", None, None),
         *(("early_exit", exit_layer, None) for exit_layer in (1, 3)),
         *(("self_speculative", *pair) for pair in both),
@@ -103,6 +112,9 @@ REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (("self_speculative",), SPECULATIVE | {"num_draft_tokens": (2, 0)}, "num_draft_tokens: got 0"),
     (("self_speculative",), SPECULATIVE | {"draft_policy": "some"}, "draft_policy: got 'some'"),
     (("layer_skip",), {"num_draft_tokens": (3,), "skipped_layers": (4,)}, "skipped_layers: got"),
+    (("n_gram",), {}, r"n_gram_match: got \[\], allowed at least one, with strategy n_gram"),
+    (("n_gram",), {"n_gram_match": (0,)}, "n_gram_match: got 0"),
+    (("self_speculative",), SPECULATIVE | {"n_gram_match": (1,), "n_gram_max_drafts": 0}, "n_gram_max_drafts: got 0"),
 ]
 
 
@@ -135,10 +147,13 @@ def test_no_prompts_are_refused(subject: Subject) -> None:
 
 def test_an_option_that_no_strategy_takes_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        _settings("early_exit", "transformers", exit_layers=(2,), num_draft_tokens=(3,), skipped_layers=(1,))
+        _settings(
+            *("early_exit", "transformers", "transformers_early_exit"),
+            **{"exit_layers": (2,), "num_draft_tokens": (3,), "skipped_layers": (1,), "n_gram_match": (3,)},
+        )
     assert [record.getMessage() for record in caplog.records] == [
-        "num_draft_tokens=[3] has no effect with these strategies",
         "skipped_layers=[1] has no effect with these strategies",
+        "n_gram_match=[3] has no effect with these strategies",
     ]
 
 
@@ -162,6 +177,9 @@ def test_costs_are_fitted_to_the_batches_and_drafts_asked_for(subject: Subject, 
     assert run_benchmark(subject, PROMPTS, settings).costs == (COSTS, COSTS)
     asked = {"batch_size": 3, "context_length": 11 // 4 + 8 // 2, "max_positions": 10, "repeats": 2}
     assert costs == [{"num_layers": layers, **asked} for layers in (4, 2)] * 3  # before, and after each of two batches
+    costs.clear()
+    run_benchmark(subject, PROMPTS, _settings("n_gram", n_gram_match=(1,), n_gram_max_drafts=6))
+    assert costs[0]["max_positions"] == 7
 
 
 def test_costs_are_measured_before_and_four_times_between_batches(

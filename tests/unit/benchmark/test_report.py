@@ -12,6 +12,7 @@ from app.benchmark.decoding_costs import DecodingCosts
 from app.benchmark.report import (
     draft_table,
     environment,
+    n_gram_table,
     notes,
     report_document,
     speed_table,
@@ -128,8 +129,9 @@ def test_tables_with_everything_in_them_fit_120_columns_uncut(
         acceptance_by_position=[0.8] * 12,
     )  # fmt: skip
     assert len(speed_table([full], title="t").columns) == 10
-    drafts = replace(full, strategy="self_speculative")  # what transformers drafts is not known
-    for table in (speed_table([full, PLAIN], title="t"), draft_table([drafts])):
+    # What transformers drafts is not known.
+    drafts = replace(full, strategy="self_speculative", n_gram_match=3, drafted_by_n_gram=40, accepted_by_n_gram=40)
+    for table in (speed_table([full, PLAIN], title="t"), speed_table([drafts], title="t"), draft_table([drafts])):
         print_table(table)
         shown = capsys.readouterr().out
         assert max(map(len, shown.splitlines())) <= 120
@@ -140,6 +142,12 @@ def test_tables_with_everything_in_them_fit_120_columns_uncut(
 
 def test_the_table_of_drafts_has_a_row_for_each_result_that_drafted() -> None:
     unseen = replace(DRAFTS, acceptance_by_position=[0.0, None], predicted_speedup=None)
+    found = replace(DRAFTS, n_gram_match=3, drafted_by_n_gram=10, accepted_by_n_gram=5)
+    (row,) = _rows(n_gram_table([PLAIN, DRAFTS, replace(found, accepted=20)]))
+    assert row == {
+        "strategy": "self_speculative,\nn-grams of 3", "exit": "2", "drafts": "3", "of all drafts": "25%",
+        "acceptance": "50.0%", "of the others": "50.0%",
+    }  # fmt: skip
     first, second = _rows(draft_table([PLAIN, DRAFTS, unseen]))
     assert first == {
         "strategy": "self_speculative", "exit": "2", "drafts": "3", "acceptance": "75.0%", "by position, %": "80 75 50",

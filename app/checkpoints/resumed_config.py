@@ -130,17 +130,17 @@ def refuse_changes(saved: Config, given: Config, *, allowed: Sequence[str]) -> N
     _refuse_other_states(before, now)
     _refuse_another_scheduler(before, now)
     differing = [
-        f"{name} {before.get(name)!r} (given: {now.get(name)!r})"
+        name
         for name in sorted(before.keys() | now.keys())
         if any(_is_within(name, group) for group in _SAME)
         and not any(_is_within(name, group) for group in allowed)
         and before.get(name) != now.get(name)
     ]
     if differing:
-        names = ", ".join(dict.fromkeys(name.split(" ")[0] for name in differing))
+        told = "; ".join(_difference(name, before, now) for name in differing)
         raise CheckpointError(
-            f"the checkpoint is of a run with other settings: {', '.join(differing)}. Resume it with its own, or insist"
-            f" with --allow_changes '[{names}]'"
+            f"the checkpoint is of a run with other settings: {told}. Resume it with its own, or insist"
+            f" with --allow_changes '[{', '.join(differing)}]'"
         )
 
 
@@ -172,6 +172,10 @@ def _refuse_another_scheduler(before: Config, now: Config) -> None:
             _refuse_another(name, before, now, fix=fix)
 
 
+def _difference(name: str, before: Config, now: Config) -> str:
+    return f"{name}: got {now.get(name)!r}, the checkpoint has {before.get(name)!r}"
+
+
 def _optimizer(flat: Config) -> str:
     path = str(flat.get(f"{_OPTIMIZER}.class_path") or flat.get(_OPTIMIZER))
     return _ITS_CLASS if path == _DEFAULT_OPTIMIZER else path
@@ -193,8 +197,8 @@ def _warn_of_length(before: Config, now: Config, *, step: object) -> None:
     stretched = [name for name, values in _STRETCHING if name not in idle and now.get(name) not in values]
     if stretched and before.get(_LENGTH) != length:  # a longer run may be what is wanted
         _log.warning(
-            "%s %s (given: %s): %s stretched with it, so that this run is no longer the one it would have been",
-            *(_LENGTH, before.get(_LENGTH), length),
+            "%s: %s stretched with it, so that this run is no longer the one it would have been",
+            _difference(_LENGTH, before, now),
             ", ".join(stretched) + (" is" if len(stretched) == 1 else " are"),
         )
 

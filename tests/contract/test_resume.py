@@ -56,14 +56,26 @@ def afresh(folder):
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 
 CHANGES = {
-    "early_exit": ("--early_exit.rotation_interval=2", "early_exit.rotation_interval 3 (given: 2)"),
+    "early_exit": (
+        "--early_exit.rotation_interval=2",
+        "early_exit.rotation_interval: got 2, the checkpoint has 3",
+    ),
     "layer_dropout": (
         "--layer_dropout.depth_scale=linear",
-        "layer_dropout.depth_scale 'exponential' (given: 'linear')",
+        "layer_dropout.depth_scale: got 'linear', the checkpoint has 'exponential'",
     ),
-    "model.optimizer": ("--model.optimizer.lr=0.02", "model.optimizer.init_args.lr 0.01 (given: 0.02)"),
-    "model.lr_schedule": ("--model.lr_schedule=cosine", "model.lr_schedule 'constant' (given: 'cosine')"),
-    "trainer.precision": ("--trainer.precision=bf16-mixed", "trainer.precision None (given: 'bf16-mixed')"),
+    "model.optimizer": (
+        "--model.optimizer.lr=0.02",
+        "model.optimizer.init_args.lr: got 0.02, the checkpoint has 0.01",
+    ),
+    "model.lr_schedule": (
+        "--model.lr_schedule=cosine",
+        "model.lr_schedule: got 'cosine', the checkpoint has 'constant'",
+    ),
+    "trainer.precision": (
+        "--trainer.precision=bf16-mixed",
+        "trainer.precision: got 'bf16-mixed', the checkpoint has None",
+    ),
 }
 
 
@@ -326,7 +338,7 @@ def test_a_weight_decay_acts_on_a_run_that_had_none(folder, monkeypatch):
 def test_another_length_is_warned_of_where_the_runs_course_follows_from_it(folder, monkeypatch, capsys):
     assert resume(monkeypatch, folder, "--model.lr_schedule=cosine", "--allow_changes=[model]") == 0
     said = capsys.readouterr().err
-    assert f"trainer.max_steps {HALF} (given: {STEPS}): model.lr_schedule is stretched with it" in said
+    assert f"trainer.max_steps: got {STEPS}, the checkpoint has {HALF}: model.lr_schedule is stretched with it" in said
 
 
 def resume_on_two(folder):

@@ -46,6 +46,8 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
     text = _DENIED.sub(lambda found: found[0] if found[1] in given else "", _TENSOR.sub("]\n", text))
     path = ".".join(dict.fromkeys(_KEY.findall(text)))
     owners = re.findall(r"Problem with given class_path '([^']+)'", text)
+    if path.startswith("data.sources") and (name := _source(text)):
+        path = path.replace("sources", f"sources.{name}")
     if found := re.search(r"Importing '([^']+)' is not allowed", text):
         package = found[1].partition(".")[0]
         allowed = "a class of this application or one it knows to be harmless (app/cli/parsing/allowed_classes.py)"
@@ -63,6 +65,8 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
         return f"{', '.join(f'{path}.{name}'.lstrip('.') for name in names)}: required{by}, but not given"
     if text.startswith("'str' object does not support item assignment"):
         return "stop: got one text, allowed a list of texts; write [text]"  # the only option that is a list of texts
+    if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", text):
+        return f"{path}: got {found[2]}, allowed the settings of a {found[1]}"
     for pattern in _NOT_CLASS:
         if found := re.search(pattern, text):
             return f"{path}: {_no_class(next(filter(None, found.groups()), ''), text)}"
@@ -95,6 +99,23 @@ def _unknown_key(path: str, options: Collection[str], *, of: str = "") -> str:
 def _nearest(name: str, names: Collection[str], *, cutoff: float) -> str:
     near = get_close_matches(name, sorted(names), cutoff=cutoff)
     return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def _source(text: str) -> str:
+    """The name of the source of data that is refused. jsonargparse tells it only as a part of all that is given."""
+    if not (tried := re.search(r"datamodules\.Source'|subclass of (Source)\.", text)):
+        return ""
+    unknown = _UNKNOWN.search(text)
+    key = unknown[1] if unknown else _KEY.findall(text)[-1]
+    value = re.search(r"(?:Given|Got) value: (.*)", text)  # the innermost
+    got = re.escape(value[1]) if value and not unknown else ""
+    entry = "" if tried[1] else rf"\{{[^{{}}]*'{key}': "
+    found = re.search(
+        rf"key='sources\.([^']+?)(?:\.{key})?'|sources'.*?'([^']+)': {entry}'?{got}"
+        r"|'([^']+)': Namespace\(class_path='datamodules\.Source', init_args=Namespace\(kind=None",  # it is required
+        text,
+    )
+    return next(filter(None, found.groups()), "") if found else ""
 
 
 def _names_no_class(text: str) -> bool:

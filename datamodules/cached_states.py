@@ -22,8 +22,7 @@ from app.model_files.open import check_tokenizer_of, load_pretrained
 from datamodules.loading.datamodule import RowDataModule
 from datamodules.loading.tokenizers import fingerprint
 from datamodules.loading.workers import WorkerLoader
-from datamodules.state_cache.filling import Progress, check_room, fill
-from datamodules.state_cache.frozen_model import FrozenModel
+from datamodules.state_cache.filling import FrozenModel, Progress, check_room, fill
 from datamodules.state_cache.rows import CachedRows
 from datamodules.state_cache.shards import RowLayout, Split, StateCache, made_from, only_writer
 from datamodules.streaming.loader import STATE_KEY
@@ -182,7 +181,7 @@ class CachedStatesDataModule(RowDataModule):
                 layout=layout,
                 missing=missing,
                 batches=batches[split],
-                states=frozen.states,
+                model=frozen,
                 progress=progress,
             )
         for name, number in passes.items():

@@ -8,13 +8,15 @@ Memory holds the model, the states of one forward, those of one shard and its by
 import logging
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from app.errors import ConfigError
+from app.model.early_exit import EarlyExitModel
 from app.words import dtype_name
 from datamodules.state_cache.shards import TOKEN_COLUMNS, RowLayout, Split, StateCache
 
@@ -22,6 +24,28 @@ _log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]  # of a corpus: TOKEN_COLUMNS
 _SECONDS_A_REPORT = 30.0
+
+
+class FrozenModel:
+    """The states of a model for rows of a corpus, computed on `device` with products in `compute_dtype`."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, exit_layers: Sequence[int], device: torch.device, compute_dtype: torch.dtype
+    ) -> None:
+        self._network, self._exit_layers = EarlyExitModel(model.to(device).eval()), exit_layers
+        self._device, self._compute_dtype = device, compute_dtype
+
+    @torch.inference_mode()
+    def states(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+        """[B, T, S, D], on the CPU: for each exit E the state leaving block E - 1, then the state after the final norm.
+
+        Position ids restart at 0 with each document, and attention does not cross a restart.
+        """
+        rows = (input_ids_BT.to(self._device), position_ids_BT.to(self._device))
+        lower = self._compute_dtype is not torch.float32
+        with torch.autocast(self._device.type, dtype=self._compute_dtype, enabled=lower):
+            by_exit = self._network.states(*rows, self._exit_layers)
+        return torch.stack([by_exit[exit_layer] for exit_layer in sorted(by_exit)], dim=2).cpu()
 
 
 class Progress:
@@ -63,13 +87,13 @@ def fill(
     layout: RowLayout,
     missing: Container[str],
     batches: Iterator[Batch],
-    states: Callable[[Tensor, Tensor], Tensor],
+    model: FrozenModel,
     progress: Progress,
 ) -> None:
     """Make those shards of a split that are `missing`; `batches` are the corpus's from its first row on.
 
     The same rows go through the model together whatever is missing, so that a cache which was cut off ends up with the
-    same bytes. `states` is FrozenModel.states.
+    same bytes.
     """
     for name, rows_here in layout.shards(split, num_rows).items():
         num_batches = -(-rows_here // layout.batch_size)
@@ -81,7 +105,7 @@ def fill(
         found_NTSD = torch.empty(shape, dtype=layout.dtype)
         for start in range(0, rows_here, layout.batch_size):
             rows = slice(start, min(start + layout.batch_size, rows_here))
-            found_NTSD[rows] = states(columns["input_ids"][rows], columns["position_ids"][rows])
+            found_NTSD[rows] = model.states(columns["input_ids"][rows], columns["position_ids"][rows])
             _check_finite(found_NTSD[rows])
             progress.add(columns["input_ids"][rows].numel())
         tokens = {column: values.int() for column, values in columns.items()}

@@ -152,13 +152,16 @@ def made_from(**facts: Any) -> dict[str, Any]:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Make the folder, and wait until no other process writes to it; the kernel ends the lock with the process.
+    """Make the folder, and wait until no other process fills it; the kernel ends the lock with the process.
 
-    On a file system without locks this is not ensured, and a warning says so.
+    A warning says so on a file system without locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("w") as file:
         try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            _log.info("another process fills %s: waiting for it", folder)
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
             _log.warning("%s cannot be locked (%s): see to it that no other run fills it", folder, error.strerror)

@@ -18,7 +18,7 @@ from app.model_files.open import load_pretrained
 from app.protocols import CorpusOwner, PromptOwner, ResumableData, StateOwner
 from datamodules import CachedStatesDataModule
 from datamodules.state_cache import filling, shards
-from datamodules.state_cache.frozen_model import FrozenModel
+from datamodules.state_cache.filling import FrozenModel
 from datamodules.state_cache.shards import StateCache
 from tests.support.saved_models import save_model
 from tests.support.tiny_models import tiny_llama

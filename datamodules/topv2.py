@@ -11,7 +11,7 @@ from app.errors import ConfigError, check_choice, check_range
 from app.protocols import GenerationExample
 from app.text.text_stream import text_of
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
-from datamodules.loading.datamodule import RowDataModule, RowSettings
+from datamodules.loading.datamodule import RowDataModule
 from datamodules.loading.workers import WorkerLoader
 from datamodules.topv2_rows.files import Split, choose_domains
 from datamodules.topv2_rows.rows import ExampleRows, generation_examples, held_out_rows, short_prompts, training_rows
@@ -84,19 +84,6 @@ class TOPv2DataModule(RowDataModule):
             raise ConfigError("prompt_template", got=prompt_template, allowed=f"a text with {_UTTERANCE} in it once")
         check_choice("target_format", target_format, TARGET_FORMATS)
         check_range("length_multiple", length_multiple, low=1)
-        super().__init__(
-            RowSettings(
-                seq_len=seq_len,
-                batch_size=batch_size,
-                validation_rows=validation_rows,
-                vocab_size=vocab_size,
-                tokenizer=tokenizer,
-                num_workers=num_workers,
-                seed=seed,
-                max_bad_share=max_bad_share,
-            ),
-            default_vocab_size=_DEFAULT_VOCAB_SIZE,
-        )
         self._content = StoreSettings(
             path=path,
             domains=choose_domains(domains, spis=spis),
@@ -104,10 +91,16 @@ class TOPv2DataModule(RowDataModule):
             prompt_template=prompt_template,
             target_format=target_format,
             special_tokens=special_tokens,
-            tokenizer=tokenizer,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            validation_rows=validation_rows,
             vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            num_workers=num_workers,
+            seed=seed,
             max_bad_share=max_bad_share,
         )
+        super().__init__(self._content, default_vocab_size=_DEFAULT_VOCAB_SIZE)
         self._packed, self._length_multiple = packed, length_multiple
         self._cache_dir = Path(cache_dir)
 

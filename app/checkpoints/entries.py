@@ -74,13 +74,13 @@ class SavedEntry:
         return {key: self[key] for key in self.value}
 
     def sequence(self, *, length: int | None = None) -> list["SavedEntry"]:
-        """The entries of a list or tuple, of this length if one is given."""
+        """Return the entries of a list or tuple, which must have this length if one is given."""
         if not isinstance(self.value, list | tuple) or length not in (None, len(self.value)):
             self.refuse("a list" if length is None else f"a list of {length}")
         return [self[index] for index in range(len(self.value))]
 
     def alike(self, like: object) -> None:
-        """A value with the types, keys, lengths, shapes and dtypes of `like`; a switch may be true, false or None."""
+        """Require the types, keys, lengths, shapes and dtypes of `like`; a switch may be true, false or None."""
         got = self.value
         match like:
             case Tensor():
@@ -113,7 +113,7 @@ MISSING = _Missing()  # what was got where an entry is missing
 
 
 def shown(value: object) -> str:
-    """A value in few words for a message; a tensor as its dtype and shape."""
+    """Show a value in few words for a message; a tensor as its dtype and shape."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return textwrap.shorten(repr(value), 80, placeholder=" ...")

@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
 from itertools import chain
@@ -22,10 +22,15 @@ from app.errors import ConfigError
 from app.text.tokenizer_files import tokenizer_from_files, tokenizer_to_files
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
 from datamodules.loading.cache import cached
+from datamodules.loading.datamodule import RowSettings
 from datamodules.loading.tokenizers import MIN_VOCAB_SIZE, Encoder, load_tokenizer, train_byte_level_bpe
 from datamodules.topv2_rows.files import AnnotatedUtterance, Split, TsvTable, find_tables, read_rows
 
 _CODE_VERSION = 2  # raise it when the same settings and files give other examples
+_CONTENT_SETTINGS = (
+    *("domains", "spis", "prompt_template", "target_format", "special_tokens"),
+    *("tokenizer", "vocab_size", "max_bad_share"),
+)
 _ARRAYS = ("tokens", "offsets", "prompt_lengths", "sources")  # of Examples
 # What becomes one token when special tokens are on; in a parse, always with the space before it.
 _PIECES: dict[TargetFormat, re.Pattern[str]] = {
@@ -35,8 +40,8 @@ _PIECES: dict[TargetFormat, re.Pattern[str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreSettings:
-    """What the content of a store depends on, beside the files; see `TOPv2DataModule`."""
+class StoreSettings(RowSettings):
+    """Settings of rows, and those that the content of a store depends on; see `TOPv2DataModule`."""
 
     path: str
     domains: tuple[str, ...]
@@ -44,9 +49,6 @@ class StoreSettings:
     prompt_template: str
     target_format: TargetFormat
     special_tokens: bool
-    tokenizer: str | None
-    vocab_size: int
-    max_bad_share: float
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def open_store(settings: StoreSettings, *, cache_dir: Path) -> TaskStore:
 
 
 def _key(settings: StoreSettings, tables: dict[Split, list[TsvTable]], tokenizer: Any) -> str:
-    parts = asdict(settings) | {
+    parts = {name: getattr(settings, name) for name in _CONTENT_SETTINGS} | {
         "path": None,  # the content counts, wherever it lies
         "code_version": _CODE_VERSION,
         "files": [table.fingerprint for split in tables for table in tables[split]],

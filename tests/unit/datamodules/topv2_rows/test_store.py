@@ -24,6 +24,11 @@ DEFAULTS = StoreSettings(
     tokenizer=None,
     vocab_size=330,
     max_bad_share=0.0,
+    seq_len=64,
+    batch_size=2,
+    validation_rows=2,
+    num_workers=0,
+    seed=0,
 )
 
 

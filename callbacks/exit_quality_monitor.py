@@ -49,15 +49,7 @@ class ExitQualityMonitor(Callback):
         pl_module.monitor_exits(exit_layers)
         self._quality = ExitQuality(exit_layers, num_layers=num_layers).to(pl_module.device)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         assert self._quality is not None
         assert isinstance(pl_module, ExitMonitorHost)
         self._quality.to(pl_module.device)

@@ -79,9 +79,7 @@ class Preemption(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._agree(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._stop_by is not None:
             trainer._logger_connector.update_train_step_metrics()  # Lightning logs the step only after this hook
             self._save_and_exit(trainer)

@@ -97,9 +97,7 @@ class ThroughputMonitor(Callback):
             self._measured_tokens = rows * length
         self._start = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, _: Any, batch: Any, *rest: Any) -> None:
         # Windows end at multiples of their length, also where a run was resumed between two.
         steps = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         closes = trainer.global_step > self._step and trainer.global_step % steps == 0

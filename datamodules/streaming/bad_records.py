@@ -4,7 +4,7 @@ import logging
 import math
 
 from app.errors import DataError
-from datamodules.readers.records import BadRecord, LostRecords
+from datamodules.readers.records import BadRecord, Document, LostRecords, Record
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +20,6 @@ class BadRecords:
 
     At most `max_share` of the records, in [0, 1], may be bad. Those without any text are skipped but not counted as
     bad: they are common (`__init__.py`) and no damage. `logged` are records that others in this process logged before.
-
     """
 
     def __init__(
@@ -33,12 +32,11 @@ class BadRecords:
         self._logged = set() if logged is None else logged
         self._reasons: dict[str, tuple[str, int]] = {}  # first location and number of records
 
-    def good(self) -> None:
-        """Count a document."""
-        self.seen += 1
-
-    def bad(self, record: BadRecord) -> None:
-        """Count a record that was skipped; the first ones are logged one by one."""
+    def count(self, record: Record) -> Document | None:
+        """Count a record, and return it if it is a document; the first bad ones are logged one by one."""
+        if not isinstance(record, BadRecord):
+            self.seen += 1
+            return record
         weight = max(1, self.seen // max(1, self.chunks)) if isinstance(record, LostRecords) else 1
         self.seen, self.skipped = self.seen + weight, self.skipped + 1
         self.failed += 0 if record.is_empty else weight
@@ -50,6 +48,7 @@ class BadRecords:
             _log.log(self._level, "source %r: skipped %s: %s", self.source, record.location, record.reason)
             if len(self._logged) == _SHOWN:
                 _log.log(self._level, "source %r: further skipped records are only counted", self.source)
+        return None
 
     def check(self, *, complete: bool) -> None:
         """Raise DataError when too much is bad; `complete` means that all was read, so that the share is exact."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from app.errors import ConfigError, DataError, check_choice, check_range
 from datamodules.loading.datamodule import RowSettings
-from datamodules.readers.records import BadRecord, Reader
+from datamodules.readers.records import Reader
 from datamodules.streaming.bad_records import BadRecords
 from datamodules.streaming.packing import PACKINGS, LongDocuments, Packing
 
@@ -102,14 +102,11 @@ class SourceBlocks:
             epoch, entry = self._turn(records.chunks)
             chunk = self._reader.read(int(self._order(epoch)[entry]), start=record)
             for read, item in enumerate(chunk, record + 1):
-                if isinstance(item, BadRecord):
-                    records.bad(item)
+                document = records.count(item)
+                if document is None or document.is_held_out(share=self.settings.validation_share):
                     continue
-                records.good()
-                if item.is_held_out(share=self.settings.validation_share):
-                    continue
-                texts.append(item.text)
-                size += len(item.text)
+                texts.append(document.text)
+                size += len(document.text)
                 if size >= limit:
                     yield (block := self._block(start, texts, read))
                     start, texts, size = block.following, [], 0

@@ -17,7 +17,6 @@ from app.errors import DataError
 from datamodules.loading.rank_share import RankShare
 from datamodules.loading.tokenizers import Encoder, load_tokenizer, trained_tokenizer
 from datamodules.readers import open_reader
-from datamodules.readers.records import BadRecord
 from datamodules.readers.sources import Source
 from datamodules.streaming.bad_records import BadRecords
 from datamodules.streaming.packing import Row, Tokens, split_rows
@@ -74,17 +73,15 @@ class Survey:
 
     def _read_chunk(self, *, until: _Side) -> None:
         """Read on to the end of the chunk, or to the last document that is wanted."""
-        for item in self._reader.read(self._chunks[0], start=self._start):
+        for record in self._reader.read(self._chunks[0], start=self._start):
             self._start += 1
-            if isinstance(item, BadRecord):
-                self._records.bad(item)
+            if (document := self._records.count(record)) is None:
                 continue
-            self._records.good()
-            self._read += len(item.text)
-            side: _Side = "held_out" if item.is_held_out(share=self._share) else "training"
+            self._read += len(document.text)
+            side: _Side = "held_out" if document.is_held_out(share=self._share) else "training"
             if self._missing[side] > 0:
-                self._found[side].append(item.text[: self._most[side]] if side == "training" else item.text)
-                self._missing[side] -= min(len(item.text.encode()), self._most[side])
+                self._found[side].append(document.text[: self._most[side]] if side == "training" else document.text)
+                self._missing[side] -= min(len(document.text.encode()), self._most[side])
             if self._missing[until] <= 0:
                 return
         self._records.chunks += 1

@@ -1,7 +1,7 @@
 import pytest
 
 from app.errors import DataError
-from datamodules.readers.records import BadRecord, LostRecords
+from datamodules.readers.records import BadRecord, Document, LostRecords
 from datamodules.streaming.bad_records import BadRecords
 
 
@@ -14,9 +14,9 @@ def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def records(*, good: int, bad: int = 0, chunks: int = 0, max_share: float = 0.1) -> BadRecords:
     found = BadRecords("web", max_share=max_share)
     for _ in range(good):
-        found.good()
+        found.count(Document("a", "text", origin="text"))
     for number in range(bad):
-        found.bad(BadRecord(f"a:{number}", "malformed"))
+        found.count(BadRecord(f"a:{number}", "malformed"))
     found.chunks = chunks
     return found
 
@@ -31,7 +31,7 @@ def passes(found: BadRecords, *, complete: bool) -> bool:
 
 def test_records_are_counted_and_empty_ones_are_no_damage() -> None:
     found = records(good=3, bad=2)
-    found.bad(BadRecord("b.py", "empty"))
+    found.count(BadRecord("b.py", "empty"))
     assert (found.seen, found.skipped, found.failed, found.chunks) == (6, 3, 2, 0)
 
 
@@ -41,7 +41,7 @@ def test_of_all_records_exactly_the_share_may_be_bad() -> None:
     assert not passes(records(good=8, bad=1), complete=True)
     some_empty = records(good=9, bad=1)
     for _ in range(5):
-        some_empty.bad(BadRecord("b.py", "empty"))
+        some_empty.count(BadRecord("b.py", "empty"))
     assert passes(some_empty, complete=True)
     assert passes(records(good=0, max_share=0.0), complete=True)
     assert not passes(records(good=5, bad=1, max_share=0.0), complete=True)
@@ -64,19 +64,19 @@ def test_a_bad_record_longer_than_many_chunks_is_one_record() -> None:
 
 def test_what_is_lost_counts_for_as_much_as_a_chunk_has() -> None:
     found = records(good=40, chunks=4)
-    found.bad(LostRecords("a.gz", "damaged"))
+    found.count(LostRecords("a.gz", "damaged"))
     assert (found.seen, found.failed, found.skipped) == (50, 10, 1)
     first = records(good=0)
-    first.bad(LostRecords("a.gz", "damaged"))
+    first.count(LostRecords("a.gz", "damaged"))
     assert (first.seen, first.failed) == (1, 1)
     begun = records(good=7)
-    begun.bad(LostRecords("a.gz", "damaged"))
+    begun.count(LostRecords("a.gz", "damaged"))
     assert (begun.seen, begun.failed) == (14, 7)
 
 
 def test_the_report_names_source_share_and_the_first_location_of_each_reason() -> None:
     found = records(good=1, bad=3)
-    found.bad(BadRecord("b:7", "no field"))
+    found.count(BadRecord("b:7", "no field"))
     with pytest.raises(DataError) as caught:
         found.check(complete=True)
     assert str(caught.value) == (
@@ -89,20 +89,20 @@ def test_the_report_names_source_share_and_the_first_location_of_each_reason() -
 def test_twenty_reasons_are_reported_and_the_first_goes_on_counting() -> None:
     found = records(good=0)
     for number in range(25):
-        found.bad(BadRecord(f"a:{number}", f"reason {number}"))
-    found.bad(BadRecord("a:99", "reason 0"))
+        found.count(BadRecord(f"a:{number}", f"reason {number}"))
+    found.count(BadRecord("a:99", "reason 0"))
     lines = found.examples().splitlines()[1:]
     assert lines == ["  a:0: reason 0 (and 1 more)", *(f"  a:{number}: reason {number}" for number in range(1, 20))]
 
 
 def test_twenty_records_are_logged_one_by_one_and_each_once(logged: pytest.LogCaptureFixture) -> None:
     found = records(good=0, bad=19)
-    found.bad(BadRecord("a:0", "malformed"))  # in the second epoch
+    found.count(BadRecord("a:0", "malformed"))  # in the second epoch
     assert [record.getMessage() for record in logged.records] == [
         f"source 'web': skipped a:{number}: malformed" for number in range(19)
     ]
-    found.bad(BadRecord("a:19", "malformed"))
-    found.bad(BadRecord("a:20", "malformed"))
+    found.count(BadRecord("a:19", "malformed"))
+    found.count(BadRecord("a:20", "malformed"))
     assert [record.getMessage() for record in logged.records][19:] == [
         "source 'web': skipped a:19: malformed",
         "source 'web': further skipped records are only counted",
@@ -112,6 +112,6 @@ def test_twenty_records_are_logged_one_by_one_and_each_once(logged: pytest.LogCa
 
 def test_quiet_ones_are_not_logged(logged: pytest.LogCaptureFixture) -> None:
     found = BadRecords("web", max_share=0.1, quiet=True)
-    found.bad(BadRecord("a:0", "malformed"))
+    found.count(BadRecord("a:0", "malformed"))
     assert not logged.records
     assert found.skipped == 1

@@ -55,7 +55,8 @@ class ExitQualityMonitor(Callback):
         self._quality.to(pl_module.device)
         self._quality.update(outputs["hidden_by_exit"], outputs["labels"], pl_module.head)
 
-    on_test_batch_end = on_validation_batch_end
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.on_validation_batch_end(trainer, pl_module, outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scores = self._log_scores(pl_module, "val")

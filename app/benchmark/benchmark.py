@@ -180,10 +180,7 @@ def build_contenders(
         for exit_layer, num_draft_tokens, n_gram_match in product(exits, drafts, matches):
             model = None
             if costs is not None and strategy == "self_speculative" and exit_layer is not None:
-                own = len(subject.decoder.exit_span(exit_layer))
-                model = costs.cost_model(
-                    num_layers=subject.decoder.num_layers, exit_layer=exit_layer, num_exit_blocks=own
-                )
+                model = costs.of_exit(subject.decoder, exit_layer)
             one = DecodingSettings(
                 max_new_tokens=settings.max_new_tokens,
                 eos_token_ids=settings.eos_token_ids,

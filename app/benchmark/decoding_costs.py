@@ -50,6 +50,11 @@ class DecodingCosts:
             num_layers=num_layers, exit_layer=exit_layer, num_exit_blocks=num_exit_blocks, **self.in_blocks
         )
 
+    def of_exit(self, decoder: ExitableDecoder, exit_layer: int) -> CostModel:
+        """The cost model of self-speculative decoding from this exit of `decoder`."""
+        own = len(decoder.exit_span(exit_layer))
+        return self.cost_model(num_layers=decoder.num_layers, exit_layer=exit_layer, num_exit_blocks=own)
+
 
 def measure_decoding_costs(
     decoder: ExitableDecoder,

@@ -9,6 +9,7 @@ from app.benchmark.benchmark import Benchmark, Costs
 from app.benchmark.output_differences import OutputDifferences
 from app.benchmark.speedup_interval import Interval
 from app.decoding.cost_model import CostModel, tokens_per_round
+from app.protocols import ExitableDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +57,19 @@ class BenchmarkResult(OutputDifferences):
     fell_back_share: float  # share of prompts for which drafting was given up
 
 
-def benchmark_results(benchmark: Benchmark, *, num_layers: int) -> list[BenchmarkResult]:
-    """The figures of each measurement of a model with `num_layers` blocks, in the same order."""
+def benchmark_results(benchmark: Benchmark, decoder: ExitableDecoder) -> list[BenchmarkResult]:
+    """The figures of each measurement of `decoder`, in the same order."""
     return [
-        _result(measurement, differences, benchmark, num_layers)
+        _result(measurement, differences, benchmark, decoder)
         for measurement, differences in zip(benchmark.measurements, benchmark.differences, strict=True)
     ]
 
 
 def _result(
-    measurement: Measurement, differences: OutputDifferences, benchmark: Benchmark, num_layers: int
+    measurement: Measurement, differences: OutputDifferences, benchmark: Benchmark, decoder: ExitableDecoder
 ) -> BenchmarkResult:
     everyone, counts, settings = benchmark.measurements, measurement.counts, measurement.contender.settings
-    costs = round_costs(measurement.contender, benchmark.costs, num_layers=num_layers)
+    costs = round_costs(measurement.contender, benchmark.costs, decoder)
     has_fixed_drafts = settings.draft_policy == "fixed" and not settings.fall_back and settings.n_gram_match is None
     predicted = _predict(measurement, costs) if has_fixed_drafts else None
     from_rounds = None if costs is None else counts.predicted_speedup(costs)
@@ -121,15 +122,15 @@ def _speedup_over(everyone: Sequence[Measurement], strategy: str, measurement: M
     return None
 
 
-def round_costs(contender: Contender, costs: Costs | None, *, num_layers: int) -> CostModel | None:
+def round_costs(contender: Contender, costs: Costs | None, decoder: ExitableDecoder) -> CostModel | None:
     """The cost model of a contender that drafts, with the measured costs; None where these are not known."""
     if costs is None:
         return None
     settings = contender.settings
-    if contender.strategy == "self_speculative":
-        return settings.costs
+    if contender.strategy == "self_speculative" and settings.exit_layer is not None:
+        return costs.model.of_exit(decoder, settings.exit_layer)
     if contender.strategy == "layer_skip" and settings.skipped_layers is not None:
-        draft_step = num_layers - len(set(settings.skipped_layers)) + costs.model.draft_head
+        draft_step = decoder.num_layers - len(set(settings.skipped_layers)) + costs.model.draft_head
     elif contender.strategy == "n_gram":
         draft_step = 0.0
     elif costs.draft_model is not None and settings.draft_decoder is not None:
@@ -139,7 +140,7 @@ def round_costs(contender: Contender, costs: Costs | None, *, num_layers: int) -
         return None
     shares = costs.model.in_blocks
     del shares["draft_head"]
-    return CostModel.two_pass(num_layers=num_layers, draft_step=draft_step, **shares)
+    return CostModel.two_pass(num_layers=decoder.num_layers, draft_step=draft_step, **shares)
 
 
 def _predict(measurement: Measurement, costs: CostModel | None) -> float | None:

@@ -70,11 +70,11 @@ def benchmark(
         subject, tokens, settings, on_batch=lambda done: _log.info("batch %d of %d", done, num_batches)
     )
 
-    num_layers = loaded.decoder.num_layers
-    results = benchmark_results(measured, num_layers=num_layers)
+    results = benchmark_results(measured, loaded.decoder)
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
     asked = {"model": model, "prompts": prompts, "limit": limit, "draft_model": draft_model, "ignore_eos": ignore_eos}
     chosen = asked | asdict(settings)
+    num_layers = loaded.decoder.num_layers
     document = report_document(results, costs=measured.costs, environment=where, settings=chosen, num_layers=num_layers)
     title = (
         f"{Path(model).name}: {counted(len(tokens), 'prompt')} of {Path(prompts).name}, at most"

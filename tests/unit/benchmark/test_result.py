@@ -16,6 +16,7 @@ from app.decoding.settings import DecodingSettings
 
 COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
 SMALL = DecodingCosts(block_seconds=5e-4, head=1.0, draft_head=1.0, first_extra=0.0, extra_token=0.01, overhead=9.0)
+DECODER: Any = SimpleNamespace(num_layers=10, exit_span=lambda _: ())
 SMALL_DECODER: Any = SimpleNamespace(num_layers=4)
 TOKENS = list(range(9))
 KEPT, CUT = Step([1, 2, 3, 4], 3), Step([5], 0, (7, 7, 7))  # of three drafts: all kept, and none
@@ -38,7 +39,7 @@ def _run(seconds: float, *steps: Step, tokens: Sequence[int] = TOKENS) -> Decodi
 
 def _results(*measurements: Measurement, costs: Costs | None = None) -> list[BenchmarkResult]:
     differences = [OutputDifferences(num_prompts=1, num_differing=0)] * len(measurements)
-    return benchmark_results(Benchmark(list(measurements), costs, differences), num_layers=10)
+    return benchmark_results(Benchmark(list(measurements), costs, differences), DECODER)
 
 
 PLAIN = _measurement("autoregressive", _run(8.0), _run(16.0), _run(8.0))
@@ -47,7 +48,7 @@ SPECULATIVE = _measurement(
     *(_run(seconds, KEPT, CUT, KEPT) for seconds in (4.0, 2.0, 8.0)),
     exit_layer=3,
     drafts=3,
-    costs=COSTS.cost_model(num_layers=10, exit_layer=3),
+    costs=SMALL.cost_model(num_layers=10, exit_layer=3),  # those known before it ran, by which nothing is judged
 )
 
 
@@ -90,7 +91,7 @@ def test_drafts_of_varying_length_are_predicted_from_their_rounds_alone(options:
 
 def test_what_shares_no_computation_is_costed_as_two_passes() -> None:
     def costs_of(strategy: str, costs: Costs, **settings: Any) -> Any:
-        return round_costs(_measurement(strategy, drafts=3, **settings).contender, costs, num_layers=10)
+        return round_costs(_measurement(strategy, drafts=3, **settings).contender, costs, DECODER)
 
     skip = costs_of("layer_skip", Costs(COSTS, None), skipped_layers=(4, 5, 5, 6))
     assert (skip.draft_step, skip.draft_tail, skip.verify, skip.plain_step) == (10 - 3 + 1.5, 0.0, 12.0, 12.0)

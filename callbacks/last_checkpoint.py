@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from app.checkpoints.integrity import KEEP_PREVIOUS
-from app.errors import ConfigError
+from app.errors import ConfigError, check_range
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -22,12 +22,13 @@ class LastCheckpoint(ModelCheckpoint):
             `Trainer(plugins=[AtomicCheckpointIO()])` (app.checkpoints.checkpoint_io), which the command line gives.
 
     Raises:
-        ConfigError: Lightning's own CheckpointIO, which keeps one checkpoint, is to keep the previous one.
+        ConfigError: The interval is below 1, or `keep_previous` meets Lightning's own CheckpointIO, which keeps one.
     """
 
     def __init__(
         self, *, every_n_train_steps: int = 1000, dirpath: str | None = None, keep_previous: bool = False
     ) -> None:
+        check_range("every_n_train_steps", every_n_train_steps, low=1)
         super().__init__(
             dirpath=dirpath,
             save_top_k=0,

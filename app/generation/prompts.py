@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.errors import ConfigError, DataError, check_range
+from app.errors import ConfigError, DataError, check_range, shortened
 from app.text.text_tokens import prompt_tokens
 
 if TYPE_CHECKING:  # a missing file is refused before transformers, which loads for seconds, is imported
@@ -97,14 +97,13 @@ def encode_prompts(
 
 
 def _chat_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise ConfigError("chat", got=True, allowed="false: this tokenizer has no chat template")
     message = {"role": "user", "content": text}
     try:
         conversation = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError) as error:
-        raise ConfigError("chat", got=True, allowed="a template that takes a user's message", fix=str(error)) from error
+    except Exception as error:  # a template is a program
+        allowed = "a template that takes a user's message"
+        raise ConfigError("chat", got=True, allowed=allowed, fix=shortened(error)) from error
     # The template writes the beginning of the conversation, so the tokenizer must not add its own.
     return list(tokenizer(conversation, add_special_tokens=False)["input_ids"])

@@ -37,8 +37,10 @@ def load_tokenizer(path: str, *, field: str) -> Any:
     allowed = "a model with a tokenizer (tokenizer.json, or what its class needs)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if not isinstance(longest := tokenizer.model_max_length, int | float):
-            raise TypeError(f"{TOKENIZER_CONFIG_FILE}: model_max_length: got {longest!r}, allowed a number")
+        if not isinstance(longest := tokenizer.model_max_length, int | float) or not longest >= 1:
+            raise ValueError(
+                f"{TOKENIZER_CONFIG_FILE}: model_max_length: got {longest!r}, allowed a number, at least 1"
+            )
         tokenizer.decode(tokenizer("a")["input_ids"])  # what fails shows before a model is loaded
     except Exception as error:  # their readers raise anything
         fix = f"its tokenizer cannot be read: {shortened(error)}"

@@ -75,6 +75,8 @@ MISTAKES = [
     (["--early_exit.curriculum", "gradual", "--trainer.max_steps=-1", "--trainer.max_epochs=-1",
       "--trainer.limit_train_batches=4", "--layer_dropout.time_scale", "constant"],
       "early_exit.curriculum: got 'gradual', allowed only"),
+    (["--trainer.callbacks=LastCheckpoint", "--trainer.callbacks.every_n_train_steps=0"],
+      "trainer.callbacks.0.init_args.every_n_train_steps: got 0, allowed [1, inf)"),
     (["--ckpt_path", ""], "ckpt_path: got '', allowed an existing checkpoint"),
     (["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "inf"],
       "model.optimizer.lr: got inf, allowed float (a finite number)"),

@@ -212,13 +212,16 @@ BROKEN_DIRECTORIES = {
         ConfigError,
         r"config\.json: factor: got 0\.0",
     ),
-    "length of the tokenizer's texts": (
-        lambda d: (d / "tokenizer_config.json").write_text(
-            json.dumps(json.loads((d / "tokenizer_config.json").read_text()) | {"model_max_length": "x"})
-        ),
-        ConfigError,
-        r"tokenizer_config\.json: model_max_length: got 'x', allowed a number",
-    ),
+    **{
+        f"length of the tokenizer's texts {value!r}": (
+            lambda d, value=value: (d / "tokenizer_config.json").write_text(
+                json.dumps(json.loads((d / "tokenizer_config.json").read_text()) | {"model_max_length": value})
+            ),
+            ConfigError,
+            rf"tokenizer_config\.json: model_max_length: got {value!r}, allowed a number, at least 1",
+        )
+        for value in ("x", -3)
+    },
     "padding beyond the vocabulary": (
         lambda d: set_config(d, pad_token_id=10**12),
         ConfigError,

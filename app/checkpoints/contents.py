@@ -106,7 +106,7 @@ def made_whole(
     for index, state in enumerate(SavedEntry(content, path=path)[OPTIMIZER_STATES].sequence()):
         own = state_keys(keys, index)
         _check_named(state, own, index)
-        states.append(by_index(filled(state.value, {key: read(key) for key in own}, index)))
+        states.append(from_shards(state.value, {key: read(key) for key in own}, index))
     return {**content, STATE_DICT: weights, OPTIMIZER_STATES: states}
 
 
@@ -135,34 +135,25 @@ def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def by_name(state: OptimizerState, names: Sequence[str]) -> OptimizerState:
-    """A state that numbers its parameters, with their names instead."""
-    return _renamed(state, dict(enumerate(names)))
-
-
-def by_index(state: OptimizerState) -> OptimizerState:
-    """A state that names its parameters, with their numbers instead."""
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    return _renamed(state, {name: index for index, name in enumerate(names)})
-
-
-def without_tensors(state: OptimizerState, index: int) -> tuple[OptimizerState, dict[str, Tensor]]:
-    """The state of optimizer `index`, by name, without its tensors; and these by their keys in shards."""
-    prefix = _prefix(index)
+def to_shards(state: OptimizerState, names: Sequence[str], index: int) -> tuple[OptimizerState, dict[str, Tensor]]:
+    """The state of optimizer `index` without its tensors, by the names of the parameters; and these by shard key."""
     tensors: dict[str, Tensor] = {}
     plain = {}
-    for name, entries in state["state"].items():
-        plain[name] = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
-        tensors |= {f"{prefix}{name}.{key}": value for key, value in entries.items() if isinstance(value, Tensor)}
-    return {"state": plain, "param_groups": state["param_groups"]}, tensors
+    for each, entries in state["state"].items():
+        plain[names[each]] = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
+        prefix = f"{_prefix(index)}{names[each]}."
+        tensors |= {f"{prefix}{key}": value for key, value in entries.items() if isinstance(value, Tensor)}
+    return {"state": plain, "param_groups": _regrouped(state, names)}, tensors
 
 
-def filled(state: OptimizerState, tensors: Mapping[str, Tensor], index: int) -> OptimizerState:
-    """The inverse of `without_tensors`."""
-    entries = {name: dict(plain) for name, plain in state["state"].items()}
+def from_shards(state: OptimizerState, tensors: Mapping[str, Tensor], index: int) -> OptimizerState:
+    """The inverse of `to_shards`, which numbers the parameters."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    indices = {name: each for each, name in enumerate(names)}
+    entries = {indices[name]: dict(plain) for name, plain in state["state"].items()}
     for key, tensor in tensors.items():
-        entries[parameter_of(key, index)][key.rpartition(".")[2]] = tensor
-    return {"state": entries, "param_groups": state["param_groups"]}
+        entries[indices[parameter_of(key, index)]][key.rpartition(".")[2]] = tensor
+    return {"state": entries, "param_groups": _regrouped(state, indices)}
 
 
 def parameter_of(key: str, index: int) -> str:
@@ -179,6 +170,6 @@ def _prefix(index: int) -> str:
     return f"optimizer_{index}.state."
 
 
-def _renamed(state: OptimizerState, names: Mapping[Any, Any]) -> OptimizerState:
-    groups = [{**group, "params": [names[each] for each in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[each]: entries for each, entries in state["state"].items()}, "param_groups": groups}
+def _regrouped(state: OptimizerState, other: Any) -> list[dict[str, Any]]:
+    """The groups, with `other[parameter]` for each parameter."""
+    return [{**group, "params": [other[each] for each in group["params"]]} for group in state["param_groups"]]

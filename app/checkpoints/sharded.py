@@ -127,8 +127,8 @@ class ShardedCheckpoints(ModelParallelStrategy):
         for index, (state, optimizer) in enumerate(
             zip(checkpoint.get(OPTIMIZER_STATES, ()), self.optimizers, strict=False)
         ):
-            by_name = contents.by_name(state, contents.parameter_names(self.model, optimizer))
-            plain, of_optimizer = contents.without_tensors(by_name, index)
+            names = contents.parameter_names(self.model, optimizer)
+            plain, of_optimizer = contents.to_shards(state, names, index)
             states.append(plain)
             tensors |= of_optimizer
         checkpoint[OPTIMIZER_STATES] = states
@@ -214,7 +214,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
         check_finite(path, self._with_known_meaning(wanted))
         for index, (optimizer, state) in enumerate(zip(self.optimizers, content[OPTIMIZER_STATES], strict=False)):
             tensors = {key: wanted[key] for key in contents.state_keys(wanted, index)}
-            optimizer.load_state_dict(contents.by_index(contents.filled(state, tensors, index)))
+            optimizer.load_state_dict(contents.from_shards(state, tensors, index))
         return content
 
     def _with_known_meaning(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

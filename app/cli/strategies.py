@@ -83,7 +83,7 @@ def mesh_settings(strategy: Any) -> dict[str, Any] | None:
 
 
 def mesh_of(settings: Any, *, num_nodes: int, world_size: int) -> tuple[int, int, int]:
-    """The sizes of the mesh, whose product is the number of devices: replicas, shards, tensor-parallel ranks."""
+    """The sizes of the mesh, whose product is the number of devices: copies, shards, tensor-parallel ranks."""
     try:
         return mesh_sizes(
             world_size,

@@ -22,7 +22,7 @@ _EXTRA_TOKEN, _EXTRA_TOKEN_FLOAT32_CPU = 0.03, 0.08
 
 
 class StrategyEntry(NamedTuple):
-    """A strategy."""
+    """What a strategy needs, who drafts for it, and what its rounds cost."""
 
     needs: frozenset[str]  # settings it cannot do without; others of the same kind have no effect on it
     new_drafter: Callable[[ExitableDecoder, DecodingSettings, int, int], FullModel]  # ..., batch size, capacity

@@ -49,7 +49,7 @@ class LocalParameters(nn.Module):
     gradients: Placement | None  # placement of the parameters' gradients; None means that of the parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on the local parts."""
+        """Run the module with its local parts in place of its parameters."""
         own: dict[str, Any] = self._parameters
         split = {name: value for name, value in own.items() if isinstance(value, DTensor)}
         gradients = None if self.gradients is None else [self.gradients]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from app.checkpoints.contents import by_index, by_name, filled, read_file, refuse_weights_alone, without_tensors
+from app.checkpoints.contents import from_shards, read_file, refuse_weights_alone, to_shards
 from app.errors import CheckpointError
 
 CONTENT = {
@@ -59,13 +59,12 @@ def test_a_state_comes_back_from_names_and_from_shards():
         "state": {0: {"step": torch.ones(()), "exp_avg": torch.zeros(2), "plain": 3}, 1: {"step": torch.ones(())}},
         "param_groups": [{"params": [0], "lr": 0.1}, {"params": [1], "lr": 0.2}],
     }
-    named = by_name(state, ["a.weight", "b.bias"])
-    assert [group["params"] for group in named["param_groups"]] == [["a.weight"], ["b.bias"]]
-    plain, tensors = without_tensors(named, 0)
+    plain, tensors = to_shards(state, ["a.weight", "b.bias"], 0)
+    assert [group["params"] for group in plain["param_groups"]] == [["a.weight"], ["b.bias"]]
     assert plain["state"] == {"a.weight": {"plain": 3}, "b.bias": {}}
     keys = ["a.weight.step", "a.weight.exp_avg", "b.bias.step"]
     assert [*tensors] == [f"optimizer_0.state.{key}" for key in keys]
-    again = by_index(filled(plain, tensors, 0))
+    again = from_shards(plain, tensors, 0)
     assert again["param_groups"] == state["param_groups"]
     assert {index: dict(sorted(entries.items())) for index, entries in again["state"].items()} == {
         index: dict(sorted(entries.items())) for index, entries in state["state"].items()

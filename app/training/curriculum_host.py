@@ -62,11 +62,7 @@ class CurriculumHost(LightningModule):
         return self._dropped_shares
 
     def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
-        """Use these rates from the next micro-batch on.
-
-        Raises:
-            ConfigError: There is not one rate in [0, 1) for each block.
-        """
+        """Use these rates from the next micro-batch on; ConfigError unless there is one in [0, 1) for each block."""
         if len(rates) != self.num_layers:
             raise ConfigError("set_dropout_rates", got=f"{len(rates)} rates", allowed=f"{self.num_layers}, one a block")
         for rate in rates:
@@ -198,8 +194,10 @@ class OwnedSetting(Generic[Value]):
 
 def _writer(write: FrameType | None) -> _Writer:
     """The innermost callback among the callers of the setter that called `write`, else the setter's caller."""
-    setter = write and write.f_back
-    caller = frame = setter and setter.f_back
+    setter = caller = write and write.f_back
+    while setter and caller and caller.f_code.co_name == setter.f_code.co_name:  # a subclass may override the setter
+        caller = caller.f_back
+    frame = caller
     while frame is not None:
         if isinstance(own := frame.f_locals.get("self"), Callback):
             return _Writer(type(own).__name__, id(own))

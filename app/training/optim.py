@@ -65,11 +65,7 @@ class LearningRate:
             _log.warning("lr_schedule, warmup_steps and final_lr_ratio have no effect: lr_scheduler replaces them")
 
     def scheduler_of(self, optimizer: Optimizer, *, max_steps: int) -> LRScheduler:
-        """The scheduler of an optimizer in a run of `max_steps`, -1 if unbounded.
-
-        Raises:
-            ConfigError: The schedule needs an end and the run has none, or see `scheduler_of_class`.
-        """
+        """The scheduler of an optimizer in a run of `max_steps`, -1 if unbounded; ConfigError if it needs an end."""
         if self.scheduler is not None:
             return scheduler_of_class(optimizer, self.scheduler, max_steps=max_steps)
         total_steps = None

@@ -23,8 +23,7 @@ from datamodules.loading.datamodule import RowDataModule
 from datamodules.loading.tokenizers import fingerprint
 from datamodules.loading.workers import WorkerLoader
 from datamodules.state_cache.filling import FrozenModel, Progress, check_room, fill
-from datamodules.state_cache.rows import CachedRows
-from datamodules.state_cache.shards import RowLayout, Split, StateCache, made_from, only_writer
+from datamodules.state_cache.shards import CachedRows, RowLayout, Split, StateCache, made_from, only_writer
 from datamodules.streaming.loader import STATE_KEY
 from datamodules.text_code import TextCodeDataModule
 
@@ -102,7 +101,7 @@ class CachedStatesDataModule(RowDataModule):
         return self._corpus.source_names
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
-        """Prompts of the corpus, the same at every call."""
+        """Return prompts of the corpus, the same at every call."""
         return self._corpus.validation_prompts(count, length)
 
     @property
@@ -193,7 +192,7 @@ class CachedStatesDataModule(RowDataModule):
         return list(self._corpus.val_dataloader())
 
     def _stream(self, passes: dict[str, float]) -> Iterator[dict[str, Tensor]]:
-        """The corpus's training batches from the first one on; `passes` over each source are noted."""
+        """Return the corpus's training batches from the first one on; `passes` over each source are noted."""
         for batch in self._corpus.train_dataloader():
             _, state = batch[STATE_KEY]
             for name, source in zip(self.source_names, state, strict=True):
@@ -215,11 +214,11 @@ class CachedStatesDataModule(RowDataModule):
         _ = self._cache
 
     def train_dataloader(self) -> WorkerLoader:
-        """Batches from the current optimizer step on; `len` is an epoch; DataError says that it has too few rows."""
+        """Load batches from the current optimizer step on; `len` is an epoch; DataError says that rows are too few."""
         return self._training_loader(self._rows("train", self._num_rows))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The corpus's held-out rows in its order, of which every rank takes an equal part."""
+        """Return the corpus's held-out rows in its order, of which every rank takes an equal part."""
         share, num_rows = self._share, self._cache.num_validation_rows
         count = share.equal_share(num_rows, fix="raise the corpus's validation_rows or validation_share")
         own = range(share.rank * count, (share.rank + 1) * count)

@@ -1,4 +1,4 @@
-"""Fills a cache with one pass of the frozen model, shard by shard, from where an earlier process was cut off.
+"""Fill a cache with one pass of the frozen model, shard by shard, from where an earlier process was cut off.
 
 Shape legend: `N` rows, `T` tokens a row, `S` states a token, `D` model width.
 
@@ -49,7 +49,7 @@ class FrozenModel:
 
 
 class Progress:
-    """Logs how fast rows are cached and how long the others will take."""
+    """Log how fast rows are cached and how long the others will take."""
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens, self._done = num_tokens, 0

@@ -1,6 +1,6 @@
 """The folder of a cache: shards of rows, and an index of what they were made from and what their bytes are.
 
-Shape legend: `N` rows of a shard, `T` tokens a row, `S` states a token, `D` model width.
+Shape legend: `N` rows of a shard, `B` rows, `T` tokens a row, `S` states a token, `D` model width.
 
 A shard is a safetensors file of `input_ids`, `labels`, `position_ids` [N, T] and `source` [N], int32, and `states`
 [N, T, S, D]. It appears whole or not at all, and its checksum enters INDEX_FILE behind it. So a process that is killed
@@ -11,22 +11,29 @@ import fcntl
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from app.checkpoints.integrity import Checksum, checksum_of
 from app.errors import ConfigError, DataError
+from app.layerskip.early_exit_loss import IGNORE_INDEX
 from app.whole_file import write_whole
 
 _log = logging.getLogger(__name__)
 
+Row = dict[str, Tensor]
 Split = Literal["train", "validation"]
 
 INDEX_FILE = "index.json"
@@ -54,7 +61,7 @@ class RowLayout:
         return self.seq_len * (states + 3 * _TOKEN_BYTES) + _TOKEN_BYTES
 
     def shards(self, split: Split, num_rows: int) -> dict[str, int]:
-        """The rows of each shard of a split, by the shard's name: 64 MiB of them, or one batch if that is more."""
+        """Count the rows of each shard of a split, by shard name: 64 MiB of them, or one batch if that is more."""
         size = self.batch_size * max(1, _SHARD_BYTES // (self.batch_size * self.row_bytes))
         starts = range(0, num_rows, size)
         return {f"{split}-{start // size:06}.safetensors": min(size, num_rows - start) for start in starts}
@@ -78,7 +85,7 @@ class StateCache:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The cache in a folder, or None if there is none; DataError says that its index is damaged."""
+        """Return the cache in a folder, or None if there is none; DataError says that its index is damaged."""
         file = folder / INDEX_FILE
         if not file.exists():
             return None
@@ -101,7 +108,7 @@ class StateCache:
                 raise ConfigError("cache_dir", got=str(self.folder), allowed=allowed, fix=fix)
 
     def has(self, name: str, num_rows: int) -> bool:
-        """Whether a shard has its bytes and that many rows; a warning says so if its bytes are not those written."""
+        """Tell whether a shard has that many rows and its bytes; a warning says that they are not those written."""
         shard, file = self.shards.get(name), self.folder / name
         if shard is None or shard.num_rows < num_rows or not file.is_file():
             return False
@@ -111,7 +118,7 @@ class StateCache:
         return False
 
     def files(self, split: Split, num_rows: int) -> dict[Path, int]:
-        """The shards with the first rows of a split, and how many of them each has; DataError says that some lack."""
+        """Return the shards with the first rows of a split, and how many each has; DataError says that some lack."""
         found, left = dict[Path, int](), num_rows
         for name, shard in sorted(self.shards.items()):
             if left and name.startswith(split):
@@ -142,7 +149,7 @@ class StateCache:
 
 
 def made_from(**facts: Any) -> dict[str, Any]:
-    """Facts that a cache depends on, as JSON has them; nested ones get names of their own, such as `corpus seed`."""
+    """Return what a cache depends on, as JSON has it; nested facts get names of their own, such as `corpus seed`."""
     flat: dict[str, Any] = {"format": _FORMAT}
     for name, value in facts.items():
         flat |= {f"{name} {key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
@@ -166,3 +173,40 @@ def only_writer(folder: Path) -> Iterator[None]:
         except OSError as error:
             _log.warning("%s cannot be locked (%s): see to it that no other run fills it", folder, error.strerror)
         yield
+
+
+class CachedRows(Dataset[Row]):
+    """Rows of shards, of each as many as `files` says.
+
+    Each process maps the shards that it reads: its memory holds the pages that the system keeps for files.
+    """
+
+    def __init__(self, files: Mapping[Path, int], *, seq_len: int) -> None:
+        self._files = [*files]
+        self._ends = [0, *accumulate(files.values())]
+        self._maps: dict[int, Row] = {}
+        self._seq_len = seq_len
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, which are as many in all."""
+        return np.full(len(self), self._seq_len)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, row: int) -> Row:
+        """`input_ids`, `labels`, `position_ids` [T], `source` [] and `states` [T, S, D], as maps of their file."""
+        shard = bisect_right(self._ends, row) - 1
+        if shard not in self._maps:
+            self._maps[shard] = load_file(self._files[shard])
+        return {name: column[row - self._ends[shard]] for name, column in self._maps[shard].items()}
+
+    def collate(self, rows: Sequence[Row]) -> Row:
+        """Return a batch: `input_ids`, `labels`, `position_ids` [B, T], `source` [B], int64, and `states` [B, T, S, D].
+
+        No rows give a batch of one row without a target, for a rank that has nothing to train on in a step.
+        """
+        rows = rows or [{**self[0], "labels": torch.full((self._seq_len,), IGNORE_INDEX)}]
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: column if name == "states" else column.long() for name, column in batch.items()}

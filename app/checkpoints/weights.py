@@ -38,7 +38,8 @@ class TrainedWeights:
     """A checkpoint of LayerSkipModule, open for reading.
 
     Attributes:
-        metadata: Everything else but the optimizer states: global_step, loops, states of callbacks and data.
+        metadata: Everything else but the optimizer states: global_step, loops, states of callbacks and data. With exit
+            blocks, also their weights, by EXIT_BLOCKS_PREFIX.
         shapes: Shape and dtype of every weight, by Hugging Face name.
         read: Reads the weight of a name, or raises CheckpointError if it is damaged. From a single file, it gives a
             private map of the file, which takes memory when it is used.
@@ -98,14 +99,16 @@ def _take_weights(path: Path, content: dict[str, Any]) -> tuple[Shapes, Callable
         return shards.shapes, shards.read
     state_dict = content.pop(STATE_DICT, None)
     content.pop(OPTIMIZER_STATES, None)
+    if EXIT_BLOCKS_KEY in content and isinstance(state_dict, dict):
+        content[EXIT_BLOCKS_PREFIX] = _without_prefix(state_dict, EXIT_BLOCKS_PREFIX)
     if not isinstance(state_dict, dict):
         raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint (no {STATE_DICT!r} in it)")
-    weights: dict[str, Tensor] = {
-        name.removeprefix(STATE_DICT_PREFIX): tensor
-        for name, tensor in state_dict.items()
-        if name.startswith(STATE_DICT_PREFIX)
-    }
+    weights = _without_prefix(state_dict, STATE_DICT_PREFIX)
     return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}, weights.__getitem__
+
+
+def _without_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): each for name, each in state_dict.items() if name.startswith(prefix)}
 
 
 def open_shards(path: Path) -> Shards:

@@ -20,9 +20,12 @@ from app.export.model_card import CardSettings, model_card
 from app.export.output_directory import README, check_output_dir, unsigned
 from app.generation.loaded_model import DTYPES, Dtype
 from app.model_files.decoding_defaults import DecodingDefaults
+from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, draft_vocabulary_file, read_draft_vocabulary
+from app.model_files.exit_blocks import EXIT_BLOCKS_FILE, load_exit_blocks, stored_exit_blocks
 from app.model_files.generation_config import trained_generation_config
 from app.model_files.open import load_for_decoding
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
+from app.text.text_tokens import listed_ends
 from app.text.tokenizer_files import check_fits
 from app.words import counted, dtype_name
 
@@ -39,6 +42,7 @@ def export(
     license: str | None = None,  # noqa: A002  # the hub's name for it
     base_model: str | None = None,
     generation_defaults: str | None = None,
+    draft_vocabulary: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model as a Hugging Face directory, which plain transformers loads: config, safetensors, tokenizer, card.
@@ -56,6 +60,8 @@ def export(
             model.pretrained.
         generation_defaults: What `layerskip tune` found: a directory that it tuned, a generation_config.json, or a file
             with the output of `layerskip tune --json`. Measurements on other weights are left out.
+        draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang. By
+            default, that beside the model.
         overwrite: Replace the whole directory, whatever model it holds.
     """
     field, path = ("model", model) if ckpt_path is None else ("ckpt_path", ckpt_path)
@@ -70,6 +76,11 @@ def export(
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
     source = weights or Weights.of(loaded)
     decoding = chosen_defaults(loaded, source, given=generation_defaults, replaced=directory)
+    beside = _exit_blocks(path, loaded, source, chosen.dtype)
+    if (file := Path(draft_vocabulary or Path(path) / DRAFT_VOCABULARY_FILE)).is_file() or draft_vocabulary:
+        ends = listed_ends(loaded.generation_config.eos_token_id)
+        ids = read_draft_vocabulary(file, vocab_size=loaded.config.get_text_config().vocab_size, ends=ends)
+        beside[DRAFT_VOCABULARY_FILE] = draft_vocabulary_file(ids)
     name = dtype_name(exported_dtype(source, chosen.dtype))
     if (own := Path(path) / README).is_file():  # the card of a model that is copied is kept
         readme = card.relabelled(unsigned(own.read_text("utf-8", errors="replace")))
@@ -77,13 +88,23 @@ def export(
         card = card.completed_from_origin(path, record)
         readme = model_card(loaded, record, decoding, dtype=name, card=card)
     settings = replace(chosen, decoding=decoding, readme=readme)
-    num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings)
+    num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings, beside=beside)
     files = counted(num_files, "file")
     print(f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {files}")
     start = dtype_name(loaded.config.dtype)
     if weights is not None and dtype == "auto" and start in DTYPES and start != name:
         print(f"its weights are {name}, as they were trained; it started from {start}: --dtype {start} converts them")
     print(_next_step(decoding, directory, model_type=loaded.config.model_type))
+
+
+def _exit_blocks(path: str, model: PreTrainedModel, weights: Weights, dtype: torch.dtype | None) -> dict[str, bytes]:
+    """The file of the exit blocks by its name, {} for none; CheckpointError if they were trained for another model."""
+    if (stored := stored_exit_blocks(path)) is None:
+        return {}
+    if stored.hashes is not None:
+        load_exit_blocks(path, model)
+    state = {name: weights.read(name).to(dtype) for name in weights.shapes}
+    return {EXIT_BLOCKS_FILE: stored.as_file(state, dtype=dtype)}
 
 
 def _open(

@@ -71,6 +71,7 @@ def write_pretrained(
     *,
     weights: Weights | None = None,
     settings: ExportSettings | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> int:
     """Write configurations, safetensors, tokenizer and README.md, byte for byte as `save_pretrained` would, or nothing.
 
@@ -83,6 +84,7 @@ def write_pretrained(
         directory: Output of `check_output_dir`.
         weights: The tensors to write; by default those of `model`.
         settings: The user's choices.
+        beside: Contents of further files, by name.
 
     Returns:
         Number of files of weights.
@@ -106,6 +108,8 @@ def write_pretrained(
             write_decoding_defaults(folder, settings.decoding)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        for name, content in (beside or {}).items():
+            (folder / name).write_bytes(content)
     return num_files
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from app.errors import DataError, check_range, shortened
-from app.whole_file import write_whole
 
 DRAFT_VOCABULARY_FILE = "draft_vocabulary.json"
 _KEY = "token_ids"
@@ -38,11 +37,9 @@ def most_frequent(texts: Iterable[Sequence[int]], *, size: int, vocab_size: int,
     return [*ends, *others][:size]
 
 
-def write_draft_vocabulary(directory: Path, token_ids: Sequence[int]) -> Path:
-    """Store the ids beside a model, most useful first; return the file."""
-    file = directory / DRAFT_VOCABULARY_FILE
-    write_whole(file, json.dumps({_KEY: list(token_ids)}))
-    return file
+def draft_vocabulary_file(token_ids: Sequence[int]) -> bytes:
+    """The content of a file of these ids, the most useful ones first."""
+    return json.dumps({_KEY: list(token_ids)}).encode()
 
 
 def read_draft_vocabulary(file: Path, *, vocab_size: int, ends: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ blocks its own began as, and the hash of all that it was trained on (`app.model.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,42 +15,62 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from app.checkpoints.weights import EXIT_BLOCKS_KEY, EXIT_BLOCKS_PREFIX, is_trained_weights, open_trained_weights
 from app.errors import CheckpointError, UserError, shortened
 from app.model.exit_block import ExitBlock, exit_blocks_of
 from app.model.weights_hash import weights_hash
 from app.model_files.open import load_for_decoding
 
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"
+_REMOVE = f"Remove {EXIT_BLOCKS_FILE} to decode without exit blocks"
 _FORMAT, _SOURCES, _HASHES = "layerskip_exit_blocks", "source_layers", "weights_hashes"
 
 
-def exit_blocks_file(
-    state: Mapping[str, Tensor], source_layers: Mapping[int, list[int]], model_state: Mapping[str, Tensor]
-) -> bytes:
-    """The content of an exit block file.
+class StoredExitBlocks(NamedTuple):
+    """Exit blocks as they are stored, in a directory or in a checkpoint.
 
-    Args:
-        state: The weights of `exit_blocks_of`, by its own names.
-        source_layers: Exit layer -> which of the model's blocks its own began as.
-        model_state: The weights of the model that they were trained for, by Hugging Face name.
+    Attributes:
+        state: Their weights, by the names of `exit_blocks_of`.
+        sources: Exit layer -> which of the model's blocks its own began as.
+        hashes: Exit layer -> hash of what it was trained on; None in a checkpoint, which holds the model itself.
     """
-    hashes = {exit_layer: weights_hash(model_state, exit_layer=exit_layer) for exit_layer in source_layers}
-    metadata = {_FORMAT: "1", _SOURCES: json.dumps(source_layers), _HASHES: json.dumps(hashes)}
-    return save({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, metadata)
+
+    state: Mapping[str, Tensor]
+    sources: Mapping[int, list[int]]
+    hashes: Mapping[int, str] | None
+
+    def as_file(self, model_state: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> bytes:
+        """The content of an exit block file beside a model with these weights, by Hugging Face name, in this type."""
+        hashes = {exit_layer: weights_hash(model_state, exit_layer=exit_layer) for exit_layer in self.sources}
+        metadata = {_FORMAT: "1", _SOURCES: json.dumps(self.sources), _HASHES: json.dumps(hashes)}
+        return save({name: each.detach().to(dtype).contiguous().cpu() for name, each in self.state.items()}, metadata)
 
 
-def load_exit_blocks(path: str, model: PreTrainedModel) -> dict[int, ExitBlock]:
-    """The exit blocks that come with a model, by exit layer, in its type, on its device and in eval mode; {} for none.
+def stored_exit_blocks(path: str | Path) -> StoredExitBlocks | None:
+    """The exit blocks that come with a model, or None.
 
     Args:
-        path: What the model was loaded from.
-        model: The model, from whose blocks they take their classes.
+        path: A model directory or a checkpoint of ours; anything else has none.
 
     Raises:
-        CheckpointError: The file is damaged, or was made for another model.
+        CheckpointError: Their file is damaged, or their weights are not finite.
     """
-    if not (file := Path(path) / EXIT_BLOCKS_FILE).is_file():
-        return {}
+    file = Path(path) / EXIT_BLOCKS_FILE
+    if is_trained_weights(path):
+        metadata = open_trained_weights(path).metadata
+        if EXIT_BLOCKS_KEY not in metadata:
+            return None
+        stored = StoredExitBlocks(metadata.get(EXIT_BLOCKS_PREFIX, {}), metadata[EXIT_BLOCKS_KEY], None)
+    elif file.is_file():
+        stored = _read(file)
+    else:
+        return None
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in stored.state.values()):
+        raise CheckpointError(f"{path}: the weights of its exit blocks are not finite")
+    return stored
+
+
+def _read(file: Path) -> StoredExitBlocks:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -60,27 +81,37 @@ def load_exit_blocks(path: str, model: PreTrainedModel) -> dict[int, ExitBlock]:
             {int(exit_layer): told for exit_layer, told in json.loads(metadata[key]).items()}
             for key in (_SOURCES, _HASHES)
         )
-        blocks = exit_blocks_of(model, sources)
-        blocks.load_state_dict(state)
-    except (
-        OSError,
-        SafetensorError,
-        UserError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        found = f"damaged, or of a model of another architecture ({shortened(error)})"
-        raise CheckpointError(f"{file}: {found}. Remove the file to decode without exit blocks") from error
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
-        raise CheckpointError(f"{file}: its weights are not finite")
-    # Whoever loads in float16 rounds otherwise than to bfloat16, in which the hash was taken.
-    own = model if model.dtype != torch.float16 else load_for_decoding(path, dtype=None)[0]
-    for exit_layer in sources:
-        if weights_hash(own.state_dict(), exit_layer=exit_layer) != hashes.get(exit_layer):
-            other = f"blocks below {exit_layer}, embeddings, final norm or head are not those that exit {exit_layer}"
-            raise CheckpointError(f"{file}: {other} was trained for. Remove the file to decode without exit blocks")
+    except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{file}: damaged ({shortened(error)}). {_REMOVE}") from error
+    return StoredExitBlocks(state, sources, hashes)
+
+
+def load_exit_blocks(path: str, model: PreTrainedModel) -> dict[int, ExitBlock]:
+    """The exit blocks that come with a model, by exit layer, in its type, on its device and in eval mode; {} for none.
+
+    Args:
+        path: What the model was loaded from.
+        model: The model, from whose blocks they take their classes.
+
+    Raises:
+        CheckpointError: They are damaged, or were trained for another model.
+    """
+    if (stored := stored_exit_blocks(path)) is None:
+        return {}
+    try:
+        blocks = exit_blocks_of(model, stored.sources)
+        blocks.load_state_dict(stored.state)
+    except (UserError, RuntimeError, TypeError) as error:
+        found = f"its exit blocks are not of this architecture ({shortened(error)})"
+        raise CheckpointError(f"{path}: {found}. {_REMOVE}") from error
+    if stored.hashes is not None:
+        # Whoever loads in float16 rounds otherwise than to bfloat16, in which the hash was taken.
+        own = model if model.dtype != torch.float16 else load_for_decoding(path, dtype=None)[0]
+        for exit_layer in stored.sources:
+            if weights_hash(own.state_dict(), exit_layer=exit_layer) != stored.hashes.get(exit_layer):
+                other = (
+                    f"blocks below {exit_layer}, embeddings, final norm or head are not those that exit {exit_layer}"
+                )
+                raise CheckpointError(f"{Path(path) / EXIT_BLOCKS_FILE}: {other} was trained for. {_REMOVE}")
     blocks.to(device=model.device, dtype=model.dtype).eval()
     return {int(exit_layer): block for exit_layer, block in blocks.items()}  # type: ignore[misc]

@@ -13,13 +13,17 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from app.generation.loaded_model import load_decoder
 from app.model_files.decoding_defaults import (
     Conditions,
     DecodingDefaults,
     read_decoding_defaults,
     write_decoding_defaults,
 )
+from app.model_files.exit_blocks import load_exit_blocks
 from app.model_files.open import load_for_decoding, open_tokenizer
+from app.training.exit_block_steps import ExitBlockSettings
+from app.training.module import LayerSkipModule
 from tests.support.runs import cli, make_data, make_module, make_trainer
 from tests.support.tiny_models import tiny_llama
 
@@ -398,3 +402,33 @@ def test_what_a_pretrained_model_says_of_generation_comes_out_but_not_what_was_t
     assert (decoded.eos_token_id, decoded.temperature, decoded.do_sample) == (exported, 0.6, True)
     assert generation.assistant_early_exit is None
     assert not hasattr(generation, "layerskip")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+def test_exit_blocks_and_a_draft_vocabulary_go_beside_a_model_whose_weights_stay_bit_for_bit(
+    run, tmp_path, monkeypatch, dtype
+):
+    root, output, again = tmp_path / "exits", tmp_path / "hf", tmp_path / "again"
+    module = LayerSkipModule(pretrained=run, exit_blocks=ExitBlockSettings({1: 1, 2: 0}))
+    trainer = make_trainer(root, max_steps=2, callbacks=[])
+    trainer.fit(module, datamodule=make_data(root))
+    trainer.save_checkpoint(root / "run.ckpt")
+    trained = load_decoder(str(root / "run.ckpt"), dtype="auto", device="cpu")
+    assert trained.decoder.own_exits == (1, 2)
+    (ids := tmp_path / "ids.json").write_text(json.dumps([*trained.eos_token_ids, 40, 41]))
+    given = ["--ckpt_path", str(root / "run.ckpt"), "--dtype", dtype, "--draft_vocabulary", str(ids)]
+    assert cli(monkeypatch, "export", "--output_dir", str(output), *given) == 0
+    assert cli(monkeypatch, "export", "--output_dir", str(again), "--model", str(output)) == 0
+    wanted = {"auto": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    plain = load_for_decoding(run, dtype=wanted)[0].state_dict()
+    for folder in (output, again):
+        exported = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        assert all(torch.equal(exported[name], tensor) for name, tensor in plain.items())
+        loaded = load_decoder(str(folder), dtype=dtype, device="cpu")
+        assert loaded.decoder.own_exits == (1, 2)
+        assert loaded.decoder.draft_head_size == (len(trained.eos_token_ids) + 2) * 32
+        own = [load_exit_blocks(str(path), loaded.model) for path in (root / "run.ckpt", folder)]
+        for theirs, ours in zip(own[0].values(), own[1].values(), strict=True):
+            pairs = zip(theirs.parameters(), ours.parameters(), strict=True)
+            assert all(torch.equal(first, second) for first, second in pairs)
+    assert cli(monkeypatch, "export", "--output_dir", str(output), *given) == 0  # an export replaces an export

@@ -8,7 +8,12 @@ import torch
 
 from app.errors import ConfigError, DataError
 from app.generation.loaded_model import load_decoder
-from app.model_files.draft_vocabulary import most_frequent, read_draft_vocabulary, write_draft_vocabulary
+from app.model_files.draft_vocabulary import (
+    DRAFT_VOCABULARY_FILE,
+    draft_vocabulary_file,
+    most_frequent,
+    read_draft_vocabulary,
+)
 from tests.support.saved_models import save_model
 
 
@@ -23,7 +28,7 @@ def test_ends_come_first_then_the_most_frequent_ids_and_the_lower_of_equals() ->
 
 def test_lists_of_ours_and_of_sglang_are_read(tmp_path: Path) -> None:
     ids = [2, 5, 1]
-    own = write_draft_vocabulary(tmp_path, ids)
+    (own := tmp_path / DRAFT_VOCABULARY_FILE).write_bytes(draft_vocabulary_file(ids))
     plain, tensor, listed = tmp_path / "ids.json", tmp_path / "tensor.pt", tmp_path / "list.pt"
     plain.write_text(json.dumps(ids))
     torch.save(torch.tensor(ids), tensor)
@@ -73,7 +78,7 @@ def test_the_file_beside_a_model_is_used_unless_another_or_none_is_named(tmp_pat
 
     whole = draft_rows()
     ends = load_decoder(str(model), dtype="auto", device="cpu").eos_token_ids
-    write_draft_vocabulary(model, [*ends, 20, 21, 22])
+    (model / DRAFT_VOCABULARY_FILE).write_bytes(draft_vocabulary_file([*ends, 20, 21, 22]))
     (tmp_path / "other.json").write_text(json.dumps([*ends, 20]))
     counts = [draft_rows(), draft_rows(str(tmp_path / "other.json")), draft_rows("none")]
     assert counts == pytest.approx([len(ends) + 3, len(ends) + 1, whole])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from app.errors import CheckpointError
 from app.generation.loaded_model import load_decoder
 from app.model.exit_block import exit_blocks_of
-from app.model_files.exit_blocks import EXIT_BLOCKS_FILE, exit_blocks_file, load_exit_blocks
+from app.model_files.exit_blocks import EXIT_BLOCKS_FILE, StoredExitBlocks, load_exit_blocks
 from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level
 
@@ -27,7 +27,9 @@ def directory(tmp_path: Path) -> Path:
         torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / EXIT_BLOCKS_FILE).write_bytes(exit_blocks_file(blocks.state_dict(), SOURCES, model.state_dict()))
+    (tmp_path / EXIT_BLOCKS_FILE).write_bytes(
+        StoredExitBlocks(blocks.state_dict(), SOURCES, None).as_file(model.state_dict())
+    )
     return tmp_path
 
 
@@ -101,6 +103,6 @@ def test_damaged_bytes_and_weights_that_are_not_finite_are_refused(directory: Pa
         load_exit_blocks(str(directory), model)
     blocks = exit_blocks_of(model, SOURCES)
     torch.nn.init.constant_(blocks["2"].decoder.norm.weight, torch.nan)
-    file.write_bytes(exit_blocks_file(blocks.state_dict(), SOURCES, model.state_dict()))
+    file.write_bytes(StoredExitBlocks(blocks.state_dict(), SOURCES, None).as_file(model.state_dict()))
     with pytest.raises(CheckpointError, match="not finite"):
         load_exit_blocks(str(directory), model)

@@ -76,7 +76,7 @@ class RoundCounts:
 
     @staticmethod
     def total(parts: Sequence["RoundCounts"]) -> "RoundCounts":
-        """The counts of all parts together."""
+        """Add up the counts of all parts."""
         names = [field.name for field in fields(RoundCounts)]
         return RoundCounts(**{name: sum(getattr(part, name) for part in parts) for name in names})
 
@@ -89,7 +89,7 @@ class RoundCounts:
         return ratio(self.decoded, self.rounds)
 
     def predicted_speedup(self, costs: CostModel) -> float | None:
-        """The speedup over autoregressive decoding if these rounds cost what `costs` says."""
+        """Predict the speedup over autoregressive decoding if these rounds cost what `costs` says."""
         if not self.rounds:
             return None
         found, others = self.rounds_by_n_gram, self.rounds - self.rounds_by_n_gram
@@ -102,7 +102,7 @@ class RoundCounts:
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
-    """The quotient, or None where there is nothing to divide by."""
+    """Divide, or return None where there is nothing to divide by."""
     return numerator / denominator if denominator else None
 
 
@@ -153,7 +153,7 @@ class Measurement:
         return sum_columns(result.accepted_by_position for result in self.results)
 
     def speedup_over(self, other: "Measurement", repeat: int | None = None) -> float | None:
-        """The other's time per token / this one's."""
+        """Return the other's time per token / this one's."""
         own, others = self.seconds_per_token(repeat), other.seconds_per_token(repeat)
         return others / own if own and others else None
 
@@ -221,5 +221,5 @@ def alternate(
 
 
 def sum_columns(rows: Iterable[Sequence[int]]) -> list[int]:
-    """The sum of each column; shorter rows count as if they ended in zeros."""
+    """Add up each column; shorter rows count as if they ended in zeros."""
     return [sum(column) for column in zip_longest(*rows, fillvalue=0)]

@@ -199,7 +199,7 @@ def build_contenders(
 
 
 def _needs(strategy: BenchmarkStrategy) -> frozenset[str]:
-    """The settings that a strategy needs: exit_layer, num_draft_tokens, skipped_layers, draft_decoder, n_gram_match."""
+    """List what a strategy needs: exit_layer, num_draft_tokens, skipped_layers, draft_decoder, n_gram_match."""
     return STRATEGIES[BENCHMARK_STRATEGIES[strategy]].needs
 
 
@@ -208,7 +208,7 @@ def _takes_n_grams(strategy: BenchmarkStrategy) -> bool:
 
 
 def _values(strategy: BenchmarkStrategy, name: str, given: Sequence[int]) -> list[int | None]:
-    """The values of a setting that a strategy is measured with; None alone where it does not take the setting."""
+    """List the values of a setting that a strategy is measured with; None alone where it does not take it."""
     if name not in _needs(strategy):
         return [None]
     if not given:

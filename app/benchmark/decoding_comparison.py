@@ -54,7 +54,7 @@ class DecodingComparison(RoundCounts):
 
 
 def pool_comparisons(parts: Sequence[Sequence[DecodingComparison]]) -> list[DecodingComparison]:
-    """The comparisons of all prompts, from those of disjoint parts of them with the same settings.
+    """Return the comparisons of all prompts, from those of disjoint parts of them with the same settings.
 
     A part is for instance what one rank measured. It is empty, and counts for nothing, if that was no prompt.
     """
@@ -120,7 +120,7 @@ def compare_measurements(candidate: Measurement, baseline: Measurement, *, num_g
 
 
 def comparison_table(comparisons: Sequence[DecodingComparison]) -> Table:
-    """One row a setting; times are decode time, without the prompt's pass."""
+    """Make one row a setting; times are decode time, without the prompt's pass."""
     title = "Self-speculative against autoregressive decoding, "
     title += counted_of(comparisons[0].num_prompts, comparisons[0].num_given, "prompt")
     return Table.of_columns(

@@ -45,13 +45,13 @@ class DecodingCosts:
         return {name: value for name, value in vars(self).items() if name != "block_seconds"}
 
     def cost_model(self, *, num_layers: int, exit_layer: int, num_exit_blocks: int = 0) -> CostModel:
-        """The cost model of self-speculative decoding from this exit, which has so many blocks of its own."""
+        """Return the cost model of self-speculative decoding from this exit, which has so many blocks of its own."""
         return CostModel.self_speculative(
             num_layers=num_layers, exit_layer=exit_layer, num_exit_blocks=num_exit_blocks, **self.in_blocks
         )
 
     def of_exit(self, decoder: ExitableDecoder, exit_layer: int) -> CostModel:
-        """The cost model of self-speculative decoding from this exit of `decoder`."""
+        """Return the cost model of self-speculative decoding from this exit of `decoder`."""
         own = len(decoder.exit_span(exit_layer))
         return self.cost_model(num_layers=decoder.num_layers, exit_layer=exit_layer, num_exit_blocks=own)
 
@@ -129,7 +129,7 @@ def median_costs(costs: Sequence[DecodingCosts]) -> DecodingCosts:
 
 
 def costs_line(costs: DecodingCosts) -> str:
-    """The costs in one line; what `fit_decoding_costs` clipped to 0 is called too small to measure, not free."""
+    """Write the costs in one line; what `fit_decoding_costs` clipped to 0 is called too small to measure, not free."""
 
     def figure(value: float, style: str) -> str:
         return style.format(value) if value else "too small to measure"
@@ -150,7 +150,7 @@ def fit_decoding_costs(
     head_by_size: float,
     num_exit_blocks: Mapping[int, int] | None = None,
 ) -> DecodingCosts:
-    """The equations of `measure_decoding_costs`; no cost comes out negative, whatever the noise.
+    """Solve the equations of `measure_decoding_costs`; no cost comes out negative, whatever the noise.
 
     Args:
         steps: Blocks run -> seconds of a decoding step; of the first exit and of the full model.
@@ -193,7 +193,7 @@ def fit_decoding_costs(
 
 
 def _line(shares: Mapping[int, float]) -> tuple[float, float]:
-    """Start and slope of the least squares line; through 0 where it would start below, level where it would fall."""
+    """Fit start and slope by least squares; through 0 where the line would start below, level where it would fall."""
     further, heights = list(shares), list(shares.values())
     slope, start = linear_regression(further, heights)
     if slope <= 0.0:
@@ -210,7 +210,7 @@ class _Timer:
         self._decoder, self._prompts, self._clock = decoder, prompts, clock
 
     def rounds(self, exit_layer: int, num_draft_tokens: int) -> list[float]:
-        """Seconds of each round after the prompt's pass in which the whole batch took part.
+        """Time each round after the prompt's pass in which the whole batch took part, in seconds.
 
         Without drafts a round is a decoding step that runs `exit_layer` blocks.
         """

@@ -30,7 +30,7 @@ Series = tuple[dict[str, Any], list[BenchmarkResult]]  # style, and the results 
 
 
 def benchmark_figure(results: Sequence[BenchmarkResult], *, title: str) -> Figure:
-    """Speedup over draft lengths, and acceptance by position in the draft, in two panels with a line for each exit."""
+    """Draw speedup over draft lengths, and acceptance by position in the draft, with a line for each exit."""
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
     speed_axes, acceptance_axes = figure.subplots(1, 2)
@@ -120,5 +120,5 @@ def _legend(results: Sequence[BenchmarkResult], colors: Mapping[int | None, Any]
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
-    """The values as numbers; an unknown one is nan, which leaves a gap in the line."""
+    """Return the values as numbers; an unknown one is nan, which leaves a gap in the line."""
     return [nan if value is None else float(value) for value in values]

@@ -60,7 +60,7 @@ class OutputDifferences:
     largest_gap_in_spacings: float | None = None
 
     def __str__(self) -> str:
-        """For instance "2 of 164 prompts differ; largest logit gap 0.03 (0.5 spacings)"."""
+        """Say for instance "2 of 164 prompts differ; largest logit gap 0.03 (0.5 spacings)"."""
         said = f"{self.num_differing} of {self.num_prompts} prompts differ"
         if self.largest_logit_gap is None:
             return said
@@ -147,13 +147,13 @@ def _measure_gaps(
 
 
 def _spacing(magnitude: float, dtype: torch.dtype) -> float:
-    """The distance between neighbouring numbers of this magnitude."""
+    """Return the distance between neighbouring numbers of this magnitude."""
     info = torch.finfo(dtype)
     return float(info.eps * 2.0 ** floor(log2(max(magnitude, info.tiny))))
 
 
 def _sum_up(identical: Sequence[bool], gaps: Sequence[_Gap | None]) -> OutputDifferences:
-    """The differences of one measurement; a gap of None could not be measured."""
+    """Return the differences of one measurement; a gap of None could not be measured."""
     known = [gap for gap in gaps if gap is not None]
     largest = max(known, default=None)
     return OutputDifferences(

@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "transformers", "layerskip-lightning")
 
 
 def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """The facts that make figures comparable: versions, hardware, dtype, threads, date."""
+    """Return the facts that make figures comparable: versions, hardware, dtype, threads, date."""
     cpu = _cpu_name()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -40,7 +40,7 @@ def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object
 
 
 def _cpu_name() -> str:
-    """The processor's name as Linux tells it, elsewhere as Python tells it."""
+    """Return the processor's name as Linux tells it, elsewhere as Python tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -55,7 +55,7 @@ def report_document(
     settings: Mapping[str, object],
     num_layers: int,
 ) -> dict[str, Any]:
-    """The whole report; costs are null where the engine drafted nothing."""
+    """Return the whole report; costs are null where the engine drafted nothing."""
     return {
         "environment": dict(environment),
         "settings": dict(settings),
@@ -67,7 +67,7 @@ def report_document(
 
 
 def notes(results: Sequence[BenchmarkResult], *, dtype: str, num_layers: int) -> list[str]:
-    """Remarks without which the figures of a model with `num_layers` blocks would mislead."""
+    """Make remarks without which the figures of a model with `num_layers` blocks would mislead."""
     said = []
     lossy = [r for r in results if not is_lossless(r.strategy, exit_layer=r.exit_layer, num_layers=num_layers)]
     differing = [r for r in results if r.num_differing and r not in lossy]
@@ -91,7 +91,7 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str, num_layers: int) ->
 
 
 def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
-    """How fast each strategy was.
+    """Tell how fast each strategy was.
 
     The speedup takes the median repeat of each batch. Beside it stands its 95 % interval over batches like these, or,
     for a single batch, which has no interval, the lowest and the highest repeat.
@@ -117,7 +117,7 @@ def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
 
 
 def draft_table(results: Sequence[BenchmarkResult]) -> Table:
-    """The reasons for the speed of strategies that draft: accepted drafts, and what the cost model predicts of them."""
+    """Give reasons for the speed of what drafts: accepted drafts, and what the cost model predicts of them."""
     drafting = [result for result in results if result.drafted]
     return Table.of_columns(
         "Drafts, and the speedup predicted from them (i.i.d.: one chance of acceptance for every draft)",

@@ -58,7 +58,7 @@ class BenchmarkResult(OutputDifferences):
 
 
 def benchmark_results(benchmark: Benchmark, decoder: ExitableDecoder) -> list[BenchmarkResult]:
-    """The figures of each measurement of `decoder`, in the same order."""
+    """Return the figures of each measurement of `decoder`, in the same order."""
     return [
         _result(measurement, differences, benchmark, decoder)
         for measurement, differences in zip(benchmark.measurements, benchmark.differences, strict=True)
@@ -113,7 +113,7 @@ def _result(
 
 
 def _speedup_over(everyone: Sequence[Measurement], strategy: str, measurement: Measurement) -> float | None:
-    """Speedup over another strategy, at the same setting if that has settings; None where that was not measured."""
+    """Return the speedup over another strategy, at the same setting if it has any; None where it was not measured."""
     own = measurement.contender.settings
     for other in everyone:
         setting = other.contender.settings.exit_layer, other.contender.settings.num_draft_tokens
@@ -123,7 +123,7 @@ def _speedup_over(everyone: Sequence[Measurement], strategy: str, measurement: M
 
 
 def round_costs(contender: Contender, costs: Costs | None, decoder: ExitableDecoder) -> CostModel | None:
-    """The cost model of a contender that drafts, with the measured costs; None where these are not known."""
+    """Return the cost model of a contender that drafts, with the measured costs; None where these are not known."""
     if costs is None:
         return None
     settings = contender.settings
@@ -144,7 +144,7 @@ def round_costs(contender: Contender, costs: Costs | None, decoder: ExitableDeco
 
 
 def _predict(measurement: Measurement, costs: CostModel | None) -> float | None:
-    """The speedup by T(a, d), with a the chance of acceptance given that the drafts before were accepted."""
+    """Predict the speedup by T(a, d), with a the chance of acceptance given that the drafts before were accepted."""
     chance = ratio(measurement.counts.accepted, sum(measurement.reached_by_position))
     drafts = measurement.contender.settings.num_draft_tokens
     if costs is None or chance is None or drafts is None:

@@ -35,7 +35,7 @@ class PairedTimes(NamedTuple):
 
 
 def speedup_interval(speedup: float | None, times: PairedTimes) -> Interval | None:
-    """The 95 % interval of a ratio of summed times: Student's t over the prompts, for the logarithm of the ratio.
+    """Return the 95 % interval of a ratio of summed times: Student's t over the prompts, for the ratio's logarithm.
 
     With a_i and b_i the shares that prompt i has in the seconds of this way to decode and of the baseline, the standard
     error of log(speedup) is sqrt(n / (n - 1) * sum_i (b_i - a_i)^2): the delta method for a ratio of two means
@@ -59,5 +59,5 @@ def speedup_interval(speedup: float | None, times: PairedTimes) -> Interval | No
 
 
 def interval_in_words(interval: Interval | None) -> str:
-    """For instance "1.10..1.45x"; a dash where there is no interval."""
+    """Write for instance "1.10..1.45x", or a dash where there is no interval."""
     return "-" if interval is None else "{:.2f}..{:.2f}x".format(*interval)

@@ -107,7 +107,7 @@ def _result(
     limited_by_context: bool,
     started_at: float,
 ) -> GenerateResult:
-    """The result of one sequence from its rounds up to its end; tokens after the end are padding."""
+    """Return the result of one sequence from its rounds up to its end; tokens after the end are padding."""
     settled: list[list[int]] = []
     room, ended = budget, False
     while room and not ended:

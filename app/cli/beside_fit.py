@@ -40,7 +40,7 @@ def run_beside_fit(kind: type[BesideFitCLI], verb: str, options: type[Any], *, f
 
 
 def _split(options: Callable[..., Any], verb: str, args: Sequence[str]) -> tuple[Any, list[str]]:
-    """The verb's own options, and the arguments that are left for `fit`."""
+    """Return the verb's own options, and the arguments that are left for `fit`."""
     parser = parser_of(options, verb, {name: _FLAGS[name] for name in _FLAGS if name in options.__annotations__})
     parser.epilog = "All options of `layerskip fit` are taken too: --config FILE, --trainer.max_steps N, ..."
     own, rest, remaining = list[str](), list[str](), iter(args)

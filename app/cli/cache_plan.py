@@ -33,7 +33,7 @@ class CachePlan(NamedTuple):
 
 
 def plan_cache(states: Any, config: PreTrainedConfig) -> CachePlan:
-    """The cache that the arguments of a CachedStatesDataModule ask for, of a model of this config.
+    """Return the cache that the arguments of a CachedStatesDataModule ask for, of a model of this config.
 
     Raises:
         ConfigError: An exit is none of the model's, or a number is out of its range.

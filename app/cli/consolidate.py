@@ -46,7 +46,7 @@ def consolidate(*, ckpt_path: str, output: str, overwrite: bool = False) -> None
 
 
 def _mapped(tensor: Tensor, folder: Path) -> Tensor:
-    """A copy that the kernel may move to the disk. Its file has no name any more and is removed with the copy."""
+    """Return a copy that the kernel may move to the disk. Its file has lost its name and ends with the copy."""
     if tensor.nbytes < _SMALL:
         return tensor
     file = folder / "tensor"

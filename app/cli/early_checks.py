@@ -104,12 +104,12 @@ def check_tokenizer(config: Namespace) -> None:
 
 
 def states_arguments(config: Namespace) -> Any:
-    """The arguments of a CachedStatesDataModule, or None if the data are others."""
+    """Return the arguments of a CachedStatesDataModule, or None if the data are others."""
     return _arguments(config["data"], CachedStatesDataModule)
 
 
 def _corpus_arguments(config: Namespace) -> Any:
-    """The arguments of the datamodule of ours, or of a class made of one, that reads text; None for others."""
+    """Return the arguments of the datamodule of ours, or of a class made of one, that reads text; None for others."""
     states = states_arguments(config)
     arguments = _arguments(config["data"] if states is None else states["corpus"], TextCodeDataModule, TOPv2DataModule)
     return arguments if arguments is not None and "tokenizer" in arguments else None
@@ -143,7 +143,7 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
 
 
 def _built(module: LayerSkipModule) -> PreTrainedModel:
-    """The module's model without memory, which can be built and cut into exits."""
+    """Return the module's model without memory, which can be built and cut into exits."""
     try:
         model = check_runs(module.config)
     except ConfigError as error:

@@ -110,7 +110,7 @@ def _exit_blocks(path: str, model: PreTrainedModel, weights: Weights, dtype: tor
 def _open(
     path: str, *, dtype: torch.dtype | None, field: str
 ) -> tuple[PreTrainedModel, Any, Weights | None, RunRecord | None]:
-    """The model and its tokenizer; and of a run's checkpoint, the weights and the record of the run."""
+    """Return the model and its tokenizer; and of a run's checkpoint, the weights and the record of the run."""
     if not is_trained_weights(path):
         return *load_for_decoding(path, dtype=dtype, field=field), None, None
     trained = open_trained_weights(path)

@@ -14,7 +14,7 @@ _MOST = 1000  # a verb that says more than this is shown to say it
 
 @contextmanager
 def warnings_held() -> Iterator[None]:
-    """Holds what transformers logs until `show_warnings`, or the end of the block; an error in the block drops it."""
+    """Hold what transformers logs until `show_warnings`, or the end of the block; drop it at an error in the block."""
     shown = _LOGGER.handlers[:]
     _LOGGER.handlers[:] = [
         MemoryHandler(_MOST, flushLevel=logging.CRITICAL, target=handler, flushOnClose=False) for handler in shown
@@ -27,7 +27,7 @@ def warnings_held() -> Iterator[None]:
 
 
 def show_warnings() -> None:
-    """Shows what was held until now, and at once what comes."""
+    """Show what was held until now, and at once what comes."""
     for handler in _LOGGER.handlers:
         if isinstance(handler, MemoryHandler):
             handler.capacity = 0

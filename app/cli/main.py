@@ -97,7 +97,7 @@ def main() -> int:
 
 
 def _help(verb: str) -> str:
-    """The verb's help. If it is not known, that of every verb is made: importing takes most of the time for one."""
+    """Return the verb's help. If it is not known, make that of every verb: most of the time goes into imports."""
     if (kept := kept_help(verb)) is not None:
         return kept
     os.environ.pop("_ARGCOMPLETE", None)  # the parsers would answer the shell themselves
@@ -112,7 +112,7 @@ def _help(verb: str) -> str:
 
 
 def _texts_of(verb: str) -> tuple[str, ...]:
-    """The verbs whose help texts show the options that this one takes."""
+    """Return the verbs whose help texts show the options that this one takes."""
     return ("fit", verb) if verb in ("data", "plan") else (verb,)
 
 
@@ -121,7 +121,7 @@ def _options_in(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _known_options(verb: str) -> set[str] | None:
-    """The names of the verb's options, or None if its help has not been made yet."""
+    """Return the names of the verb's options, or None if its help has not been made yet."""
     texts = [*map(kept_help, _texts_of(verb))]
     return {"allowed_classes", *_options_in(filter(None, texts))} if all(texts) else None
 

@@ -17,7 +17,7 @@ _IN_OTHER_TABLES = ("exit_loss/", "exit_perplexity/", "exit_agreement/", "decode
 
 
 def measured_table(trainer: Trainer) -> Table | None:
-    """The logged metrics, without those that callbacks report in tables of their own; None if there are none."""
+    """Return the logged metrics, without those that callbacks report in tables of their own; None if there are none."""
     told = any(isinstance(callback, Reportable) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     rows: list[tuple[str, ...]] = [
         (name, f"{float(value):.4g}")

@@ -59,7 +59,7 @@ class LocatedError(UserError):
 
 
 def user_message(error: BaseException) -> str | None:
-    """The message for an error that the user can mend, or None for a bug of ours."""
+    """Return the message for an error that the user can mend, or None for a bug of ours."""
     # A dead worker first: torch may raise its death anywhere, and what was done there did not fail by itself.
     if message := _of_fault(error, _DEAD_WORKER):
         return message
@@ -93,7 +93,7 @@ def locate(error: Exception, config: Any) -> LocatedError:
 
 
 def _of_chosen_class(error: BaseException) -> str | None:
-    """The message of a class of Lightning, torch or transformers, after the setting that chose the class.
+    """Return the message of a class of Lightning, torch or transformers, after the setting that chose the class.
 
     It is None if other code raised the error, which then needs a traceback.
     """
@@ -113,7 +113,7 @@ def _of_chosen_class(error: BaseException) -> str | None:
 
 
 def _of_trainer(frame: FrameType, text: str) -> str:
-    """The message of the Trainer's constructor, after the argument that it names first and that argument's value."""
+    """Put before a message of the Trainer's constructor the argument that it names first, and the value of that."""
     code, given = frame.f_code, frame.f_locals
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     found = {name: re.search(rf"\b{name.removesuffix('s')}s?\b", text) for name in names}
@@ -125,7 +125,7 @@ def _of_trainer(frame: FrameType, text: str) -> str:
 
 
 def _of_fault(error: BaseException, faults: Mapping[str, str]) -> str | None:
-    """The message for an error of torch, or what it was raised from, that another process or the config caused."""
+    """Return the message for an error of torch, or for its cause, that another process or the config caused."""
     for cause in causes(error):
         for pattern, message in faults.items() if isinstance(cause, RuntimeError) else ():
             if found := re.search(pattern, str(cause), re.DOTALL):

@@ -216,7 +216,7 @@ def _count(name: str, given: Any) -> int:
 
 
 def _read_layout(strategy: Any, *, num_nodes: int, world_size: int) -> Layout:
-    """Where the parameters lie under `trainer.strategy`, which is a name or a class path with arguments."""
+    """Tell where the parameters lie under `trainer.strategy`, which is a name or a class path with arguments."""
     name, arguments = name_of(strategy), settings_of(strategy)
     if (settings := mesh_settings(strategy)) is not None:
         _, shards, parts = mesh_of(settings, num_nodes=num_nodes, world_size=world_size)

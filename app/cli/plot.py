@@ -60,7 +60,7 @@ def _read(field: str, given: list[str], read: Callable[[Path], _T]) -> dict[str,
 
 
 def _read_curve(path: Path) -> History:
-    """What the validations of a run measured, by the number of tokens trained on until then."""
+    """Tell what the validations of a run measured, by the number of tokens trained on until then."""
     if not is_trained_weights(path):
         allowed = "a checkpoint of layerskip fit: a .ckpt file, or a directory of shards"
         raise ConfigError("checkpoints", got=str(path), allowed=allowed)

@@ -183,7 +183,7 @@ def _values(folder: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _points(file: Path) -> Iterator[tuple[Any, Any]]:
-    """The points in a file of TensorBoard's, each as the event and its value."""
+    """Return the points in a file of TensorBoard's, each as the event and its value."""
     for event in LegacyEventFileLoader(str(file)).Load():
         for value in event.summary.value:
             yield event, value

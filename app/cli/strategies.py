@@ -61,17 +61,17 @@ def check_launch(trainer: Namespace) -> None:
 
 
 def name_of(strategy: Any) -> str:
-    """The name of a strategy as the user gave it, without the module of a class."""
+    """Return the name of a strategy as the user gave it, without the module of a class."""
     return str(strategy["class_path"] if isinstance(strategy, Namespace) else strategy).rpartition(".")[2]
 
 
 def settings_of(strategy: Any) -> Any:
-    """The parsed arguments of a strategy; empty if it was given by name."""
+    """Return the parsed arguments of a strategy; empty if it was given by name."""
     return (isinstance(strategy, Namespace) and strategy.get("init_args")) or {}
 
 
 def mesh_settings(strategy: Any) -> dict[str, Any] | None:
-    """The arguments of MeshStrategy or of Lightning's ModelParallelStrategy; None for any other strategy."""
+    """Return the arguments of MeshStrategy or of Lightning's ModelParallelStrategy; None for any other strategy."""
     if name_of(strategy) not in (MeshStrategy.__name__, "ModelParallelStrategy"):
         return None
     settings = {"replicate_size": 1, "data_parallel_size": "auto", "tensor_parallel_size": 1} | dict(
@@ -83,7 +83,7 @@ def mesh_settings(strategy: Any) -> dict[str, Any] | None:
 
 
 def mesh_of(settings: Any, *, num_nodes: int, world_size: int) -> tuple[int, int, int]:
-    """The sizes of the mesh, whose product is the number of devices: copies, shards, tensor-parallel ranks."""
+    """Return the sizes of the mesh, whose product is the number of devices: copies, shards, tensor-parallel ranks."""
     try:
         return mesh_sizes(
             world_size,
@@ -98,7 +98,7 @@ def mesh_of(settings: Any, *, num_nodes: int, world_size: int) -> tuple[int, int
 
 
 def world_size_of(trainer: Namespace, *, num_nodes: int | None = None) -> int | None:
-    """The number of devices on `num_nodes` nodes, by default all; None if only the machines know it."""
+    """Return the number of devices on `num_nodes` nodes, by default all; None if only the machines know it."""
     devices = trainer["devices"]
     count = str(len(devices) if isinstance(devices, list) else devices)  # the command line gives digits as text
     return (num_nodes or trainer["num_nodes"]) * int(count) if count.isdigit() else None

@@ -36,13 +36,13 @@ _ON_ONE_LINE = {ord("\n"): "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", ord("\t"
 
 
 def styled_console(*, stderr: bool = False) -> Console | None:
-    """A console on stdout or stderr, or None if that is no terminal with styles, where text stays plain."""
+    """Return a console on stdout or stderr, or None if that is no terminal with styles, where text stays plain."""
     console = Console(stderr=stderr, highlight=False)
     return console if console.file.isatty() and console.color_system is not None else None
 
 
 def styled_writer(console: Console) -> Write:
-    """A function that writes text at once, in the style of its kind, and never wraps it."""
+    """Return a function that writes text at once, in the style of its kind, and never wraps it."""
     styles = {kind: Style.parse(pair[console.no_color]) for kind, pair in STYLES.items()}
 
     def write(text: str, kind: Kind) -> None:
@@ -115,7 +115,7 @@ def print_statistics(label: str, batches: Sequence[Sequence[DecodingResult]], *,
 
 
 def summary(batches: Sequence[Sequence[DecodingResult]]) -> str:
-    """One line of statistics over all results. The results of a batch share their time."""
+    """Write one line of statistics over all results. The results of a batch share their time."""
     results = [result for batch in batches for result in batch]
     stops = Counter(result.stop_reason for result in results)
     drafted, rounds = sum(result.drafted for result in results), sum(result.rounds for result in results)

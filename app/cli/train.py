@@ -71,7 +71,7 @@ class LayerSkipCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The verb on the command line, alone if it is known, since the parser of each verb takes a while to build."""
+        """Return only the verb on the command line if it is known, since each verb's parser takes a while to build."""
         verbs: dict[str, set[str]] = LightningCLI.subcommands()
         return {verb: skipped for verb, skipped in verbs.items() if verb in sys.argv[1:2]} or verbs
 
@@ -205,7 +205,7 @@ class LayerSkipCLI(LightningCLI):
             check_before(latest, given, fit=self.subcommand == "fit")
 
     def plain_config(self) -> dict[str, Any]:
-        """The parsed config of the verb, as nested dicts and lists."""
+        """Return the parsed config of the verb, as nested dicts and lists."""
         plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()
         return plain
 

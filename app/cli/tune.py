@@ -78,7 +78,7 @@ def tune(
 
 
 def _storable(model: str) -> Path | None:
-    """The model directory if `model` is one, checked before the work so that storing does not fail after it."""
+    """Return the model directory if `model` is one, checked before the work so that storing does not fail after it."""
     directory = Path(model)
     if not directory.is_dir():
         return None

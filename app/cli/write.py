@@ -87,7 +87,7 @@ def write(
 
 
 def _openings(source: Source, count: int, length: int, *, held_out_share: float, seed: int) -> list[str]:
-    """Pieces of documents that are not held out, each from the beginning of a line on, in an order of its own."""
+    """Cut pieces of documents that are not held out, each from the beginning of a line on, in a random order."""
     reader, rng = open_reader(source, min_chunks=1), random.Random(seed)
     size, found = length * _CHARACTERS_A_TOKEN, list[str]()
     chunks = list(range(reader.num_chunks))
@@ -108,7 +108,7 @@ def _openings(source: Source, count: int, length: int, *, held_out_share: float,
 
 
 def _cut(pieces: Sequence[str], loaded: LoadedModel, length: int) -> list[str]:
-    """The first tokens of each piece, as text."""
+    """Return the first tokens of each piece, as text."""
     tokenizer = loaded.tokenizer
     ids = (encode(tokenizer, piece)[:length] for piece in pieces)
     return [text for each in ids if (text := tokenizer.decode(each, skip_special_tokens=True)).strip()]

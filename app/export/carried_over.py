@@ -24,7 +24,7 @@ _ALLOWED = "a tuned model directory, a generation_config.json, or the output of 
 def chosen_defaults(
     model: PreTrainedModel, weights: Weights, *, given: str | None, replaced: Path
 ) -> DecodingDefaults | None:
-    """What `layerskip tune` chose for a model: as given, else as the model brings it, else as the directory had it.
+    """Find what `layerskip tune` chose for a model: as given, else as the model has it, else as the directory had.
 
     Args:
         model: The model that is exported, which may be on the meta device.
@@ -61,7 +61,7 @@ def chosen_defaults(
 
 
 def named(defaults: DecodingDefaults) -> str:
-    """The defaults in a few words."""
+    """Return the defaults in a few words."""
     if defaults.strategy == "autoregressive":
         return "autoregressive, no setting being faster"
     return ", ".join(f"{name} {value}" for name, value in defaults.settings.items())
@@ -78,7 +78,7 @@ def _stored_defaults(model: PreTrainedModel, path: Path, *, field: str) -> Decod
 
 
 def _holds(directory: Path, weights: Weights) -> bool:
-    """Whether a model directory holds these weights, in any dtype, judged by the first rows of each.
+    """Tell whether a model directory holds these weights, in any dtype, judged by the first rows of each.
 
     A single step of training changes those rows, and what was measured on a model is true only of its weights.
     """

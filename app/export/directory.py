@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Weights":
-        """The weights of a loaded model."""
+        """Return the weights of a loaded model."""
         state = model.state_dict()
         return cls({name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}, state.__getitem__)
 
@@ -56,7 +56,7 @@ class ExportSettings:
 
 
 def architecture(config: PreTrainedConfig, generation: GenerationConfig | None = None) -> PreTrainedModel:
-    """A model on the meta device with this generation config, or else the one that `config` implies."""
+    """Return a model on the meta device with this generation config, or else the one that `config` implies."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     if generation is not None:
@@ -114,7 +114,7 @@ def write_pretrained(
 
 
 def exported_dtype(weights: Weights, dtype: torch.dtype | None) -> torch.dtype:
-    """The type that `write_pretrained` notes for weights: `dtype`, or for None that of the first one."""
+    """Return the type that `write_pretrained` notes for weights: `dtype`, or for None that of the first one."""
     own = (own for _, own in weights.shapes.values() if own.is_floating_point)
     return dtype or next(own, torch.float32)
 

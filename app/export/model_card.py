@@ -95,7 +95,7 @@ def model_card(
     dtype: str,
     card: CardSettings,
 ) -> str:
-    """The text of README.md, which begins with its front matter.
+    """Write the text of README.md, which begins with its front matter.
 
     The model may be on the meta device. `record` is None where no run here trained it, `decoding` where it was not
     tuned; `dtype` names the type of its weights.

@@ -25,9 +25,10 @@ _SIGNATURE = re.compile(r"\n<!-- layerskip export: (\{.*\}) -->\n\Z")
 
 
 def check_output_dir(output_dir: str, *, overwrite: bool = False) -> Path:
-    """The absolute path of a directory that is new, empty, or an export that nobody changed, or else ConfigError.
+    """Return the absolute path of a directory that is new, empty, or an export that nobody changed.
 
     With `overwrite` it may be any directory of files with a config.json among them, all of which will be replaced.
+    Anything else is a ConfigError.
     """
     directory = Path(output_dir).resolve()
     _put_back(directory)
@@ -46,7 +47,7 @@ def check_output_dir(output_dir: str, *, overwrite: bool = False) -> Path:
 
 
 def _reason_to_keep(directory: Path) -> str:
-    """Why a directory must not be replaced; empty for an export that nobody but `layerskip tune` changed."""
+    """Tell why a directory must not be replaced; empty for an export that nobody but `layerskip tune` changed."""
     readme = directory / README
     text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     signature = _SIGNATURE.search(text)
@@ -60,7 +61,7 @@ def _reason_to_keep(directory: Path) -> str:
 
 
 def unsigned(text: str) -> str:
-    """The text of a README.md without its signature."""
+    """Return the text of a README.md without its signature."""
     return _SIGNATURE.sub("", text)
 
 
@@ -77,7 +78,7 @@ def _digest(text: str) -> str:
 
 @contextmanager
 def whole_or_absent(directory: Path, *, readme: str) -> Iterator[Path]:
-    """A folder to write files into, which gets README.md and replaces the directory when the block ends well.
+    """Return a folder to write files into, which gets README.md and replaces the directory when the block ends well.
 
     It becomes whole or absent as a checkpoint does (`app.checkpoints.atomic`), and the next export removes what a
     killed process leaves beside it. An error of the disk is a CheckpointError.

@@ -30,7 +30,7 @@ class Layout:
     gathers_cast: bool = False
 
     def local_numel(self, parameter: Tensor) -> int:
-        """Elements of the parameter on the fullest device; FSDP2 splits the first dimension."""
+        """Count the parameter's elements on the fullest device; FSDP2 splits the first dimension."""
         first, *others = parameter.shape or (1,)
         return ceil(first / self.shards) * int(prod(others))
 

@@ -38,7 +38,7 @@ class Machine:
     utilisation: float = 0.4  # share of `peak_flops` that a run reaches, in (0, 1]
 
     def has_room_for(self, peak: int) -> bool | None:
-        """Whether `peak` bytes leave RESERVE of the device free; None where the device is unknown."""
+        """Tell whether `peak` bytes leave RESERVE of the device free; None where the device is unknown."""
         return None if self.device_memory is None else peak <= self.device_memory * (1 - RESERVE)
 
 
@@ -80,7 +80,7 @@ class Plan:
         return find_departures(self.recipe)
 
     def fits_with(self, *, checkpointing: bool) -> bool | None:
-        """Whether the run fits its devices; None where these are unknown."""
+        """Tell whether the run fits its devices; None where these are unknown."""
         return self.fits_checkpointed if checkpointing else self.fits
 
 

@@ -97,7 +97,7 @@ class Recipe:
 
 
 def find_departures(recipe: Recipe) -> list[Departure]:
-    """The rules that the recipe breaks, each with the setting that would keep it. `fit` runs it all the same."""
+    """Return the rules that the recipe breaks, each with the setting that would keep it. `fit` runs it all the same."""
     found: list[Departure] = []
     if recipe.max_dropout_rate:
         found += _dropout_departures(recipe)

@@ -11,7 +11,7 @@ _SPANS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 def plan_tables(plan: Plan, machine: Machine) -> Iterator[Table]:
-    """Tables of parameters, memory and work."""
+    """Make the tables of parameters, memory and work."""
     start = "drawn at random" if plan.recipe.from_scratch else "pretrained"
     yield Table(f"Parameters, {start}", ("part", "parameters"), list(_parameters(plan)))
     shared = f", {plan.layout.strategy} on {plan.recipe.world_size} devices" if plan.recipe.world_size > 1 else ""
@@ -54,7 +54,7 @@ def _memory(plan: Plan, machine: Machine) -> Iterator[tuple[str, str, str]]:
 
 
 def shown_bytes(size: float) -> str:
-    """The size in the largest unit of which there is at least one."""
+    """Return the size in the largest unit of which there is at least one."""
     return _shown(size, _SIZES)
 
 

@@ -72,7 +72,7 @@ class MicroBatchCosts:
     block_input_bytes: int  # what remains of a block under activation checkpointing
 
     def flops(self, *, num_exits: float, kept_shares: Sequence[float]) -> float:
-        """FLOPs of a micro-batch with `num_exits` exits, in which block l runs on `kept_shares[l]` of the rows."""
+        """Count the FLOPs with `num_exits` exits, where block l runs on `kept_shares[l]` of the rows."""
         blocks = sum(share * flops for share, flops in zip(kept_shares, self.block_flops, strict=True))
         return blocks + self.base_flops + (num_exits - 1) * self.exit_flops
 
@@ -93,7 +93,7 @@ class MicroBatchCosts:
 
 
 def build_fake(config: PreTrainedConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, FakeTensorMode]:
-    """The model that `config` describes, made of fake tensors, and the mode these live in."""
+    """Return the model that `config` describes, made of fake tensors, and the mode these live in."""
     mode = FakeTensorMode()
     with mode:
         model = build_model(config, seed=0)
@@ -145,7 +145,7 @@ def measure_micro_batch(model: PreTrainedModel, mode: FakeTensorMode, micro: Mic
 
 
 def _kind(model: PreTrainedModel, block: nn.Module, idx: int) -> tuple[Any, ...]:
-    """Blocks of the same kind cost the same."""
+    """Tell what blocks of the same cost have in common."""
     types = getattr(model.config.get_text_config(), "layer_types", None)
     return tuple(parameter.shape for parameter in block.parameters()), types and types[idx]
 
@@ -165,7 +165,7 @@ def _run(
     num_exits: int = 1,
     run_block: int | None = None,
 ) -> _Run:
-    """One step in which at most one block is not dropped."""
+    """Run one step in which at most one block is not dropped."""
     rows, length, num_layers = micro.batch_size, micro.seq_len, network.num_layers
     tokens_BT, position_ids_BT = torch.zeros(2, rows, length, dtype=torch.long)
     labels_N, positions_N = torch.zeros(2, num_labels, dtype=torch.long)

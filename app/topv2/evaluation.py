@@ -93,7 +93,7 @@ def evaluate_parses(
 
 
 def collect_results(metrics: Mapping[Way, ParseExactMatch], speeds: Sequence[DecodingComparison]) -> list[ParseResult]:
-    """Results of all ranks; a way that no example was decoded with has none.
+    """Collect the results of all ranks; a way that no example was decoded with has none.
 
     Computing the metrics, which hold this rank's answers, adds those of the others. `speeds` are of all ranks already.
     """

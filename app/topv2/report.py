@@ -42,7 +42,7 @@ class ParseReport:
     results: Sequence[ParseResult]  # in the order of the plan's ways
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat record for each way; a figure is None where it was not measured or there is nothing to divide by.
+        """Make a flat record for each way; a figure is None where it was not measured or has nothing to divide by.
 
         Keys: strategy, exit_layer, num_draft_tokens; num_examples, exact_match, frame_match, well_formed (shares) and
         by_group, the same of each group; acceptance_rate, mean_tokens_per_round, ms_per_token (decode time, without the
@@ -59,7 +59,7 @@ class ParseReport:
 
 
 def report_metrics(report: ParseReport) -> dict[str, float]:
-    """Every figure to log, by its metric name."""
+    """Return every figure to log, by its metric name."""
     logged = {}
     for record in report.records():
         at = report.stage, record["exit_layer"], record["num_draft_tokens"]
@@ -72,7 +72,7 @@ def report_metrics(report: ParseReport) -> dict[str, float]:
 
 
 def report_table(report: ParseReport) -> Table:
-    """One row for each way to decode, then one for each group of the full model."""
+    """Make a row for each way to decode, then one for each group of the full model."""
     records = report.records()
     full = records[0]
     titled = [("full model", full), *((record["strategy"].replace("_", " "), record) for record in records[1:])]

@@ -166,7 +166,7 @@ def _plain(node: Node) -> dict[str, object]:
 
 
 def _node(pairs: list[tuple[str, object]]) -> Node:
-    """The node of a JSON object, in which inner objects are nodes already."""
+    """Return the node of a JSON object, in which inner objects are nodes already."""
     if len(pairs) != 1:
         raise ParseError(f"an object of keys {[key for key, _ in pairs]}, allowed exactly one")
     ((label, value),) = pairs

@@ -63,7 +63,7 @@ class LayerAgreement:
     num_exit_blocks: dict[int, int] = field(default_factory=dict)  # exit -> blocks of its own, where it has some
 
     def cost_model(self, costs: DecodingCosts, exit_layer: int) -> CostModel:
-        """What the rounds of self-speculative decoding from this exit cost."""
+        """Tell what the rounds of self-speculative decoding from this exit cost."""
         own = self.num_exit_blocks.get(exit_layer, 0)
         return costs.cost_model(num_layers=self.num_layers, exit_layer=exit_layer, num_exit_blocks=own)
 
@@ -73,11 +73,11 @@ class LayerAgreement:
         return sum(max(len(output) - 1, 0) for output in self.outputs)
 
     def agreement(self, exit_layer: int) -> float:
-        """Share of the positions at which the exit chooses the output token; there must be some position."""
+        """Return the share of the positions at which the exit chooses the output token; there must be some position."""
         return sum(map(sum, self.matches[exit_layer])) / self.num_positions
 
     def count_rounds(self, exit_layer: int, num_draft_tokens: int) -> RoundCounts:
-        """The rounds of self-speculative decoding of all prompts from this exit."""
+        """Return the rounds of self-speculative decoding of all prompts from this exit."""
         pairs = zip(self.matches[exit_layer], self.budgets, strict=True)
         return RoundCounts.total([simulate_rounds(own, num_draft_tokens, budget=budget) for own, budget in pairs])
 
@@ -148,7 +148,7 @@ def _matches(decoder: ExitableDecoder, prompt: Sequence[int], output: Sequence[i
 
 
 def _choices(decoder: ExitableDecoder, hidden_1ND: Tensor, exit_layer: int) -> Tensor:
-    """The token [N] that the exit drafts after each position; logits exist for one chunk of positions at a time."""
+    """Choose the token [N] that the exit drafts after each position, with the logits of one chunk at a time."""
     unembed = decoder.unembed if exit_layer == decoder.num_layers else decoder.draft_logits
     chunks_1CD = torch.split(hidden_1ND, max(1, _LOGITS_PER_CHUNK // decoder.vocab_size), dim=1)
     return torch.cat([unembed(chunk_1CD, exit_layer=exit_layer).argmax(-1)[0] for chunk_1CD in chunks_1CD])

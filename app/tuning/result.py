@@ -81,7 +81,7 @@ class Tuning:
         return next((run for run in self.confirmations if run.holds), None)
 
     def best_of_exit(self, exit_layer: int) -> Prediction:
-        """The draft length predicted to be fastest from this exit."""
+        """Return the draft length predicted to be fastest from this exit."""
         own = (prediction for prediction in self.predictions if prediction.exit_layer == exit_layer)
         return max(own, key=lambda prediction: prediction.speedup)
 
@@ -146,7 +146,7 @@ class Tuning:
 
 
 def setting_in_words(prediction: Prediction) -> str:
-    """For instance "exit 3 with 5 drafts"."""
+    """Write for instance "exit 3 with 5 drafts"."""
     return f"exit {prediction.exit_layer} with {counted(prediction.num_draft_tokens, 'draft')}"
 
 
@@ -160,7 +160,7 @@ def _run_again(run: Verification) -> str:
 
 
 def exits_table(tuning: Tuning) -> Table:
-    """Every exit with the draft length that is predicted to be fastest from it."""
+    """List every exit with the draft length that is predicted to be fastest from it."""
     agreement, num_layers = tuning.agreement, tuning.agreement.num_layers
     best = [tuning.best_of_exit(exit_layer) for exit_layer in range(1, num_layers)]
     title = (
@@ -181,7 +181,7 @@ def exits_table(tuning: Tuning) -> Table:
 
 
 def verifications_table(tuning: Tuning) -> Table:
-    """Every setting that was run against autoregressive decoding, the fastest once again."""
+    """List every setting that was run against autoregressive decoding, the fastest once again."""
     runs = [*tuning.verifications, *tuning.confirmations]
     turns = ["first"] * len(tuning.verifications) + ["again"] * len(tuning.confirmations)
     return Table.of_columns(
@@ -203,7 +203,7 @@ def verifications_table(tuning: Tuning) -> Table:
 
 
 def tuning_as_json(tuning: Tuning) -> dict[str, Any]:
-    """Everything in the tables, and the recommendation."""
+    """Return everything in the tables, and the recommendation."""
     agreement = tuning.agreement
     return {
         **asdict(tuning.defaults),

@@ -29,7 +29,7 @@ class Prediction:
 
 
 def predict(agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens: int) -> list[Prediction]:
-    """Every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost.
+    """Predict every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost.
 
     `agreement` must have at least one position.
     """
@@ -52,7 +52,7 @@ def predict(agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens
 
 
 def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers: int) -> list[Prediction]:
-    """The settings predicted to be fastest, without near neighbours of a faster one as long as there are others.
+    """Choose the settings predicted to be fastest, without near neighbours of a faster one as long as there are others.
 
     Two settings are near where their exits differ by at most a twelfth of the blocks (at least one) and their drafts by
     at most two: where the prediction errs, it errs for both. What is predicted far below the best is left out.
@@ -73,5 +73,5 @@ def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers:
 
 
 def needed_agreement(costs: CostModel) -> float:
-    """The acceptance at which one draft a round neither gains nor loses: (1 + a) * plain_step = C(1)."""
+    """Return the acceptance at which one draft a round neither gains nor loses: (1 + a) * plain_step = C(1)."""
     return costs.round_cost(1) / costs.plain_step - 1.0

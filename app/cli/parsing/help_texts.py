@@ -25,7 +25,7 @@ _OPTION = re.compile(r"(?m)^ +(?:-\w(?: \S+)?, )?--([\w.]+)\+?(?:[ =]\{([^}]*)\}
 
 
 def kept_help(verb: str) -> str | None:
-    """The help text of a verb, or None if it has to be made first."""
+    """Return the help text of a verb, or None if it has to be made first."""
     try:
         kept: dict[str, Any] = json.loads(_file(verb).read_text("utf-8"))
     except (OSError, RuntimeError, ValueError):  # there is no file or no home, or the file is damaged
@@ -44,7 +44,7 @@ def keep_help(verb: str, text: str) -> None:
 
 
 def options_in(text: str) -> dict[str, tuple[str, ...]]:
-    """The options in a help text, without dashes, each with its values if the text lists them."""
+    """Return the options in a help text, without dashes, each with its values if the text lists them."""
     options: dict[str, tuple[str, ...]] = {}
     _, *parts = _OPTION.split(text)
     for name, values, described in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
@@ -54,7 +54,7 @@ def options_in(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def _values_of_type(described: str) -> list[str]:
-    """The values that the type in an option's description lists, such as `Optional[Literal['fixed', 'off']]`."""
+    """Return the values that the type in an option's description lists, such as `Optional[Literal['fixed', 'off']]`."""
     kind = "".join(described.partition("(type:")[2].split()).partition(",default:")[0]  # lines may break within a name
     listed = [value.strip("'") for values in re.findall(r"Literal\[(.*?)\]", kind) for value in values.split(",")]
     return listed + ["true", "false"] * ("bool" in kind)
@@ -85,7 +85,7 @@ def _file(verb: str) -> Path:
 
 
 def _made_from() -> list[str]:
-    """The state of this installation's files and packages, on which a text depends."""
+    """Return the state of this installation's files and packages, on which a text depends."""
     top = Path(__file__).parents[3]
     files = [file for room in _ROOMS for file in (top / room).rglob("*.py")]
     latest = max(file.stat().st_mtime_ns for file in files)

@@ -21,7 +21,7 @@ _INSTALLED = Path(__file__).parents[3]  # the folder of the packages, and of `co
 
 
 def with_installed(args: Sequence[str]) -> list[str]:
-    """The arguments, with `configs/...` taken from the installation where the working directory has no such file."""
+    """Take `configs/...` among the arguments from the installation where the working directory has no such file."""
     return [str(_INSTALLED / arg) if _is_installed_only(arg) else arg for arg in args]
 
 
@@ -30,7 +30,7 @@ def _is_installed_only(arg: str) -> bool:
 
 
 def with_included(args: Sequence[str]) -> list[str]:
-    """The arguments, with each `--config FILE` preceded by one for every file that FILE is stacked on."""
+    """Return the arguments, with each `--config FILE` preceded by one for every file that FILE is stacked on."""
     expanded, remaining = list[str](), iter(args)
     for arg in remaining:
         option, equals, value = arg.partition("=")
@@ -57,7 +57,7 @@ def _stack(file: str, *, above: tuple[Path, ...]) -> Iterator[str]:
 
 
 def _read(path: Path) -> Any:
-    """The content of the file, or None if it cannot be read: the parser, which reads it next, says why."""
+    """Return the content of the file, or None if it cannot be read: the parser, which reads it next, says why."""
     try:
         return get_loader("yaml")(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -38,7 +38,7 @@ _KEYS_OF_OTHERS = {
 
 
 def one_line(text: str, *, options: Collection[str] = ()) -> str:
-    """The message in one line; a message that no rule knows keeps its words.
+    """Return the message in one line; a message that no rule knows keeps its words.
 
     Of `options`, the names of the parser's options, those like a misspelt one are suggested.
     """
@@ -102,7 +102,7 @@ def _nearest(name: str, names: Collection[str], *, cutoff: float) -> str:
 
 
 def _source(text: str) -> str:
-    """The name of the source of data that is refused. jsonargparse tells it only as a part of all that is given."""
+    """Name the source of data that is refused. jsonargparse tells it only as a part of all that is given."""
     if not (tried := re.search(r"datamodules\.Source'|subclass of (Source)\.", text)):
         return ""
     unknown = _UNKNOWN.search(text)
@@ -119,7 +119,7 @@ def _source(text: str) -> str:
 
 
 def _names_no_class(text: str) -> bool:
-    """Whether jsonargparse tried the settings on the base classes alone, since no class was given."""
+    """Tell whether jsonargparse tried the settings on the base classes alone, since no class was given."""
     tried = {path.rpartition(".")[2] for path in re.findall(r"class_path[ =]'([^']+)'", text)}
     return tried <= {(base or result).rpartition(".")[2] for base, result in _BASE.findall(text)}
 
@@ -151,7 +151,7 @@ def _wrong_type(allowed: str, got: str) -> str:
 
 
 def _plain(types: str) -> str:
-    """Types in plain words: without modules, None and typing.Literal."""
+    """Write types in plain words: without modules, None and typing.Literal."""
     types = re.sub(
         r", (?=<class |typing\.|list\[|dict\[|collections\.)", " | ", types.removesuffix(", <class 'NoneType'>")
     )

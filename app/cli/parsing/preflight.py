@@ -77,7 +77,7 @@ def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _paths(value: str) -> list[str]:
-    """The paths of all values in a config, which is a file or a mapping on the command line."""
+    """Return the paths of all values in a config, which is a file or a mapping on the command line."""
     with suppress(RecursionError):  # an alias within its own anchor has values without end
         paths = [path for path, _ in islice(walk(_read_config(value)), _MOST_VALUES)]
         if len(paths) < _MOST_VALUES:
@@ -110,7 +110,7 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_unknown(name: str, options: Collection[str]) -> bool:
-    """Whether no option can be meant. The keys below an option that takes a class are that class's to know."""
+    """Tell whether no option can be meant. The keys below an option that takes a class are that class's to know."""
     if name in options or any(option.startswith(f"{name}.") for option in options):
         return False
     owner = name

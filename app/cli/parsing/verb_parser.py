@@ -39,7 +39,7 @@ class OneLineErrors(ArgumentParser):
         self.exit(2)
 
     def _of_verb(self) -> ArgumentParser:
-        """The parser of the training verb on the command line; the other verbs have no parser below this one."""
+        """Return the parser of the training verb on the command line; the other verbs have no parser below this one."""
         for action in self._actions:
             if isinstance(action.choices, dict):
                 return next((action.choices[arg] for arg in getattr(self, "args", ()) if arg in action.choices), self)
@@ -60,7 +60,7 @@ def call_verb(verb: Callable[..., None], *, by_hand: Mapping[str, dict[str, Any]
 
 
 def parser_of(kind: Callable[..., Any], verb: str, by_hand: Mapping[str, dict[str, Any]]) -> OneLineErrors:
-    """A parser whose options are the arguments of a function or class, described by its docstring."""
+    """Return a parser whose options are the arguments of a function or class, described by its docstring."""
     parser = OneLineErrors(prog=f"layerskip {verb}", description=(kind.__doc__ or "").splitlines()[0])
     for name, settings in by_hand.items():
         parser.add_argument(f"--{name}", **settings)

@@ -25,6 +25,8 @@ _CHOSEN_BY = {
     "LRScheduler": "model.lr_scheduler",
     "PreTrainedConfig": "model.config",
 }
+# The arguments of Lightning's Trainer that need a package, whose absence it tells without them.
+_NEEDS_PACKAGE = {"transformer_engine": "precision", "bitsandbytes": "plugins", "torch_xla": "accelerator"}
 _UPSTREAM = ("lightning", "torch", "transformers")
 _RESUME = "go on from the last checkpoint, if there is one, with --ckpt_path auto"
 # Words of torch's errors for the faults of other processes and of the config, and what to do about them.
@@ -119,7 +121,8 @@ def _of_trainer(frame: FrameType, text: str) -> str:
     found = {name: re.search(rf"\b{name.removesuffix('s')}s?\b", text) for name in names}
     starts = {name: match.start() for name, match in found.items() if match}
     of_value = (name for name in names if isinstance(given[name], str) and given[name] in text)
-    name = min(starts, key=starts.__getitem__) if starts else next(of_value, "")
+    of_package = (name for package, name in _NEEDS_PACKAGE.items() if package in text)
+    name = min(starts, key=starts.__getitem__) if starts else next(of_value, next(of_package, ""))
     got = f"got {given[name]!r}; " if isinstance(given.get(name), str | int | float) else ""
     return f"trainer{'.' if name else ''}{name}: {got}{text}"
 

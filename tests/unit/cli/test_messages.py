@@ -54,6 +54,8 @@ def test_a_class_of_lightnings_or_torchs_is_named_by_its_setting_and_own_code_ke
         ({"gradient_clip_algorithm": "foo"}, "trainer.gradient_clip_algorithm: got 'foo'; "),
         ({"profiler": "foo"}, "trainer.profiler: got 'foo'; "),
         ({"strategy": "foo"}, "trainer.strategy: got 'foo'; You selected an invalid strategy name"),
+        ({"precision": "transformer-engine"}, "trainer.precision: got 'transformer-engine'; Requirement "),
+        ({"accelerator": "tpu"}, "trainer.accelerator: got 'tpu'; Requirement 'torch_xla"),
         ({"accelerator": "foo"}, "trainer.accelerator: got 'foo'; You selected"),
         ({"barebones": True, "logger": True}, "trainer.barebones: got True; `Trainer(barebones=True, logger="),
         ({"callbacks": [Callback(), EarlyStopping("a"), EarlyStopping("a")]}, "trainer.callbacks: Found more than one"),

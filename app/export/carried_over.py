@@ -12,8 +12,13 @@ from transformers import PreTrainedModel
 
 from app.errors import ConfigError
 from app.export.directory import Weights
-from app.model_files.decoding_defaults import DecodingDefaults, parse_decoding_defaults, read_decoding_defaults
-from app.model_files.generation_config import DEFAULTS_FIELD, read_generation_config
+from app.model_files.decoding_defaults import (
+    DEFAULTS_FIELD,
+    DecodingDefaults,
+    parse_decoding_defaults,
+    read_decoding_defaults,
+)
+from app.model_files.generation_config import read_generation_config
 
 _log = logging.getLogger(__name__)
 

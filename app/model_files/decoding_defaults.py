@@ -17,20 +17,15 @@ import torch
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from app.errors import CheckpointError, ConfigError, check_choice, check_range
-from app.model_files.generation_config import (
-    DEFAULTS_FIELD,
-    DERIVED,
-    EARLY_EXIT,
-    NUM_TOKENS,
-    SCHEDULE,
-    read_generation_config,
-)
+from app.model_files.generation_config import DERIVED, read_generation_config
 from app.whole_file import write_whole
 from app.words import counted, dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel  # loading all of transformers' models takes seconds
 
+DEFAULTS_FIELD = "layerskip"  # of a generation config
+_EARLY_EXIT, _NUM_TOKENS, _SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
 DefaultStrategy = Literal["self_speculative", "n_gram", "autoregressive"]
 SETTING_NAMES = ("exit_layer", "num_draft_tokens", "n_gram_match")
 _NEEDED: dict[DefaultStrategy, tuple[str, ...]] = {
@@ -174,10 +169,10 @@ def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path
     content = read_generation_config(directory)
     content.pop(DERIVED, None)
     if defaults.strategy == "self_speculative":
-        content |= {EARLY_EXIT: defaults.exit_layer, NUM_TOKENS: defaults.num_draft_tokens, SCHEDULE: "constant"}
-    elif content.pop(EARLY_EXIT, None) is not None:
-        content.pop(NUM_TOKENS, None)
-        content.pop(SCHEDULE, None)
+        content |= {_EARLY_EXIT: defaults.exit_layer, _NUM_TOKENS: defaults.num_draft_tokens, _SCHEDULE: "constant"}
+    elif content.pop(_EARLY_EXIT, None) is not None:
+        content.pop(_NUM_TOKENS, None)
+        content.pop(_SCHEDULE, None)
     content[DEFAULTS_FIELD] = asdict(defaults)
     file: Path = directory / GENERATION_CONFIG_NAME
     try:
@@ -185,3 +180,10 @@ def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path
     except OSError as error:
         raise CheckpointError(f"cannot write {file}: {error}") from error
     return file
+
+
+def untuned_generation_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's generation config as plain values, without what `layerskip tune` chose for its present weights."""
+    stored = json.loads(model.generation_config.to_json_string(use_diff=True))
+    tuned = (DEFAULTS_FIELD, _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE)
+    return {name: value for name, value in stored.items() if name not in tuned}

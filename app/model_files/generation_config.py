@@ -23,14 +23,10 @@ from app.errors import CheckpointError, shortened
 from app.text.text_tokens import listed_ends
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # loading all of transformers' models takes seconds
-
     from app.checkpoints.weights import TrainedWeights
 
 _log = logging.getLogger(__name__)
 
-DEFAULTS_FIELD = "layerskip"  # what `layerskip tune` chose
-EARLY_EXIT, NUM_TOKENS, SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
 # While this mark is set, transformers drops fields that it does not know, and older versions read config.json instead.
 DERIVED = "_from_model_config"
 _IDLE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)  # a field in transformers' refusal to save a config
@@ -131,10 +127,3 @@ def saveable(generation: GenerationConfig) -> GenerationConfig:
         said = ", ".join(f"{name} {value}" for name, value in dropped.items())
         _log.warning("%s: fields that have no effect are dropped: %s", GENERATION_CONFIG_NAME, said)
     return kept
-
-
-def untuned_generation_config(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's generation config as plain values, without what `layerskip tune` chose for its present weights."""
-    stored = json.loads(model.generation_config.to_json_string(use_diff=True))
-    tuned = (DEFAULTS_FIELD, EARLY_EXIT, NUM_TOKENS, SCHEDULE)
-    return {name: value for name, value in stored.items() if name not in tuned}

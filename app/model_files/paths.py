@@ -19,12 +19,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 def check_exists(path: str, *, field: str) -> None:
     """Raise ConfigError, naming the setting `field`, for an absent path that cannot be a model's id on the hub."""
-    given = Path(path)
-    if not given.exists() and (given.suffix in _FILES or not _HUB_ID.fullmatch(path) or _is_local(path)):
+    given, (first, slash, _) = Path(path), path.partition("/")
+    is_here = bool(slash) and (first in _FOLDERS or Path(first).is_dir())  # though it has the form of a hub id
+    if not given.exists() and (given.suffix in _FILES or is_here or not _HUB_ID.fullmatch(path)):
         raise ConfigError(field, got=path, allowed=SOURCES, fix="no such file or directory")
-
-
-def _is_local(path: str) -> bool:
-    """Whether something in the form of a hub id begins with a folder of this machine."""
-    first, slash, _ = path.partition("/")
-    return bool(slash) and (first in _FOLDERS or Path(first).is_dir())

@@ -29,7 +29,7 @@ from app.model.config_check import build_without_memory, check_sizes
 from app.model.early_exit import EarlyExitModel
 from app.model.exact_tables import keep_tables_exact
 from app.model.parallel import parallelize
-from app.model_files.generation_config import untuned_generation_config
+from app.model_files.decoding_defaults import untuned_generation_config
 from app.model_files.open import build_model, check_tokenizer_of, load_config, load_pretrained
 from app.model_files.sharded_loading import fill
 from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner

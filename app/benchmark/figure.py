@@ -1,6 +1,10 @@
-"""A benchmark as a picture: speedup over exits and draft lengths, and which drafts are accepted."""
+"""A benchmark as a picture: speedup over exits and draft lengths, and which drafts are accepted.
 
-from collections.abc import Iterable, Mapping, Sequence
+The cost model's predictions are in the table alone: a second line for each exit would hide the measured ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import nan
 from typing import Any
 
@@ -14,15 +18,16 @@ from matplotlib.ticker import MaxNLocator
 from app.benchmark.alternation import sum_columns
 from app.benchmark.result import BenchmarkResult
 
+_OF_TRANSFORMERS = "transformers_early_exit"
 # How the lines of a strategy that drafts are drawn; without a color they take that of their exit.
 _DRAFTING: dict[str, dict[str, Any]] = {
     "self_speculative": {"marker": "o"},
-    "transformers_early_exit": {"marker": "x", "linestyle": ":"},
+    _OF_TRANSFORMERS: {"marker": "x", "color": "tab:orange", "linestyle": ":"},
     "draft_model": {"marker": "s", "color": "black"},
     "layer_skip": {"marker": "^", "color": "tab:red"},
 }
 _WITH_N_GRAMS: dict[str, Any] = {"fillstyle": "none"}
-_PREDICTED: dict[str, Any] = {"linestyle": "--", "marker": "_", "markersize": 9, "linewidth": 1.0}
+_APART = 0.06  # of a draft token: the points of one draft length stand side by side, so that their bars show
 _BREAK_EVEN: dict[str, Any] = {"color": "black", "linewidth": 1.0}
 _TRANSFORMERS: dict[str, Any] = {"color": "tab:orange", "linestyle": "-."}
 
@@ -30,17 +35,21 @@ Series = tuple[dict[str, Any], list[BenchmarkResult]]  # style, and the results 
 
 
 def benchmark_figure(results: Sequence[BenchmarkResult], *, title: str) -> Figure:
-    """Draw speedup over draft lengths, and acceptance by position in the draft, with a line for each exit."""
+    """Draw speedup over draft lengths, and acceptance by position in the draft, with a line for each exit.
+
+    Bars are 95 % intervals. Of transformers' own early exit, the fastest exit at each draft length is drawn.
+    """
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
     speed_axes, acceptance_axes = figure.subplots(1, 2)
-    exits = sorted({r.exit_layer for r in results if r.exit_layer is not None and r.strategy in _DRAFTING})
+    exits = sorted(
+        {r.exit_layer for r in results if r.exit_layer is not None and r.strategy in {*_DRAFTING} - {_OF_TRANSFORMERS}}
+    )
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(exits), 2)))
     colors: dict[int | None, Any] = dict(zip(exits, shades, strict=False))
     groups: dict[tuple[str, int | None, int | None], list[BenchmarkResult]] = {}
-    for result in sorted(results, key=lambda result: result.num_draft_tokens or 0):
-        if result.strategy in _DRAFTING and result.speedup is not None:
-            groups.setdefault((result.strategy, result.exit_layer, result.n_gram_match), []).append(result)
+    for result in _drafting(results):
+        groups.setdefault((result.strategy, result.exit_layer, result.n_gram_match), []).append(result)
     series = [
         ({"color": colors.get(layer)} | _DRAFTING[strategy] | (_WITH_N_GRAMS if match else {}), own)
         for (strategy, layer, match), own in groups.items()
@@ -55,16 +64,16 @@ def benchmark_figure(results: Sequence[BenchmarkResult], *, title: str) -> Figur
 
 
 def _draw_speedups(axes: Axes, results: Sequence[BenchmarkResult], series: Sequence[Series]) -> None:
-    for style, points in series:
-        drafts = _numbers(point.num_draft_tokens for point in points)
-        axes.plot(drafts, _numbers(point.speedup for point in points), **style)
-        axes.plot(drafts, _numbers(point.predicted_speedup for point in points), color=style["color"], **_PREDICTED)
+    for idx, (style, points) in enumerate(series):
+        drafts = [(point.num_draft_tokens or 0) + _APART * (idx - (len(series) - 1) / 2) for point in points]
+        below_above = [_to_bounds(point) for point in points]
+        axes.errorbar(drafts, [point.speedup or nan for point in points], yerr=np.transpose(below_above), **style)
     axes.axhline(1.0, **_BREAK_EVEN)
     for result in results:
         if result.strategy == "transformers" and result.speedup is not None:
             axes.axhline(result.speedup, **_TRANSFORMERS)
     axes.set(
-        title="Speedup over autoregressive decoding",
+        title="Speedup over autoregressive decoding, with 95 % intervals",
         xlabel="draft tokens a round (at most)",
         ylabel="autoregressive / measured time per token",
         ylim=(0.0, None),
@@ -111,14 +120,26 @@ def _legend(results: Sequence[BenchmarkResult], colors: Mapping[int | None, Any]
     styles |= {name: {"color": "gray"} | style for name, style in _DRAFTING.items() if name in present}
     if any(result.n_gram_match is not None and result.strategy in _DRAFTING for result in results):
         styles["with n-grams"] = {"color": "gray", "marker": "o"} | _WITH_N_GRAMS
-    if any(result.predicted_speedup is not None for result in results):
-        styles["predicted by the cost model"] = {"color": "gray"} | _PREDICTED
     styles["autoregressive (break-even)"] = _BREAK_EVEN
     if "transformers" in present:
         styles["transformers"] = _TRANSFORMERS
     return [Line2D([], [], label=label, **style) for label, style in styles.items()]
 
 
-def _numbers(values: Iterable[float | None]) -> list[float]:
-    """Return the values as numbers; an unknown one is nan, which leaves a gap in the line."""
-    return [nan if value is None else float(value) for value in values]
+def _drafting(results: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
+    """What is drawn over draft lengths, by these."""
+    drawn = [result for result in results if result.strategy in _DRAFTING and result.speedup is not None]
+    fastest: dict[int | None, BenchmarkResult] = {}
+    for result in sorted(drawn, key=lambda result: result.speedup or 0.0):
+        if result.strategy == _OF_TRANSFORMERS:
+            fastest[result.num_draft_tokens] = replace(result, exit_layer=None)
+    drawn = [result for result in drawn if result.strategy != _OF_TRANSFORMERS] + [*fastest.values()]
+    return sorted(drawn, key=lambda result: result.num_draft_tokens or 0)
+
+
+def _to_bounds(result: BenchmarkResult) -> tuple[float, float]:
+    """How far the bounds of the interval are below and above the speedup; 0 where there is no interval."""
+    if result.speedup is None or result.speedup_interval is None:
+        return 0.0, 0.0
+    low, high = result.speedup_interval
+    return max(0.0, result.speedup - low), max(0.0, high - result.speedup)

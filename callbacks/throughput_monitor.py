@@ -3,8 +3,6 @@
 Tested by tests/integration/test_monitors.py.
 """
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from app import metric_names
 from app.data_ranks import data_ranks
 from app.errors import ConfigError, check_range
+from app.model.process_memory import peak_memory
 from app.planning.step import Micro, MicroBatchCosts, build_fake, measure_micro_batch
 from app.protocols import ArchitectureOwner, EarlyExitHost, LayerDropoutHost
 
@@ -139,7 +138,5 @@ class ThroughputMonitor(Callback):
 
 
 def _peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+    return peak / 2**30

@@ -13,7 +13,7 @@ from app.checkpoints.contents import read_whole
 from app.checkpoints.integrity import check_bytes
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError
-from app.model.freed_memory import give_back_freed
+from app.model.process_memory import give_back_freed
 
 _SMALL = 1 << 20  # bytes of a tensor that is not worth a file
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import resource
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from app.cli.early_checks import check_tokenizer
 from app.cli.messages import locate
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_range
+from app.model.process_memory import peak_memory
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
 from app.tables import Table, cell
 from app.text.text_stream import prompt_text
@@ -75,7 +74,7 @@ class DataCLI(BesideFitCLI):
         found = preview(self.datamodule, num_batches=self._options.num_batches)
         resumed = check_resume(self.datamodule, fresh) if self._options.check_resume else None
         if self._options.json:
-            figures = {"packing_efficiency": found.packing_efficiency, "peak_memory_mib": peak_memory_mib()}
+            figures = {"packing_efficiency": found.packing_efficiency, "peak_memory_mib": peak_memory() / 2**20}
             print(json.dumps(asdict(found) | figures | {"resumed": resumed and resumed._asdict()}))
             return
         _print(found)
@@ -96,18 +95,12 @@ class DataCLI(BesideFitCLI):
         print(f"{counted(len(lines), 'held-out prompt')} of {counted(options.prompt_length, 'token')}: {path}")
 
 
-def peak_memory_mib() -> float:
-    """Peak memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def _print(found: Preview) -> None:
     print_table(_table(found))
     print(
         f"{found.tokens:,} tokens in {found.positions:,} positions (packing efficiency {found.packing_efficiency:.1%});"
         f" first batch after {found.seconds_to_first:.1f} s, {found.tokens_per_second:,.0f} tokens/s in all;"
-        f" peak memory {peak_memory_mib():,.0f} MiB\n"
+        f" peak memory {peak_memory() / 2**20:,.0f} MiB\n"
         "Read and skipped count all records read so far, which is ahead of the rows; a record counts in every pass.\n"
     )
     print("The first row, document by document:")

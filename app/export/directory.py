@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from app.checkpoints.integrity import check_finite
 from app.errors import CheckpointError, ConfigError
 from app.export.output_directory import whole_or_absent
-from app.model.freed_memory import give_back_freed
+from app.model.process_memory import give_back_freed
 from app.model_files.decoding_defaults import DecodingDefaults, write_decoding_defaults
 from app.model_files.generation_config import saveable
 from app.model_files.loading import check_plain

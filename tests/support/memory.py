@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from app.model.freed_memory import give_back_freed
+from app.model.process_memory import give_back_freed
 
 Work = Callable[[], Any]
 

@@ -29,7 +29,7 @@ from app.checkpoints.contents import refuse_weights_alone
 from app.checkpoints.loop_counts import count_micro_batches
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, saved_config
 from app.checkpoints.states import Resumable, check_optimizer_settings, check_states
-from app.checkpoints.weights import HF_CONFIG_KEY, STATE_DICT, read_plain
+from app.checkpoints.weights import EXIT_BLOCKS_KEY, HF_CONFIG_KEY, STATE_DICT, read_plain
 from app.errors import CheckpointError
 from app.protocols import ResumableData
 
@@ -78,6 +78,10 @@ def check_resume(checkpoint: dict[str, Any], module: Resumable) -> None:
     assert trainer.state.fn is not None
     fit, whole = trainer.state.fn == TrainerFn.FITTING, STATE_DICT in checkpoint
     check_compatible(module.config, checkpoint)
+    if (saved_exits := checkpoint.get(EXIT_BLOCKS_KEY, {})) != module.exit_sources:
+        listed = f"exit blocks {saved_exits} (exit layer: the model's blocks that its own began as)"
+        differing = f"{listed}, model.exit_blocks gives {module.exit_sources}"
+        raise CheckpointError(f"the checkpoint holds {differing}; use the run's own config.yaml")
     if not fit and f"{trainer.state.fn.value}_loop" not in checkpoint.get("loops", {}):
         checkpoint.pop("loops", None)  # the loop of this verb begins at its beginning
     if fit and whole:

@@ -47,6 +47,10 @@ class Resumable(Protocol):
     def trained(self) -> nn.Module:
         """What of it the optimizer moves."""
 
+    @property
+    def exit_sources(self) -> dict[int, list[int]]:
+        """By exit layer, the model's blocks that those of its own began as; {} without exit blocks."""
+
     def state_dict(self) -> dict[str, Any]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def optimizer_over(self, model: nn.Module) -> dict[str, Any]:

@@ -131,7 +131,11 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, DecodingValidation):
             callback.check_host(module)
-        elif type(callback) in _SET_UP_TWICE:
+        if isinstance(callback, LayerDropoutCurriculum) and (rate := callback.max_dropout_rate) > 0:
+            module.check_model_learns("layer_dropout.max_dropout_rate", got=rate, allowed="0")
+        if isinstance(callback, EarlyExitCurriculum) and (curriculum := callback.curriculum) != "none":
+            module.check_model_learns("early_exit.curriculum", got=curriculum, allowed="none")
+        if type(callback) in _SET_UP_TWICE:
             callback.setup(trainer, module, "fit")
     if isinstance(data, RowDataModule):
         check_row_length(data.seq_len, module.config)

@@ -98,7 +98,7 @@ def export(
 
 
 def _exit_blocks(path: str, model: PreTrainedModel, weights: Weights, dtype: torch.dtype | None) -> dict[str, bytes]:
-    """Return the file of exit blocks by name, {} for none; CheckpointError if they are another model's."""
+    """The file of the exit blocks by its name, {} for none; CheckpointError if they were trained for another model."""
     if (stored := stored_exit_blocks(path)) is None:
         return {}
     if stored.hashes is not None:

@@ -5,72 +5,25 @@ tests/integration/test_exit_blocks.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from app.errors import ConfigError, check_choice, check_range
-from app.layerskip.distillation import DistillationLoss, divergence_loss
+from app.errors import ConfigError
+from app.layerskip.distillation import divergence_loss
 from app.layerskip.early_exit_loss import IGNORE_INDEX, EarlyExitLoss, early_exit_loss
 from app.model.exact_tables import keep_tables_exact
-from app.model.exit_block import ExitBlock, ExitBlockStart, exit_blocks_of, source_layers
+from app.model.exit_block import ExitBlock, exit_blocks_of
 from app.model.head_loss import Teacher
 from app.model.weights_hash import weights_hash
 from app.protocols import StateOwner
 from app.training.batch import GivenBatch
 from app.training.evaluation_steps import EvaluationSteps
-
-
-@dataclass(frozen=True)
-class ExitBlockSettings:
-    """Exit blocks that are trained while the model stays as it is (method card, "Exit blocks and distillation").
-
-    Args:
-        exits: Number of blocks A, 0 or more, for each exit layer E in 1..num_layers - 1; E + A is at most num_layers.
-        start: What the blocks begin as: exit, blocks E.. of the model; or last, its last ones.
-        loss: cross_entropy (of the text), kl, total_variation or lk (of the full model's distribution).
-
-    Raises:
-        ConfigError: There is no exit, or a setting is unknown.
-    """
-
-    exits: dict[int, int]
-    start: ExitBlockStart = "exit"
-    loss: DistillationLoss = "lk"
-
-    def __post_init__(self) -> None:
-        check_choice("exit_blocks.start", self.start, get_args(ExitBlockStart))
-        check_choice("exit_blocks.loss", self.loss, get_args(DistillationLoss))
-        if not self.exits:
-            raise ConfigError("exit_blocks.exits", got=self.exits, allowed="one exit or more, as {exit layer: blocks}")
-
-    def sources(self, num_layers: int) -> dict[int, list[int]]:
-        """Which of the model's blocks each exit's begin as; ConfigError if it has no such exit or too few blocks."""
-        for exit_layer, num_blocks in self.exits.items():
-            check_range("exit_blocks.exits", exit_layer, low=1, high=num_layers - 1, fix="exits count blocks run")
-            fix = f"blocks of exit {exit_layer} of {num_layers}"
-            check_range("exit_blocks.exits", num_blocks, low=0, high=num_layers - exit_layer, fix=fix)
-        return {
-            exit_layer: source_layers(num_layers, exit_layer=exit_layer, num_blocks=num_blocks, start=self.start)
-            for exit_layer, num_blocks in sorted(self.exits.items())
-        }
-
-
-def refuse_with_exit_blocks(
-    config: PreTrainedConfig | None, activation_checkpointing: bool, compile_blocks: bool
-) -> None:
-    """Raise ConfigError for settings of LayerSkipModule that do not go with exit blocks."""
-    if config is not None:
-        allowed = "no model.config: exit blocks are for a trained model"
-        raise ConfigError("config", got=config.model_type, allowed=allowed, fix="name the model in model.pretrained")
-    for field, value in (("activation_checkpointing", activation_checkpointing), ("compile_blocks", compile_blocks)):
-        if value:
-            raise ConfigError(field, got=True, allowed="false with model.exit_blocks")
+from app.training.exit_block_settings import ExitBlockSettings
 
 
 class ExitBlockSteps(EvaluationSteps):
@@ -133,15 +86,16 @@ class ExitBlockSteps(EvaluationSteps):
 
     @override
     def set_exit_weights(self, weights: Mapping[int, float]) -> None:
-        self._refuse("early_exit.curriculum", got=dict(weights), allowed="none")
+        self.check_model_learns("early_exit.curriculum", got=dict(weights), allowed="none")
         super().set_exit_weights(weights)
 
     @override
     def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
-        self._refuse("layer_dropout.max_dropout_rate", got=max(rates, default=0.0), allowed="0")
+        self.check_model_learns("layer_dropout.max_dropout_rate", got=max(rates, default=0.0), allowed="0")
         super().set_dropout_rates(rates, rescale=rescale)
 
-    def _refuse(self, field: str, *, got: object, allowed: str) -> None:
+    def check_model_learns(self, field: str, *, got: object, allowed: str) -> None:
+        """Raise ConfigError for a setting of the recipe, which would train the model, where the model is frozen."""
         if self.has_exit_blocks:
             fix = "the model of exit blocks is frozen"
             raise ConfigError(field, got=got, allowed=f"{allowed} with model.exit_blocks", fix=fix)

@@ -38,7 +38,8 @@ from app.text.text_tokens import listed_ends
 from app.text.tokenizer_files import tokenizer_to_files
 from app.training.batch import GivenBatch, check_row_length
 from app.training.divergence import DivergenceGuard, OnDivergence
-from app.training.exit_block_steps import ExitBlockSettings, ExitBlockSteps, refuse_with_exit_blocks
+from app.training.exit_block_settings import ExitBlockSettings, refuse_with_exit_blocks
+from app.training.exit_block_steps import ExitBlockSteps
 from app.training.optim import LearningRate, LRSchedule, LRSchedulerClass, parameter_groups
 from app.training.token_mean import TokenMeanStep
 

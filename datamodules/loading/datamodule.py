@@ -116,6 +116,7 @@ class RowDataModule(LightningDataModule, ABC):
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids of the tokenizer."""
         return len(self.tokenizer)
 
     @property

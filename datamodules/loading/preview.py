@@ -47,6 +47,7 @@ class Preview:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all sources."""
         return sum(source.tokens for source in self.sources.values())
 
     @property

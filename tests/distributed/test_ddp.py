@@ -5,9 +5,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
+from app.model_files.open import load_pretrained
+from app.training.exit_block_settings import ExitBlockSettings
+from app.training.module import LayerSkipModule
 from callbacks import ExitQualityMonitor
 from tests.support.processes import run_ranks
 from tests.support.runs import Recorder, curricula, make_data, make_module, make_trainer
+from tests.support.saved_models import save_model
 
 BATCH, STEPS = 4, 6
 RATE = 0.9  # of four samples the last block often keeps none
@@ -51,6 +55,44 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path):
         assert (ours["rows"], theirs["rows"]) == (one["rows"], two["rows"])
         assert ours["dropped"] == theirs["dropped"] == one["dropped"] == two["dropped"]
     assert any(1.0 in step["dropped"] for step in first["steps"])  # a block that nobody went through
+
+
+def train_exit_blocks(root, *, ranks, accumulate):
+    trainer = make_trainer(
+        root,
+        max_steps=STEPS,
+        callbacks=[],
+        devices=ranks,
+        accumulate_grad_batches=accumulate,
+        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
+    )
+    module = LayerSkipModule(
+        pretrained=str(root / "model"),
+        exit_blocks=ExitBlockSettings({1: 1, 2: 0}),
+        optimizer=lambda params: torch.optim.SGD(params, lr=3.0),
+        lr_schedule="constant",
+    )
+    trainer.fit(module, datamodule=make_data(root, batch_size=BATCH, num_lanes=2))
+    return {name: p.detach().numpy() for name, p in module.named_parameters()}
+
+
+def _train_exit_blocks(root):
+    return train_exit_blocks(root, ranks=2, accumulate=1)
+
+
+@pytest.mark.distributed
+def test_exit_blocks_learn_on_two_ranks_what_they_learn_on_one(tmp_path):
+    data = make_data(tmp_path)
+    data.prepare_data()
+    start = load_pretrained(str(save_model(tmp_path / "model", tokenizer=data.tokenizer)))
+    first, second = run_ranks(_train_exit_blocks, tmp_path)
+    for name, expected in train_exit_blocks(tmp_path, ranks=1, accumulate=2).items():
+        assert abs(first[name] - expected).max() < 1e-5, name
+        assert (first[name] == second[name]).all(), name
+    for name, weight in start.named_parameters():
+        assert (first[f"model.{name}"] == weight.detach().numpy()).all(), name
+    for name, weight in start.model.layers[1].named_parameters():
+        assert abs(first[f"exit_blocks.1.decoder.layers.0.{name}"] - weight.detach().numpy()).max() > 1e-4, name
 
 
 def batched(items):

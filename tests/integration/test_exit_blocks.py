@@ -1,21 +1,24 @@
 """Exit blocks that learn from a frozen model: every loss teaches, nothing else moves, and a killed run goes on."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, EXIT_BLOCKS_PREFIX
 from app.errors import ConfigError
-from app.training.exit_block_steps import ExitBlockSettings
+from app.training.exit_block_settings import ExitBlockSettings
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum
 from datamodules import CachedStatesDataModule, TextCodeDataModule
 from tests.integration.test_resume import StopAfter
-from tests.support.runs import Recorder, make_data, make_module, make_trainer
+from tests.support.runs import Recorder, cli, make_data, make_module, make_trainer
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 EXITS = {1: 1, 2: 0}
 STEPS = 6
 
@@ -216,3 +219,45 @@ def test_drafts_in_validation_go_through_the_exit_blocks(root):
     decoder = module.exitable_decoder()
     assert [list(decoder.exit_span(layer)) for layer in (1, 2, 3)] == [[4], [], []]
     assert decoder.own_exits == (1, 2)
+
+
+def test_the_commands_train_and_measure_exit_blocks_and_refuse_what_does_not_go_with_them(
+    root, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    corpus = {"code": {"kind": "files", "path": str(root / "corpus")}}
+    data = {"sources": corpus, "seq_len": 24, "batch_size": 4, "validation_share": 0.2, "validation_rows": 8}
+    monitor = {"class_path": "callbacks.ExitQualityMonitor", "init_args": {"exit_layers": [3, 4]}}
+    saver = {"class_path": "callbacks.LastCheckpoint", "init_args": {"every_n_train_steps": 2}}
+    logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "x", "version": ""}}
+    trainer = {
+        "max_steps": 2,
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+        "accelerator": "cpu",
+        "logger": logger,
+        "callbacks": [monitor, saver],
+    }
+    settings = {
+        "model": {"pretrained": str(root / "model.ckpt")},
+        "data": {"class_path": "datamodules.TextCodeDataModule", "init_args": data},
+        "trainer": trainer | {"enable_progress_bar": False, "enable_model_summary": False},
+    }
+    Path("x.yaml").write_text(yaml.safe_dump(settings))
+    fit = ["fit", "--config", "x.yaml", "--config", str(CONFIGS / "variant/exit_block.yaml")]
+    for arguments, message in (
+        (["--layer_dropout.max_dropout_rate", "0.1"], "layer_dropout.max_dropout_rate: got 0.1, allowed 0 with"),
+        (["--early_exit.curriculum=gradual"], "early_exit.curriculum: got 'gradual', allowed none with"),
+        (["--model.exit_blocks.loss", "mse"], "model.exit_blocks.loss: got mse, allowed cross_entropy | kl | "),
+        (["--model.exit_blocks.exits", "{3:1}"], "got a key without a value, allowed {KEY: VALUE}; write a blank"),
+    ):
+        assert cli(monkeypatch, *fit, *arguments) == 2
+        assert message in capsys.readouterr().err
+        assert not Path("runs").exists()
+    assert cli(monkeypatch, *fit) == 0
+    assert " 3 " in capsys.readouterr().out
+    assert cli(monkeypatch, "validate", "--config", "runs/x/config.yaml", "--ckpt_path", "last") == 0
+    capsys.readouterr()
+    resume = ["fit", "--config", "runs/x/config.yaml", "--ckpt_path", "last"]
+    assert cli(monkeypatch, *resume, "--model.exit_blocks", "null", "--allow_changes", "[model]") == 2
+    assert "holds exit blocks {3: [3]}" in capsys.readouterr().err

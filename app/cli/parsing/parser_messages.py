@@ -8,8 +8,10 @@ Tested by tests/contract/test_command_line.py and test_generate_mistakes.py.
 import re
 import sys
 from collections.abc import Collection, Iterator
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from textwrap import shorten
+from typing import Any
 
 _KEY = re.compile(r'Parser key "([^"]+)":?')
 _BASE = re.compile(r"<class '(\w+\.[\w.]+)'>|Callable\[\[.*?\], ([\w.]+)\]")
@@ -67,6 +69,8 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
         return "stop: got one text, allowed a list of texts; write [text]"  # the only option that is a list of texts
     if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", text):
         return f"{path}: got {found[2]}, allowed the settings of a {found[1]}"
+    if "unsupported operand type(s) for +: 'int' and 'str'" in text:  # PyYAML reads 3:1 as minutes and seconds
+        return f"{path}: got a key without a value, allowed {{KEY: VALUE}}; write a blank behind the colon"
     for pattern in _NOT_CLASS:
         if found := re.search(pattern, text):
             return f"{path}: {_no_class(next(filter(None, found.groups()), ''), text)}"
@@ -120,7 +124,10 @@ def _source(text: str) -> str:
 
 def _names_no_class(text: str) -> bool:
     """Tell whether jsonargparse tried the settings on the base classes alone, since no class was given."""
-    tried = {path.rpartition(".")[2] for path in re.findall(r"class_path[ =]'([^']+)'", text)}
+    paths = re.findall(r"class_path[ =]'([^']+)'", text)
+    if any(is_dataclass(_class_at(path)) for path in paths):
+        return False  # a group of settings, which is of one class
+    tried = {path.rpartition(".")[2] for path in paths}
     return tried <= {(base or result).rpartition(".")[2] for base, result in _BASE.findall(text)}
 
 
@@ -136,12 +143,16 @@ def _no_class(got: str, text: str) -> str:
 
 def _subclasses(base: str) -> Iterator[type]:
     """Yield all subclasses, imported so far, of the class at this path."""
-    module, _, name = base.rpartition(".")
-    pending = [getattr(sys.modules.get(module), name, None)]
+    pending = [_class_at(base)]
     while pending:
         if isinstance(cls := pending.pop(), type):
             pending += cls.__subclasses__()
             yield from cls.__subclasses__()
+
+
+def _class_at(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _wrong_type(allowed: str, got: str) -> str:

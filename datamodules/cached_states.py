@@ -22,7 +22,7 @@ from app.model_files.open import check_tokenizer_of, load_pretrained
 from datamodules.loading.datamodule import RowDataModule
 from datamodules.loading.tokenizers import fingerprint
 from datamodules.loading.workers import WorkerLoader
-from datamodules.state_cache.filling import FrozenModel, Progress, check_room, fill
+from datamodules.state_cache.filling import CacheFiller, FrozenModel
 from datamodules.state_cache.shards import CachedRows, RowLayout, Split, StateCache, made_from, only_writer
 from datamodules.streaming.loader import STATE_KEY
 from datamodules.text_code import TextCodeDataModule
@@ -138,7 +138,7 @@ class CachedStatesDataModule(RowDataModule):
         with only_writer(self._folder):
             cache = StateCache.read(self._folder)
             if cache is None:
-                cache = StateCache(self._folder, facts, sum(len(batch["source"]) for batch in self._held_out), {})
+                cache = StateCache(self._folder, facts, sum(len(batch["source"]) for batch in self._held_out()), {})
             cache.check_made_from(facts)
             self._fill(cache, model)
         self._cache = cache
@@ -151,45 +151,24 @@ class CachedStatesDataModule(RowDataModule):
             dtype=getattr(torch, self._dtype),
             batch_size=self._corpus._settings.batch_size,
         )
-        num_rows: dict[Split, int] = {"validation": cache.num_validation_rows, "train": self._num_rows}
-        wanted = {name: count for split in num_rows for name, count in layout.shards(split, num_rows[split]).items()}
+        wanted = layout.shards("validation", cache.num_validation_rows) | layout.shards("train", self._num_rows)
         missing = {name: count for name, count in wanted.items() if not cache.has(name, count)}
         if not missing:
             return
-        tokens, size = (sum(missing.values()) * each for each in (layout.seq_len, layout.row_bytes))
-        check_room(cache, size)
-        cache.write_index()
-        exits = ", ".join(map(str, self._exit_layers))
-        _log.info(
-            "caching the states at exits %s and of the full model for %s tokens: %s MB in %s, where %s MB are already",
-            *(exits, f"{tokens:,}", f"{size / 1e6:,.3g}", cache.folder),
-            f"{(sum(wanted.values()) * layout.row_bytes - size) / 1e6:,.3g}",
-        )
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         compute_dtype = getattr(torch, self._compute_dtype)
         if device.type == "cpu" and (why := emulated(compute_dtype)):
             _log.warning("data.compute_dtype %s: %s", self._compute_dtype, why)
+        filler, passes = CacheFiller(cache, layout, missing), dict.fromkeys(self.source_names, 0.0)
         frozen = FrozenModel(model, exit_layers=self._exit_layers, device=device, compute_dtype=compute_dtype)
-        progress, passes = Progress(tokens), dict.fromkeys(self.source_names, 0.0)
-        batches = {"validation": iter(self._held_out), "train": self._stream(passes)}
-        for split, count in num_rows.items():
-            fill(
-                cache,
-                split,
-                count,
-                layout=layout,
-                missing=missing,
-                batches=batches[split],
-                model=frozen,
-                progress=progress,
-            )
+        filler.fill("validation", cache.num_validation_rows, batches=self._held_out(), model=frozen)
+        filler.fill("train", self._num_rows, batches=self._stream(passes), model=frozen)
         for name, number in passes.items():
             if number > 1:
                 _log.warning("source %s was read %.1f times: lower num_tokens, or give it more text", name, number)
 
-    @cached_property
-    def _held_out(self) -> list[dict[str, Tensor]]:
-        return list(self._corpus.val_dataloader())
+    def _held_out(self) -> Iterator[dict[str, Tensor]]:
+        yield from self._corpus.val_dataloader()
 
     def _stream(self, passes: dict[str, float]) -> Iterator[dict[str, Tensor]]:
         """Return the corpus's training batches from the first one on; `passes` over each source are noted."""

@@ -131,7 +131,7 @@ class TextCodeDataModule(RowDataModule):
         return self._keeper.statistics(self.source_names, share=self._share)
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
-        """`count` prompts of `length` token ids, the same at every call; see `SurveyedCorpus.prompts`."""
+        """Return `count` prompts of `length` token ids, the same at every call; see `SurveyedCorpus.prompts`."""
         return self._corpus.prompts(count, length)
 
     def prepare_data(self) -> None:

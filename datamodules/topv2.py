@@ -116,7 +116,6 @@ class TOPv2DataModule(RowDataModule):
 
     @property
     def target_format(self) -> TargetFormat:
-        """How targets are written."""
         return self._content.target_format
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:

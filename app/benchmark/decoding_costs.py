@@ -55,6 +55,11 @@ class DecodingCosts:
         own = len(decoder.exit_span(exit_layer))
         return self.cost_model(num_layers=decoder.num_layers, exit_layer=exit_layer, num_exit_blocks=own)
 
+    def two_pass(self, *, num_layers: int, draft_step: float) -> CostModel:
+        """Return the cost model of drafts that share no computation with the verification."""
+        shares = {name: value for name, value in self.in_blocks.items() if name != "draft_head"}
+        return CostModel.two_pass(num_layers=num_layers, draft_step=draft_step, **shares)
+
 
 def measure_decoding_costs(
     decoder: ExitableDecoder,

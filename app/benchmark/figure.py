@@ -127,7 +127,7 @@ def _legend(results: Sequence[BenchmarkResult], colors: Mapping[int | None, Any]
 
 
 def _drafting(results: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
-    """What is drawn over draft lengths, by these."""
+    """Return the results that are drawn over draft lengths, ordered by these."""
     drawn = [result for result in results if result.strategy in _DRAFTING and result.speedup is not None]
     fastest: dict[int | None, BenchmarkResult] = {}
     for result in sorted(drawn, key=lambda result: result.speedup or 0.0):
@@ -138,7 +138,7 @@ def _drafting(results: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
 
 
 def _to_bounds(result: BenchmarkResult) -> tuple[float, float]:
-    """How far the bounds of the interval are below and above the speedup; 0 where there is no interval."""
+    """Tell how far the bounds of the interval are below and above the speedup; 0 where there is no interval."""
     if result.speedup is None or result.speedup_interval is None:
         return 0.0, 0.0
     low, high = result.speedup_interval

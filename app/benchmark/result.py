@@ -138,9 +138,7 @@ def round_costs(contender: Contender, costs: Costs | None, decoder: ExitableDeco
         draft_step = seconds / costs.model.block_seconds
     else:
         return None
-    shares = costs.model.in_blocks
-    del shares["draft_head"]
-    return CostModel.two_pass(num_layers=decoder.num_layers, draft_step=draft_step, **shares)
+    return costs.model.two_pass(num_layers=decoder.num_layers, draft_step=draft_step)
 
 
 def _predict(measurement: Measurement, costs: CostModel | None) -> float | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from app.checkpoints.integrity import is_finite
 from app.errors import CheckpointError
+from app.words import dtype_name
 
 
 class SavedEntry:
@@ -115,5 +116,5 @@ MISSING = _Missing()  # what was got where an entry is missing
 def shown(value: object) -> str:
     """Show a value in few words for a message; a tensor as its dtype and shape."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return f"{dtype_name(value.dtype)} {list(value.shape)}"
     return textwrap.shorten(repr(value), 80, placeholder=" ...")

@@ -98,7 +98,7 @@ def export(
 
 
 def _exit_blocks(path: str, model: PreTrainedModel, weights: Weights, dtype: torch.dtype | None) -> dict[str, bytes]:
-    """The file of the exit blocks by its name, {} for none; CheckpointError if they were trained for another model."""
+    """Return the file of exit blocks by name, {} for none; CheckpointError if they are another model's."""
     if (stored := stored_exit_blocks(path)) is None:
         return {}
     if stored.hashes is not None:

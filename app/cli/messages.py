@@ -26,7 +26,7 @@ _CHOSEN_BY = {
     "PreTrainedConfig": "model.config",
 }
 # The arguments of Lightning's Trainer that need a package, whose absence it tells without them.
-_NEEDS_PACKAGE = {"transformer_engine": "precision", "bitsandbytes": "plugins", "torch_xla": "accelerator"}
+_NEEDS_PACKAGE = {"transformer_engine": "precision", "torch_xla": "accelerator"}
 _UPSTREAM = ("lightning", "torch", "transformers")
 _RESUME = "go on from the last checkpoint, if there is one, with --ckpt_path auto"
 # Words of torch's errors for the faults of other processes and of the config, and what to do about them.
@@ -68,7 +68,7 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if (message := _of_fault(error, _FAULTS) or _of_chosen_class(error)) or type(error).__name__ == _LIGHTNINGS:
-        return message or str(error)
+        return message or re.sub(r"(.*?`Trainer\((\w+))", r"trainer.\2: \1", str(error), count=1)
     if isinstance(error, OSError) and (error.errno in _OF_DISKS or error.filename is not None):
         named = isinstance(error.filename, str | bytes | os.PathLike)
         file = f": {os.fsdecode(error.filename)}" if named else ""

@@ -90,7 +90,7 @@ def _storable(model: str) -> Path | None:
 
 
 def _stored(file: Path, tuning: Tuning) -> str:
-    if tuning.defaults.strategy == "autoregressive":
+    if tuning.defaults.exit_layer is None:
         return f"stored in {file}: layerskip generate decodes so by default"
     return (
         f"stored in {file}: layerskip generate decodes so by default, and transformers' generate drafts from the same"

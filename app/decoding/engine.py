@@ -115,7 +115,7 @@ class Decoding:
         self._started_at = perf_counter()
 
     def _new_paces(self, costs: CostModel) -> tuple[Pace, Pace]:
-        """Who judges the drafter's drafts and those of n-grams; one and the same where only n-grams draft."""
+        """Make the judges of the drafter's drafts and of n-grams: one and the same where only n-grams draft."""
         by_clock = self._settings.sampling.greedy
         of_n_grams = Pace(costs.of_n_grams(), by_clock=by_clock)
         return (Pace(costs, by_clock=by_clock) if self._entry.has_drafter else of_n_grams), of_n_grams

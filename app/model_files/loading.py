@@ -122,7 +122,7 @@ def check_plain(path: str | Path, name: str, dtype: torch.dtype | str) -> None:
     """Raise CheckpointError unless `dtype` is one of weights, since other numbers would be taken for weights."""
     if dtype not in _DTYPES.values():
         allowed = " | ".join(dtype_name(plain) for plain in _DTYPES.values())
-        raise CheckpointError(f"{path}: {name} has dtype {str(dtype).removeprefix('torch.')}, allowed {allowed}")
+        raise CheckpointError(f"{path}: {name} has dtype {dtype_name(dtype)}, allowed {allowed}")
 
 
 def check_complete(path: str, info: dict[str, Any]) -> None:

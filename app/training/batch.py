@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import IGNORE_INDEX
+from app.words import dtype_name
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _check_states(states: Any, shape: tuple[int, ...]) -> None:
 def _described(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"{dtype_name(value.dtype)} {tuple(value.shape)}"
 
 
 def _check_values(batch: GivenBatch, *, config: PreTrainedConfig, num_sources: int) -> None:

@@ -19,32 +19,48 @@ from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
 from app.protocols import ExitableDecoder
+from app.tuning.found_drafts import FoundDraft, found_drafts
 
 _LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
 
 
-def simulate_rounds(matches: Sequence[bool], num_draft_tokens: int, *, budget: int) -> RoundCounts:
+def simulate_rounds(
+    matches: Sequence[bool], num_draft_tokens: int, *, budget: int, found: Sequence[FoundDraft] = ()
+) -> RoundCounts:
     """Count the rounds of greedy self-speculative decoding whose output is known, without decoding.
 
     With t tokens settled, a round drafts the next min(d, budget - t - 1). It accepts the consecutive matches from t on,
-    and settles one token more. Rounds and accepted drafts are exact. Drafted tokens are exact too, unless an exit
-    wrongly drafts an end of sequence: the engine then ends that draft early.
+    and settles one token more. Rounds and accepted drafts are exact. Drafted tokens are exact too, unless an exit or
+    n-grams wrongly draft an end of sequence: the engine then ends that draft early.
 
     Args:
         matches: For each token of the output after the first, whether the exit chooses it as well.
-        num_draft_tokens: d, at least 1.
+        num_draft_tokens: d, at least 1, or 0 where nothing but n-grams drafts.
         budget: New tokens that were allowed; where the output has fewer, it ended by itself.
+        found: What n-grams draft after each token of the output but the last, in place of the exit where it is
+            anything; empty where they do not draft.
     """
-    num_tokens = len(matches) + 1
-    settled, rounds, drafted, accepted = 1, 0, 0, 0
+    num_tokens, settled = len(matches) + 1, 1
+    drafts: list[tuple[bool, int, int]] = []  # of each round: whether n-grams drafted, tokens drafted and accepted
     while settled < num_tokens:
-        limit = min(num_draft_tokens, budget - settled - 1)
+        by_n_gram, room = bool(found and found[settled - 1].length), budget - settled - 1
+        limit = min(found[settled - 1].length if by_n_gram else num_draft_tokens, room)
         ahead = matches[settled - 1 : settled - 1 + limit]
         kept = next((i for i, match in enumerate(ahead) if not match), len(ahead))
+        if by_n_gram:
+            kept = min(found[settled - 1].kept, limit)
         ended = settled + kept == num_tokens  # the end of sequence was drafted, and nothing after it
-        rounds, drafted, accepted = rounds + 1, drafted + (kept if ended else limit), accepted + kept
+        drafts.append((by_n_gram and limit > 0, kept if ended else limit, kept))
         settled += kept + 1
-    return RoundCounts(decoded=len(matches), rounds=rounds, drafted=drafted, accepted=accepted)
+    return RoundCounts(
+        decoded=len(matches),
+        rounds=len(drafts),
+        drafted=sum(drafted for _, drafted, _ in drafts),
+        accepted=sum(kept for *_, kept in drafts),
+        rounds_by_n_gram=sum(by_n_gram for by_n_gram, *_ in drafts),
+        drafted_by_n_gram=sum(drafted for by_n_gram, drafted, _ in drafts if by_n_gram),
+        accepted_by_n_gram=sum(kept for by_n_gram, _, kept in drafts if by_n_gram),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +71,7 @@ class LayerAgreement:
     """
 
     num_layers: int
+    prompts: list[list[int]]
     outputs: list[list[int]]  # new tokens of each prompt
     budgets: list[int]  # new tokens that were allowed for each prompt
     # Exit 1..L -> for each prompt, whether the exit chooses each output token after the first. At L this compares one
@@ -62,8 +79,10 @@ class LayerAgreement:
     matches: dict[int, list[list[bool]]]
     num_exit_blocks: dict[int, int] = field(default_factory=dict)  # exit -> blocks of its own, where it has some
 
-    def cost_model(self, costs: DecodingCosts, exit_layer: int) -> CostModel:
-        """Tell what the rounds of self-speculative decoding from this exit cost."""
+    def cost_model(self, costs: DecodingCosts, exit_layer: int | None) -> CostModel:
+        """Tell what the rounds of self-speculative decoding from this exit cost, or those of n-grams alone."""
+        if exit_layer is None:
+            return costs.two_pass(num_layers=self.num_layers, draft_step=0.0)
         own = self.num_exit_blocks.get(exit_layer, 0)
         return costs.cost_model(num_layers=self.num_layers, exit_layer=exit_layer, num_exit_blocks=own)
 
@@ -76,10 +95,22 @@ class LayerAgreement:
         """Return the share of the positions at which the exit chooses the output token; there must be some position."""
         return sum(map(sum, self.matches[exit_layer])) / self.num_positions
 
-    def count_rounds(self, exit_layer: int, num_draft_tokens: int) -> RoundCounts:
-        """Return the rounds of self-speculative decoding of all prompts from this exit."""
-        pairs = zip(self.matches[exit_layer], self.budgets, strict=True)
-        return RoundCounts.total([simulate_rounds(own, num_draft_tokens, budget=budget) for own, budget in pairs])
+    def found_drafts(self, match: int, *, most: int) -> list[list[FoundDraft]]:
+        """Return what n-grams would have drafted for each prompt, given at least `match` equal tokens."""
+        pairs = zip(self.prompts, self.outputs, strict=True)
+        return [found_drafts(prompt, output, match=match, most=most) for prompt, output in pairs]
+
+    def count_rounds(
+        self, exit_layer: int | None, num_draft_tokens: int, found: Sequence[Sequence[FoundDraft]] = ()
+    ) -> RoundCounts:
+        """Return the rounds of all prompts, drafted by n-grams where they found anything, else by this exit if any."""
+        triples = zip(
+            self.matches[exit_layer or self.num_layers], self.budgets, found or [()] * len(self.budgets), strict=True
+        )
+        drafts = 0 if exit_layer is None else num_draft_tokens
+        return RoundCounts.total(
+            [simulate_rounds(own, drafts, budget=budget, found=drafted) for own, budget, drafted in triples]
+        )
 
     @property
     def mean_saturation_layer(self) -> float:
@@ -124,6 +155,7 @@ def measure_layer_agreement(
     budgets = [min(settings.max_new_tokens, decoder.max_length - len(prompt)) for prompt in prompts[: len(outputs)]]
     return LayerAgreement(
         num_layers=decoder.num_layers,
+        prompts=[list(prompt) for prompt in prompts[: len(outputs)]],
         outputs=outputs,
         budgets=budgets,
         matches=matches,

@@ -82,18 +82,23 @@ class Tuning:
 
     def best_of_exit(self, exit_layer: int) -> Prediction:
         """Return the draft length predicted to be fastest from this exit."""
-        own = (prediction for prediction in self.predictions if prediction.exit_layer == exit_layer)
-        return max(own, key=lambda prediction: prediction.speedup)
+        own = [prediction for prediction in self.predictions if prediction.exit_layer == exit_layer]
+        return max((each for each in own if each.n_gram_match is None), key=lambda each: each.speedup)
+
+    def best_with_n_grams(self, exit_layer: int | None) -> Prediction | None:
+        """Return the fastest by prediction with n-grams, and from this exit if any, or None."""
+        own = [prediction for prediction in self.predictions if prediction.exit_layer == exit_layer]
+        return max((p for p in own if p.n_gram_match is not None), key=lambda p: p.speedup, default=None)
 
     @property
     def advice(self) -> str:
         """A setting of the tuner that might find something faster; empty where there is none."""
         run = self.confirmed or self.best
-        most = max(prediction.num_draft_tokens for prediction in self.predictions)
-        if self.best_of_exit(run.prediction.exit_layer).num_draft_tokens < most:
+        most = max(prediction.num_draft_tokens or 0 for prediction in self.predictions)
+        if (exit_layer := run.prediction.exit_layer) is None or self.best_of_exit(exit_layer).num_draft_tokens != most:
             return ""
         return (
-            f"exit {run.prediction.exit_layer} is predicted to be fastest with {counted(most, 'draft')}, the most that"
+            f"exit {exit_layer} is predicted to be fastest with {counted(most, 'draft')}, the most that"
             f" was looked at: raise {self.limited_by}"
         )
 
@@ -105,10 +110,9 @@ class Tuning:
             return plain
         return replace(
             plain,
-            strategy="self_speculative",
-            exit_layer=run.prediction.exit_layer,
-            num_draft_tokens=run.prediction.num_draft_tokens,
+            strategy=run.prediction.strategy,
             measured_speedup=run.speedup,
+            **run.prediction.settings,
         )
 
     @property
@@ -132,11 +136,14 @@ class Tuning:
         again = "; ".join(_run_again(run) for run in self.confirmations)
         if (run := self.confirmed) is not None:
             rank = "fastest" if run is self.confirmations[0] else "second fastest"
-            return f"self_speculative, {setting_in_words(run.prediction)}: the {rank} of {count} settings run; {again}"
+            chosen = f"{run.prediction.strategy}, {setting_in_words(run.prediction)}"
+            return f"{chosen}: the {rank} of {count} settings run; {again}"
         if again:
             return f"autoregressive: no setting kept its lead when it was run again; {again}"
         measured = f"measured {best.speedup:.3f}x (predicted {setting.speedup:.3f}x) on {best.prompts_in_words}"
         slow = f"autoregressive: even {setting_in_words(setting)}, the fastest of {count} settings run, {measured}"
+        if setting.exit_layer is None:
+            return slow
         model = self.agreement.cost_model(self.costs, setting.exit_layer)
         agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
         if agreement >= needed:  # the costs measured apart had promised more, so agreement is not the reason
@@ -146,8 +153,12 @@ class Tuning:
 
 
 def setting_in_words(prediction: Prediction) -> str:
-    """Write for instance "exit 3 with 5 drafts"."""
-    return f"exit {prediction.exit_layer} with {counted(prediction.num_draft_tokens, 'draft')}"
+    """Write for instance "exit 3 with 5 drafts and n-grams of 2"."""
+    by_n_gram = [] if prediction.n_gram_match is None else [f"n-grams of {prediction.n_gram_match}"]
+    if prediction.exit_layer is None or prediction.num_draft_tokens is None:
+        return by_n_gram[0]
+    drafts = counted(prediction.num_draft_tokens, "draft")
+    return f"exit {prediction.exit_layer} with {' and '.join([drafts, *by_n_gram])}"
 
 
 def _run_again(run: Verification) -> str:
@@ -160,9 +171,10 @@ def _run_again(run: Verification) -> str:
 
 
 def exits_table(tuning: Tuning) -> Table:
-    """List every exit with the draft length that is predicted to be fastest from it."""
+    """List every exit with the draft length that is predicted to be fastest from it; the last row has n-grams alone."""
     agreement, num_layers = tuning.agreement, tuning.agreement.num_layers
-    best = [tuning.best_of_exit(exit_layer) for exit_layer in range(1, num_layers)]
+    exits = range(1, num_layers)
+    best = [tuning.best_of_exit(exit_layer) for exit_layer in exits]
     title = (
         f"Exits on {agreement.num_positions} tokens of the model's own output"
         f" ({counted(len(agreement.outputs), 'prompt')}), mean saturation layer {agreement.mean_saturation_layer:.1f}"
@@ -176,6 +188,10 @@ def exits_table(tuning: Tuning) -> Table:
             "acceptance": [*(cell(each.acceptance_rate, "{:.1%}") for each in best), "-"],
             "tokens/round": [*(f"{each.mean_tokens_per_round:.2f}" for each in best), "-"],
             "predicted": [*(f"{each.speedup:.2f}x" for each in best), "-"],
+            "with n-grams": [
+                "-" if each is None else f"{each.speedup:.2f}x"
+                for each in map(tuning.best_with_n_grams, [*exits, None])
+            ],
         },
     )
 
@@ -187,8 +203,9 @@ def verifications_table(tuning: Tuning) -> Table:
     return Table.of_columns(
         "Run in turn with autoregressive decoding",
         {
-            "exit": [str(run.prediction.exit_layer) for run in runs],
-            "drafts": [str(run.prediction.num_draft_tokens) for run in runs],
+            "exit": [cell(run.prediction.exit_layer, "{}") for run in runs],
+            "drafts": [cell(run.prediction.num_draft_tokens, "{}") for run in runs],
+            "n-\ngrams": [cell(run.prediction.n_gram_match, "{}") for run in runs],
             "acceptance": [cell(run.acceptance_rate, "{:.1%}") for run in runs],
             "tokens\na round": [f"{run.mean_tokens_per_round:.2f}" for run in runs],
             "predicted": [f"{run.prediction.speedup:.2f}x" for run in runs],
@@ -218,8 +235,10 @@ def tuning_as_json(tuning: Tuning) -> dict[str, Any]:
                 "exit_layer": exit_layer,
                 "agreement": agreement.agreement(exit_layer),
                 "best": asdict(tuning.best_of_exit(exit_layer)) if exit_layer < agreement.num_layers else None,
+                "best_with_n_grams": found and asdict(found),
             }
             for exit_layer in range(1, agreement.num_layers + 1)
+            for found in [tuning.best_with_n_grams(None if exit_layer == agreement.num_layers else exit_layer)]
         ],
         "verified": [_run(run) for run in tuning.verifications],
         "confirmed": [_run(run) | {"holds": run.holds} for run in tuning.confirmations],

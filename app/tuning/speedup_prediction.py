@@ -9,9 +9,13 @@ model's own outputs. The cost model's T(a, d) takes acceptances for independent,
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from app.benchmark.decoding_costs import DecodingCosts
 from app.decoding.cost_model import CostModel
+from app.decoding.settings import DecodingSettings
+from app.model_files.decoding_defaults import SETTING_NAMES, DefaultStrategy
+from app.tuning.found_drafts import FoundDraft
 from app.tuning.layer_agreement import LayerAgreement
 
 _HOPELESS = 0.8  # share of the best prediction; what is predicted to be slower is not run
@@ -21,55 +25,95 @@ _HOPELESS = 0.8  # share of the best prediction; what is predicted to be slower 
 class Prediction:
     """The expected effect of a setting on the outputs that were looked at."""
 
-    exit_layer: int  # blocks run by a draft
-    num_draft_tokens: int  # most tokens drafted in a round
+    exit_layer: int | None  # blocks run by a draft; None where nothing but n-grams drafts
+    num_draft_tokens: int | None  # most tokens drafted from the exit in a round
+    n_gram_match: int | None = None  # fewest equal tokens after which n-grams draft; None where they do not
     acceptance_rate: float | None  # accepted / drafted; None where nothing could be drafted
     mean_tokens_per_round: float  # tokens settled by a round
     speedup: float  # over autoregressive decoding, by the cost model
 
+    @property
+    def strategy(self) -> DefaultStrategy:
+        return "n_gram" if self.exit_layer is None else "self_speculative"
 
-def predict(agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens: int) -> list[Prediction]:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the engine's settings, by name."""
+        return {name: getattr(self, name) for name in SETTING_NAMES}
+
+
+def predict(
+    agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens: int, n_gram_match: Sequence[int] = ()
+) -> list[Prediction]:
     """Predict every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost.
 
+    After these come the same with n-grams of each of `n_gram_match`, and these alone, where any draft was found.
     `agreement` must have at least one position.
     """
-    predictions = []
-    for exit_layer, drafts in product(range(1, agreement.num_layers), range(1, max_draft_tokens + 1)):
-        counts = agreement.count_rounds(exit_layer, drafts)
-        speedup = counts.predicted_speedup(agreement.cost_model(costs, exit_layer))
-        assert speedup is not None
-        assert counts.mean_tokens_per_round is not None
-        predictions.append(
-            Prediction(
-                exit_layer=exit_layer,
-                num_draft_tokens=drafts,
-                acceptance_rate=counts.acceptance_rate,
-                mean_tokens_per_round=counts.mean_tokens_per_round,
-                speedup=speedup,
-            )
-        )
+    exits = list(product(range(1, agreement.num_layers), range(1, max_draft_tokens + 1)))
+    predictions = [_predict(agreement, costs, exit_layer, drafts) for exit_layer, drafts in exits]
+    for match in dict.fromkeys(n_gram_match):
+        found = agreement.found_drafts(match, most=DecodingSettings.n_gram_max_drafts)
+        if any(draft.length for drafts in found for draft in drafts):
+            predictions += [_predict(agreement, costs, *each, match, found) for each in [*exits, (None, None)]]
     return predictions
+
+
+def _predict(
+    agreement: LayerAgreement,
+    costs: DecodingCosts,
+    exit_layer: int | None,
+    num_draft_tokens: int | None,
+    n_gram_match: int | None = None,
+    found: Sequence[Sequence[FoundDraft]] = (),
+) -> Prediction:
+    counts = agreement.count_rounds(exit_layer, num_draft_tokens or 0, found)
+    speedup = counts.predicted_speedup(agreement.cost_model(costs, exit_layer))
+    assert speedup is not None
+    assert counts.mean_tokens_per_round is not None
+    return Prediction(
+        exit_layer=exit_layer,
+        num_draft_tokens=num_draft_tokens,
+        n_gram_match=n_gram_match,
+        acceptance_rate=counts.acceptance_rate,
+        mean_tokens_per_round=counts.mean_tokens_per_round,
+        speedup=speedup,
+    )
 
 
 def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers: int) -> list[Prediction]:
     """Choose the settings predicted to be fastest, without near neighbours of a faster one as long as there are others.
 
     Two settings are near where their exits differ by at most a twelfth of the blocks (at least one) and their drafts by
-    at most two: where the prediction errs, it errs for both. What is predicted far below the best is left out.
+    at most two, both with n-grams or both without: where the prediction errs, it errs for both. What is predicted far
+    below the best is left out. Where all of them have n-grams, or none has, the best of the others is one more. It
+    shows what n-grams gain, so that one without them counts however slow it is predicted to be.
     """
-    ranked = sorted(predictions, key=lambda prediction: -prediction.speedup)
-    ranked = [prediction for prediction in ranked if prediction.speedup >= _HOPELESS * ranked[0].speedup]
+    everything = sorted(predictions, key=lambda prediction: -prediction.speedup)
+    ranked = [prediction for prediction in everything if prediction.speedup >= _HOPELESS * everything[0].speedup]
     reach = max(1, num_layers // 12)
     chosen: list[Prediction] = []
     for prediction in ranked:
-        if not any(
-            abs(prediction.exit_layer - other.exit_layer) <= reach
-            and abs(prediction.num_draft_tokens - other.num_draft_tokens) <= 2
-            for other in chosen
-        ):
+        if not any(_near(prediction, other, reach=reach) for other in chosen):
             chosen.append(prediction)
     chosen += [prediction for prediction in ranked if prediction not in chosen]
-    return sorted(chosen[:count], key=lambda prediction: -prediction.speedup)
+    del chosen[count:]
+    if all(prediction.n_gram_match is not None for prediction in chosen):
+        chosen += [prediction for prediction in everything if prediction.n_gram_match is None][:1]
+    elif all(prediction.n_gram_match is None for prediction in chosen):
+        chosen += [prediction for prediction in ranked if prediction.n_gram_match is not None][:1]
+    return sorted(chosen, key=lambda prediction: -prediction.speedup)
+
+
+def _near(one: Prediction, other: Prediction, *, reach: int) -> bool:
+    if (one.n_gram_match is None) != (other.n_gram_match is None):
+        return False
+    if one.exit_layer is None or other.exit_layer is None:
+        return one.exit_layer == other.exit_layer
+    assert one.num_draft_tokens is not None
+    assert other.num_draft_tokens is not None
+    close = abs(one.exit_layer - other.exit_layer) <= reach
+    return close and abs(one.num_draft_tokens - other.num_draft_tokens) <= 2
 
 
 def needed_agreement(costs: CostModel) -> float:

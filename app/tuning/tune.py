@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, Prompts, alternate, drafting_contenders
+from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, Prompts, alternate, engine_contender
 from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
 from app.benchmark.output_differences import OutputDifferences, find_output_differences
 from app.decoding.settings import DecodingSettings
@@ -31,7 +31,10 @@ class TuningSettings:
     Args:
         max_new_tokens: Largest number of new tokens for each prompt, at least 2.
         max_draft_tokens: Longest draft that is considered, at least 1.
-        num_verified: Number of settings that are run, those with the best predictions, at least 1.
+        n_gram_match: Each setting is also considered with n-grams, and they alone: with each of these numbers of latest
+            tokens, at least 1, that must have occurred before. [] leaves n-grams out.
+        num_verified: Number of settings that are run, those with the best predictions, at least 1. One more is run
+            where all of them have n-grams, or none has.
         repeats: How often each of them decodes each prompt, at least 1; the median counts. The fastest is then run five
             more times. It is only stored if it beats autoregressive decoding in each of these, and by the 95 % interval
             over at least 4 prompts and 200 tokens.
@@ -42,6 +45,7 @@ class TuningSettings:
 
     max_new_tokens: int = 128
     max_draft_tokens: int = 12
+    n_gram_match: tuple[int, ...] = (2, 4)
     num_verified: int = 4
     repeats: int = 3
     time_limit_seconds: float = 180.0
@@ -63,6 +67,8 @@ class TuningSettings:
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, low=2)
         check_range("max_draft_tokens", self.max_draft_tokens, low=1)
+        for match in self.n_gram_match:
+            check_range("n_gram_match", match, low=1, fix="[] leaves n-grams out")
         check_range("num_verified", self.num_verified, low=1)
         check_range("repeats", self.repeats, low=1)
         check_range("time_limit_seconds", self.time_limit_seconds, low=0.0)
@@ -85,7 +91,7 @@ def tune(
     agreement, costs = _look(decoder, prompts, settings)
     if not agreement.num_positions:
         raise DataError("prompts: the model ends every output at its first token, which no draft can speed up")
-    predictions = predict(agreement, costs, max_draft_tokens=settings.longest_draft)
+    predictions = predict(agreement, costs, max_draft_tokens=settings.longest_draft, n_gram_match=settings.n_gram_match)
     chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
     _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
     # The model was not yet run on the other prompts. Their outputs may end at once, but a choice needs more prompts
@@ -152,10 +158,10 @@ def _verify(
     decoder: ExitableDecoder, prompts: Prompts, chosen: Sequence[Prediction], settings: TuningSettings
 ) -> list[Verification]:
     """Run the chosen settings and autoregressive decoding in turn, prompt by prompt, as long as `settings` says."""
-    drafting = [(prediction.exit_layer, prediction.num_draft_tokens) for prediction in chosen]
-    batches = [[prompt] for prompt in prompts]
+    plain, batches = settings.plain, [[prompt] for prompt in prompts]
+    drafting = [engine_contender(decoder, each.strategy, replace(plain, **each.settings)) for each in chosen]
     measured = alternate(
-        drafting_contenders(decoder, settings.plain, drafting),
+        [engine_contender(decoder, "autoregressive", plain), *drafting],
         batches,
         repeats=settings.repeats,
         time_limit_seconds=settings.time_limit_seconds,

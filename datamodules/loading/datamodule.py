@@ -116,7 +116,6 @@ class RowDataModule(LightningDataModule, ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids of the tokenizer."""
         return len(self.tokenizer)
 
     @property

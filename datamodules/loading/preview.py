@@ -47,7 +47,6 @@ class Preview:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sources."""
         return sum(source.tokens for source in self.sources.values())
 
     @property

@@ -40,7 +40,6 @@ class ByteRanges:
         self.num_chunks = min(chunk_count(self._total, min_chunks=min_chunks), self._total)
 
     def ranges(self, chunk: int) -> Iterator[ByteRange]:
-        """Yield the ranges of bytes that make up `chunk`."""
         begin, end = (self._total * number // self.num_chunks for number in (chunk, chunk + 1))
         index = int(np.searchsorted(self._ends, begin, side="right"))
         while begin < end:

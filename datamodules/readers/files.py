@@ -45,7 +45,6 @@ class FileList:
         return self.root / self.name(file)
 
     def take(self, files: np.ndarray) -> "FileList":
-        """Return the list of the files with these indices."""
         return FileList(self.root, self._names.take(pa.array(files)), self.sizes[files])
 
     def digest_parts(self) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
 """Fill a cache with one pass of the frozen model, shard by shard, from where an earlier process was cut off.
 
-Shape legend: `N` rows, `T` tokens a row, `S` states a token, `D` model width.
+Shape legend: `B`, `N` rows of a batch and of a shard, `T` tokens a row, `S` states a token, `D` model width.
 
 Memory holds the model, the states of one forward, those of one shard and its bytes; of the other rows, none.
 """
@@ -8,7 +8,7 @@ Memory holds the model, the states of one forward, those of one shard and its by
 import logging
 import shutil
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -22,7 +22,6 @@ from datamodules.state_cache.shards import TOKEN_COLUMNS, RowLayout, Split, Stat
 
 _log = logging.getLogger(__name__)
 
-Batch = Mapping[str, Tensor]  # of a corpus: TOKEN_COLUMNS
 _SECONDS_A_REPORT = 30.0
 
 
@@ -48,71 +47,60 @@ class FrozenModel:
         return torch.stack([by_exit[exit_layer] for exit_layer in sorted(by_exit)], dim=2).cpu()
 
 
-class Progress:
-    """Log how fast rows are cached and how long the others will take."""
+class CacheFiller:
+    """Make those shards of a cache that are `missing`: rows of each, by its name.
 
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens, self._done = num_tokens, 0
+    Raises:
+        ConfigError: The disk has no room for them.
+    """
+
+    def __init__(self, cache: StateCache, layout: RowLayout, missing: Mapping[str, int]) -> None:
+        self._cache, self._layout, self._missing = cache, layout, missing
+        num_rows = sum(missing.values())
+        size, free = num_rows * layout.row_bytes, shutil.disk_usage(cache.folder).free
+        self._num_tokens, self._done = num_rows * layout.seq_len, 0
         self._start = self._reported = time.perf_counter()
+        if size > free:
+            raise ConfigError(
+                "cache_dir",
+                got=str(cache.folder),
+                allowed=f"a folder on a disk with {size / 1e6:,.3g} MB free; this one has {free / 1e6:,.3g} MB",
+                fix="lower num_tokens, take fewer exits or a dtype of 16 bits, or name a folder on another disk",
+            )
+        cache.write_index()
+        figures = f"{layout.num_states} states of each of {self._num_tokens:,} tokens: {size / 1e6:,.3g} MB"
+        _log.info("caching %s in %s", figures, cache.folder)
 
-    def add(self, num_tokens: int) -> None:
+    def fill(self, split: Split, num_rows: int, *, batches: Iterator[Mapping[str, Tensor]], model: FrozenModel) -> None:
+        """Make the missing shards of a split of `num_rows` rows; `batches` yields their columns from the first row on.
+
+        The same rows go through the model together whatever is missing, so that a cache which was cut off ends up with
+        the same bytes.
+        """
+        layout, shards = self._layout, self._layout.shards(split, num_rows)
+        while shards and next(reversed(shards)) not in self._missing:
+            shards.popitem()
+        for name, in_shard in shards.items():
+            read = list(islice(batches, -(-in_shard // layout.batch_size)))
+            if name not in self._missing:
+                continue
+            columns = {column: torch.cat([batch[column] for batch in read])[:in_shard] for column in TOKEN_COLUMNS}
+            found_NTSD = torch.empty(in_shard, layout.seq_len, layout.num_states, layout.width, dtype=layout.dtype)
+            for start in range(0, in_shard, layout.batch_size):
+                rows = slice(start, start + layout.batch_size)
+                found_NTSD[rows] = model.states(columns["input_ids"][rows], columns["position_ids"][rows])
+                if not torch.isfinite(found_NTSD[rows]).all():
+                    allowed = "a type that holds all states of this model (bfloat16 reaches as far as float32)"
+                    raise ConfigError("dtype", got=dtype_name(layout.dtype), allowed=allowed)
+                self._report(columns["input_ids"][rows].numel())
+            tokens = {column: values.int() for column, values in columns.items()}
+            self._cache.write_shard(name, {**tokens, "states": found_NTSD})
+
+    def _report(self, num_tokens: int) -> None:
         self._done += num_tokens
         now = time.perf_counter()
-        rate = self._done / (now - self._start)
-        if self._done >= self._num_tokens:
-            _log.info("cached %s tokens in %.0f s: %.0f tokens/s", f"{self._done:,}", now - self._start, rate)
-        elif now - self._reported >= _SECONDS_A_REPORT:
-            self._reported, left = now, (self._num_tokens - self._done) / rate / 60
-            figures = f"{self._done:,} of {self._num_tokens:,} tokens, {rate:,.0f} tokens/s, {left:,.1f} minutes left"
-            _log.info("cached %s", figures)
-
-
-def check_room(cache: StateCache, num_bytes: int) -> None:
-    """Raise ConfigError if the disk has no room for so many bytes more."""
-    free = shutil.disk_usage(cache.folder).free
-    if num_bytes > free:
-        raise ConfigError(
-            "cache_dir",
-            got=str(cache.folder),
-            allowed=f"a folder on a disk with {num_bytes / 1e6:,.3g} MB free; this one has {free / 1e6:,.3g} MB",
-            fix="lower num_tokens, take fewer exits or a dtype of 16 bits, or name a folder on another disk",
-        )
-
-
-def fill(
-    cache: StateCache,
-    split: Split,
-    num_rows: int,
-    *,
-    layout: RowLayout,
-    missing: Container[str],
-    batches: Iterator[Batch],
-    model: FrozenModel,
-    progress: Progress,
-) -> None:
-    """Make those shards of a split that are `missing`; `batches` are the corpus's from its first row on.
-
-    The same rows go through the model together whatever is missing, so that a cache which was cut off ends up with the
-    same bytes.
-    """
-    for name, rows_here in layout.shards(split, num_rows).items():
-        num_batches = -(-rows_here // layout.batch_size)
-        of_shard = list(islice(batches, num_batches))
-        if name not in missing:
-            continue
-        columns = {column: torch.cat([batch[column] for batch in of_shard])[:rows_here] for column in TOKEN_COLUMNS}
-        shape = (rows_here, layout.seq_len, layout.num_states, layout.width)
-        found_NTSD = torch.empty(shape, dtype=layout.dtype)
-        for start in range(0, rows_here, layout.batch_size):
-            rows = slice(start, min(start + layout.batch_size, rows_here))
-            found_NTSD[rows] = model.states(columns["input_ids"][rows], columns["position_ids"][rows])
-            _check_finite(found_NTSD[rows])
-            progress.add(columns["input_ids"][rows].numel())
-        tokens = {column: values.int() for column, values in columns.items()}
-        cache.write_shard(name, {**tokens, "states": found_NTSD})
-
-
-def _check_finite(states: Tensor) -> None:
-    if not torch.isfinite(states).all():
-        allowed = "a type that holds all states of this model (bfloat16 reaches as far as float32)"
-        raise ConfigError("dtype", got=dtype_name(states.dtype), allowed=allowed)
+        rate, left = self._done / (now - self._start), self._num_tokens - self._done
+        if left == 0 or now - self._reported >= _SECONDS_A_REPORT:
+            self._reported = now
+            of_all = f"{self._done:,} of {self._num_tokens:,} tokens"
+            _log.info("cached %s, %s tokens/s, %.1f minutes left", of_all, f"{rate:,.0f}", left / rate / 60)

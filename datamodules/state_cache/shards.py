@@ -140,11 +140,7 @@ class StateCache:
             name: {"num_rows": shard.num_rows, **shard.checksum._asdict()}
             for name, shard in sorted(self.shards.items())
         }
-        index = {
-            "made_from": self.made_from,
-            "num_validation_rows": self.num_validation_rows,
-            "shards": shards,
-        }
+        index = {"made_from": self.made_from, "num_validation_rows": self.num_validation_rows, "shards": shards}
         write_whole(self.folder / INDEX_FILE, json.dumps(index, indent=1))
 
 

@@ -121,12 +121,7 @@ class LaneBatches(IterableDataset[Any]):
     """The batches of one rank from `position` on, without end; each worker yields those that are its turn."""
 
     def __init__(
-        self,
-        sources: Sequence[tuple[Source, Reader]],
-        *,
-        encode: Encoder,
-        settings: StreamSettings,
-        share: RankShare,
+        self, sources: Sequence[tuple[Source, Reader]], *, encode: Encoder, settings: StreamSettings, share: RankShare
     ) -> None:
         self._sources, self._encode, self._settings, self._share = sources, encode, settings, share
         self.position = StreamPosition(0, {})

@@ -67,11 +67,9 @@ class Examples:
         return np.diff(self.offsets) - 1
 
     def example(self, index: int) -> npt.NDArray[np.int32]:
-        """Return token ids of one example."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def prompt(self, index: int) -> list[int]:
-        """Return token ids of one example's prompt."""
         prompt: list[int] = self.example(index)[: self.prompt_lengths[index]].tolist()
         return prompt
 

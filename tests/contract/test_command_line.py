@@ -100,6 +100,7 @@ MISTAKES = [
     ([SOURCES, '{"a": {"kind": "files", "path": "x"}, "b": {"path": "x"}}'], "data.sources.b.kind: required by datamo"),
     ([SOURCES, '{"a": {"kind": "files", "pth": "x"}}'], "data.sources.a.pth: unknown key of datamodules.Source"),
     ([SOURCES, '{"a": 3}'], "data.sources.a: got 3, allowed the settings of a Source"),
+    (["--trainer.limit_train_batches", "0.5"], "error: trainer.limit_train_batches: When using an `IterableDataset`"),
     (["--early_exit", "x"], "early_exit: got 'x', allowed its keys, as in --early_exit.KEY VALUE"),
     (["--model", '{"class_path": "LayerSkipModule", "init_args": {"seed": 3}}'], "has no init_args: model.seed"),
     (["--model", "my_llama"], "--model.KEY VALUE; the model that a run begins with is model.pretrained"),

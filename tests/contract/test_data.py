@@ -123,7 +123,7 @@ def test_a_cache_of_states_is_filled_to_the_size_that_is_planned(data, tmp_path,
     size = sum(file.stat().st_size for file in cache.glob("*.safetensors"))
     assert planned["bytes"] < size < planned["bytes"] + 1000  # of headers
     assert planned["num_states"] == 3
-    message = f"caching the states at exits 1, 2 and of the full model for {planned['tokens']:,} tokens: 0."
+    message = f"caching 3 states of each of {planned['tokens']:,} tokens: 0."
     assert message in captured.err
     for extra, allowed in (
         (["--data.num_tokens", "0"], "data.num_tokens: got 0, allowed [1, inf)"),

@@ -17,6 +17,7 @@ from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level
 
 QUICK = ["--max_new_tokens", "12", "--max_draft_tokens", "3", "--num_verified", "2", "--repeats", "1", "--limit", "2"]
+QUICK += ["--n_gram_match", "[]"]
 TEXTS = ["the end of", "naïve café", "then more"]
 
 
@@ -96,6 +97,18 @@ def test_the_choice_is_printed_with_its_reasons_and_stored_with_the_model(here, 
     assert "costs: a block takes" in out
 
 
+def test_n_grams_are_run_beside_what_has_none_and_stored(here, monkeypatch, capsys, speedup):
+    speedup(1.7, again=1.5)
+    assert _tune(monkeypatch, "model", "--n_gram_match", "[1]") == 0
+    out = capsys.readouterr().out
+    stored = read_decoding_defaults(AutoModelForCausalLM.from_pretrained("model"))
+    assert stored.n_gram_match == 1
+    assert "with n-grams" in out
+    assert "n-grams of 1: the fastest of " in out
+    assert "--n_gram_match 1" in out
+    assert max(map(len, out[: out.index("costs:")].splitlines())) <= 120
+
+
 def test_a_model_that_drafts_slow_down_is_stored_as_autoregressive(here, monkeypatch, capsys, speedup):
     speedup(1.5)
     assert _tune(monkeypatch, "model") == 0
@@ -120,7 +133,7 @@ def test_json_is_one_object_on_stdout_and_progress_goes_to_stderr(here, monkeypa
     assert report["num_positions"] == 22
     assert set(report["costs"]) == {"block_seconds", "head", "draft_head", "first_extra", "extra_token", "overhead"}
     assert [entry["exit_layer"] for entry in report["exits"]] == [1, 2, 3]
-    assert report["exits"][2] == {"exit_layer": 3, "agreement": 1.0, "best": None}
+    assert report["exits"][2] == {"exit_layer": 3, "agreement": 1.0, "best": None, "best_with_n_grams": None}
     assert {entry["best"]["exit_layer"] for entry in report["exits"][:2]} == {1, 2}
     assert all(run["identical_to_autoregressive"] == 1.0 for run in report["verified"])
     assert all(run["differences"]["num_differing"] == 0 for run in report["verified"])
@@ -166,6 +179,7 @@ MISTAKES = [
     (["--max_new_tokens", "1"], "max_new_tokens: got 1, allowed [2, inf)"),
     (["--max_draft_tokens", "0"], "max_draft_tokens: got 0, allowed [1, inf)"),
     (["--num_verified", "0"], "num_verified: got 0, allowed [1, inf)"),
+    (["--n_gram_match", "[0]"], "n_gram_match: got 0, allowed [1, inf); [] leaves n-grams out"),
     (["--repeats", "0"], "repeats: got 0, allowed [1, inf)"),
     (["--time_limit_seconds", "-1"], "time_limit_seconds: got -1.0, allowed [0.0, inf)"),
     (["--threads", "0"], "threads: got 0, allowed [1, "),

@@ -42,7 +42,7 @@ def make_tuning(*measured: float, again: Sequence[tuple[int, float, float]] = ()
     """
     runs = [make_run(make_prediction(1, drafts, 3.0), speedup) for drafts, speedup in enumerate(measured, start=1)]
     agreement = LayerAgreement(
-        num_layers=2, outputs=[[5, 6, 7]], budgets=[3], matches={1: [[True, False]], 2: [[True, True]]}
+        num_layers=2, prompts=[[4]], outputs=[[5, 6, 7]], budgets=[3], matches={1: [[True, False]], 2: [[True, True]]}
     )
     return Tuning(
         agreement=agreement,

@@ -30,12 +30,23 @@ def _sometimes_agreeing_llama(num_layers: int = 4) -> LlamaForCausalLM:
 
 
 def _engine(
-    decoder: SpanDecoder, prompt: list[int], exit_layer: int, drafts: int, *, eos: tuple[int, ...] = ()
+    decoder: SpanDecoder,
+    prompt: list[int],
+    exit_layer: int | None,
+    drafts: int | None,
+    *,
+    eos: tuple[int, ...] = (),
+    match: int | None = None,
 ) -> DecodingResult:
     settings = DecodingSettings(
-        max_new_tokens=_NEW_TOKENS, exit_layer=exit_layer, num_draft_tokens=drafts, eos_token_ids=eos
+        max_new_tokens=_NEW_TOKENS,
+        exit_layer=exit_layer,
+        num_draft_tokens=drafts,
+        eos_token_ids=eos,
+        n_gram_match=match,
+        n_gram_max_drafts=5,
     )
-    return decode(decoder, prompt, strategy="self_speculative", settings=settings)
+    return decode(decoder, prompt, strategy="self_speculative" if exit_layer else "n_gram", settings=settings)
 
 
 def _counts(counts: RoundCounts) -> list[int]:
@@ -58,6 +69,13 @@ def test_simulated_rounds_are_those_of_the_engine_for_every_exit_and_draft_lengt
             assert _counts(agreement.count_rounds(exit_layer, drafts)) == expected, (exit_layer, drafts)
             kept |= {step.accepted for result in results for step in result.steps if step.drafted == 3}
     assert kept == {0, 1, 2, 3}  # all kinds of rounds were among them
+    found = agreement.found_drafts(1, most=5)
+    for exit_layer, drafts in ((None, None), (1, 3), (2, 1), (3, 8)):
+        results = [_engine(decoder, prompt, exit_layer, drafts, match=1) for prompt in _PROMPTS]
+        counted = agreement.count_rounds(exit_layer, drafts or 0, found)
+        for name in ("rounds", "drafted", "accepted", "rounds_by_n_gram", "drafted_by_n_gram", "accepted_by_n_gram"):
+            assert getattr(counted, name) == sum(getattr(r, name) for r in results), (exit_layer, name)
+        assert 0 < counted.accepted_by_n_gram < counted.drafted_by_n_gram
 
 
 def test_simulated_rounds_are_those_of_the_engine_where_outputs_end_by_themselves() -> None:
@@ -144,7 +162,7 @@ def test_chunks_of_positions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_saturation_layer_is_the_first_exit_after_the_last_miss() -> None:
     matches = {1: [[True, True, False]], 2: [[True, False, False]], 3: [[True, True, False]], 4: [[True] * 3]}
-    agreement = LayerAgreement(num_layers=4, outputs=[[9, 9, 9, 9]], budgets=[4], matches=matches)
+    agreement = LayerAgreement(num_layers=4, prompts=[[9]], outputs=[[9, 9, 9, 9]], budgets=[4], matches=matches)
     assert agreement.mean_saturation_layer == pytest.approx((1 + 3 + 4) / 3)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from app.model_files.decoding_defaults import Conditions, DecodingDefaults
-from app.tuning.result import tuning_as_json, verifications_table
+from app.tuning.result import exits_table, tuning_as_json, verifications_table
 from app.tuning.speedup_prediction import needed_agreement
 from tests.unit.tuning.made_up import COSTS, make_prediction, make_run, make_tuning
 
@@ -51,6 +51,30 @@ def test_the_second_fastest_is_recommended_where_only_it_was_confirmed() -> None
         *("1", "2", "50.0%", "1.50", "3.00x", "1.30x", "1.30..1.30x", "0.99..1.30x", "0 of 4"),
         "again",
     )  # no outputs differ, so there is no column for the largest logit gap
+
+
+def test_n_grams_are_recommended_alone_or_beside_an_exit_and_named() -> None:
+    tuning = make_tuning(1.2, 1.4)
+    both = make_run(replace(make_prediction(1, 2, 3.0), n_gram_match=3), 1.5)
+    alone = make_run(replace(both.prediction, exit_layer=None, num_draft_tokens=None), 1.3)
+    tuning = replace(tuning, predictions=[*tuning.predictions, both.prediction, alone.prediction])
+    beside = replace(tuning, verifications=[*tuning.verifications, both], confirmations=[both]).defaults
+    assert (beside.strategy, beside.settings) == (
+        "self_speculative", {"exit_layer": 1, "num_draft_tokens": 2, "n_gram_match": 3}
+    )  # fmt: skip
+    by_themselves = replace(tuning, verifications=[alone, both], confirmations=[alone])
+    assert (by_themselves.defaults.strategy, by_themselves.defaults.settings) == ("n_gram", {"n_gram_match": 3})
+    assert by_themselves.reason.startswith(
+        "n_gram, n-grams of 3: the fastest of 2 settings run; n-grams of 3 confirmed"
+    )
+    assert by_themselves.advice == ""
+    rows = verifications_table(by_themselves).rows
+    assert [row[:3] for row in rows] == [("-", "-", "3"), ("1", "2", "3"), ("-", "-", "3")]
+    slow = replace(by_themselves, verifications=[replace(alone, speedup=0.9)], confirmations=[])
+    assert slow.reason.startswith("autoregressive: even n-grams of 3, the fastest of 1 settings run, measured 0.900x")
+    exits = tuning_as_json(by_themselves)["exits"]
+    assert [entry["best_with_n_grams"]["exit_layer"] for entry in exits] == [1, None]
+    assert exits_table(by_themselves).rows[0][-1] == "3.00x"
 
 
 def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:

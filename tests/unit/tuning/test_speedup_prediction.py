@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from app.benchmark.alternation import RoundCounts
@@ -10,6 +12,7 @@ def test_a_prediction_is_tokens_per_round_over_the_cost_of_a_mean_round() -> Non
     matches = [True, False, True, True, False, True, True]  # by two drafts: 1 of 2, 2 of 2, then 1 of 1 that still fits
     agreement = LayerAgreement(
         num_layers=4,
+        prompts=[[9, 9]],
         outputs=[list(range(8))],
         budgets=[8],
         matches={exit_layer: [matches] for exit_layer in (1, 2, 3, 4)},
@@ -22,6 +25,48 @@ def test_a_prediction_is_tokens_per_round_over_the_cost_of_a_mean_round() -> Non
     assert last.speedup == pytest.approx((7 / 3) * (4 + 2) / round_cost)
     assert last.mean_tokens_per_round == pytest.approx(7 / 3)
     assert last.acceptance_rate == pytest.approx(4 / 5)
+
+
+def test_with_n_grams_their_rounds_are_simulated_and_cost_as_all_blocks_verify() -> None:
+    output = [1, 2, 3, 1, 2, 3, 4, 9]  # after 3 1 comes 2 3 (1), after 2 3 once more 1: not kept
+    matches = [False, True, False, False, False, False, False]
+    agreement = LayerAgreement(
+        num_layers=2, prompts=[[7]], outputs=[output], budgets=[8], matches={1: [matches], 2: [matches]}
+    )
+    found = agreement.found_drafts(1, most=3)
+    # After the second 1 (four tokens settled) 2 3 1 is found, of which two are kept; the third 3 ends the drafts.
+    assert found == [[(0, 0), (0, 0), (0, 0), (3, 2), (3, 1), (3, 0), (0, 0)]]
+    counts = agreement.count_rounds(1, 2, found)
+    # Rounds: 2 drafts, none kept; 2 drafts, 1 kept (3, then 1); 2 3 1 found, cut to the room of 3, 2 kept and 4; 9.
+    assert counts == RoundCounts(
+        decoded=7, rounds=4, drafted=7, accepted=3, rounds_by_n_gram=1, drafted_by_n_gram=3, accepted_by_n_gram=2
+    )
+    predictions = predict(agreement, COSTS, max_draft_tokens=2, n_gram_match=(1, 1, 5))
+    assert [(p.exit_layer, p.num_draft_tokens, p.n_gram_match) for p in predictions] == [
+        (1, 1, None), (1, 2, None), (1, 1, 1), (1, 2, 1), (None, None, 1)
+    ]  # fmt: skip
+    by_n_gram = (2 + 2) * (1 + 0.25 + 0.05 * 3) + 0.5
+    alone = predictions[-1]
+    assert alone.speedup == pytest.approx(7 * 4 / (4 * 4 + by_n_gram))
+    assert (alone.acceptance_rate, alone.mean_tokens_per_round) == (pytest.approx(2 / 3), pytest.approx(7 / 5))
+    drafter = 4 / 3 * (1 + 1.5) + 1 + (1 + 2) * (1 + 0.25 + 0.05 * 4 / 3) + 0.5
+    assert predictions[3].speedup == pytest.approx(7 * 4 / (3 * drafter + by_n_gram), rel=0.1)
+
+
+def test_of_settings_with_n_grams_and_without_both_are_run() -> None:
+    plain = [make_prediction(3, 4, 2.0), make_prediction(6, 4, 1.9)]
+    both = [replace(each, n_gram_match=2, speedup=each.speedup + 0.5) for each in plain]
+    alone = replace(both[0], exit_layer=None, num_draft_tokens=None, speedup=2.1)
+    assert choose_diverse([*plain, *both, alone], 2, num_layers=8) == [*both, plain[0]]
+    assert choose_diverse([*plain, *both, alone], 3, num_layers=8) == [*both, alone, plain[0]]
+    assert choose_diverse([*plain, *both, alone], 4, num_layers=8) == [*both, alone, plain[0]]
+    assert choose_diverse([*plain, replace(alone, speedup=1.7)], 1, num_layers=8) == [
+        plain[0],
+        replace(alone, speedup=1.7),
+    ]
+    assert choose_diverse([*plain, replace(alone, speedup=1.5)], 1, num_layers=8) == plain[:1]  # hopeless
+    fast = replace(alone, speedup=9.0)
+    assert choose_diverse([*plain, fast], 1, num_layers=8) == [fast, plain[0]]  # shows what it gains
 
 
 def test_neighbours_of_a_better_setting_are_chosen_last_and_hopeless_ones_never() -> None:

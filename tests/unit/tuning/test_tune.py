@@ -15,7 +15,7 @@ from tests.support.fake_decoder import counting_decoder
 from tests.support.tiny_models import tiny_llama
 from tests.unit.tuning.made_up import COSTS, make_prediction, make_run
 
-_SETTINGS = TuningSettings(max_new_tokens=16, max_draft_tokens=3, num_verified=2, repeats=2)
+_SETTINGS = TuningSettings(max_new_tokens=16, max_draft_tokens=3, num_verified=2, repeats=2, n_gram_match=())
 _PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6]]
 
 
@@ -87,9 +87,10 @@ def test_costs_are_the_median_of_three_moments(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
-    tuning = tune(_agreeing_decoder(), _PROMPTS, _SETTINGS)
-    assert [p.exit_layer for p in tuning.predictions] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert len(tuning.verifications) == 2
+    tuning = tune(_agreeing_decoder(), _PROMPTS, replace(_SETTINGS, n_gram_match=(1,)))
+    exits = [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [p.exit_layer for p in tuning.predictions] == [*exits, *exits, None]
+    assert {run.prediction.n_gram_match for run in tuning.verifications} == {None, 1}
     for run in tuning.verifications:
         assert run.differences == OutputDifferences(num_prompts=2, num_differing=0)
         assert run.num_prompts == 2

@@ -9,12 +9,15 @@ NUM_EXITS_ON = "train/num_exits_on"
 DROPOUT_MEAN_RATE = "train/dropout_rate/mean"
 DROPOUT_LAST_RATE = "train/dropout_rate/last_layer"
 
-# Of held-out rows, the last three by exit and below the stage, val or test.
+# Of held-out rows, all but the first two by exit and below the stage, val or test.
 VAL_LOSS = "val/loss"
 TEST_LOSS = "test/loss"
 EXIT_LOSS = "exit_loss"  # in nats a token
 EXIT_PERPLEXITY = "exit_perplexity"
 EXIT_AGREEMENT = "exit_agreement"  # share of tokens whose most probable token is the full model's
+EXIT_KL = "exit_kl"  # of the full model's distribution from the exit's, in nats a token
+EXIT_ACCEPTANCE = "exit_acceptance"  # 1 - TV: the chance that a token sampled from the exit is accepted
+EXIT_PREDICTED_SPEEDUP = "exit_predicted_speedup"  # of greedy decoding, at the best number of drafts
 
 TOKENS_PER_SECOND = "throughput/tokens_per_second"
 DATA_WAIT_SHARE = "throughput/data_wait_share"  # of the time from one micro-batch to the next

@@ -93,6 +93,20 @@ class ExitMonitorHost(Layered, Protocol):
         """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""
 
 
+class DraftSize(NamedTuple):
+    """What a draft runs beside the first E blocks, in blocks of the model."""
+
+    head_blocks: float  # H: parameters of the LM head over those of a block
+    exit_blocks: int  # A: blocks of the exit's own
+
+
+@runtime_checkable
+class DraftSizeHost(Protocol):
+    """A module that tells what a draft from an exit runs."""
+
+    def draft_size(self, exit_layer: int) -> DraftSize: ...
+
+
 @runtime_checkable
 class DecodingHost(Layered, Protocol):
     """A module that can lend its current weights for decoding."""

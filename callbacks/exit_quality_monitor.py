@@ -1,4 +1,4 @@
-"""Log loss, perplexity and top-1 agreement of every exit at every validation, as scalars and one figure.
+"""Log how good every exit is at every validation, as scalars and one figure.
 
 Tested by tests/integration/test_monitors.py.
 """
@@ -13,9 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from app import metric_names
 from app.checkpoints.entries import SavedEntry
 from app.errors import ConfigError
+from app.exits.predicted_speedup import predicted_speedup
 from app.exits.quality import ExitQuality, ExitScore
 from app.exits.report import exit_figure, exit_table
-from app.protocols import ExitMonitorHost
+from app.protocols import DraftSizeHost, ExitMonitorHost
 from app.tables import Table
 
 
@@ -38,6 +39,7 @@ class ExitQualityMonitor(Callback):
         # Both hold step -> exit_layer -> score: one of all validations in fits, the other of this process's latest one.
         self.history: dict[int, dict[int, ExitScore]] = {}
         self._latest: dict[int, dict[int, ExitScore]] = {}
+        self._speedups: dict[int, float] = {}  # exit_layer -> what the cost model predicts, of the latest measurement
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, ExitMonitorHost):
@@ -79,9 +81,27 @@ class ExitQualityMonitor(Callback):
         assert self._quality is not None
         scores = self._quality.compute()
         self._quality.reset()
-        names = metric_names.EXIT_LOSS, metric_names.EXIT_PERPLEXITY, metric_names.EXIT_AGREEMENT
+        self._speedups = {
+            layer: predicted_speedup(
+                score.agreement,
+                exit_layer=layer,
+                num_layers=self._num_layers,
+                size=pl_module.draft_size(layer),
+            )
+            for layer, score in scores.items()
+            if isinstance(pl_module, DraftSizeHost) and layer < self._num_layers
+        }
         for layer, score in scores.items():
-            for name, value in zip(names, (score.loss, score.perplexity, score.agreement), strict=True):
+            figures = {
+                metric_names.EXIT_LOSS: score.loss,
+                metric_names.EXIT_PERPLEXITY: score.perplexity,
+                metric_names.EXIT_AGREEMENT: score.agreement,
+                metric_names.EXIT_KL: score.kl,
+                metric_names.EXIT_ACCEPTANCE: score.acceptance,
+            }
+            if layer in self._speedups:
+                figures[metric_names.EXIT_PREDICTED_SPEEDUP] = self._speedups[layer]
+            for name, value in figures.items():
                 pl_module.log(metric_names.of_exit(f"{stage}/{name}", layer), value, sync_dist=True)
         return scores
 
@@ -96,9 +116,10 @@ class ExitQualityMonitor(Callback):
             history[step] = {}
             for exit_layer, score in scores.mapping().items():
                 score.holding(exit_layer).count(low=1)
-                figures = [figure.value for figure in score.sequence(length=2)]
-                if not all(isinstance(figure, float) for figure in figures):  # NaN passes: a run may have diverged
-                    score.refuse("loss and agreement, as numbers")
+                figures = [figure.value for figure in score.sequence()]
+                are_numbers = all(isinstance(figure, float) for figure in figures)  # or NaN: a run may have diverged
+                if not are_numbers or len(figures) not in (2, 4):  # runs once measured loss and agreement alone
+                    score.refuse("loss, agreement, KL and acceptance, as numbers")
                 history[step][exit_layer] = ExitScore(*figures)
         self.history = history
 
@@ -107,4 +128,5 @@ class ExitQualityMonitor(Callback):
         if not self._latest:
             return None
         (step,) = self._latest
-        return exit_table(self.history if step in self.history else self._latest, num_layers=self._num_layers)
+        shown = self.history if step in self.history else self._latest
+        return exit_table(shown, num_layers=self._num_layers, speedups=self._speedups)

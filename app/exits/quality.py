@@ -1,8 +1,9 @@
-"""Measures how good each exit is on held-out tokens: loss, perplexity, top-1 agreement with the full model.
+"""Measures how good each exit is on held-out tokens: loss, perplexity, and how near it is to the full model.
 
 Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary, `E` exits, `G` groups.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from app.layerskip.distillation import divergences
 from app.layerskip.early_exit_loss import IGNORE_INDEX
 from app.model.exact_tables import Conversion, moving_only
 
+_SUMS = ("loss_sum_E", "agreeing_E", "kl_sum_E", "accepted_E")  # in the order of ExitScore
 _TOKENS_PER_CHUNK = 512  # their logits take 64 MiB in fp32 at a vocabulary of 32k
 
 
@@ -46,6 +49,8 @@ class ExitScore(NamedTuple):
 
     loss: float  # nats a token
     agreement: float  # share of tokens whose top-1 equals the full model's
+    kl: float = math.nan  # KL of the full model's distribution from the exit's, in nats a token
+    acceptance: float = math.nan  # 1 - TV: the chance that a token sampled from the exit is accepted
 
     @property
     def perplexity(self) -> float:
@@ -53,19 +58,21 @@ class ExitScore(NamedTuple):
 
 
 class ExitQuality(Metric):
-    """Loss and top-1 agreement of `exit_layers`, token-weighted over batches and ranks.
+    """The figures of ExitScore for `exit_layers`, token-weighted over batches and ranks.
 
-    Exit `num_layers` is the full model, with whose first choice exits agree or not.
+    Exit `num_layers` is the full model, with which the others are compared.
     """
 
     loss_sum_E: Tensor
     agreeing_E: Tensor
+    kl_sum_E: Tensor
+    accepted_E: Tensor
     count: Tensor
 
     def __init__(self, exit_layers: Sequence[int], *, num_layers: int) -> None:
         super().__init__()
         self.exit_layers, self.num_layers = tuple(exit_layers), num_layers
-        for name in ("loss_sum_E", "agreeing_E"):
+        for name in _SUMS:
             self.add_state(name, torch.zeros(len(self.exit_layers), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -87,11 +94,14 @@ class ExitQuality(Metric):
                 logits = full_logits if full else head(hidden_by_exit[layer].flatten(0, 1)[rows]).float()
                 self.loss_sum_E[idx] += F.cross_entropy(logits, labels_N, reduction="sum").double()
                 self.agreeing_E[idx] += (logits.argmax(dim=-1) == full_choice).sum()
+                kl_N, total_variation_N = divergences(logits, full_logits)
+                self.kl_sum_E[idx] += kl_N.double().sum()
+                self.accepted_E[idx] += (1 - total_variation_N.double()).sum()
             self.count += len(rows)
 
     def compute(self) -> dict[int, ExitScore]:
         """Return the score of each exit layer, or nothing if no token was seen."""
         if not self.count:
             return {}
-        means = torch.stack([self.loss_sum_E, self.agreeing_E]) / self.count
+        means = torch.stack([getattr(self, name) for name in _SUMS]) / self.count
         return {layer: ExitScore(*means[:, idx].tolist()) for idx, layer in enumerate(self.exit_layers)}

@@ -18,8 +18,11 @@ MOST_RUNS = len(_STYLES)
 _MOST_EXITS = 6
 
 
-def exit_table(history: History, *, num_layers: int) -> Table:
-    """Held-out loss of every exit at the first and the last measurement, which may be one, and its latest agreement."""
+def exit_table(history: History, *, num_layers: int, speedups: Mapping[int, float] | None = None) -> Table:
+    """Held-out loss of every exit at the first and the last measurement, which may be one, and its latest figures.
+
+    `speedups` has those predicted for early exits, where they are known.
+    """
     (first_step, first), (last_step, last) = min(history.items()), max(history.items())
     scores = dict(sorted(last.items()))
     title, latest = "Exits on held-out tokens", "loss"
@@ -31,6 +34,10 @@ def exit_table(history: History, *, num_layers: int) -> Table:
     cells[latest] = [f"{score.loss:.3f}" for score in scores.values()]
     cells["perplexity"] = [f"{score.perplexity:.1f}" for score in scores.values()]
     cells["agreement with full model"] = [f"{score.agreement:.1%}" for score in scores.values()]
+    cells["KL to it"] = [f"{score.kl:.3f}" for score in scores.values()]
+    cells["acceptance"] = [f"{score.acceptance:.1%}" for score in scores.values()]
+    if speedups:
+        cells["predicted speedup"] = [f"{speedups[layer]:.2f}x" if layer in speedups else "" for layer in scores]
     return Table.of_columns(title, cells)
 
 

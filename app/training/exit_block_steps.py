@@ -20,7 +20,7 @@ from app.model.exact_tables import keep_tables_exact
 from app.model.exit_block import ExitBlock, exit_blocks_of
 from app.model.head_loss import Teacher
 from app.model.weights_hash import weights_hash
-from app.protocols import StateOwner
+from app.protocols import DraftSize, StateOwner
 from app.training.batch import GivenBatch
 from app.training.evaluation_steps import EvaluationSteps
 from app.training.exit_block_settings import ExitBlockSettings
@@ -63,6 +63,13 @@ class ExitBlockSteps(EvaluationSteps):
     def own_blocks(self) -> dict[int, ExitBlock]:
         """The exit blocks by exit layer; {} without."""
         return {int(layer): cast(ExitBlock, block) for layer, block in (self.exit_blocks or {}).items()}
+
+    def draft_size(self, exit_layer: int) -> DraftSize:
+        """Tell what a draft from this exit runs beside the first E blocks."""
+        assert self.model is not None
+        block = sum(parameter.numel() for parameter in self.model.get_decoder().layers[0].parameters())
+        head = self.model.get_output_embeddings().weight.numel()
+        return DraftSize(head / block, len(self._sources.get(exit_layer, ())))
 
     def freeze_model(self, model: PreTrainedModel) -> None:
         """Freeze a model and make its exit blocks; before the classes of its blocks are swapped.

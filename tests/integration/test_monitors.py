@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, default_collate
 
+from app.errors import CheckpointError
 from callbacks import (
     ExitQualityMonitor,
     LastCheckpoint,
@@ -84,11 +86,13 @@ def test_every_exit_has_loss_perplexity_and_agreement_in_tensorboard(watched_run
     *_, events = watched_run
     tags = events.Tags()["scalars"]
     for layer in range(1, NUM_LAYERS + 1):
-        for kind in ("loss", "perplexity", "agreement"):
+        kinds = ["loss", "perplexity", "agreement", "kl", "acceptance"]
+        for kind in kinds + (["predicted_speedup"] if layer < NUM_LAYERS else []):
             assert len(events.Scalars(f"val/exit_{kind}/exit_{layer:02d}")) == 4
     for tag in ("val/loss", "val/loss/code", "train/loss", "throughput/tokens_per_second", "memory/peak_gib"):
         assert tag in tags
     assert events.Scalars("val/exit_agreement/exit_04")[-1].value == 1.0
+    assert "val/exit_predicted_speedup/exit_04" not in tags
     assert events.Scalars("val/loss")[-1].value == pytest.approx(
         events.Scalars("val/exit_loss/exit_04")[-1].value, rel=1e-5
     )
@@ -140,6 +144,12 @@ def test_history_survives_a_checkpoint(watched_run):
     copy.load_state_dict(monitor.state_dict())
     assert copy.history == monitor.history
     assert sorted(copy.history) == [2, 4, 6, 8]
+    assert not math.isnan(copy.history[8][1].acceptance)
+    copy.load_state_dict({"history": {2: {1: (3.0, 0.5)}}})  # of a run that measured loss and agreement alone
+    assert copy.history[2][1][:2] == (3.0, 0.5)
+    for wrong in ((3.0, 0.5, 0.1), (3.0, 0.5, 0.1, "x")):
+        with pytest.raises(CheckpointError, match="loss, agreement, KL and acceptance"):
+            copy.load_state_dict({"history": {2: {1: wrong}}})
 
 
 @pytest.mark.parametrize(("sanity_steps", "first_step"), [(-1, 0), (1, 2)])

@@ -29,6 +29,10 @@ def test_scores_equal_a_plain_computation_over_several_chunks_and_batches(proble
         assert score.loss == pytest.approx(F.cross_entropy(logits, labels[counted]).item(), rel=1e-5)
         assert score.agreement == pytest.approx((logits.argmax(-1) == full.argmax(-1)).float().mean().item())
         assert score.perplexity == pytest.approx(torch.tensor(score.loss).exp().item(), rel=1e-4)
+        kl = F.kl_div(logits.log_softmax(-1), full.softmax(-1), reduction="batchmean").item()
+        assert score.kl == pytest.approx(kl, rel=1e-4, abs=1e-6)
+        shared = torch.minimum(logits.softmax(-1), full.softmax(-1)).sum(-1)  # 1 - TV
+        assert score.acceptance == pytest.approx(shared.mean().item(), rel=1e-5)
     assert quality.compute()[4].agreement == 1.0
     assert quality.compute()[1].agreement < 0.5
 

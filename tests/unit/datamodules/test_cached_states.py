@@ -16,7 +16,8 @@ from app.errors import ConfigError, DataError
 from app.model.weights_hash import weights_hash
 from app.model_files.open import load_pretrained
 from app.protocols import CorpusOwner, PromptOwner, ResumableData, StateOwner
-from datamodules import CachedStatesDataModule
+from app.words import dtype_name
+from datamodules import CachedStatesDataModule, TextCodeDataModule
 from datamodules.state_cache import filling, shards
 from datamodules.state_cache.filling import FrozenModel
 from datamodules.state_cache.shards import StateCache
@@ -164,17 +165,31 @@ def test_a_cache_cut_off_goes_on_and_ends_up_with_the_same_bytes(
     assert sum(passed) == rows - 2 * after  # shards of two rows
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw[:2000] + b"\0\0" + raw[2002:]])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("train-000001", lambda raw: raw[:-1]),
+        ("validation-000001", lambda raw: raw[:2000] + b"\0\0" + raw[2002:]),
+    ],
+)
 def test_a_damaged_shard_is_made_anew_and_a_whole_cache_needs_no_pass(
-    make: Any, tmp_path: Path, passed: list[int], caplog: pytest.LogCaptureFixture, damage: Any
+    make: Any,
+    tmp_path: Path,
+    passed: list[int],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    damage: Any,
 ) -> None:
     make().prepare_data()
-    whole, file = content(tmp_path / "cache"), tmp_path / "cache/train-000001.safetensors"
+    whole, file = content(tmp_path / "cache"), tmp_path / f"cache/{name}.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     passed.clear()
+    if name.startswith("validation"):  # then no training row is needed
+        monkeypatch.setattr(TextCodeDataModule, "train_dataloader", None)
     make().prepare_data()
     assert (passed, content(tmp_path / "cache")) == ([2], whole)
-    assert "train-000001.safetensors is truncated or damaged" in caplog.text
+    assert f"{file.name} is truncated or damaged" in caplog.text
     make().prepare_data()
     assert passed == [2]
 
@@ -251,14 +266,20 @@ def test_text_that_does_not_suffice_is_told(make: Any, tmp_path: Path, caplog: p
     assert "source code was read" in caplog.text
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_states_are_kept_in_the_type_asked_for(make: Any, tmp_path: Path, dtype: str) -> None:
-    exact, short = make(cache_dir=str(tmp_path / "exact")), make(dtype=dtype)
-    for data in (exact, short):
-        data.prepare_data()
-    for left, right in zip(exact.val_dataloader(), short.val_dataloader(), strict=True):
-        assert right["states"].dtype is getattr(torch, dtype)
-        assert torch.equal(left["states"].to(right["states"].dtype), right["states"])
+def test_states_are_kept_and_computed_in_the_types_asked_for(make: Any, tmp_path: Path) -> None:
+    exact = held_out_states(make())
+    for dtype in (torch.bfloat16, torch.float16):
+        short = held_out_states(make(dtype=dtype_name(dtype), cache_dir=str(tmp_path / dtype_name(dtype))))
+        assert short.dtype is dtype
+        assert torch.equal(exact.to(dtype), short)
+    computed = held_out_states(make(compute_dtype="bfloat16", cache_dir=str(tmp_path / "computed")))
+    assert computed.dtype is torch.float32
+    assert 1e-4 < (computed - exact).norm() / exact.norm() < 0.1
+
+
+def held_out_states(data: CachedStatesDataModule) -> Tensor:
+    data.prepare_data()
+    return torch.cat([batch["states"] for batch in data.val_dataloader()])
 
 
 def train_rows(data: CachedStatesDataModule, **trainer: Any) -> list[list[list[int]]]:

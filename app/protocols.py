@@ -161,6 +161,13 @@ class ExitableDecoder(Layered, Protocol):
     def head_size(self) -> int: ...
     @property
     def draft_head_size(self) -> int: ...
+    @property
+    def draft_vocabulary(self) -> Sequence[int] | None:
+        """The token ids that drafts are chosen from, the most useful ones first; None where these are all."""
+
+    def use_draft_vocabulary(self, token_ids: Sequence[int] | None) -> None:
+        """Let drafts be chosen from these token ids alone; None stands for all."""
+
     def exit_span(self, exit_layer: int) -> range:
         """The blocks that this exit has of its own, as `run_blocks` numbers them; empty where it has none.
 

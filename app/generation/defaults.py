@@ -39,7 +39,7 @@ def choose_decoding(
         ConfigError: Exit, drafts or skipped layers do not fit the model; then nothing is logged.
     """
     tuned = read_decoding_defaults(loaded.model)
-    elsewhere = _elsewhere(tuned, Conditions.of(loaded.model, batch_size=batch_size))
+    elsewhere = _elsewhere(tuned, Conditions.of(loaded.model, batch_size=batch_size), loaded.decoder)
     num_layers, said = loaded.decoder.num_layers, list[str]()
     of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
     if strategy is None and num_layers == 1:  # the engine warns of an exit or drafts that have no effect
@@ -93,11 +93,14 @@ def _say(name: str, value: object, *, tuned: bool) -> str:
     return f"{name} {value} ({'tuned' if tuned else 'untuned'})"
 
 
-def _elsewhere(tuned: DecodingDefaults | None, here: Conditions) -> str:
+def _elsewhere(tuned: DecodingDefaults | None, here: Conditions, decoder: ExitableDecoder) -> str:
     """Say under which other conditions the model was tuned; empty if they are the same or not known."""
-    if tuned is None or tuned.conditions is None or not (other := tuned.conditions.differing(here)):
-        return ""
-    return f"; it was tuned for {tuned.conditions}; here {other}"
+    said, size = "", len(decoder.draft_vocabulary or range(decoder.vocab_size))
+    if tuned is not None and tuned.conditions is not None and (other := tuned.conditions.differing(here)):
+        said = f"; it was tuned for {tuned.conditions}; here {other}"
+    if tuned is not None and tuned.draft_vocabulary_size not in (None, size):
+        said += f"; it was tuned with drafts from {tuned.draft_vocabulary_size} token ids; here they are from {size}"
+    return said
 
 
 def _origin(tuned: DecodingDefaults | None, strategy: Strategy, settings: DecodingSettings) -> str:

@@ -63,6 +63,7 @@ def load_decoder(
     device: str,
     threads: int | None = None,
     draft_vocabulary: str | None = None,
+    as_tuned: bool = True,
     field: str = "model",
 ) -> LoadedModel:
     """Load a model in eval mode on its device, and join the projections of each block to decode faster.
@@ -75,6 +76,7 @@ def load_decoder(
         threads: Number of CPU threads that torch uses from now on, at least 1; None leaves torch's own choice.
         draft_vocabulary: File of the token ids that drafts are chosen from; "none" for all. By default, the file beside
             the model, if there is one.
+        as_tuned: Take of the file beside the model only the first ids, as many as `layerskip tune` stored with it.
         field: Names the setting that `model` comes from in an error.
 
     Raises:
@@ -90,7 +92,8 @@ def load_decoder(
     if device == "cuda" and not has_gpu:
         raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
     # Importing transformers' models takes longer than all checks above.
-    from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, read_draft_vocabulary
+    from app.model_files.decoding_defaults import read_decoding_defaults
+    from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, first_ids, read_draft_vocabulary
     from app.model_files.exit_blocks import load_exit_blocks
     from app.model_files.open import load_for_decoding
     from app.spans.decoder import SpanDecoder
@@ -106,7 +109,11 @@ def load_decoder(
     file = Path(model) / DRAFT_VOCABULARY_FILE if draft_vocabulary is None else Path(draft_vocabulary)
     if draft_vocabulary != "none" and (draft_vocabulary is not None or file.is_file()):
         vocab_size, ends = loaded.decoder.vocab_size, loaded.eos_token_ids
-        loaded.decoder.use_draft_vocabulary(read_draft_vocabulary(file, vocab_size=vocab_size, ends=ends))
+        token_ids = read_draft_vocabulary(file, vocab_size=vocab_size, ends=ends)
+        tuned = read_decoding_defaults(weights) if as_tuned and draft_vocabulary is None else None
+        size = len(token_ids) if tuned is None else tuned.draft_vocabulary_size or len(token_ids)
+        is_whole = tuned is not None and size == vocab_size
+        loaded.decoder.use_draft_vocabulary(None if is_whole else first_ids(token_ids, size, ends=ends))
     return loaded
 
 

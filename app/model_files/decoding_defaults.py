@@ -93,6 +93,9 @@ class DecodingDefaults:
     n_gram_match: int | None = (
         None  # tokens that must have occurred before, at least 1; None where n-grams do not draft
     )
+    # Number of token ids that an exit's drafts are chosen from: the first ones of the model's draft vocabulary, or V
+    # for all token ids. None takes the draft vocabulary as it is, if there is one.
+    draft_vocabulary_size: int | None = None
     head: float | None = None  # H, the cost of a step beside its blocks, in blocks
     draft_head: float | None = None  # H_d, the same for a draft; None means as `head`
     first_extra: float | None = None  # j, the cost of a second position in a pass, as a share of a pass over one
@@ -111,6 +114,10 @@ class DecodingDefaults:
             if not (may_be_given if is_number else value is None and not is_needed):
                 allowed = ["an integer, at least 1"] * may_be_given + ["null"] * (not is_needed)
                 raise ConfigError(name, got=value, allowed=f"{' or '.join(allowed)}, with strategy {self.strategy}")
+        size, drafts = self.draft_vocabulary_size, self.strategy == "self_speculative"
+        if size is not None and not (drafts and type(size) is int and size >= 1):
+            said = "an integer, at least 1, or null" if drafts else f"null, with strategy {self.strategy}"
+            raise ConfigError("draft_vocabulary_size", got=size, allowed=said)
         for name in ("head", "draft_head", "first_extra", "extra_token", "overhead", "measured_speedup"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
@@ -137,11 +144,13 @@ def parse_decoding_defaults(stored: object, config: PreTrainedConfig) -> Decodin
         raise ConfigError(where, got=stored, allowed="an object with a strategy", fix=fix)
     try:
         defaults = DecodingDefaults(**_arguments(stored, DecodingDefaults))
+        text = config.get_text_config()
         if defaults.exit_layer is not None:
-            last = config.get_text_config().num_hidden_layers - 1
+            last = text.num_hidden_layers - 1
             if last == 0:
                 raise ConfigError("strategy", got=defaults.strategy, allowed="autoregressive, for a model of one block")
             check_range("exit_layer", defaults.exit_layer, low=1, high=last)
+        check_range("draft_vocabulary_size", defaults.draft_vocabulary_size or 1, low=1, high=text.vocab_size)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error.field}", got=error.got, allowed=error.allowed, fix=fix) from error
     return defaults

@@ -45,6 +45,8 @@ def draft_vocabulary_file(token_ids: Sequence[int]) -> bytes:
 def read_draft_vocabulary(file: Path, *, vocab_size: int, ends: Sequence[int]) -> list[int]:
     """The ids in a file: JSON of ours, a JSON list, or the token map of SGLang, a .pt file with a list or tensor.
 
+    They come in the file's order, but for `ends`, which come first: so each prefix of at least these is a vocabulary.
+
     Raises:
         DataError: The file cannot be read, holds something else, or ids outside the model's vocabulary or twice, or
             lacks one of the ids that end a text.
@@ -68,4 +70,11 @@ def read_draft_vocabulary(file: Path, *, vocab_size: int, ends: Sequence[int]) -
     ]
     if found:
         raise DataError(f"{file}: {found[0]}; make it anew for this model, or remove it")
-    return ids
+    return [*ends, *(token for token in ids if token not in ends)]
+
+
+def first_ids(token_ids: Sequence[int], size: int, *, ends: Sequence[int]) -> Sequence[int]:
+    """Return the first `size` ids of a list that begins with `ends`; ConfigError if it is shorter, or ends are cut."""
+    fix = f"run layerskip tune again, or make {DRAFT_VOCABULARY_FILE} anew"
+    check_range("draft_vocabulary_size", size, low=max(1, len(ends)), high=len(token_ids), fix=fix)
+    return token_ids[:size]

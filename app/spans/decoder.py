@@ -92,6 +92,7 @@ class SpanDecoder:
             self._blocks = [FunctionalBlock(layer, config, layer_idx=i) for i, layer in enumerate(self._layers)]
         self._query_groups = config.num_attention_heads // config.num_key_value_heads
         self._tables: _RotaryTables | None = None
+        self._draft_vocabulary: tuple[int, ...] | None = None
         self._draft_ids_V: Tensor | None = None
         self._draft_head = self._head
 
@@ -139,13 +140,18 @@ class SpanDecoder:
         """Parameters of the rows of the LM head that drafts use."""
         return self._draft_head.weight.numel()
 
+    @property
+    def draft_vocabulary(self) -> tuple[int, ...] | None:
+        """The token ids that drafts are chosen from, in the order given; None where these are all."""
+        return self._draft_vocabulary
+
     def use_draft_vocabulary(self, token_ids: Sequence[int] | None) -> None:
         """Let drafts use only these rows of the head, which are copied once; None gives them the whole head back.
 
         Raises:
             ConfigError: An id is not in the vocabulary, or stands twice.
         """
-        self._draft_ids_V, self._draft_head = None, self._head
+        self._draft_vocabulary, self._draft_ids_V, self._draft_head = None, None, self._head
         if token_ids is None:
             return
         if not token_ids or len(set(token_ids)) < len(token_ids):
@@ -154,7 +160,8 @@ class SpanDecoder:
             )
         for token in (min(token_ids), max(token_ids)):
             check_range("draft_vocabulary", token, low=0, high=self.vocab_size - 1, fix="use the model's own tokenizer")
-        self._draft_ids_V = torch.tensor(token_ids, device=self.device)
+        self._draft_vocabulary = tuple(token_ids)
+        self._draft_ids_V = torch.tensor(self._draft_vocabulary, device=self.device)
         weight, bias = self._head.weight.detach(), self._head.bias
         self._draft_head = Product(
             weight[self._draft_ids_V], None if bias is None else bias.detach()[self._draft_ids_V]

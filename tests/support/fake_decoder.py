@@ -90,6 +90,12 @@ class FakeDecoder:
     def draft_head_size(self) -> int:
         return self.head_size
 
+    draft_vocabulary: Sequence[int] | None = None
+
+    def use_draft_vocabulary(self, token_ids: Sequence[int] | None) -> None:
+        self.draft_vocabulary = token_ids
+        self.unspeakable = () if token_ids is None else tuple(set(range(self.vocab_size)) - {*token_ids})
+
     def exit_span(self, exit_layer: int) -> range:
         own = range(self.num_layers, self.num_layers + self.num_own)
         return own if exit_layer == self.own_exit else range(0)

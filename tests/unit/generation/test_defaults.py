@@ -88,6 +88,15 @@ def test_a_batch_is_another_condition(choose):
     assert "; here batches of 4" in said
 
 
+@pytest.mark.parametrize("here", [None, range(3), range(7)])
+def test_another_draft_vocabulary_is_another_condition(choose, monkeypatch, here):
+    monkeypatch.setattr(SpanDecoder, "draft_vocabulary", here)
+    _, settings, said = choose(tuned=replace(TUNED, draft_vocabulary_size=7))
+    size = len(here or range(MODEL.config.vocab_size))
+    assert (settings.costs is None) == (size != 7)
+    assert (f"; it was tuned with drafts from 7 token ids; here they are from {size}" in said) == (size != 7)
+
+
 def test_a_file_that_notes_no_conditions_is_used_as_before(choose):
     _, settings, said = choose(tuned=replace(TUNED, conditions=None))
     assert settings.costs.extra_token == 0.5

@@ -28,6 +28,7 @@ _DRAFTING = DecodingDefaults(
     measured_speedup=1.7,
     conditions=Conditions(dtype="bfloat16", device_type="cpu", threads=2),
 )
+_STORED = {"strategy": "self_speculative", "exit_layer": 1, "num_draft_tokens": 1}
 _HERE = {"dtype": "float32", "device_type": "cpu"}
 _N_GRAM = DecodingDefaults(strategy="n_gram", n_gram_match=3, measured_speedup=1.2)
 _PLAIN = DecodingDefaults(strategy="autoregressive", head=1.5, extra_token=0.04, overhead=0.0)
@@ -61,7 +62,7 @@ def _load(directory: Path) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize(
     "defaults",
-    [_DRAFTING, replace(_DRAFTING, n_gram_match=2), _N_GRAM, _PLAIN],
+    [_DRAFTING, replace(_DRAFTING, n_gram_match=2, draft_vocabulary_size=9), _N_GRAM, _PLAIN],
     ids=["exit", "both", "n-grams", "plain"],
 )
 def test_what_is_written_is_read_back_from_the_loaded_model_and_from_what_that_saves(
@@ -150,9 +151,13 @@ def test_a_failed_write_leaves_the_old_file(directory: Path, monkeypatch: pytest
         ({"strategy": "n_gram"}, "n_gram_match: got None, allowed an integer, at least 1, with"),
         ({"strategy": "n_gram", "n_gram_match": 1, "exit_layer": 1}, "layerskip.exit_layer: got 1"),
         (
-            {"strategy": "self_speculative", "exit_layer": 1, "num_draft_tokens": 1, "n_gram_match": 0},
+            _STORED | {"n_gram_match": 0},
             "n_gram_match: got 0, allowed an integer, at least 1 or null, with",
         ),
+        ({"strategy": "n_gram", "n_gram_match": 1, "draft_vocabulary_size": 9}, "size: got 9, allowed null, with"),
+        (_STORED | {"draft_vocabulary_size": True}, "draft_vocabulary_size: got True, allowed an integer, at least 1"),
+        (_STORED | {"draft_vocabulary_size": 0}, "draft_vocabulary_size: got 0, allowed an integer, at least 1"),
+        (_STORED | {"draft_vocabulary_size": 10**6}, "draft_vocabulary_size: got 1000000, allowed [1, "),
         ({"strategy": "autoregressive", "head": "big"}, "layerskip.head: got 'big'"),
         ({"strategy": "autoregressive", "head": 10**400}, "layerskip.head: got 1000"),
         ({"strategy": "autoregressive", "overhead": -1.0}, "layerskip.overhead: got -1.0"),

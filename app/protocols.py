@@ -46,10 +46,11 @@ class EarlyExitHost(Layered, Protocol):
 
     @property
     def exit_weights(self) -> Mapping[int, float]: ...
-    def set_exit_weights(self, weights: Mapping[int, float]) -> None:
+    def set_exit_weights(self, weights: Mapping[int, float], *, distil: bool = False) -> None:
         """Use these exits and weights from the next forward on; the weights sum to 1.
 
-        Only one callback may do so in a step, and alike in all micro-batches of a step.
+        With `distil`, exits below the last learn the full model's distribution, and not the text. Only one callback
+        may do so in a step, and alike in all micro-batches of a step.
         """
 
 

@@ -4,11 +4,13 @@ Tested by tests/unit/callbacks/test_curricula.py.
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app import metric_names
 from app.errors import ConfigError, check_choice, check_early_exits, check_range, require_total_steps
+from app.layerskip.distillation import RecipeLoss
 from app.layerskip.exit_curricula import EXIT_CURRICULA, ExitCurriculum, exits_on
 from app.layerskip.exit_weights import EXIT_WEIGHTS, ExitWeights, normalised_exit_weights
 from app.protocols import EarlyExitHost
@@ -25,6 +27,8 @@ class EarlyExitCurriculum(Callback):
         exit_weights: e(l): quadratic (the paper's), linear or uniform.
         always_on_last: Keep the full model in every step's loss (rotational).
         exit_layers: The early exits of the curriculum `fixed`, in blocks run: 1..num_layers - 1.
+        loss: What early exits learn: cross_entropy (the paper's), the text; kl, the full model's distribution. The full
+            model learns the text.
 
     Raises:
         ConfigError: On a value out of range, or a step that would have no exit of positive weight.
@@ -39,13 +43,15 @@ class EarlyExitCurriculum(Callback):
         exit_weights: ExitWeights = "quadratic",
         always_on_last: bool = True,
         exit_layers: Sequence[int] = (),
+        loss: RecipeLoss = "cross_entropy",
     ) -> None:
         check_choice("curriculum", curriculum, EXIT_CURRICULA)
         check_choice("exit_weights", exit_weights, EXIT_WEIGHTS)
+        check_choice("loss", loss, get_args(RecipeLoss))
         check_range("rotation_interval", rotation_interval, low=1)
         check_range("early_exit_scale", early_exit_scale, low=0, high=1)
         self.curriculum, self.rotation_interval = curriculum, rotation_interval
-        self.early_exit_scale, self.exit_weights = early_exit_scale, exit_weights
+        self.early_exit_scale, self.exit_weights, self.loss = early_exit_scale, exit_weights, loss
         self.always_on_last, self.exit_layers = always_on_last, tuple(exit_layers)
         if (curriculum == "fixed") != bool(self.exit_layers):
             allowed = "some layers with curriculum fixed, none with any other"
@@ -88,7 +94,8 @@ class EarlyExitCurriculum(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         assert isinstance(pl_module, EarlyExitHost)
         if self.curriculum != "none":
-            pl_module.set_exit_weights(self._weights(trainer, trainer.global_step, pl_module.num_layers))
+            weights = self._weights(trainer, trainer.global_step, pl_module.num_layers)
+            pl_module.set_exit_weights(weights, distil=self.loss == "kl")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Log the weights that the module used, whoever set them."""

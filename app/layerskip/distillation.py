@@ -20,6 +20,7 @@ _PIECE = 2**17  # logits that are compared at a time
 
 Divergence = Literal["kl", "total_variation", "lk"]
 DistillationLoss = Literal["cross_entropy", Divergence]  # cross_entropy is that of the text's labels
+RecipeLoss = Literal["cross_entropy", "kl"]  # of the early exits of the original recipe
 
 # c as a function of the acceptance a [N], which counts as a constant in the gradient; the loss is c KL + (1 - c) TV.
 KL_SHARES: Mapping[Divergence, Callable[[Tensor], Tensor]] = {

@@ -11,15 +11,15 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 # From the normed hidden states [..., D] of each exit, labels [...] and the weights of the exits to the weighted sum of
-# cross entropies, with gradient, and the cross entropies [E, ...] without gradient, which are 0 where ignored.
+# losses, with gradient, and the losses [E, ...] without gradient, which are 0 where ignored.
 WeightedLosses = Callable[[Sequence[Tensor], Tensor, Sequence[float]], tuple[Tensor, Tensor]]
 
 
 class EarlyExitLoss(NamedTuple):
     """Sums, which the caller divides once by the global count of label tokens."""
 
-    weighted_sum: Tensor  # scalar with gradient: sum_e w_e sum_tokens CE
-    exit_sums: Tensor  # [E] sums of CE over label tokens, detached
+    weighted_sum: Tensor  # scalar with gradient: sum_e w_e sum_tokens of the exit's loss, CE in the paper
+    exit_sums: Tensor  # [E] sums of the losses over label tokens, detached
     num_label_tokens: Tensor  # scalar int64
 
 
@@ -29,7 +29,7 @@ def early_exit_loss(
     weights: Mapping[int, float],
     weighted_losses: WeightedLosses,
 ) -> EarlyExitLoss:
-    """Sum the cross entropies of all exits with their weights, in one call of the head.
+    """Sum the losses of all exits with their weights, in one call of the head; cross entropies in the paper.
 
     J is `weighted_sum` over the label tokens of the whole step on all ranks. No gradient is stopped: each exit trains
     every block below it and the shared norm and head.

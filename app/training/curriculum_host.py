@@ -30,6 +30,13 @@ class Dropout(NamedTuple):
     rescale: bool = False
 
 
+class Exits(NamedTuple):
+    """Exits of a micro-batch: w(t, l) by exit layer, and whether early ones learn the full model's distribution."""
+
+    weights: Mapping[int, float]
+    distil: bool = False
+
+
 class CurriculumHost(LightningModule):
     """Keeps what curricula set, and which callback set it. A fit in which none does is plain next-token training.
 
@@ -42,8 +49,8 @@ class CurriculumHost(LightningModule):
         self._dropout = OwnedSetting(
             "dropout rates", Dropout((0.0,) * num_layers), fix=_FIX.format("layer_dropout.max_dropout_rate 0")
         )
-        self._exits: OwnedSetting[Mapping[int, float]] = OwnedSetting(
-            "exit weights", {num_layers: 1.0}, fix=_FIX.format("early_exit.curriculum none")
+        self._exits = OwnedSetting(
+            "exit weights", Exits({num_layers: 1.0}), fix=_FIX.format("early_exit.curriculum none")
         )
         self._dropped_shares = self.dropout_rates
         self._monitored: set[int] = set()
@@ -71,10 +78,10 @@ class CurriculumHost(LightningModule):
 
     @property
     def exit_weights(self) -> Mapping[int, float]:
-        return self._exits.value
+        return self._exits.value.weights
 
-    def set_exit_weights(self, weights: Mapping[int, float]) -> None:
-        """Use these exits and weights from the next micro-batch on.
+    def set_exit_weights(self, weights: Mapping[int, float], *, distil: bool = False) -> None:
+        """Use these exits and weights, and for early exits KL if `distil`, from the next micro-batch on.
 
         Raises:
             ConfigError: An exit is not one of the model's, or the weights are negative or do not sum to 1.
@@ -84,7 +91,7 @@ class CurriculumHost(LightningModule):
             check_range("set_exit_weights", weight, low=0)
         if not math.isclose(total := sum(weights.values()), 1, abs_tol=1e-6):
             raise ConfigError("set_exit_weights", got=dict(weights), allowed=f"weights that sum to 1, not {total:g}")
-        self._exits.write(dict(weights))
+        self._exits.write(Exits(dict(weights), distil))
 
     def monitor_exits(self, exit_layers: Sequence[int]) -> None:
         self._monitored.update(exit_layers)
@@ -98,18 +105,20 @@ class CurriculumHost(LightningModule):
             self._dropout.start_fit(self.trainer.callbacks)  # type: ignore[attr-defined]
             self._exits.start_fit(self.trainer.callbacks)  # type: ignore[attr-defined]
 
-    def curricula_now(self) -> tuple[Dropout, Mapping[int, float]]:
-        """Layer dropout and exit weights of the micro-batch that begins.
+    def curricula_now(self) -> tuple[Dropout, Exits]:
+        """Layer dropout and exits of the micro-batch that begins.
 
         Raises:
             ConfigError: Two callbacks have set the same, or several devices would train without the full model.
         """
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        dropout, weights = self._dropout.start_micro_batch(callbacks), self._exits.start_micro_batch(callbacks)
-        if self.trainer.world_size > 1 and self.num_layers not in weights:  # blocks above have no gradient to reduce
+        dropout, exits = self._dropout.start_micro_batch(callbacks), self._exits.start_micro_batch(callbacks)
+        if (
+            self.trainer.world_size > 1 and self.num_layers not in exits.weights
+        ):  # blocks above have no gradient to reduce
             allowed = f"the full model, exit {self.num_layers}, among them on more than one device"
-            raise ConfigError("set_exit_weights", got=dict(weights), allowed=allowed)
-        return dropout, weights
+            raise ConfigError("set_exit_weights", got=dict(exits.weights), allowed=allowed)
+        return dropout, exits
 
     def draw_kept(self, batch_size: int, batch_idx: int, *, seed: int) -> KeptSamples | None:
         """Draw the samples that each block keeps in a micro-batch, and show its work to those who watch.

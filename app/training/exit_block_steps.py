@@ -92,9 +92,9 @@ class ExitBlockSteps(EvaluationSteps):
         return dict.fromkeys(self._sources, 1 / len(self._sources)) if self._sources else super().exit_weights
 
     @override
-    def set_exit_weights(self, weights: Mapping[int, float]) -> None:
+    def set_exit_weights(self, weights: Mapping[int, float], *, distil: bool = False) -> None:
         self.check_model_learns("early_exit.curriculum", got=dict(weights), allowed="none")
-        super().set_exit_weights(weights)
+        super().set_exit_weights(weights, distil=distil)
 
     @override
     def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:

@@ -6,6 +6,7 @@ It implements the host protocols of app.protocols, through which callbacks set w
 import copy
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,12 +23,14 @@ from app.checkpoints.run_lock import hold_run, release
 from app.checkpoints.run_record import GENERATION_CONFIG_KEY
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
 from app.errors import ConfigError
+from app.layerskip.distillation import divergence_loss
 from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
 from app.layerskip.layer_dropout import keep_scales
 from app.model.compiled_blocks import compile_blocks
 from app.model.config_check import build_without_memory, check_sizes
 from app.model.early_exit import EarlyExitModel
 from app.model.exact_tables import keep_tables_exact
+from app.model.head_loss import Teacher
 from app.model.parallel import parallelize
 from app.model_files.decoding_defaults import untuned_generation_config
 from app.model_files.open import build_model, check_tokenizer_of, load_config, load_pretrained
@@ -42,6 +45,8 @@ from app.training.exit_block_settings import ExitBlockSettings, refuse_with_exit
 from app.training.exit_block_steps import ExitBlockSteps
 from app.training.optim import LearningRate, LRSchedule, LRSchedulerClass, parameter_groups
 from app.training.token_mean import TokenMeanStep
+
+_KL = partial(divergence_loss, "kl")
 
 
 def _default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -213,21 +218,24 @@ class LayerSkipModule(ExitBlockSteps):
         if self.exit_blocks is not None:
             self.draw_kept(len(batch["input_ids"]), batch_idx, seed=self.seed)  # drops none, and shows the work
             return self._step.add(self.exit_block_loss(batch), self.exit_weights)
-        dropout, exit_weights = self.curricula_now()
+        dropout, (exit_weights, distil) = self.curricula_now()
         labels = batch["labels"].flatten()
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
         kept = self.draw_kept(len(batch["input_ids"]), batch_idx, seed=self.seed)
         hidden = self._network.hidden_by_exit(
             batch["input_ids"],
             batch["position_ids"],
-            exit_weights,
+            {*exit_weights, self.num_layers} if distil else exit_weights,
             kept=kept and [samples.to(self.device, non_blocking=True) for samples in kept.by_block],
             scales=keep_scales(dropout.rates, rescale=dropout.rescale),
             entered=() if kept is None else [block for block, most in enumerate(kept.most) if most],
             positions=targets,
         )
-        loss = early_exit_loss(hidden, labels[targets], exit_weights, self._network.weighted_losses)
-        return self._step.add(loss, exit_weights)
+        head = self._network.weighted_losses
+        if distil:  # from what the full model says in the same pass, under the same dropout
+            losses = [None if layer == self.num_layers else _KL for layer in sorted(exit_weights)]
+            head = partial(head, teacher=Teacher(hidden[self.num_layers], losses))
+        return self._step.add(early_exit_loss(hidden, labels[targets], exit_weights, head), exit_weights)
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

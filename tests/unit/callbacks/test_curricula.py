@@ -26,8 +26,8 @@ class Host:
     def set_dropout_rates(self, rates, *, rescale=False):
         self.dropout_rates, self.rescale = tuple(rates), rescale
 
-    def set_exit_weights(self, weights):
-        self.exit_weights = dict(weights)
+    def set_exit_weights(self, weights, *, distil=False):
+        self.exit_weights, self.distil = dict(weights), distil
 
     def log(self, name, value):
         self.logged[name] = value
@@ -59,6 +59,11 @@ def test_exits_reach_the_host_and_what_it_uses_is_logged():
     assert host.exit_weights == normalised_exit_weights(exits, num_layers=6, early_exit_scale=0.5)
     assert host.logged["train/num_exits_on"] == len(host.exit_weights)
     assert host.logged["train/exit_weight/exit_06"] == host.exit_weights[6]
+    assert host.distil is False
+    start(EarlyExitCurriculum(curriculum="rotational", rotation_interval=3, loss="kl"), host, at(4))
+    assert host.distil is True
+    with pytest.raises(ConfigError, match="loss: got 'lk', allowed cross_entropy"):
+        EarlyExitCurriculum(loss="lk")
 
 
 @pytest.mark.parametrize("step", [5, 6, 9, 10])

@@ -14,6 +14,7 @@ from app.model_files.open import build_model
 from app.protocols import DecodingHost, EarlyExitHost, ExitMonitorHost, LayerDropoutHost
 from app.training.module import LayerSkipModule
 from app.training.optim import LR_SCHEDULES, lr_factor, parameter_groups, scheduler_of_class
+from callbacks import EarlyExitCurriculum
 from tests.support.runs import NUM_LAYERS, Recorder, curricula, make_data, make_module, make_trainer
 from tests.support.saved_models import save_model
 from tests.support.tiny_models import tiny_config
@@ -72,6 +73,37 @@ def test_baseline_gradients_equal_transformers_own_loss(tmp_path, prompt):
     for name, parameter in plain.named_parameters():
         moved = parameter.detach() - parameter.grad
         assert torch.allclose(module.model.get_parameter(name), moved, atol=1e-6), name
+
+
+@pytest.mark.parametrize("exits", [{2: 0.5, 4: 0.5}, {2: 1.0}])
+def test_early_exits_learn_from_the_full_model_where_the_curriculum_says_so(tmp_path, exits):
+    class Distil(EarlyExitCurriculum):
+        def _weights(self, trainer, step, num_layers):
+            return exits
+
+    keep, curriculum = KeepBatch(), Distil(curriculum="fixed", exit_layers=[2], loss="kl")
+    module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[curriculum, MaskLabels(5), keep])
+    trainer.fit(module, datamodule=make_data(tmp_path))
+    plain = build_model(module.config, seed=0).train()
+    out = plain(
+        input_ids=keep.batch["input_ids"],
+        position_ids=keep.batch["position_ids"],
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    counted = keep.batch["labels"] != -100
+    exit_logits = plain.lm_head(plain.model.norm(out.hidden_states[2]))[counted]
+    full = out.logits[counted]
+    losses = {
+        2: F.kl_div(exit_logits.log_softmax(-1), full.detach().softmax(-1), reduction="batchmean"),
+        4: F.cross_entropy(full, keep.batch["labels"][counted]),
+    }
+    sum(weight * losses[layer] for layer, weight in exits.items()).backward()
+    for name, parameter in plain.named_parameters():
+        moved = parameter.detach() - (0 if parameter.grad is None else parameter.grad)
+        assert torch.allclose(module.model.get_parameter(name), moved, atol=1e-6), name
+    assert trainer.callback_metrics["train/exit_loss/exit_02"].item() == pytest.approx(losses[2].item(), abs=1e-5)
 
 
 class MoveOf(Callback):

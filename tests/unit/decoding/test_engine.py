@@ -92,6 +92,11 @@ def test_nothing_is_drafted_after_an_eos() -> None:
     assert (result.drafted, result.accepted) == (2, 2)
 
 
+def test_what_an_n_gram_found_ends_with_an_eos() -> None:
+    result = _decode(counting_decoder(), [3, 4, 5, 6, 7, 2], "n_gram", n_gram_match=1, eos_token_ids=(5,))
+    assert (result.tokens, result.drafted, result.accepted) == ([3, 4, 5], 2, 2)
+
+
 def test_an_eos_that_the_full_model_rejects_does_not_end_the_output() -> None:
     result = _decode(counting_decoder(misses=(5,)), [3], eos_token_ids=(7,))  # after 5 the exit says 7
     assert result.tokens == [4, 5, 6, 7]

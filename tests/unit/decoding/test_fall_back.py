@@ -155,6 +155,19 @@ def test_a_policy_hears_only_of_what_the_drafter_drafted(monkeypatch: pytest.Mon
     assert 0 < len(heard) < len(result.steps)
 
 
+def test_rows_of_n_grams_do_not_hide_that_the_drafter_of_the_others_never_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = counting_decoder(misses=_ALL, vocab_size=100, max_length=400)
+    decoder.full_logits[19] = decoder.full_logits[99]  # 0 follows
+    monkeypatch.setattr("app.decoding.engine.perf_counter", lambda: decoder.elapsed)
+    settings = DecodingSettings(max_new_tokens=60, exit_layer=1, num_draft_tokens=4, n_gram_match=3, fall_back=True)
+    found, hard = decode_batch(
+        decoder, [[*range(20), *range(20)], [30]], strategy="self_speculative", settings=settings
+    )
+    assert all(step.by_n_gram for step in found.steps if step.drafted)
+    assert sum(step.drafted > 0 for step in hard.steps) == 8
+    assert hard.fell_back_after == 9
+
+
 def test_n_grams_are_interrupted_once_in_64_rounds_to_time_a_plain_one() -> None:
     result = _looping((), budget=300, strategy="n_gram")
     first = next(index for index, step in enumerate(result.steps) if step.drafted)

@@ -175,6 +175,15 @@ def test_a_draft_model_catches_up_with_plain_rounds_in_between_also_for_the_rows
         ]
 
 
+@pytest.mark.parametrize("prompts", [[[1, 2]], [[1, 2], [3], [4, 5, 6]]])
+def test_a_draft_model_sees_what_n_grams_drafted(prompts: list[list[int]]) -> None:
+    settings = {"num_draft_tokens": 2, "n_gram_match": 1, "n_gram_max_drafts": 4}
+    results = _run(_Case(0, 1.0, prompts, 400, "draft_model", settings, 60, ()), together=True)
+    steps = [step for result in results for step in result.steps]
+    assert {0, 1} < {step.accepted for step in steps if step.by_n_gram}
+    assert all(not step.rejected for step in steps if not step.by_n_gram)  # it is the model itself
+
+
 _EXAMPLE = _Case(3, 0.5, [[1, 2, 3], [4], [5, 6, 7, 8]], 400, "draft_model", {"num_draft_tokens": 4}, 30, (9,))
 
 

@@ -130,7 +130,7 @@ class LossHead(nn.Linear):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         if teacher is not None:
-            teacher = Teacher(rows.pop().detach(), teacher.losses)
+            teacher = Teacher(rows.pop(), teacher.losses)
         with torch.autocast(device.type, enabled=False):
             if weights is None:
                 (losses,) = token_losses(rows, weight, labels.flatten(), dtype=dtype)

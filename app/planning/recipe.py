@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from app.layerskip.distillation import RecipeLoss
 from app.layerskip.exit_curricula import ExitCurriculum, exits_on
 from app.layerskip.exit_weights import ExitWeights, normalised_exit_weights
 from app.layerskip.schedules import DepthScale, TimeScale, dropout_rates, time_scale
@@ -48,6 +49,7 @@ class Recipe:
     exit_weights: ExitWeights = "quadratic"
     always_on_last: bool = True
     exit_layers: tuple[int, ...] = ()
+    loss: RecipeLoss = "cross_entropy"
 
     @property
     def tokens_per_step(self) -> int:
@@ -135,6 +137,9 @@ def _dropout_departures(recipe: Recipe) -> Iterator[Departure]:
 
 def _exit_departures(recipe: Recipe) -> Iterator[Departure]:
     scale, tokens, section = recipe.early_exit_scale, recipe.tokens, f"{_PAPER} section 5"
+    if recipe.loss != "cross_entropy":
+        message = f"{recipe.loss}: the paper's early exits learn the text, cross_entropy"
+        yield Departure("early_exit.loss", message, f"{_PAPER} section 4.1.2")
     if tokens is None:
         return
     if tokens < _TINY_BUDGET and recipe.exit_weights == "quadratic":

@@ -71,6 +71,7 @@ def test_the_papers_recipes_break_no_rule():
         (CONTINUAL, {"max_steps": 10, "early_exit_scale": 1.0}, "early_exit.exit_weights"),
         (CONTINUAL, {"batch_size": 1, "world_size": 256}, "data.batch_size"),
         (CONTINUAL, {"small_weights": True}, "trainer.precision"),
+        (CONTINUAL, {"loss": "kl"}, "early_exit.loss"),
     ],
 )
 def test_a_broken_rule_is_named_with_its_source(recipe, changes, field):

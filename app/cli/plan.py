@@ -110,6 +110,11 @@ class PlanCLI(BesideFitCLI):
         for name, value in _HERE.items():
             trainer[name] = value
         self._states = states_arguments(config)
+        exit_blocks, model["exit_blocks"] = model["exit_blocks"], None  # they need the weights
+        if exit_blocks is not None and self._states is None:
+            fix = "stack configs/data/cached_states.yaml on it"
+            allowed = "none, unless the data are a CachedStatesDataModule: plan tells the size of its cache alone"
+            raise ConfigError("model.exit_blocks", got=exit_blocks["exits"], allowed=allowed, fix=fix)
         self._data = config.pop("data")["init_args"]
         if self._states is not None:
             corpus = self._states["corpus"]["init_args"]
@@ -132,20 +137,24 @@ class PlanCLI(BesideFitCLI):
             raise ConfigError("model.pretrained", got=None, allowed="a model's directory, or model.config", fix=fix)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if self._states is not None:
+            cache = plan_cache(self._states, self.model.config)
+            if self._options.json:
+                print(json.dumps({"cache": cache._asdict()}))
+            else:
+                print_table(cache.table())
+            return
         try:
             plan = self._plan(self._recipe(), self._layout)
             is_short = plan.fits_with(checkpointing=plan.checkpointing) is False
             changes = changes_that_fit(plan, self._plan) if is_short else []
-            cache = None if self._states is None else plan_cache(self._states, self.model.config)
         except ConfigError as error:
             raise locate(error, self.plain_config()) from error
         if self._options.json:
-            print(json.dumps(_as_dict(plan, changes) | ({} if cache is None else {"cache": cache._asdict()})))
+            print(json.dumps(_as_dict(plan, changes)))
             return
         for table in plan_tables(plan, self._options.machine()):
             print_table(table)
-        if cache is not None:
-            print_table(cache.table())
         if is_short:
             print(f"\n{advice(changes)}")
         for departure in plan.departures:

@@ -121,7 +121,7 @@ class StateCache:
         """Return the shards with the first rows of a split, and how many each has; DataError says that some lack."""
         found, left = dict[Path, int](), num_rows
         for name, shard in sorted(self.shards.items()):
-            if left and name.startswith(split):
+            if name.startswith(split):
                 found[self.folder / name] = min(shard.num_rows, left)
                 left -= found[self.folder / name]
         if left:

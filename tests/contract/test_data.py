@@ -92,7 +92,7 @@ def test_a_cache_of_states_is_filled_to_the_size_that_is_planned(data, tmp_path,
     (tmp_path / "small.yaml").write_text(
         yaml.safe_dump(
             {
-                "model": {"config": None, "pretrained": str(model)},
+                "model": {"config": None, "pretrained": str(model), "exit_blocks": {"exits": {2: 1, 1: 0}}},
                 "data": {
                     "init_args": {
                         "corpus": {
@@ -103,7 +103,6 @@ def test_a_cache_of_states_is_filled_to_the_size_that_is_planned(data, tmp_path,
                                 "validation_rows": 2,
                             }
                         },
-                        "exit_layers": [1, 2],
                         "num_tokens": 1000,
                         "cache_dir": str(cache),
                     },

@@ -240,6 +240,7 @@ def test_flops_and_seconds_are_told_of_the_same_work(plan, plan_json):
         (["--trainer.precision", "transformer-engine"], "trainer.precision: got 'transformer-engine', allowed 64-true"),
         (["--model.optimizer=AdamW", "--model.optimizer.lr=-1"], "optimizer"),
         (["--device_memory", "80"], "device_memory: got '80', allowed a size, such as 80GB"),
+        (["--model.exit_blocks", "{exits: {1: 1}}"], "model.exit_blocks: got {1: 1}, allowed none, unless the data"),
         (["--utilisation", "1.5"], "utilisation: got 1.5, allowed (0, 1]"),
         (["--devices", "0"], "devices: got 0, allowed [1, inf)"),
         (["--devices", "two"], "error: devices: got two, allowed int (a whole number)"),

@@ -35,6 +35,7 @@ def write(
     held_out_share: float = 0.05,
     temperatures: list[float] = [0.0, 0.7],  # noqa: B006  # it is not changed, and the help shows it
     batch_size: int = 8,
+    time_limit_seconds: float = float("inf"),
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: int | None = None,
@@ -58,6 +59,7 @@ def write(
             validation_share holds out.
         temperatures: Each prompt is continued once at each of them; 0 is greedy.
         batch_size: Number of prompts that are decoded together.
+        time_limit_seconds: No batch is begun after this.
         dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
         device: Device to decode on; auto takes a GPU if there is one.
         threads: Number of CPU threads; by default torch's own choice.
@@ -82,8 +84,8 @@ def write(
     loaded = load_decoder(model, dtype=dtype, device=device, threads=threads)
     texts = documents if prompts is not None else _cut(documents, loaded, prompt_length)
     own = OwnText(texts=texts, options=chosen, temperatures=temperatures, batch_size=batch_size)
-    count = own.write(loaded, Path(output))
-    print(f"{output}: {counted(len(texts) * len(temperatures), 'text')}, {counted(count, 'token')} written now")
+    count = own.write(loaded, Path(output), time_limit_seconds=time_limit_seconds)
+    print(f"{output}: {counted(count, 'token')} written now")
 
 
 def _openings(source: Source, count: int, length: int, *, held_out_share: float, seed: int) -> list[str]:

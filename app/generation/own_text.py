@@ -6,7 +6,7 @@ Tested by tests/contract/test_write.py.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -28,7 +28,7 @@ class OwnText:
     Attributes:
         texts: The prompts.
         options: How they are continued; each of `temperatures` replaces the one in it.
-        temperatures: 0 is greedy.
+        temperatures: 0 is greedy. Batches of prompts come at each of them before the next prompts.
         batch_size: Prompts that are decoded together.
     """
 
@@ -42,60 +42,69 @@ class OwnText:
         if not self.temperatures:
             raise ConfigError("temperatures", got=[], allowed="at least one")
 
-    def write(self, loaded: LoadedModel, output: Path) -> int:
+    def write(self, loaded: LoadedModel, output: Path, *, time_limit_seconds: float = float("inf")) -> int:
         """Write the lines that `output` lacks, behind those that an interrupted call left; return the new tokens.
 
         A line has `text`, which is prompt and continuation, `prompt` and `temperature`. A line that was cut off is
-        written again, and every line is what it would have been without the interruption.
+        written again, and every line is what it would have been without the interruption. No batch is begun after the
+        time limit.
 
         Raises:
             ConfigError: The file holds something else, or a prompt or an option does not fit the model.
         """
-        mark = self._mark(loaded)
-        done = self._keep_whole_lines(output, mark)
-        total, count = len(self.texts) * len(self.temperatures), 0
-        if done:
-            _log.info("%s: %d of %d texts are there; going on", output, done, total)
+        mark, batches = self._mark(loaded), self._batches()
+        done = self._keep_whole_lines(output, [self.texts[row] for rows, _ in batches for row in rows], mark)
+        total, tokens, before = len(self.texts) * len(self.temperatures), 0, 0
+        requests = {
+            temperature: Request.of(
+                loaded,
+                self.texts,
+                replace(self.options, temperature=temperature),
+                location="prompt",
+                batch_size=self.batch_size,
+            )
+            for temperature in self.temperatures
+        }
         started = told = perf_counter()
         with output.open("a", encoding="utf-8") as file:
-            for lines, tokens in self._batches(loaded, first=done, mark=mark):
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            for rows, temperature in batches:
+                before += len(rows)
+                if before <= done:
+                    continue
+                request = requests[temperature]
+                made = [request.generation(row, result) for row, result in zip(rows, request.decode(rows), strict=True)]
+                for each in made[len(rows) - (before - done) :]:
+                    line = {"text": each.prompt + each.text, "prompt": each.prompt, "temperature": temperature}
+                    file.write(json.dumps(line | {"of": mark}) + "\n")
+                    tokens += each.num_tokens
                 file.flush()
-                done, count, now = done + len(lines), count + tokens, perf_counter()
+                done, now = before, perf_counter()
                 if now - told > _LOG_SECONDS or done == total:
                     told = now
-                    _log.info("%s: %d of %d texts, %.0f tokens/s", output, done, total, count / (now - started))
-        return count
+                    _log.info("%s: %d of %d texts, %.0f tokens/s", output, done, total, tokens / (now - started))
+                if now - started > time_limit_seconds:
+                    break
+        return tokens
 
-    def _batches(self, loaded: LoadedModel, *, first: int, mark: str) -> Iterator[tuple[list[dict[str, object]], int]]:
-        for at, temperature in enumerate(self.temperatures):
-            start = max(0, first - at * len(self.texts)) // self.batch_size * self.batch_size
-            if start >= len(self.texts):
-                continue
-            options = replace(self.options, temperature=temperature)
-            request = Request.of(loaded, self.texts, options, location="prompt", batch_size=self.batch_size)
-            for begin in range(start, len(self.texts), self.batch_size):
-                rows = range(begin, min(begin + self.batch_size, len(self.texts)))
-                made = [request.generation(row, result) for row, result in zip(rows, request.decode(rows), strict=True)]
-                new = [each for row, each in zip(rows, made, strict=True) if at * len(self.texts) + row >= first]
-                lines = [
-                    {"text": each.prompt + each.text, "prompt": each.prompt, "temperature": temperature, "of": mark}
-                    for each in new
-                ]
-                yield lines, sum(each.num_tokens for each in new)
+    def _batches(self) -> list[tuple[range, float]]:
+        starts, count = range(0, len(self.texts), self.batch_size), len(self.texts)
+        return [
+            (range(start, min(start + self.batch_size, count)), temperature)
+            for start in starts
+            for temperature in self.temperatures
+        ]
 
     def _mark(self, loaded: LoadedModel) -> str:
         """A short hash of all that decides what is written, but for the prompts, which stand in the lines."""
         own = weights_hash(loaded.model.state_dict(), exit_layer=1)
-        told = own, loaded.model.dtype, asdict(self.options), [*self.temperatures]
+        told = own, loaded.model.dtype, asdict(self.options), [*self.temperatures], self.batch_size
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
-    def _keep_whole_lines(self, output: Path, mark: str) -> int:
+    def _keep_whole_lines(self, output: Path, expected: Sequence[str], mark: str) -> int:
         """Cut off what follows the last whole line of an earlier call; return how many lines are kept."""
         if not output.exists():
             return 0
         lines = output.read_bytes().split(b"\n")[:-1]
-        expected = [text for _ in self.temperatures for text in self.texts]
         for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
@@ -108,4 +117,6 @@ class OwnText:
                 raise ConfigError("output", got=str(output), allowed=allowed, fix=fix)
         with output.open("r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines))
+        if lines:
+            _log.info("%s: %d of %d texts are there; going on", output, len(lines), len(expected))
         return len(lines)

@@ -33,12 +33,20 @@ def write(tmp_path, monkeypatch, capsys):
 def test_each_prompt_is_continued_at_each_temperature_and_the_texts_can_be_trained_on(write):
     status, lines, _ = write("--prompts", write.prompts, "--temperatures", "[0, 0.9]", "--batch_size", "2")
     assert status == 0
-    assert [(line["prompt"], line["temperature"]) for line in lines] == [(p, t) for t in (0, 0.9) for p in _PROMPTS]
+    assert [(line["prompt"], line["temperature"]) for line in lines] == [
+        (p, t) for batch in (_PROMPTS[:2], _PROMPTS[2:]) for t in (0, 0.9) for p in batch
+    ]
     assert all(line["text"].startswith(line["prompt"]) and line["text"] != line["prompt"] for line in lines)
-    assert [line["text"] for line in lines[:3]] != [line["text"] for line in lines[3:]]
+    assert [line["text"] for line in lines[:2]] != [line["text"] for line in lines[2:4]]
     reader = open_reader(Source(kind="jsonl", path=str(write.output), name="own"), min_chunks=1)
     read = [record.text for chunk in range(reader.num_chunks) for record in reader.read(chunk)]
     assert sorted(read) == sorted(line["text"] for line in lines)
+
+
+def test_no_batch_is_begun_after_the_time_limit(write):
+    options = ["--prompts", write.prompts, "--temperatures", "[0, 1]", "--batch_size", "2"]
+    assert len(write(*options, "--time_limit_seconds", "0")[1]) == 2
+    assert len(write(*options)[1]) == 6
 
 
 @pytest.mark.parametrize("cut", [0, 1, 200, 10_000])  # bytes that a killed process did not write

@@ -1,0 +1,95 @@
+"""`layerskip adapt` on a tiny model: one command from a finished model to one that drafts for itself, untouched."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.cli.adapt import _unchanged
+from app.generation.loaded_model import load_decoder
+from app.model_files.open import load_pretrained
+from tests.support.runs import cli
+from tests.support.saved_models import save_model
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+config: [{root}/configs/exit_blocks.yaml]
+data:
+  init_args:
+    corpus: {{init_args: {{seq_len: 32, validation_share: 0.3, validation_rows: 4}}}}
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  callbacks:
+    - class_path: callbacks.ThroughputMonitor
+    - class_path: callbacks.LastCheckpoint
+      init_args: {{every_n_train_steps: 2}}
+"""
+
+
+@pytest.fixture
+def adapt(folder, monkeypatch, capfd):
+    """Runs the verb, whose own verbs run in this process, too; gives its status and what was said."""
+
+    def in_this_process(command, *, check):
+        assert (command[1:3], check) == (["-m", "app"], False)
+        return subprocess.CompletedProcess(command, cli(monkeypatch, *command[3:]))
+
+    monkeypatch.setattr("app.cli.adapt.subprocess.run", in_this_process)
+    monkeypatch.chdir(folder)
+
+    def run(*options, recipe="recipe.yaml"):
+        given = ["--model", "model", "--output_dir", "out", "--recipe", recipe, "--hours", "0.01", "--max_new_tokens", "8"]
+        return cli(monkeypatch, "adapt", *given, *options), capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tmp_path / "model", dtype=torch.bfloat16, tied=True)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=ROOT))
+    (corpus := tmp_path / "corpus").mkdir()
+    for index in range(60):
+        (corpus / f"{index}.txt").write_text("".join(f"{index} is line {n} of the text\n" for n in range(9)))
+    return tmp_path
+
+
+def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(adapt, folder, monkeypatch):
+    options = ["--corpus", "corpus", "--exit_layer", "1"]
+    monkeypatch.setattr("app.cli.adapt._PROBE_STEPS", "none")
+    status, said = adapt(*options)
+    assert status == 2
+    assert "adapt: cache ended with status 2; the same command goes on from there" in said.err
+    monkeypatch.setattr("app.cli.adapt._PROBE_STEPS", 2)
+    status, said = adapt(*options, "--exit_layer", "2")
+    assert status == 2
+    assert "exit_layer: got 2, allowed 1 in this work_dir" in said.err
+    written = (folder / "out.work" / "own.jsonl").read_bytes()
+    status, said = adapt(*options)
+    assert status == 0, said.err
+    assert (folder / "out.work" / "own.jsonl").read_bytes() == written
+    rows = dict(line.strip("| ").split("  ", 1) for line in said.out.splitlines() if "bit-identical" in line)
+    assert [answer.strip() for answer in rows.values()] == ["yes"]
+    before, after = (load_pretrained(str(folder / name), dtype=None) for name in ("model", "out"))
+    assert after.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items())
+    assert load_decoder(str(folder / "out"), dtype="float32", device="cpu").decoder.own_exits == (1,)
+    assert not _unchanged("model", str(save_model(folder / "other", dtype=torch.bfloat16, tied=True, seed=1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "prompts: got 'neither'"),
+        (["--corpus", "corpus", "--prompts", "recipe.yaml"], "prompts: got 'both'"),
+        (["--corpus", "corpus", "--exit_layer", "4"], "exit_layer: got 4, allowed [1, 3]"),
+        (["--corpus", "corpus", "--hours", "0"], "hours: got 0"),
+    ],
+)
+def test_mistakes_are_one_message_before_any_work(adapt, folder, options, told):
+    status, said = adapt(*options)
+    assert status == 2
+    assert told in said.err
+    assert not (folder / "out.work").exists()

@@ -40,7 +40,18 @@ def adapt(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
 
     def run(*options, recipe="recipe.yaml"):
-        given = ["--model", "model", "--output_dir", "out", "--recipe", recipe, "--hours", "0.01", "--max_new_tokens", "8"]
+        given = [
+            "--model",
+            "model",
+            "--output_dir",
+            "out",
+            "--recipe",
+            recipe,
+            "--hours",
+            "0.01",
+            "--max_new_tokens",
+            "8",
+        ]
         return cli(monkeypatch, "adapt", *given, *options), capfd.readouterr()
 
     return run

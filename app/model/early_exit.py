@@ -112,21 +112,25 @@ class LossHead(nn.Linear):
         labels: Tensor | None = None,
         weights: Sequence[float] | None = None,
         teacher: Teacher | None = None,
+        token_ids: Tensor | None = None,
     ) -> Any:
         """Turn normed hidden states [..., D] into logits [..., V], or with labels [...] into cross entropies [...].
 
         The cross entropies have no gradient. Given several exits' hidden states and their weights, the result is the
         weighted sum of the exits' losses, which has one, and the losses [E, ...]. They are cross entropies unless
-        `teacher` says otherwise, whose hidden states are [..., D], too.
+        `teacher` says otherwise, whose hidden states are [..., D], too. With `token_ids` the losses are those given
+        that the token is one of them, and labels are indices of these ids.
         """
         if labels is None:
             return super().forward(hidden)  # type: ignore[arg-type]
         exits = [hidden] if isinstance(hidden, Tensor) else hidden
         states = [*exits] if teacher is None else [*exits, teacher.normed]
-        rows, weight = [each.flatten(0, -2) for each in states], self.weight
+        rows, weight, bias = [each.flatten(0, -2) for each in states], self.weight, self.bias
+        if token_ids is not None:
+            weight, bias = weight[token_ids], None if bias is None else bias[token_ids]
         dtype, device = rows[0].dtype, labels.device
-        if self.bias is not None:
-            rows, weight = [F.pad(each, (0, 1), value=1.0) for each in rows], torch.cat([weight, self.bias[:, None]], 1)
+        if bias is not None:
+            rows, weight = [F.pad(each, (0, 1), value=1.0) for each in rows], torch.cat([weight, bias[:, None]], 1)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         if teacher is not None:
@@ -226,13 +230,19 @@ class EarlyExitModel:
         return losses
 
     def weighted_losses(
-        self, normed: Sequence[Tensor], labels: Tensor, weights: Sequence[float], teacher: Teacher | None = None
+        self,
+        normed: Sequence[Tensor],
+        labels: Tensor,
+        weights: Sequence[float],
+        teacher: Teacher | None = None,
+        token_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sum of `weights` times the token losses of each exit's normed states, with gradient; the losses [E, ...].
 
-        The losses are cross entropies of the labels unless `teacher` says otherwise.
+        The losses are cross entropies of the labels unless `teacher` says otherwise, and those given that the token is
+        one of `token_ids`, if there are any.
         """
-        total, losses = self._head(normed, labels, weights, teacher)
+        total, losses = self._head(normed, labels, weights, teacher, token_ids)
         return total, losses
 
     def head(self, normed: Tensor) -> Tensor:

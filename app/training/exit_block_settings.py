@@ -18,6 +18,9 @@ class ExitBlockSettings:
         exits: Number of blocks A, 0 or more, for each exit layer E in 1..num_layers - 1; E + A is at most num_layers.
         start: What the blocks begin as: exit, blocks E.. of the model; or last, its last ones.
         loss: cross_entropy (of the text), kl, total_variation or lk (of the full model's distribution).
+        vocabulary: File of the token ids that drafts will be chosen from (draft_vocabulary.json of a model, or a token
+            map of SGLang). The loss then is that given that the token is one of them, and the head, most of a step's
+            work in small models, has only their rows. By default all; cross_entropy knows no other.
 
     Raises:
         ConfigError: There is no exit, or a setting is unknown.
@@ -26,10 +29,14 @@ class ExitBlockSettings:
     exits: dict[int, int]
     start: ExitBlockStart = "exit"
     loss: DistillationLoss = "lk"
+    vocabulary: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("exit_blocks.start", self.start, get_args(ExitBlockStart))
         check_choice("exit_blocks.loss", self.loss, get_args(DistillationLoss))
+        if self.vocabulary is not None and self.loss == "cross_entropy":
+            allowed = "no file with exit_blocks.loss cross_entropy"
+            raise ConfigError("exit_blocks.vocabulary", got=self.vocabulary, allowed=allowed)
         if not self.exits:
             raise ConfigError("exit_blocks.exits", got=self.exits, allowed="one exit or more, as {exit layer: blocks}")
 

@@ -6,6 +6,7 @@ tests/integration/test_exit_blocks.py.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -20,7 +21,9 @@ from app.model.exact_tables import keep_tables_exact
 from app.model.exit_block import ExitBlock, exit_blocks_of
 from app.model.head_loss import Teacher
 from app.model.weights_hash import weights_hash
+from app.model_files.draft_vocabulary import read_draft_vocabulary
 from app.protocols import DraftSize, StateOwner
+from app.text.text_tokens import listed_ends
 from app.training.batch import GivenBatch
 from app.training.evaluation_steps import EvaluationSteps
 from app.training.exit_block_settings import ExitBlockSettings
@@ -42,6 +45,7 @@ class ExitBlockSteps(EvaluationSteps):
         self._exit_settings = settings
         self._sources = settings.sources(self.num_layers) if settings else {}
         self._num_states = len(self._sources) + 1 if settings else 0
+        self._token_ids_V: Tensor | None = None
 
     @property
     def trained(self) -> nn.Module:
@@ -81,6 +85,9 @@ class ExitBlockSteps(EvaluationSteps):
             got, allowed = type(self.trainer.strategy).__name__, "one device or ddp with model.exit_blocks"
             raise ConfigError("trainer.strategy", got=got, allowed=allowed)
         self.exit_blocks = exit_blocks_of(model, self._sources)
+        if self._exit_settings and (file := self._exit_settings.vocabulary):
+            vocab_size, ends = model.config.get_text_config().vocab_size, listed_ends(model.config.eos_token_id)
+            self._token_ids_V = torch.tensor(read_draft_vocabulary(Path(file), vocab_size=vocab_size, ends=ends))
         model.requires_grad_(False)
         keep_tables_exact(self.exit_blocks)
 
@@ -155,7 +162,9 @@ class ExitBlockSteps(EvaluationSteps):
         head = self._network.weighted_losses
         if (loss := self._exit_settings.loss) != "cross_entropy":
             losses = [partial(divergence_loss, loss)] * len(hidden)
-            head = partial(head, teacher=Teacher(_pick(states[self.num_layers], targets), losses))
+            teacher = Teacher(_pick(states[self.num_layers], targets), losses)
+            ids = None if self._token_ids_V is None else self._token_ids_V.to(self.device)
+            head = partial(head, teacher=teacher, token_ids=ids)
         return early_exit_loss(hidden, labels[targets], self.exit_weights, head)
 
     def _states(self, batch: GivenBatch, exit_layers: Iterable[int]) -> dict[int, Tensor]:

@@ -1,5 +1,6 @@
 """Exit blocks that learn from a frozen model: every loss teaches, nothing else moves, and a killed run goes on."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, EXIT_BLOCKS_PREFIX
 from app.errors import ConfigError
+from app.model import head_loss
 from app.training.exit_block_settings import ExitBlockSettings
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum
@@ -96,6 +98,21 @@ def train(root, folder, *, until=STEPS, ckpt_path=None, loss="lk", data=None, **
     trainer.fit(module, datamodule=data or make_data(root), ckpt_path=ckpt_path)
     weights = {name: p.detach().clone() for name, p in module.exit_blocks.named_parameters()}
     return recorder.steps, weights, saver.best_model_path
+
+
+def test_a_loss_over_a_draft_vocabulary_takes_the_rows_of_these_tokens_alone(root, tmp_path, monkeypatch):
+    (file := tmp_path / "ids.json").write_text(json.dumps([*range(90)]))
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[], limit_val_batches=0)
+    module = make_exit_blocks(root, exits={1: 1}, vocabulary=str(file))
+    shapes, losses = [], head_loss.token_losses
+
+    def watched(hidden, weight, *rest, **more):
+        shapes.append(len(weight))
+        return losses(hidden, weight, *rest, **more)
+
+    monkeypatch.setattr(head_loss, "token_losses", watched)
+    trainer.fit(module, datamodule=make_data(root))
+    assert shapes == [90]
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_and_its_checkpoint_tells_what_it_has(root, tmp_path):
@@ -191,6 +208,10 @@ def test_the_recipe_is_refused_where_the_model_is_frozen(root, tmp_path, callbac
     [
         ({"exits": {}}, "exit_blocks.exits: got {}"),
         ({"exits": {1: 1}, "loss": "mse"}, "exit_blocks.loss: got 'mse'"),
+        (
+            {"exits": {1: 1}, "loss": "cross_entropy", "vocabulary": "ids.json"},
+            "exit_blocks.vocabulary: got 'ids.json'",
+        ),
         ({"exits": {1: 1}, "start": "first"}, "exit_blocks.start: got 'first'"),
     ],
 )

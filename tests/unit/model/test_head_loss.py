@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from app.layerskip.distillation import divergence_loss
 from app.model import head_loss
+from app.model.early_exit import LossHead
 from app.model.head_loss import Teacher, WeightedTokenLosses, token_losses
 
 N, D, V = 23, 8, 50
@@ -127,3 +128,18 @@ def test_memory_is_bound_by_the_chunk_whatever_the_number_of_positions_and_exits
         buffers = 3 if taught else 2
         assert largest.elements == max(buffers * 5 * V, rows * D)  # those of a chunk, or an exit's hidden states
         assert largest.elements < rows * V
+
+
+def test_losses_over_some_token_ids_are_those_of_a_head_with_their_rows_alone():
+    generator = torch.Generator().manual_seed(0)
+    head = LossHead(6, 11, bias=True).double()
+    hidden, normed = (torch.randn(7, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+    hidden.requires_grad_()
+    ids, labels = torch.tensor([8, 0, 5]), torch.tensor([9, -100, 1, 2, 3, 4, 5])  # labels only say what counts
+    teacher = Teacher(normed, [partial(divergence_loss, "kl")])
+    total, losses = head([hidden], labels, [0.5], teacher, ids)
+    (gradient,) = torch.autograd.grad(total, hidden)
+    p, q = ((state @ head.weight.T + head.bias)[:, ids].log_softmax(-1) for state in (normed, hidden))
+    expected = (p.exp() * (p - q)).sum(-1) * (labels != -100)
+    torch.testing.assert_close(losses[0], expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(0.5 * expected.sum(), hidden)[0])

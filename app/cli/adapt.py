@@ -153,16 +153,17 @@ def adapt(
         given = {"kind": corpus_kind, "path": corpus, "glob": glob, "weight": 1.0 - own_share}
         sources["corpus"] = {name: value for name, value in given.items() if value is not None}
     num_tokens = math.ceil(num_own / own_share) if source is not None and own_share else num_own
-    checkpoint = _train(work, model, recipe, sources, num_tokens, {exit_layer: num_exit_blocks}, hours=hours)
-
+    exits = {"exits": json.dumps({exit_layer: num_exit_blocks})}
     plain = load_pretrained(model, dtype=None)
-    export: dict[str, object] = {"output_dir": output_dir, "ckpt_path": checkpoint, "dtype": dtype_name(plain.dtype)}
+    export: dict[str, object] = {"output_dir": output_dir, "dtype": dtype_name(plain.dtype)}
     block = sum(parameter.numel() for parameter in plain.get_decoder().layers[0].parameters())
     head = architecture.vocab_size * architecture.hidden_size / block
     if head * (1 - 1 / _VOCABULARY_SHARE) > _LEAST_GAIN * (exit_layer + num_exit_blocks + head):
         size, ends = architecture.vocab_size // _VOCABULARY_SHARE, listed_ends(tokenizer.eos_token_id)
         chosen = most_frequent(ids, size=size, vocab_size=architecture.vocab_size, ends=ends)
-        export["draft_vocabulary"] = work.made(DRAFT_VOCABULARY_FILE, draft_vocabulary_file(chosen).decode)
+        file = work.made(DRAFT_VOCABULARY_FILE, draft_vocabulary_file(chosen).decode)
+        exits["vocabulary"] = export["draft_vocabulary"] = str(file)
+    export["ckpt_path"] = _train(work, model, recipe, sources, num_tokens, exits, hours=hours)
     work.run("export", "export", *_options(export))
     measuring = {"model": output_dir, "max_new_tokens": max_new_tokens}
     limit = {"limit": _HELD_OUT // 2, "time_limit_seconds": _TUNING * hours * 3600}
@@ -220,7 +221,7 @@ def _train(
     recipe: str,
     sources: Mapping[str, Any],
     num_tokens: int,
-    exits: Mapping[int, int],
+    exits: Mapping[str, str],
     *,
     hours: float,
 ) -> Path:
@@ -229,11 +230,11 @@ def _train(
         {
             "config": recipe,
             "model.pretrained": model,
-            "model.exit_blocks.exits": json.dumps(exits),
             "data.corpus.sources": json.dumps(sources),
             "data.num_tokens": num_tokens,
             "data.cache_dir": work.folder / "states",
             "trainer.precision": training_precision(),
+            **{f"model.exit_blocks.{name}": value for name, value in exits.items()},
         }
     )
     log = {"trainer.logger": "lightning.pytorch.loggers.CSVLogger", "trainer.logger.save_dir": work.folder}

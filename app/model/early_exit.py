@@ -125,7 +125,9 @@ class LossHead(nn.Linear):
             return super().forward(hidden)  # type: ignore[arg-type]
         exits = [hidden] if isinstance(hidden, Tensor) else hidden
         states = [*exits] if teacher is None else [*exits, teacher.normed]
-        rows, weight, bias = [each.flatten(0, -2) for each in states], self.weight, self.bias
+        rows = [each.flatten(0, -2) for each in states]
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if token_ids is not None:
             weight, bias = weight[token_ids], None if bias is None else bias[token_ids]
         dtype, device = rows[0].dtype, labels.device

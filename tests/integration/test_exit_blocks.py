@@ -209,8 +209,8 @@ def test_the_recipe_is_refused_where_the_model_is_frozen(root, tmp_path, callbac
         ({"exits": {}}, "exit_blocks.exits: got {}"),
         ({"exits": {1: 1}, "loss": "mse"}, "exit_blocks.loss: got 'mse'"),
         (
-            {"exits": {1: 1}, "loss": "cross_entropy", "vocabulary": "ids.json"},
-            "exit_blocks.vocabulary: got 'ids.json'",
+            {"exits": {1: 1}, "loss": "cross_entropy", "vocabulary": "x.json"},
+            "exit_blocks.vocabulary: got 'x.json'",
         ),
         ({"exits": {1: 1}, "start": "first"}, "exit_blocks.start: got 'first'"),
     ],

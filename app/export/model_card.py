@@ -26,6 +26,7 @@ from app.spans.decoder import SUPPORTED_MODEL_TYPES
 _UNKNOWN_LICENSE = "unknown"  # the hub's own word for it
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _NAMES = ("license", "base_model")
+_EXIT_BLOCKS = "exit blocks"
 _UNTUNED_SHARE = 4  # a model that was not tuned drafts with a quarter of its blocks
 _DATA_SETTINGS = ("domains", "target_format", "seq_len", "batch_size", "packing", "packed")
 _log = logging.getLogger(__name__)
@@ -102,6 +103,9 @@ def model_card(
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     methods = _methods(record.config) if record is not None and record.config else []
+    own_exits = (
+        sorted(map(int, record.config["model"]["exit_blocks"]["exits"])) if record and methods == [_EXIT_BLOCKS] else []
+    )
     # Nobody knows what a model from elsewhere was taught, so nothing is claimed of it.
     has_exits = record is not None and (bool(methods) or not record.config)
     loader = PackageLoader("app.export", "")
@@ -121,7 +125,8 @@ def model_card(
         exp=math.exp,
         decoding=decoding,
         drafts=decoding is not None or (has_exits and model.config.model_type in SUPPORTED_MODEL_TYPES),
-        exit_layer=max(1, num_layers // _UNTUNED_SHARE) if decoding is None else decoding.exit_layer,
+        exit_layer=decoding.exit_layer if decoding else min(own_exits, default=max(1, num_layers // _UNTUNED_SHARE)),
+        own_exits=own_exits,
     )
 
 
@@ -137,7 +142,9 @@ def _front_matter(record: RunRecord | None, card: CardSettings, *, has_exits: bo
 
 
 def _methods(config: Mapping[str, Any]) -> list[str]:
-    """Name the parts of LayerSkip that were on."""
+    """Name the parts of LayerSkip that were on, or exit blocks, which go without them."""
+    if config["model"].get("exit_blocks"):
+        return [_EXIT_BLOCKS]
     dropout, exits = config["layer_dropout"], config["early_exit"]
     parts = ["layer dropout"] if dropout["max_dropout_rate"] else []
     return parts + (["early-exit loss"] if exits["curriculum"] != "none" and exits["early_exit_scale"] else [])

@@ -234,6 +234,16 @@ def test_exit_blocks_need_a_trained_model_that_has_the_exit(root):
         make_exit_blocks(root, exits={2: 3})
 
 
+def test_a_model_that_is_spread_over_devices_is_refused(root, tmp_path):
+    module = make_exit_blocks(root)
+    module.trainer = make_trainer(tmp_path, max_steps=1, callbacks=[])
+    module._device_mesh = object()
+    with pytest.raises(
+        ConfigError, match=r"trainer.strategy: got .*, allowed one device or ddp with model.exit_blocks"
+    ):
+        module.configure_model()
+
+
 def test_drafts_in_validation_go_through_the_exit_blocks(root):
     module = make_exit_blocks(root).eval()
     module.configure_model()

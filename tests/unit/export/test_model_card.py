@@ -200,6 +200,20 @@ def test_drafting_is_told_of_exits_that_were_trained_in_architectures_that_are_k
     assert "assistant_early_exit" not in text
 
 
+def test_a_model_with_exit_blocks_is_called_unchanged_and_drafts_from_them():
+    off = {"early_exit": {"curriculum": "none"}, "layer_dropout": {"max_dropout_rate": 0.0}}
+    exit_blocks = {"exits": {"3": 1, "2": 1}, "start": "exit", "loss": "lk"}
+    card = card_of(changed(model={"pretrained": "org/base", "exit_blocks": exit_blocks}, **off))
+    assert (
+        "continued from org/base, whose weights are unchanged. Exits 2, 3 learned, with blocks of their own"
+        in card.text
+    )
+    assert "| exit blocks | exits {'3': 1, '2': 1}, start exit, loss lk |" in card.text
+    assert "baseline" not in card.content
+    assert "Until then, 2 of 4 blocks is a guess" in card.text
+    assert "assistant_early_exit=2" not in card.text  # transformers would draft without them
+
+
 def test_the_origin_of_a_model_that_no_run_made_is_told():
     card = CardSettings(title="mine", origin="unpacked from a file of type Q4_1")
     text = model_card(MODEL, None, None, dtype="bfloat16", card=card)

@@ -82,7 +82,7 @@ def measure_decoding_costs(
         overhead      = mean over (E, d) of round(E, d) / block_seconds - C(E, d)
 
     where A counts the blocks of an exit's own, and C(E, d) is the cost model's round without overhead. No cost is ever
-    negative; H_d is H where it would be.
+    negative; where H_d would be, it is H, or as much less as the draft vocabulary has fewer rows.
 
     Args:
         decoder: In eval mode, with at least two blocks.
@@ -124,6 +124,7 @@ def measure_decoding_costs(
         dict(enumerate(map(median, zip(*passes, strict=True)), start=1)),
         {setting: median(samples) for setting, samples in timed.items() if setting[1]},
         head_by_size=decoder.head_size / decoder.block_size,
+        draft_share=decoder.draft_head_size / decoder.head_size,
         num_exit_blocks=num_exit_blocks,
     )
 
@@ -153,6 +154,7 @@ def fit_decoding_costs(
     rounds: Mapping[Setting, float],
     *,
     head_by_size: float,
+    draft_share: float = 1.0,
     num_exit_blocks: Mapping[int, int] | None = None,
 ) -> DecodingCosts:
     """Solve the equations of `measure_decoding_costs`; no cost comes out negative, whatever the noise.
@@ -162,6 +164,7 @@ def fit_decoding_costs(
         passes: Positions -> seconds of a pass of the full model; of 1, 2 and 3 positions at least.
         rounds: (exit_layer, num_draft_tokens) -> seconds of a draft-and-verify round; two lengths of every exit.
         head_by_size: H by parameter counts, for times so noisy that blocks seem to cost nothing.
+        draft_share: Share of the LM head's rows that drafts use.
         num_exit_blocks: Exit layer -> A, by default 0.
     """
     own = num_exit_blocks or {}
@@ -172,7 +175,7 @@ def fit_decoding_costs(
         block = full / (num_layers + head_by_size)
     head = full / block - num_layers
     several = {positions - 1: seconds / passes[1] - 1.0 for positions, seconds in passes.items() if positions > 1}
-    first_extra, extra_token = _line(several)
+    first_extra, extra_token = fitted_line(several)
     heads = []
     for chosen in {exit_layer for exit_layer, _ in rounds}:
         timed = {drafts: seconds / block for (exit_layer, drafts), seconds in rounds.items() if exit_layer == chosen}
@@ -182,7 +185,8 @@ def fit_decoding_costs(
     costs = DecodingCosts(
         block_seconds=block,
         head=head,
-        draft_head=draft_head if draft_head > 0.0 else head,  # a draft runs the head too, so it cannot cost nothing
+        # A draft runs the head too, so it cannot cost nothing.
+        draft_head=draft_head if draft_head > 0.0 else head * draft_share,
         first_extra=first_extra,
         extra_token=extra_token,
         overhead=0.0,
@@ -197,7 +201,7 @@ def fit_decoding_costs(
     return replace(costs, overhead=max(0.0, fmean(beyond)))
 
 
-def _line(shares: Mapping[int, float]) -> tuple[float, float]:
+def fitted_line(shares: Mapping[int, float]) -> tuple[float, float]:
     """Fit start and slope by least squares; through 0 where the line would start below, level where it would fall."""
     further, heights = list(shares), list(shares.values())
     slope, start = linear_regression(further, heights)

@@ -17,6 +17,7 @@ from app.errors import ConfigError
 from app.generation.loaded_model import Device, Dtype, load_decoder
 from app.generation.prompts import encode_prompts, read_prompts
 from app.model_files.decoding_defaults import Conditions, write_decoding_defaults
+from app.model_files.draft_vocabulary import write_draft_vocabulary
 from app.model_files.generation_config import read_generation_config
 from app.tuning.result import Tuning, exits_table, tuning_as_json, verifications_table
 from app.tuning.tune import TuningSettings
@@ -48,13 +49,17 @@ def tune(
         device: Device to decode on; auto takes a GPU if there is one.
         threads: Number of CPU threads; by default torch's own choice.
         draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
-            for the whole vocabulary. By default, draft_vocabulary.json beside the model.
-        store: Write the choice into generation_config.json of a model directory, where generate finds it.
+            for the whole vocabulary. By default, draft_vocabulary.json beside the model. Drafts are considered from
+            the whole list, from its first half and quarter, and from all token ids.
+        store: Write the choice into generation_config.json of a model directory, where generate finds it, and the draft
+            vocabulary beside it if another file was named.
         options: See TuningSettings.
     """
     settings = TuningSettings(eos_token_ids=(), **options)
     texts = read_prompts(prompts, limit=limit)
-    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
+    loaded = load_decoder(
+        model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary, as_tuned=False
+    )
     directory = _storable(model) if store else None
     tokens = encode_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length)
     with torch.inference_mode():
@@ -66,13 +71,19 @@ def tune(
         print(f"costs: {costs_line(tuning.costs)}\ndecision: {tuning.reason}")
         if tuning.advice:
             print(f"advice: {tuning.advice.replace(tuning.limited_by, f'--{tuning.limited_by}')}")
-    file = None if directory is None or tuning.shortfall else write_decoding_defaults(directory, tuning.defaults)
+    size, token_ids, file = tuning.defaults.draft_vocabulary_size, loaded.decoder.draft_vocabulary, None
+    if directory is not None and not tuning.shortfall:
+        if draft_vocabulary is not None and token_ids is not None and size in range(loaded.decoder.vocab_size):
+            write_draft_vocabulary(directory, token_ids)
+        file = write_decoding_defaults(directory, tuning.defaults)
     if json:
         where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
         print(json_module.dumps(tuning_as_json(tuning) | {"stored": file and str(file), "environment": where}))
     else:
         print(f"not stored{_why_not(model, store)}" if file is None else _stored(file, tuning))
-        chosen = {"strategy": tuning.defaults.strategy, **tuning.defaults.settings}
+        chosen: dict[str, object] = {"strategy": tuning.defaults.strategy, **tuning.defaults.settings}
+        if token_ids is not None and size == loaded.decoder.vocab_size:
+            chosen["draft_vocabulary"] = "none"
         flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
         print(f"by hand: layerskip generate --model {model} {flags}")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.errors import DataError, check_range, shortened
+from app.errors import CheckpointError, DataError, check_range, shortened
+from app.whole_file import write_whole
 
 DRAFT_VOCABULARY_FILE = "draft_vocabulary.json"
 _KEY = "token_ids"
@@ -40,6 +41,16 @@ def most_frequent(texts: Iterable[Sequence[int]], *, size: int, vocab_size: int,
 def draft_vocabulary_file(token_ids: Sequence[int]) -> bytes:
     """The content of a file of these ids, the most useful ones first."""
     return json.dumps({_KEY: list(token_ids)}).encode()
+
+
+def write_draft_vocabulary(directory: Path, token_ids: Sequence[int]) -> Path:
+    """Store the ids beside the model in a directory, all of them or nothing; CheckpointError if that fails."""
+    file = directory / DRAFT_VOCABULARY_FILE
+    try:
+        write_whole(file, draft_vocabulary_file(token_ids))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file}: {error}") from error
+    return file
 
 
 def read_draft_vocabulary(file: Path, *, vocab_size: int, ends: Sequence[int]) -> list[int]:

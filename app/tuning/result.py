@@ -1,7 +1,7 @@
 """What `layerskip tune` found: predictions, runs and the recommendation, as tables and as one JSON object."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from app.benchmark.decoding_costs import DecodingCosts
@@ -10,7 +10,7 @@ from app.benchmark.speedup_interval import Interval, interval_in_words
 from app.model_files.decoding_defaults import Conditions, DecodingDefaults
 from app.tables import Table, cell
 from app.tuning.layer_agreement import LayerAgreement
-from app.tuning.speedup_prediction import Prediction, needed_agreement
+from app.tuning.speedup_prediction import Prediction, costs_with, needed_agreement
 from app.words import counted, counted_of
 
 # A speedup on less is not stored: a prompt or two may draft far better than others of their kind.
@@ -62,13 +62,14 @@ class Tuning:
     """
 
     agreement: LayerAgreement
-    costs: DecodingCosts
+    costs: DecodingCosts  # of drafts that are chosen from all ids
     predictions: Sequence[Prediction]  # for every exit and draft length, exits outermost
     verifications: Sequence[Verification]  # the settings that were run, in the order of their predictions
     # The fastest of them, in the order they were run again; none where none reached 1.
     confirmations: Sequence[Verification] = ()
     conditions: Conditions | None = None  # dtype, device and threads of all this, if known
     limited_by: str = "max_draft_tokens"  # the setting that would have to be higher for longer drafts
+    draft_heads: Mapping[int, float] = field(default_factory=dict)  # V' below V -> H_d of such a draft vocabulary
 
     @property
     def best(self) -> Verification:
@@ -81,7 +82,7 @@ class Tuning:
         return next((run for run in self.confirmations if run.holds), None)
 
     def best_of_exit(self, exit_layer: int) -> Prediction:
-        """Return the draft length predicted to be fastest from this exit."""
+        """Return the draft length and vocabulary predicted to be fastest from this exit."""
         own = [prediction for prediction in self.predictions if prediction.exit_layer == exit_layer]
         return max((each for each in own if each.n_gram_match is None), key=lambda each: each.speedup)
 
@@ -108,12 +109,20 @@ class Tuning:
         plain = DecodingDefaults(strategy="autoregressive", conditions=self.conditions, **self.costs.in_blocks)
         if (run := self.confirmed) is None:
             return plain
+        chosen = run.prediction
+        size = None if chosen.exit_layer is None else chosen.draft_vocabulary_size or self.agreement.vocab_size
         return replace(
             plain,
-            strategy=run.prediction.strategy,
+            strategy=chosen.strategy,
             measured_speedup=run.speedup,
-            **run.prediction.settings,
+            draft_head=self.costs_of(chosen).draft_head,
+            draft_vocabulary_size=size,
+            **chosen.settings,
         )
+
+    def costs_of(self, prediction: Prediction) -> DecodingCosts:
+        """Return the costs of drafts that are chosen from so many ids."""
+        return costs_with(prediction.draft_vocabulary_size, self.costs, self.draft_heads)
 
     @property
     def shortfall(self) -> str:
@@ -144,8 +153,9 @@ class Tuning:
         slow = f"autoregressive: even {setting_in_words(setting)}, the fastest of {count} settings run, {measured}"
         if setting.exit_layer is None:
             return slow
-        model = self.agreement.cost_model(self.costs, setting.exit_layer)
-        agreement, needed = self.agreement.agreement(setting.exit_layer), needed_agreement(model)
+        model = self.agreement.cost_model(self.costs_of(setting), setting.exit_layer)
+        agreement = self.agreement.agreement(setting.exit_layer, setting.draft_vocabulary_size)
+        needed = needed_agreement(model)
         if agreement >= needed:  # the costs measured apart had promised more, so agreement is not the reason
             return slow
         gains = f"with {needed:.0%}, one draft a round would gain" if needed < 1 else "no share makes a draft gain here"
@@ -153,11 +163,12 @@ class Tuning:
 
 
 def setting_in_words(prediction: Prediction) -> str:
-    """Write for instance "exit 3 with 5 drafts and n-grams of 2"."""
+    """Write for instance "exit 3 with 5 drafts of 4096 ids and n-grams of 2"."""
     by_n_gram = [] if prediction.n_gram_match is None else [f"n-grams of {prediction.n_gram_match}"]
     if prediction.exit_layer is None or prediction.num_draft_tokens is None:
         return by_n_gram[0]
-    drafts = counted(prediction.num_draft_tokens, "draft")
+    size, drafts = prediction.draft_vocabulary_size, counted(prediction.num_draft_tokens, "draft")
+    drafts += "" if size is None else f" of {size} ids"
     return f"exit {prediction.exit_layer} with {' and '.join([drafts, *by_n_gram])}"
 
 
@@ -171,7 +182,10 @@ def _run_again(run: Verification) -> str:
 
 
 def exits_table(tuning: Tuning) -> Table:
-    """List every exit with the draft length that is predicted to be fastest from it; the last row has n-grams alone."""
+    """List every exit with the draft length that is predicted to be fastest from it; the last row has n-grams alone.
+
+    The agreement is that with the draft vocabulary that is predicted to be fastest.
+    """
     agreement, num_layers = tuning.agreement, tuning.agreement.num_layers
     exits = range(1, num_layers)
     best = [tuning.best_of_exit(exit_layer) for exit_layer in exits]
@@ -183,7 +197,14 @@ def exits_table(tuning: Tuning) -> Table:
         title,
         {
             "exit": [*(str(each.exit_layer) for each in best), f"{num_layers} (full, one pass)"],
-            "agreement": [f"{agreement.agreement(exit_layer):.1%}" for exit_layer in range(1, num_layers + 1)],
+            "of ids": [*(cell(each.draft_vocabulary_size, "{}") for each in best), "-"],
+            "agreement": [
+                *(
+                    f"{agreement.agreement(exit_layer, each.draft_vocabulary_size):.1%}"
+                    for exit_layer, each in zip(exits, best, strict=True)
+                ),
+                f"{agreement.agreement(num_layers):.1%}",
+            ],
             "best drafts": [*(str(each.num_draft_tokens) for each in best), "-"],
             "acceptance": [*(cell(each.acceptance_rate, "{:.1%}") for each in best), "-"],
             "tokens/round": [*(f"{each.mean_tokens_per_round:.2f}" for each in best), "-"],
@@ -205,6 +226,7 @@ def verifications_table(tuning: Tuning) -> Table:
         {
             "exit": [cell(run.prediction.exit_layer, "{}") for run in runs],
             "drafts": [cell(run.prediction.num_draft_tokens, "{}") for run in runs],
+            "of\nids": [cell(run.prediction.draft_vocabulary_size, "{}") for run in runs],
             "n-\ngrams": [cell(run.prediction.n_gram_match, "{}") for run in runs],
             "acceptance": [cell(run.acceptance_rate, "{:.1%}") for run in runs],
             "tokens\na round": [f"{run.mean_tokens_per_round:.2f}" for run in runs],
@@ -227,6 +249,7 @@ def tuning_as_json(tuning: Tuning) -> dict[str, Any]:
         "reason": tuning.reason,
         "advice": tuning.advice,
         "costs": asdict(tuning.costs),
+        "draft_heads": dict(tuning.draft_heads),
         "num_prompts": len(agreement.outputs),
         "num_positions": agreement.num_positions,
         "mean_saturation_layer": agreement.mean_saturation_layer,

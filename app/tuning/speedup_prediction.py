@@ -6,8 +6,8 @@ The costs C are measured here. The tokens per round T(E, d) are counted from the
 model's own outputs. The cost model's T(a, d) takes acceptances for independent, but on real text they come in runs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -28,6 +28,7 @@ class Prediction:
     exit_layer: int | None  # blocks run by a draft; None where nothing but n-grams drafts
     num_draft_tokens: int | None  # most tokens drafted from the exit in a round
     n_gram_match: int | None = None  # fewest equal tokens after which n-grams draft; None where they do not
+    draft_vocabulary_size: int | None = None  # ids that the exit's drafts are chosen from; None where these are all
     acceptance_rate: float | None  # accepted / drafted; None where nothing could be drafted
     mean_tokens_per_round: float  # tokens settled by a round
     speedup: float  # over autoregressive decoding, by the cost model
@@ -43,38 +44,60 @@ class Prediction:
 
 
 def predict(
-    agreement: LayerAgreement, costs: DecodingCosts, *, max_draft_tokens: int, n_gram_match: Sequence[int] = ()
+    agreement: LayerAgreement,
+    costs: DecodingCosts,
+    *,
+    max_draft_tokens: int,
+    n_gram_match: Sequence[int] = (),
+    draft_heads: Mapping[int, float] | None = None,
 ) -> list[Prediction]:
     """Predict every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost.
 
-    After these come the same with n-grams of each of `n_gram_match`, and these alone, where any draft was found.
-    `agreement` must have at least one position.
+    After these come the same with each draft vocabulary below V that `agreement` has; and all that with n-grams of each
+    of `n_gram_match`, and these alone, where any draft was found. `agreement` must have at least one position.
+
+    Args:
+        draft_heads: H_d of each draft vocabulary, by its size; by default that of `costs`.
     """
-    exits = list(product(range(1, agreement.num_layers), range(1, max_draft_tokens + 1)))
-    predictions = [_predict(agreement, costs, exit_layer, drafts) for exit_layer, drafts in exits]
+    exits = range(1, agreement.num_layers)
+    sizes: list[int | None] = [None, *agreement.reduced]
+    lengths = range(1, max_draft_tokens + 1)
+    settings = [(exit_layer, drafts, size) for size in sizes for exit_layer, drafts in product(exits, lengths)]
+    by_size = {size: costs_with(size, costs, draft_heads) for size in sizes}
+    predictions = [_predict(agreement, by_size, *each) for each in settings]
     for match in dict.fromkeys(n_gram_match):
         found = agreement.found_drafts(match, most=DecodingSettings.n_gram_max_drafts)
         if any(draft.length for drafts in found for draft in drafts):
-            predictions += [_predict(agreement, costs, *each, match, found) for each in [*exits, (None, None)]]
+            every = [*settings, (None, None, None)]
+            predictions += [_predict(agreement, by_size, *each, match, found) for each in every]
     return predictions
+
+
+def costs_with(size: int | None, costs: DecodingCosts, draft_heads: Mapping[int, float] | None) -> DecodingCosts:
+    """Return the costs of drafts that are chosen from `size` ids, given H_d of each size; None stands for all ids."""
+    if size is None or draft_heads is None:
+        return costs
+    return replace(costs, draft_head=draft_heads[size])
 
 
 def _predict(
     agreement: LayerAgreement,
-    costs: DecodingCosts,
+    costs: Mapping[int | None, DecodingCosts],
     exit_layer: int | None,
     num_draft_tokens: int | None,
+    size: int | None,
     n_gram_match: int | None = None,
     found: Sequence[Sequence[FoundDraft]] = (),
 ) -> Prediction:
-    counts = agreement.count_rounds(exit_layer, num_draft_tokens or 0, found)
-    speedup = counts.predicted_speedup(agreement.cost_model(costs, exit_layer))
+    counts = agreement.count_rounds(exit_layer, num_draft_tokens or 0, found, size=size)
+    speedup = counts.predicted_speedup(agreement.cost_model(costs[size], exit_layer))
     assert speedup is not None
     assert counts.mean_tokens_per_round is not None
     return Prediction(
         exit_layer=exit_layer,
         num_draft_tokens=num_draft_tokens,
         n_gram_match=n_gram_match,
+        draft_vocabulary_size=size,
         acceptance_rate=counts.acceptance_rate,
         mean_tokens_per_round=counts.mean_tokens_per_round,
         speedup=speedup,
@@ -85,7 +108,8 @@ def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers:
     """Choose the settings predicted to be fastest, without near neighbours of a faster one as long as there are others.
 
     Two settings are near where their exits differ by at most a twelfth of the blocks (at least one) and their drafts by
-    at most two, both with n-grams or both without: where the prediction errs, it errs for both. What is predicted far
+    at most two, both with n-grams or both without: where the prediction errs, it errs for both, whatever the sizes of
+    their draft vocabularies. What is predicted far
     below the best is left out. Where all of them have n-grams, or none has, the best of the others is one more. It
     shows what n-grams gain, so that one without them counts however slow it is predicted to be.
     """

@@ -1,13 +1,21 @@
 """The best (exit, drafts) for these prompts on this machine: predicted for all, measured for a few, then confirmed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from app.benchmark.alternation import CONFIRMING_REPEATS, Measurement, Prompts, alternate, engine_contender
-from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
+from app.benchmark.alternation import (
+    CONFIRMING_REPEATS,
+    Contender,
+    Measurement,
+    Prompts,
+    alternate,
+    engine_contender,
+)
+from app.benchmark.decoding_costs import DecodingCosts, fitted_line, measure_decoding_costs, median_costs
 from app.benchmark.output_differences import OutputDifferences, find_output_differences
+from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.errors import DataError, check_range
 from app.model_files.decoding_defaults import Conditions
@@ -17,6 +25,8 @@ from app.tuning.result import Tuning, Verification, setting_in_words
 from app.tuning.speedup_prediction import Prediction, choose_diverse, predict
 
 _log = logging.getLogger(__name__)
+
+Vocabularies = Mapping[int, Sequence[int]]  # number of ids, below V -> the first so many of a draft vocabulary
 
 _COST_REPEATS = 3  # each of the three times that costs are measured
 _MOST_CONFIRMED = 2
@@ -80,7 +90,8 @@ def tune(
     """Find the fastest lossless way to decode these prompts greedily, one at a time.
 
     Args:
-        decoder: In eval mode, with at least two blocks.
+        decoder: In eval mode, with at least two blocks. Drafts are considered from all ids, from its draft vocabulary
+            if it has one, and from the first half and quarter of that; its first ids are those that end a text.
         prompts: At least one; token ids, each shorter than the context.
         conditions: Dtype, device and threads, which are noted with the result.
 
@@ -88,10 +99,27 @@ def tune(
         ConfigError: The model has a single block.
         DataError: Every output ends with its first token, so that there is nothing to speed up.
     """
-    agreement, costs = _look(decoder, prompts, settings)
+    vocabulary = decoder.draft_vocabulary
+    try:
+        return _tune(decoder, prompts, settings, conditions)
+    finally:
+        decoder.use_draft_vocabulary(vocabulary)
+
+
+def _tune(
+    decoder: ExitableDecoder, prompts: Prompts, settings: TuningSettings, conditions: Conditions | None
+) -> Tuning:
+    vocabularies = _vocabularies(decoder, num_ends=len(settings.eos_token_ids))
+    agreement, costs, draft_heads = _look(decoder, prompts, settings, vocabularies)
     if not agreement.num_positions:
         raise DataError("prompts: the model ends every output at its first token, which no draft can speed up")
-    predictions = predict(agreement, costs, max_draft_tokens=settings.longest_draft, n_gram_match=settings.n_gram_match)
+    predictions = predict(
+        agreement,
+        costs,
+        max_draft_tokens=settings.longest_draft,
+        n_gram_match=settings.n_gram_match,
+        draft_heads=draft_heads,
+    )
     chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
     _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
     # The model was not yet run on the other prompts. Their outputs may end at once, but a choice needs more prompts
@@ -99,28 +127,46 @@ def tune(
     seen, unseen = prompts[: len(agreement.outputs)], prompts[len(agreement.outputs) :]
     lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1] + [*unseen]
     share = replace(settings, time_limit_seconds=_FOR_VERIFICATION * settings.time_limit_seconds)
-    verifications = _verify(decoder, lively, chosen, share)
+    verifications = _verify(decoder, lively, chosen, share, vocabularies)
     return Tuning(
         agreement=agreement,
         costs=costs,
         predictions=predictions,
         verifications=verifications,
-        confirmations=_confirm(decoder, lively, verifications, settings),
+        confirmations=_confirm(decoder, lively, verifications, settings, vocabularies),
         limited_by="max_draft_tokens" if settings.longest_draft == settings.max_draft_tokens else "max_new_tokens",
         conditions=conditions,
+        draft_heads=draft_heads,
     )
 
 
-def _look(decoder: ExitableDecoder, prompts: Prompts, settings: TuningSettings) -> tuple[LayerAgreement, DecodingCosts]:
-    """Measure the agreement of the exits, and the costs of steps before, halfway and after."""
-    costs: list[DecodingCosts] = []
+def _vocabularies(decoder: ExitableDecoder, *, num_ends: int) -> Vocabularies:
+    """Return the draft vocabulary and its first half and quarter, as far as they are below V and hold all ends."""
+    ids = decoder.draft_vocabulary or ()
+    sizes = [len(ids) // part for part in (1, 2, 4)]
+    return {size: ids[:size] for size in sizes if max(1, num_ends) <= size < decoder.vocab_size}
+
+
+def _look(
+    decoder: ExitableDecoder, prompts: Prompts, settings: TuningSettings, vocabularies: Vocabularies
+) -> tuple[LayerAgreement, DecodingCosts, dict[int, float]]:
+    """Measure the agreement of the exits, and the costs of steps before, halfway and after; and H_d by vocabulary.
+
+    H_d is measured with all V ids and with the largest vocabulary, and lies on a line for the others: the product with
+    the head takes time in proportion to V', and norm and choice among V logits, some of which are minus infinity, the
+    same time whatever V' is. Parameter counts would leave the latter out.
+    """
+    measured_with = [decoder.vocab_size, *list(vocabularies)[:1]]
+    costs: dict[int, list[DecodingCosts]] = {size: [] for size in measured_with}
     context = int(fmean(map(len, prompts))) + settings.max_new_tokens // 2
     positions = max(3, min(settings.longest_draft + 1, decoder.max_length // 2))
 
     def measure_costs() -> None:
-        costs.append(
-            measure_decoding_costs(decoder, context_length=context, max_positions=positions, repeats=_COST_REPEATS)
-        )
+        for size, measured in costs.items():
+            decoder.use_draft_vocabulary(vocabularies.get(size))
+            measured.append(
+                measure_decoding_costs(decoder, context_length=context, max_positions=positions, repeats=_COST_REPEATS)
+            )
 
     def after(done: int) -> None:
         _log.info("outputs of the full model: prompt %d of %d", done, len(prompts))
@@ -130,15 +176,30 @@ def _look(decoder: ExitableDecoder, prompts: Prompts, settings: TuningSettings) 
     measure_costs()
     time_limit = _FOR_OUTPUTS * settings.time_limit_seconds
     agreement = measure_layer_agreement(
-        decoder, prompts, settings.plain, time_limit_seconds=time_limit, on_prompt=after
+        decoder,
+        prompts,
+        settings.plain,
+        vocabularies=list(vocabularies.values()),
+        time_limit_seconds=time_limit,
+        on_prompt=after,
     )
     measure_costs()
-    _log.info("costs of steps: median of %d measurements at a context of %d tokens", len(costs), context)
-    return agreement, median_costs(costs)
+    every = [each for measured in costs.values() for each in measured]
+    _log.info("costs of steps: median of %d measurements at a context of %d tokens", len(every), context)
+    median_of_all = median_costs(every)
+    if not vocabularies:
+        return agreement, median_of_all, {}
+    start, slope = fitted_line({size: median_costs(measured).draft_head for size, measured in costs.items()})
+    draft_heads = {size: start + slope * size for size in [*vocabularies, decoder.vocab_size]}
+    return agreement, replace(median_of_all, draft_head=draft_heads.pop(decoder.vocab_size)), draft_heads
 
 
 def _confirm(
-    decoder: ExitableDecoder, prompts: Prompts, verifications: Sequence[Verification], settings: TuningSettings
+    decoder: ExitableDecoder,
+    prompts: Prompts,
+    verifications: Sequence[Verification],
+    settings: TuningSettings,
+    vocabularies: Vocabularies,
 ) -> list[Verification]:
     """Run the fastest settings that reached 1 again, alone against autoregressive decoding, until one holds."""
     time_limit = _FOR_CONFIRMATION * settings.time_limit_seconds
@@ -148,18 +209,22 @@ def _confirm(
         if run.speedup < 1.0:
             break
         _log.info("confirming %s", setting_in_words(run.prediction))
-        confirmations += _verify(decoder, prompts, [run.prediction], again)
+        confirmations += _verify(decoder, prompts, [run.prediction], again, vocabularies)
         if confirmations[-1].holds:
             break
     return confirmations
 
 
 def _verify(
-    decoder: ExitableDecoder, prompts: Prompts, chosen: Sequence[Prediction], settings: TuningSettings
+    decoder: ExitableDecoder,
+    prompts: Prompts,
+    chosen: Sequence[Prediction],
+    settings: TuningSettings,
+    vocabularies: Vocabularies,
 ) -> list[Verification]:
     """Run the chosen settings and autoregressive decoding in turn, prompt by prompt, as long as `settings` says."""
     plain, batches = settings.plain, [[prompt] for prompt in prompts]
-    drafting = [engine_contender(decoder, each.strategy, replace(plain, **each.settings)) for each in chosen]
+    drafting = [_contender(decoder, each, plain, vocabularies) for each in chosen]
     measured = alternate(
         [engine_contender(decoder, "autoregressive", plain), *drafting],
         batches,
@@ -172,6 +237,20 @@ def _verify(
         _verification(*each, measured[0], num_given=len(prompts))
         for each in zip(chosen, measured[1:], differences[1:], strict=True)
     ]
+
+
+def _contender(
+    decoder: ExitableDecoder, prediction: Prediction, plain: DecodingSettings, vocabularies: Vocabularies
+) -> Contender:
+    """Let the engine decode as predicted, with the draft vocabulary of that, which is put in place before each time."""
+    contender = engine_contender(decoder, prediction.strategy, replace(plain, **prediction.settings))
+    size = prediction.draft_vocabulary_size
+
+    def decode(prompts: Prompts, settings: DecodingSettings) -> Sequence[DecodingResult]:
+        decoder.use_draft_vocabulary(None if size is None else vocabularies[size])
+        return contender.decode(prompts, settings)
+
+    return replace(contender, decode=decode)
 
 
 def _verification(

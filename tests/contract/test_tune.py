@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from app.checkpoints.weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
+from app.generation.loaded_model import load_decoder
 from app.model_files.decoding_defaults import Conditions, read_decoding_defaults
 from app.text.tokenizer_files import tokenizer_to_files
 from app.tuning import result as tuning_result
@@ -51,7 +53,11 @@ def speedup(monkeypatch):
     costs = tuning.DecodingCosts(
         block_seconds=1e-3, head=1.0, draft_head=1.0, first_extra=0.0, extra_token=0.1, overhead=0.0
     )
-    monkeypatch.setattr(tuning, "measure_decoding_costs", lambda *_, **__: costs)
+
+    def measure(decoder, **_):
+        return costs if decoder.draft_vocabulary is None else replace(costs, draft_head=0.1)
+
+    monkeypatch.setattr(tuning, "measure_decoding_costs", measure)
     honest = tuning._verification
 
     def measured(value, again=None):
@@ -107,6 +113,27 @@ def test_n_grams_are_run_beside_what_has_none_and_stored(here, monkeypatch, caps
     assert "n-grams of 1: the fastest of " in out
     assert "--n_gram_match 1" in out
     assert max(map(len, out[: out.index("costs:")].splitlines())) <= 120
+
+
+def test_the_size_of_the_draft_vocabulary_is_chosen_stored_and_taken_by_default(here, monkeypatch, capsys, speedup):
+    speedup(1.7, again=1.5)
+    ends = load_decoder("model", dtype="auto", device="cpu").eos_token_ids
+    listed = [*ends, *sorted(set(range(329)) - {*ends})]
+    (here / "ids.json").write_text(json.dumps(listed))
+    assert _tune(monkeypatch, "model", "--draft_vocabulary", "ids.json") == 0
+    out = capsys.readouterr().out
+    stored = json.loads((here / "model/generation_config.json").read_text())["layerskip"]
+    size = stored["draft_vocabulary_size"]
+    assert size in (len(listed), len(listed) // 2, len(listed) // 4)
+    assert f" of {size} ids" in out
+    assert max(map(len, out[: out.index("costs:")].splitlines())) <= 120
+    assert load_decoder("model", dtype="auto", device="cpu").decoder.draft_vocabulary == tuple(listed[:size])
+    assert _tune(monkeypatch, "model", "--draft_vocabulary", "none") == 0
+    assert "ids" not in capsys.readouterr().out.partition("decision")[2]
+    assert load_decoder("model", dtype="auto", device="cpu").decoder.draft_vocabulary is None
+    assert _tune(monkeypatch, "model", "--json") == 0, "the whole list is considered, whatever was stored"
+    report = json.loads(capsys.readouterr().out)
+    assert [int(name) for name in report["draft_heads"]] == [len(listed), len(listed) // 2, len(listed) // 4]
 
 
 def test_a_model_that_drafts_slow_down_is_stored_as_autoregressive(here, monkeypatch, capsys, speedup):

@@ -1,5 +1,7 @@
 """What one pass over the outputs says, against the real engine decoding them anew for every exit and draft length."""
 
+from itertools import product
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -53,26 +55,30 @@ def _counts(counts: RoundCounts) -> list[int]:
     return [counts.rounds, counts.drafted, counts.accepted]
 
 
-def test_simulated_rounds_are_those_of_the_engine_for_every_exit_and_draft_length() -> None:
+def test_simulated_rounds_are_those_of_the_engine_for_every_exit_draft_length_and_draft_vocabulary() -> None:
     model = _sometimes_agreeing_llama()
     own = ExitBlock(model, exit_layer=2, source_layers=[3]).eval()
     decoder = SpanDecoder(model, exit_blocks={2: own})
-    decoder.use_draft_vocabulary(range(50))
-    agreement = measure_layer_agreement(decoder, _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS))
+    settings, ids = DecodingSettings(max_new_tokens=_NEW_TOKENS), [*range(49, -1, -1)]
+    decoder.use_draft_vocabulary([1, 2])  # whatever is in use makes no difference
+    agreement = measure_layer_agreement(decoder, _PROMPTS, settings, vocabularies=[ids, ids[:20]])
     assert agreement.num_exit_blocks == {2: 1}
     assert all(map(all, agreement.matches[4])), "the full model may say what is not drafted"
     kept = set()
-    for exit_layer in (1, 2, 3):
-        for drafts in (1, 2, 3, 5, 8, 30):
+    for exit_layer, size in product((1, 2, 3), (None, 50, 20)):
+        decoder.use_draft_vocabulary(size and ids[:size])
+        for drafts in (1, 3, 8, 30):
             results = [_engine(decoder, prompt, exit_layer, drafts) for prompt in _PROMPTS]
             expected = [sum(getattr(r, name) for r in results) for name in ("rounds", "drafted", "accepted")]
-            assert _counts(agreement.count_rounds(exit_layer, drafts)) == expected, (exit_layer, drafts)
+            assert _counts(agreement.count_rounds(exit_layer, drafts, size=size)) == expected, (exit_layer, drafts)
             kept |= {step.accepted for result in results for step in result.steps if step.drafted == 3}
+        assert len({agreement.agreement(exit_layer, other) for other in (None, 50, 20)}) == 3
     assert kept == {0, 1, 2, 3}  # all kinds of rounds were among them
     found = agreement.found_drafts(1, most=5)
-    for exit_layer, drafts in ((None, None), (1, 3), (2, 1), (3, 8)):
+    for exit_layer, drafts, size in ((None, None, None), (1, 3, 50), (2, 1, None), (3, 8, 20)):
+        decoder.use_draft_vocabulary(size and ids[:size])
         results = [_engine(decoder, prompt, exit_layer, drafts, match=1) for prompt in _PROMPTS]
-        counted = agreement.count_rounds(exit_layer, drafts or 0, found)
+        counted = agreement.count_rounds(exit_layer, drafts or 0, found, size=size)
         for name in ("rounds", "drafted", "accepted", "rounds_by_n_gram", "drafted_by_n_gram", "accepted_by_n_gram"):
             assert getattr(counted, name) == sum(getattr(r, name) for r in results), (exit_layer, name)
         assert 0 < counted.accepted_by_n_gram < counted.drafted_by_n_gram

@@ -77,6 +77,32 @@ def test_n_grams_are_recommended_alone_or_beside_an_exit_and_named() -> None:
     assert exits_table(by_themselves).rows[0][-1] == "3.00x"
 
 
+@pytest.mark.parametrize(("size", "stored", "draft_head"), [(None, 64, 1.5), (16, 16, 0.5)])
+def test_the_draft_vocabulary_is_recommended_with_the_exit_and_has_costs_of_its_own(
+    size: int | None, stored: int, draft_head: float
+) -> None:
+    tuning = make_tuning(1.2)
+    chosen = make_run(replace(make_prediction(1, 2, 4.0), draft_vocabulary_size=size), 1.5)
+    agreement = replace(tuning.agreement, vocab_size=64, reduced={16: {1: [[False, False]]}})
+    tuning = replace(
+        tuning,
+        agreement=agreement,
+        draft_heads={16: 0.5},
+        predictions=[*tuning.predictions, chosen.prediction],
+        verifications=[*tuning.verifications, chosen],
+        confirmations=[chosen],
+    )
+    assert (tuning.defaults.draft_vocabulary_size, tuning.defaults.draft_head) == (stored, draft_head)
+    assert tuning.reason.startswith(f"self_speculative, exit 1 with 2 drafts{' of 16 ids' * (size == 16)}: the fastest")
+    of_ids, share = ("16", "0.0%") if size else ("-", "50.0%")
+    row = dict(zip(exits_table(tuning).columns, exits_table(tuning).rows[0], strict=True))
+    assert (row.get("of ids", "-"), row["agreement"], row["best drafts"]) == (of_ids, share, "2")
+    assert [row[2] for row in verifications_table(tuning).rows] == (["-", "16", "16"] if size else ["50.0%"] * 3)
+    slow = replace(tuning, verifications=[replace(chosen, speedup=0.9)], confirmations=())
+    assert f"the exit agrees with the full model on {share[:-3]}% of the tokens" in slow.reason
+    assert slow.defaults.draft_vocabulary_size is None
+
+
 def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:
     tuning = make_tuning(1.003, 0.9, again=[(1, 1.01, 0.97)])
     assert tuning.defaults == DecodingDefaults(

@@ -5,6 +5,7 @@ import torch
 
 from app.benchmark.decoding_costs import DecodingCosts
 from app.benchmark.output_differences import OutputDifferences
+from app.decoding.settings import DecodingSettings
 from app.errors import DataError
 from app.spans.decoder import SpanDecoder
 from app.tuning import tune as tuning_module
@@ -50,7 +51,9 @@ def test_the_fastest_is_run_again_and_the_second_fastest_where_it_does_not_hold(
     calls: list[tuple[list[int], TuningSettings]] = []
     again = iter(confirmed)
 
-    def verify(_: object, __: object, which: list[Prediction], settings: TuningSettings) -> list[Verification]:
+    def verify(
+        _: object, __: object, which: list[Prediction], settings: TuningSettings, ___: object
+    ) -> list[Verification]:
         calls.append(([prediction.num_draft_tokens for prediction in which], settings))
         speedups = verified if len(calls) == 1 else (next(again),)
         return [make_run(*pair) for pair in zip(which, speedups, strict=True)]
@@ -101,6 +104,52 @@ def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
         assert run.interval is not None
         assert run.interval[0] < run.speedup < run.interval[1]
     assert tuning.best.speedup == max(run.speedup for run in tuning.verifications)
+
+
+def test_sizes_of_the_draft_vocabulary_are_run_as_simulated_with_costs_on_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder, used = _agreeing_decoder(), list[object]()
+    whole, ids = decoder.vocab_size, [*range(decoder.vocab_size - 8)]
+    size = len(ids)
+    decoder.use_draft_vocabulary(ids)
+
+    def measured(asked: SpanDecoder, **_: int) -> DecodingCosts:
+        used.append(asked.draft_vocabulary)
+        return replace(COSTS, draft_head=1.0 + 0.01 * len(asked.draft_vocabulary or range(whole)))
+
+    monkeypatch.setattr(tuning_module, "measure_decoding_costs", measured)
+    ends = tuple(range(size // 4 + 1))  # a quarter of the list would not hold them
+    monkeypatch.setattr(TuningSettings, "plain", DecodingSettings(max_new_tokens=16))  # and none of them ends anything
+    tuning = tune(decoder, _PROMPTS, replace(_SETTINGS, num_verified=9, eos_token_ids=ends))
+    assert used == [None, tuple(ids)] * 3
+    assert decoder.draft_vocabulary == tuple(ids), "the decoder is left as it was"
+    assert [p.draft_vocabulary_size for p in tuning.predictions] == [None] * 9 + [size] * 9 + [size // 2] * 9
+    assert tuning.draft_heads == pytest.approx({size: 1.0 + 0.01 * size, size // 2: 1.0 + 0.01 * (size // 2)})
+    assert tuning.costs == replace(COSTS, draft_head=pytest.approx(1.0 + 0.01 * whole))
+    first = tuning.predictions[9]
+    model = replace(COSTS, draft_head=tuning.draft_heads[size]).cost_model(num_layers=4, exit_layer=1)
+    counts = tuning.agreement.count_rounds(1, 1, size=size)
+    assert first.speedup == pytest.approx(counts.predicted_speedup(model))
+    assert {run.prediction.draft_vocabulary_size for run in tuning.verifications} == {None, size}
+    for run in tuning.verifications:
+        assert run.differences.num_differing == 0
+        assert run.acceptance_rate == run.prediction.acceptance_rate, run.prediction
+
+
+def test_costs_that_seem_to_fall_with_the_draft_vocabulary_are_taken_for_equal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = _agreeing_decoder()
+    decoder.use_draft_vocabulary([0, 1, 2])
+    monkeypatch.setattr(
+        tuning_module,
+        "measure_decoding_costs",
+        lambda asked, **_: replace(COSTS, draft_head=1.0 if asked.draft_vocabulary is None else 2.0),
+    )
+    tuning = tune(decoder, _PROMPTS, _SETTINGS)
+    assert {tuning.costs.draft_head, *tuning.draft_heads.values()} == {1.5}
+    assert sorted(tuning.draft_heads) == [1, 3]
 
 
 def test_a_used_up_time_limit_leaves_one_prompt() -> None:

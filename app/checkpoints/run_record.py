@@ -20,7 +20,7 @@ GENERATION_CONFIG_KEY = "generation_config"
 _GROUPS = {"model", "data", "trainer", "layer_dropout", "early_exit", "seed_everything"}  # of a config of `fit`
 _HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 
-Scores = Mapping[int, tuple[float, float]]  # by exit layer: loss in nats a token, agreement with the full model
+Scores = Mapping[int, tuple[float, ...]]  # by exit layer: the figures of app.exits.quality.ExitScore, in its order
 
 
 class SourceShare(NamedTuple):

@@ -250,6 +250,7 @@ def test_drafts_in_validation_go_through_the_exit_blocks(root):
     decoder = module.exitable_decoder()
     assert [list(decoder.exit_span(layer)) for layer in (1, 2, 3)] == [[4], [], []]
     assert decoder.own_exits == (1, 2)
+    assert module.bfloat16().exit_blocks["1"].decoder.rotary_emb.inv_freq.dtype == torch.float32
     assert [module.draft_size(layer).exit_blocks for layer in (1, 2, 3)] == [1, 0, 0]
     assert module.draft_size(1).head_blocks == pytest.approx(decoder.head_size / decoder.block_size)
 

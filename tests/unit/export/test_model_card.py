@@ -38,7 +38,9 @@ METADATA: dict[str, Any] = {
     "global_step": 60,
     "TextCodeDataModule": {"sources": "ab=3.0, py=1.0", "lanes": LANES, "seq_len": 8},
     "callbacks": {
-        "ExitQualityMonitor": {"history": {20: {1: (9.0, 0.1), 4: (8.0, 1.0)}, 40: {1: (3.5, 0.25), 4: (3.0, 1.0)}}}
+        "ExitQualityMonitor": {
+            "history": {20: {1: (9.0, 0.1), 4: (8.0, 1.0)}, 40: {1: (3.5, 0.25, 2.0, 0.2), 4: (3.0, 1.0, 0.0, 1.0)}}
+        }
     },
 }
 

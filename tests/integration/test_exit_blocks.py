@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, EXIT_BLOCKS_PREFIX
 from app.errors import ConfigError
 from app.model import head_loss
+from app.model.early_exit import EarlyExitModel
 from app.training.exit_block_settings import ExitBlockSettings
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum
@@ -139,7 +140,7 @@ class OnLine(Callback):
         self.pairs.append([pl_module.exit_block_loss(each).weighted_sum.item() for each in (batch, without)])
 
 
-def test_cached_states_stand_for_the_pass_through_the_frozen_model(root, tmp_path):
+def test_cached_states_stand_for_the_pass_through_the_frozen_model(root, tmp_path, monkeypatch):
     pretrained = str(root / "model.ckpt")
     cached = {"pretrained": pretrained, "exit_layers": [1, 2], "num_tokens": 400, "batch_size": 4, "dtype": "float32"}
     data = CachedStatesDataModule(corpus=make_data(root), cache_dir=str(tmp_path / "states"), **cached)
@@ -152,6 +153,11 @@ def test_cached_states_stand_for_the_pass_through_the_frozen_model(root, tmp_pat
     scores = trainer.validate(module, datamodule=make_data(root), verbose=False)[0]
     assert cached_scores == pytest.approx(scores, rel=1e-4)
 
+    settings = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    monitored = make_trainer(tmp_path, max_steps=1, callbacks=[ExitQualityMonitor(exit_layers=[1])], **settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(EarlyExitModel, "states", None)  # the frozen model does not run
+        monitored.fit(make_exit_blocks(root), datamodule=data)
     other = {"exit_layers": [2]}
     data = CachedStatesDataModule(corpus=make_data(root), cache_dir=str(tmp_path / "other"), **(cached | other))
     with pytest.raises(ConfigError, match=r"data.exit_layers: got \[2\], allowed .*\[1, 2\]"):

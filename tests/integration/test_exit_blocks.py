@@ -140,6 +140,11 @@ class OnLine(Callback):
         self.pairs.append([pl_module.exit_block_loss(each).weighted_sum.item() for each in (batch, without)])
 
 
+class ExitsReturned(Callback):
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.exits = {*outputs["hidden_by_exit"]}
+
+
 def test_cached_states_stand_for_the_pass_through_the_frozen_model(root, tmp_path, monkeypatch):
     pretrained = str(root / "model.ckpt")
     cached = {"pretrained": pretrained, "exit_layers": [1, 2], "num_tokens": 400, "batch_size": 4, "dtype": "float32"}
@@ -153,11 +158,15 @@ def test_cached_states_stand_for_the_pass_through_the_frozen_model(root, tmp_pat
     scores = trainer.validate(module, datamodule=make_data(root), verbose=False)[0]
     assert cached_scores == pytest.approx(scores, rel=1e-4)
 
+    returned = ExitsReturned()
     settings = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
-    monitored = make_trainer(tmp_path, max_steps=1, callbacks=[ExitQualityMonitor(exit_layers=[1])], **settings)
+    monitored = make_trainer(
+        tmp_path, max_steps=1, callbacks=[ExitQualityMonitor(exit_layers=[1]), returned], **settings
+    )
     with monkeypatch.context() as patched:
         patched.setattr(EarlyExitModel, "states", None)  # the frozen model does not run
         monitored.fit(make_exit_blocks(root), datamodule=data)
+    assert returned.exits == {1, 4}  # exit 2 has blocks, but nobody asked for it
     other = {"exit_layers": [2]}
     data = CachedStatesDataModule(corpus=make_data(root), cache_dir=str(tmp_path / "other"), **(cached | other))
     with pytest.raises(ConfigError, match=r"data.exit_layers: got \[2\], allowed .*\[1, 2\]"):

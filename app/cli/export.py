@@ -14,18 +14,17 @@ from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import is_trained_weights, open_trained_weights
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError, check_choice
-from app.export.carried_over import chosen_defaults, named
+from app.export.carried_over import chosen_defaults, chosen_vocabulary, fitting_vocabulary, named
 from app.export.directory import ExportSettings, Weights, architecture, exported_dtype, write_pretrained
 from app.export.model_card import CardSettings, model_card
 from app.export.output_directory import README, check_output_dir, unsigned
 from app.generation.loaded_model import DTYPES, Dtype
 from app.model_files.decoding_defaults import DecodingDefaults
-from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, draft_vocabulary_file, read_draft_vocabulary
-from app.model_files.exit_blocks import EXIT_BLOCKS_FILE, load_exit_blocks, stored_exit_blocks
+from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, draft_vocabulary_file
+from app.model_files.exit_blocks import EXIT_BLOCKS_FILE, StoredExitBlocks, load_exit_blocks, stored_exit_blocks
 from app.model_files.generation_config import trained_generation_config
 from app.model_files.open import load_for_decoding
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
-from app.text.text_tokens import listed_ends
 from app.text.tokenizer_files import check_fits
 from app.words import counted, dtype_name
 
@@ -49,7 +48,8 @@ def export(
 
     Args:
         output_dir: Directory to write. It must be new, empty, or an earlier export to which nothing was added. What
-            `layerskip tune` stored in an earlier export is kept if it was measured on these weights.
+            `layerskip tune` and `layerskip vocabulary` stored in an earlier export is kept if it was made for these
+            weights.
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
         ckpt_path: Another name for model; exactly one of the two is given.
         dtype: Type of the weights; auto keeps that of the checkpoint (float32 for .gguf).
@@ -61,7 +61,7 @@ def export(
         generation_defaults: What `layerskip tune` found: a directory that it tuned, a generation_config.json, or a file
             with the output of `layerskip tune --json`. Measurements on other weights are left out.
         draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang. By
-            default, that beside the model.
+            default, that beside the model, or that of an earlier export of these weights.
         overwrite: Replace the whole directory, whatever model it holds.
     """
     field, path = ("model", model) if ckpt_path is None else ("ckpt_path", ckpt_path)
@@ -75,12 +75,14 @@ def export(
     chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # checked before anything is read
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
     source = weights or Weights.of(loaded)
-    decoding = chosen_defaults(loaded, source, given=generation_defaults, replaced=directory)
-    beside = _exit_blocks(path, loaded, source, chosen.dtype)
-    if (file := Path(draft_vocabulary or Path(path) / DRAFT_VOCABULARY_FILE)).is_file() or draft_vocabulary:
-        ends = listed_ends(loaded.generation_config.eos_token_id)
-        ids = read_draft_vocabulary(file, vocab_size=loaded.config.get_text_config().vocab_size, ends=ends)
-        beside[DRAFT_VOCABULARY_FILE] = draft_vocabulary_file(ids)
+    exits = stored_exit_blocks(path)
+    every = source if exits is None else source.with_others(exits.state)
+    decoding = chosen_defaults(loaded, every, given=generation_defaults, replaced=directory)
+    token_ids = chosen_vocabulary(loaded, tokenizer, every, given=draft_vocabulary, source=path, replaced=directory)
+    decoding = fitting_vocabulary(decoding, token_ids, vocab_size=loaded.config.get_text_config().vocab_size)
+    beside = {} if exits is None else _exit_blocks(exits, path, loaded, source, chosen.dtype)
+    if token_ids is not None:
+        beside[DRAFT_VOCABULARY_FILE] = draft_vocabulary_file(token_ids)
     name = dtype_name(exported_dtype(source, chosen.dtype))
     if (own := Path(path) / README).is_file():  # the card of a model that is copied is kept
         readme = card.relabelled(unsigned(own.read_text("utf-8", errors="replace")))
@@ -97,10 +99,10 @@ def export(
     print(_next_step(decoding, directory, model_type=loaded.config.model_type))
 
 
-def _exit_blocks(path: str, model: PreTrainedModel, weights: Weights, dtype: torch.dtype | None) -> dict[str, bytes]:
-    """Return the file of exit blocks by name, {} for none; CheckpointError if they are another model's."""
-    if (stored := stored_exit_blocks(path)) is None:
-        return {}
+def _exit_blocks(
+    stored: StoredExitBlocks, path: str, model: PreTrainedModel, weights: Weights, dtype: torch.dtype | None
+) -> dict[str, bytes]:
+    """Return the file of exit blocks by name; CheckpointError if they are another model's."""
     if stored.hashes is not None:
         load_exit_blocks(path, model)
     state = {name: weights.read(name).to(dtype) for name in weights.shapes}

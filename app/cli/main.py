@@ -40,6 +40,7 @@ VERBS = {
     "consolidate": ("app.cli.consolidate", "Write a checkpoint of several ranks as one file to resume from."),
     "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with the model."),
     "adapt": ("app.cli.adapt", "Give a finished model an exit that drafts for it, and leave the model as it is."),
+    "vocabulary": ("app.cli.vocabulary", "Store the token ids that drafts are chosen from, the most frequent ones."),
     "plot": ("app.cli.plot", "Draw what the exits of several runs score, in one picture."),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from app.model_files.decoding_defaults import (
     parse_decoding_defaults,
     read_decoding_defaults,
 )
+from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, read_draft_vocabulary
 from app.model_files.generation_config import read_generation_config
+from app.text.text_tokens import end_token_ids
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def chosen_defaults(
         if not Path(given).is_dir() or _holds(Path(given), weights):
             return defaults
         _log.warning("%s holds other weights: what layerskip tune chose is taken, what it measured is not", given)
-        return DecodingDefaults(strategy=defaults.strategy, **dict[str, Any](defaults.settings))
+        return _unmeasured(defaults)
     if (own := read_decoding_defaults(model)) is not None or not replaced.exists():
         return own
     try:
@@ -63,6 +66,50 @@ def chosen_defaults(
     if kept is not None:
         _log.info("kept from the directory that was there: %s", named(kept))
     return kept
+
+
+def chosen_vocabulary(
+    model: PreTrainedModel, tokenizer: Any, weights: Weights, *, given: str | None, source: str, replaced: Path
+) -> list[int] | None:
+    """Find the draft vocabulary for a model: as given, else beside the model, else in the directory that is written.
+
+    Args:
+        model: The model that is exported, which may be on the meta device.
+        tokenizer: The model's, or None.
+        weights: Its weights. What was counted for other weights is left out.
+        given: The user's setting `draft_vocabulary`: a file.
+        source: Where the model comes from.
+        replaced: The directory that is written, which may hold an earlier export.
+
+    Raises:
+        DataError: The file is damaged, or is not for a model like this.
+    """
+    file = Path(given or Path(source) / DRAFT_VOCABULARY_FILE)
+    if given is None and not file.is_file():
+        if not (file := replaced / DRAFT_VOCABULARY_FILE).is_file():
+            return None
+        if not _holds(replaced, weights):
+            _log.warning("%s was made for other weights and is not kept: layerskip vocabulary makes it anew", file)
+            return None
+        _log.info("kept from the directory that was there: %s", DRAFT_VOCABULARY_FILE)
+    ends = end_token_ids(model.generation_config, tokenizer) if tokenizer is not None else ()
+    return read_draft_vocabulary(file, vocab_size=model.config.get_text_config().vocab_size, ends=ends)
+
+
+def fitting_vocabulary(
+    defaults: DecodingDefaults | None, token_ids: Sequence[int] | None, *, vocab_size: int
+) -> DecodingDefaults | None:
+    """Return the defaults, without what was measured with more ids than the draft vocabulary has."""
+    size = None if defaults is None else defaults.draft_vocabulary_size
+    if defaults is None or size is None or size == vocab_size or size <= len(token_ids or ()):
+        return defaults
+    had = "no draft vocabulary" if token_ids is None else f"a draft vocabulary of {len(token_ids)} ids"
+    _log.warning("layerskip tune chose drafts from %d token ids, but there is %s: measure again", size, had)
+    return _unmeasured(defaults)
+
+
+def _unmeasured(defaults: DecodingDefaults) -> DecodingDefaults:
+    return DecodingDefaults(strategy=defaults.strategy, **dict[str, Any](defaults.settings))
 
 
 def named(defaults: DecodingDefaults) -> str:

@@ -39,6 +39,11 @@ class Weights(NamedTuple):
         state = model.state_dict()
         return cls({name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}, state.__getitem__)
 
+    def with_others(self, state: Mapping[str, Tensor]) -> "Weights":
+        """Return these weights and those of `state`, whose names are different."""
+        others = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+        return Weights({**self.shapes, **others}, lambda name: state[name] if name in state else self.read(name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:

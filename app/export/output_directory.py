@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from app.checkpoints.atomic import find_checkpoint, flush, partial_path, publish
 from app.errors import CheckpointError, ConfigError
+from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE
 
 README = "README.md"
 _SIGNATURE = re.compile(r"\n<!-- layerskip export: (\{.*\}) -->\n\Z")
@@ -47,7 +48,7 @@ def check_output_dir(output_dir: str, *, overwrite: bool = False) -> Path:
 
 
 def _reason_to_keep(directory: Path) -> str:
-    """Tell why a directory must not be replaced; empty for an export that nobody but `layerskip tune` changed."""
+    """Tell why a directory must not be replaced; empty for an export that nobody but our verbs changed."""
     readme = directory / README
     text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     signature = _SIGNATURE.search(text)
@@ -56,7 +57,8 @@ def _reason_to_keep(directory: Path) -> str:
     signed = json.loads(signature[1])
     if signed["sha256"] != _digest(text[: signature.start()]):
         return f"its {README} was edited"
-    added = sorted({entry.name for entry in directory.iterdir()} - set(signed["files"]))
+    by_verbs = {DRAFT_VOCABULARY_FILE}  # of `layerskip vocabulary` and `layerskip tune`
+    added = sorted({entry.name for entry in directory.iterdir()} - set(signed["files"]) - by_verbs)
     return f"{', '.join(added)} came into it since" if added else ""
 
 

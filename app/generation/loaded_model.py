@@ -14,7 +14,7 @@ from app.decoding.strategies import STRATEGIES
 from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu.precision import avoid_emulation
 from app.protocols import ExitableDecoder
-from app.text.text_tokens import listed_ends
+from app.text.text_tokens import end_token_ids
 from app.text.tokenizer_files import check_same_tokens
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class LoadedModel(NamedTuple):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every token id that ends a text: those of the generation config, else the tokenizer's."""
-        config = self.model.generation_config
-        ids = None if config is None else config.eos_token_id
-        return tuple(listed_ends(self.tokenizer.eos_token_id if ids is None else ids))
+        return end_token_ids(self.model.generation_config, self.tokenizer)
 
 
 def load_decoder(

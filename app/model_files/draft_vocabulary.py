@@ -7,7 +7,7 @@ drafted; verification still may choose them, so that the output stays the full m
 import json
 import pickle
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,9 +33,14 @@ def most_frequent(texts: Iterable[Sequence[int]], *, size: int, vocab_size: int,
     counts = Counter[int]()
     for text in texts:
         counts.update(text)
+    return ranked(counts, vocab_size=vocab_size, ends=ends)[:size]
+
+
+def ranked(counts: Mapping[int, int], *, vocab_size: int, ends: Sequence[int]) -> list[int]:
+    """Rank all V token ids by their counts in texts, after `ends`; of equally frequent ones the lower id is first."""
     others = [token for token in range(vocab_size) if token not in ends]
-    others.sort(key=lambda token: -counts[token])
-    return [*ends, *others][:size]
+    others.sort(key=lambda token: -counts.get(token, 0))
+    return [*ends, *others]
 
 
 def draft_vocabulary_file(token_ids: Sequence[int]) -> bytes:

@@ -39,5 +39,11 @@ def listed_ends(eos_token_id: int | list[int] | None) -> list[int]:
     return list(eos_token_id) if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
 
 
+def end_token_ids(generation: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a text: those of the generation config, which may be None, else that of the tokenizer."""
+    ids = None if generation is None else generation.eos_token_id
+    return tuple(listed_ends(tokenizer.eos_token_id if ids is None else ids))
+
+
 def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     return list(map(int, tokenizer(text, add_special_tokens=special)["input_ids"]))

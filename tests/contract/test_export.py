@@ -20,6 +20,7 @@ from app.model_files.decoding_defaults import (
     read_decoding_defaults,
     write_decoding_defaults,
 )
+from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, write_draft_vocabulary
 from app.model_files.exit_blocks import load_exit_blocks
 from app.model_files.open import load_for_decoding, open_tokenizer
 from app.training.exit_block_steps import ExitBlockSettings
@@ -228,11 +229,15 @@ def test_exporting_again_over_a_tuned_directory_keeps_what_was_tuned_the_licence
     export = ["export", "--ckpt_path", run, "--output_dir", str(tmp_path / "out")]
     assert cli(monkeypatch, *export, "--license", "mit", "--base_model", "org/base") == 0
     assert defaults_of(tmp_path / "out") is None
-    write_decoding_defaults(tmp_path / "out", TUNED)
+    tuned = replace(TUNED, draft_vocabulary_size=9)
+    ids = (*load_decoder(str(tmp_path / "out"), dtype="auto", device="cpu").eos_token_ids, *range(40, 60))[:9]
+    write_draft_vocabulary(tmp_path / "out", ids)
+    write_decoding_defaults(tmp_path / "out", tuned)
     assert cli(monkeypatch, *export, "--dtype", "bfloat16") == 0
-    assert defaults_of(tmp_path / "out") == TUNED
+    assert defaults_of(tmp_path / "out") == tuned
     content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (content["assistant_early_exit"], content["num_assistant_tokens"]) == (2, 3)
+    assert load_decoder(str(tmp_path / "out"), dtype="auto", device="cpu").decoder.draft_vocabulary == ids
     readme = ModelCard.load(tmp_path / "out" / "README.md")
     assert (readme.data.license, readme.data.base_model) == ("mit", "org/base")
     assert "chose drafts of 3 tokens from exit 2" in readme.text
@@ -265,8 +270,11 @@ def trained_on(run, tmp_path):
 def test_what_was_tuned_for_other_weights_is_not_kept_and_that_is_said(run, trained_on, tmp_path, monkeypatch, capsys):
     assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(tmp_path / "out")) == 0
     write_decoding_defaults(tmp_path / "out", TUNED)
+    write_draft_vocabulary(tmp_path / "out", range(40))
     assert cli(monkeypatch, "export", "--ckpt_path", trained_on, "--output_dir", str(tmp_path / "out")) == 0
     printed = capsys.readouterr()
+    assert "draft_vocabulary.json was made for other weights and is not kept" in printed.err
+    assert not (tmp_path / "out" / DRAFT_VOCABULARY_FILE).exists()
     assert "was for other weights and is not kept: exit_layer 2, num_draft_tokens 3" in printed.err
     assert "not tuned: layerskip tune --model" in printed.out
     assert defaults_of(tmp_path / "out") is None
@@ -285,6 +293,22 @@ def test_defaults_given_of_other_weights_are_taken_without_what_was_measured(
     printed = capsys.readouterr()
     assert "tuned holds other weights: what layerskip tune chose is taken, what it measured is not" in printed.err
     assert "decoding, as given: exit_layer 2, num_draft_tokens 3; layerskip tune --model" in printed.out
+
+
+@pytest.mark.parametrize("size", [None, 8, 9])
+def test_a_number_of_ids_that_no_list_has_is_not_kept_with_what_was_measured(size, run, tmp_path, monkeypatch, capsys):
+    tuned = replace(TUNED, draft_vocabulary_size=9)
+    (tmp_path / "tune.json").write_text(json.dumps(asdict(tuned)))
+    end = load_decoder(run, dtype="auto", device="cpu").eos_token_ids
+    (tmp_path / "ids.json").write_text(json.dumps([*end, *range(40, 60)][: size or 0]))
+    given = ["--generation_defaults", str(tmp_path / "tune.json"), "--output_dir", str(tmp_path / "out")]
+    given += [] if size is None else ["--draft_vocabulary", str(tmp_path / "ids.json")]
+    assert cli(monkeypatch, "export", "--ckpt_path", run, *given) == 0
+    said = "chose drafts from 9 token ids, but there is " in capsys.readouterr().err
+    kept = replace(TUNED, measured_speedup=None, conditions=None)
+    assert (defaults_of(tmp_path / "out"), said) == ((tuned, False) if size == 9 else (kept, True))
+    used = load_decoder(str(tmp_path / "out"), dtype="auto", device="cpu").decoder.draft_vocabulary
+    assert (used and len(used)) == size
 
 
 @pytest.mark.parametrize("form", ["directory", "its file", "tune --json"])
@@ -431,4 +455,6 @@ def test_exit_blocks_and_a_draft_vocabulary_go_beside_a_model_whose_weights_stay
         for theirs, ours in zip(own[0].values(), own[1].values(), strict=True):
             pairs = zip(theirs.parameters(), ours.parameters(), strict=True)
             assert all(torch.equal(first, second) for first, second in pairs)
+    write_decoding_defaults(output, replace(TUNED, exit_layer=1))
     assert cli(monkeypatch, "export", "--output_dir", str(output), *given) == 0  # an export replaces an export
+    assert defaults_of(output) == replace(TUNED, exit_layer=1)

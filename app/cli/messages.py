@@ -89,7 +89,7 @@ def locate(error: Exception, config: Any) -> LocatedError:
     cause = next((each for each in raised_from if isinstance(each, ConfigError)), None)
     if cause is None:
         return LocatedError(next(filter(None, map(_of_chosen_class, raised_from)), str(raised_from[-1])))
-    named = [(path, value) for path, value in walk(config) if path.rsplit(".", 1)[-1] == cause.field]
+    named = [(path, value) for path, value in walk(config) if f".{path}".endswith(f".{cause.field}")]
     paths = [path for path, value in named if value == cause.got] or [path for path, _ in named]
     return LocatedError(cause.message(paths[0] if len(paths) == 1 else cause.field))
 

@@ -18,6 +18,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from app.checkpoints.contents import refuse_weights_alone
 from app.checkpoints.loop_counts import count_micro_batches
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, saved_config
 from app.checkpoints.states import Resumable, check_optimizer_settings, check_states
-from app.checkpoints.weights import EXIT_BLOCKS_KEY, HF_CONFIG_KEY, STATE_DICT, read_plain
+from app.checkpoints.weights import EXIT_BLOCKS_KEY, HF_CONFIG_KEY, LORA_KEY, STATE_DICT, read_plain
 from app.errors import CheckpointError
 from app.protocols import ResumableData
 
@@ -81,6 +82,9 @@ def check_resume(checkpoint: dict[str, Any], module: Resumable) -> None:
     if (saved_exits := checkpoint.get(EXIT_BLOCKS_KEY, {})) != module.exit_sources:
         listed = f"exit blocks {saved_exits} (exit layer: the model's blocks that its own began as)"
         differing = f"{listed}, model.exit_blocks gives {module.exit_sources}"
+        raise CheckpointError(f"the checkpoint holds {differing}; use the run's own config.yaml")
+    if (saved_lora := checkpoint.get(LORA_KEY)) != (given_lora := module.peft and asdict(module.peft)):
+        differing = f"adapters {saved_lora}, model.peft gives {given_lora}"
         raise CheckpointError(f"the checkpoint holds {differing}; use the run's own config.yaml")
     if not fit and f"{trainer.state.fn.value}_loop" not in checkpoint.get("loops", {}):
         checkpoint.pop("loops", None)  # the loop of this verb begins at its beginning

@@ -40,6 +40,7 @@ class Resumable(Protocol):
     """What a checkpoint is loaded into, and what is known of the run: LayerSkipModule."""
 
     config: Any  # of transformers
+    peft: Any  # LoraSettings, or None
     given_config: GivenConfig | None
     trainer: Trainer
 

@@ -6,7 +6,7 @@ Opening reads nothing but metadata, so that neither a 70B checkpoint nor one wit
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from app.checkpoints.shards import METADATA_FILE, Shards, existing_part
-from app.errors import CheckpointError
+from app.errors import CheckpointError, ConfigError
+from app.model.lora import LoraSettings, adapters_of, merged_shapes, merged_weight
 from app.text.tokenizer_files import tokenizer_from_files
 
 # What LayerSkipModule adds to a Lightning checkpoint, so that it is enough to decode with and to resume from.
@@ -25,6 +26,8 @@ TOKENIZER_KEY = "tokenizer_files"
 STATE_DICT_PREFIX = "model."  # of LayerSkipModule.model
 EXIT_BLOCKS_KEY = "exit_blocks"  # exit layer -> which of the model's blocks its own began as; none without exit blocks
 EXIT_BLOCKS_PREFIX = "exit_blocks."  # of LayerSkipModule.exit_blocks
+LORA_KEY = "lora"  # the settings of LoRA; none without
+ADAPTERS_KEY = "adapters"  # in the metadata of an open checkpoint, the adapters that were merged, by their names
 
 STATE_DICT = "state_dict"
 OPTIMIZER_STATES = "optimizer_states"
@@ -39,10 +42,10 @@ class TrainedWeights:
 
     Attributes:
         metadata: Everything else but the optimizer states: global_step, loops, states of callbacks and data. With exit
-            blocks, also their weights, by EXIT_BLOCKS_PREFIX.
+            blocks, also their weights, by EXIT_BLOCKS_PREFIX; with LoRA, the adapters, by ADAPTERS_KEY.
         shapes: Shape and dtype of every weight, by Hugging Face name.
         read: Reads the weight of a name, or raises CheckpointError if it is damaged. From a single file, it gives a
-            private map of the file, which takes memory when it is used.
+            private map of the file, which takes memory when it is used. Adapters of LoRA are merged.
     """
 
     path: Path
@@ -104,7 +107,17 @@ def _take_weights(path: Path, content: dict[str, Any]) -> tuple[Shapes, Callable
     if not isinstance(state_dict, dict):
         raise CheckpointError(f"checkpoint {path}: not a Lightning checkpoint (no {STATE_DICT!r} in it)")
     weights = _without_prefix(state_dict, STATE_DICT_PREFIX)
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}, weights.__getitem__
+    if adapters := adapters_of(weights):
+        content[ADAPTERS_KEY] = adapters
+    return merged_shapes(weights), partial(merged_weight, weights, scale=_lora_scale(path, content))
+
+
+def _lora_scale(path: Path, content: Mapping[str, Any]) -> float:
+    """How strong the adapters of a checkpoint are; of no effect where it has none."""
+    try:
+        return LoraSettings(**content.get(LORA_KEY, {})).scale
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError.unusable(path, f"its {LORA_KEY!r} is damaged", error) from error
 
 
 def _without_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

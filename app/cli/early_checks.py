@@ -22,6 +22,7 @@ from app.cli.parsing.preflight import walk
 from app.errors import ConfigError, check_range
 from app.model.config_check import check_runs
 from app.model.early_exit import EarlyExitModel
+from app.model.lora import targets_of
 from app.model_files.open import check_tokenizer_of, open_tokenizer
 from app.training.batch import check_row_length
 from app.training.module import LayerSkipModule
@@ -139,7 +140,10 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
             callback.setup(trainer, module, "fit")
     if isinstance(data, RowDataModule):
         check_row_length(data.seq_len, module.config)
-    _check_memory(_built(module), trainer)
+    module.check_frozen_model(spread=isinstance(trainer.strategy, ModelParallelStrategy))
+    _check_memory(model := _built(module), trainer)
+    if module.peft is not None:
+        targets_of(model, module.peft)
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks, since it is broadcast
     if trainer.is_global_zero:
         _check_folder(folder)

@@ -14,6 +14,7 @@ from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import is_trained_weights, open_trained_weights
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError, check_choice
+from app.export.adapter import check_adapter_dir, write_adapter
 from app.export.carried_over import chosen_defaults, chosen_vocabulary, fitting_vocabulary, named
 from app.export.directory import ExportSettings, Weights, architecture, exported_dtype, write_pretrained
 from app.export.model_card import CardSettings, model_card
@@ -42,6 +43,7 @@ def export(
     base_model: str | None = None,
     generation_defaults: str | None = None,
     draft_vocabulary: str | None = None,
+    adapter_dir: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model as a Hugging Face directory, which plain transformers loads: config, safetensors, tokenizer, card.
@@ -62,6 +64,8 @@ def export(
             with the output of `layerskip tune --json`. Measurements on other weights are left out.
         draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang. By
             default, that beside the model, or that of an earlier export of these weights.
+        adapter_dir: Another directory, for the adapters of a run with LoRA in peft's own format. In output_dir they are
+            merged in any case.
         overwrite: Replace the whole directory, whatever model it holds.
     """
     field, path = ("model", model) if ckpt_path is None else ("ckpt_path", ckpt_path)
@@ -75,6 +79,8 @@ def export(
     chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # checked before anything is read
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
     source = weights or Weights.of(loaded)
+    metadata = {} if record is None else record.metadata
+    adapter = adapter_dir and check_adapter_dir(adapter_dir, metadata, beside=directory)
     exits = stored_exit_blocks(path)
     every = source if exits is None else source.with_others(exits.state)
     decoding = chosen_defaults(loaded, every, given=generation_defaults, replaced=directory)
@@ -91,6 +97,9 @@ def export(
         readme = model_card(loaded, record, decoding, dtype=name, card=card)
     settings = replace(chosen, decoding=decoding, readme=readme)
     num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings, beside=beside)
+    if adapter:
+        base = card.base_model or (record and record.pretrained)
+        write_adapter(loaded, source, metadata, adapter, base=base if isinstance(base, str) else None)
     files = counted(num_files, "file")
     print(f"{directory}: {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {name}, in {files}")
     start = dtype_name(loaded.config.dtype)

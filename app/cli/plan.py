@@ -19,6 +19,7 @@ from app.cli.messages import locate
 from app.cli.strategies import mesh_of, mesh_settings, name_of, settings_of
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_range
+from app.model.lora import refused_strategy
 from app.model_files.open import load_config
 from app.planning.memory import Layout
 from app.planning.plan import Change, Machine, Plan, changes_that_fit, plan_training
@@ -164,6 +165,8 @@ class PlanCLI(BesideFitCLI):
         module, trainer = self.model, self.trainer
         module.trainer = trainer
         _check_dense(module.config)
+        if module.peft is not None and self._layout.strategy == "fsdp2":
+            raise refused_strategy("MeshStrategy")
         check_row_length(self._data["seq_len"], module.config, field="data.init_args.seq_len")
         for name in ("layer_dropout", "early_exit"):
             self.config_init[self.config.subcommand][name].setup(trainer, module, "fit")
@@ -192,6 +195,7 @@ class PlanCLI(BesideFitCLI):
             autocast=self._autocast,
             checkpointing=self.model.activation_checkpointing,
             machine=self._options.machine(),
+            lora=self.model.peft,
         )
 
 

@@ -25,11 +25,11 @@ README = "README.md"
 _SIGNATURE = re.compile(r"\n<!-- layerskip export: (\{.*\}) -->\n\Z")
 
 
-def check_output_dir(output_dir: str, *, overwrite: bool = False) -> Path:
+def check_output_dir(output_dir: str, *, overwrite: bool = False, field: str = "output_dir") -> Path:
     """Return the absolute path of a directory that is new, empty, or an export that nobody changed.
 
     With `overwrite` it may be any directory of files with a config.json among them, all of which will be replaced.
-    Anything else is a ConfigError.
+    Anything else is a ConfigError that names `field`.
     """
     directory = Path(output_dir).resolve()
     _put_back(directory)
@@ -44,7 +44,7 @@ def check_output_dir(output_dir: str, *, overwrite: bool = False) -> Path:
             return directory
         fix = "choose another, or replace all of it with --overwrite true"
     allowed = "a directory that is new, empty or an earlier export"
-    raise ConfigError("output_dir", got=output_dir, allowed=allowed, fix=f"{reason}: {fix}")
+    raise ConfigError(field, got=output_dir, allowed=allowed, fix=f"{reason}: {fix}")
 
 
 def _reason_to_keep(directory: Path) -> str:

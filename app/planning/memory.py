@@ -127,18 +127,21 @@ def plan_memory(
     parameters = list(model.parameters())
     numels = [layout.local_numel(parameter) for parameter in parameters]
     weights = sum(numel * parameter.dtype.itemsize for numel, parameter in zip(numels, parameters, strict=True))
-    states = (optimizer.state_bytes[tuple(parameter.shape)] for parameter in parameters)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    moved = [layout.local_numel(parameter) for parameter in trained]
+    gradients = sum(numel * parameter.dtype.itemsize for numel, parameter in zip(moved, trained, strict=True))
+    states = (optimizer.state_bytes[tuple(parameter.shape)] for parameter in trained)
     return Memory(
         weights=weights,
-        gradients=weights,
-        optimizer_states=int(sum(numel * state for numel, state in zip(numels, states, strict=True))),
+        gradients=gradients,
+        optimizer_states=int(sum(numel * state for numel, state in zip(moved, states, strict=True))),
         weight_copies=sum(costs.copy_bytes),
         activations=costs.activation_bytes,
         activations_checkpointed=costs.checkpointed_bytes,
         recomputed_block=costs.recomputed_bytes,
         exit_loss=costs.exit_loss_bytes,
-        communication=_communication(model, layout, gradients=weights, gathered=gathered),
-        optimizer_step=sum(numels) * optimizer.step_bytes,
+        communication=_communication(model, layout, gradients=gradients, gathered=gathered),
+        optimizer_step=sum(moved) * optimizer.step_bytes,
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from app.model.lora import LoraSettings, adapters_of
 from app.planning.memory import Layout, Memory, ask_optimizer, plan_memory
 from app.planning.recipe import Departure, Recipe, find_departures
 from app.planning.step import Micro, build_fake, measure_micro_batch
@@ -23,6 +24,7 @@ class Parameters:
     """How many there are. A tied head has none of its own."""
 
     total: int
+    trained: int
     embeddings: int
     head: int
     blocks: tuple[int, ...]
@@ -60,7 +62,7 @@ class Plan:
     recomputation_cost: float  # FLOPs of activation checkpointing over the same; they count for the time if it is on
     checkpointing: bool
     checkpoint_bytes: int  # weights and optimizer states
-    export_bytes: int  # weights alone
+    export_bytes: int  # weights alone, into which adapters are merged
     seconds_per_step: float | None  # at the machine's utilisation
 
     @property
@@ -101,21 +103,23 @@ def plan_training(
     autocast: torch.dtype | None,
     checkpointing: bool,
     machine: Machine,
+    lora: LoraSettings | None = None,
 ) -> Plan:
     """Find out what a run takes, without weights, data or accelerator.
 
     `configure` makes the run's optimizer for a module; the recipe's learning rate and `small_weights` are read off it.
-    `dtype` is that of the weights, and `autocast` that of the products, where it is another.
+    `dtype` is that of the weights, and `autocast` that of the products, where it is another. With `lora` the model is
+    frozen and its adapters are trained.
 
     Raises:
         ConfigError: The model cannot be built or exit early, or its shapes depend on values.
     """
-    model, mode = build_fake(config, dtype=dtype)
-    optimizer = ask_optimizer(configure, model.parameters())
+    model, mode = build_fake(config, dtype=dtype, lora=lora)
+    optimizer = ask_optimizer(configure, [each for each in model.parameters() if each.requires_grad])
     small = dtype.itemsize < torch.float32.itemsize and not optimizer.has_master_weights
     recipe = replace(recipe, learning_rate=optimizer.learning_rate, small_weights=small)
     gathered = autocast if layout.gathers_cast else None
-    running, mode = (model, mode) if gathered is None else build_fake(config, dtype=gathered)
+    running, mode = (model, mode) if gathered is None else build_fake(config, dtype=gathered, lora=lora)
     micro = Micro(
         batch_size=recipe.batch_size,
         seq_len=recipe.seq_len,
@@ -129,7 +133,8 @@ def plan_training(
     undropped = [1.0] * recipe.num_layers
     plain, with_exits = (costs.flops(num_exits=exits, kept_shares=undropped) for exits in (1, recipe.mean_exits))
     step = costs.flops(num_exits=recipe.mean_exits, kept_shares=[1 - rate for rate in recipe.mean_dropout_rates])
-    recomputation_cost = sum(costs.block_flops) / 3 / plain  # a forward is a third of forward and backward
+    passes = 3 if lora is None else 2  # of the cost of a forward, in forward and backward; frozen weights save one
+    recomputation_cost = sum(costs.block_flops) / passes / plain
     step_flops = step * recipe.accumulate * recipe.world_size
     speed = machine.peak_flops and machine.peak_flops * machine.utilisation * recipe.world_size
     return Plan(
@@ -147,7 +152,8 @@ def plan_training(
         recomputation_cost=recomputation_cost,
         checkpointing=checkpointing,
         checkpoint_bytes=whole.weights + whole.optimizer_states,
-        export_bytes=whole.weights,
+        export_bytes=whole.weights
+        - sum(adapter.nbytes for adapter in adapters_of(dict(model.named_parameters())).values()),
         seconds_per_step=speed and step_flops * (1 + checkpointing * recomputation_cost) / speed,
     )
 
@@ -157,7 +163,8 @@ def changes_that_fit(plan: Plan, replan: Callable[[Recipe, Layout], Plan]) -> li
     ways = [("", plan.layout, plan.checkpointing)]
     if not plan.checkpointing:
         ways.append(("--model.activation_checkpointing true", plan.layout, True))
-    if plan.recipe.world_size > 1 and plan.layout.strategy != "fsdp2":
+    shardable = plan.parameters.trained == plan.parameters.total  # adapters are not
+    if plan.recipe.world_size > 1 and plan.layout.strategy != "fsdp2" and shardable:
         sharded = Layout(strategy="fsdp2", shards=plan.recipe.world_size, gathers_cast=True)
         ways.append(("--config configs/trainer/fsdp2.yaml", sharded, True))
     replan, found = cache(replan), []
@@ -178,6 +185,7 @@ def _count(model: PreTrainedModel) -> Parameters:
     tied = head.weight is embeddings.weight
     return Parameters(
         total=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         embeddings=sum(parameter.numel() for parameter in embeddings.parameters()),
         head=0 if tied else sum(parameter.numel() for parameter in head.parameters()),
         blocks=tuple(sum(p.numel() for p in block.parameters()) for block in model.get_decoder().layers),

@@ -30,6 +30,8 @@ def _parameters(plan: Plan) -> Iterator[tuple[str, str]]:
         yield f"{len(list(blocks))} blocks, each", f"{size:,}"
     yield "head", "tied to the embeddings" if parameters.tied else f"{parameters.head:,}"
     yield "all", f"{parameters.total:,}"
+    if parameters.trained < parameters.total:
+        yield "of these trained", f"{parameters.trained:,}"
 
 
 def _memory(plan: Plan, machine: Machine) -> Iterator[tuple[str, str, str]]:

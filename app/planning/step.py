@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import early_exit_loss
 from app.model.early_exit import EarlyExitModel
+from app.model.lora import LoraSettings, add_adapters
 from app.model_files.open import build_model
 
 _MANY_LABELS = 2**16  # labels in all exits, from which on the loss works in chunks that do not grow
@@ -92,11 +93,23 @@ class MicroBatchCosts:
         return max(kept + copy for kept, copy in zip(self.block_bytes, self.copy_bytes, strict=True))
 
 
-def build_fake(config: PreTrainedConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, FakeTensorMode]:
-    """Return the model that `config` describes, made of fake tensors, and the mode these live in."""
+def build_fake(
+    config: PreTrainedConfig, *, dtype: torch.dtype, lora: LoraSettings | None = None
+) -> tuple[PreTrainedModel, FakeTensorMode]:
+    """Return the model that `config` describes, made of fake tensors, and the mode these live in.
+
+    With `lora` it is frozen and has adapters.
+    """
     mode = FakeTensorMode()
     with mode:
         model = build_model(config, seed=0)
+    if lora is not None:
+        add_adapters(model, lora, seed=0, without_memory=True)  # whose modules the mode does not let peft convert
+    with mode:
+        for module in model.modules():
+            for name, parameter in [*module.named_parameters(recurse=False)]:
+                if parameter.device.type == "meta":
+                    setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     return model.train(), mode

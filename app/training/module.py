@@ -6,6 +6,7 @@ It implements the host protocols of app.protocols, through which callbacks set w
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +22,7 @@ from app.checkpoints.may_resume import check_resume
 from app.checkpoints.resumed_config import GivenConfig
 from app.checkpoints.run_lock import hold_run, release
 from app.checkpoints.run_record import GENERATION_CONFIG_KEY
-from app.checkpoints.weights import EXIT_BLOCKS_KEY, HF_CONFIG_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
+from app.checkpoints.weights import EXIT_BLOCKS_KEY, HF_CONFIG_KEY, LORA_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
 from app.errors import ConfigError
 from app.layerskip.distillation import divergence_loss
 from app.layerskip.early_exit_loss import IGNORE_INDEX, early_exit_loss
@@ -31,6 +32,7 @@ from app.model.config_check import build_without_memory, check_sizes
 from app.model.early_exit import EarlyExitModel
 from app.model.exact_tables import keep_tables_exact
 from app.model.head_loss import Teacher
+from app.model.lora import LoraSettings, add_adapters, check_goes_with_lora, refused_strategy
 from app.model.parallel import parallelize
 from app.model_files.decoding_defaults import untuned_generation_config
 from app.model_files.open import build_model, check_tokenizer_of, load_config, load_pretrained
@@ -62,6 +64,7 @@ class LayerSkipModule(ExitBlockSteps):
         pretrained: Model to continue from: a Hugging Face directory or hub id (safetensors only), a .gguf file, or the
             weights of another run's checkpoint, a .ckpt file or a directory of FSDP2.
         exit_blocks: Trains exit blocks of the `pretrained` model, which stays as it is, instead of the model.
+        peft: Trains LoRA adapters in the blocks of the `pretrained` model instead of its own weights.
         optimizer: Called with the parameter groups; AdamW (3e-4, betas 0.9/0.95, decay 0.1) by default.
         lr_schedule: constant, linear or cosine, after the warmup; all but constant need trainer.max_steps.
         warmup_steps: Optimizer steps of linear warmup, >= 0.
@@ -85,6 +88,7 @@ class LayerSkipModule(ExitBlockSteps):
         config: PreTrainedConfig | None = None,
         pretrained: str | None = None,
         exit_blocks: ExitBlockSettings | None = None,
+        peft: LoraSettings | None = None,
         optimizer: OptimizerCallable = _default_optimizer,
         lr_schedule: LRSchedule = "cosine",
         warmup_steps: int = 0,
@@ -101,10 +105,12 @@ class LayerSkipModule(ExitBlockSteps):
             raise ConfigError("config", got=got, allowed="exactly one of model.config and model.pretrained")
         if exit_blocks is not None:
             refuse_with_exit_blocks(config, activation_checkpointing, compile_blocks)
+        if peft is not None:
+            check_goes_with_lora(exit_blocks=exit_blocks is not None, compile_blocks=compile_blocks)
         own_config = copy.deepcopy(config) if config is not None else load_config(str(pretrained))
         check_sizes(own_config)
         super().__init__(own_config, exit_blocks)
-        self.pretrained, self.seed = pretrained, seed
+        self.pretrained, self.seed, self.peft = pretrained, seed, peft
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile_blocks
         self._optimizer = optimizer
         self._learning_rate = LearningRate(lr_schedule, warmup_steps, final_lr_ratio, lr_scheduler)
@@ -157,10 +163,21 @@ class LayerSkipModule(ExitBlockSteps):
             allowed = f">= {len(data.tokenizer)}, the tokenizer's size"
             raise ConfigError("vocab_size", got=self.config.vocab_size, allowed=allowed)
 
+    def check_frozen_model(self, *, spread: bool) -> None:
+        """Raise ConfigError if LoRA has no trained model, or one that is `spread` over devices in parts."""
+        if self.peft is None:
+            return
+        if self.pretrained is None:
+            allowed, fix = "no model.config: LoRA is for a trained model", "name the model in model.pretrained"
+            raise ConfigError("config", got=self.config.model_type, allowed=allowed, fix=fix)
+        if spread:
+            raise refused_strategy(type(self.trainer.strategy).__name__)
+
     @override
     def configure_model(self) -> None:
         if self.model is not None:  # Lightning calls this once a stage
             return
+        self.check_frozen_model(spread=self.device_mesh is not None)
         if (mesh := self.device_mesh) is not None:  # of MeshStrategy or Lightning's ModelParallelStrategy
             self.model = build_without_memory(self.config, dtype=torch.get_default_dtype())
         else:
@@ -170,6 +187,8 @@ class LayerSkipModule(ExitBlockSteps):
         self.model.train()  # transformers loads in eval mode, which Lightning keeps, and no block would ever drop
         if self.has_exit_blocks:
             self.freeze_model(self.model)
+        if self.peft is not None:
+            add_adapters(self.model, self.peft, seed=self.seed)
         keep_tables_exact(self.model)
         self._network = EarlyExitModel(self.model)
         if self.activation_checkpointing:  # both computations use the same masks, drawn outside the blocks
@@ -263,6 +282,8 @@ class LayerSkipModule(ExitBlockSteps):
         checkpoint[SKIPPED_STEPS_KEY] = self._step.guard.skipped_steps
         if self.exit_blocks is not None:
             checkpoint[EXIT_BLOCKS_KEY] = self.exit_sources
+        if self.peft is not None:
+            checkpoint[LORA_KEY] = asdict(self.peft)
         checkpoint[HF_CONFIG_KEY] = json.loads(self.config.to_json_string(use_diff=False))
         if self.pretrained and self.model is not None:
             checkpoint[GENERATION_CONFIG_KEY] = untuned_generation_config(self.model)

@@ -15,6 +15,7 @@ FLAG = "--allowed_classes+"
 # Modules whose classes only keep their settings when they are made. The whole of app, lightning, torch or transformers
 # is not allowed: they hold functions that start processes, read pickles, or run the code of a model's repository.
 ALLOWED = (
+    "app.model.lora",  # its settings
     "app.training.exit_block_settings",
     "app.training.module",  # its default optimizer
     "app.training.strategy",

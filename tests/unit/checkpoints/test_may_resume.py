@@ -43,7 +43,7 @@ def going_on(asked, *, fn=TrainerFn.FITTING, given=None):
     trainer = SimpleNamespace(
         state=SimpleNamespace(fn=fn), datamodule=Data(asked), callbacks=[], ckpt_path=None, accumulate_grad_batches=2
     )
-    return SimpleNamespace(trainer=trainer, config=None, given_config=given)
+    return SimpleNamespace(trainer=trainer, config=None, given_config=given, exit_sources={}, peft=None)
 
 
 PARTS_OF_FIT = ["check_compatible", "refuse_weights_alone", "check_states", "data"]

@@ -94,6 +94,14 @@ class ExitMonitorHost(Layered, Protocol):
         """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""
 
 
+@runtime_checkable
+class ExitBlockHost(Protocol):
+    """A module that may train exit blocks alone; then its model is frozen."""
+
+    @property
+    def has_exit_blocks(self) -> bool: ...
+
+
 class DraftSize(NamedTuple):
     """What a draft runs beside the first E blocks, in blocks of the model."""
 

@@ -15,7 +15,7 @@ from app.data_ranks import data_ranks
 from app.errors import ConfigError, check_range
 from app.model.process_memory import peak_memory
 from app.planning.step import Micro, MicroBatchCosts, build_fake, measure_micro_batch
-from app.protocols import ArchitectureOwner, EarlyExitHost, LayerDropoutHost
+from app.protocols import ArchitectureOwner, EarlyExitHost, ExitBlockHost, LayerDropoutHost
 
 
 @dataclass
@@ -62,6 +62,9 @@ class ThroughputMonitor(Callback):
         if self.peak_flops is not None and not isinstance(pl_module, ArchitectureOwner):
             got = type(pl_module).__name__
             raise ConfigError("model", got=got, allowed="a protocols.ArchitectureOwner with peak_flops")
+        if self.peak_flops is not None and isinstance(pl_module, ExitBlockHost) and pl_module.has_exit_blocks:
+            fix = "the work that it counts is that of training the whole model"
+            raise ConfigError("peak_flops", got=self.peak_flops, allowed="null with model.exit_blocks", fix=fix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step

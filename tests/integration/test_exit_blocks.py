@@ -14,9 +14,10 @@ from app.checkpoints.weights import EXIT_BLOCKS_KEY, EXIT_BLOCKS_PREFIX
 from app.errors import ConfigError
 from app.model import head_loss
 from app.model.early_exit import EarlyExitModel
+from app.model.weights_hash import weights_hash
 from app.training.exit_block_settings import ExitBlockSettings
 from app.training.module import LayerSkipModule
-from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum
+from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum, ThroughputMonitor
 from datamodules import CachedStatesDataModule, TextCodeDataModule
 from tests.integration.test_resume import StopAfter
 from tests.support.runs import Recorder, cli, make_data, make_module, make_trainer
@@ -150,13 +151,21 @@ def test_cached_states_stand_for_the_pass_through_the_frozen_model(root, tmp_pat
     cached = {"pretrained": pretrained, "exit_layers": [1, 2], "num_tokens": 400, "batch_size": 4, "dtype": "float32"}
     data = CachedStatesDataModule(corpus=make_data(root), cache_dir=str(tmp_path / "states"), **cached)
     on_line, monitor = OnLine(), ExitQualityMonitor(exit_layers=[1, 2])
+    hashed = []
+    counted = lambda *args, **settings: hashed.append(1) or weights_hash(*args, **settings)  # noqa: E731
+    monkeypatch.setattr("app.training.exit_block_steps.weights_hash", counted)
     trainer = make_trainer(tmp_path, max_steps=2, callbacks=[on_line, monitor], limit_val_batches=1.0)
     module = make_exit_blocks(root)
     trainer.fit(module, datamodule=data)
     assert all(ours == pytest.approx(theirs, rel=1e-5) for ours, theirs in on_line.pairs)
+    assert len(hashed) == len(module._loops_checked)  # at the first batch of a loop alone
     cached_scores = trainer.validate(module, datamodule=data, verbose=False)[0]
     scores = trainer.validate(module, datamodule=make_data(root), verbose=False)[0]
     assert cached_scores == pytest.approx(scores, rel=1e-4)
+    plain = LayerSkipModule.load_from_checkpoint(pretrained)
+    third = make_trainer(tmp_path, max_steps=1, callbacks=[ExitQualityMonitor(exit_layers=[3])], limit_val_batches=1.0)
+    ours, theirs = (third.validate(each, datamodule=make_data(root), verbose=False)[0] for each in (module, plain))
+    assert ours["val/exit_loss/exit_03"] == theirs["val/exit_loss/exit_03"]  # which has no blocks of its own
 
     returned = ExitsReturned()
     settings = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
@@ -210,6 +219,7 @@ def test_states_that_are_not_this_model_s_are_refused(root, tmp_path, kind, mess
     ("callback", "message"),
     [
         (LayerDropoutCurriculum(max_dropout_rate=0.5), "layer_dropout.max_dropout_rate: got 0.5, allowed 0 with"),
+        (ThroughputMonitor(peak_flops=1e12), "peak_flops: got .*, allowed null with model.exit_blocks"),
         (EarlyExitCurriculum(curriculum="gradual"), "early_exit.curriculum: got .*, allowed none with"),
     ],
 )

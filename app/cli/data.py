@@ -9,7 +9,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from app.cli.beside_fit import BesideFitCLI, run_beside_fit
-from app.cli.early_checks import check_tokenizer
+from app.cli.early_checks import check_model, check_tokenizer
 from app.cli.messages import locate
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_range
@@ -61,6 +61,7 @@ class DataCLI(BesideFitCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
+            check_model(self.model)
             check_tokenizer(self.config[subcommand])
             fresh = copy.deepcopy(self.datamodule)
             self.datamodule.prepare_data()

@@ -43,6 +43,7 @@ _RANGES = {  # Lightning accepts values outside of these silently
     "min_epochs": (0, None),
 }
 _HEADS = ("num_attention_heads", "num_key_value_heads")  # transformers divides by these
+_COUNTS_OF_LOGGERS = ("max_queue", "flush_secs")  # TensorBoard's writer computes with these, whatever they are
 _PARTS_OF_PATHS = ("name", "version", "sub_dir", "filename")  # settings of loggers and checkpoint callbacks
 _SET_UP_TWICE = (LayerDropoutCurriculum, EarlyExitCurriculum, ExitQualityMonitor)  # safe to set up twice
 
@@ -76,6 +77,8 @@ def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
             if part.is_absolute() or ".." in part.parts:
                 fix = "the folder itself is save_dir of a logger, dirpath of a checkpoint callback"
                 raise ConfigError(path, got=value, allowed="a name or path below its folder, without '..'", fix=fix)
+        if name in _COUNTS_OF_LOGGERS and not isinstance(value, int | float):
+            raise ConfigError(path, got=value, allowed="a number")
 
 
 def complete_data(config: Namespace) -> None:
@@ -141,7 +144,7 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
     if isinstance(data, RowDataModule):
         check_row_length(data.seq_len, module.config)
     module.check_frozen_model(spread=isinstance(trainer.strategy, ModelParallelStrategy))
-    _check_memory(model := _built(module), trainer)
+    _check_memory(model := check_model(module), trainer)
     if module.peft is not None:
         targets_of(model, module.peft)
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks, since it is broadcast
@@ -150,8 +153,8 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
     module.optimizer_over(nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)]))  # a tensor for each of its two groups
 
 
-def _built(module: LayerSkipModule) -> PreTrainedModel:
-    """Return the module's model without memory, which can be built and cut into exits."""
+def check_model(module: LayerSkipModule) -> PreTrainedModel:
+    """Return the module's model without memory; ConfigError if it cannot be built or cut into exits."""
     try:
         model = check_runs(module.config)
     except ConfigError as error:

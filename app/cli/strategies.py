@@ -13,9 +13,14 @@ from app.training.strategy import MeshStrategy, mesh_sizes
 
 _PATH = "trainer.strategy"
 _SHARDED = f"app.training.strategy.{MeshStrategy.__name__}"  # imported here so that users may give its bare name
+_SHARDED_FIX = f"configs/trainer/fsdp2.yaml has {_SHARDED}"
+_FORKED = "processes that fork or spawn this one hold its locks and threads; ddp starts them afresh"
 _REFUSED = {
-    "fsdp": "FSDP1 renames the classes that layer dropout swaps",
-    "deepspeed": "it takes the step over from the module, and its checkpoints are pickles",
+    "fsdp": f"FSDP1 renames the classes that layer dropout swaps; {_SHARDED_FIX}",
+    "deepspeed": f"it takes the step over from the module, and its checkpoints are pickles; {_SHARDED_FIX}",
+    "ddp_fork": _FORKED,
+    "ddp_notebook": _FORKED,
+    "ddp_spawn": _FORKED,
 }
 
 _log = logging.getLogger(__name__)
@@ -30,8 +35,9 @@ def check_strategy(trainer: Namespace) -> None:
     name = name_of(trainer["strategy"])
     for kind, reason in _REFUSED.items():
         if name.lower().startswith(kind):
-            fix = f"{reason}; configs/trainer/fsdp2.yaml has {_SHARDED}"
-            raise ConfigError(_PATH, got=name, allowed="auto | ddp | MeshStrategy", fix=fix)
+            raise ConfigError(_PATH, got=name, allowed="auto | ddp | MeshStrategy", fix=reason)
+    if (start := settings_of(trainer["strategy"]).get("start_method") or "popen") != "popen":
+        raise ConfigError(f"{_PATH}.init_args.start_method", got=start, allowed="popen", fix=_FORKED)
     settings = mesh_settings(trainer["strategy"])
     if settings is None:
         return

@@ -155,6 +155,7 @@ def test_packing_can_be_compared_before_training(data):
             ["--data.seq_len", "4096"],
             "data.init_args.seq_len: got 4096, allowed 1..2048, the model's max_position_embeddings",
         ),
+        (["--model.config.init_args.hidden_act", "foo"], "model.config.init_args.hidden_act: got 'foo', allowed gelu"),
         (["--data.vocab_size", "310"], "vocab_size: got 300, allowed >= 310, the tokenizer's size"),
         (["--data.sources.notes.field", "body"], "source 'notes'"),
         (["--data.max_bad_share", "0.001"], "source 'notes': 1 of 91 records are bad"),

@@ -24,6 +24,12 @@ SIZES = "trainer.strategy.init_args"
             ["--trainer.strategy=FSDPStrategy"],
             "trainer.strategy: got 'FSDPStrategy', allowed auto | ddp | MeshStrategy",
         ),
+        (["--trainer.strategy=ddp_notebook"], "trainer.strategy: got 'ddp_notebook', allowed auto | ddp |"),
+        (["--trainer.strategy=ddp_fork_find_unused_parameters_true"], "locks and threads; ddp starts them afresh"),
+        (
+            ["--trainer.strategy=DDPStrategy", f"--{SIZES}.start_method=spawn"],
+            "start_method: got 'spawn', allowed popen",
+        ),
         ([MESH, f"--{SIZES}.tensor_parallel_size=3"], f"{SIZES}.tensor_parallel_size: got 3, allowed a divisor of 16"),
         ([MESH, f"--{SIZES}.data_parallel_size=4"], f"{SIZES}.data_parallel_size: got '1 x 4 x 1 = 4', allowed"),
         ([MESH, f"--{SIZES}.data_parallel_size=few"], "data_parallel_size"),

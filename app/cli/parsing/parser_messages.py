@@ -30,6 +30,7 @@ _NOT_CLASS = (
 _BEFORE_CLASS = re.compile(r"NestedArg\(key='([^']+)', val=(.*?)\)(?:\.? Got value|\n|$)")
 _NOT_TYPE = r"Expected an? (?!<class 'NoneType'>)(.+?)\. Got value: (.*?)(?:\. Got value: Namespace|\n|$)"
 _MEANINGS = {"int": "int (a whole number)", "float": "float (a finite number)", "bool": "true | false", "tuple": "list"}
+_BASES = {"model.optimizer": "torch.optim.optimizer.Optimizer"}  # jsonargparse does not tell it of a bare name
 # Names that other applications of LightningCLI have for settings of ours.
 _KEYS_OF_OTHERS = {
     r"optimizer\b": "the optimizer is model.optimizer, as in --model.optimizer torch.optim.AdamW",
@@ -71,9 +72,11 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
         return f"{path}: got {found[2]}, allowed the settings of a {found[1]}"
     if "unsupported operand type(s) for +: 'int' and 'str'" in text:  # PyYAML reads 3:1 as minutes and seconds
         return f"{path}: got a key without a value, allowed {{KEY: VALUE}}; write a blank behind the colon"
+    if path == "data.sources" and (found := re.search(r"NestedArg\(key='sources\.([^']+)', val=(.*?)\)(?:\n|$)", text)):
+        return f"{path}.{found[1]}: got {found[2]}, allowed the settings of a Source"
     for pattern in _NOT_CLASS:
         if found := re.search(pattern, text):
-            return f"{path}: {_no_class(next(filter(None, found.groups()), ''), text)}"
+            return f"{path}: {_no_class(next(filter(None, found.groups()), ''), text, _BASES.get(path))}"
     if found := re.search(_NOT_TYPE, text) or _UNION.search(text):
         return f"{path}: {_wrong_type(_plain(found[1]), found[2])}"
     if found := re.search(r"Unable to load config '(.*)'", text):
@@ -131,11 +134,14 @@ def _names_no_class(text: str) -> bool:
     return tried <= {(base or result).rpartition(".")[2] for base, result in _BASE.findall(text)}
 
 
-def _no_class(got: str, text: str) -> str:
+def _no_class(got: str, text: str, base: str | None) -> str:
+    """Say which classes may be named; `base` is the path of their base class where the text does not tell it."""
     if got.startswith("Namespace("):
         return "got settings alone, allowed the class before them, as in --model.optimizer torch.optim.AdamW"
     union = _UNION.search(text)
-    bases = [module or result for module, result in _BASE.findall(union[1] if union else text)]
+    bases = [module or result for module, result in _BASE.findall(union[1] if union else text)] or list(
+        filter(None, [base])
+    )
     names = {cls.__name__ for base in bases for cls in _subclasses(base) if not cls.__name__.startswith("_")}
     of = " | ".join(base.rpartition(".")[2] for base in bases) or "a class, as module.Class"
     return f"got {got}, allowed the class path of {of}{_nearest(got.rpartition('.')[2], names, cutoff=0.0)}"

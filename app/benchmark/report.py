@@ -155,12 +155,16 @@ def n_gram_table(results: Sequence[BenchmarkResult]) -> Table:
 
 def _names(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
     return {
-        "strategy": [
-            r.strategy if r.n_gram_match is None else f"{r.strategy},\nn-grams of {r.n_gram_match}" for r in results
-        ],
+        "strategy": [_name(result) for result in results],
         "exit": [cell(result.exit_layer, "{}") for result in results],
         "drafts": [cell(result.num_draft_tokens, "{}") for result in results],
     }
+
+
+def _name(result: BenchmarkResult) -> str:
+    """Name the strategy, its draft vocabulary and its n-grams in a line each, as tables have no room beside them."""
+    said = {"of {} ids": result.draft_vocabulary_size, "n-grams of {}": result.n_gram_match}
+    return ",\n".join([result.strategy, *(words.format(number) for words, number in said.items() if number)])
 
 
 def _prediction(speedup: float | None, error: float | None) -> str:

@@ -23,6 +23,7 @@ class BenchmarkResult(OutputDifferences):
     exit_layer: int | None
     num_draft_tokens: int | None
     n_gram_match: int | None
+    draft_vocabulary_size: int | None  # token ids that drafts are chosen from; None for all of them, or for no drafts
     # Over all prompts; the median repeat of each batch counts, as it does for `speedup`.
     tokens_per_second: float | None
     seconds_per_token: float | None
@@ -83,6 +84,7 @@ def _result(
         exit_layer=settings.exit_layer,
         num_draft_tokens=settings.num_draft_tokens,
         n_gram_match=settings.n_gram_match,
+        draft_vocabulary_size=_vocabulary_size(measurement.contender.strategy, decoder),
         tokens_per_second=1.0 / seconds_per_token if seconds_per_token else None,
         seconds_per_token=seconds_per_token,
         acceptance_rate=counts.acceptance_rate,
@@ -110,6 +112,12 @@ def _result(
         acceptance_by_position=[ratio(*pair) for pair in zip(accepted, reached, strict=True)],
         fell_back_share=fmean(result.fell_back_after is not None for result in measurement.results),
     )
+
+
+def _vocabulary_size(strategy: str, decoder: ExitableDecoder) -> int | None:
+    """Return how many token ids the drafts of our own head are chosen from, None for all; others' do not know of it."""
+    uses_it = strategy in ("self_speculative", "layer_skip") and decoder.draft_vocabulary is not None
+    return len(decoder.draft_vocabulary or ()) if uses_it else None
 
 
 def _speedup_over(everyone: Sequence[Measurement], strategy: str, measurement: Measurement) -> float | None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from app.benchmark.result import BenchmarkResult
 
 PLAIN = BenchmarkResult(
-    strategy="autoregressive", exit_layer=None, num_draft_tokens=None, n_gram_match=None,
+    strategy="autoregressive", exit_layer=None, num_draft_tokens=None, n_gram_match=None, draft_vocabulary_size=None,
     tokens_per_second=20.0, seconds_per_token=0.05,
     acceptance_rate=None, mean_tokens_per_round=1.0, speedup=1.0, identical_to_autoregressive=1.0, num_differing=0,
     num_unexplained=0, largest_logit_gap=None, largest_gap_in_spacings=None, speedup_min=1.0,

@@ -1,10 +1,12 @@
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from app.benchmark import decoding_costs
 from app.benchmark.decoding_costs import (
     DecodingCosts,
     costs_line,
@@ -112,6 +114,22 @@ def test_a_cost_that_was_clipped_is_called_too_small_to_measure_and_not_free() -
         "a block takes 100 us at one token; in blocks: the rest of a step (H) 1.50, of a draft (H_d) 0.50, a round's"
         " overhead 0.25; several positions add to a pass (j) 20.0% of it, each of them (k) 4.0%"
     )
+
+
+def test_a_draft_whose_head_seems_free_costs_the_share_of_the_head_that_it_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder, shares = CostlyDecoder(), list[float]()
+    monkeypatch.setattr(CostlyDecoder, "draft_head_size", decoder.head_size // 4)
+
+    def fit(_: object, passes: dict[int, float], __: object, *, draft_share: float, **others: Any) -> DecodingCosts:
+        shares.append(draft_share)
+        rounds = {(2, 4): 1.0, (2, 8): 1.1}
+        return fit_decoding_costs({1: 1.0, 6: 3.0}, passes, rounds, draft_share=draft_share, **others)
+
+    monkeypatch.setattr(decoding_costs, "fit_decoding_costs", fit)
+    costs = measure_decoding_costs(decoder, clock=decoder.clock)
+    assert (costs.head, costs.draft_head, shares) == (pytest.approx(1.5), pytest.approx(1.5 / 4), [0.25])
 
 
 @pytest.mark.parametrize(

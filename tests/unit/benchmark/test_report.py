@@ -130,6 +130,7 @@ def test_tables_with_everything_in_them_fit_120_columns_uncut(
     )  # fmt: skip
     assert len(speed_table([full], title="t").columns) == 10
     # What transformers drafts is not known.
+    full = replace(full, draft_vocabulary_size=12288)
     drafts = replace(full, strategy="self_speculative", n_gram_match=3, drafted_by_n_gram=40, accepted_by_n_gram=40)
     for table in (speed_table([full, PLAIN], title="t"), speed_table([drafts], title="t"), draft_table([drafts])):
         print_table(table)
@@ -148,6 +149,8 @@ def test_the_table_of_drafts_has_a_row_for_each_result_that_drafted() -> None:
         "strategy": "self_speculative,\nn-grams of 3", "exit": "2", "drafts": "3", "of all drafts": "25%",
         "acceptance": "50.0%", "of the others": "50.0%",
     }  # fmt: skip
+    first, second = _rows(draft_table([replace(DRAFTS, draft_vocabulary_size=4096), DRAFTS]))
+    assert (first["strategy"], second["strategy"]) == ("self_speculative,\nof 4096 ids", "self_speculative")
     first, second = _rows(draft_table([PLAIN, DRAFTS, unseen]))
     assert first == {
         "strategy": "self_speculative", "exit": "2", "drafts": "3", "acceptance": "75.0%", "by position, %": "80 75 50",

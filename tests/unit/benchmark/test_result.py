@@ -16,7 +16,7 @@ from app.decoding.settings import DecodingSettings
 
 COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
 SMALL = DecodingCosts(block_seconds=5e-4, head=1.0, draft_head=1.0, first_extra=0.0, extra_token=0.01, overhead=9.0)
-DECODER: Any = SimpleNamespace(num_layers=10, exit_span=lambda _: ())
+DECODER: Any = SimpleNamespace(num_layers=10, exit_span=lambda _: (), draft_vocabulary=None)
 SMALL_DECODER: Any = SimpleNamespace(num_layers=4)
 TOKENS = list(range(9))
 KEPT, CUT = Step([1, 2, 3, 4], 3), Step([5], 0, (7, 7, 7))  # of three drafts: all kept, and none
@@ -67,6 +67,17 @@ def test_figures_by_hand() -> None:
     assert (speculative.reached_by_position, speculative.accepted_by_position) == ([3, 2, 2], [2, 2, 2])
     assert speculative.acceptance_by_position == pytest.approx([2 / 3, 1.0, 1.0])
     assert (speculative.num_prompts, speculative.num_tokens, speculative.fell_back_share) == (1, 9, 0.0)
+
+
+@pytest.mark.parametrize(("vocabulary", "size"), [(None, None), (range(40), 40)])
+def test_only_what_drafts_with_the_models_own_head_has_a_draft_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, vocabulary: range | None, size: int | None
+) -> None:
+    monkeypatch.setattr(DECODER, "draft_vocabulary", vocabulary)
+    skip = _measurement("layer_skip", _run(2.0, KEPT), drafts=3)
+    others = [_measurement(name, _run(2.0)) for name in ("draft_model", "early_exit", "n_gram", "transformers")]
+    found = _results(PLAIN, SPECULATIVE, skip, *others)
+    assert [result.draft_vocabulary_size for result in found] == [None, size, size, None, None, None, None]
 
 
 def test_predictions_are_the_cost_model_fed_with_what_was_measured() -> None:

@@ -122,8 +122,8 @@ class ExitBlockSteps(EvaluationSteps):
         if not self.has_exit_blocks:
             return
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, StateOwner) and (layers := sorted(data.state_layers)) != sorted(self._sources):
-            allowed = f"{sorted(self._sources)}, those of model.exit_blocks"
+        if isinstance(data, StateOwner) and (layers := list(data.state_layers)) != list(self._sources):
+            allowed = f"{list(self._sources)}, those of model.exit_blocks"
             raise ConfigError("data.exit_layers", got=layers, allowed=allowed)
 
     @override
@@ -156,8 +156,7 @@ class ExitBlockSteps(EvaluationSteps):
         assert self._exit_settings is not None
         labels = batch["labels"].flatten()
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # no logits where there is nothing to learn
-        with torch.no_grad():
-            states = self._states(batch, self._sources)
+        states = self._states(batch, self._sources)
         hidden = {layer: _pick(normed, targets) for layer, normed in self._own_hidden(states, batch).items()}
         head = self._network.weighted_losses
         if (loss := self._exit_settings.loss) != "cross_entropy":

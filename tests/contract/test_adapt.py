@@ -1,42 +1,20 @@
 """`layerskip adapt` on a tiny model: one command from a finished model to one that drafts for itself, untouched."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 from app.cli.adapt import _unchanged
 from app.generation.loaded_model import load_decoder
 from app.model_files.open import load_pretrained
-from tests.support.runs import cli
+from tests.support.runs import TINY_EXIT_BLOCKS, adapt_here, cli
 from tests.support.saved_models import save_model, write_prompts
-
-ROOT = Path(__file__).parents[2]
-RECIPE = """
-config: [{root}/configs/exit_blocks.yaml]
-data:
-  init_args:
-    corpus: {{init_args: {{seq_len: 32, validation_share: 0.3, validation_rows: 4}}}}
-trainer:
-  accelerator: cpu
-  enable_progress_bar: false
-  callbacks:
-    - class_path: callbacks.ThroughputMonitor
-    - class_path: callbacks.LastCheckpoint
-      init_args: {{every_n_train_steps: 2}}
-"""
 
 
 @pytest.fixture
 def adapt(folder, monkeypatch, capfd):
     """Runs the verb, whose own verbs run in this process, too; gives its status and what was said."""
 
-    def in_this_process(command, *, check):
-        assert (command[1:3], check) == (["-m", "app"], False)
-        return subprocess.CompletedProcess(command, cli(monkeypatch, *command[3:]))
-
-    monkeypatch.setattr("app.cli.adapt.subprocess.run", in_this_process)
+    adapt_here(monkeypatch)
     monkeypatch.chdir(folder)
 
     def run(*options, recipe="recipe.yaml"):
@@ -60,7 +38,7 @@ def adapt(folder, monkeypatch, capfd):
 @pytest.fixture
 def folder(tmp_path):
     save_model(tmp_path / "model", dtype=torch.bfloat16, tied=True)
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=ROOT))
+    (tmp_path / "recipe.yaml").write_text(TINY_EXIT_BLOCKS)
     write_prompts(tmp_path / "prompts.jsonl", ["a prompt"])
     (corpus := tmp_path / "corpus").mkdir()
     for index in range(60):

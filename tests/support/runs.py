@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,28 @@ def cli(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
         for name in ("app", "callbacks", "datamodules"):  # their handlers hold this test's stderr
             logging.getLogger(name).handlers.clear()
             logging.getLogger(name).propagate = True
+
+
+TINY_EXIT_BLOCKS = f"""
+config: [{Path(__file__).parents[2]}/configs/exit_blocks.yaml]
+data:
+  init_args:
+    corpus: {{init_args: {{seq_len: 32, validation_share: 0.3, validation_rows: 4}}}}
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  callbacks:
+    - class_path: callbacks.ThroughputMonitor
+    - class_path: callbacks.LastCheckpoint
+      init_args: {{every_n_train_steps: 2}}
+"""
+
+
+def adapt_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `layerskip adapt` run its verbs in this process, which has loaded what they need."""
+
+    def run(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        assert (command[1:3], check) == (["-m", "app"], False)
+        return subprocess.CompletedProcess(command, cli(monkeypatch, *command[3:]))
+
+    monkeypatch.setattr("app.cli.adapt.subprocess.run", run)

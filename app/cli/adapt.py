@@ -22,6 +22,7 @@ from app.cli.tables import print_table
 from app.errors import ConfigError, UserError, check_range
 from app.generation.prompts import read_prompts
 from app.model.cpu.precision import training_precision
+from app.model_files.decoding_defaults import SETTING_NAMES
 from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, draft_vocabulary_file, most_frequent
 from app.model_files.generation_config import read_generation_config
 from app.model_files.open import load_config, load_pretrained, open_tokenizer
@@ -265,7 +266,7 @@ def _measure(work: _Work, output_dir: str, test: Path, measuring: Mapping[str, A
     if tuned.get("strategy", "autoregressive") == "autoregressive":
         return []
     options["strategies"] = json.dumps([tuned["strategy"]])
-    for name, option in (("exit_layer", "exit_layers"), ("num_draft_tokens", "num_draft_tokens")):
+    for name, option in zip(SETTING_NAMES, ("exit_layers", "num_draft_tokens", "n_gram_match"), strict=True):
         if tuned.get(name) is not None:
             options[option] = json.dumps([tuned[name]])
     work.run("benchmark", "benchmark", *_options(options))
@@ -283,11 +284,13 @@ def _unchanged(model: str, output_dir: str) -> bool:
 
 def _table(results: Sequence[Mapping[str, Any]], work: _Work, *, unchanged: bool, minutes: float) -> Table:
     best = max(results, key=lambda result: result["speedup"], default=None)
+    without = max((each["speedup"] for each in results if not each["drafted_by_n_gram"]), default=None)
     low, high = best.get("speedup_interval") or (None, None) if best else (None, None)
     pays = best is not None and (low or 0.0) > 1.0
     rows = {
         "speedup on held-out prompts": "none: tune found nothing faster" if best is None else f"{best['speedup']:.2f}x",
         "95 % interval": "" if low is None else f"{low:.2f}..{high:.2f}x",
+        "speedup without n-grams": "" if without is None else f"{without:.2f}x",
         "acceptance": "" if best is None else f"{best['acceptance_rate']:.1%}",
         "output identical to autoregressive": "" if best is None else f"{best['identical_to_autoregressive']:.0%}",
         "the full model is bit-identical": "yes" if unchanged else "NO",

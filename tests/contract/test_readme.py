@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from app.cli.train import make_cli
 from app.model_files.open import build_model
 from datamodules.loading.tokenizers import train_byte_level_bpe
-from tests.support.runs import TINY_EXIT_BLOCKS, Built, adapt_here, cli, write_corpus
+from tests.support.runs import Built, cli, write_corpus
 from tests.support.tiny_models import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,6 @@ TINY_QUICKSTART = TINY | {
 FEWER = {
     "tune": ["--max_new_tokens", "4"],
     "benchmark": ["--max_new_tokens", "4", "--repeats", "1"],
-    "adapt": ["--max_new_tokens", "4", "--hours", "0.01", "--recipe", "tiny-exit-blocks.yaml"],
 }
 
 
@@ -101,14 +100,12 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
     (tmp_path / "my_prompts.jsonl").write_text('{"prompt": "def add"}\n{"prompt": "for x in"}\n')
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "tiny-quickstart.yaml").write_text(yaml.safe_dump(TINY_QUICKSTART))
-    (tmp_path / "tiny-exit-blocks.yaml").write_text(TINY_EXIT_BLOCKS)
-    adapt_here(monkeypatch)
     # `make quickstart` comes first in the README; the commands after it use what it leaves.
     assert cli(monkeypatch, "fit", "--config", "configs/quickstart.yaml", "--config", "tiny-quickstart.yaml") == 0
     ran = 0
     for command in COMMANDS:
         words = shlex.split(command)
-        if words[0] != "layerskip":
+        if words[0] != "layerskip" or words[1] == "adapt":  # which test_adapt runs, since it takes a while
             continue
         arguments = words[1:]
         if arguments[0] in ("fit", "plan", "data"):

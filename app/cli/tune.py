@@ -68,7 +68,12 @@ def tune(
     if not json:  # before it is stored, since a full disk must not cost the answer
         print_table(exits_table(tuning))
         print_table(verifications_table(tuning))
-        print(f"costs: {costs_line(tuning.costs)}\ndecision: {tuning.reason}")
+        print(f"costs: {costs_line(tuning.costs)}")
+        if tuning.draft_heads:
+            print(
+                "H_d with fewer ids:", ", ".join(f"{cost:.2f} with {size}" for size, cost in tuning.draft_heads.items())
+            )
+        print(f"decision: {tuning.reason}")
         if tuning.advice:
             print(f"advice: {tuning.advice.replace(tuning.limited_by, f'--{tuning.limited_by}')}")
     size, token_ids, file = tuning.defaults.draft_vocabulary_size, loaded.decoder.draft_vocabulary, None

@@ -106,7 +106,9 @@ class Tuning:
     @property
     def defaults(self) -> DecodingDefaults:
         """The recommendation: what was confirmed, or no drafts at all."""
-        plain = DecodingDefaults(strategy="autoregressive", conditions=self.conditions, **self.costs.in_blocks)
+        whole_list = max(self.draft_heads, default=None)  # which is in use where no size is stored
+        costs = costs_with(whole_list, self.costs, self.draft_heads)
+        plain = DecodingDefaults(strategy="autoregressive", conditions=self.conditions, **costs.in_blocks)
         if (run := self.confirmed) is None:
             return plain
         chosen = run.prediction

@@ -1,6 +1,7 @@
 """`layerskip tune` as its user meets it: what it prints, what it stores, and what it refuses before it starts."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -126,6 +127,7 @@ def test_the_size_of_the_draft_vocabulary_is_chosen_stored_and_taken_by_default(
     size = stored["draft_vocabulary_size"]
     assert size in (len(listed), len(listed) // 2, len(listed) // 4)
     assert f" of {size} ids" in out
+    assert re.search(rf"H_d with fewer ids: 0\.\d\d with {len(listed)}, ", out)
     assert max(map(len, out[: out.index("costs:")].splitlines())) <= 120
     assert load_decoder("model", dtype="auto", device="cpu").decoder.draft_vocabulary == tuple(listed[:size])
     assert _tune(monkeypatch, "model", "--draft_vocabulary", "none") == 0

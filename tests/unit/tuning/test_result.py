@@ -100,7 +100,7 @@ def test_the_draft_vocabulary_is_recommended_with_the_exit_and_has_costs_of_its_
     assert [row[2] for row in verifications_table(tuning).rows] == (["-", "16", "16"] if size else ["50.0%"] * 3)
     slow = replace(tuning, verifications=[replace(chosen, speedup=0.9)], confirmations=())
     assert f"the exit agrees with the full model on {share[:-3]}% of the tokens" in slow.reason
-    assert slow.defaults.draft_vocabulary_size is None
+    assert (slow.defaults.draft_vocabulary_size, slow.defaults.draft_head) == (None, 0.5)
 
 
 def test_a_lead_that_is_gone_when_run_again_is_not_recommended() -> None:

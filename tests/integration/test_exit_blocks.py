@@ -48,6 +48,10 @@ def make_exit_blocks(root, *, exits=None, lr=1e-2, **settings: Any) -> LayerSkip
 class Modes(Callback):
     """Whether the frozen model and the exit blocks were in training mode at the latest step."""
 
+    def on_fit_start(self, trainer, pl_module):
+        self.works = []
+        pl_module.watch_work(self.works.append)
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.frozen_trains = any(module.training for module in pl_module.model.modules())
         self.blocks_train = all(module.training for module in pl_module.exit_blocks.modules())
@@ -76,6 +80,7 @@ def test_every_loss_raises_agreement_and_moves_nothing_but_the_exit_blocks(root,
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert [step["exits"] for step in recorder.steps] == [((1, 0.5), (2, 0.5))] * 40
     assert (modes.frozen_trains, modes.blocks_train) == (False, True)
+    assert [work.exit_weights for work in modes.works] == [((1, 0.5), (2, 0.5))] * 40
     frozen = module.model.state_dict()
     assert all(torch.equal(frozen[name], tensor) for name, tensor in plain.model.state_dict().items())
     assert not any(p.requires_grad for p in module.model.parameters())

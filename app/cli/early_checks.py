@@ -22,7 +22,6 @@ from app.cli.parsing.preflight import walk
 from app.errors import ConfigError, check_range
 from app.model.config_check import check_runs
 from app.model.early_exit import EarlyExitModel
-from app.model.lora import targets_of
 from app.model_files.open import check_tokenizer_of, open_tokenizer
 from app.training.batch import check_row_length
 from app.training.module import LayerSkipModule
@@ -144,9 +143,7 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
     if isinstance(data, RowDataModule):
         check_row_length(data.seq_len, module.config)
     module.check_frozen_model(spread=isinstance(trainer.strategy, ModelParallelStrategy))
-    _check_memory(model := check_model(module), trainer)
-    if module.peft is not None:
-        targets_of(model, module.peft)
+    _check_memory(check_model(module), trainer)
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks, since it is broadcast
     if trainer.is_global_zero:
         _check_folder(folder)

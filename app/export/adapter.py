@@ -14,7 +14,6 @@ from app.export.output_directory import check_output_dir, whole_or_absent
 from app.model.lora import LoraSettings, check_has_peft, norms_of, targets_of
 
 _README = """---
-base_model: {base}
 library_name: peft
 ---
 
@@ -73,7 +72,9 @@ def write_adapter(
     tensors = {name.replace(".default.", "."): adapter for name, adapter in metadata[ADAPTERS_KEY].items()}
     own = [f"{name}.{kind}" for name, norm in norms.items() for kind, _ in norm.named_parameters(recurse=False)]
     tensors |= {name: weights.read(name) for name in own}
-    with whole_or_absent(directory, readme=_README.format(base=base, title=directory.name)) as folder:
+    with whole_or_absent(
+        directory, readme=_README.format(base=base or "the model that the run began with", title=directory.name)
+    ) as folder:
         config.save_pretrained(str(folder))
         named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
         save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
+from app.model.lora import LoraSettings
 from app.model_files.open import load_pretrained
 from app.training.exit_block_settings import ExitBlockSettings
 from app.training.module import LayerSkipModule
@@ -57,40 +58,50 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path):
     assert any(1.0 in step["dropped"] for step in first["steps"])  # a block that nobody went through
 
 
-def train_exit_blocks(root, *, ranks, accumulate):
+EXIT_BLOCKS = {"exit_blocks": ExitBlockSettings({1: 1, 2: 0})}
+LORA = {"peft": LoraSettings(4)}
+
+
+def train_frozen(root, settings, *, ranks, accumulate):
     trainer = make_trainer(
         root,
         max_steps=STEPS,
-        callbacks=[],
+        callbacks=curricula(max_dropout_rate=RATE) if settings == LORA else [],
         devices=ranks,
         accumulate_grad_batches=accumulate,
         strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
     )
     module = LayerSkipModule(
         pretrained=str(root / "model"),
-        exit_blocks=ExitBlockSettings({1: 1, 2: 0}),
         optimizer=lambda params: torch.optim.SGD(params, lr=3.0),
         lr_schedule="constant",
+        **settings,
     )
     trainer.fit(module, datamodule=make_data(root, batch_size=BATCH, num_lanes=2))
     return {name: p.detach().numpy() for name, p in module.named_parameters()}
 
 
-def _train_exit_blocks(root):
-    return train_exit_blocks(root, ranks=2, accumulate=1)
+def _train_frozen(root, settings):
+    return train_frozen(root, settings, ranks=2, accumulate=1)
 
 
 @pytest.mark.distributed
-def test_exit_blocks_learn_on_two_ranks_what_they_learn_on_one(tmp_path):
+@pytest.mark.parametrize("settings", [EXIT_BLOCKS, LORA], ids=lambda settings: next(iter(settings)))
+def test_a_frozen_model_s_parts_learn_on_two_ranks_what_they_learn_on_one(tmp_path, settings):
     data = make_data(tmp_path)
     data.prepare_data()
     start = load_pretrained(str(save_model(tmp_path / "model", tokenizer=data.tokenizer)))
-    first, second = run_ranks(_train_exit_blocks, tmp_path)
-    for name, expected in train_exit_blocks(tmp_path, ranks=1, accumulate=2).items():
+    first, second = run_ranks(_train_frozen, tmp_path, settings)
+    for name, expected in train_frozen(tmp_path, settings, ranks=1, accumulate=2).items():
         assert abs(first[name] - expected).max() < 1e-5, name
         assert (first[name] == second[name]).all(), name
     for name, weight in start.named_parameters():
-        assert (first[f"model.{name}"] == weight.detach().numpy()).all(), name
+        owner, _, kind = name.rpartition(".")
+        frozen = first.get(f"model.{owner}.base_layer.{kind}", first.get(f"model.{name}"))
+        assert (frozen == weight.detach().numpy()).all(), name
+    if settings == LORA:
+        assert all(abs(first[name]).max() > 1e-4 for name in first if ".lora_B." in name)  # they begin as 0
+        return
     for name, weight in start.model.layers[1].named_parameters():
         assert abs(first[f"exit_blocks.1.decoder.layers.0.{name}"] - weight.detach().numpy()).max() > 1e-4, name
 

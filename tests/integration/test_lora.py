@@ -11,16 +11,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from app import load
 from app.checkpoints.weights import open_trained_weights
+from app.decoding.settings import DecodingSettings
 from app.errors import CheckpointError, ConfigError
-from app.generation.request import Generation
-from app.model.lora import LoraSettings
+from app.generation.loaded_model import load_decoder
+from app.model.lora import LoraSettings, add_adapters, merged_shapes, merged_weight
 from app.model_files.open import load_pretrained
 from app.training.exit_block_settings import ExitBlockSettings
 from app.training.module import LayerSkipModule
 from tests.integration.test_resume import StopAfter
+from tests.support.decoding import decode
 from tests.support.runs import Recorder, cli, curricula, make_data, make_module, make_trainer
+from tests.unit.spans.test_architectures import ARCHITECTURES, TOKENS, make_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS = 16
@@ -89,6 +91,7 @@ def test_norms_stay_frozen_and_other_projections_have_no_adapter_by_choice(root)
     module.configure_model()
     trained = [name for name, weight in module.model.named_parameters() if weight.requires_grad]
     assert {name.split(".")[-4] for name in trained} == {"q_proj", "v_proj"}
+    torch.rand(1)
     again = make_lora(root, target_modules=["q_proj", "v_proj"])
     again.configure_model()
     assert all(map(torch.equal, module.state_dict().values(), again.state_dict().values()))  # ranks begin alike
@@ -120,10 +123,34 @@ def test_a_checkpoint_opens_as_the_merged_model(root, whole, tmp_path):
     torch.save(content, damaged := tmp_path / "damaged.ckpt")
     with pytest.raises(CheckpointError, match="its 'lora' is damaged"):
         open_trained_weights(damaged)
-    generated = load(str(saved)).generate("def ", max_new_tokens=12, exit_layer=2, num_draft_tokens=2)
-    assert isinstance(generated, Generation)
-    request = {"max_new_tokens": 12, "strategy": "autoregressive"}
-    assert generated.tokens == load(str(saved)).generate("def ", **request).tokens
+    opened = load_decoder(str(saved), dtype="auto", device="cpu").decoder
+    settings = DecodingSettings(max_new_tokens=12, exit_layer=2, num_draft_tokens=2)
+    decoded = [
+        decode(decoder, range(4, 12), strategy=strategy, settings=settings).tokens
+        for decoder in (opened, module.exitable_decoder())  # the latter is that of validation
+        for strategy in ("self_speculative", "autoregressive")
+    ]
+    assert decoded == [decoded[0]] * 4
+
+
+@pytest.mark.parametrize("name", ["llama, biases", "qwen2", "qwen3", "olmo2", "phi3", "gemma3"])
+def test_every_architecture_is_merged_and_tells_its_norms(name):
+    kind, extra = ARCHITECTURES[name]
+    model = make_model(kind, **extra).eval()
+    plain = {name: weight.clone() for name, weight in model.state_dict().items()}
+    add_adapters(model, LoraSettings(r=2, train_norms=True), seed=0)
+    for name, weight in model.named_parameters():
+        is_norm = weight.dim() == 1 and not name.endswith(".bias")
+        assert weight.requires_grad == (is_adapter(name) or is_norm), name
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    weights, again = model.state_dict(), make_model(kind, **extra).eval()
+    assert {name: (weight.shape, weight.dtype) for name, weight in plain.items()} == merged_shapes(weights)
+    again.load_state_dict({name: merged_weight(weights, name, scale=16) for name in plain})
+    with torch.no_grad():
+        expected, merged, before = (each(TOKENS).logits for each in (model, again, make_model(kind, **extra).eval()))
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    assert (before - expected).abs().max() > 0.1
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PeftModel
@@ -216,7 +243,7 @@ def test_the_commands_plan_train_and_measure_adapters(root, tmp_path, monkeypatc
         assert cli(monkeypatch, "fit", *stacked, *arguments) == 2
         assert message in capsys.readouterr().err
         assert not Path("runs").exists()
-    assert cli(monkeypatch, "plan", *stacked, "--json") == 0
+    assert cli(monkeypatch, "plan", *stacked, "--json", "--devices", "2", "--device_memory", "1200KB") == 0
     plan = json.loads(capsys.readouterr().out)
     assert cli(monkeypatch, "fit", *stacked) == 0
     assert cli(monkeypatch, "validate", "--config", "runs/x/config.yaml", "--ckpt_path", "last") == 0
@@ -233,4 +260,7 @@ def test_the_commands_plan_train_and_measure_adapters(root, tmp_path, monkeypatc
     assert (parameters["trained"], parameters["total"], memory["weights"]) == (trained, total, 4 * total)
     assert memory["gradients"] == 4 * trained
     assert memory["optimizer_states"] == sum(moment.nbytes for moment in moments) == 8 * trained
+    assert plan["changes_that_fit"]
+    assert not any("fsdp2" in change["options"] for change in plan["changes_that_fit"])  # which adapters do not run on
+    assert 0.4 < plan["recomputation_cost"] < 0.5  # a forward is a half, without gradients of frozen weights
     assert plan["export_bytes"] == 4 * (total - trained)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from app.cli.adapt import _unchanged
+from app.cli.adaptation import _equal_weights
 from app.generation.loaded_model import load_decoder
 from app.model_files.open import load_pretrained
 from tests.support.runs import TINY_EXIT_BLOCKS, adapt_here, cli
@@ -48,14 +48,14 @@ def folder(tmp_path):
 
 def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(adapt, folder, monkeypatch):
     options = ["--corpus", "corpus", "--exit_layer", "1"]
-    monkeypatch.setattr("app.cli.adapt._PROBE_STEPS", "none")
+    monkeypatch.setattr("app.cli.adaptation._PROBE_STEPS", "none")
     status, said = adapt(*options)
     assert status == 2
     assert "adapt: cache ended with status 2; the same command goes on from there" in said.err
-    monkeypatch.setattr("app.cli.adapt._PROBE_STEPS", 2)
+    monkeypatch.setattr("app.cli.adaptation._PROBE_STEPS", 2)
     status, said = adapt(*options, "--exit_layer", "2")
     assert status == 2
-    assert "exit_layer: got 2, allowed 1 in this work_dir" in said.err
+    assert "exit_layer: got 2, allowed 1 in work_dir out.work" in said.err
     written = (folder / "out.work" / "own.jsonl").read_bytes()
     status, said = adapt(*options)
     assert status == 0, said.err
@@ -65,7 +65,7 @@ def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(
     assert after.dtype == torch.bfloat16
     assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items())
     assert load_decoder(str(folder / "out"), dtype="float32", device="cpu").decoder.own_exits == (1,)
-    assert not _unchanged("model", str(save_model(folder / "other", dtype=torch.bfloat16, tied=True, seed=1)))
+    assert not _equal_weights("model", str(save_model(folder / "other", dtype=torch.bfloat16, tied=True, seed=1)))
 
 
 @pytest.mark.parametrize(

@@ -163,4 +163,4 @@ def adapt_here(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (command[1:3], check) == (["-m", "app"], False)
         return subprocess.CompletedProcess(command, cli(monkeypatch, *command[3:]))
 
-    monkeypatch.setattr("app.cli.adapt.subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr("app.cli.adaptation.subprocess", SimpleNamespace(run=run))

@@ -102,7 +102,7 @@ def _help(verb: str) -> str:
     """Return the verb's help. If it is not known, make that of every verb: most of the time goes into imports."""
     if (kept := kept_help(verb)) is not None:
         return kept
-    os.environ.pop("_ARGCOMPLETE", None)  # the parsers would answer the shell themselves
+    asked = os.environ.pop("_ARGCOMPLETE", None)  # the parsers would answer the shell themselves
     os.environ["COLUMNS"] = "100"
     texts = {verb: io.StringIO() for verb in VERBS}
     for name, text in texts.items():
@@ -110,6 +110,8 @@ def _help(verb: str) -> str:
         with redirect_stdout(text), suppress(SystemExit):
             _run(VERBS[name][0])
         keep_help(name, text.getvalue())
+    if asked is not None:
+        os.environ["_ARGCOMPLETE"] = asked
     return texts[verb].getvalue()
 
 

@@ -9,7 +9,10 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from app.cli.parsing.help_texts import options_in
+from app.cli.parsing.preflight import check_arguments
 from app.cli.train import make_cli
+from app.errors import UserError
 from app.model_files.open import build_model
 from datamodules.loading.tokenizers import train_byte_level_bpe
 from tests.support.runs import Built, cli, write_corpus
@@ -123,12 +126,25 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
 
 
 @pytest.fixture(scope="module")
-def parser(tmp_path_factory):
-    """Of `layerskip fit`, made once."""
+def of_fit(tmp_path_factory):
+    """The command line of `layerskip fit`, made once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("parser"))
         patch.setattr("sys.argv", ["layerskip", "fit", "--config", str(CONFIGS / "quickstart.yaml")])
-        return make_cli(Built).parser
+        return make_cli(Built)
+
+
+@pytest.fixture
+def parser(of_fit):
+    return of_fit.parser
+
+
+def test_no_config_file_is_refused_before_the_parsers_are_loaded(of_fit):
+    options = {"allowed_classes", *options_in(of_fit._subcommand_parsers["fit"].format_help())}
+    for path in CONFIGS.glob("**/*.yaml"):
+        check_arguments(["--config", str(path)], options=options, of_fit=True)
+    with pytest.raises(UserError, match=r"trainer\.callback: unknown key"):
+        check_arguments(["--config", "{trainer: {callback+: []}}"], options=options, of_fit=True)
 
 
 # test_experiments.py reads those of configs/experiment, and what is stacked on them alone.

@@ -1,9 +1,11 @@
 """Before torch is loaded: help, completion, and mistakes that show at once. Loading takes seconds, these must not."""
 
 import json
+import os
 import subprocess
 import sys
 
+from app.cli import main
 from app.cli.parsing import help_texts
 
 FIT_HELP = """
@@ -88,6 +90,17 @@ def test_help_completion_and_mistakes_that_show_at_once_are_answered_without_tor
         assert message in text, command
         assert status == (0 if "--help" in command else 2), command
     assert offered == [*COMPLETED.values()]
+
+
+def test_a_shell_that_asks_before_there_is_help_is_answered_too(tmp_path, monkeypatch):
+    """Not by the parsers, which would complete for themselves, and so must not see that a shell asks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    monkeypatch.setattr(main, "_run", lambda module: sys.stdout.write(f"{module} {os.environ.get('_ARGCOMPLETE')}\n"))
+    monkeypatch.setattr(sys, "argv", ["layerskip"])
+    assert main._help("fit") == "app.cli.train None\n"
+    assert os.environ["_ARGCOMPLETE"] == "1"
 
 
 def test_the_help_of_other_files_is_made_anew(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 It refuses only what is certainly wrong; the parsers find the rest. Tested by tests/contract/test_start_up.py.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, pairwise
@@ -25,6 +26,7 @@ CHECKPOINT_HELP = (
 )
 USE_PREVIOUS = "--fall_back_to_previous true"
 _MOST_VALUES = 100_000  # in a config; aliases make more of a few lines than memory holds
+_APPENDED = re.compile(r"\+(?=\.|$)")  # behind a key whose value is added to a list that other configs give
 _MODELS = {True: ("model.pretrained",), False: ("model", "draft_model")}  # by whether the verb is one of fit's
 
 
@@ -43,7 +45,7 @@ def check_arguments(
     for option, value in given:
         names = [option.rstrip("+")]
         if option in ("config", "c") and value is not None:
-            names = ["config", *_paths(value)]
+            names = ["config", *(_APPENDED.sub("", path) for path in _paths(value))]
         elif option == "prompts" and value is not None and not of_fit:  # `data` writes this file
             read_prompts(value, limit=1)
         elif option == "ckpt_path" and value not in (None, "null") and of_fit:  # `export` has messages of its own

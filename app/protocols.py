@@ -102,6 +102,13 @@ class ExitBlockHost(Protocol):
     def has_exit_blocks(self) -> bool: ...
 
 
+@runtime_checkable
+class AdapterHost(Protocol):
+    """A module whose model may have LoRA adapters; then its own weights are frozen."""
+
+    peft: Any  # app.model.lora.LoraSettings, or None
+
+
 class DraftSize(NamedTuple):
     """What a draft runs beside the first E blocks, in blocks of the model."""
 

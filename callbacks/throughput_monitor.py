@@ -15,7 +15,7 @@ from app.data_ranks import data_ranks
 from app.errors import ConfigError, check_range
 from app.model.process_memory import peak_memory
 from app.planning.step import Micro, MicroBatchCosts, build_fake, measure_micro_batch
-from app.protocols import ArchitectureOwner, EarlyExitHost, ExitBlockHost, LayerDropoutHost
+from app.protocols import AdapterHost, ArchitectureOwner, EarlyExitHost, ExitBlockHost, LayerDropoutHost
 
 
 @dataclass
@@ -95,7 +95,8 @@ class ThroughputMonitor(Callback):
             assert isinstance(pl_module, ArchitectureOwner)
             rows, length = batch["input_ids"].shape
             micro = Micro(batch_size=rows, seq_len=length, num_exits=2)
-            self._costs = measure_micro_batch(*build_fake(pl_module.config, dtype=torch.float32), micro)
+            lora: Any = pl_module.peft if isinstance(pl_module, AdapterHost) else None
+            self._costs = measure_micro_batch(*build_fake(pl_module.config, dtype=torch.float32, lora=lora), micro)
             self._measured_tokens = rows * length
         self._start = time.perf_counter()
 

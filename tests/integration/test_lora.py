@@ -19,6 +19,7 @@ from app.model.lora import LoraSettings, add_adapters, merged_shapes, merged_wei
 from app.model_files.open import load_pretrained
 from app.training.exit_block_settings import ExitBlockSettings
 from app.training.module import LayerSkipModule
+from callbacks import ThroughputMonitor
 from tests.integration.test_resume import StopAfter
 from tests.support.decoding import decode
 from tests.support.runs import Recorder, cli, curricula, make_data, make_module, make_trainer
@@ -181,6 +182,15 @@ def test_an_export_is_merged_and_the_adapter_is_kept_in_peft_s_own_format(root, 
     assert (before - expected).abs().max() > 0.1
 
 
+def test_utilisation_counts_no_gradients_of_frozen_weights(root):
+    flops = []
+    for module in (make_lora(root, r=1), LayerSkipModule(pretrained=str(root / "model.ckpt"))):
+        monitor = ThroughputMonitor(peak_flops=1e12)
+        monitor.on_train_batch_start(None, module, {"input_ids": torch.zeros(4, 24)}, 0)
+        flops.append(sum(monitor._costs.block_flops))
+    assert 0.65 < flops[0] / flops[1] < 0.8
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -249,6 +259,8 @@ def test_the_commands_plan_train_and_measure_adapters(root, tmp_path, monkeypatc
     assert cli(monkeypatch, "validate", "--config", "runs/x/config.yaml", "--ckpt_path", "last") == 0
     assert cli(monkeypatch, "fit", "--config", "runs/x/config.yaml", "--ckpt_path", "last", "--model.peft", "null") == 2
     assert "holds adapters {'r': 16" in capsys.readouterr().err
+    assert cli(monkeypatch, "export", "--model", "runs/x/checkpoints/last.ckpt", "--output_dir", "out") == 0
+    assert "| trained | LoRA adapters, merged here: r 16, alpha 32 |" in Path("out/README.md").read_text()
     content = torch.load("runs/x/checkpoints/last.ckpt", weights_only=True)
     adapters = [weight for name, weight in content["state_dict"].items() if is_adapter(name)]
     trained = sum(adapter.numel() for adapter in adapters)

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from app.cli.adaptation import _equal_weights
+from app.cli.adapt_settings import AdaptSettings
+from app.cli.adaptation import Adaptation, _equal_weights
+from app.errors import ConfigError
 from app.generation.loaded_model import load_decoder
+from app.generation.prompts import read_prompts
 from app.model_files.open import load_pretrained
 from tests.support.runs import TINY_EXIT_BLOCKS, adapt_here, cli
 from tests.support.saved_models import save_model, write_prompts
@@ -82,3 +85,16 @@ def test_mistakes_are_one_message_before_any_work(adapt, folder, options, told):
     assert status == 2
     assert told in said.err
     assert not (folder / "out.work").exists()
+
+
+def test_a_quarter_of_given_prompts_is_held_out_in_halves(folder):
+    texts = [f"prompt {index}" for index in range(12)]
+    given = AdaptSettings(prompts=str(write_prompts(folder / "prompts.jsonl", texts)))
+    adaptation = Adaptation.begin(str(folder / "model"), "out", folder / "work", given)
+    assert adaptation.exit_layer == 1
+    for _ in range(2):  # made, then found
+        learn, tune, test = (read_prompts(str(file)) for file in adaptation._prompts)
+        assert (learn, tune, test) == (texts[:9], texts[9:10], texts[10:])
+    few = AdaptSettings(prompts=str(write_prompts(folder / "few.jsonl", texts[:7])))
+    with pytest.raises(ConfigError, match="at least 8"):
+        Adaptation.begin(str(folder / "model"), "out", folder / "work2", few)._split_prompts()

@@ -107,6 +107,13 @@ def check_early_exits(exit_layers: Sequence[int], *, num_layers: int, instead: s
     raise ConfigError("exit_layers", got=list(exit_layers), allowed=allowed, fix=fix)
 
 
+def check_early_exit(field: str, exit_layer: int, *, num_layers: int) -> None:
+    """Raise ConfigError unless `exit_layer` is in 1..num_layers - 1; a model of one block has none."""
+    if num_layers == 1:
+        raise ConfigError(field, got=exit_layer, allowed="none in a model of one block")
+    check_range(field, exit_layer, low=1, high=num_layers - 1, fix="exits count blocks run")
+
+
 def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
     """Raise ConfigError unless `value` is one of `choices`, such as the keys of a table."""
     if value not in (names := [*choices]):

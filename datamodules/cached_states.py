@@ -221,5 +221,7 @@ def check_exits(
     if exit_layers and min(exit_layers) >= 1 and (num_layers is None or max(exit_layers) < num_layers):
         return
     highest = "num_layers - 1" if num_layers is None else num_layers - 1
-    got = exit_layers and [*exit_layers]
-    raise ConfigError(field, got=got, allowed=f"one or more of 1..{highest}", fix="model.exit_blocks names them, too")
+    got, allowed = exit_layers and [*exit_layers], f"one or more of 1..{highest}"
+    if num_layers == 1:
+        allowed = "none in a model of one block"
+    raise ConfigError(field, got=got, allowed=allowed, fix="model.exit_blocks names them, too")

@@ -21,7 +21,7 @@ import torch
 
 from app import metric_names
 from app.cli.adapt_settings import AdaptSettings
-from app.errors import ConfigError, UserError, check_range
+from app.errors import ConfigError, UserError, check_early_exit, check_range
 from app.generation.prompts import read_prompts
 from app.model.cpu.precision import training_precision
 from app.model_files.decoding_defaults import DEFAULTS_FIELD, SETTING_NAMES
@@ -66,7 +66,7 @@ class Adaptation:
         """
         num_layers = load_config(model, field="model").get_text_config().num_hidden_layers
         exit_layer = max(1, round(num_layers / 15)) if settings.exit_layer is None else settings.exit_layer
-        check_range("exit_layer", exit_layer, low=1, high=num_layers - 1)
+        check_early_exit("exit_layer", exit_layer, num_layers=num_layers)
         check_range("num_exit_blocks", settings.num_exit_blocks, low=0, high=num_layers - exit_layer)
         told = {"model": model, "output_dir": output_dir, **asdict(settings), "exit_layer": exit_layer}
         del told["hours"]

@@ -191,5 +191,5 @@ def _log_to_stderr() -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.write(f"error: {message}\n")  # at once, since other ranks may write there, too
     return 2

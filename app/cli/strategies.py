@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import StrategyRegistry
 
 from app.errors import ConfigError
 from app.training.strategy import MeshStrategy, mesh_sizes
@@ -40,6 +41,9 @@ def check_strategy(trainer: Namespace) -> None:
         raise ConfigError(f"{_PATH}.init_args.start_method", got=start, allowed="popen", fix=_FORKED)
     settings = mesh_settings(trainer["strategy"])
     if settings is None:
+        if isinstance(trainer["strategy"], str) and name not in ("auto", *StrategyRegistry.available_strategies()):
+            fix = "a class is given as {class_path: lightning.pytorch.strategies.NAME}"
+            raise ConfigError(_PATH, got=trainer["strategy"], allowed="auto | ddp | MeshStrategy", fix=fix)
         return
     # A bare name is parsed as the name of a strategy of Lightning's.
     if name != MeshStrategy.__name__ or isinstance(trainer["strategy"], str):

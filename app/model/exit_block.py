@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from app.errors import ConfigError, check_range
+from app.errors import ConfigError, check_early_exit, check_range
 
 ExitBlockStart = Literal["exit", "last"]
 _BY_LAYER = ("layer_types", "no_rope_layers")  # settings of a configuration that have an entry for each block
@@ -39,7 +39,7 @@ class ExitBlock(nn.Module):
         super().__init__()
         decoder: Any = model.get_decoder()
         num_layers = len(decoder.layers)
-        check_range("exit_layer", exit_layer, low=1, high=num_layers - 1)
+        check_early_exit("exit_layer", exit_layer, num_layers=num_layers)
         for layer in source_layers:
             check_range("source_layers", layer, low=0, high=num_layers - 1)
         self.exit_layer, self.source_layers = exit_layer, tuple(source_layers)
@@ -73,7 +73,7 @@ def source_layers(num_layers: int, *, exit_layer: int, num_blocks: int, start: E
         num_blocks: A, at least 0.
         start: `exit` copies blocks E .. E + A - 1, which would run next; `last` the last A blocks.
     """
-    check_range("exit_layer", exit_layer, low=1, high=num_layers - 1)
+    check_early_exit("exit_layer", exit_layer, num_layers=num_layers)
     check_range("num_blocks", num_blocks, low=0, high=num_layers - exit_layer)
     first = exit_layer if start == "exit" else num_layers - num_blocks
     return list(range(first, first + num_blocks))

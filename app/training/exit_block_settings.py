@@ -5,7 +5,7 @@ from typing import get_args
 
 from transformers import PreTrainedConfig
 
-from app.errors import ConfigError, check_choice, check_range
+from app.errors import ConfigError, check_choice, check_early_exit, check_range
 from app.layerskip.distillation import DistillationLoss
 from app.model.exit_block import ExitBlockStart, source_layers
 
@@ -43,7 +43,7 @@ class ExitBlockSettings:
     def sources(self, num_layers: int) -> dict[int, list[int]]:
         """Which of the model's blocks each exit's begin as; ConfigError if it has no such exit or too few blocks."""
         for exit_layer, num_blocks in self.exits.items():
-            check_range("exit_blocks.exits", exit_layer, low=1, high=num_layers - 1, fix="exits count blocks run")
+            check_early_exit("exit_blocks.exits", exit_layer, num_layers=num_layers)
             fix = f"blocks of exit {exit_layer} of {num_layers}"
             check_range("exit_blocks.exits", num_blocks, low=0, high=num_layers - exit_layer, fix=fix)
         return {

@@ -77,10 +77,12 @@ def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(
         ([], "prompts: got 'neither'"),
         (["--corpus", "corpus", "--prompts", "prompts.jsonl"], "prompts: got 'both'"),
         (["--corpus", "corpus", "--exit_layer", "4"], "exit_layer: got 4, allowed [1, 3]"),
+        (["--corpus", "corpus", "--model", "shallow"], "exit_layer: got 1, allowed none in a model of one block"),
         (["--corpus", "corpus", "--hours", "0"], "hours: got 0"),
     ],
 )
 def test_mistakes_are_one_message_before_any_work(adapt, folder, options, told):
+    save_model(folder / "shallow", num_layers=1)
     status, said = adapt(*options)
     assert status == 2
     assert told in said.err

@@ -24,6 +24,7 @@ SIZES = "trainer.strategy.init_args"
             ["--trainer.strategy=FSDPStrategy"],
             "trainer.strategy: got 'FSDPStrategy', allowed auto | ddp | MeshStrategy",
         ),
+        (["--trainer.strategy=DDPStrategy"], "a class is given as {class_path: lightning.pytorch.strategies.NAME}"),
         (["--trainer.strategy=ddp_notebook"], "trainer.strategy: got 'ddp_notebook', allowed auto | ddp |"),
         (["--trainer.strategy=ddp_fork_find_unused_parameters_true"], "locks and threads; ddp starts them afresh"),
         (

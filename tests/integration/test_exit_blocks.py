@@ -260,6 +260,8 @@ def test_exit_blocks_need_a_trained_model_that_has_the_exit(root):
             )
     with pytest.raises(ConfigError, match=r"exit_blocks.exits: got 4, allowed \[1, 3\]"):
         make_exit_blocks(root, exits={4: 0})
+    with pytest.raises(ConfigError, match=r"exit_blocks.exits: got 1, allowed none in a model of one block"):
+        ExitBlockSettings({1: 1}).sources(1)
     with pytest.raises(ConfigError, match=r"exit_blocks.exits: got 3, allowed \[0, 2\].*exit 2"):
         make_exit_blocks(root, exits={2: 3})
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from app.checkpoints.atomic import find_checkpoint
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.contents import read_whole
-from app.checkpoints.integrity import check_bytes
+from app.checkpoints.integrity import check_bytes, check_finite
+from app.checkpoints.weights import OPTIMIZER_STATES, STATE_DICT
+from app.cli.parsing.preflight import walk
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError
 from app.model.process_memory import give_back_freed
@@ -40,6 +42,8 @@ def consolidate(*, ckpt_path: str, output: str, overwrite: bool = False) -> None
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         content = read_whole(directory, keep=lambda tensor: _mapped(tensor, Path(scratch)))
+        learnt = {part: content.get(part) for part in (STATE_DICT, OPTIMIZER_STATES)}
+        check_finite(directory, {path: value for path, value in walk(learnt) if isinstance(value, Tensor)})
         AtomicCheckpointIO().save_checkpoint(content, target)
     num_tensors = len(content["state_dict"])
     print(f"{target}: step {content['global_step']}, {num_tensors} tensors of the model, its optimizer, data position")

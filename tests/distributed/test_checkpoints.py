@@ -220,6 +220,7 @@ def same(one, other, *, skip=frozenset()):
         (["--ckpt_path", "DIRECTORY", "--output", "precious.ckpt"], "output: got 'precious.ckpt', allowed a new file"),
         (["--ckpt_path", "COPIED", "--output", "out.ckpt"], "not all there (manifest.json is missing)"),
         (["--ckpt_path", "EMPTY", "--output", "out.ckpt"], "EMPTY: no weights are in its shards"),
+        (["--ckpt_path", "POISONED", "--output", "out.ckpt"], "exp_avg holds NaN or infinity in float32"),
     ],
 )
 def test_what_cannot_be_consolidated_is_refused_and_nothing_is_written(
@@ -228,6 +229,7 @@ def test_what_cannot_be_consolidated_is_refused_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     directory = root / "mesh_half" / "last.ckpt"
     places = {"FILE": root / "ddp_half" / "last.ckpt", "DIRECTORY": directory}
+    places["POISONED"] = root / "poisoned" / "last.ckpt"
     if "DAMAGED" in arguments:
         places["DAMAGED"] = damaged_copy(directory, tmp_path, "__1_0.distcp")
     if "EMPTY" in arguments:

@@ -124,10 +124,6 @@ class PlanCLI(BesideFitCLI):
             if not isinstance(self._data.get(name), int):
                 raise ConfigError(f"data.init_args.{name}", got=self._data.get(name), allowed="a number")
             check_range(f"data.init_args.{name}", self._data[name], low=1)
-        if model["exit_blocks"] is not None:
-            model["exit_blocks"] = None
-            what = "the tables tell what training the whole model would take; training exit blocks takes less"
-            _log.warning("model.exit_blocks: %s", what)
         self._from_scratch = model["pretrained"] is None
         if model["config"] is not None:
             model["pretrained"] = None  # the config describes the pretrained model, which need not be here yet

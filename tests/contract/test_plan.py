@@ -118,10 +118,6 @@ def test_of_a_pretrained_model_config_json_alone_is_read(plan_json, plan, tmp_pa
     assert len(found["parameters"]["blocks"]) == 6
     assert "time_scale" not in str(found["departures"])  # which is for models from scratch
     assert "time_scale" in str(plan_json()["departures"])
-    exit_blocks = ("--model.exit_blocks.exits", "{1: 1}")
-    assert (
-        "model.exit_blocks: the tables tell what training the whole model would" in plan(*pretrained, *exit_blocks).err
-    )
     described = plan_json("--model.pretrained", "not/here/yet")
     assert len(described["parameters"]["blocks"]) == 4
     assert "time_scale" not in str(described["departures"])

@@ -1,5 +1,7 @@
 """What the rooms ask of one another: small protocols, so that each room can be tested with a ten-line fake.
 
+It is one long file, so that all that rooms promise one another is found in one place.
+
 Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary.
 An `exit_layer` counts blocks RUN before unembedding: 1..num_layers; num_layers is the full model.
 """

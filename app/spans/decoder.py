@@ -16,6 +16,7 @@ from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu.products import Product
 from app.model.exit_block import ExitBlock
 from app.protocols import DecoderCache
+from app.spans.attention_masks import attention_mask, causal_mask, needs_no_mask
 from app.spans.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, Sight, is_functional
 from app.spans.kv_cache import KeyValueCache
 
@@ -186,7 +187,7 @@ class SpanDecoder:
         assert isinstance(cache, KeyValueCache)
         num_new, starts = hidden_BTD.shape[1], cache.lengths(start)
         windows = self._windows[start:stop]
-        if num_new > _PIECE and not all(_needs_no_mask(starts, num_new, window) for window in windows):
+        if num_new > _PIECE and not all(needs_no_mask(starts, num_new, window) for window in windows):
             return self._run_in_pieces(hidden_BTD, start, stop, cache=cache)
         tables = self._rotary_tables(cache, start, num_new, like=hidden_BTD)
         sights = {window: self._sight(starts, tables.positions, window, like=hidden_BTD) for window in set(windows)}
@@ -202,7 +203,7 @@ class SpanDecoder:
         starts, num_new = cache.lengths(start), hidden_BTD.shape[1]
         for window, run in groupby(range(start, stop), self._windows.__getitem__):
             blocks = list(run)
-            size = num_new if _needs_no_mask(starts, num_new, window) else _PIECE
+            size = num_new if needs_no_mask(starts, num_new, window) else _PIECE
             pieces = [
                 self.run_blocks(piece, start=blocks[0], stop=blocks[-1] + 1, cache=cache)
                 for piece in torch.split(hidden_BTD, size, dim=1)
@@ -234,7 +235,7 @@ class SpanDecoder:
         mask = attention_mask(starts, queries_BT=queries_BT, window=window, first=first, like=like)
         if self._blocks and num_new <= FOLD_UP_TO:
             if mask is None and num_new > 1:  # SDPA's causal rule is wrong for query heads folded into positions
-                mask = _causal_mask(num_new, num_new, like=like)
+                mask = causal_mask(num_new, num_new, like=like)
             if mask is not None and self._query_groups > 1:
                 mask = mask.repeat(1, 1, self._query_groups, 1)
         return Sight(first, mask)
@@ -284,48 +285,3 @@ def _sliding_windows(config: PretrainedConfig) -> list[int | None]:
             return [config.sliding_window] * config.num_hidden_layers
         case "by_layer_type":
             return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
-
-
-def attention_mask(
-    starts: Sequence[int], *, queries_BT: Tensor, window: int | None, first: int = 0, like: Tensor
-) -> Tensor | None:
-    """Zeros and -inf [1 or B, 1, T, S - first] for the scores, or None where SDPA needs no mask.
-
-    Position i sees every j <= i, and with a window w only j > i - w. Without a mask SDPA lets one query see everything
-    and treats several as causal from position 0, so those two cases need none.
-
-    Args:
-        starts: Stored positions of each sequence.
-        queries_BT: The new positions, which begin there; [1, T] where all sequences are equally long.
-        window: w, or None.
-        first: First position that any new one sees.
-        like: A tensor of the wanted type and device.
-    """
-    num_new = queries_BT.shape[1]
-    num_stored = max(starts) + num_new
-    if _needs_no_mask(starts, num_new, window, first):
-        return None
-    if min(starts) == max(starts) and _fits(num_stored - first, window):
-        return _causal_mask(num_new, num_stored - first, like=like)
-    query_BT1 = queries_BT[..., None]
-    key_S = torch.arange(first, num_stored, device=like.device)
-    hidden_BTS = key_S > query_BT1
-    if window is not None:
-        hidden_BTS |= key_S <= query_BT1 - window
-    return like.new_zeros(hidden_BTS.shape).masked_fill_(hidden_BTS, float("-inf"))[:, None]
-
-
-def _needs_no_mask(starts: Sequence[int], num_new: int, window: int | None, first: int = 0) -> bool:
-    """Whether SDPA is right without a mask for `num_new` positions that see stored ones from `first` on."""
-    fits = _fits(max(starts) + num_new - first, window)
-    return min(starts) == max(starts) and fits and (num_new == 1 or max(starts) == 0)
-
-
-def _fits(num_positions: int, window: int | None) -> bool:
-    return window is None or num_positions <= window
-
-
-def _causal_mask(num_new: int, num_stored: int, *, like: Tensor) -> Tensor:
-    """The mask [1, 1, T, S] of the last `num_new` of the stored positions without a window."""
-    blocked = like.new_full((num_new, num_stored), float("-inf"))
-    return blocked.triu_(num_stored - num_new + 1)[None, None]

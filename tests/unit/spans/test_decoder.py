@@ -6,7 +6,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from app.errors import ConfigError
-from app.spans.decoder import SUPPORTED_MODEL_TYPES, SpanDecoder, attention_mask
+from app.spans.attention_masks import attention_mask
+from app.spans.decoder import SUPPORTED_MODEL_TYPES, SpanDecoder
 from app.spans.functional_block import FUNCTIONAL_MODEL_TYPES
 from tests.support.tiny_models import tiny_llama
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -15,30 +15,46 @@ _CHUNK = 2**22  # values that are converted at a time
 
 
 def weights_hash(state: Mapping[str, Tensor], *, exit_layer: int) -> str:
-    """Hash of all that the states leaving block E - 1, the final norm and the head depend on.
+    """The hash of a single exit E; see `weights_hashes`."""
+    return weights_hashes(state, [exit_layer])[exit_layer]
 
-    It covers names, shapes and values of all weights but those of blocks E and later. Values count as bfloat16, so that
-    the type a file keeps them in does not matter. A head that equals the embeddings counts as tied, present or not.
+
+def weights_hashes(state: Mapping[str, Tensor], exit_layers: Collection[int]) -> dict[int, str]:
+    """Hash, for each exit E, of all that the states leaving block E - 1, the final norm and the head depend on.
+
+    Each weight is read once. A hash covers names, shapes and values of all weights but those of blocks E and later.
+    Values count as bfloat16, so that the type a file keeps them in does not matter. A head that equals the embeddings
+    counts as tied, present or not.
 
     Args:
         state: Weights by Hugging Face name, as of `PreTrainedModel.state_dict`; on any device.
-        exit_layer: E, at least 1.
+        exit_layers: Each E, at least 1.
 
     Returns:
-        SHA-256, as 64 hexadecimal digits.
+        Exit layer -> SHA-256, as 64 hexadecimal digits.
 
     Raises:
         ConfigError: There is no block E - 1 in `state`.
     """
     layer_of = {name: int(found[1]) if (found := _BLOCK.search(name)) else None for name in state}
-    if exit_layer - 1 not in layer_of.values():
-        last = max((layer for layer in layer_of.values() if layer is not None), default=-1)
-        raise ConfigError("exit_layer", got=exit_layer, allowed=f"1..{last + 1}, the blocks whose weights are given")
-    digests = {name: _digest(state[name]) for name, layer in layer_of.items() if layer is None or layer < exit_layer}
+    for exit_layer in exit_layers:
+        if exit_layer - 1 not in layer_of.values():
+            last = max((layer for layer in layer_of.values() if layer is not None), default=-1)
+            allowed = f"1..{last + 1}, the blocks whose weights are given"
+            raise ConfigError("exit_layer", got=exit_layer, allowed=allowed)
+    deepest = max(exit_layers, default=0)
+    digests = {name: _digest(state[name]) for name, layer in layer_of.items() if layer is None or layer < deepest}
     embeddings = [digest for name, digest in digests.items() if _EMBEDDINGS.search(name)]
     if digests.get(_HEAD) in embeddings:
         del digests[_HEAD]
-    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+
+    def hash_of(exit_layer: int) -> str:
+        below = {
+            name: each for name, each in digests.items() if (layer := layer_of[name]) is None or layer < exit_layer
+        }
+        return hashlib.sha256(repr(sorted(below.items())).encode()).hexdigest()
+
+    return {exit_layer: hash_of(exit_layer) for exit_layer in exit_layers}
 
 
 def _digest(tensor: Tensor) -> str:

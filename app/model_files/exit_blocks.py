@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, EXIT_BLOCKS_PREFIX, is_trained_weights, open_trained_weights
 from app.errors import CheckpointError, UserError, shortened
 from app.model.exit_block import ExitBlock, exit_blocks_of
-from app.model.weights_hash import weights_hash
+from app.model.weights_hash import weights_hashes
 from app.model_files.open import load_for_decoding
 
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"
@@ -41,7 +41,7 @@ class StoredExitBlocks(NamedTuple):
 
     def as_file(self, model_state: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> bytes:
         """The content of an exit block file beside a model with these weights, by Hugging Face name, in this type."""
-        hashes = {exit_layer: weights_hash(model_state, exit_layer=exit_layer) for exit_layer in self.sources}
+        hashes = weights_hashes(model_state, self.sources)
         metadata = {_FORMAT: "1", _SOURCES: json.dumps(self.sources), _HASHES: json.dumps(hashes)}
         return save({name: each.detach().to(dtype).contiguous().cpu() for name, each in self.state.items()}, metadata)
 
@@ -107,8 +107,8 @@ def load_exit_blocks(path: str, model: PreTrainedModel) -> dict[int, ExitBlock]:
     if stored.hashes is not None:
         # Whoever loads in float16 rounds otherwise than to bfloat16, in which the hash was taken.
         own = model if model.dtype != torch.float16 else load_for_decoding(path, dtype=None)[0]
-        for exit_layer in stored.sources:
-            if weights_hash(own.state_dict(), exit_layer=exit_layer) != stored.hashes.get(exit_layer):
+        for exit_layer, found in weights_hashes(own.state_dict(), stored.sources).items():
+            if found != stored.hashes.get(exit_layer):
                 other = (
                     f"blocks below {exit_layer}, embeddings, final norm or head are not those that exit {exit_layer}"
                 )

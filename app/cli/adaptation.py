@@ -29,7 +29,7 @@ from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, draft_vocabu
 from app.model_files.generation_config import read_generation_config
 from app.model_files.open import load_config, load_pretrained, open_tokenizer
 from app.tables import Table
-from app.text.text_tokens import listed_ends
+from app.text.text_tokens import end_token_ids
 from app.whole_file import write_whole
 from app.words import dtype_name
 from datamodules import Source, TextCodeDataModule
@@ -230,8 +230,7 @@ class Adaptation:
         draft = self.exit_layer + self.settings.num_exit_blocks + head
         if head * (1 - 1 / _VOCABULARY_SHARE) < _LEAST_GAIN * draft:
             return None
-        told = config, model.generation_config, open_tokenizer(self.model, field="model")
-        ends = sorted({end for each in told for end in listed_ends(each.eos_token_id)})
+        ends = end_token_ids(model.generation_config, open_tokenizer(self.model, field="model"))
         size = max(len(ends), config.vocab_size // _VOCABULARY_SHARE)
         chosen = most_frequent(self._own_tokens, size=size, vocab_size=config.vocab_size, ends=ends)
         return self._made(DRAFT_VOCABULARY_FILE, draft_vocabulary_file(chosen).decode)

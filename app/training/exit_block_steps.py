@@ -86,7 +86,8 @@ class ExitBlockSteps(EvaluationSteps):
             raise ConfigError("trainer.strategy", got=got, allowed=allowed)
         self.exit_blocks = exit_blocks_of(model, self._sources)
         if self._exit_settings and (file := self._exit_settings.vocabulary):
-            vocab_size, ends = model.config.get_text_config().vocab_size, listed_ends(model.config.eos_token_id)
+            vocab_size = model.config.get_text_config().vocab_size
+            ends = listed_ends(model.generation_config.eos_token_id)
             self._token_ids_V = torch.tensor(read_draft_vocabulary(Path(file), vocab_size=vocab_size, ends=ends))
         model.requires_grad_(False)
         keep_tables_exact(self.exit_blocks)

@@ -38,11 +38,21 @@ class AdaptSettings:
         check_range("hours", self.hours, low=0.01)
         check_range("own_share", self.own_share, low=0.05, high=1.0)
         check_range("max_new_tokens", self.max_new_tokens, low=2)
-        if (self.prompts is not None) == self.has_corpus:
-            got = "both" if self.has_corpus else "neither"
-            raise ConfigError("prompts", got=got, allowed="exactly one of prompts and corpus")
+        check_prompts_or_corpus(self.prompts, has_corpus=self.has_corpus)
 
     @property
     def has_corpus(self) -> bool:
         """Whether there is a corpus to read, or else prompts alone."""
-        return self.corpus is not None or self.corpus_kind.startswith("stdlib")
+        return names_corpus(self.corpus, self.corpus_kind)
+
+
+def names_corpus(corpus: str | None, kind: SourceKind) -> bool:
+    """Whether there is a corpus: one that is named, or one that every machine has."""
+    return corpus is not None or kind.startswith("stdlib")
+
+
+def check_prompts_or_corpus(prompts: str | None, *, has_corpus: bool) -> None:
+    """Raise ConfigError unless there are either prompts or a corpus."""
+    if (prompts is not None) == has_corpus:
+        got = "both" if has_corpus else "neither"
+        raise ConfigError("prompts", got=got, allowed="exactly one of prompts and corpus")

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from app.cli.adapt_settings import check_prompts_or_corpus, names_corpus
 from app.cli.parsing.verb_parser import call_verb
-from app.errors import ConfigError, DataError, check_range
+from app.errors import DataError, check_range
 from app.generation.loaded_model import Device, Dtype, LoadedModel, load_decoder
 from app.generation.options import GenerationOptions
 from app.generation.own_text import OwnText
@@ -67,10 +68,7 @@ def write(
     """
     check_range("num_prompts", num_prompts, low=1)
     check_range("prompt_length", prompt_length, low=1)
-    from_corpus = corpus is not None or corpus_kind.startswith("stdlib")
-    if (prompts is not None) == from_corpus:
-        got = "both" if from_corpus else "neither"
-        raise ConfigError("prompts", got=got, allowed="exactly one of prompts and corpus")
+    check_prompts_or_corpus(prompts, has_corpus=names_corpus(corpus, corpus_kind))
     chosen = GenerationOptions(**options)
     if chosen.strategy is None:  # batches gain little from drafts
         chosen = replace(chosen, strategy="autoregressive")

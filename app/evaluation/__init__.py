@@ -1,0 +1,1 @@
+"""Measures every exit of a model on tasks: multiple choice, perplexity, and what it generates."""

@@ -1,0 +1,99 @@
+"""What an evaluation is of, what it is asked to do, and what it finds out about each example."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from app.errors import check_choice, check_range
+from app.evaluation.rows import Item
+from app.evaluation.task import Task
+from app.protocols import ExitableDecoder
+
+# likelihood: the exit's own probabilities. early_exit: what is decoded from it, lossy. self_speculative: drafts from it
+# which the full model verifies, lossless. autoregressive: the full model alone.
+Strategy = Literal["likelihood", "autoregressive", "early_exit", "self_speculative"]
+OnLong = Literal["truncate_left", "skip", "error"]
+ON_LONG: tuple[OnLong, ...] = ("truncate_left", "skip", "error")
+
+
+class Subject(NamedTuple):
+    """The model that is measured, in eval mode.
+
+    Attributes:
+        decoder: The view on its weights; exits with blocks of their own are exits like others.
+        tokenizer: Of transformers.
+        eos_token_ids: Every token id that ends a text.
+    """
+
+    decoder: ExitableDecoder
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is done with each task.
+
+    Args:
+        exit_layers: Exits to measure, each from 1 to the model's number of layers, which is the full model; all by
+            default.
+        limit: Take so many rows of each task, at least 1, as many of each group (such as a subject) as of any other.
+            Of texts it counts windows.
+        num_shots: Worked examples before each question instead of each task's own number.
+        batch_size: Examples that are run together, at least 1; it does not change the results.
+        on_long: What to do with a prompt that is longer than the model's context: leave out its beginning, skip the
+            row, or stop with an error. How many there were is told.
+        window: Tokens of a window of text in which perplexity is measured, at least 2; by default 1024, or the context
+            if that is shorter.
+        num_draft_tokens: Draft length of self-speculative decoding in generation tasks, at least 1.
+        allow_running_programs: Run the programs that the model writes, which the tasks that are scored by tests need.
+    """
+
+    exit_layers: list[int] | None = None
+    limit: int | None = None
+    num_shots: int | None = None
+    batch_size: int = 8
+    on_long: OnLong = "truncate_left"
+    window: int | None = None
+    num_draft_tokens: int = 4
+    allow_running_programs: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("num_shots", 0), ("batch_size", 1), ("window", 2), ("num_draft_tokens", 1)):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low=least)
+        check_choice("on_long", self.on_long, ON_LONG)
+
+
+class Score(NamedTuple):
+    """The figures of one example at one exit, by metric."""
+
+    exit_layer: int
+    strategy: Strategy
+    values: Mapping[str, float]
+
+
+class Record(NamedTuple):
+    """What was found out about one example.
+
+    Attributes:
+        task: Name of the task.
+        row: The example's place in its task; with `task` it tells records apart.
+        group: What the results are told by beside the whole.
+        scores: One of each exit and strategy; none for a row that was skipped.
+        weight: What the figures count in means, such as a window's number of tokens.
+        truncated: Whether the beginning of the prompt was left out.
+        detail: Whatever helps a reader to look into it, as JSON.
+    """
+
+    task: str
+    row: int
+    group: str
+    scores: tuple[Score, ...]
+    weight: float = 1.0
+    truncated: bool = False
+    detail: Mapping[str, Any] = {}
+
+
+# Scores the items of one task at all exits, and yields records as they are done, in any order.
+Runner = Callable[[Subject, Task, Sequence[Item], Sequence[int], EvaluationSettings], Iterator[Record]]

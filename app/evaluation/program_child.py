@@ -3,6 +3,8 @@
 Its source is passed to `python -c`, so that a user who may not read this file can run it. Standard input has a JSON
 document: the program, the limits, the folder, whether the process is in namespaces of its own, and what to write to
 which file descriptor once it is ready, once the program has come to its end, and if its time on the CPU is over.
+
+Tested by tests/unit/evaluation/test_programs.py.
 """
 
 import ctypes

@@ -43,9 +43,11 @@ class EvaluationSettings:
         batch_size: Examples that are run together, at least 1; it does not change the results.
         on_long: What to do with a prompt that is longer than the model's context: leave out its beginning, skip the
             row, or stop with an error. How many there were is told.
+        max_new_tokens: Most tokens of a generated answer instead of each task's own number, at least 2.
         window: Tokens of a window of text in which perplexity is measured, at least 2; by default 1024, or the context
             if that is shorter.
-        num_draft_tokens: Draft length of self-speculative decoding in generation tasks, at least 1.
+        num_draft_tokens: Draft length of self-speculative decoding in generation tasks, which is measured beside each
+            early exit; 0 leaves it out.
         allow_running_programs: Run the programs that the model writes, which the tasks that are scored by tests need.
     """
 
@@ -54,23 +56,49 @@ class EvaluationSettings:
     num_shots: int | None = None
     batch_size: int = 8
     on_long: OnLong = "truncate_left"
+    max_new_tokens: int | None = None
     window: int | None = None
     num_draft_tokens: int = 4
     allow_running_programs: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("num_shots", 0), ("batch_size", 1), ("window", 2), ("num_draft_tokens", 1)):
+        for name, least in (
+            ("limit", 1),
+            ("num_shots", 0),
+            ("batch_size", 1),
+            ("max_new_tokens", 2),
+            ("window", 2),
+            ("num_draft_tokens", 0),
+        ):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low=least)
         check_choice("on_long", self.on_long, ON_LONG)
 
 
+class Decoded(NamedTuple):
+    """How the answer to one example was decoded; the pass over the prompt and its token are left out.
+
+    Attributes:
+        tokens: New tokens after the first.
+        seconds: The time for them; examples that were decoded together share it equally.
+        drafted, accepted: Tokens that were drafted, and those of them that the full model kept.
+        identical: Whether the tokens are those of autoregressive decoding; None where they need not be.
+    """
+
+    tokens: int
+    seconds: float
+    drafted: int = 0
+    accepted: int = 0
+    identical: bool | None = None
+
+
 class Score(NamedTuple):
-    """The figures of one example at one exit, by metric."""
+    """The figures of one example at one exit, by metric, and how it was decoded if something was generated."""
 
     exit_layer: int
     strategy: Strategy
     values: Mapping[str, float]
+    decoded: Decoded | None = None
 
 
 class Record(NamedTuple):

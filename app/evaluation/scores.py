@@ -18,7 +18,7 @@ _FINAL_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 _NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
-def exact_match(answer: str, references: Sequence[str], normalise: Normalise) -> float:
+def exact_match(answer: str, references: Sequence[str], normalise: Normalise = str) -> float:
     """1.0 if the normalised answer is one of the normalised references, else 0.0."""
     return float(normalise(answer) in {normalise(reference) for reference in references})
 

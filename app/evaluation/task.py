@@ -193,16 +193,17 @@ class ChoiceTask(_Task):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTask(_Task):
-    """A task that is scored on what the model writes.
+    """A task that is scored on what the model writes, by `score` or by running `program`; it has one of the two.
 
     Attributes:
         score: The figures of an answer, by metric, each between 0 and 1; the model's text has no stop text at its end.
-        runs_programs: Whether `score` runs a program that the model wrote, which the user must allow.
+        program: The program that an answer makes, which comes to its last line only if the answer is right. The metric
+            is pass@1. The user must allow it, since the model wrote a part of the program.
     """
 
     example: Callable[[Row], GenerationExample]
-    score: Callable[[str, GenerationExample], dict[str, float]]
-    runs_programs: bool = False
+    score: Callable[[str, GenerationExample], dict[str, float]] | None = None
+    program: Callable[[str, GenerationExample], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from app.errors import DataError
-from app.topv2.semantic_parse import TARGET_FORMATS, ParseError, TargetFormat, frame
+from app.topv2.semantic_parse import TARGET_FORMATS, Node, ParseError, TargetFormat, frame
 
 
 class ParseScore(NamedTuple):
@@ -27,6 +27,23 @@ class ParseScores(NamedTuple):
     by_group: dict[str, ParseScore]
 
 
+class ParseHits(NamedTuple):
+    """What is right of one answer, in the sense of `ParseScore`."""
+
+    exact_match: bool
+    frame_match: bool
+    well_formed: bool
+
+
+def judge(answer: str, right: Node, *, target_format: TargetFormat) -> ParseHits:
+    """Compare an answer, which may be any text, with the right parse."""
+    try:
+        tree = TARGET_FORMATS[target_format].decode(answer)
+    except ParseError:  # it counts as a wrong answer
+        return ParseHits(exact_match=False, frame_match=False, well_formed=False)
+    return ParseHits(exact_match=tree == right, frame_match=frame(tree) == frame(right), well_formed=True)
+
+
 class ParseExactMatch(Metric):
     """Exact match of answers with their references, summed over batches and ranks.
 
@@ -42,7 +59,7 @@ class ParseExactMatch(Metric):
     def __init__(self, groups: Sequence[str], *, target_format: TargetFormat) -> None:
         super().__init__()
         self.groups = tuple(sorted(set(groups)))
-        self._decode = TARGET_FORMATS[target_format].decode
+        self._target_format = target_format
         zeros = torch.zeros(len(self.groups), 4, dtype=torch.int64)  # exact, frame, well-formed, all
         self.add_state("counts_G4", zeros, dist_reduce_fx="sum")
 
@@ -50,15 +67,11 @@ class ParseExactMatch(Metric):
         """Add answers, which may be any text; DataError if a reference is no parse."""
         for answer, reference, group in zip(answers, references, groups, strict=True):
             try:
-                right = self._decode(reference)
+                right = TARGET_FORMATS[self._target_format].decode(reference)
             except ParseError as error:
                 raise DataError(f"reference {reference!r} of {group}: {error}") from error
-            try:
-                tree = self._decode(answer)
-            except ParseError:  # it counts as a wrong answer
-                tree = None
-            hits = (tree == right, tree is not None and frame(tree) == frame(right), tree is not None, True)
-            self.counts_G4[self.groups.index(group)] += torch.tensor(hits, device=self.counts_G4.device)
+            hits = judge(answer, right, target_format=self._target_format)
+            self.counts_G4[self.groups.index(group)] += torch.tensor((*hits, True), device=self.counts_G4.device)
 
     def compute(self) -> ParseScores | None:
         """Return the scores of everything that was added; None if nothing was."""

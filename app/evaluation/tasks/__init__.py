@@ -2,5 +2,21 @@
 
 from app.evaluation.task import Task
 from app.evaluation.tasks.boolq import BOOLQ
+from app.evaluation.tasks.code import HUMANEVAL, MBPP
+from app.evaluation.tasks.gsm8k import GSM8K
+from app.evaluation.tasks.open_questions import NQ_OPEN, TRIVIAQA
+from app.evaluation.tasks.summaries import CNN_DM, XSUM
+from app.evaluation.tasks.topv2 import TOPV2
 
-TASKS: dict[str, Task] = {task.name: task for task in (BOOLQ,)}
+_TASKS: tuple[Task, ...] = (
+    BOOLQ,
+    CNN_DM,
+    GSM8K,
+    HUMANEVAL,
+    MBPP,
+    NQ_OPEN,
+    TOPV2,
+    TRIVIAQA,
+    XSUM,
+)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

@@ -1,0 +1,54 @@
+"""Python functions that must pass tests: HumanEval (Chen et al. 2021) and MBPP (Austin et al. 2021), pass@1, greedy.
+
+Prompts and ends of answers are those of lm-evaluation-harness.
+"""
+
+from app.evaluation.task import GenerationExample, GenerationTask, HubRows, Row
+
+_MAX_NEW_TOKENS = 512
+
+
+def _humaneval(row: Row) -> GenerationExample:
+    return GenerationExample(
+        prompt=row.text("prompt"),
+        references=(row.text("canonical_solution"),),
+        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+        max_new_tokens=_MAX_NEW_TOKENS,
+        data={"tests": f"{row.text('test')}\ncheck({row.text('entry_point')})\n"},
+    )
+
+
+def _humaneval_program(text: str, example: GenerationExample) -> str:
+    return f"{example.prompt}{text}\n{example.data['tests']}"
+
+
+def _mbpp(row: Row) -> GenerationExample:
+    tests = "\n".join(row.texts("test_list"))
+    setup = row.text("test_setup_code") if "test_setup_code" in row else ""
+    task = f"You are an expert Python programmer, and here is your task: {row.text('text')}"
+    return GenerationExample(
+        prompt=f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n",
+        references=(f"{row.text('code')}\n[DONE]",),
+        stop=("[DONE]",),
+        max_new_tokens=_MAX_NEW_TOKENS,
+        data={"setup": setup, "tests": tests},
+    )
+
+
+def _mbpp_program(text: str, example: GenerationExample) -> str:
+    return f"{example.data['setup']}\n{text}\n{example.data['tests']}\n"
+
+
+HUMANEVAL = GenerationTask(
+    name="humaneval",
+    hub=HubRows(path="openai/openai_humaneval", split="test"),
+    example=_humaneval,
+    program=_humaneval_program,
+)
+MBPP = GenerationTask(
+    name="mbpp",
+    hub=HubRows(path="google-research-datasets/mbpp", config="full", split="test", shots_split="prompt"),
+    num_shots=3,
+    example=_mbpp,
+    program=_mbpp_program,
+)

@@ -13,14 +13,15 @@ from transformers import PreTrainedConfig
 from typing_extensions import override
 
 from app.cli.beside_fit import BesideFitCLI, run_beside_fit
-from app.cli.cache_plan import plan_cache
 from app.cli.early_checks import states_arguments
+from app.cli.exit_block_plan import distillation_of, plan_cache, refuse_without_weights
 from app.cli.messages import locate
 from app.cli.strategies import mesh_of, mesh_settings, name_of, settings_of
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_range
 from app.model.lora import refused_strategy
 from app.model_files.open import load_config
+from app.planning.exit_blocks import plan_exit_blocks
 from app.planning.memory import Layout
 from app.planning.plan import Change, Machine, Plan, changes_that_fit, plan_training
 from app.planning.recipe import Recipe
@@ -111,11 +112,9 @@ class PlanCLI(BesideFitCLI):
         for name, value in _HERE.items():
             trainer[name] = value
         self._states = states_arguments(config)
-        exit_blocks, model["exit_blocks"] = model["exit_blocks"], None  # they need the weights
-        if exit_blocks is not None and self._states is None:
-            fix = "stack configs/data/cached_states.yaml on it"
-            allowed = "none, unless the data are a CachedStatesDataModule: plan tells the size of its cache alone"
-            raise ConfigError("model.exit_blocks", got=exit_blocks["exits"], allowed=allowed, fix=fix)
+        self._exit_blocks, model["exit_blocks"] = model["exit_blocks"], None  # they need the weights
+        if self._exit_blocks is not None:
+            refuse_without_weights(config, layout=self._layout)
         self._data = config.pop("data")["init_args"]
         if self._states is not None:
             corpus = self._states["corpus"]["init_args"]
@@ -134,13 +133,7 @@ class PlanCLI(BesideFitCLI):
             raise ConfigError("model.pretrained", got=None, allowed="a model's directory, or model.config", fix=fix)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if self._states is not None:
-            cache = plan_cache(self._states, self.model.config)
-            if self._options.json:
-                print(json.dumps({"cache": cache._asdict()}))
-            else:
-                print_table(cache.table())
-            return
+        cache = None if self._states is None else plan_cache(self._states, self.model.config)
         try:
             plan = self._plan(self._recipe(), self._layout)
             is_short = plan.fits_with(checkpointing=plan.checkpointing) is False
@@ -148,8 +141,10 @@ class PlanCLI(BesideFitCLI):
         except ConfigError as error:
             raise locate(error, self.plain_config()) from error
         if self._options.json:
-            print(json.dumps(_as_dict(plan, changes)))
+            print(json.dumps(({} if cache is None else {"cache": cache._asdict()}) | _as_dict(plan, changes)))
             return
+        if cache is not None:
+            print_table(cache.table(plan, self._options.machine()))
         for table in plan_tables(plan, self._options.machine()):
             print_table(table)
         if is_short:
@@ -182,17 +177,14 @@ class PlanCLI(BesideFitCLI):
         )
 
     def _plan(self, recipe: Recipe, layout: Layout) -> Plan:
-        return plan_training(
-            self.model.config,
-            recipe,
-            lambda stand_in: self.model.optimizer_over(stand_in)["optimizer"],
-            layout=layout,
-            dtype=self._dtype,
-            autocast=self._autocast,
-            checkpointing=self.model.activation_checkpointing,
-            machine=self._options.machine(),
-            lora=self.model.peft,
-        )
+        given = (self.model.config, recipe, lambda stand_in: self.model.optimizer_over(stand_in)["optimizer"])
+        settings: dict[str, Any] = {"layout": layout, "dtype": self._dtype, "autocast": self._autocast}
+        settings["machine"] = self._options.machine()
+        if self._exit_blocks is not None:
+            learns = distillation_of(self._exit_blocks, self.model.config, states=self._states)
+            return plan_exit_blocks(*given, learns=learns, **settings)
+        checkpointing = self.model.activation_checkpointing
+        return plan_training(*given, checkpointing=checkpointing, lora=self.model.peft, **settings)
 
 
 def _read_architecture(path: str) -> PreTrainedConfig:

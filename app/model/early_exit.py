@@ -174,6 +174,11 @@ class EarlyExitModel:
         """L, the number of blocks."""
         return len(self._decoder.layers)
 
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """Vocabulary V and width D of the head."""
+        return self._head.out_features, self._head.in_features
+
     def hidden_by_exit(
         self,
         input_ids: Tensor,

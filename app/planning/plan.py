@@ -45,6 +45,16 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExitBlockPlan:
+    """What a run has that trains exit blocks and leaves the model as it is."""
+
+    parameters: int
+    bytes: int
+    pass_flops: float  # FLOPs of a step that are the frozen model's; 0 if its states are cached
+    pass_flops_per_token: float  # FLOPs of the frozen model without its head, which caching a token takes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The parameters, memory, FLOPs and time that a run takes."""
 
@@ -64,6 +74,7 @@ class Plan:
     checkpoint_bytes: int  # weights and optimizer states
     export_bytes: int  # weights alone, into which adapters are merged
     seconds_per_step: float | None  # at the machine's utilisation
+    exit_blocks: ExitBlockPlan | None = None  # of a frozen model, whose recipe has neither exits nor dropout
 
     @property
     def flops(self) -> float | None:
@@ -142,7 +153,7 @@ def plan_training(
         layout=layout,
         dtype=dtype_name(dtype),
         autocast=None if autocast is None else dtype_name(autocast),
-        parameters=_count(model),
+        parameters=count_parameters(model),
         memory=memory,
         fits=machine.has_room_for(memory.peak),
         fits_checkpointed=machine.has_room_for(memory.peak_checkpointed),
@@ -161,7 +172,7 @@ def plan_training(
 def changes_that_fit(plan: Plan, replan: Callable[[Recipe, Layout], Plan]) -> list[Change]:
     """Find each way to make the run fit, with the largest micro-batch that it allows; the batch of a step stays."""
     ways = [("", plan.layout, plan.checkpointing)]
-    if not plan.checkpointing:
+    if not plan.checkpointing and plan.exit_blocks is None:
         ways.append(("--model.activation_checkpointing true", plan.layout, True))
     shardable = plan.parameters.trained == plan.parameters.total  # adapters are not
     if plan.recipe.world_size > 1 and plan.layout.strategy != "fsdp2" and shardable:
@@ -180,7 +191,8 @@ def changes_that_fit(plan: Plan, replan: Callable[[Recipe, Layout], Plan]) -> li
     return found
 
 
-def _count(model: PreTrainedModel) -> Parameters:
+def count_parameters(model: PreTrainedModel) -> Parameters:
+    """Count a model's parameters, and those of what is attached to it."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embeddings.weight
     return Parameters(

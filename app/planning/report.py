@@ -19,7 +19,9 @@ def plan_tables(plan: Plan, machine: Machine) -> Iterator[Table]:
     title = f"Memory of a device, weights in {plan.dtype}{products}{shared}"
     columns = ["blocks kept\nfor the backward", "with activation\ncheckpointing"]
     columns[plan.checkpointing] += "\n= this run"
-    yield Table(title, ("part", *columns), list(_memory(plan, machine)))
+    if plan.exit_blocks is not None:  # they know no checkpointing
+        columns = ["figure"]
+    yield Table(title, ("part", *columns), [row[: 1 + len(columns)] for row in _memory(plan, machine)])
     yield Table("Work", ("what", "figure"), list(_work(plan, machine)))
 
 
@@ -29,6 +31,8 @@ def _parameters(plan: Plan) -> Iterator[tuple[str, str]]:
     for size, blocks in groupby(parameters.blocks):
         yield f"{len(list(blocks))} blocks, each", f"{size:,}"
     yield "head", "tied to the embeddings" if parameters.tied else f"{parameters.head:,}"
+    if plan.exit_blocks is not None:
+        yield "exit blocks", f"{plan.exit_blocks.parameters:,}"
     yield "all", f"{parameters.total:,}"
     if parameters.trained < parameters.total:
         yield "of these trained", f"{parameters.trained:,}"
@@ -43,7 +47,11 @@ def _memory(plan: Plan, machine: Machine) -> Iterator[tuple[str, str, str]]:
         ("gathered weights, gradients to send", memory.communication, memory.communication),
         ("activations", memory.activations, memory.activations_checkpointed),
         (f"{plan.autocast} copies of the blocks' weights", memory.weight_copies, memory.weight_copies),
-        ("loss of the exits", memory.exit_loss, memory.exit_loss),
+        (
+            "loss of the exits" if plan.exit_blocks is None else "loss, or pass of the model",
+            memory.exit_loss,
+            memory.exit_loss,
+        ),
         ("or, after the loss: a block computed again", 0, memory.recomputed_block),
         ("or, after the backward: the optimizer's step", memory.optimizer_step, memory.optimizer_step),
         ("peak", memory.peak, memory.peak_checkpointed),
@@ -53,6 +61,11 @@ def _memory(plan: Plan, machine: Machine) -> Iterator[tuple[str, str, str]]:
     if machine.device_memory:
         room = f"{shown_bytes(machine.device_memory)}, of which {RESERVE:.0%} stay free"
         yield f"fits in {room}", "yes" if plan.fits else "NO", "yes" if plan.fits_checkpointed else "NO"
+
+
+def shown_seconds(seconds: float) -> str:
+    """Return a time in the largest unit of which there is at least one."""
+    return _shown(seconds, _SPANS)
 
 
 def shown_bytes(size: float) -> str:
@@ -89,11 +102,15 @@ def _work(plan: Plan, machine: Machine) -> Iterator[tuple[str, str]]:
     yield "FLOPs a step, mean", f"{plan.step_flops:.3e}"
     if again:
         yield f"FLOPs a step{again}", f"{share * plan.step_flops:.3e}"
-    yield "exits on: mean, most", f"{recipe.mean_exits:.2f}, {max(recipe.exits_by_step)}"
-    yield "cost of the exits", f"+{plan.exits_cost:.1%}"
-    yield "saved by layer dropout", f"-{plan.dropout_saving:.1%}"
-    state = "which is on" if plan.checkpointing else "which is off (model.activation_checkpointing)"
-    yield "cost of activation checkpointing", f"+{plan.recomputation_cost:.1%}, {state}"
+    if plan.exit_blocks is None:
+        yield "exits on: mean, most", f"{recipe.mean_exits:.2f}, {max(recipe.exits_by_step)}"
+        yield "cost of the exits", f"+{plan.exits_cost:.1%}"
+        yield "saved by layer dropout", f"-{plan.dropout_saving:.1%}"
+        state = "which is on" if plan.checkpointing else "which is off (model.activation_checkpointing)"
+        yield "cost of activation checkpointing", f"+{plan.recomputation_cost:.1%}, {state}"
+    else:
+        of_model = plan.exit_blocks.pass_flops / plan.step_flops
+        yield "of these the frozen model's", f"{of_model:.0%}" if of_model else "none, since its states are cached"
     if plan.flops is not None:
         yield f"FLOPs in all{again}", f"{share * plan.flops:.3e}"
     if plan.seconds_per_step and machine.peak_flops:
@@ -101,5 +118,7 @@ def _work(plan: Plan, machine: Machine) -> Iterator[tuple[str, str]]:
         yield f"seconds a step{again}", f"{plan.seconds_per_step:,.3g} at {rate}"
     if plan.hours is not None:
         seconds = plan.hours * 3600
-        yield "time, time x devices", f"{_shown(seconds, _SPANS)}, {_shown(seconds * recipe.world_size, _SPANS)}"
+        yield "time, time x devices", f"{shown_seconds(seconds)}, {shown_seconds(seconds * recipe.world_size)}"
+    if plan.exit_blocks is not None:
+        yield "exit blocks in an export", shown_bytes(plan.exit_blocks.bytes)
     yield "a checkpoint, an export", f"{shown_bytes(plan.checkpoint_bytes)}, {shown_bytes(plan.export_bytes)}"

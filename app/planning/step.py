@@ -5,7 +5,8 @@ forward and the backward is counted. Blocks of one kind cost the same, so one of
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -127,19 +128,15 @@ def measure_micro_batch(model: PreTrainedModel, mode: FakeTensorMode, micro: Mic
     kinds = [_kind(model, block, idx) for idx, block in enumerate(blocks)]
     num_labels = micro.batch_size * micro.seq_len
     run_exits = micro.num_exits if micro.num_exits * num_labels <= _MANY_LABELS else min(2, micro.num_exits)
-    try:
-        with mode:
-            base = _run(model, network, micro, num_labels=num_labels)
-            exits = _run(model, network, micro, num_labels=num_labels, num_exits=run_exits)
-            empty = _run(model, network, micro)
-            runs = {
-                kind: _run(model, network, micro, run_block=idx)
-                for idx, kind in enumerate(kinds)
-                if kind not in kinds[:idx]
-            }
-    except RuntimeError as error:  # torch's, in many forms, for shapes that depend on values and missing kernels
-        allowed = "an architecture whose training step can be run without its values"
-        raise ConfigError("model", got=model.config.model_type, allowed=allowed, fix=str(error)) from error
+    with refused_where_values_decide(model), mode:
+        base = _run(model, network, micro, num_labels=num_labels)
+        exits = _run(model, network, micro, num_labels=num_labels, num_exits=run_exits)
+        empty = _run(model, network, micro)
+        runs = {
+            kind: _run(model, network, micro, run_block=idx)
+            for idx, kind in enumerate(kinds)
+            if kind not in kinds[:idx]
+        }
     itemsize = 0 if micro.autocast in (None, micro.dtype) else torch.finfo(micro.autocast).bits // 8
     copies = [itemsize * sum(p.numel() for p in block.parameters() if p.dim() > 1) for block in blocks]
     saved = [runs[kind].bytes - empty.bytes - copy for kind, copy in zip(kinds, copies, strict=True)]
@@ -155,6 +152,16 @@ def measure_micro_batch(model: PreTrainedModel, mode: FakeTensorMode, micro: Mic
         exit_loss_bytes=base.loss_bytes + int(more * (exits.loss_bytes - base.loss_bytes)),
         block_input_bytes=micro.batch_size * micro.seq_len * width * micro.dtype.itemsize,
     )
+
+
+@contextmanager
+def refused_where_values_decide(model: PreTrainedModel) -> Iterator[None]:
+    """Raise ConfigError for an architecture whose step cannot be run on tensors without values."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's, in many forms, for shapes that depend on values and missing kernels
+        allowed = "an architecture whose training step can be run without its values"
+        raise ConfigError("model", got=model.config.model_type, allowed=allowed, fix=str(error)) from error
 
 
 def _kind(model: PreTrainedModel, block: nn.Module, idx: int) -> tuple[Any, ...]:
@@ -185,7 +192,7 @@ def _run(
     kept = [torch.arange(rows if idx == run_block else 0) for idx in range(num_layers)]
     exits = range(num_layers - num_exits + 1, num_layers + 1)
     model.zero_grad()
-    live = _LiveBytes([*model.parameters(), *model.buffers(), tokens_BT, labels_N, *kept])
+    live = LiveBytes([*model.parameters(), *model.buffers(), tokens_BT, labels_N, *kept])
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     with counter, live:
         with torch.autocast("cpu", dtype=micro.autocast or torch.bfloat16, enabled=micro.autocast is not None):
@@ -199,7 +206,7 @@ def _run(
     return _Run(counter.get_total_flops(), before, peak - before)
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of what operations inside allocate, as long as that lives; `known` was there before."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:

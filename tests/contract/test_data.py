@@ -113,7 +113,8 @@ def test_a_cache_of_states_is_filled_to_the_size_that_is_planned(data, tmp_path,
     options = ("--config", str(CONFIGS / "data/cached_states.yaml"), "--config", "small.yaml")
     arguments = ("plan", "--config", "config.yaml", *options, "--json")
     assert cli(monkeypatch, *arguments) == 0
-    planned = json.loads(capsys.readouterr().out)["cache"]
+    planned = (found := json.loads(capsys.readouterr().out))["cache"]
+    assert found["exit_blocks"]["pass_flops"] == 0 < found["exit_blocks"]["pass_flops_per_token"]
     assert not cache.exists()
     captured = data(*options, "--json", "--num_batches", "2", "--check_resume")
     found = json.loads(captured.out)

@@ -236,7 +236,6 @@ def test_flops_and_seconds_are_told_of_the_same_work(plan, plan_json):
         (["--trainer.precision", "transformer-engine"], "trainer.precision: got 'transformer-engine', allowed 64-true"),
         (["--model.optimizer=AdamW", "--model.optimizer.lr=-1"], "optimizer"),
         (["--device_memory", "80"], "device_memory: got '80', allowed a size, such as 80GB"),
-        (["--model.exit_blocks", "{exits: {1: 1}}"], "model.exit_blocks: got {1: 1}, allowed none, unless the data"),
         (["--utilisation", "1.5"], "utilisation: got 1.5, allowed (0, 1]"),
         (["--devices", "0"], "devices: got 0, allowed [1, inf)"),
         (["--devices", "two"], "error: devices: got two, allowed int (a whole number)"),
@@ -251,6 +250,41 @@ def test_a_mistake_is_told_in_one_message(plan, arguments, message):
     error = plan(*arguments, status=2).err
     assert message in error
     assert "Traceback" not in error
+
+
+OF_EXIT_BLOCKS = ("--config", str(CONFIGS / "variant/exit_block.yaml"), "--model.exit_blocks.exits", "{1: 1, 2: 0}")
+
+
+def test_exit_blocks_are_planned_with_the_model_frozen(plan, plan_json, tmp_path):
+    found = plan_json(*OF_EXIT_BLOCKS, "--devices", "1", "--num_nodes", "1")
+    block = found["parameters"]["blocks"][0]
+    assert found["parameters"]["trained"] == block + 2 * 32 == found["exit_blocks"]["parameters"]
+    assert found["memory"]["gradients"] == 4 * (block + 2 * 32)
+    assert 0 < found["exit_blocks"]["pass_flops"] < found["step_flops"]
+    (file := tmp_path / "ids.json").write_text(json.dumps([*range(60)]))
+    fewer = plan_json(
+        *OF_EXIT_BLOCKS, "--model.exit_blocks.vocabulary", str(file), "--devices", "1", "--num_nodes", "1"
+    )
+    assert fewer["step_flops"] < found["step_flops"]
+    shown = plan(*OF_EXIT_BLOCKS, "--device_memory", "10KB", "--peak_flops", "1e12").out
+    assert "of these the frozen model's" in shown
+    assert "activation" not in shown.replace("activations", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer_dropout.max_dropout_rate", "0.1"], "layer_dropout.max_dropout_rate: got 0.1, allowed 0.0 with"),
+        (["--early_exit.curriculum=rotational"], "early_exit.curriculum: got 'rotational', allowed none with"),
+        (["--model.activation_checkpointing=true"], "activation_checkpointing: got True, allowed false with"),
+        (["--model.peft", "{}"], "peft: got 'LoRA', allowed null with model.exit_blocks"),
+        ([*FSDP2], "trainer.strategy: got 'MeshStrategy', allowed one device or ddp with model.exit_blocks"),
+        (["--model.exit_blocks.exits", "{4: 0}"], "exit_blocks.exits: got 4, allowed [1, 3]"),
+        (["--model.exit_blocks.vocabulary", "none.json"], "none.json: no list of token ids can be read from it"),
+    ],
+)
+def test_what_fit_refuses_of_exit_blocks_plan_refuses(plan, arguments, message):
+    assert message in plan(*OF_EXIT_BLOCKS, *arguments, status=2).err
 
 
 def test_a_run_without_end_is_planned_by_the_step(plan_json):

@@ -41,6 +41,7 @@ VERBS = {
     "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with the model."),
     "adapt": ("app.cli.adapt", "Give a finished model an exit that drafts for it, and leave the model as it is."),
     "vocabulary": ("app.cli.vocabulary", "Store the token ids that drafts are chosen from, the most frequent ones."),
+    "evaluate": ("app.cli.evaluate", "Score every exit on tasks: multiple choice, perplexity, generated answers."),
     "plot": ("app.cli.plot", "Draw what the exits of several runs score, in one picture."),
 }
 

@@ -111,6 +111,7 @@ class Record(NamedTuple):
         scores: One of each exit and strategy; none for a row that was skipped.
         weight: What the figures count in means, such as a window's number of tokens.
         truncated: Whether the beginning of the prompt was left out.
+        chance: The score of a guess, None where there is no such thing.
         detail: Whatever helps a reader to look into it, as JSON.
     """
 
@@ -120,6 +121,7 @@ class Record(NamedTuple):
     scores: tuple[Score, ...]
     weight: float = 1.0
     truncated: bool = False
+    chance: float | None = None
     detail: Mapping[str, Any] = {}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.errors import ConfigError, DataError, check_range, shortened
-from app.evaluation.task import ChoiceExample, Document, Example, Row, Task, TextTask
+from app.evaluation.task import ChoiceExample, Example, GenerationExample, Row, Task, TextTask
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval")}  # how files spell the name of a split
@@ -61,7 +61,7 @@ def read_items(task: Task, path: str | None, *, limit: int | None = None, num_sh
     for index in chosen:
         row = rows[index]
         example = _checked(task.example(row), row)
-        if not isinstance(example, Document):
+        if isinstance(example, ChoiceExample | GenerationExample):
             example = example.after(task.description(row) + prefixes.get(groups[index], ""))
         items.append(Item(index, groups[index], row.location, example))
     return items
@@ -98,7 +98,7 @@ def _prefixes(task: Task, path: str | None, groups: set[str], *, num_shots: int,
         solved = by_group.setdefault(task.group(row), [])
         if len(solved) < num_shots:
             example = _checked(task.example(row), row)
-            assert not isinstance(example, Document)
+            assert isinstance(example, ChoiceExample | GenerationExample)  # texts have no worked examples
             solved.append(example.solved + _BETWEEN_SHOTS)
     for group in groups:
         if (found := len(by_group.get(group, ()))) < num_shots:

@@ -7,7 +7,7 @@ running the model, scoring, tables and figures are shared. `app/README.md` shows
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from app.errors import DataError
 
@@ -75,7 +75,13 @@ class Document(NamedTuple):
     source: str
 
 
-Example = ChoiceExample | GenerationExample | Document
+class Window(NamedTuple):
+    """A piece of a document as token ids, each of which is predicted from those before it, but for the first."""
+
+    tokens: tuple[int, ...]
+
+
+Example = ChoiceExample | GenerationExample | Document | Window
 
 
 @dataclass(frozen=True)
@@ -186,9 +192,14 @@ class _Task:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceTask(_Task):
-    """Multiple choice by log-likelihood; metrics are acc and acc_norm."""
+    """Multiple choice by log-likelihood.
+
+    Attributes:
+        metric: What tables and figures show: acc (the likeliest choice), or acc_norm (the likeliest by its length).
+    """
 
     example: Callable[[Row], ChoiceExample]
+    metric: Literal["acc", "acc_norm"] = "acc"
 
 
 @dataclass(frozen=True, kw_only=True)

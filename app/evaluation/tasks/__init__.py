@@ -4,19 +4,29 @@ from app.evaluation.task import Task
 from app.evaluation.tasks.boolq import BOOLQ
 from app.evaluation.tasks.code import HUMANEVAL, MBPP
 from app.evaluation.tasks.gsm8k import GSM8K
+from app.evaluation.tasks.hellaswag import HELLASWAG
+from app.evaluation.tasks.mmlu import MMLU
 from app.evaluation.tasks.open_questions import NQ_OPEN, TRIVIAQA
+from app.evaluation.tasks.piqa import PIQA
 from app.evaluation.tasks.summaries import CNN_DM, XSUM
+from app.evaluation.tasks.texts import GUTENBERG, TEXT, WIKITEXT2
 from app.evaluation.tasks.topv2 import TOPV2
 
 _TASKS: tuple[Task, ...] = (
     BOOLQ,
     CNN_DM,
     GSM8K,
+    GUTENBERG,
+    HELLASWAG,
     HUMANEVAL,
     MBPP,
+    MMLU,
     NQ_OPEN,
+    PIQA,
+    TEXT,
     TOPV2,
     TRIVIAQA,
+    WIKITEXT2,
     XSUM,
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

@@ -1,0 +1,85 @@
+"""`layerskip evaluate`: every exit of a model, scored on tasks. Tested by tests/contract/test_evaluate.py."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from app.benchmark.report import environment
+from app.cli.parsing.verb_parser import call_verb
+from app.cli.tables import print_table
+from app.errors import check_output_file
+from app.evaluation.evaluate import chosen_tasks, prepare, settings_document
+from app.evaluation.evaluate import evaluate as score
+from app.evaluation.journal import Journal
+from app.evaluation.output import notes, write_results
+from app.evaluation.records import EvaluationSettings, Subject
+from app.evaluation.results import exits_table
+from app.evaluation.tasks import TASKS
+from app.generation.loaded_model import Device, Dtype, LoadedModel, load_decoder
+from app.model.weights_hash import weights_hash
+from app.model_files.exit_blocks import stored_exit_blocks
+from app.words import dtype_name
+
+_log = logging.getLogger(__name__)
+
+
+def evaluate(
+    *,
+    model: str,
+    tasks: list[str],
+    output: str,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: int | None = None,
+    **options: Any,
+) -> None:
+    """Score every exit of a model on tasks: multiple choice, perplexity of texts, and what it generates.
+
+    Args:
+        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
+        output: JSON file to write; beside it are written a table (.csv), a figure (.png), and each example as it is
+            done (.examples.jsonl), from which the same command goes on after it was stopped.
+        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
+        device: Device to run on; auto takes a GPU if there is one.
+        threads: Number of CPU threads; by default torch's own choice.
+        options: See EvaluationSettings.
+    """
+    file = check_output_file(output, suffix=".json")
+    settings, chosen = EvaluationSettings(**options), chosen_tasks(tasks)
+    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary="none")
+    subject = Subject(loaded.decoder, loaded.tokenizer, loaded.eos_token_ids)
+    work = prepare(subject, chosen, settings)
+    identity = settings_document(
+        subject, work, settings, weights=_hash(model, loaded), dtype=dtype_name(loaded.model.dtype)
+    )
+    with Journal(file.with_suffix(".examples.jsonl"), identity) as journal:
+        try:
+            score(subject, work, settings, done=[*journal.records], on_record=journal.add, say=_log.info)
+        except KeyboardInterrupt:
+            _log.info("%d examples are done: the same command goes on from there", len(journal.records))
+            raise
+    records = [journal.records[each.task.name, item.row] for each in work for item in each.items]
+    where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
+    title = f"{Path(model).name}, {where['dtype']}"
+    asked = {"model": model, "tasks": chosen, "batch_size": settings.batch_size}
+    about = {"environment": where, "settings": asked | identity}
+    results = write_results(file, records, tasks=TASKS, title=title, about=about)
+    print_table(exits_table(results, TASKS, num_layers=loaded.decoder.num_layers, title=title))
+    for note in notes(records):
+        print(f"note: {note}")
+    print(f"results: {file}, table: {file.with_suffix('.csv')}, figure: {file.with_suffix('.png')}")
+
+
+def _hash(model: str, loaded: LoadedModel) -> str:
+    """What tells the weights from others, those of exit blocks among them."""
+    stored = stored_exit_blocks(model)
+    own = {} if stored is None else {f"exit_blocks.{name}": each for name, each in stored.state.items()}
+    return weights_hash(loaded.model.state_dict() | own, exit_layer=loaded.decoder.num_layers)
+
+
+_TASKS_HELP = (
+    "List of tasks, each NAME for its dataset on the hub or NAME=PATH for a local file or folder of it (.jsonl, .json,"
+    f" .csv, .tsv, .parquet, .txt): {', '.join(TASKS)}."
+)
+run = partial(call_verb, evaluate, by_hand={"tasks": {"type": list[str], "required": True, "help": _TASKS_HELP}})

@@ -1,0 +1,73 @@
+"""Draws scores over exits: shares with the chance of guessing, and perplexities. Tested by test_results.py."""
+
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from app.evaluation.results import Result, column
+
+_MARKERS = "osD^vPX*"  # they tell lines apart that coincide
+
+
+def evaluation_figure(results: Sequence[Result], *, title: str) -> Figure:
+    """One line for each task over the exits, with one standard error up and down.
+
+    Args:
+        results: Those that are to be seen (`results.shown`).
+        title: What was measured.
+    """
+    shares = [each for each in results if each.metric != "perplexity"]
+    texts = [each for each in results if each.metric == "perplexity"]
+    panels = [panel for panel in (shares, texts) if panel]
+    figure = Figure(figsize=(7.0 * max(1, len(panels)), 5.2), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _lines(axes, panel)
+        axes.set_xlabel("exit layer (blocks run; the last is the full model)")
+        exits = sorted({each.exit_layer for each in results})
+        axes.set_xticks(exits) if len(exits) <= 12 else axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if panel is shares:
+            axes.set(ylabel="score (%)", ylim=(0, None))
+        else:
+            axes.set(ylabel="perplexity of a token (lower is better)", yscale="log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+    return figure
+
+
+def _lines(axes: Axes, results: Sequence[Result]) -> None:
+    colors = cycle(mpl.colormaps["tab10"].colors)  # type: ignore[attr-defined]
+    handles = []
+    for name, color, marker in zip(dict.fromkeys(map(column, results)), colors, cycle(_MARKERS), strict=False):
+        own = [each for each in results if column(each) == name]
+        scale = 1.0 if own[0].metric == "perplexity" else 100.0
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 6, "capsize": 3, "alpha": 0.85}
+        label = name if scale == 1.0 else f"{name} ({own[0].metric})"
+        for drafts in (False, True):
+            line = [each for each in own if (each.strategy == "self_speculative") == drafts]
+            if line:
+                line.sort(key=lambda each: each.exit_layer)
+                errors = [scale * (each.standard_error or 0.0) for each in line]
+                dashed = {"linestyle": ":", "fillstyle": "none"} if drafts else {}
+                points = [each.exit_layer for each in line], [scale * each.score for each in line]
+                axes.errorbar(*points, yerr=errors, **(style | dashed))
+        handles.append(Line2D([], [], color=color, marker=marker, label=label))
+        if (chance := own[0].chance) is not None:
+            axes.axhline(scale * chance, color=color, linestyle="--", linewidth=1, alpha=0.6)
+    if any(each.chance is not None for each in results):
+        handles.append(
+            Line2D([], [], color="grey", linestyle="--", linewidth=1, label="guessing, in the task's colour")
+        )
+    if any(each.strategy == "self_speculative" for each in results):
+        handles.append(
+            Line2D([], [], color="grey", linestyle=":", marker="o", fillstyle="none", label="drafts, verified")
+        )
+    axes.legend(
+        handles=handles, frameon=False, ncols=2, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13)
+    )

@@ -1,0 +1,53 @@
+"""Writes the results of an evaluation: JSON, and beside it a CSV file and a figure. Tested by test_results.py."""
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.evaluation.figure import evaluation_figure
+from app.evaluation.records import Record
+from app.evaluation.results import Result, as_csv, as_json, count_rows, results_of, shown
+from app.evaluation.task import Task
+from app.whole_file import write_whole
+from app.words import counted
+
+
+def write_results(
+    output: Path,
+    records: Sequence[Record],
+    *,
+    tasks: Mapping[str, Task],
+    title: str,
+    about: Mapping[str, Any],
+) -> list[Result]:
+    """Write all files, each whole or not at all, and return what is in them.
+
+    Args:
+        output: The JSON file; the others have its name with another ending.
+        records: Of all examples.
+        tasks: By name.
+        title: Of the figure.
+        about: What the document says beside the results: environment and settings.
+    """
+    results = results_of(records)
+    counts = {task: found._asdict() for task, found in count_rows(records).items()}
+    document = dict(about) | {"rows": counts, "notes": notes(records), "results": as_json(results)}
+    write_whole(output, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_whole(output.with_suffix(".csv"), as_csv(results))
+    image = io.BytesIO()
+    evaluation_figure(shown(results, tasks), title=title).savefig(image, format="png", dpi=150)
+    write_whole(output.with_suffix(".png"), image.getvalue())
+    return results
+
+
+def notes(records: Iterable[Record]) -> list[str]:
+    """What a reader must know of the rows behind the figures."""
+    said = []
+    for task, found in count_rows(records).items():
+        if found.truncated:
+            said.append(f"{task}: {counted(found.truncated, 'prompt')} lost its beginning, to fit the model's context")
+        if found.skipped:
+            said.append(f"{task}: {counted(found.skipped, 'row')} skipped, longer than the model's context")
+    return said

@@ -1,0 +1,64 @@
+"""Tells how far an evaluation is, and how long it will still take. Tested by tests/unit/evaluation/test_evaluate.py."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from time import monotonic
+
+from app.evaluation.records import Record
+from app.evaluation.rows import Item
+from app.evaluation.task import ChoiceExample, Document, GenerationExample
+
+_SECONDS_BETWEEN = 5.0
+_CHARACTERS_A_TOKEN = 4
+_STEP = 20  # a generated token takes as long as this many that are read
+
+
+class Progress:
+    """Says so every few seconds. What is left is judged by the length of the texts."""
+
+    def __init__(
+        self,
+        items: Mapping[str, Sequence[Item]],
+        finished: Collection[tuple[str, int]],
+        say: Callable[[str], None] | None,
+    ) -> None:
+        self._say = say
+        self._sizes = {(task, item.row): _size(item) for task, own in items.items() for item in own}
+        self._totals = {task: len(own) for task, own in items.items()}
+        self._counts = {task: sum((task, item.row) in finished for item in own) for task, own in items.items()}
+        self._left = sum(size for key, size in self._sizes.items() if key not in finished)
+        self._done, self._started = 0.0, monotonic()
+        self._said = self._started
+
+    def step(self, record: Record) -> None:
+        """Count an example that is done."""
+        size = self._sizes[record.task, record.row]
+        self._counts[record.task] += 1
+        self._done, self._left, now = self._done + size, self._left - size, monotonic()
+        at_end = self._counts[record.task] == self._totals[record.task]
+        if self._say is not None and (at_end or now - self._said >= _SECONDS_BETWEEN):
+            self._said = now
+            seconds = (now - self._started) / self._done * self._left
+            count = f"{self._counts[record.task]} of {self._totals[record.task]}"
+            self._say(f"{record.task}: {count} examples, {in_words(seconds)} left")
+
+
+def in_words(seconds: float) -> str:
+    """Seconds, minutes or hours, rounded up."""
+    if seconds < 60:
+        return f"{-int(-seconds // 1)} s"
+    if seconds < 3600:
+        return f"{-int(-seconds // 60)} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _size(item: Item) -> float:
+    """The text of an item in characters, and what it lets the model write as so many more."""
+    match item.example:
+        case ChoiceExample(context, choices, _):
+            return len(context) + sum(map(len, choices)) + 1
+        case GenerationExample(prompt, _, _, max_new_tokens):
+            return len(prompt) + _STEP * _CHARACTERS_A_TOKEN * max_new_tokens
+        case Document(text, _):
+            return len(text) + 1
+        case window:
+            return _CHARACTERS_A_TOKEN * len(window.tokens)

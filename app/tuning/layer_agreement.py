@@ -19,6 +19,8 @@ from app.benchmark.decoding_costs import DecodingCosts
 from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
+from app.exits.layers_needed import saturation_layer
+from app.exits.states import states_by_exit
 from app.protocols import ExitableDecoder
 from app.tuning.found_drafts import FoundDraft, found_drafts
 
@@ -136,12 +138,12 @@ class LayerAgreement:
     @property
     def mean_saturation_layer(self) -> float:
         """Mean over the tokens of the first exit from which on all exits choose the token (LayerSkip, Fig. 2a)."""
-        needed = 0
-        for by_exit in zip(*(self.matches[exit_layer] for exit_layer in range(1, self.num_layers)), strict=True):
-            for token_matches in zip(*by_exit, strict=True):
-                last_miss = max((i for i, match in enumerate(token_matches, start=1) if not match), default=0)
-                needed += last_miss + 1
-        return needed / self.num_positions
+        matches_by_token = (
+            token_matches
+            for by_exit in zip(*(self.matches[exit_layer] for exit_layer in range(1, self.num_layers)), strict=True)
+            for token_matches in zip(*by_exit, strict=True)
+        )
+        return sum(map(saturation_layer, matches_by_token)) / self.num_positions
 
 
 def measure_layer_agreement(
@@ -203,15 +205,8 @@ def _matches(
 
     The first list is of choices among all ids, the others are of those among each [K] of `vocabularies`.
     """
-    tokens_1T = torch.tensor([[*prompt, *output[:-1]]], device=decoder.device)
-    wanted_N = torch.tensor(output[1:], device=decoder.device)
-    cache = decoder.new_cache(batch_size=1, capacity=tokens_1T.shape[1])
-    hidden_1TD, found = decoder.embed(tokens_1T), {}
-    for exit_layer in range(1, decoder.num_layers + 1):
-        hidden_1TD = decoder.run_blocks(hidden_1TD, start=exit_layer - 1, stop=exit_layer, cache=cache)
-        exit_1TD = hidden_1TD
-        if own := decoder.exit_span(exit_layer):
-            exit_1TD = decoder.run_blocks(hidden_1TD, start=own.start, stop=own.stop, cache=cache)
+    wanted_N, found = torch.tensor(output[1:], device=decoder.device), {}
+    for exit_layer, _, exit_1TD in states_by_exit(decoder, [*prompt, *output[:-1]]):
         asked = vocabularies if exit_layer < decoder.num_layers else ()
         choices_by_vocabulary = _choices(decoder, exit_1TD[:, len(prompt) :], exit_layer, asked)
         found[exit_layer] = [choices_N.eq(wanted_N).tolist() for choices_N in choices_by_vocabulary]

@@ -1,0 +1,37 @@
+"""Runs a text through all blocks once and shows the states at every exit.
+
+Tested by tests/unit/lens/test_token_grid.py and tests/unit/tuning/test_layer_agreement.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from app.protocols import ExitableDecoder
+
+
+class ExitState(NamedTuple):
+    """The pre-norm states [1, T, D] of T tokens at an exit.
+
+    Attributes:
+        exit_layer: Blocks of the model that were run, 1..num_layers.
+        hidden_1TD: What leaves block `exit_layer` - 1.
+        exit_1TD: What leaves the blocks that the exit has of its own; `hidden_1TD` itself where it has none.
+    """
+
+    exit_layer: int
+    hidden_1TD: Tensor
+    exit_1TD: Tensor
+
+
+def states_by_exit(decoder: ExitableDecoder, tokens: Sequence[int]) -> Iterator[ExitState]:
+    """Yield the states of all tokens at every exit, the first exit first."""
+    cache = decoder.new_cache(batch_size=1, capacity=len(tokens))
+    hidden_1TD = decoder.embed(torch.tensor([[*tokens]], device=decoder.device))
+    for exit_layer in range(1, decoder.num_layers + 1):
+        hidden_1TD = exit_1TD = decoder.run_blocks(hidden_1TD, start=exit_layer - 1, stop=exit_layer, cache=cache)
+        if own := decoder.exit_span(exit_layer):
+            exit_1TD = decoder.run_blocks(hidden_1TD, start=own.start, stop=own.stop, cache=cache)
+        yield ExitState(exit_layer, hidden_1TD, exit_1TD)

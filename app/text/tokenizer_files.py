@@ -59,15 +59,24 @@ def check_fits(tokenizer: Any, *, vocab_size: int, field: str, got: str) -> None
         raise ConfigError(field, got=got, allowed=allowed, fix=fix)
 
 
-def check_same_tokens(target_tokenizer: Any, draft_tokenizer: Any, *, got: str) -> None:
-    """Raise ConfigError, for `draft_model` with the value `got`, unless an id means the same token to both models.
+def check_same_tokens(
+    target_tokenizer: Any,
+    draft_tokenizer: Any,
+    *,
+    got: str,
+    field: str = "draft_model",
+    names: tuple[str, str] = ("target", "draft"),
+) -> None:
+    """Raise ConfigError, for the model `field` with the value `got`, unless an id means the same token to both models.
 
-    Entries that only pad one vocabulary at its end (`[PAD7]`, `<unused7>`, ...) may be missing in the other.
+    Entries that only pad one vocabulary at its end (`[PAD7]`, `<unused7>`, ...) may be missing in the other. The error
+    calls the two models by `names`.
     """
     target, draft = target_tokenizer.get_vocab(), draft_tokenizer.get_vocab()
     end = min(max(target.values()), max(draft.values()))
-    if differences := _told(target.items() ^ draft.items(), end, target=target, draft=draft):
-        raise ConfigError("draft_model", got=got, allowed="a model with the target's tokenizer", fix=differences)
+    vocabularies = dict(zip(names, (target, draft), strict=True))
+    if differences := _told(target.items() ^ draft.items(), end, **vocabularies):
+        raise ConfigError(field, got=got, allowed=f"a model with the {names[0]}'s tokenizer", fix=differences)
 
 
 def check_knows_tokens(tokenizer: Any, own_tokenizer: Any, *, got: str, model: str) -> None:

@@ -36,6 +36,7 @@ VERBS = {
     "generate": ("app.cli.generate", "Continue a prompt: autoregressively, from an early exit, or self-speculatively."),
     "write": ("app.cli.write", "Let a model write text to train its exits on."),
     "benchmark": ("app.cli.benchmark", "Time ways to decode the same prompts, transformers' own included."),
+    "lens": ("app.cli.lens", "Show what every layer would have said at each token, and how many layers it needed."),
     "export": ("app.cli.export", "Write a model as a Hugging Face directory, which plain transformers loads."),
     "consolidate": ("app.cli.consolidate", "Write a checkpoint of several ranks as one file to resume from."),
     "tune": ("app.cli.tune", "Find the fastest exit and draft length for your prompts, and store them with the model."),

@@ -66,11 +66,12 @@ TINY_QUICKSTART = TINY | {
 FEWER = {
     "tune": ["--max_new_tokens", "4"],
     "benchmark": ["--max_new_tokens", "4", "--repeats", "1"],
+    "lens": ["--max_new_tokens", "4"],
 }
 
 
 def test_readme_is_short_and_no_line_of_a_document_is_long():
-    assert len(README.splitlines()) <= 235
+    assert len(README.splitlines()) <= 250
     named = ("README.md", "CONTRIBUTING.md", "app/README.md")
     for path in (*map(ROOT.joinpath, named), *(ROOT / "docs").glob("*.md")):
         lines = path.read_text("utf-8").splitlines()

@@ -22,7 +22,8 @@ class Table(NamedTuple):
     def as_markdown(self) -> str:
         """The table below its title, as TensorBoard and GitHub render it."""
         lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        rows = (f"| {' | '.join(cells)} |".replace("\n", " ") for cells in lines)  # a row is a line
+        return f"**{self.title}**\n\n" + "\n".join(rows)
 
 
 def cell(value: float | str | None, style: str) -> str:

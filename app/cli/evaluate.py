@@ -66,7 +66,7 @@ def evaluate(
     about = {"environment": where, "settings": asked | identity}
     results = write_results(file, records, tasks=TASKS, title=title, about=about)
     print_table(exits_table(results, TASKS, num_layers=loaded.decoder.num_layers, title=title))
-    for note in notes(records):
+    for note in notes(records, results):
         print(f"note: {note}")
     print(f"results: {file}, table: {file.with_suffix('.csv')}, figure: {file.with_suffix('.png')}")
 

@@ -57,17 +57,23 @@ def _lines(axes: Axes, results: Sequence[Result]) -> None:
                 dashed = {"linestyle": ":", "fillstyle": "none"} if drafts else {}
                 points = [each.exit_layer for each in line], [scale * each.score for each in line]
                 axes.errorbar(*points, yerr=errors, **(style | dashed))
+                for place, each in zip(zip(*points, strict=True), line, strict=True):
+                    if each.speedup is not None:
+                        note: dict[str, Any] = {"textcoords": "offset points", "color": color, "fontsize": "small"}
+                        axes.annotate(f"{each.speedup:.1f}x", place, xytext=(5, 4), **note)
         handles.append(Line2D([], [], color=color, marker=marker, label=label))
         if (chance := own[0].chance) is not None:
             axes.axhline(scale * chance, color=color, linestyle="--", linewidth=1, alpha=0.6)
+    grey: dict[str, Any] = {"color": "grey", "marker": "o"}
     if any(each.chance is not None for each in results):
         handles.append(
             Line2D([], [], color="grey", linestyle="--", linewidth=1, label="guessing, in the task's colour")
         )
+    if any(each.strategy == "early_exit" for each in results):
+        handles.append(Line2D([], [], **grey, label="generated: early exit (lossy)"))
     if any(each.strategy == "self_speculative" for each in results):
-        handles.append(
-            Line2D([], [], color="grey", linestyle=":", marker="o", fillstyle="none", label="drafts, verified")
-        )
+        label = "generated: self-speculative (lossless), speedup"
+        handles.append(Line2D([], [], **grey, linestyle=":", fillstyle="none", label=label))
     axes.legend(
         handles=handles, frameon=False, ncols=2, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13)
     )

@@ -33,7 +33,7 @@ def write_results(
     """
     results = results_of(records)
     counts = {task: found._asdict() for task, found in count_rows(records).items()}
-    document = dict(about) | {"rows": counts, "notes": notes(records), "results": as_json(results)}
+    document = dict(about) | {"rows": counts, "notes": notes(records, results), "results": as_json(results)}
     write_whole(output, json.dumps(document, indent=2, allow_nan=False) + "\n")
     write_whole(output.with_suffix(".csv"), as_csv(results))
     image = io.BytesIO()
@@ -42,7 +42,7 @@ def write_results(
     return results
 
 
-def notes(records: Iterable[Record]) -> list[str]:
+def notes(records: Iterable[Record], results: Iterable[Result]) -> list[str]:
     """What a reader must know of the rows behind the figures."""
     said = []
     for task, found in count_rows(records).items():
@@ -50,4 +50,11 @@ def notes(records: Iterable[Record]) -> list[str]:
             said.append(f"{task}: {counted(found.truncated, 'prompt')} lost its beginning, to fit the model's context")
         if found.skipped:
             said.append(f"{task}: {counted(found.skipped, 'row')} skipped, longer than the model's context")
-    return said
+    differing: dict[str, str] = {}  # one note for all metrics of a task
+    for each in results:
+        if each.identical_share is not None and each.identical_share < 1 and not each.group:
+            said_of = f"{each.task}: {1 - each.identical_share:.1%} of the answers drafted from exit {each.exit_layer}"
+            differing[said_of] = (
+                "differ from the full model's, where two tokens tie by rounding; float32 has fewer ties"
+            )
+    return [*said, *(f"{what} {why}" for what, why in differing.items())]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from app.evaluation.records import Record, Strategy
+from app.evaluation.records import Decoded, Record, Strategy
 from app.evaluation.task import ChoiceTask, Task, TextTask
 from app.tables import Table
 
@@ -25,6 +25,11 @@ class Result(NamedTuple):
         num_examples: How many there were.
         standard_error: Of the score; None for a single example.
         chance: The score of a guess, None where there is no such thing.
+        lossless: Whether the full model wrote or checked every token; None where nothing was generated.
+        ms_per_token: Decode time without the prompt's pass, in the batches of this evaluation; None as above.
+        speedup: Over autoregressive decoding of the same examples in the same batches, for what drafts.
+        acceptance_rate, identical_share: Of the drafted tokens, those that the full model kept; of the examples, those
+            with the very tokens of autoregressive decoding. For what drafts.
     """
 
     task: str
@@ -36,6 +41,11 @@ class Result(NamedTuple):
     score: float
     standard_error: float | None
     chance: float | None
+    lossless: bool | None = None
+    ms_per_token: float | None = None
+    speedup: float | None = None
+    acceptance_rate: float | None = None
+    identical_share: float | None = None
 
 
 class TaskCounts(NamedTuple):
@@ -80,10 +90,14 @@ def _is_text(record: Record) -> bool:
 
 def _results(task: str, group: str, records: Sequence[Record]) -> Iterator[Result]:
     values: dict[tuple[Strategy, int, str], list[tuple[float, float]]] = {}
+    decoded: dict[tuple[Strategy, int], list[Decoded]] = {}
     for record in records:
         for score in record.scores:
+            if score.decoded is not None:
+                decoded.setdefault((score.strategy, score.exit_layer), []).append(score.decoded)
             for metric, value in score.values.items():
                 values.setdefault((score.strategy, score.exit_layer, metric), []).append((value, record.weight))
+    speeds = _speeds(decoded)
     chances = [record.chance for record in records if record.chance is not None]
     chance = math.fsum(chances) / len(chances) if chances else None
     for (strategy, exit_layer, metric), pairs in sorted(values.items()):
@@ -91,7 +105,31 @@ def _results(task: str, group: str, records: Sequence[Record]) -> Iterator[Resul
         if metric == "loss":
             metric, mean = "perplexity", math.exp(min(mean, 700.0))  # what is beyond has no float
             error = None if error is None else mean * error
-        yield Result(task, group, exit_layer, strategy, metric, len(pairs), mean, error, chance)
+        found = Result(task, group, exit_layer, strategy, metric, len(pairs), mean, error, chance)
+        yield found._replace(**speeds.get((strategy, exit_layer), {}))
+
+
+def _speeds(decoded: Mapping[tuple[Strategy, int], Sequence[Decoded]]) -> dict[tuple[Strategy, int], dict[str, Any]]:
+    """The fields of a Result that tell how each strategy decoded from each exit; ratios are those of sums."""
+    plain = next((parts for (strategy, _), parts in decoded.items() if strategy == "autoregressive"), ())
+    seconds_plain = _ratio(sum(each.seconds for each in plain), sum(each.tokens for each in plain))
+    speeds = {}
+    for (strategy, exit_layer), parts in decoded.items():
+        seconds = _ratio(sum(each.seconds for each in parts), sum(each.tokens for each in parts))
+        fields: dict[str, Any] = {"lossless": strategy != "early_exit"}
+        fields["ms_per_token"] = None if seconds is None else 1000 * seconds
+        if strategy == "self_speculative":
+            fields["speedup"] = _ratio(seconds_plain or 0.0, seconds or 0.0)
+            fields["acceptance_rate"] = _ratio(
+                sum(each.accepted for each in parts), sum(each.drafted for each in parts)
+            )
+            fields["identical_share"] = _ratio(sum(each.identical is True for each in parts), len(parts))
+        speeds[strategy, exit_layer] = fields
+    return speeds
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
 
 
 def mean_and_error(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
@@ -125,13 +163,20 @@ def column(result: Result) -> str:
 
 
 def exits_table(results: Sequence[Result], tasks: Mapping[str, Task], *, num_layers: int, title: str) -> Table:
-    """A row for each exit, a column for each task: score and standard error; the last row is that of guessing."""
+    """A row for each exit, a column for each task: score and standard error; the last row is that of guessing.
+
+    What the full model checks has a row of its own beside that of the exit that drafts for it.
+    """
     kept = shown(results, tasks)
-    ways = sorted({(each.strategy == "self_speculative", each.exit_layer) for each in kept})
+    ways = sorted({_place(each) for each in kept})
     names = list(dict.fromkeys(column(each) for each in kept))
     first = {name: next(each for each in kept if column(each) == name) for name in names}
-    found = {(column(each), each.strategy == "self_speculative", each.exit_layer): each for each in kept}
-    rows = [(_way(*way, num_layers=num_layers), *(_score(found.get((name, *way))) for name in names)) for way in ways]
+    found = {(column(each), *_place(each)): each for each in kept}
+    rows = []
+    for way in ways:
+        own = [found.get((name, *way)) for name in names]
+        label = way_label([each for each in own if each is not None], num_layers=num_layers)
+        rows.append((label, *map(_score, own)))
     if any(each.chance is not None for each in kept):
         chances = (first[name].chance for name in names)
         rows.append(("guessing", *("-" if chance is None else f"{100 * chance:.1f}" for chance in chances)))
@@ -139,14 +184,28 @@ def exits_table(results: Sequence[Result], tasks: Mapping[str, Task], *, num_lay
     return Table(title, ("exit", *headers), rows)
 
 
+def _place(result: Result) -> tuple[int, bool]:
+    """By which rows are told apart and ordered: the exit, and whether it only drafts."""
+    return result.exit_layer, result.strategy == "self_speculative"
+
+
+def way_label(results: Sequence[Result], *, num_layers: int) -> str:
+    """What a row is of, such as "exit 6, self-speculative (lossless, 1.8x)" in two lines.
+
+    Its results share the exit, and all of them or none only draft from it.
+    """
+    strategies, exit_layer = {each.strategy for each in results}, results[0].exit_layer
+    if "self_speculative" in strategies:
+        speedups = sorted({f"{each.speedup:.1f}x" for each in results if each.speedup is not None})
+        range_ = " to ".join(dict.fromkeys((speedups[0], speedups[-1]))) if speedups else "speed unknown"
+        return f"exit {exit_layer}, self-speculative\n(lossless, {range_})"
+    if exit_layer == num_layers:
+        return f"exit {exit_layer}, full model"
+    return f"exit {exit_layer}" + (", early exit\n(lossy)" if "early_exit" in strategies else "")
+
+
 def _title(result: Result) -> str:
     return f"{result.metric}{'' if result.metric == 'perplexity' else ', %'}\nn = {result.num_examples}"
-
-
-def _way(drafts: bool, exit_layer: int, *, num_layers: int) -> str:
-    if drafts:
-        return f"{exit_layer} drafts,\nfull model verifies"
-    return f"{exit_layer} (full)" if exit_layer == num_layers else str(exit_layer)
 
 
 def _score(result: Result | None) -> str:

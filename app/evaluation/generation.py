@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-import torch
-
 from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
@@ -138,8 +136,8 @@ def _decode(subject: Subject, way: Way, batch: Sequence[_Prompt], settings: Eval
         num_draft_tokens=settings.num_draft_tokens if way.strategy == "self_speculative" else None,
     )
     assert way.strategy != "likelihood"
-    with torch.inference_mode():
-        return decode_batch(subject.decoder, [prompt.tokens for prompt in batch], strategy=way.strategy, settings=own)
+    prompts = [prompt.tokens for prompt in batch]
+    return decode_batch(subject.decoder, prompts, strategy=way.strategy, settings=own)
 
 
 class _Answer(NamedTuple):

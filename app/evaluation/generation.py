@@ -113,13 +113,14 @@ def _encode(item: Item, subject: Subject, settings: EvaluationSettings) -> _Prom
     tokens = prompt_tokens(subject.tokenizer, example.prompt)
     if not tokens:
         raise DataError(f"{item.location}: got an empty prompt, allowed one of at least one token")
-    room = max(1, subject.decoder.max_length - example.max_new_tokens)
+    max_length = subject.decoder.max_length
+    room = max_length - min(example.max_new_tokens, max_length // 2)  # a long answer does not push the prompt out
     if len(tokens) <= room:
         return _Prompt(item, example, tokens, truncated=False)
     if settings.on_long == "skip":
         return None
     if settings.on_long == "error":
-        allowed = f"{room}, the model's context without the answer's {example.max_new_tokens}"
+        allowed = f"{room}, the model's context of {max_length} without the answer's part"
         fix = "on_long=truncate_left leaves out its beginning, and on_long=skip the row"
         raise DataError(f"{item.location}: got a prompt of {len(tokens)} tokens, allowed up to {allowed}; {fix}")
     before = around(subject.tokenizer).before[: room - 1]

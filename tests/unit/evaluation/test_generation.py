@@ -126,6 +126,10 @@ def test_a_prompt_without_room_for_its_answer_is_cut_skipped_or_refused(subject:
     assert skipped.scores == ()
     with pytest.raises(DataError, match=r"file, row 2: got a prompt of \d+ tokens, allowed up to 84, .*on_long=skip"):
         _run(subject, items, replace(SETTINGS, on_long="error"))
+    with pytest.raises(DataError, match=r"file, row 2: got a prompt of \d+ tokens, allowed up to 48, "):
+        _run(
+            subject, items, replace(SETTINGS, on_long="error", max_new_tokens=500)
+        )  # the prompt keeps half the context
     with pytest.raises(DataError, match="file, row 1: got an empty prompt"):
         _run(subject, _items(prompts=[""]))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.evaluation.figure import evaluation_figure
+from app.evaluation.journal import Journal
 from app.evaluation.output import notes, write_results
 from app.evaluation.records import Decoded, Record, Score
 from app.evaluation.results import Result, exits_table, results_of, shown
@@ -46,6 +47,14 @@ def test_each_way_has_its_score_speed_and_loss() -> None:
     assert full.speedup is lossy.speedup is lossy.acceptance_rate is None
     choice = results_of(CHOICES)[0]
     assert choice.lossless is choice.ms_per_token is None
+
+
+def test_records_are_the_same_when_they_are_read_again(tmp_path: Path) -> None:
+    with Journal(tmp_path / "records.jsonl", {"limit": 3}) as journal:
+        for record in RECORDS:
+            journal.add(record)
+    with Journal(tmp_path / "records.jsonl", {"limit": 3}) as journal:
+        assert [*journal.records.values()] == RECORDS
 
 
 def test_rows_of_the_table_say_what_is_lossy_and_what_is_not() -> None:

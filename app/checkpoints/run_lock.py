@@ -5,40 +5,19 @@ inherited by data workers, and holds across machines on NFS. Packages that lock 
 run could not name the first.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from app.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 _log = logging.getLogger(__name__)
 
 LOCK_FILE = ".fit.lock"
 _held: dict[Path, int] = {}  # open descriptors by file: closing one would release its lock
-
-
-def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """The folders on a disk that the callbacks of a run write checkpoints to."""
-    beside_logs = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-    savers: list[Any] = trainer.checkpoint_callbacks
-    folders = {str(getattr(saver, "dirpath", None) or beside_logs) for saver in savers}
-    return [Path(folder) for folder in sorted(folders) if "://" not in folder]
-
-
-def hold_run(trainer: Trainer) -> None:
-    """Hold every folder that a run writes checkpoints to, all ranks together. Raises CheckpointError as `hold`."""
-    folders = checkpoint_folders(trainer)  # computed on all ranks, since the logger broadcasts its folder
-    for folder in folders if trainer.is_global_zero else ():
-        hold(folder)
 
 
 def hold(folder: Path) -> None:
@@ -79,6 +58,21 @@ def hold(folder: Path) -> None:
     _held[file] = descriptor
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run writes to a folder now, as far as this machine can tell."""
+    file = folder.absolute() / LOCK_FILE
+    if file in _held:
+        return True
+    try:
+        with file.open("rb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once, with the file
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 def release() -> None:

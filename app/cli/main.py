@@ -20,7 +20,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from app.cli.held_warnings import warnings_held
-from app.cli.parsing.help_texts import complete, keep_help, kept_help, options_in
+from app.cli.parsing.help_texts import complete, keep_help, kept_help, options_in, takes_folders
 from app.cli.parsing.included_configs import with_installed
 from app.cli.parsing.preflight import check_arguments
 from app.errors import UserError
@@ -44,6 +44,7 @@ VERBS = {
     "vocabulary": ("app.cli.vocabulary", "Store the token ids that drafts are chosen from, the most frequent ones."),
     "evaluate": ("app.cli.evaluate", "Score every exit on tasks: multiple choice, perplexity, generated answers."),
     "plot": ("app.cli.plot", "Draw what the exits of several runs score, in one picture."),
+    "report": ("app.cli.report", "Write one page about runs: recipe, curves, exits, decoding, how they differ."),
 }
 
 _COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
@@ -58,7 +59,7 @@ def main() -> int:
         gone. Any other error is a bug of ours and raises.
     """
     args = sys.argv[1:] = with_installed(sys.argv[1:])
-    complete(VERBS, lambda verb: _options_in(map(_help, _texts_of(verb))))
+    complete(VERBS, lambda verb: _options_in(map(_help, _texts_of(verb))), lambda verb: takes_folders(_help(verb)))
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {verb:11} {summary}" for verb, (_, summary) in VERBS.items()]
         print("usage: layerskip VERB [options]\n\nverbs:", *lines, sep="\n")

@@ -25,7 +25,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from typing_extensions import override
 
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
-from app.checkpoints.run_lock import hold_run
+from app.checkpoints.run_folders import hold_run
 from app.checkpoints.run_record import RUN_CONFIG_KEY
 from app.training.module import LayerSkipModule
 from app.whole_file import write_whole

@@ -21,7 +21,8 @@ from app.checkpoints.atomic import clear_leftovers, find_checkpoint, previous_ch
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.may_resume import check_before
 from app.checkpoints.resumed_config import GivenConfig, check_names
-from app.checkpoints.run_lock import checkpoint_folders, hold, release
+from app.checkpoints.run_folders import checkpoint_folders
+from app.checkpoints.run_lock import hold, release
 from app.cli.early_checks import (
     check_numbers,
     check_tokenizer,

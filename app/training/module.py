@@ -20,7 +20,8 @@ from typing_extensions import override
 from app.checkpoints.loop_counts import end_with_step
 from app.checkpoints.may_resume import check_resume
 from app.checkpoints.resumed_config import GivenConfig
-from app.checkpoints.run_lock import hold_run, release
+from app.checkpoints.run_folders import hold_run
+from app.checkpoints.run_lock import release
 from app.checkpoints.run_record import GENERATION_CONFIG_KEY
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, HF_CONFIG_KEY, LORA_KEY, SKIPPED_STEPS_KEY, TOKENIZER_KEY
 from app.errors import ConfigError

@@ -30,6 +30,13 @@ FIT_HELP = """
 PLAN_HELP = """
   --devices DEVICES     Number of devices. (type: int | null, default: null)
 """
+REPORT_HELP = """
+positional arguments:
+  run_dirs              Folders of runs of layerskip fit, one to six.
+
+options:
+  --output OUTPUT       File to write. (required, type: str)
+"""
 MISTAKES = [
     (["fit", "--config", "absent.yaml"], "config: got 'absent.yaml', allowed a YAML file (no such file or direct"),
     (["fit", "--config={trainer: {max_stepz: 3}}"], "trainer.max_stepz: unknown key; nearest: max_steps"),
@@ -50,6 +57,8 @@ COMPLETED = {
     "layerskip fit --trainer.precision ": ["32", "16", "transformer-engine", "16-mixed", "bf16-mixed", "bf16"],
     "layerskip plan --trainer.deterministic ": ["warn", "true", "false"],
     "layerskip plan --dev": ["--devices"],
+    "layerskip report --out": ["--output"],
+    "layerskip report FOLDER/ru": ["FOLDER/run/"],
 }
 # Each command in one process, since an import that one of them needs would be seen after it.
 SCRIPT = """
@@ -82,14 +91,17 @@ def test_help_completion_and_mistakes_that_show_at_once_are_answered_without_tor
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     help_texts.keep_help("fit", FIT_HELP)
     help_texts.keep_help("plan", PLAN_HELP)
-    asked = json.dumps(([command for command, _ in MISTAKES], [*COMPLETED], str(tmp_path / "answer")))
+    help_texts.keep_help("report", REPORT_HELP)
+    (tmp_path / "run").mkdir()
+    completed = json.loads(json.dumps(COMPLETED).replace("FOLDER", str(tmp_path)))
+    asked = json.dumps(([command for command, _ in MISTAKES], [*completed], str(tmp_path / "answer")))
     done = subprocess.run([sys.executable, "-c", SCRIPT, asked], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said, offered = json.loads(done.stdout)
     for (command, message), (status, text) in zip(MISTAKES, said, strict=True):
         assert message in text, command
         assert status == (0 if "--help" in command else 2), command
-    assert offered == [*COMPLETED.values()]
+    assert offered == [*completed.values()]
 
 
 def test_a_shell_that_asks_before_there_is_help_is_answered_too(tmp_path, monkeypatch):

@@ -60,11 +60,20 @@ def _values_of_type(described: str) -> list[str]:
     return listed + ["true", "false"] * ("bool" in kind)
 
 
-def complete(verbs: Iterable[str], options_of: Callable[[str], Mapping[str, tuple[str, ...]]]) -> None:
+def takes_folders(text: str) -> bool:
+    """Whether a help text lists arguments that are no options, which are folders in every verb."""
+    return "\npositional arguments:\n" in text
+
+
+def complete(
+    verbs: Iterable[str],
+    options_of: Callable[[str], Mapping[str, tuple[str, ...]]],
+    folders_of: Callable[[str], bool],
+) -> None:
     """Answer a shell that asks for completions, and end the process; return at once if no shell asks.
 
     The user turns this on with `eval "$(register-python-argcomplete layerskip)"`. `options_of` gives the options of a
-    verb, without dashes, each with its values where these are few.
+    verb, without dashes, each with its values where these are few; `folders_of` tells whether it also takes folders.
     """
     if "_ARGCOMPLETE" not in os.environ:
         return
@@ -73,7 +82,12 @@ def complete(verbs: Iterable[str], options_of: Callable[[str], Mapping[str, tupl
     below = parser.add_subparsers()
     for verb in verbs:
         own = below.add_parser(verb, allow_abbrev=False)
-        for option, values in options_of(verb).items() if verb in words[1:2] else ():
+        if verb not in words[1:2]:
+            continue
+        if folders_of(verb):
+            folders: Any = own.add_argument("folders", nargs="*")
+            folders.completer = argcomplete.DirectoriesCompleter()
+        for option, values in options_of(verb).items():
             if option != "help":
                 own.add_argument(f"--{option}", choices=values or None)
     argcomplete.autocomplete(parser)

@@ -5,6 +5,7 @@ Tested by tests/contract/test_generate_mistakes.py.
 
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from jsonargparse import (  # type: ignore[attr-defined]  # ActionConfigFile is in its __all__ by computation
@@ -46,24 +47,34 @@ class OneLineErrors(ArgumentParser):
         return self
 
 
-def call_verb(verb: Callable[..., None], *, by_hand: Mapping[str, dict[str, Any]] | None = None) -> None:
+def call_verb(
+    verb: Callable[..., None],
+    *,
+    by_hand: Mapping[str, dict[str, Any]] | None = None,
+    positional: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
     """Call the function of a verb with the options on the command line, which follow the verb.
 
     The arguments of the function are the options. `by_hand` has settings of `add_argument` for those options that the
-    function's signature does not describe well.
+    function's signature does not describe well; `positional` has those of arguments that are no options.
     """
-    parser = parser_of(verb, verb.__name__, by_hand or {})
+    parser = parser_of(verb, verb.__name__, by_hand or {}, positional or {})
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
     options = parser.parse_args(sys.argv[2:]).as_dict()
     options.pop("config")
     verb(**options)
 
 
-def parser_of(kind: Callable[..., Any], verb: str, by_hand: Mapping[str, dict[str, Any]]) -> OneLineErrors:
+def parser_of(
+    kind: Callable[..., Any],
+    verb: str,
+    by_hand: Mapping[str, dict[str, Any]],
+    positional: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> OneLineErrors:
     """Return a parser whose options are the arguments of a function or class, described by its docstring."""
     parser = OneLineErrors(prog=f"layerskip {verb}", description=(kind.__doc__ or "").splitlines()[0])
-    for name, settings in by_hand.items():
-        parser.add_argument(f"--{name}", **settings)
+    for name, settings in {**positional, **{f"--{name}": settings for name, settings in by_hand.items()}}.items():
+        parser.add_argument(name, **settings)
     add = parser.add_class_arguments if isinstance(kind, type) else parser.add_function_arguments
-    add(kind, as_group=False, skip={*by_hand})
+    add(kind, as_group=False, skip={*by_hand, *positional})
     return parser

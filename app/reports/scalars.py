@@ -1,0 +1,128 @@
+"""The scalars that a run has logged, from TensorBoard's event files and from metrics.csv.
+
+Lightning logs step number n, counted from 1, at n - 1. Here all steps are counted from 1.
+Tested by tests/unit/reports/test_run_folder.py.
+"""
+
+import csv
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+Series = Mapping[int, float]  # step, counted from 1 -> value, which may be NaN
+
+_EVENTS, _CSV = "events.out.tfevents.*", "metrics.csv"
+_FRAME = 16  # bytes of an event file beside each record: its length and two checksums
+_EXIT = re.compile(r"exit_(\d+)")
+_SETTING = re.compile(r"exit_(\d+)_drafts_(\d+)")
+
+
+@dataclass
+class Scalars:
+    """The points of each metric, the files they are from, and what is wrong with these."""
+
+    series: dict[str, dict[int, float]] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # first and last, in seconds since 1970; empty if none is known
+
+    def of(self, name: str) -> Series:
+        """The points of a metric in the order of their steps; empty if it was not logged."""
+        return dict(sorted(self.series.get(name, {}).items()))
+
+    def by_exit(self, name: str) -> dict[int, Series]:
+        """The points of a metric of exits, by exit."""
+        found = ((_EXIT.fullmatch(key), key) for key in self._below(name))
+        return dict(sorted((int(match[1]), self.of(f"{name}/{key}")) for match, key in found if match))
+
+    def latest_by_setting(self, name: str) -> dict[tuple[int, int], float]:
+        """The latest value of a metric of decoding, by exit and number of drafts."""
+        found = ((_SETTING.fullmatch(key), key) for key in self._below(name))
+        latest = {
+            (int(match[1]), int(match[2])): [*self.of(f"{name}/{key}").values()][-1] for match, key in found if match
+        }
+        return dict(sorted(latest.items()))
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything was logged of."""
+        return max((step for points in self.series.values() for step in points), default=0)
+
+    def _below(self, name: str) -> Iterator[str]:
+        return (key.removeprefix(f"{name}/") for key in self.series if key.startswith(f"{name}/"))
+
+    def _seen_at(self, seconds: float) -> None:
+        self.times = [min([*self.times, seconds]), max([*self.times, seconds])]
+
+
+def has_logs(folder: Path) -> bool:
+    """Whether a run has logged to files in this folder."""
+    return (folder / _CSV).is_file() or any(folder.glob(_EVENTS))
+
+
+def read_scalars(folder: Path) -> Scalars:
+    """Read all points. Of a file that is cut off or damaged, what comes before that is kept, and a note tells of it.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    scalars = Scalars()
+    for file in sorted(folder.glob(_EVENTS)):  # their names begin with the time they were opened
+        _read_events(file, scalars)
+    if (file := folder / _CSV).is_file():
+        _read_csv(file, scalars)
+    for name, points in sorted(scalars.series.items()):
+        if bad := sorted(step for step, value in points.items() if not math.isfinite(value)):
+            many = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            scalars.notes.append(f"{name} is not finite at step {bad[0]}{many}: curves have a gap there")
+    return scalars
+
+
+def _read_events(file: Path, scalars: Scalars) -> None:
+    file.open("rb").close()  # an error of its own for what cannot be read, where TensorBoard's names an operation
+    scalars.files.append(file.name)
+    size, whole = file.stat().st_size, 0
+    try:
+        for record in RawEventFileLoader(str(file)).Load():
+            event = Event.FromString(record)
+            whole += len(record) + _FRAME
+            if event.session_log.status == SessionLog.START:  # the run was resumed: later points are logged again
+                for points in scalars.series.values():
+                    for step in [step for step in points if step > event.step]:
+                        del points[step]
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    scalars.series.setdefault(value.tag, {})[event.step + 1] = value.simple_value
+                    scalars._seen_at(event.wall_time)
+    except DecodeError:
+        pass
+    if whole < size:
+        scalars.notes.append(
+            f"{file.name}: its last {size - whole:,} of {size:,} bytes are cut off or damaged, and were left out"
+        )
+
+
+def _read_csv(file: Path, scalars: Scalars) -> None:
+    scalars.files.append(file.name)
+    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+        text = lines.read()
+    rows = list(csv.reader(text.splitlines()))
+    names = rows[0] if rows else []
+    for number, row in enumerate(rows[1:], start=2):
+        try:
+            if len(row) != len(names) or (number == len(rows) and not text.endswith("\n")):
+                raise ValueError
+            cells = {name: float(cell) for name, cell in zip_longest(names, row) if cell}
+            step = int(cells.pop("step")) + 1
+        except (ValueError, KeyError, OverflowError):
+            scalars.notes.append(f"{file.name}: line {number} of {len(rows)} is cut off or damaged, and was left out")
+            continue
+        for name, value in cells.items():
+            scalars.series.setdefault(name, {})[step] = value

@@ -1,0 +1,107 @@
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from app.errors import ConfigError
+from app.reports.render import as_html, as_markdown
+from app.reports.report import make_report
+from tests.support.run_folders import logged, make_run, write_benchmark
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    changes = {
+        "layer_dropout__max_dropout_rate": 0.0,
+        "early_exit__curriculum": "none",
+        "trainer__logger": {"name": "b"},
+    }
+    return [str(make_run(tmp_path / "ours")), str(make_run(tmp_path / "baseline", shift=0.2, **changes))]
+
+
+def _text(page: str) -> str:
+    """What a reader sees of a page."""
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", page)))
+
+
+def test_the_page_has_the_values_of_the_logs_and_the_settings_of_the_config(runs: list[str]) -> None:
+    page = as_html(make_report(runs))
+    text = _text(page)
+    assert f"{logged(40)['train/loss']:.4g} at step 40 {logged(40, shift=0.2)['train/loss']:.4g} at step 40" in text
+    assert "rotational (R = 3), scale 0.7, uniform weights, kl off" in text
+    assert "early_exit.curriculum rotational none layer_dropout.max_dropout_rate 0.5 0.0 " in text
+    assert "trainer.logger" not in text.split("differ", 1)[1].split("Whole config")[0]
+    assert f"ours: {logged(20)['val/loss']:.4g} at 20, {logged(40)['val/loss']:.4g} at 40." in text  # of a curve
+    assert "exit 1 1.10x 1.10x exit 2 1.40x -" in text  # speedup, by drafts
+    assert "num_prompts 5, max_new_tokens 7" in text
+    assert f"layerskip fit --config {runs[0]}/config.yaml" in text
+
+
+def test_parts_that_are_missing_are_named_with_the_command_that_makes_them(runs: list[str]) -> None:
+    text = _text(as_html(make_report(runs)))
+    assert "No benchmark of ours, baseline. To make it:" in text
+    assert f"layerskip benchmark --model {runs[0]}/checkpoints/last.ckpt --prompts {runs[0]}/prompts.jsonl" in text
+    folder = Path(runs[0])
+    write_benchmark(folder / "benchmark.json", model="elsewhere")
+    text = _text(as_html(make_report(runs)))
+    assert "No benchmark of baseline. To make it:" in text
+    assert "exit 2 1.37x 0.91x" in text
+    assert (
+        "layerskip benchmark --model elsewhere --prompts 'my prompts.jsonl' --ignore_eos true --exit_layers '[2]'"
+        f" --output {folder}/benchmark.json --dtype float32 --threads 2"
+    ) in text
+    assert "a processor, 2 threads" in text
+
+
+def test_files_go_to_the_run_whose_model_they_measured(runs: list[str], tmp_path: Path) -> None:
+    file = write_benchmark(tmp_path / "b.json", model=f"{runs[1]}/checkpoints/best.ckpt")
+    assert "No benchmark of ours. To make it" in _text(as_html(make_report(runs, [str(file)])))
+    write_benchmark(file, model="elsewhere")
+    assert f"Speed of every strategy, {file}" in _text(as_html(make_report(runs, [str(file)])))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cut off or no JSON"), ("[1]", "not a file that layerskip"), (None, "cannot be read")],
+)
+def test_a_file_that_is_not_ours_is_refused_if_it_was_named_and_told_if_not(
+    content: str | None, message: str, runs: list[str], tmp_path: Path
+) -> None:
+    file = Path(runs[0], "x.json")
+    if content is not None:
+        file.write_text(content)
+        assert f"ours: {file}: " in (note := make_report(runs).notes[0])
+        assert message in note
+    with pytest.raises(ConfigError, match=f"files: got .*x.json.*{message}"):
+        make_report(runs, [str(file)])
+
+
+def test_figures_that_another_version_wrote_otherwise_are_told(runs: list[str]) -> None:
+    file = write_benchmark(Path(runs[0], "benchmark.json"), model="m")
+    document = json.loads(file.read_text())
+    del document["results"][1]["speedup"]
+    file.write_text(json.dumps(document))
+    assert "benchmark.json: its figures are not as this version writes them (TypeError" in as_html(make_report(runs))
+
+
+def test_nothing_that_a_user_wrote_becomes_markup(tmp_path: Path) -> None:
+    hostile = "</pre><script>alert(1)</script>"
+    folder = make_run(tmp_path / "a|b<i>", data__init_args__sources={hostile: {"kind": "files", "weight": 1}})
+    report = make_report([str(folder)])
+    page = as_html(report)
+    assert "<script" not in page
+    assert "<i>" not in page
+    text, *_ = as_markdown(report, stem="r").values()
+    assert "| figure | a\\|b&lt;i&gt; |" in text
+    assert [line for line in text.splitlines() if "<script" in line and not line.startswith("    ")] == []
+
+
+def test_markdown_names_its_pictures_and_has_them(runs: list[str]) -> None:
+    (name, text), *pictures = as_markdown(make_report(runs), stem="r").items()
+    assert name == "r.md"
+    assert sorted(re.findall(r"\]\((\S+\.svg)\)", text)) == sorted(name for name, _ in pictures)
+    assert all(picture.lstrip().startswith("<svg") and "<style>" in picture for _, picture in pictures)
+    assert f"    layerskip fit --config {runs[0]}/config.yaml\n" in text
+    assert "| exit 1 | 1.10x | 1.10x |" in text

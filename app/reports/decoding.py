@@ -41,7 +41,7 @@ def decoding(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
 
 def command_of(measured: Measurement, verb: str, *, skip: Sequence[str] = ()) -> str:
     """The command that wrote a file, from the settings in it."""
-    settings = measured.settings | {"output": str(measured.file)}
+    settings = {**measured.settings, "output": str(measured.file)}
     words = ["layerskip", verb]
     for name, value in settings.items():
         if value not in (None, [], {}) and name not in (*_NOT_OPTIONS, *skip):
@@ -84,10 +84,8 @@ def _in_validation(run: Run) -> list[Block]:
     ):
         if grid := run.scalars.latest_by_setting(name):
             callbacks = (run.config.get("trainer") or {}).get("callbacks") or []
-            own = next(
-                (each for each in callbacks if str(each.get("class_path")).endswith("SelfSpeculativeValidation")), {}
-            )
-            settings = own.get("init_args") or {}
+            own = [each for each in callbacks if str(each.get("class_path")).endswith("SelfSpeculativeValidation")]
+            settings = own[0].get("init_args") or {} if own else {}
             said = ", ".join(
                 f"{key} {settings[key]}"
                 for key in ("num_prompts", "prompt_length", "max_new_tokens")
@@ -126,7 +124,7 @@ def _benchmark(name: str, measured: Measurement) -> list[Block]:
 def _tune(name: str, measured: Measurement) -> list[Block]:
     content = measured.content
     runs = [(run, "second run") for run in content["confirmed"]] + [(run, "first run") for run in content["verified"]]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             str(run["prediction"]["exit_layer"] or "n-grams"),
             cell(run["prediction"]["num_draft_tokens"], "{}"),
@@ -170,7 +168,7 @@ def _tune(name: str, measured: Measurement) -> list[Block]:
 
 def _parses(name: str, measured: Measurement) -> list[Block]:
     """The file that callbacks.ParseValidation writes."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             record["strategy"],
             cell(record["exit_layer"], "{}"),

@@ -55,7 +55,7 @@ def recipe(runs: Sequence[Run]) -> Section:
 
 def environment(runs: Sequence[Run]) -> Section:
     """Where and when the runs and the measurements were made, as far as they say."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             run.name,
             "training",

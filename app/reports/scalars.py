@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -89,20 +88,20 @@ def _read_events(file: Path, scalars: Scalars) -> None:
     file.open("rb").close()  # an error of its own for what cannot be read, where TensorBoard's names an operation
     scalars.files.append(file.name)
     size, whole = file.stat().st_size, 0
-    try:
-        for record in RawEventFileLoader(str(file)).Load():
+    for record in RawEventFileLoader(str(file)).Load():
+        try:
             event = Event.FromString(record)
-            whole += len(record) + _FRAME
-            if event.session_log.status == SessionLog.START:  # the run was resumed: later points are logged again
-                for points in scalars.series.values():
-                    for step in [step for step in points if step > event.step]:
-                        del points[step]
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    scalars.series.setdefault(value.tag, {})[event.step + 1] = value.simple_value
-                    scalars._seen_at(event.wall_time)
-    except DecodeError:
-        pass
+        except Exception:  # protobuf's error, for a record that is no event
+            break
+        whole += len(record) + _FRAME
+        if event.session_log.status == SessionLog.START:  # the run was resumed: later points are logged again
+            for points in scalars.series.values():
+                for step in [step for step in points if step > event.step]:
+                    del points[step]
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                scalars.series.setdefault(value.tag, {})[event.step + 1] = value.simple_value
+                scalars._seen_at(event.wall_time)
     if whole < size:
         scalars.notes.append(
             f"{file.name}: its last {size - whole:,} of {size:,} bytes are cut off or damaged, and were left out"

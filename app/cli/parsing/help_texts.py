@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import argcomplete
+from argcomplete.completers import DirectoriesCompleter
 
 from app.whole_file import write_whole
 
@@ -86,7 +87,7 @@ def complete(
             continue
         if folders_of(verb):
             folders: Any = own.add_argument("folders", nargs="*")
-            folders.completer = argcomplete.DirectoriesCompleter()
+            folders.completer = DirectoriesCompleter()
         for option, values in options_of(verb).items():
             if option != "help":
                 own.add_argument(f"--{option}", choices=values or None)

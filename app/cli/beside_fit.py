@@ -10,6 +10,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from app.cli.parsing.command_words import options_in_order
 from app.cli.parsing.verb_parser import JSON_FLAG, parser_of
 from app.cli.train import LayerSkipCLI, make_cli
 
@@ -43,12 +44,10 @@ def _split(options: Callable[..., Any], verb: str, args: Sequence[str]) -> tuple
     """Return the verb's own options, and the arguments that are left for `fit`."""
     parser = parser_of(options, verb, {name: _FLAGS[name] for name in _FLAGS if name in options.__annotations__})
     parser.epilog = "All options of `layerskip fit` are taken too: --config FILE, --trainer.max_steps N, ..."
-    own, rest, remaining = list[str](), list[str](), iter(args)
-    for arg in remaining:
-        option, equals, _ = arg.partition("=")
-        action = parser._option_string_actions.get(option)
-        if action is not None and action.nargs != 0 and not equals and (value := next(remaining, None)) is not None:
-            own.append(f"{option}={value}")
+    own, rest, actions = list[str](), list[str](), parser._option_string_actions
+    for words, option, _ in options_in_order(args, lambda name: name in actions and actions[name].nargs != 0):
+        if option in actions:
+            own.append("=".join(words))
         else:
-            (rest if action is None else own).append(arg)
+            rest += words
     return options(**parser.parse_args(own).as_dict()), rest

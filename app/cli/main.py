@@ -20,7 +20,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from app.cli.held_warnings import warnings_held
-from app.cli.parsing.help_texts import complete, keep_help, kept_help, options_in, takes_folders
+from app.cli.parsing.help_texts import complete, keep_help, kept_help, options_in, required_in, takes_folders
 from app.cli.parsing.included_configs import with_installed
 from app.cli.parsing.preflight import check_arguments
 from app.errors import UserError
@@ -72,7 +72,9 @@ def main() -> int:
         return 0
     try:
         verb, of_fit = args[0], args[0] in _WITH_OPTIONS_OF_FIT
-        check_arguments(args[1:], options=_known_options(verb), of_fit=of_fit, needs_model=verb != "plan")
+        required = () if of_fit else required_in(kept_help(verb) or "")  # those of fit may stand in a config's config
+        options = _known_options(verb)
+        check_arguments(args[1:], options=options, required=required, of_fit=of_fit, needs_model=verb != "plan")
     except UserError as error:
         return _fail(f"{error}\n(options: layerskip {args[0]} --help)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the forks of data workers

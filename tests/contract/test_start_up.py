@@ -37,6 +37,11 @@ positional arguments:
 options:
   --output OUTPUT       File to write. (required, type: str)
 """
+GENERATE_HELP = """
+  --model MODEL         Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf
+                        file. (required, type: str)
+  --prompt PROMPT       Text to continue. (type: str | null, default: null)
+"""
 MISTAKES = [
     (["fit", "--config", "absent.yaml"], "config: got 'absent.yaml', allowed a YAML file (no such file or direct"),
     (["fit", "--config={trainer: {max_stepz: 3}}"], "trainer.max_stepz: unknown key; nearest: max_steps"),
@@ -46,6 +51,7 @@ MISTAKES = [
     (["fit", "--model.pretrained", "./absent"], "model.pretrained: got './absent', allowed a Hugging Face dir"),
     (["generate", "--model", "absent.gguf", "--prompt", "x"], "model: got 'absent.gguf', allowed a Hugging Face"),
     (["tune", "--prompts", "absent.jsonl"], "prompts: absent.jsonl cannot be read: No such file"),
+    (["generate", "--prompt", "x"], "model: required, but not given"),
     (["fitt"], "verb: got 'fitt', allowed fit | "),
     (["fit", "--help"], FIT_HELP),
     (["--help"], "generate"),
@@ -92,6 +98,7 @@ def test_help_completion_and_mistakes_that_show_at_once_are_answered_without_tor
     help_texts.keep_help("fit", FIT_HELP)
     help_texts.keep_help("plan", PLAN_HELP)
     help_texts.keep_help("report", REPORT_HELP)
+    help_texts.keep_help("generate", GENERATE_HELP)
     (tmp_path / "run").mkdir()
     completed = json.loads(json.dumps(COMPLETED).replace("FOLDER", str(tmp_path)))
     asked = json.dumps(([command for command, _ in MISTAKES], [*completed], str(tmp_path / "answer")))

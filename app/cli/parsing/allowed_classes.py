@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from jsonargparse import set_parsing_settings
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
+from app.cli.parsing.command_words import options_in_order
 from app.errors import ConfigError
 
 FLAG = "--allowed_classes+"
@@ -39,13 +40,12 @@ def restrict_classes(args: Sequence[str]) -> list[str]:
 
     Returns the other arguments. A config cannot add classes, since only the command line knows the option.
     """
-    added, rest, remaining = list[str](), list[str](), iter(args)
-    for arg in remaining:
-        option, equals, name = arg.partition("=")
+    added, rest = list[str](), list[str]()
+    for words, option, value in options_in_order(args, FLAG.__eq__):
         if option != FLAG:
-            rest.append(arg)
+            rest += words
             continue
-        name = (name if equals else next(remaining, "")).removesuffix(".").removesuffix(".*")
+        name = (value or "").removesuffix(".").removesuffix(".*")
         added.append(name)
         if not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
             raise ConfigError(FLAG, got=name, allowed="a package, module or class, such as my_package.callbacks")

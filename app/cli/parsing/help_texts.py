@@ -54,6 +54,12 @@ def options_in(text: str) -> dict[str, tuple[str, ...]]:
     return options
 
 
+def required_in(text: str) -> list[str]:
+    """Return the options in a help text, without dashes, that a command line must have."""
+    _, *parts = _OPTION.split(text)
+    return [name for name, described in zip(parts[::3], parts[2::3], strict=True) if "(required," in described]
+
+
 def _values_of_type(described: str) -> list[str]:
     """Return the values that the type in an option's description lists, such as `Optional[Literal['fixed', 'off']]`."""
     kind = "".join(described.partition("(type:")[2].split()).partition(",default:")[0]  # lines may break within a name

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
+from app.cli.parsing.command_words import options_in_order
 from app.errors import ConfigError
 
 _KEY = "config"
@@ -31,14 +32,11 @@ def _is_installed_only(arg: str) -> bool:
 
 def with_included(args: Sequence[str]) -> list[str]:
     """Return the arguments, with each `--config FILE` preceded by one for every file that FILE is stacked on."""
-    expanded, remaining = list[str](), iter(args)
-    for arg in remaining:
-        option, equals, value = arg.partition("=")
-        if option not in _OPTIONS or (not equals and not (value := next(remaining, ""))):
-            expanded.append(arg)
-            continue
-        for file in _stack(value, above=()):
-            expanded += ["--config", file]
+    expanded = list[str]()
+    for words, option, value in options_in_order(args, _OPTIONS.__contains__):
+        if option in _OPTIONS and value:
+            words = [word for file in _stack(value, above=()) for word in ("--config", file)]
+        expanded += words
     return expanded
 
 

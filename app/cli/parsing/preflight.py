@@ -6,7 +6,7 @@ It refuses only what is certainly wrong; the parsers find the rest. Tested by te
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import get_loader
 
 from app.checkpoints.atomic import find_checkpoint, previous_checkpoint
+from app.cli.parsing.command_words import options_in_order
 from app.cli.parsing.included_configs import with_included
 from app.cli.parsing.parser_messages import one_line
 from app.errors import ConfigError, UserError
@@ -27,21 +28,32 @@ CHECKPOINT_HELP = (
 USE_PREVIOUS = "--fall_back_to_previous true"
 _MOST_VALUES = 100_000  # in a config; aliases make more of a few lines than memory holds
 _APPENDED = re.compile(r"\+(?=\.|$)")  # behind a key whose value is added to a list that other configs give
+_READ_HERE = (
+    *("-c", "--config", "--prompts", "--ckpt_path", "--fall_back_to_previous"),
+    *("--model.pretrained", "--model", "--draft_model"),
+)
 _MODELS = {True: ("model.pretrained",), False: ("model", "draft_model")}  # by whether the verb is one of fit's
 
 
 def check_arguments(
-    args: Sequence[str], *, options: Collection[str] | None, of_fit: bool, needs_model: bool = True
+    args: Sequence[str],
+    *,
+    options: Collection[str] | None,
+    of_fit: bool,
+    required: Collection[str] = (),
+    needs_model: bool = True,
 ) -> None:
-    """Refuse files that are missing or not YAML, and options that the verb does not have.
+    """Refuse files that are missing or not YAML, options that the verb does not have, and a lack of those it needs.
 
     Args:
         args: What follows the verb on the command line.
         options: Names of the verb's options, without dashes; None if they are not known yet.
+        required: Names of the options that the verb must be given, here or in a config, as far as they are known.
         of_fit: Whether the verb takes the options of `layerskip fit`, whose configs may be stacked.
         needs_model: Whether the named models must exist; `plan` does without them.
     """
-    given = list(_pairs(with_included(args) if of_fit else args))
+    words = options_in_order(with_included(args) if of_fit else args, _READ_HERE.__contains__)
+    given = [(option.lstrip("-"), value) for _, option, value in words if option.startswith("--") or option == "-c"]
     for option, value in given:
         names = [option.rstrip("+")]
         if option in ("config", "c") and value is not None:
@@ -55,6 +67,9 @@ def check_arguments(
         for name in names:
             if options is not None and _is_unknown(name, options):
                 raise UserError(one_line(f"Option '{name}' is not accepted", options=options))
+    told = {option.rstrip("+") for option, _ in given}
+    if "config" not in told and (missing := [name for name in required if name not in told]):
+        raise UserError(one_line(f"the following arguments are required: {', '.join(missing)}", options=options or ()))
 
 
 def check_checkpoint_path(path: str, *, use_previous: bool) -> None:
@@ -68,14 +83,6 @@ def check_checkpoint_path(path: str, *, use_previous: bool) -> None:
         fix = f"the previous checkpoint is {kept} ({USE_PREVIOUS} takes it)"
     allowed = "an existing checkpoint; last; or auto: last if there is one, else none"
     raise ConfigError("ckpt_path", got=path, allowed=allowed, fix=fix)
-
-
-def _pairs(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield each option, without its dashes, with the argument that follows it."""
-    for arg, following in pairwise([*args, None]):
-        if arg is not None and (arg.startswith("--") or arg == "-c"):
-            option, equals, value = arg.lstrip("-").partition("=")
-            yield option, value if equals else following
 
 
 def _paths(value: str) -> list[str]:

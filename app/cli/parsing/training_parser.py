@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from app.cli.parsing.allowed_classes import restrict_classes
+from app.cli.parsing.command_words import options_in_order
 from app.cli.parsing.included_configs import with_included
 from app.cli.parsing.preflight import CHECKPOINT_HELP
 from app.cli.parsing.verb_parser import OneLineErrors
@@ -56,13 +57,8 @@ def _classes_as_configs(args: Sequence[str]) -> Iterator[str]:
     These settings may be names as well as classes. On the command line jsonargparse takes a misspelt class for a name,
     which Lightning then does not find; in a config it says what is wrong with the class.
     """
-    rest = iter(args)
-    for arg in rest:
-        option, equals, value = arg.partition("=")
-        found = _NAME_OR_CLASS.fullmatch(option)
-        if not found or (not equals and (value := next(rest, None)) is None):  # type: ignore[assignment]
-            yield arg
-        elif value.lstrip().startswith("{"):
+    for words, option, value in options_in_order(args, _NAME_OR_CLASS.fullmatch):
+        if (found := _NAME_OR_CLASS.fullmatch(option)) and value and value.lstrip().startswith("{"):
             yield f"--config={{{found[1]}: {{{found[2]}: {value}}}}}"
         else:
-            yield from (arg,) if equals else (option, value)
+            yield from words

@@ -16,9 +16,9 @@ from app.generation.loaded_model import LoadedModel
 from app.generation.options import GenerationOptions
 from app.generation.request import Request
 from app.model.weights_hash import weights_hash
+from app.progress_log import ProgressLog
 
 _log = logging.getLogger(__name__)
-_LOG_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class OwnText:
             )
             for temperature in self.temperatures
         }
-        started = told = perf_counter()
+        started, progress = perf_counter(), ProgressLog(_log, str(output), total=total, unit="texts", done=done)
         with output.open("a", encoding="utf-8") as file:
             for rows, temperature in batches:
                 before += len(rows)
@@ -73,16 +73,15 @@ class OwnText:
                     continue
                 request = requests[temperature]
                 made = [request.generation(row, result) for row, result in zip(rows, request.decode(rows), strict=True)]
-                for each in made[len(rows) - (before - done) :]:
+                lacking = made[len(rows) - (before - done) :]
+                for each in lacking:
                     line = {"text": each.prompt + each.text, "prompt": each.prompt, "temperature": temperature}
                     file.write(json.dumps(line | {"of": mark}) + "\n")
-                    tokens += each.num_tokens
                 file.flush()
-                done, now = before, perf_counter()
-                if now - told > _LOG_SECONDS or done == total:
-                    told = now
-                    _log.info("%s: %d of %d texts, %.0f tokens/s", output, done, total, tokens / (now - started))
-                if now - started > time_limit_seconds:
+                done, new = before, sum(each.num_tokens for each in lacking)
+                tokens += new
+                progress.add(len(lacking), num_tokens=new)
+                if perf_counter() - started > time_limit_seconds:
                     break
         return tokens
 

@@ -7,7 +7,6 @@ Memory holds the model, the states of one forward, those of one shard and its by
 
 import logging
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -17,12 +16,11 @@ from transformers import PreTrainedModel
 
 from app.errors import ConfigError
 from app.model.early_exit import EarlyExitModel
+from app.progress_log import ProgressLog
 from app.words import dtype_name
 from datamodules.state_cache.shards import TOKEN_COLUMNS, RowLayout, Split, StateCache
 
 _log = logging.getLogger(__name__)
-
-_SECONDS_A_REPORT = 30.0
 
 
 class FrozenModel:
@@ -58,8 +56,8 @@ class CacheFiller:
         self._cache, self._layout, self._missing = cache, layout, missing
         num_rows = sum(missing.values())
         size, free = num_rows * layout.row_bytes, shutil.disk_usage(cache.folder).free
-        self._num_tokens, self._done = num_rows * layout.seq_len, 0
-        self._start = self._reported = time.perf_counter()
+        num_tokens = num_rows * layout.seq_len
+        self._progress = ProgressLog(_log, "cached", total=num_tokens, unit="tokens")
         if size > free:
             raise ConfigError(
                 "cache_dir",
@@ -68,7 +66,7 @@ class CacheFiller:
                 fix="lower num_tokens, take fewer exits or a dtype of 16 bits, or name a folder on another disk",
             )
         cache.write_index()
-        figures = f"{layout.num_states} states of each of {self._num_tokens:,} tokens: {size / 1e6:,.3g} MB"
+        figures = f"{layout.num_states} states of each of {num_tokens:,} tokens: {size / 1e6:,.3g} MB"
         _log.info("caching %s in %s", figures, cache.folder)
 
     def fill(self, split: Split, num_rows: int, *, batches: Iterator[Mapping[str, Tensor]], model: FrozenModel) -> None:
@@ -92,15 +90,7 @@ class CacheFiller:
                 if not torch.isfinite(found_NTSD[rows]).all():
                     allowed = "a type that holds all states of this model (bfloat16 reaches as far as float32)"
                     raise ConfigError("dtype", got=dtype_name(layout.dtype), allowed=allowed)
-                self._report(columns["input_ids"][rows].numel())
+                number = columns["input_ids"][rows].numel()
+                self._progress.add(number, num_tokens=number)
             tokens = {column: values.int() for column, values in columns.items()}
             self._cache.write_shard(name, {**tokens, "states": found_NTSD})
-
-    def _report(self, num_tokens: int) -> None:
-        self._done += num_tokens
-        now = time.perf_counter()
-        rate, left = self._done / (now - self._start), self._num_tokens - self._done
-        if left == 0 or now - self._reported >= _SECONDS_A_REPORT:
-            self._reported = now
-            of_all = f"{self._done:,} of {self._num_tokens:,} tokens"
-            _log.info("cached %s, %s tokens/s, %.1f minutes left", of_all, f"{rate:,.0f}", left / rate / 60)

@@ -58,6 +58,7 @@ def test_an_interrupted_call_goes_on_to_the_same_file(write, cut):
     status, _, said = write(*options)
     assert (status, write.output.read_bytes()) == (0, whole)
     assert ("going on" in said) == (cut < len(whole))
+    assert (": 6 of 6 texts, " in said) == (cut > 0)
 
 
 def test_a_file_of_another_command_is_refused_and_left(write):

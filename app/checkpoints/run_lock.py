@@ -34,27 +34,19 @@ def hold(folder: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(file, descriptor):
-                break
-            os.close(descriptor)  # a run that ended meanwhile has removed the file
-        except OSError as error:
+        if not lock(descriptor, folder):
             owner = os.read(descriptor, 300).decode(errors="replace").strip()
             os.close(descriptor)
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                _log.warning(
-                    "%s cannot be locked (%s): see to it that no other run writes there%s",
-                    *(folder, error.strerror, f"; the one before was {owner}" if owner else ""),
-                )
-                return
             if owner.startswith(f"process {os.getppid()} "):  # it started this process as a rank of its run
                 return
             raise CheckpointError(
                 f"{folder}: another fit writes there, {owner or 'which has not said its name yet'}: wait for it or stop"
                 " it, or give this run another name (--trainer.logger.init_args.name). If there is no such process any"
                 f" more, remove {file}"
-            ) from error
+            )
+        if _is_still(file, descriptor):
+            break
+        os.close(descriptor)  # a run that ended meanwhile has removed the file
     _held[file] = descriptor
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -81,6 +73,20 @@ def release() -> None:
         file, descriptor = _held.popitem()
         file.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def lock(descriptor: int, folder: Path, *, wait: bool = False) -> bool:
+    """Lock an open file of a folder; False if another process holds it and this one is not to wait.
+
+    On a file system without locks, this warns and counts as locked.
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        _log.warning("%s cannot be locked (%s): see to it that no other run writes there", folder, error.strerror)
+    return True
 
 
 def _is_still(file: Path, descriptor: int) -> bool:

@@ -7,7 +7,6 @@ A shard is a safetensors file of `input_ids`, `labels`, `position_ids` [N, T] an
 at any moment leaves shards that are whole, and at most one that the index does not know, which is made anew.
 """
 
-import fcntl
 import json
 import logging
 import zlib
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from app.checkpoints.integrity import Checksum, checksum_of
+from app.checkpoints.run_lock import lock
 from app.errors import ConfigError, DataError
 from app.layerskip.early_exit_loss import IGNORE_INDEX
 from app.whole_file import write_whole
@@ -155,19 +155,12 @@ def made_from(**facts: Any) -> dict[str, Any]:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Make the folder, and wait until no other process fills it; the kernel ends the lock with the process.
-
-    A warning says so on a file system without locks.
-    """
+    """Make the folder, and wait until no other process fills it; the kernel ends the lock with the process."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        if not lock(file.fileno(), folder):
             _log.info("another process fills %s: waiting for it", folder)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        except OSError as error:
-            _log.warning("%s cannot be locked (%s): see to it that no other run fills it", folder, error.strerror)
+            lock(file.fileno(), folder, wait=True)
         yield
 
 

@@ -86,6 +86,7 @@ def test_where_nothing_can_be_locked_a_run_is_warned(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     hold(tmp_path)
+    release()
     assert re.search(r"cannot be locked \(no locks\): see to it that no other run writes there", caplog.text)
 
 

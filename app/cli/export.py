@@ -78,7 +78,7 @@ def export(
     card = card.completed_from_card(directory, name="the card that was there")
     chosen = ExportSettings(dtype=DTYPES[dtype], max_shard_size=max_shard_size)  # checked before anything is read
     loaded, tokenizer, weights, record = _open(path, dtype=chosen.dtype, field=field)
-    source = weights or Weights.of(loaded)
+    source = weights or Weights.of(loaded, path)
     metadata = {} if record is None else record.metadata
     adapter = adapter_dir and check_adapter_dir(adapter_dir, metadata, beside=directory)
     exits = stored_exit_blocks(path)
@@ -132,7 +132,7 @@ def _open(
         vocab_size = trained.config.get_text_config().vocab_size
         check_fits(trained.tokenizer, vocab_size=vocab_size, field=field, got=path)
     check_bytes(trained.path)
-    weights = Weights(trained.shapes, trained.read)
+    weights = Weights(trained.shapes, trained.read, trained.path)
     return model, trained.tokenizer, weights, RunRecord.of(Path(path), trained.metadata)
 
 

@@ -28,21 +28,23 @@ _SHARD_NAMES = "model{suffix}.safetensors"
 
 
 class Weights(NamedTuple):
-    """Shapes and dtypes of tensors by Hugging Face name, and a function that reads one of them."""
+    """Shapes and dtypes of tensors by Hugging Face name, a function that reads one of them, and where they are from."""
 
     shapes: Mapping[str, tuple[torch.Size, torch.dtype]]
     read: Callable[[str], Tensor]
+    path: str | Path  # or words, for messages
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Weights":
-        """Return the weights of a loaded model."""
-        state = model.state_dict()
-        return cls({name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}, state.__getitem__)
+    def of(cls, model: PreTrainedModel, path: str | None = None) -> "Weights":
+        """Return the weights of a model, which was loaded from `path`."""
+        state, path = model.state_dict(), path or f"the weights of a {type(model).__name__}"
+        return cls({name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}, state.__getitem__, path)
 
     def with_others(self, state: Mapping[str, Tensor]) -> "Weights":
         """Return these weights and those of `state`, whose names are different."""
         others = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-        return Weights({**self.shapes, **others}, lambda name: state[name] if name in state else self.read(name))
+        read = lambda name: state[name] if name in state else self.read(name)  # noqa: E731
+        return self._replace(shapes={**self.shapes, **others}, read=read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +132,16 @@ def _stored_names(model: PreTrainedModel, weights: Weights) -> list[str]:
     tied = model.all_tied_weights_keys
     names = [name for name in own if name not in tied]
     if unknown := sorted(shapes.keys() - own.keys()):
-        raise CheckpointError(f"{len(unknown)} weights are not of a {type(model).__name__}, the first is {unknown[0]}")
+        what = f"{len(unknown)} weights are not of a {type(model).__name__}, the first is {unknown[0]}"
+        raise CheckpointError(f"{weights.path}: {what}")
     for name in names:
         if name not in shapes:
-            raise CheckpointError(f"the weights of a {type(model).__name__} are not all there: {name} is missing")
+            raise CheckpointError(f"{weights.path}: {name} of a {type(model).__name__} is missing")
         if shapes[name][0] != own[name].shape:
-            raise CheckpointError(f"{name} has shape {[*shapes[name][0]]}, config.json says {[*own[name].shape]}")
+            what = f"{name} has shape {[*shapes[name][0]]}, config.json says {[*own[name].shape]}"
+            raise CheckpointError(f"{weights.path}: {what}")
         if own[name].is_floating_point():
-            check_plain(f"the weights of a {type(model).__name__}", name, shapes[name][1])
+            check_plain(weights.path, name, shapes[name][1])
     return names
 
 
@@ -152,7 +156,7 @@ def _write_shards(
     shards = split_torch_state_dict_into_shards(planned, filename_pattern=_SHARD_NAMES, max_shard_size=size)
     for file, members in shards.filename_to_tensors.items():
         tensors = {name: read(name).detach().to(dtypes[name]).contiguous() for name in members}
-        check_finite(f"the weights of a {type(model).__name__}", tensors)
+        check_finite(weights.path, tensors)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
         give_back_freed()

@@ -9,6 +9,7 @@ import logging
 import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,9 +26,16 @@ from app.errors import ConfigError, UserError, check_early_exit, check_range
 from app.generation.prompts import read_prompts
 from app.model.cpu.precision import training_precision
 from app.model_files.decoding_defaults import DEFAULTS_FIELD, SETTING_NAMES
-from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, draft_vocabulary_file, most_frequent
+from app.model_files.draft_vocabulary import (
+    DRAFT_VOCABULARY_FILE,
+    USUAL_PART,
+    draft_vocabulary_file,
+    ranked,
+    token_counts,
+    usual_size,
+)
 from app.model_files.generation_config import read_generation_config
-from app.model_files.open import load_config, load_pretrained, open_tokenizer
+from app.model_files.open import load_config, map_pretrained, open_tokenizer
 from app.tables import Table
 from app.text.text_tokens import end_token_ids
 from app.whole_file import write_whole
@@ -43,7 +51,6 @@ _PROMPT_LENGTH = 48
 _MOST_PROMPTS = 100_000  # more than can be continued in the time
 _PROBE_STEPS = 8
 _MOST_EPOCHS = 8  # passes over the cache; beyond, an exit block learns the text by heart
-_VOCABULARY_SHARE = 8  # V / V'
 _LEAST_GAIN = 0.1  # of a draft's cost that a smaller head must save
 
 
@@ -96,7 +103,7 @@ class Adaptation:
         exits = {"exits": json.dumps({self.exit_layer: self.settings.num_exit_blocks})}
         if (vocabulary := self._vocabulary) is not None:
             exits["vocabulary"] = str(vocabulary)
-        num_own = sum(map(len, self._own_tokens))
+        num_own = self._own_tokens.total()
         num_tokens = math.ceil(num_own / self.settings.own_share) if self.settings.has_corpus else num_own
         common: dict[str, object] = {
             "config": self.settings.recipe,
@@ -121,7 +128,7 @@ class Adaptation:
         """Write the model as it was, with its exit block beside it."""
         options: dict[str, object] = {} if self._vocabulary is None else {"draft_vocabulary": self._vocabulary}
         checkpoint = self.folder / "run" / "checkpoints" / "last.ckpt"
-        dtype = dtype_name(load_pretrained(self.model, dtype=None).dtype)
+        dtype = dtype_name(map_pretrained(self.model).dtype)
         options |= {"ckpt_path": checkpoint, "output_dir": self.output_dir, "dtype": dtype}
         self._run("export", "export", options)
 
@@ -178,10 +185,10 @@ class Adaptation:
         return {"model": self.output_dir, "max_new_tokens": self.settings.max_new_tokens, "dtype": _dtype()}
 
     @cached_property
-    def _own_tokens(self) -> list[list[int]]:
-        tokenizer = open_tokenizer(self.model, field="model")
+    def _own_tokens(self) -> Counter[int]:
         lines = self._own_text.read_text("utf-8").splitlines()
-        return [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
+        texts = (json.loads(line)["text"] for line in lines)
+        return token_counts(texts, open_tokenizer(self.model, field="model"))
 
     @property
     def _source(self) -> Source:
@@ -224,16 +231,16 @@ class Adaptation:
     @cached_property
     def _vocabulary(self) -> Path | None:
         """The file of the draft vocabulary, counted in the model's own text; None where the head costs little."""
-        model = load_pretrained(self.model, dtype=None)
+        model = map_pretrained(self.model)
         config, layer = model.config.get_text_config(), model.get_decoder().layers[0]
         head = config.vocab_size * config.hidden_size / sum(parameter.numel() for parameter in layer.parameters())
         draft = self.exit_layer + self.settings.num_exit_blocks + head
-        if head * (1 - 1 / _VOCABULARY_SHARE) < _LEAST_GAIN * draft:
+        if head * (1 - 1 / USUAL_PART) < _LEAST_GAIN * draft:
             return None
         ends = end_token_ids(model.generation_config, open_tokenizer(self.model, field="model"))
-        size = max(len(ends), config.vocab_size // _VOCABULARY_SHARE)
-        chosen = most_frequent(self._own_tokens, size=size, vocab_size=config.vocab_size, ends=ends)
-        return self._made(DRAFT_VOCABULARY_FILE, draft_vocabulary_file(chosen).decode)
+        chosen = ranked(self._own_tokens, vocab_size=config.vocab_size, ends=ends)
+        size = usual_size(config.vocab_size, ends)
+        return self._made(DRAFT_VOCABULARY_FILE, draft_vocabulary_file(chosen[:size]).decode)
 
     def _steps(self, num_tokens: int) -> int:
         """Optimizer steps that fit the time, at the speed of the probe, and the text."""
@@ -274,7 +281,7 @@ def _dtype() -> str:
 
 def _equal_weights(model: str, other: str) -> bool:
     """Whether two models have the same weights, bit for bit."""
-    before, after = (load_pretrained(path, dtype=None).state_dict() for path in (model, other))
+    before, after = (map_pretrained(path).state_dict() for path in (model, other))
     return before.keys() == after.keys() and all(
         before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in before
     )

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError, DataError, check_range
 from app.model_files.decoding_defaults import DEFAULTS_FIELD, parse_decoding_defaults, write_decoding_defaults
-from app.model_files.draft_vocabulary import ranked, write_draft_vocabulary
+from app.model_files.draft_vocabulary import ranked, token_counts, usual_size, write_draft_vocabulary
 from app.model_files.generation_config import read_generation_config, stored_generation_config
 from app.model_files.open import load_config, open_tokenizer
 from app.tables import Table
@@ -26,7 +25,6 @@ from datamodules.readers.sources import Source
 
 _log = logging.getLogger(__name__)
 
-_USUAL_PART = 8
 _PARTS_SHOWN = (16, 8, 4)
 
 
@@ -55,11 +53,9 @@ def vocabulary(*, model: str, texts: str, field: str = "text", size: int | None 
     stored = read_generation_config(directory).get(DEFAULTS_FIELD)
     tuned = None if stored is None else parse_decoding_defaults(stored, config)
     fewest = max(1, len(ends))
-    size = max(fewest, vocab_size // _USUAL_PART) if size is None else size
+    size = usual_size(vocab_size, ends) if size is None else size
     check_range("size", size, low=fewest, high=vocab_size)
-    counts = Counter[int]()
-    for text in _texts(texts, field):
-        counts.update(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    counts = token_counts(_texts(texts, field), tokenizer)
     token_ids, total = ranked(counts, vocab_size=vocab_size, ends=ends), max(1, counts.total())
     if tuned is not None and tuned.draft_vocabulary_size is not None:
         _log.info(

@@ -9,6 +9,7 @@ import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,27 +18,28 @@ from app.errors import CheckpointError, DataError, check_range, shortened
 from app.whole_file import write_whole
 
 DRAFT_VOCABULARY_FILE = "draft_vocabulary.json"
+USUAL_PART = 8  # V / V'
 _KEY = "token_ids"
 
 
-def most_frequent(texts: Iterable[Sequence[int]], *, size: int, vocab_size: int, ends: Sequence[int]) -> list[int]:
-    """The ends of a text, then the most frequent token ids, `size` in all; of equally frequent ones the lower id.
-
-    Args:
-        texts: Token ids of texts like those that are to be drafted, best the model's own.
-        size: V', at least the number of ends and at most V.
-        vocab_size: V.
-        ends: Ids that end a text, which are always in.
-    """
-    check_range("draft_vocabulary_size", size, low=max(1, len(ends)), high=vocab_size)
+def token_counts(texts: Iterable[str], tokenizer: Any) -> Counter[int]:
+    """Count the token ids of texts, without those that the tokenizer puts around a text."""
     counts = Counter[int]()
     for text in texts:
-        counts.update(text)
-    return ranked(counts, vocab_size=vocab_size, ends=ends)[:size]
+        counts.update(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return counts
+
+
+def usual_size(vocab_size: int, ends: Sequence[int]) -> int:
+    """Return V' where nobody chose it: an eighth of V, but at least one id and all `ends` of a text."""
+    return max(1, len(ends), vocab_size // USUAL_PART)
 
 
 def ranked(counts: Mapping[int, int], *, vocab_size: int, ends: Sequence[int]) -> list[int]:
-    """Rank all V token ids by their counts in texts, after `ends`; of equally frequent ones the lower id is first."""
+    """Rank all V token ids by their counts in texts, after `ends`; of equally frequent ones the lower id is first.
+
+    Count texts like those that are to be drafted, best the model's own.
+    """
     others = [token for token in range(vocab_size) if token not in ends]
     others.sort(key=lambda token: -counts.get(token, 0))
     return [*ends, *others]

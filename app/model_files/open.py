@@ -31,7 +31,7 @@ from app.model.config_check import check_plain_head, check_sizes, refused_as_con
 from app.model_files.generation_config import stored_generation_config, trained_generation_config
 from app.model_files.gguf import read_gguf_config, read_gguf_tokenizer, read_gguf_weights
 from app.model_files.loading import conversion, fill_model, from_checkpoint, from_safetensors, is_pickle
-from app.model_files.paths import SOURCES, check_exists
+from app.model_files.paths import SOURCES, TOKENIZERS, check_exists
 from app.text.tokenizer_files import check_fits, check_knows_tokens, load_tokenizer
 
 _OWN_CODE = (
@@ -85,6 +85,11 @@ def load_pretrained(path: str, *, dtype: torch.dtype | None = torch.float32) -> 
     return model
 
 
+def map_pretrained(path: str) -> PreTrainedModel:
+    """Map a model's weights from their files, as they are there, to look at; GGUF's are unpacked into memory."""
+    return open_source(path, field="model").weights(None, False)
+
+
 def load_for_decoding(path: str, *, dtype: torch.dtype | None, field: str = "model") -> tuple[PreTrainedModel, Any]:
     """Load a model in eval mode and its tokenizer, which are checked before the weights are read.
 
@@ -104,10 +109,11 @@ def open_tokenizer(path: str, *, field: str) -> Any:
 
     It is a ConfigError if none can be read, and a CheckpointError if a checkpoint is damaged or holds none.
     """
-    if Path(path).is_dir() and not is_trained_weights(path):
-        tokenizer = load_tokenizer(path, field=field)
-    else:
+    if is_trained_weights(path) or (path.endswith(".gguf") and Path(path).is_file()):
         tokenizer = open_source(path, field=field).tokenizer()
+    else:
+        check_exists(path, field=field, allowed=TOKENIZERS)
+        tokenizer = load_tokenizer(path, field=field)
     tokenizer.name_or_path = path
     return tokenizer
 

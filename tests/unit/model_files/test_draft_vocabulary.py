@@ -1,6 +1,7 @@
 """The token ids that drafts are chosen from: which ones, and what files are refused."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,19 @@ from app.model_files.draft_vocabulary import (
     DRAFT_VOCABULARY_FILE,
     draft_vocabulary_file,
     first_ids,
-    most_frequent,
+    ranked,
     read_draft_vocabulary,
+    usual_size,
 )
 from tests.support.saved_models import save_model
 
 
 def test_ends_come_first_then_the_most_frequent_ids_and_the_lower_of_equals() -> None:
-    texts = [[5, 5, 7, 3], [7, 5, 9]]
-    assert most_frequent(texts, size=6, vocab_size=12, ends=(2,)) == [2, 5, 7, 3, 9, 0]
-    assert sorted(most_frequent(texts, size=12, vocab_size=12, ends=(2, 5))) == list(range(12))
-    for size in (1, 13):
-        with pytest.raises(ConfigError, match="draft_vocabulary_size"):
-            most_frequent(texts, size=size, vocab_size=12, ends=(2, 5))
+    counts = Counter([5, 5, 7, 3, 7, 5, 9])
+    assert ranked(counts, vocab_size=12, ends=(2,))[:6] == [2, 5, 7, 3, 9, 0]
+    assert sorted(ranked(counts, vocab_size=12, ends=(2, 5))) == list(range(12))
+    assert [usual_size(size, ends=(2, 5)) for size in (400, 12)] == [50, 2]
+    assert usual_size(4, ends=()) == 1
 
 
 def test_lists_of_ours_and_of_sglang_are_read(tmp_path: Path) -> None:

@@ -97,14 +97,14 @@ def check_range(
     raise ConfigError(field, got=value, allowed=f"{left}, {right}", fix=fix)
 
 
-def check_early_exits(exit_layers: Sequence[int], *, num_layers: int, instead: str) -> None:
+def check_early_exits(exit_layers: Sequence[int], *, num_layers: int, instead: str, field: str = "exit_layers") -> None:
     """Raise ConfigError unless all are in 1..num_layers - 1; `instead` says what a model of one block does without."""
     if all(1 <= exit_layer < num_layers for exit_layer in exit_layers):
         return
     allowed, fix = f"1..{num_layers - 1} for a {num_layers}-layer model", f"{num_layers} is the full model"
     if num_layers == 1:
         allowed, fix = "none in a model of one block", instead
-    raise ConfigError("exit_layers", got=list(exit_layers), allowed=allowed, fix=fix)
+    raise ConfigError(field, got=list(exit_layers), allowed=allowed, fix=fix)
 
 
 def check_early_exit(field: str, exit_layer: int, *, num_layers: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from app.errors import ConfigError, DataError, check_choice, check_range
+from app.errors import ConfigError, DataError, check_choice, check_early_exits, check_range
 from app.model.cpu.precision import emulated
 from app.model.weights_hash import weights_hash
 from app.model_files.open import check_tokenizer_of, load_pretrained
@@ -78,7 +78,8 @@ class CachedStatesDataModule(RowDataModule):
     ) -> None:
         if pretrained is None:
             raise ConfigError("pretrained", got=None, allowed="the model whose states are cached (model.pretrained)")
-        check_exits(exit_layers)
+        exits = some_exits(exit_layers, field="exit_layers")
+        check_range("exit_layers", min(exits), low=1)
         check_range("num_tokens", num_tokens, low=1)
         check_choice("dtype", dtype, get_args(StateDtype))
         check_choice("compute_dtype", compute_dtype, get_args(ComputeDtype))
@@ -86,7 +87,7 @@ class CachedStatesDataModule(RowDataModule):
         settings = replace(of_corpus, batch_size=batch_size, num_workers=num_workers, seed=seed)
         super().__init__(settings, default_vocab_size=of_corpus.vocab_size)
         self._corpus, self._pretrained, self._folder = corpus, pretrained, Path(cache_dir)
-        self._exit_layers = tuple(sorted({*(exit_layers or ())}))
+        self._exit_layers = tuple(sorted({*exits}))
         self._num_rows = ceil(num_tokens / of_corpus.seq_len)
         self._dtype, self._compute_dtype = dtype, compute_dtype
 
@@ -126,7 +127,7 @@ class CachedStatesDataModule(RowDataModule):
         check_tokenizer_of(self._pretrained, tokenizer, got=f"one of {len(tokenizer)} tokens")
         model = load_pretrained(self._pretrained)
         num_layers = len(model.get_decoder().layers)
-        check_exits(self._exit_layers, num_layers=num_layers)
+        check_early_exits(self._exit_layers, num_layers=num_layers, instead="")
         facts = made_from(
             model=weights_hash(model.state_dict(), exit_layer=num_layers),
             tokenizer=fingerprint(tokenizer),
@@ -214,14 +215,9 @@ class CachedStatesDataModule(RowDataModule):
         return CachedRows(self._cache.files(split, num_rows), seq_len=self.seq_len)
 
 
-def check_exits(
-    exit_layers: Sequence[int] | None, *, num_layers: int | None = None, field: str = "exit_layers"
-) -> None:
-    """Raise ConfigError unless there are exits, each of 1..num_layers - 1 where the number of layers is known."""
-    if exit_layers and min(exit_layers) >= 1 and (num_layers is None or max(exit_layers) < num_layers):
-        return
-    highest = "num_layers - 1" if num_layers is None else num_layers - 1
-    got, allowed = exit_layers and [*exit_layers], f"one or more of 1..{highest}"
-    if num_layers == 1:
-        allowed = "none in a model of one block"
-    raise ConfigError(field, got=got, allowed=allowed, fix="model.exit_blocks names them, too")
+def some_exits(exit_layers: Sequence[int] | None, *, field: str) -> Sequence[int]:
+    """Return the exits whose states are cached; ConfigError if there are none."""
+    if not exit_layers:
+        fix = "model.exit_blocks names them, too"
+        raise ConfigError(field, got=exit_layers, allowed="one or more early exits", fix=fix)
+    return exit_layers

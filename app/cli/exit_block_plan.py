@@ -9,7 +9,7 @@ import torch
 from jsonargparse import Namespace
 from transformers import PreTrainedConfig
 
-from app.errors import ConfigError, check_range
+from app.errors import ConfigError, check_early_exits, check_range
 from app.model.lora import check_goes_with_lora
 from app.model_files.draft_vocabulary import read_draft_vocabulary
 from app.planning.exit_blocks import Distillation
@@ -19,7 +19,7 @@ from app.planning.report import shown_bytes, shown_seconds
 from app.tables import Table
 from app.text.text_tokens import listed_ends
 from app.training.exit_block_settings import ExitBlockSettings, refuse_with_exit_blocks
-from datamodules.cached_states import check_exits
+from datamodules.cached_states import some_exits
 from datamodules.state_cache.shards import RowLayout
 
 
@@ -54,8 +54,9 @@ def plan_cache(states: Any, config: PreTrainedConfig) -> CachePlan:
     Raises:
         ConfigError: An exit is none of the model's, or a number is out of its range.
     """
-    corpus, exits, text = states["corpus"]["init_args"], states["exit_layers"], config.get_text_config()
-    check_exits(exits, num_layers=text.num_hidden_layers, field="data.exit_layers")
+    corpus, text = states["corpus"]["init_args"], config.get_text_config()
+    exits = some_exits(states["exit_layers"], field="data.exit_layers")
+    check_early_exits(exits, num_layers=text.num_hidden_layers, instead="", field="data.exit_layers")
     check_range("data.num_tokens", states["num_tokens"], low=1)
     for name in ("batch_size", "validation_rows"):
         check_range(f"data.corpus.{name}", corpus[name], low=1)

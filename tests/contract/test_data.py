@@ -125,9 +125,10 @@ def test_a_cache_of_states_is_filled_to_the_size_that_is_planned(data, tmp_path,
     assert planned["num_states"] == 3
     message = f"caching 3 states of each of {planned['tokens']:,} tokens: 0."
     assert message in captured.err
+    assert f"cached: {planned['tokens']:,} of {planned['tokens']:,} tokens, " in captured.err
     for extra, allowed in (
         (["--data.num_tokens", "0"], "data.num_tokens: got 0, allowed [1, inf)"),
-        (["--data.exit_layers", "[3]"], "data.exit_layers: got [3], allowed one or more of 1..2"),
+        (["--data.exit_layers", "[3]"], "data.exit_layers: got [3], allowed 1..2 for a 3-layer model"),
     ):
         assert cli(monkeypatch, *arguments, *extra) == 2
         assert allowed in capsys.readouterr().err
@@ -157,7 +158,10 @@ def test_packing_can_be_compared_before_training(data):
             "data.init_args.seq_len: got 4096, allowed 1..2048, the model's max_position_embeddings",
         ),
         (["--model.config.init_args.hidden_act", "foo"], "model.config.init_args.hidden_act: got 'foo', allowed gelu"),
-        (["--data.vocab_size", "310"], "vocab_size: got 300, allowed >= 310, the tokenizer's size"),
+        (
+            ["--data.vocab_size", "310"],
+            "model.config.init_args.vocab_size: got 300, allowed >= 310, the tokenizer's size",
+        ),
         (["--data.sources.notes.field", "body"], "source 'notes'"),
         (["--data.max_bad_share", "0.001"], "source 'notes': 1 of 91 records are bad"),
         (

@@ -105,7 +105,7 @@ def test_a_setting_out_of_range_is_refused_by_name(make: Any, field: str, value:
 
 
 def test_an_exit_beyond_the_model_is_refused(make: Any) -> None:
-    with pytest.raises(ConfigError, match=r"exit_layers: got \[1, 4\], allowed one or more of 1\.\.3"):
+    with pytest.raises(ConfigError, match=r"exit_layers: got \[1, 4\], allowed 1\.\.3 for a 4-layer model"):
         make(exit_layers=[1, 4]).prepare_data()
 
 

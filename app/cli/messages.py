@@ -50,6 +50,9 @@ _FAULTS = {
         "the checkpoint's loops.fit_loop.state_dict.combined_loader: got states of {1} data loaders, allowed those of"
         " the {0} that the datamodule has; use an earlier one"
     ),
+    r"Found more than one stateful callback of type `(\w+)`": (
+        "trainer.callbacks: got more than one {0}, allowed one: a checkpoint keeps the state of one"
+    ),
     r"Connection (?:closed|reset) by peer|Broken pipe|Socket closed": (
         f"rank {{rank}} lost another rank, which died: its own output says why; mend that, and {_RESUME}"
     ),
@@ -83,13 +86,15 @@ def user_message(error: BaseException) -> str | None:
 def locate(error: Exception, config: Any) -> LocatedError:
     """Write the field of a ConfigError as its path: that of the only value in `config` that it can mean.
 
-    The error comes from a constructor, which knows the name of its own argument only. jsonargparse may have wrapped it.
+    A field with dots is the end of a path, in which `init_args` may be left out. The error comes from a constructor,
+    which knows the name of its own argument only. jsonargparse may have wrapped it.
     """
     raised_from = list(causes(error))
     cause = next((each for each in raised_from if isinstance(each, ConfigError)), None)
     if cause is None:
         return LocatedError(next(filter(None, map(_of_chosen_class, raised_from)), str(raised_from[-1])))
-    named = [(path, value) for path, value in walk(config) if f".{path}".endswith(f".{cause.field}")]
+    ending = re.compile(rf"(.*\.)?{re.escape(cause.field).replace(re.escape('.'), r'(?:[.]init_args)?[.]')}")
+    named = [(path, value) for path, value in walk(config) if ending.fullmatch(path)]
     paths = [path for path, value in named if value == cause.got] or [path for path, _ in named]
     return LocatedError(cause.message(paths[0] if len(paths) == 1 else cause.field))
 

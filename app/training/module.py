@@ -162,7 +162,7 @@ class LayerSkipModule(ExitBlockSteps):
             check_tokenizer_of(self.pretrained, data.tokenizer, got=f"one of {len(data.tokenizer)} tokens")
         if len(data.tokenizer) > self.config.vocab_size:
             allowed = f">= {len(data.tokenizer)}, the tokenizer's size"
-            raise ConfigError("vocab_size", got=self.config.vocab_size, allowed=allowed)
+            raise ConfigError("config.vocab_size", got=self.config.vocab_size, allowed=allowed)
 
     def check_frozen_model(self, *, spread: bool) -> None:
         """Raise ConfigError if LoRA has no trained model, or one that is `spread` over devices in parts."""
@@ -214,7 +214,8 @@ class LayerSkipModule(ExitBlockSteps):
         try:
             optimizer = self._optimizer(parameter_groups(model))
         except (TypeError, ValueError) as error:
-            raise ConfigError("optimizer", got=str(error), allowed="settings its class accepts") from error
+            allowed = "a class that takes groups of parameters, such as torch.optim.AdamW, and settings it accepts"
+            raise ConfigError("optimizer", got=str(error), allowed=allowed) from error
         scheduler = self._learning_rate.scheduler_of(optimizer, max_steps=self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

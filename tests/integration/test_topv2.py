@@ -141,7 +141,7 @@ def test_a_trained_model_generates_from_its_own_checkpoint(
         (["--data.init_args.path=elsewhere"], "no folder 'elsewhere'"),
         (["--data.init_args.domains=[alarm]"], "no file 'topv2/alarm_train.tsv'"),
         (["--data.init_args.target_format=xml"], "data.init_args.target_format"),
-        (["--model.config.init_args.vocab_size=300"], "vocab_size: got 300, allowed >= "),
+        (["--model.config.init_args.vocab_size=300"], "model.config.init_args.vocab_size: got 300, allowed >= "),
     ],
 )
 def test_a_mistake_ends_with_status_2_and_one_message(

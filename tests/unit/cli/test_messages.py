@@ -58,7 +58,10 @@ def test_a_class_of_lightnings_or_torchs_is_named_by_its_setting_and_own_code_ke
         ({"accelerator": "tpu"}, "trainer.accelerator: got 'tpu'; Requirement 'torch_xla"),
         ({"accelerator": "foo"}, "trainer.accelerator: got 'foo'; You selected"),
         ({"barebones": True, "logger": True}, "trainer.barebones: got True; `Trainer(barebones=True, logger="),
-        ({"callbacks": [Callback(), EarlyStopping("a"), EarlyStopping("a")]}, "trainer.callbacks: Found more than one"),
+        (
+            {"callbacks": [Callback(), EarlyStopping("a"), EarlyStopping("a")]},
+            "trainer.callbacks: got more than one EarlyStopping, allowed",
+        ),
     ],
 )
 def test_what_the_trainer_refuses_is_told_with_the_argument_and_its_value(settings, message) -> None:

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -96,6 +97,9 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     corpus = write_corpus(tmp_path / "my_corpus", files=60)
+    # Data workers would tokenise all of the library ahead.
+    library = SimpleNamespace(get_path={"stdlib": str(corpus)}.__getitem__)
+    monkeypatch.setattr("datamodules.readers.sources.sysconfig", library)
     tokenizer = train_byte_level_bpe([path.read_text() for path in corpus.iterdir()], vocab_size=300)
     tokenizer.save_pretrained(tmp_path / "my_llama")
     build_model(tiny_config(num_layers=12, vocab_size=300, max_length=64), seed=0).save_pretrained(

@@ -6,8 +6,11 @@ TRAIN_EXIT_LOSS = "train/exit_loss"  # by exit, in nats a token; only of steps a
 TRAIN_EXIT_WEIGHT = "train/exit_weight"  # by exit, as normalised in the loss of the step
 SKIPPED_STEPS = "train/skipped_steps"
 NUM_EXITS_ON = "train/num_exits_on"
+DROPOUT_RATE = "train/dropout_rate"  # by block
 DROPOUT_MEAN_RATE = "train/dropout_rate/mean"
 DROPOUT_LAST_RATE = "train/dropout_rate/last_layer"
+GRADIENT_NORM = "train/gradient_norm"  # by block, before clipping
+GRADIENT_NORM_WHOLE = "train/gradient_norm/whole"
 
 # Of held-out rows, all but the first two by exit and below the stage, val or test.
 VAL_LOSS = "val/loss"
@@ -44,6 +47,11 @@ def data_source(name: str, source: str) -> str:
 def of_exit(name: str, exit_layer: int) -> str:
     """A metric of one exit."""
     return f"{name}/exit_{exit_layer:02d}"
+
+
+def of_block(name: str, block: int) -> str:
+    """A metric of one block, counted from 1: the last one of the exit of this number."""
+    return f"{name}/block_{block:02d}"
 
 
 def source_loss(stage: str, source: str) -> str:

@@ -6,7 +6,7 @@ Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary.
 An `exit_layer` counts blocks RUN before unembedding: 1..num_layers; num_layers is the full model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, device
@@ -94,6 +94,18 @@ class ExitMonitorHost(Layered, Protocol):
 
     def head(self, normed_BTD: Tensor) -> Tensor:
         """LM head alone: normed hidden states [B, T, D] -> logits [B, T, V]."""
+
+
+@runtime_checkable
+class LogHost(Layered, Protocol):
+    """A module that lets a callback choose which of its metrics the loggers get."""
+
+    @property
+    def monitored_exits(self) -> Collection[int]: ...
+
+    def leave_out_of_logs(self, is_left_out: Callable[[str], bool]) -> None:
+        """Log the metrics whose names `is_left_out` holds of for callbacks alone."""
+        ...
 
 
 @runtime_checkable

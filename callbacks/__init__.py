@@ -10,6 +10,7 @@ from callbacks.parse_validation import ParseValidation
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.preemption import Preemption
 from callbacks.progress_bar import LayerSkipProgressBar
+from callbacks.run_logs import RunLogs
 from callbacks.self_speculative_validation import SelfSpeculativeValidation
 from callbacks.throughput_monitor import ThroughputMonitor
 
@@ -24,6 +25,7 @@ __all__ = [
     "ParseValidation",
     "PredictionWriter",
     "Preemption",
+    "RunLogs",
     "SelfSpeculativeValidation",
     "ThroughputMonitor",
 ]

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
@@ -17,7 +16,6 @@ from app.checkpoints.entries import SavedEntry
 from app.errors import ConfigError, check_early_exits, check_range
 from app.model.parallel import unsharded
 from app.protocols import DecodingHost, EndOwner, ExitableDecoder, TokenizerOwner
-from app.tables import Table
 from app.text.text_tokens import listed_ends
 
 Part = TypeVar("Part")
@@ -87,13 +85,6 @@ class DecodingValidation(Callback):
 def datamodule_of(trainer: Trainer) -> object:
     """Return the trainer's datamodule, or None."""
     return trainer.datamodule  # type: ignore[attr-defined]  # set by the data connector
-
-
-def write_table(trainer: Trainer, tag: str, table: Table) -> None:
-    """Show a table in TensorBoard, if the run logs there."""
-    for logger in trainer.loggers:
-        if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(tag, table.as_markdown(), trainer.global_step)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from app import metric_names
@@ -15,9 +14,10 @@ from app.checkpoints.entries import SavedEntry
 from app.errors import ConfigError
 from app.exits.predicted_speedup import predicted_speedup
 from app.exits.quality import ExitQuality, ExitScore
-from app.exits.report import exit_figure, exit_table
+from app.exits.report import exit_figure, exit_table, gap_figure
 from app.protocols import DraftSizeHost, ExitMonitorHost
 from app.tables import Table
+from callbacks.tensorboard import write_figure
 
 
 class ExitQualityMonitor(Callback):
@@ -69,9 +69,8 @@ class ExitQualityMonitor(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self.history[trainer.global_step] = scores
-        for logger in trainer.loggers:
-            if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("val/exits", exit_figure(self.history), trainer.global_step)
+        write_figure(trainer, "val/exits", lambda: gap_figure(self.history))
+        write_figure(trainer, "LayerSkip/exits", lambda: exit_figure(self.history))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if scores := self._log_scores(pl_module, "test"):

@@ -65,3 +65,5 @@ class LayerDropoutCurriculum(Callback):
         in_use = pl_module.dropout_rates
         pl_module.log(metric_names.DROPOUT_MEAN_RATE, sum(in_use) / len(in_use))
         pl_module.log(metric_names.DROPOUT_LAST_RATE, in_use[-1])
+        for block, rate in enumerate(in_use[:-1], start=1):
+            pl_module.log(metric_names.of_block(metric_names.DROPOUT_RATE, block), rate)

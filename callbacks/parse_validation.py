@@ -14,7 +14,8 @@ from app.topv2.evaluation import ParsePlan, Way, collect_results, evaluate_parse
 from app.topv2.metrics import ParseExactMatch
 from app.topv2.report import ParseReport, report_metrics, report_table, write_report
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
-from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks, write_table
+from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks
+from callbacks.tensorboard import write_table
 
 
 class ParseValidation(DecodingValidation):

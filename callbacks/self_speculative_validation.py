@@ -6,10 +6,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 from app import metric_names
 from app.benchmark.decoding_comparison import DecodingComparison, compare_decoding, comparison_table, pool_comparisons
+from app.benchmark.sample import pieces, round_table, sample_figure
 from app.errors import ConfigError, check_range
-from app.protocols import PromptOwner
+from app.protocols import PromptOwner, TokenizerOwner
 from app.tables import Table
-from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks, write_table
+from app.words import counted
+from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks
+from callbacks.tensorboard import tensorboards, write_figure, write_table
 
 
 class SelfSpeculativeValidation(DecodingValidation):
@@ -72,6 +75,7 @@ class SelfSpeculativeValidation(DecodingValidation):
         pl_module.log_dict(_metrics(self._latest), sync_dist=True)  # the same on all ranks already
         if table := self.report():
             write_table(trainer, "decode/self_speculative", table)
+            self._write_sample(trainer)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[DecodingComparison]:
         """Measure this rank's prompts; empty if there are none."""
@@ -92,6 +96,19 @@ class SelfSpeculativeValidation(DecodingValidation):
                 time_limit_seconds=self.time_limit_seconds,
             )
 
+    def _write_sample(self, trainer: Trainer) -> None:
+        """Show in TensorBoard what the fastest setting made of the first prompt."""
+        datamodule, fastest = datamodule_of(trainer), _fastest(self._latest)
+        if not any(tensorboards(trainer)):
+            return
+        if isinstance(datamodule, TokenizerOwner) and isinstance(datamodule, PromptOwner):
+            (prompt,) = datamodule.validation_prompts(self.num_prompts, self.prompt_length)[:1]
+            found = pieces(prompt, fastest.outputs[0], datamodule.tokenizer.decode)
+            setting = f"exit {fastest.exit_layer}, {counted(fastest.num_draft_tokens, 'draft')} a round"
+            title = f"Step {trainer.global_step}: {setting}"
+            write_figure(trainer, "LayerSkip/sample", lambda: sample_figure(found, title=title))
+            write_table(trainer, "decode/sample", round_table(found))
+
     def report(self) -> Table | None:
         if not self._latest:
             return None
@@ -106,7 +123,11 @@ def _metrics(comparisons: Sequence[DecodingComparison]) -> dict[str, float]:
         setting = comparison.exit_layer, comparison.num_draft_tokens
         figures = _figures(comparison)
         metrics |= {metric_names.decode_setting(name, *setting): figure for name, figure in figures.items()}
-    return metrics | _figures(max(comparisons, key=lambda comparison: comparison.speedup or 0.0))
+    return metrics | _figures(_fastest(comparisons))
+
+
+def _fastest(comparisons: Sequence[DecodingComparison]) -> DecodingComparison:
+    return max(comparisons, key=lambda comparison: comparison.speedup or 0.0)
 
 
 def _figures(comparison: DecodingComparison) -> dict[str, float]:

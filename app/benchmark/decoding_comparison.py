@@ -1,11 +1,12 @@
 """How much faster self-speculative decoding is than our own autoregressive decoding, on given prompts, here and now."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from app.benchmark.alternation import Measurement, RoundCounts, alternate, drafting_contenders, ratio
 from app.benchmark.speedup_interval import Interval, PairedTimes, interval_in_words, speedup_interval
+from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
 from app.protocols import ExitableDecoder
@@ -26,6 +27,7 @@ class DecodingComparison(RoundCounts):
     identical: int  # prompts with exactly the autoregressive output
     baseline_decoded: int  # tokens of autoregressive decoding after the first of each output
     times: PairedTimes  # seconds of both, summed over the prompts that were measured
+    outputs: tuple[DecodingResult, ...] = field(default=(), compare=False)  # of the first part's prompts, in order
 
     @property
     def num_prompts(self) -> int:
@@ -116,6 +118,7 @@ def compare_measurements(candidate: Measurement, baseline: Measurement, *, num_g
         identical=sum(candidate.identical_to(baseline)),
         baseline_decoded=baseline.counts.decoded,
         times=candidate.times_beside(baseline),
+        outputs=tuple(candidate.results),
     )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from typing_extensions import override
@@ -29,9 +28,9 @@ from app.checkpoints.run_folders import hold_run
 from app.checkpoints.run_record import RUN_CONFIG_KEY
 from app.training.module import LayerSkipModule
 from app.whole_file import write_whole
+from callbacks.tensorboard import EVENT_FILES, points
 
 _HPARAMS = "hparams.yaml"  # Lightning's loggers write it, and here it is empty
-_EVENTS = "events.out.tfevents.*"  # names of the files that TensorBoard writes
 _VERSION = re.compile(r"version_(\d+)")
 
 
@@ -108,7 +107,7 @@ def no_trace_if_refused(trainer: Trainer) -> Iterator[None]:
     """
     opened = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger | CSVLogger)]
     folders = [Path(logger.log_dir) for logger in opened if trainer.is_global_zero]
-    own = f"{_EVENTS}.{os.getpid()}.*"
+    own = f"{EVENT_FILES}.{os.getpid()}.*"
     before = {file for folder in folders for file in folder.glob(own)}
     made = [above for folder in folders for above in (folder, *folder.parents) if not above.exists()]
     try:
@@ -116,7 +115,7 @@ def no_trace_if_refused(trainer: Trainer) -> Iterator[None]:
     except Exception:
         for folder in folders:
             for file in {*folder.glob(own)} - before:
-                if next(_points(file), None) is None:
+                if next(points(file), None) is None:
                     file.unlink()
             if folder in made and [path.name for path in folder.glob("*")] == [_HPARAMS]:
                 (folder / _HPARAMS).unlink()
@@ -178,15 +177,8 @@ def _purge(logger: TensorBoardLogger, step: int) -> None:
 
 
 def _values(folder: Path) -> Iterator[tuple[Any, Any]]:
-    for file in sorted(folder.glob(_EVENTS)):  # their names begin with the time they were opened
-        yield from _points(file)
-
-
-def _points(file: Path) -> Iterator[tuple[Any, Any]]:
-    """Return the points in a file of TensorBoard's, each as the event and its value."""
-    for event in LegacyEventFileLoader(str(file)).Load():
-        for value in event.summary.value:
-            yield event, value
+    for file in sorted(folder.glob(EVENT_FILES)):  # their names begin with the time they were opened
+        yield from points(file)
 
 
 def _drop_rows(file: Path, step: int) -> None:

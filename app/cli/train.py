@@ -41,11 +41,16 @@ from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range
 from app.protocols import Reportable
 from app.training.module import LayerSkipModule
-from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption
+from callbacks import EarlyExitCurriculum, LayerDropoutCurriculum, Preemption, RunLogs
 
 _log = logging.getLogger(__name__)
 
-_OWN_GROUPS = {"layer_dropout": LayerDropoutCurriculum, "early_exit": EarlyExitCurriculum, "preemption": Preemption}
+_OWN_GROUPS = {
+    "layer_dropout": LayerDropoutCurriculum,
+    "early_exit": EarlyExitCurriculum,
+    "preemption": Preemption,
+    "logs": RunLogs,
+}
 
 
 class LayerSkipCLI(LightningCLI):
@@ -107,7 +112,7 @@ class LayerSkipCLI(LightningCLI):
         for group, kind in _OWN_GROUPS.items():
             own = [callback for callback in self.trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
             # A user's subclass may be listed beside a curriculum that is switched off.
-            if len(own) > 1 and (kind is Preemption or type(own[0]) is kind):
+            if len(own) > 1 and (kind in (Preemption, RunLogs) or type(own[0]) is kind):
                 allowed, fix = "callbacks without a group of their own", f"set --{group}.KEY VALUE"
                 raise ConfigError("trainer.callbacks", got=kind.__name__, allowed=allowed, fix=fix)
 

@@ -7,6 +7,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from app.exits.quality import ExitScore
 from app.tables import Table
@@ -16,6 +17,7 @@ History = Mapping[int, Mapping[int, ExitScore]]  # step, or tokens trained on ->
 _STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 MOST_RUNS = len(_STYLES)
 _MOST_EXITS = 6
+_CARD = (4.0, 3.2)  # inches: TensorBoard shows pictures about 350 pixels wide
 
 
 def exit_table(history: History, *, num_layers: int, speedups: Mapping[int, float] | None = None) -> Table:
@@ -41,36 +43,62 @@ def exit_table(history: History, *, num_layers: int, speedups: Mapping[int, floa
     return Table.of_columns(title, cells)
 
 
-def exit_figure(history: History) -> Figure:
-    """Heat map of held-out loss over exit and training step, and the latest loss and agreement over exits."""
+def gap_figure(history: History) -> Figure:
+    """Draw a heat map of how much more loss each exit has than the full model, over training steps.
+
+    The full model is the deepest exit. The picture is as small as TensorBoard shows it.
+    """
     steps = sorted(history)
-    latest = history[steps[-1]]
-    exits = sorted(latest)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    heat_axes, curve_axes = figure.subplots(1, 2)
-    losses = [
-        [history[step][layer].loss if layer in history[step] else float("nan") for step in steps] for layer in exits
-    ]
-    image = heat_axes.imshow(losses, origin="lower", aspect="auto", cmap="viridis_r", interpolation="nearest")
-    shown = range(0, len(steps), max(1, len(steps) // 8))
-    heat_axes.set(
-        title="Held-out loss (nats a token)",
+    exits = sorted({layer for scores in history.values() for layer in scores})
+    gaps = [[_gap(history[step], layer) for step in steps] for layer in exits]
+    figure = Figure(figsize=_CARD, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(gaps, origin="lower", aspect="auto", cmap="viridis_r", interpolation="nearest")
+    rows, columns = _spread(len(exits), most=8), _spread(len(steps), most=5)
+    axes.set(
+        title="Loss above the full model's",
         xlabel="training step",
         ylabel="exit layer (blocks run)",
-        yticks=range(len(exits)),
-        yticklabels=exits,
-        xticks=list(shown),
-        xticklabels=[steps[i] for i in shown],
+        yticks=rows,
+        yticklabels=[exits[row] for row in rows],
+        xticks=columns,
+        xticklabels=[_short(steps[column]) for column in columns],
     )
-    figure.colorbar(image, ax=heat_axes)
-    curve_axes.plot(exits, [latest[layer].loss for layer in exits], "o-", color="tab:blue")
-    curve_axes.set(title=f"Exits at step {steps[-1]}", xlabel="exit layer (blocks run)", xticks=exits)
-    curve_axes.set_ylabel("loss (nats a token)", color="tab:blue")
-    agreement_axes = curve_axes.twinx()
-    agreement_axes.plot(exits, [latest[layer].agreement for layer in exits], "s--", color="tab:orange")
-    agreement_axes.set_ylabel("top-1 agreement with the full model", color="tab:orange")
-    agreement_axes.set_ylim(0, 1.02)
+    figure.colorbar(image, ax=axes, label="nats a token")
     return figure
+
+
+def exit_figure(history: History) -> Figure:
+    """Draw how much more loss each exit has than the full model at last, and how often it agrees with it."""
+    step = max(history)
+    latest = dict(sorted(history[step].items()))
+    figure = Figure(figsize=_CARD, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(list(latest), [_gap(latest, layer) for layer in latest], "o-", color="tab:blue", markersize=4)
+    axes.set(title=f"Exits after step {step}", xlabel="exit layer (blocks run)")
+    axes.set_ylabel("loss above the full model's", color="tab:blue")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    agreement_axes = axes.twinx()
+    agreement = [100 * score.agreement for score in latest.values()]
+    agreement_axes.plot(list(latest), agreement, "s--", color="tab:orange", markersize=4)
+    agreement_axes.set_ylabel("same first choice (%)", color="tab:orange")
+    agreement_axes.set_ylim(0, 102)
+    return figure
+
+
+def _gap(scores: Mapping[int, ExitScore], layer: int) -> float:
+    """Return how much more loss an exit has than the full model, in nats a token; NaN if it was not measured."""
+    return scores[layer].loss - scores[max(scores)].loss if layer in scores else float("nan")
+
+
+def _spread(count: int, *, most: int) -> list[int]:
+    """Return up to `most` of the indices 0..count-1, the last among them, at even distances."""
+    stride = -(-count // most)
+    return list(range((count - 1) % stride, count, stride))
+
+
+def _short(step: int) -> str:
+    return f"{step // 1000}k" if step >= 10_000 and step % 1000 == 0 else str(step)
 
 
 def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
@@ -103,6 +131,26 @@ def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
     by_run = [Line2D([], [], color="black", linestyle=style, label=label) for label, style in styles]
     handles = [*by_run, *by_exit]
     figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
+    return figure
+
+
+def scaling_figure(runs: Mapping[str, History], *, exit_layer: int) -> Figure:
+    """Draw the perplexity of one exit, and the full model's, over tokens trained on (the paper's Fig. 11).
+
+    `runs` gives the curve for each label, at most MOST_RUNS; each has measured the exit.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for (label, curve), style in zip(runs.items(), _STYLES, strict=False):
+        full = max(max(scores) for scores in curve.values())
+        for layer, color, name in ((exit_layer, "tab:red", f"exit {exit_layer}"), (full, "black", "full model")):
+            points = [(tokens, scores[layer].perplexity) for tokens, scores in curve.items() if layer in scores]
+            _line(axes, points, linestyle=style, color=color, label=f"{label}, {name}")
+    axes.set(xlabel="tokens trained on (thousands)", ylabel="held-out perplexity", xlim=(0, None), yscale="log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(frameon=False, ncols=2, loc="outside lower center")
     return figure
 
 

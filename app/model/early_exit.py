@@ -179,6 +179,10 @@ class EarlyExitModel:
         """Vocabulary V and width D of the head."""
         return self._head.out_features, self._head.in_features
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self._decoder.layers)
+
     def hidden_by_exit(
         self,
         input_ids: Tensor,

@@ -260,7 +260,7 @@ class LayerSkipModule(ExitBlockSteps):
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._step.finish(self, optimizer)
+        self._step.finish(self, optimizer, blocks=self._network.blocks)
 
     @override
     def configure_gradient_clipping(

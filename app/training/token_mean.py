@@ -3,11 +3,11 @@
 Its sums take one reduction and one wait for the device. Shape legend: `E` exits that are on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from app import metric_names
@@ -15,6 +15,7 @@ from app.data_ranks import data_ranks
 from app.errors import ConfigError
 from app.layerskip.early_exit_loss import EarlyExitLoss
 from app.training.divergence import DivergenceGuard, StepTotals, gradient_scaler
+from app.training.gradient_norms import is_logged, log_gradient_norms
 
 # Any constant would do, since gradients are scaled to the exact mean before the optimizer sees them. One near the
 # tokens of a batch keeps them near their final size until then, so that fp16 loss scaling works as usual.
@@ -50,8 +51,12 @@ class TokenMeanStep:
         self._micro_batches.append(torch.cat([loss.num_label_tokens.double().view(1), loss.exit_sums.double()]))
         return loss.weighted_sum / _NOMINAL_TOKENS
 
-    def finish(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def finish(
+        self, module: LightningModule, optimizer: torch.optim.Optimizer, *, blocks: Sequence[nn.Module] = ()
+    ) -> None:
         """Divide by the label tokens of all ranks, and log; called in Lightning's on_before_optimizer_step.
+
+        The norms of the gradients of `blocks` are logged beside the whole one's.
 
         Raises:
             DivergenceError: An exit's loss or the gradient is not finite; it has not reached the weights.
@@ -71,6 +76,8 @@ class TokenMeanStep:
             for grad in grads:
                 grad.mul_(factor)
             self._grad_norm = norm * factor
+            if blocks and is_logged(trainer):
+                log_gradient_norms(module, blocks, self._grad_norm, scale=_loss_scale(trainer, optimizer))
             weighted = sum(exit_weights[layer] * value for layer, value in totals.exit_losses.items())
             module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)
             # Tensor-parallel ranks count the same rows.
@@ -113,3 +120,9 @@ class TokenMeanStep:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, self._grad_norm)
             return
         module.clip_gradients(optimizer, clip_val, algorithm)
+
+
+def _loss_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """What fp16 loss scaling still multiplies gradients by: a fused optimizer divides by it in its own step."""
+    scaler = gradient_scaler(trainer)
+    return scaler.get_scale() if scaler and getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0

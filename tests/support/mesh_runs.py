@@ -72,6 +72,7 @@ def train(
         precision=precision,
         accumulate_grad_batches=MICRO_BATCHES // replicas,
         gradient_clip_val=0.5,
+        log_every_n_steps=1,
         limit_val_batches=1.0,
         check_val_every_n_epoch=None,
         val_check_interval=steps * (MICRO_BATCHES // replicas),
@@ -95,10 +96,10 @@ def train(
 
 
 def assert_equal(ours: dict[str, Any], expected: dict[str, Any], *, tolerance: float = 1e-6) -> None:
-    """Losses of all steps, held-out loss and final weights are the same up to rounding."""
+    """Losses of all steps, the last gradient, held-out loss and final weights are the same up to rounding."""
     assert ours["losses"] == pytest.approx(expected["losses"], abs=tolerance * 10)
     for name, value in expected["metrics"].items():
-        if "loss" in name:
+        if "loss" in name or metric_names.GRADIENT_NORM in name:
             assert ours["metrics"][name] == pytest.approx(value, abs=tolerance * 10), name
     for name, value in expected["weights"].items():
         assert abs(ours["weights"][name] - value).max() < tolerance, name

@@ -94,6 +94,11 @@ def test_curves_are_drawn_over_the_tokens_of_the_run(tmp_path: Path, monkeypatch
     assert set(drawn) == {"a", "b"}
     assert list(drawn["a"]) == pytest.approx([2 * 4 * 24, 4 * 4 * 24])  # steps, rows, tokens of a row
     assert set(drawn["a"][2 * 4 * 24]) == {1, 2, 3, 4}
+    output.unlink()
+    _plot(monkeypatch, "--checkpoints", f"a={tmp_path}/run.ckpt", "--output", str(output), "--exit_layer", "2")
+    assert output.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="exit_layer: got 4, allowed an early exit that a measured: 1, 2, 3"):
+        _plot(monkeypatch, "--checkpoints", f"a={tmp_path}/run.ckpt", "--output", str(output), "--exit_layer", "4")
 
 
 def test_a_checkpoint_without_measurements_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +107,11 @@ def test_a_checkpoint_without_measurements_is_refused_by_name(tmp_path: Path, mo
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     with pytest.raises(CheckpointError, match=r"run\.ckpt: there is no measurement of callbacks\.ExitQualityMonitor"):
         _plot(monkeypatch, "--checkpoints", f"a={tmp_path}/run.ckpt", "--output", str(tmp_path / "curves.png"))
+
+
+def test_results_of_parses_have_no_exit_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="exit_layer: got 2, allowed an exit with checkpoints"):
+        _plot(monkeypatch, "--results", "a=b", "--exit_layer", "2", "--output", str(tmp_path / "em.png"))
 
 
 @pytest.mark.parametrize("given", [["--results", "a=b", "--checkpoints", "a=b"], []])

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 
 from app.exits.predicted_speedup import predicted_speedup
 from app.exits.quality import ExitScore
-from app.exits.report import exit_figure, exit_table
+from app.exits.report import exit_figure, exit_table, gap_figure, scaling_figure
 from app.protocols import DraftSize
 
 HISTORY = {
@@ -34,10 +36,23 @@ def test_only_the_deepest_block_is_called_the_full_model():
     assert [row[0] for row in exit_table(HISTORY, num_layers=3).rows] == ["1", "2"]
 
 
-def test_figure_has_a_heat_map_of_exit_by_step_and_the_latest_curve():
-    heat, curve, *_ = exit_figure(HISTORY).axes
-    assert heat.images[0].get_array().tolist() == [[7.0, 5.0], [7.1, 4.5]]
-    assert {"Held-out loss (nats a token)", "Exits at step 50"} <= {
-        axes.get_title() for axes in exit_figure(HISTORY).axes
-    }
-    assert curve is not None
+def test_the_heat_map_shows_how_much_more_loss_each_exit_has_than_the_full_model():
+    heat, _ = gap_figure(HISTORY).axes
+    assert heat.images[0].get_array().tolist() == [pytest.approx([-0.1, 0.5]), [0.0, 0.0]]
+    of_many = {step: dict.fromkeys(range(1, 25), ExitScore(3.0, 1.0)) for step in range(1000, 31_000, 1000)}
+    heat, _ = gap_figure(of_many).axes
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["6000", "12k", "18k", "24k", "30k"]
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["3", "6", "9", "12", "15", "18", "21", "24"]
+
+
+def test_the_curves_over_exits_are_the_latest_ones():
+    gaps, agreement = exit_figure(HISTORY).axes
+    assert gaps.get_title() == "Exits after step 50"
+    assert [list(axes.lines[0].get_ydata()) for axes in (gaps, agreement)] == [[0.5, 0.0], [60.0, 100.0]]
+
+
+def test_the_scaling_figure_draws_the_exits_and_the_full_models_perplexity_of_each_run():
+    (axes,) = scaling_figure({"ours": HISTORY, "control": HISTORY}, exit_layer=1).axes
+    assert [line.get_label() for line in axes.lines][:2] == ["ours, exit 1", "ours, full model"]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([math.exp(7.0), math.exp(5.0)])
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "-", "--", "--"]

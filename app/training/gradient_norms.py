@@ -1,0 +1,32 @@
+"""How large the gradient of each block is: whether early blocks learn beside the later ones."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from app import metric_names
+
+
+def is_logged(trainer: Trainer) -> bool:
+    """Whether the loggers get the metrics of the optimizer step that is about to be taken."""
+    steps = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 turns logging off
+    return bool(steps and (trainer.global_step + 1) % steps == 0)
+
+
+def log_gradient_norms(module: LightningModule, blocks: Sequence[nn.Module], whole: Tensor, *, scale: float) -> None:
+    """Log the norm of each block's gradient and of the `whole` one over `scale`; all ranks that share weights together.
+
+    Blocks without a gradient, for instance of a frozen model, are left out.
+    """
+    grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in blocks]
+    numbers = [number for number, of_block in enumerate(grads, start=1) if of_block]
+    norms = torch.stack([torch.nn.utils.get_total_norm(of_block) for of_block in grads if of_block] + [whole])
+    if isinstance(norms, DTensor):
+        norms = norms.full_tensor()
+    *by_block, total = (norms / scale).tolist()
+    module.log(metric_names.GRADIENT_NORM_WHOLE, total)
+    for number, norm in zip(numbers, by_block, strict=True):
+        module.log(metric_names.of_block(metric_names.GRADIENT_NORM, number), norm)

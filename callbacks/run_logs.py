@@ -1,0 +1,137 @@
+"""Choose what the loggers of a run show, and let runs be compared by their settings.
+
+Tested by tests/integration/test_run_logs.py.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from app import metric_names
+from app.data_ranks import data_ranks
+from app.protocols import AdapterHost, ArchitectureOwner, ExitBlockHost, LogHost
+from callbacks.early_exit_curriculum import EarlyExitCurriculum
+from callbacks.layer_dropout_curriculum import LayerDropoutCurriculum
+from callbacks.tensorboard import Setting, arrange, tensorboards
+
+_FEW_BLOCKS = 8  # a model of so many blocks shows everything
+_SHOWN_DEPTHS = 4
+
+_BY_DEPTH = re.compile(r"(.*)/(?:exit|block)_(\d+)")
+_SHOWN_BY_DEPTH = {
+    *(f"{stage}/{metric_names.EXIT_LOSS}" for stage in ("val", "test")),
+    *(f"{stage}/{metric_names.EXIT_AGREEMENT}" for stage in ("val", "test")),
+    *(f"{stage}/{metric_names.EXIT_ACCEPTANCE}" for stage in ("val", "test")),
+    metric_names.TRAIN_EXIT_LOSS,
+    metric_names.DROPOUT_RATE,
+    metric_names.GRADIENT_NORM,
+}
+_ALWAYS_ONE = (metric_names.EXIT_AGREEMENT, metric_names.EXIT_ACCEPTANCE)  # of the full model
+_DETAILS = {
+    metric_names.TRAIN_LABEL_TOKENS,
+    metric_names.NUM_EXITS_ON,
+    metric_names.BLOCKS_SKIPPED_SHARE,
+    metric_names.DECODE_AR_TOKENS_PER_SECOND,
+    metric_names.DECODE_SS_TOKENS_PER_SECOND,
+}
+_DETAILED_GROUPS = ("data/epochs/", "data/skipped_records/")
+
+
+class RunLogs(Callback):
+    """Leave the details of deep models out of the loggers, arrange TensorBoard, and log the run's settings.
+
+    A model of 24 blocks has more than 200 metrics, most of them by exit. Of more than 8 blocks, loggers get of each
+    figure by depth the four depths that are nearest to a quarter, half, three quarters and all of the blocks (of those
+    that ExitQualityMonitor scores), and no metric that follows from another. What is left out stays in
+    trainer.callback_metrics, so that a ModelCheckpoint can monitor it, in tables and in figures.
+
+    Args:
+        all_metrics: Leave nothing out.
+    """
+
+    def __init__(self, *, all_metrics: bool = False) -> None:
+        self.all_metrics = all_metrics
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(pl_module, LogHost) and not self.all_metrics:
+            pl_module.leave_out_of_logs(lambda name: is_detail(name, pl_module.num_layers, pl_module.monitored_exits))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(pl_module, LogHost):
+            pl_module.leave_out_of_logs(lambda _: False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settings = _settings(trainer, pl_module)
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(settings)
+        for board in tensorboards(trainer):
+            arrange(board, settings, _compared(pl_module))
+
+
+def is_detail(name: str, num_layers: int, scored: Collection[int] = ()) -> bool:
+    """Tell whether a metric is left out of the loggers of a deep model.
+
+    `scored` are the exits whose quality is measured, in blocks run; none stands for all.
+    """
+    if num_layers <= _FEW_BLOCKS:
+        return False
+    if name in _DETAILS or name.startswith(_DETAILED_GROUPS):
+        return True
+    if not (found := _BY_DEPTH.fullmatch(name)):
+        return name.startswith("decode/") and "_drafts_" in name
+    kind, depth = found[1], int(found[2])
+    if kind.startswith("parse/") or kind.startswith("test/parse/"):
+        return False
+    is_always_one = depth == num_layers and kind.endswith(_ALWAYS_ONE)
+    return kind not in _SHOWN_BY_DEPTH or is_always_one or depth not in shown_depths(num_layers, scored)
+
+
+def shown_depths(num_layers: int, scored: Collection[int] = ()) -> set[int]:
+    """Return the depths, in blocks run, that stand for all of a deep model."""
+    measured = sorted(scored) or range(1, num_layers + 1)
+    quarters = [num_layers * part / _SHOWN_DEPTHS for part in range(1, _SHOWN_DEPTHS + 1)]
+    return {min(measured, key=lambda depth: abs(depth - quarter)) for quarter in quarters}
+
+
+def _settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Setting]:
+    """Return the settings that tell runs apart. TensorBoard sorts them by name, and first shows five of them."""
+    settings: dict[str, Setting] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LayerDropoutCurriculum):
+            settings["max_dropout_rate"] = callback.max_dropout_rate
+            settings["time_scale"] = callback.time_scale
+        elif isinstance(callback, EarlyExitCurriculum):
+            settings["curriculum"] = callback.curriculum
+            settings["early_exit_scale"] = callback.early_exit_scale
+            settings["exit_weights"] = callback.exit_weights
+            settings["rotation_interval"] = callback.rotation_interval
+            settings["objective"] = callback.loss
+    if isinstance(pl_module, ArchitectureOwner):
+        config: Any = pl_module.config
+        settings["model"] = f"{config.model_type}, {config.num_hidden_layers} x {config.hidden_size}"
+    settings["trained"] = _trained(pl_module)
+    settings["lr"] = trainer.optimizers[0].defaults["lr"]
+    settings["max_steps"] = trainer.max_steps
+    settings["micro_batches_a_step"] = trainer.accumulate_grad_batches * data_ranks(trainer).num_replicas
+    return settings
+
+
+def _trained(pl_module: LightningModule) -> str:
+    if isinstance(pl_module, ExitBlockHost) and pl_module.has_exit_blocks:
+        return "exit blocks"
+    return "LoRA" if isinstance(pl_module, AdapterHost) and pl_module.peft is not None else "all weights"
+
+
+def _compared(pl_module: LightningModule) -> list[str]:
+    """Return the results by which runs are compared: of the full model, of its half, and of decoding."""
+    names = [metric_names.VAL_LOSS]
+    if isinstance(pl_module, LogHost):
+        num_layers, scored = pl_module.num_layers, pl_module.monitored_exits
+        half = min(scored or [num_layers // 2], key=lambda depth: abs(depth - num_layers / 2))
+        kinds = (metric_names.EXIT_LOSS, metric_names.EXIT_AGREEMENT) if half < num_layers else ()
+        names += [metric_names.of_exit(f"val/{kind}", half) for kind in kinds]
+    return [*names, metric_names.DECODE_ACCEPTANCE_RATE, metric_names.DECODE_SPEEDUP, metric_names.TOKENS_PER_SECOND]

@@ -1,0 +1,126 @@
+"""What the loggers of a run get, and how TensorBoard arranges it."""
+
+import csv
+from collections import Counter
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from app import metric_names
+from callbacks import DataMonitor, ExitQualityMonitor, RunLogs, SelfSpeculativeValidation, ThroughputMonitor
+from callbacks.run_logs import is_detail, shown_depths
+from callbacks.tensorboard import EVENT_FILES, points
+from tests.support.runs import curricula, make_data, make_module, make_trainer
+from tests.support.tiny_models import tiny_config
+
+DEEP = 10
+SETTINGS = {
+    "max_dropout_rate": 0.5,
+    "curriculum": "rotational",
+    "model": f"llama, {DEEP} x 32",
+    "trained": "all weights",
+    "lr": 0.01,
+    "max_steps": 2,
+}
+
+
+def train(root, *, max_steps, loggers, ckpt_path=None, **settings):
+    monitored = ModelCheckpoint(dirpath=root / "best", filename="best", monitor="val/exit_loss/exit_04")
+    decoding = SelfSpeculativeValidation(
+        exit_layers=[2], num_draft_tokens=[2], num_prompts=1, prompt_length=6, max_new_tokens=8
+    )
+    callbacks = [RunLogs(**settings), *curricula(), ExitQualityMonitor(), decoding, monitored]
+    trainer = make_trainer(
+        root,
+        max_steps=max_steps,
+        callbacks=[*callbacks, ThroughputMonitor(), DataMonitor()],
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1,
+        log_every_n_steps=1,
+        logger=loggers,
+    )
+    module = make_module(config=tiny_config(num_layers=DEEP, vocab_size=300, max_length=128))
+    trainer.fit(module, datamodule=make_data(root), ckpt_path=ckpt_path)
+    trainer.save_checkpoint(root / "last.ckpt")
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("logs")
+    loggers = [TensorBoardLogger(root, name="board", version=""), CSVLogger(root, name="table", version="")]
+    trainer = train(root, max_steps=2, loggers=loggers)
+    loggers[0] = TensorBoardLogger(root, name="board", version="")  # a new process makes a new event file
+    train(root, max_steps=4, loggers=loggers, ckpt_path=root / "last.ckpt")
+    return root, trainer
+
+
+def test_of_a_deep_model_all_loggers_get_the_same_few_metrics(run):
+    root, trainer = run
+    tags = set(EventAccumulator(str(root / "board")).Reload().Tags()["scalars"])
+    with (root / "table" / "metrics.csv").open(newline="") as lines:
+        assert set(next(csv.reader(lines))) - {"step"} == tags
+    assert {"val/exit_loss/exit_10", "val/exit_acceptance/exit_05", "train/gradient_norm/block_07"} <= tags
+    assert {"train/dropout_rate/block_02", "decode/speedup", "data/token_share/code"} <= tags
+    assert not [tag for tag in tags if is_detail(tag, DEEP)]
+    left_out = set(trainer.callback_metrics) - tags
+    assert {"val/exit_loss/exit_04", "train/exit_weight/exit_10", "decode/speedup/exit_02_drafts_02"} <= left_out
+    assert (root / "best" / "best.ckpt").exists()  # which monitors one of them
+
+
+def test_a_model_of_24_blocks_has_about_forty_metrics_and_a_small_one_all(run):
+    names = [name for name in run[1].callback_metrics if not name.endswith(tuple(f"_{n:02d}" for n in range(1, 11)))]
+    kinds = {name.rsplit("/", 1)[0] for name in run[1].callback_metrics if "/exit_" in name[-8:]}
+    names += [metric_names.of_exit(kind, layer) for kind in kinds for layer in range(1, 25)]
+    names += [metric_names.of_block(kind, block) for kind in ("train/gradient_norm", "train/dropout_rate")
+              for block in range(1, 25)]  # fmt: skip
+    shown = [name for name in names if not is_detail(name, 24, range(1, 25))]
+    assert len(names) > 200
+    assert len(shown) <= 40
+    assert not [name for name in names if is_detail(name, 8)]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "scored", "shown"),
+    [
+        (24, (), {6, 12, 18, 24}),
+        (30, [2, 4, 6, 9, 12, 18, 24, 30], {6, 12, 24, 30}),
+        (30, [2], {2}),
+    ],
+)
+def test_the_depths_that_are_shown_are_measured_ones_nearest_to_the_quarters(num_layers, scored, shown):
+    assert shown_depths(num_layers, scored) == shown
+
+
+def test_charts_and_settings_are_in_the_runs_own_event_files_once_also_after_a_resume(run):
+    root, _ = run
+    files = sorted((root / "board").glob(EVENT_FILES))
+    assert len(files) == 2
+    assert [path for path in (root / "board").rglob("*") if path.is_dir()] == []
+    values = {value.tag: value for file in files for _, value in points(file)}
+    counts = Counter(value.tag for file in files for _, value in points(file))
+    once = ("custom_scalars__config__", *(f"_hparams_/{part}" for part in ("experiment", "session_start_info")))
+    assert [counts[tag] for tag in once] == [1, 1, 1]
+    layout = Layout.FromString(values["custom_scalars__config__"].tensor.string_val[0])
+    titles = [chart.title for category in layout.category for chart in category.chart]
+    assert titles[0].startswith("loss by exit")
+    assert {"dropout rate by depth", "acceptance, tokens a round, speedup", "tokens a second"} <= set(titles)
+    start = HParamsPluginData.FromString(
+        values["_hparams_/session_start_info"].metadata.plugin_data.content
+    ).session_start_info
+    logged = {name: value.string_value or value.number_value for name, value in start.hparams.items()}
+    assert logged.items() >= SETTINGS.items()
+
+
+def test_figures_sample_and_all_metrics_are_there_on_request(tmp_path):
+    board = TensorBoardLogger(tmp_path, name="board", version="")
+    trainer = train(tmp_path, max_steps=2, loggers=board, all_metrics=True)
+    tags = EventAccumulator(str(tmp_path / "board")).Reload().Tags()
+    assert set(tags["scalars"]) - {"epoch"} == set(trainer.callback_metrics)
+    assert set(tags["images"]) == {"val/exits", "LayerSkip/exits", "LayerSkip/sample"}
+    assert {"decode/sample/text_summary", "decode/self_speculative/text_summary"} <= set(tags["tensors"])

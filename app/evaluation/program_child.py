@@ -26,6 +26,8 @@ _PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITY_VERSION = 0x20080522
 _MOST_CAPABILITIES = 64
 
+_SECONDS_BETWEEN = 0.02  # of looks at the number of processes
+
 
 def _confine(folder: str, folder_mib: int) -> None:
     """Make all files read-only but for an empty folder in memory, and give up every capability.
@@ -79,15 +81,27 @@ def _main(order: dict[str, Any]) -> None:
     _limit(order["limits"])
     os.write(order["channel"], order["ready"].encode())
     # This process is the first of its namespace, which ignores most signals. The program is to be an ordinary one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     program = os.fork()
     if program == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         _run(order)
+    _watch(program, order)
+
+
+def _watch(program: int, order: dict[str, Any]) -> None:
+    """Wait until the program has ended, and end it if it has too many processes; its others end with this one."""
     while True:
-        ended, status = os.wait()
-        if ended == program:
-            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
-                os.write(order["channel"], order["out_of_time"].encode())
-            os._exit(0)
+        signal.sigtimedwait({signal.SIGCHLD}, _SECONDS_BETWEEN)
+        while (pid_and_status := os.waitpid(-1, os.WNOHANG))[0]:
+            if pid_and_status[0] == program:
+                if os.WIFSIGNALED(pid_and_status[1]) and os.WTERMSIG(pid_and_status[1]) == signal.SIGXCPU:
+                    os.write(order["channel"], order["out_of_time"].encode())
+                os._exit(0)
+        # The kernel does not hold root to RLIMIT_NPROC. In a namespace of its own, /proc has this process's alone.
+        names = os.listdir("/proc") if order["is_isolated"] else []  # noqa: PTH208 - pathlib is slow to import
+        if sum(map(str.isdecimal, names)) > 1 + order["processes"]:
+            os.kill(-1, signal.SIGKILL)
 
 
 if __name__ == "__main__":

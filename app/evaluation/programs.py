@@ -8,13 +8,13 @@ Confined means, on Linux where the kernel lets a user have namespaces:
 - no network, not even to this machine; no other process can be seen, and all of the program's end with it, daemons too;
 - every file is read-only but for an empty folder in memory of limited size, which is working folder, HOME and TMPDIR;
 - no capabilities; where this process is root's, the program is run by nobody, if nobody may run this interpreter;
-- limits on wall-clock time, and for each process on CPU time, memory, file size, open files; a limit on processes;
+- limits on wall-clock time and the number of processes, and for each of them on CPU time, memory, open files;
 - an environment of its own, an empty standard input, an output of which the beginning is kept.
 
-What is not limited: reading files that the user may read; memory of all processes together; and the number of
-processes where the program has to be run by root. Elsewhere than in namespaces the network is open, files can be
-written, and a daemon that leaves the program's session goes on; a warning says so. A container or a virtual machine
-around the whole evaluation is the better fence.
+What is not limited: reading files that the user may read, and memory of all processes together. Elsewhere than in
+namespaces the network is open, files can be written, root may have any number of processes, and a daemon that leaves
+the program's session goes on; a warning says so. A container or a virtual machine around the whole evaluation is the
+better fence.
 """
 
 import json
@@ -55,6 +55,7 @@ _NOBODY = 65534
 _CHILD = Path(__file__).with_name("program_child.py")
 _READY, _OUT_OF_TIME = "ready ", "out of time"  # what the child reports
 _POLL_SECONDS, _START_SECONDS = 0.02, 30.0
+_ALLOWED = "true on a machine that can run programs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,24 +89,29 @@ class ProgramRunner:
     def __init__(self, limits: ProgramLimits | None = None) -> None:
         self.limits = limits or ProgramLimits()
         users = (_NOBODY, None) if os.geteuid() == 0 else (None,)
+        isolated = [(True, user) for user in users if sys.platform == "linux"]
         refused = "unshare is for Linux"
-        for self.is_isolated, self._user in [
-            *((True, user) for user in users if sys.platform == "linux"),
-            (False, None),
-        ]:
-            try:
-                if self.run("").outcome == "passed":
-                    break
-            except ConfigError as error:
-                if not self.is_isolated:
-                    raise
-                refused = shortened(error.got)
+        for self.is_isolated, self._user in [*isolated, (False, None)]:  # the best fence first
+            reason = self._refusal()
+            if reason is None:
+                break
+            refused = reason
+        else:
+            raise ConfigError("allow_running_programs", got=refused, allowed=_ALLOWED)
         if not self.is_isolated:
             _log.warning(
                 "programs are run without namespaces (%s): with network, and as a user who can write your files; see"
                 " app/evaluation/programs.py",
                 refused,
             )
+
+    def _refusal(self) -> str | None:
+        """Why not even an empty program can be run in the present way; None if it can."""
+        try:
+            result = self.run("")
+        except ConfigError as error:
+            return str(error.got)
+        return None if result.outcome == "passed" else f"an empty program {result.outcome}"
 
     def run(self, program: str) -> ProgramResult:
         """Run a Python program; it has passed if it was executed to its last line.
@@ -124,8 +130,7 @@ class ProgramRunner:
         report = said["channel"].decode(errors="replace")
         if not report.startswith(_READY):
             reason = written.strip().splitlines()[-1:] or ["it said nothing"]
-            allowed = "a machine that can run programs"
-            raise ConfigError("allow_running_programs", got=shortened(reason[0]), allowed=allowed)
+            raise ConfigError("allow_running_programs", got=shortened(reason[0]), allowed=_ALLOWED)
         timed_out = timed_out or report.endswith(_OUT_OF_TIME)
         outcome: Outcome = "passed" if ended in report else "timed out" if timed_out else "failed"
         return ProgramResult(outcome, written, time.monotonic() - started)
@@ -167,8 +172,7 @@ class ProgramRunner:
                 )
             except OSError as error:
                 os.close(channel)
-                allowed = "a machine that can run programs"
-                raise ConfigError("allow_running_programs", got=shortened(error), allowed=allowed) from error
+                raise ConfigError("allow_running_programs", got=shortened(error), allowed=_ALLOWED) from error
             finally:
                 os.close(theirs)
             try:
@@ -185,6 +189,7 @@ class ProgramRunner:
             "folder": folder,
             "folder_mib": limits.folder_mib,
             "is_isolated": self.is_isolated,
+            "processes": limits.processes,
             "channel": channel,
             "ready": _READY,
             "ended": ended,

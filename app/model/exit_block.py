@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from app.errors import ConfigError, check_early_exit, check_range
 
 ExitBlockStart = Literal["exit", "last"]
-_BY_LAYER = ("layer_types", "no_rope_layers")  # settings of a configuration that have an entry for each block
+BY_LAYER = ("layer_types", "no_rope_layers")  # settings of a configuration that have an entry for each block
 
 
 class ExitBlock(nn.Module):
@@ -45,7 +45,7 @@ class ExitBlock(nn.Module):
         self.exit_layer, self.source_layers = exit_layer, tuple(source_layers)
         config = copy.deepcopy(decoder.config)
         config.num_hidden_layers = len(source_layers)
-        for name in _BY_LAYER:
+        for name in BY_LAYER:
             if (by_layer := getattr(config, name, None)) is not None:
                 setattr(config, name, [by_layer[layer] for layer in source_layers])
         with torch.device("meta"):

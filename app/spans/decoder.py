@@ -112,6 +112,11 @@ class SpanDecoder:
         return tuple(self._exit_blocks)
 
     @property
+    def exit_blocks(self) -> Mapping[int, ExitBlock]:
+        """What each of these exits has of its own, by exit layer."""
+        return self._exit_blocks
+
+    @property
     def max_length(self) -> int:
         """The context length in tokens."""
         return int(self._model.config.max_position_embeddings)

@@ -94,9 +94,15 @@ def _members_of(kind: type) -> frozenset[str]:
 
 
 def _inherited(path: Path, tree: ast.Module) -> tuple[set[str], set[str]]:
-    """What classes of the file define, or use on self, that a base class has, too: of an upstream, of this tree."""
-    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    """What classes of the file define, or use on self, that a base class has, too: of an upstream, of this tree.
+
+    Of a file that needs an extra that is not installed, all that its classes define counts as an upstream's.
+    """
     theirs, ours = set(), set()
+    try:
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    except ModuleNotFoundError:
+        return {name for node in tree.body if isinstance(node, ast.ClassDef) for name in _members(node)}, ours
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             used = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} | set(_members(node))

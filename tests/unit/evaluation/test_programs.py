@@ -87,8 +87,8 @@ def test_a_fork_bomb_is_defused(hasty: ProgramRunner) -> None:
 
 
 def test_an_endless_loop_is_ended_by_its_time_on_the_cpu() -> None:
-    result = ProgramRunner(ProgramLimits(wall_seconds=60, cpu_seconds=1)).run("while True:\n    pass")
-    assert (result.outcome, result.seconds < 30) == ("timed out", True)
+    result = ProgramRunner(ProgramLimits(wall_seconds=240, cpu_seconds=1)).run("while True:\n    pass")
+    assert (result.outcome, result.seconds < 200) == ("timed out", True)
 
 
 def test_all_files_together_are_bounded_and_no_file_outside_can_be_written(

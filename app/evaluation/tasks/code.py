@@ -1,6 +1,7 @@
 """Python functions that must pass tests: HumanEval (Chen et al. 2021) and MBPP (Austin et al. 2021), pass@1, greedy.
 
-Prompts and ends of answers are those of lm-evaluation-harness.
+Prompts and ends of answers are those of lm-evaluation-harness. HumanEval's prompts lose the line break at their end, as
+in bigcode-evaluation-harness: tokenizers join it with the indentation behind it, which a model does not find otherwise.
 """
 
 from app.evaluation.task import GenerationExample, GenerationTask, HubRows, Row
@@ -10,8 +11,8 @@ _MAX_NEW_TOKENS = 512
 
 def _humaneval(row: Row) -> GenerationExample:
     return GenerationExample(
-        prompt=row.text("prompt"),
-        references=(row.text("canonical_solution"),),
+        prompt=row.text("prompt").rstrip(),
+        references=("\n" + row.text("canonical_solution"),),
         stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
         max_new_tokens=_MAX_NEW_TOKENS,
         data={"tests": f"{row.text('test')}\ncheck({row.text('entry_point')})\n"},

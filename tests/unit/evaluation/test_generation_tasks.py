@@ -61,8 +61,10 @@ def test_programs_pass_with_the_right_answer_alone(runner: ProgramRunner) -> Non
         "humaneval", prompt=prompt, canonical_solution="    return x + 1\n", test=tests, entry_point="inc"
     )
     assert task.program is not None
+    assert example.solved == prompt + "    return x + 1\n"
+    assert not example.prompt.endswith("\n")
     assert runner.run(task.program(example.references[0], example)).outcome == "passed"
-    assert runner.run(task.program("    return x", example)).outcome == "failed"
+    assert runner.run(task.program("\n    return x", example)).outcome == "failed"
     values = {"text": "Add one.", "code": "def inc(x):\n    return x + one", "test_setup_code": "one = 1"}
     task, example = _example("mbpp", **values, test_list=["assert inc(1) == 2", "assert inc(2) == 3"])
     assert task.program is not None

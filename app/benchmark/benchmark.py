@@ -16,7 +16,7 @@ from app.benchmark.alternation import Contender, Measurement, Prompts, alternate
 from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
 from app.benchmark.output_differences import OutputDifferences, find_output_differences
 from app.benchmark.transformers_baseline import generate_batch
-from app.decoding.settings import DecodingSettings, DraftPolicyName
+from app.decoding.settings import USUAL_N_GRAM_DRAFTS, DecodingSettings, DraftPolicyName
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
 from app.errors import ConfigError, check_choice, check_range
 from app.protocols import ExitableDecoder
@@ -74,7 +74,7 @@ class BenchmarkSettings:
     skipped_layers: tuple[int, ...] = ()
     draft_policy: DraftPolicyName = "fixed"
     n_gram_match: tuple[int, ...] = ()
-    n_gram_max_drafts: int = 8
+    n_gram_max_drafts: int = USUAL_N_GRAM_DRAFTS
     fall_back: bool = False
     eos_token_ids: tuple[int, ...] = ()
     batch_size: int = 1

@@ -144,6 +144,8 @@ class Adaptation:
             return []
         names = zip(SETTING_NAMES, ("exit_layers", "num_draft_tokens", "n_gram_match"), strict=False)
         chosen = {option: json.dumps([tuned[name]]) for name, option in names if tuned.get(name) is not None}
+        if (most := tuned.get("n_gram_max_drafts")) is not None:
+            chosen["n_gram_max_drafts"] = str(most)
         file = self.folder / "benchmark.json"
         options = {"prompts": self._prompts[2], "output": file, "strategies": json.dumps([strategy])}
         self._run("benchmark", "benchmark", {**options, **chosen, **self._measuring})

@@ -13,7 +13,7 @@ from torch import Tensor
 from app.decoding.draft_policy import DraftPolicy, Pace
 from app.decoding.n_grams import NGramIndex
 from app.decoding.result import DecodingResult, Step, StopReason
-from app.decoding.settings import DecodingSettings
+from app.decoding.settings import USUAL_N_GRAM_DRAFTS, DecodingSettings
 
 
 @dataclass(kw_only=True, eq=False)
@@ -60,7 +60,8 @@ class SequenceState:
         """What the text itself drafts now, up to the first end of the sequence; often nothing."""
         if self.n_grams is None or self.n_gram_pace.gave_up:
             return []
-        drafted = self.n_grams.draft(min(self.settings.n_gram_max_drafts, self.remaining - 1))
+        most = self.settings.n_gram_max_drafts or USUAL_N_GRAM_DRAFTS
+        drafted = self.n_grams.draft(min(most, self.remaining - 1))
         ends = (i + 1 for i, token in enumerate(drafted) if token in self.settings.eos_token_ids)
         return drafted[: next(ends, None)]
 

@@ -10,6 +10,7 @@ from app.errors import check_choice, check_range
 from app.protocols import ExitableDecoder
 
 DraftPolicyName = Literal["fixed", "adaptive", "off"]
+USUAL_N_GRAM_DRAFTS = 8
 DRAFT_POLICY_NAMES: tuple[DraftPolicyName, ...] = ("fixed", "adaptive", "off")
 
 # Called with the prompt, the new tokens so far, and how many of them are new since the last call. Returns how many
@@ -34,7 +35,7 @@ class DecodingSettings:
         fall_back: Whether drafting stops for the rest of a request that it slows down.
         n_gram_match: Draft what followed the latest tokens where at least so many of them, at least 1, occurred before,
             and let the strategy draft elsewhere. None does not; strategies that never draft have no use for it.
-        n_gram_max_drafts: Most tokens of such a draft, at least 1.
+        n_gram_max_drafts: Most tokens of such a draft, at least 1; None takes USUAL_N_GRAM_DRAFTS.
         costs: What a round costs on this machine, for adaptive drafting and for falling back when sampling. By
             default the decoder's parameter counts give an estimate.
     """
@@ -50,7 +51,7 @@ class DecodingSettings:
     draft_policy: DraftPolicyName = "fixed"
     fall_back: bool = False
     n_gram_match: int | None = None
-    n_gram_max_drafts: int = 8
+    n_gram_max_drafts: int | None = None
     costs: CostModel | None = None
 
     def __post_init__(self) -> None:
@@ -61,4 +62,5 @@ class DecodingSettings:
             check_range("num_draft_tokens", self.num_draft_tokens, low=1, fix=fix)
         if self.n_gram_match is not None:
             check_range("n_gram_match", self.n_gram_match, low=1, fix="leave it out to draft without n-grams")
-        check_range("n_gram_max_drafts", self.n_gram_max_drafts, low=1)
+        if self.n_gram_max_drafts is not None:
+            check_range("n_gram_max_drafts", self.n_gram_max_drafts, low=1)

@@ -64,14 +64,24 @@ def choose_decoding(
         known = tuned.num_draft_tokens if tuned is not None and same else None
         num_draft_tokens = known or _USUAL_DRAFTS
         said.append(_say("num_draft_tokens", num_draft_tokens, tuned=bool(known)))
-    n_gram_match = settings.n_gram_match
+    same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)
+    of_n_grams = tuned if same else None
+    n_gram_match, most = settings.n_gram_match, settings.n_gram_max_drafts
     if n_gram_match is None and n_grams:
-        same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)
-        known = tuned.n_gram_match if tuned is not None and same else None
+        known = of_n_grams and of_n_grams.n_gram_match
         n_gram_match = known or (_USUAL_MATCH if "n_gram_match" in needs else None)
         if n_gram_match is not None:
             said.append(_say("n_gram_match", n_gram_match, tuned=bool(known)))
-    settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens, n_gram_match=n_gram_match)
+    if most is None and of_n_grams is not None and n_gram_match == of_n_grams.n_gram_match:
+        most = of_n_grams.n_gram_max_drafts
+        said += [] if most is None else [_say("n_gram_max_drafts", most, tuned=True)]
+    settings = replace(
+        settings,
+        exit_layer=exit_layer,
+        num_draft_tokens=num_draft_tokens,
+        n_gram_match=n_gram_match,
+        n_gram_max_drafts=most,
+    )
     _check(strategy, settings, loaded.decoder)
     if said:
         _log.info("defaults: %s; %s%s", ", ".join(said), _origin(tuned, strategy, settings), elsewhere)

@@ -26,7 +26,7 @@ class GenerationOptions:
         n_gram_match: Draft what followed the latest tokens where at least so many of them occurred before, in prompt or
             output; elsewhere the strategy drafts, unless it is n_gram. 0 is off. By default, what layerskip tune
             stored, else off, or 3 with strategy n_gram.
-        n_gram_max_drafts: Largest number of tokens of such a draft.
+        n_gram_max_drafts: Largest number of tokens of such a draft. By default, what layerskip tune stored, or 8.
         fall_back: Stop drafting for the rest of a text when drafting slows it down.
         max_new_tokens: Largest number of new tokens for each prompt.
         stop: Texts, any of which ends the output. The output includes that text and the whole of its last token.
@@ -49,7 +49,7 @@ class GenerationOptions:
     skipped_layers: list[int] | None = None
     draft_policy: DraftPolicyName = "fixed"
     n_gram_match: int | None = None
-    n_gram_max_drafts: int = 8
+    n_gram_max_drafts: int | None = None
     fall_back: bool = True
     max_new_tokens: int = 128
     stop: list[str] | None = None

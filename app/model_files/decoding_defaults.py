@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 DEFAULTS_FIELD = "layerskip"  # of a generation config
 _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
 DefaultStrategy = Literal["self_speculative", "n_gram", "autoregressive"]
-SETTING_NAMES = ("exit_layer", "num_draft_tokens", "n_gram_match")
+SETTING_NAMES = ("exit_layer", "num_draft_tokens", "n_gram_match", "n_gram_max_drafts")
 _NEEDED: dict[DefaultStrategy, tuple[str, ...]] = {
     "self_speculative": ("exit_layer", "num_draft_tokens"),
     "n_gram": ("n_gram_match",),
+    "autoregressive": (),
+}
+_TAKEN: dict[DefaultStrategy, tuple[str, ...]] = {
+    "self_speculative": SETTING_NAMES,
+    "n_gram": ("n_gram_match", "n_gram_max_drafts"),
     "autoregressive": (),
 }
 
@@ -90,9 +95,9 @@ class DecodingDefaults:
     strategy: DefaultStrategy
     exit_layer: int | None = None  # blocks that a draft runs, 1..num_layers-1; None where no exit drafts
     num_draft_tokens: int | None = None  # in a round, at least 1; None where no exit drafts
-    n_gram_match: int | None = (
-        None  # tokens that must have occurred before, at least 1; None where n-grams do not draft
-    )
+    # Tokens that must have occurred before, at least 1; None where n-grams do not draft.
+    n_gram_match: int | None = None
+    n_gram_max_drafts: int | None = None  # most tokens of a draft of n-grams, at least 1; None for the usual number
     # Number of token ids that an exit's drafts are chosen from: the first ones of the model's draft vocabulary, or V
     # for all token ids. None takes the draft vocabulary as it is, if there is one.
     draft_vocabulary_size: int | None = None
@@ -109,7 +114,7 @@ class DecodingDefaults:
         for name in SETTING_NAMES:
             value = getattr(self, name)
             is_needed = name in _NEEDED[self.strategy]
-            may_be_given = is_needed or (self.strategy == "self_speculative" and name == "n_gram_match")
+            may_be_given = name in _TAKEN[self.strategy]
             is_number = type(value) is int and value >= 1
             if not (may_be_given if is_number else value is None and not is_needed):
                 allowed = ["an integer, at least 1"] * may_be_given + ["null"] * (not is_needed)

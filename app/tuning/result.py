@@ -165,8 +165,9 @@ class Tuning:
 
 
 def setting_in_words(prediction: Prediction) -> str:
-    """Write for instance "exit 3 with 5 drafts of 4096 ids and n-grams of 2"."""
-    by_n_gram = [] if prediction.n_gram_match is None else [f"n-grams of {prediction.n_gram_match}"]
+    """Write for instance "exit 3 with 5 drafts of 4096 ids and n-grams of 2 with at most 8"."""
+    most = "" if prediction.n_gram_max_drafts is None else f" with at most {prediction.n_gram_max_drafts}"
+    by_n_gram = [] if prediction.n_gram_match is None else [f"n-grams of {prediction.n_gram_match}{most}"]
     if prediction.exit_layer is None or prediction.num_draft_tokens is None:
         return by_n_gram[0]
     size, drafts = prediction.draft_vocabulary_size, counted(prediction.num_draft_tokens, "draft")
@@ -229,7 +230,7 @@ def verifications_table(tuning: Tuning) -> Table:
             "exit": [cell(run.prediction.exit_layer, "{}") for run in runs],
             "drafts": [cell(run.prediction.num_draft_tokens, "{}") for run in runs],
             "of\nids": [cell(run.prediction.draft_vocabulary_size, "{}") for run in runs],
-            "n-\ngrams": [cell(run.prediction.n_gram_match, "{}") for run in runs],
+            "n-gram,\nat most": [_n_grams_cell(run.prediction) for run in runs],
             "acceptance": [cell(run.acceptance_rate, "{:.1%}") for run in runs],
             "tokens\na round": [f"{run.mean_tokens_per_round:.2f}" for run in runs],
             "predicted": [f"{run.prediction.speedup:.2f}x" for run in runs],
@@ -241,6 +242,12 @@ def verifications_table(tuning: Tuning) -> Table:
             "turn": turns,
         },
     )
+
+
+def _n_grams_cell(prediction: Prediction) -> str:
+    """Write for instance "2, 8"; the length is left out where it is not known."""
+    known = [each for each in (prediction.n_gram_match, prediction.n_gram_max_drafts) if each is not None]
+    return ", ".join(map(str, known)) or "-"
 
 
 def tuning_as_json(tuning: Tuning) -> dict[str, Any]:

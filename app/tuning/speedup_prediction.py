@@ -9,11 +9,11 @@ model's own outputs. The cost model's T(a, d) takes acceptances for independent,
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from app.benchmark.decoding_costs import DecodingCosts
 from app.decoding.cost_model import CostModel
-from app.decoding.settings import DecodingSettings
+from app.decoding.settings import USUAL_N_GRAM_DRAFTS
 from app.model_files.decoding_defaults import SETTING_NAMES, DefaultStrategy
 from app.tuning.found_drafts import FoundDraft
 from app.tuning.layer_agreement import LayerAgreement
@@ -28,6 +28,7 @@ class Prediction:
     exit_layer: int | None  # blocks run by a draft; None where nothing but n-grams drafts
     num_draft_tokens: int | None  # most tokens drafted from the exit in a round
     n_gram_match: int | None = None  # fewest equal tokens after which n-grams draft; None where they do not
+    n_gram_max_drafts: int | None = None  # most tokens that they draft in a round
     draft_vocabulary_size: int | None = None  # ids that the exit's drafts are chosen from; None where these are all
     acceptance_rate: float | None  # accepted / drafted; None where nothing could be drafted
     mean_tokens_per_round: float  # tokens settled by a round
@@ -43,18 +44,29 @@ class Prediction:
         return {name: getattr(self, name) for name in SETTING_NAMES}
 
 
+class NGrams(NamedTuple):
+    """N-grams as drafters: the fewest equal tokens, the most drafted ones, and what they would have drafted."""
+
+    match: int | None = None
+    most: int | None = None
+    found: Sequence[Sequence[FoundDraft]] = ()
+
+
 def predict(
     agreement: LayerAgreement,
     costs: DecodingCosts,
     *,
     max_draft_tokens: int,
     n_gram_match: Sequence[int] = (),
+    n_gram_max_drafts: Sequence[int] = (USUAL_N_GRAM_DRAFTS,),
     draft_heads: Mapping[int, float] | None = None,
 ) -> list[Prediction]:
     """Predict every exit 1..L-1 with every draft length 1..max_draft_tokens, exits outermost.
 
     After these come the same with each draft vocabulary below V that `agreement` has; and all that with n-grams of each
-    of `n_gram_match`, and these alone, where any draft was found. `agreement` must have at least one position.
+    of `n_gram_match`, and these alone, where any draft was found. `agreement` must have at least one position. N-grams
+    alone are predicted with each of `n_gram_max_drafts`; beside an exit they draft as many as is best alone, since a
+    further token costs verification the same there.
 
     Args:
         draft_heads: H_d of each draft vocabulary, by its size; by default that of `costs`.
@@ -66,10 +78,17 @@ def predict(
     by_size = {size: costs_with(size, costs, draft_heads) for size in sizes}
     predictions = [_predict(agreement, by_size, *each) for each in settings]
     for match in dict.fromkeys(n_gram_match):
-        found = agreement.found_drafts(match, most=DecodingSettings.n_gram_max_drafts)
-        if any(draft.length for drafts in found for draft in drafts):
-            every = [*settings, (None, None, None)]
-            predictions += [_predict(agreement, by_size, *each, match, found) for each in every]
+        by_most = {most: agreement.found_drafts(match, most=most) for most in n_gram_max_drafts}
+        alone = [
+            _predict(agreement, by_size, None, None, None, NGrams(match, most, found))
+            for most, found in by_most.items()
+            if any(draft.length for drafts in found for draft in drafts)
+        ]
+        if alone:
+            most = max(alone, key=lambda prediction: prediction.speedup).n_gram_max_drafts
+            assert most is not None
+            n_grams = NGrams(match, most, by_most[most])
+            predictions += [_predict(agreement, by_size, *each, n_grams) for each in settings] + alone
     return predictions
 
 
@@ -86,17 +105,17 @@ def _predict(
     exit_layer: int | None,
     num_draft_tokens: int | None,
     size: int | None,
-    n_gram_match: int | None = None,
-    found: Sequence[Sequence[FoundDraft]] = (),
+    n_grams: NGrams = NGrams(),  # noqa: B008  # immutable
 ) -> Prediction:
-    counts = agreement.count_rounds(exit_layer, num_draft_tokens or 0, found, size=size)
+    counts = agreement.count_rounds(exit_layer, num_draft_tokens or 0, n_grams.found, size=size)
     speedup = counts.predicted_speedup(agreement.cost_model(costs[size], exit_layer))
     assert speedup is not None
     assert counts.mean_tokens_per_round is not None
     return Prediction(
         exit_layer=exit_layer,
         num_draft_tokens=num_draft_tokens,
-        n_gram_match=n_gram_match,
+        n_gram_match=n_grams.match,
+        n_gram_max_drafts=n_grams.most,
         draft_vocabulary_size=size,
         acceptance_rate=counts.acceptance_rate,
         mean_tokens_per_round=counts.mean_tokens_per_round,

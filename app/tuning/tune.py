@@ -43,6 +43,7 @@ class TuningSettings:
         max_draft_tokens: Longest draft that is considered, at least 1.
         n_gram_match: Each setting is also considered with n-grams, and they alone: with each of these numbers of latest
             tokens, at least 1, that must have occurred before. [] leaves n-grams out.
+        n_gram_max_drafts: Most tokens that n-grams draft in a round: one of these numbers, each at least 1.
         num_verified: Number of settings that are run, those with the best predictions, at least 1. One more is run
             where all of them have n-grams, or none has.
         repeats: How often each of them decodes each prompt, at least 1; the median counts. The fastest is then run five
@@ -56,6 +57,7 @@ class TuningSettings:
     max_new_tokens: int = 128
     max_draft_tokens: int = 12
     n_gram_match: tuple[int, ...] = (2, 4)
+    n_gram_max_drafts: tuple[int, ...] = (4, 8, 16)
     num_verified: int = 4
     repeats: int = 3
     time_limit_seconds: float = 180.0
@@ -79,6 +81,7 @@ class TuningSettings:
         check_range("max_draft_tokens", self.max_draft_tokens, low=1)
         for match in self.n_gram_match:
             check_range("n_gram_match", match, low=1, fix="[] leaves n-grams out")
+        check_range("n_gram_max_drafts", min(self.n_gram_max_drafts, default=0), low=1)
         check_range("num_verified", self.num_verified, low=1)
         check_range("repeats", self.repeats, low=1)
         check_range("time_limit_seconds", self.time_limit_seconds, low=0.0)
@@ -118,6 +121,7 @@ def _tune(
         costs,
         max_draft_tokens=settings.longest_draft,
         n_gram_match=settings.n_gram_match,
+        n_gram_max_drafts=settings.n_gram_max_drafts,
         draft_heads=draft_heads,
     )
     chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)

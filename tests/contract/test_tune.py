@@ -110,9 +110,10 @@ def test_n_grams_are_run_beside_what_has_none_and_stored(here, monkeypatch, caps
     out = capsys.readouterr().out
     stored = read_decoding_defaults(AutoModelForCausalLM.from_pretrained("model"))
     assert stored.n_gram_match == 1
+    assert stored.n_gram_max_drafts in (4, 8, 16)
     assert "with n-grams" in out
-    assert "n-grams of 1: the fastest of " in out
-    assert "--n_gram_match 1" in out
+    assert f"n-grams of 1 with at most {stored.n_gram_max_drafts}: the fastest of " in out
+    assert f"--n_gram_match 1 --n_gram_max_drafts {stored.n_gram_max_drafts}" in out
     assert max(map(len, out[: out.index("costs:")].splitlines())) <= 120
 
 
@@ -208,6 +209,7 @@ MISTAKES = [
     (["--max_new_tokens", "1"], "max_new_tokens: got 1, allowed [2, inf)"),
     (["--max_draft_tokens", "0"], "max_draft_tokens: got 0, allowed [1, inf)"),
     (["--num_verified", "0"], "num_verified: got 0, allowed [1, inf)"),
+    (["--n_gram_max_drafts", "[]"], "n_gram_max_drafts: got 0, allowed [1, inf)"),
     (["--n_gram_match", "[0]"], "n_gram_match: got 0, allowed [1, inf); [] leaves n-grams out"),
     (["--repeats", "0"], "repeats: got 0, allowed [1, inf)"),
     (["--time_limit_seconds", "-1"], "time_limit_seconds: got -1.0, allowed [0.0, inf)"),

@@ -140,6 +140,22 @@ def test_n_grams_draft_where_that_was_tuned_or_is_asked_for(choose, tuned, strat
     assert ("n_gram_match" in said.split(";")[0]) == (expected[1] not in (None, 5))
 
 
+@pytest.mark.parametrize(
+    ("given", "most"),
+    [
+        ({}, 5),
+        ({"n_gram_match": 2}, 5),
+        ({"n_gram_match": 4}, None),  # for which the length was not tuned
+        ({"n_gram_max_drafts": 7}, 7),
+        ({"n_grams": False}, None),
+    ],
+)
+def test_the_tuned_length_of_drafts_goes_with_the_tuned_n_grams(choose, given, most):
+    _, settings, said = choose(None, tuned=replace(TUNED, n_gram_match=2, n_gram_max_drafts=5), **given)
+    assert settings.n_gram_max_drafts == most
+    assert ("n_gram_max_drafts 5 (tuned)" in said) == (most == 5)
+
+
 def test_costs_that_were_measured_hold_for_n_grams_alone(choose):
     tuned = DecodingDefaults(
         strategy="n_gram", n_gram_match=2, head=2.0, extra_token=0.5, overhead=0.25, first_extra=0.5

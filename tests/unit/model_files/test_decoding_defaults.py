@@ -62,7 +62,7 @@ def _load(directory: Path) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize(
     "defaults",
-    [_DRAFTING, replace(_DRAFTING, n_gram_match=2, draft_vocabulary_size=9), _N_GRAM, _PLAIN],
+    [_DRAFTING, replace(_DRAFTING, n_gram_match=2, n_gram_max_drafts=5, draft_vocabulary_size=9), _N_GRAM, _PLAIN],
     ids=["exit", "both", "n-grams", "plain"],
 )
 def test_what_is_written_is_read_back_from_the_loaded_model_and_from_what_that_saves(
@@ -148,6 +148,7 @@ def test_a_failed_write_leaves_the_old_file(directory: Path, monkeypatch: pytest
         ({"strategy": "self_speculative", "exit_layer": 1, "num_draft_tokens": 0}, "num_draft_tokens: got 0"),
         ({"strategy": "autoregressive", "exit_layer": 1}, "layerskip.exit_layer: got 1"),
         ({"strategy": "autoregressive", "n_gram_match": 1}, "n_gram_match: got 1, allowed null, with"),
+        (_STORED | {"n_gram_max_drafts": 0}, "n_gram_max_drafts: got 0, allowed an integer, at least 1 or null, with"),
         ({"strategy": "n_gram"}, "n_gram_match: got None, allowed an integer, at least 1, with"),
         ({"strategy": "n_gram", "n_gram_match": 1, "exit_layer": 1}, "layerskip.exit_layer: got 1"),
         (

@@ -49,6 +49,12 @@ def test_with_n_grams_their_rounds_are_simulated_and_cost_as_all_blocks_verify()
     alone = predictions[-1]
     assert alone.speedup == pytest.approx(7 * 4 / (4 * 4 + by_n_gram))
     assert (alone.acceptance_rate, alone.mean_tokens_per_round) == (pytest.approx(2 / 3), pytest.approx(7 / 5))
+    lengths = predict(agreement, COSTS, max_draft_tokens=1, n_gram_match=(1,), n_gram_max_drafts=(1, 2, 3))
+    beside, *by_themselves = lengths[1:]
+    assert [each.n_gram_max_drafts for each in by_themselves] == [1, 2, 3]
+    fastest = max(by_themselves, key=lambda each: each.speedup)
+    assert (beside.exit_layer, beside.n_gram_max_drafts) == (1, fastest.n_gram_max_drafts)
+    assert fastest.settings["n_gram_max_drafts"] == 2  # of which both are kept once; a third never is
     drafter = 4 / 3 * (1 + 1.5) + 1 + (1 + 2) * (1 + 0.25 + 0.05 * 4 / 3) + 0.5
     assert predictions[3].speedup == pytest.approx(7 * 4 / (3 * drafter + by_n_gram), rel=0.1)
 

@@ -92,7 +92,7 @@ def test_costs_are_the_median_of_three_moments(monkeypatch: pytest.MonkeyPatch) 
 def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
     tuning = tune(_agreeing_decoder(), _PROMPTS, replace(_SETTINGS, n_gram_match=(1,)))
     exits = [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert [p.exit_layer for p in tuning.predictions] == [*exits, *exits, None]
+    assert [p.exit_layer for p in tuning.predictions] == [*exits, *exits, None, None, None]
     assert {run.prediction.n_gram_match for run in tuning.verifications} == {None, 1}
     for run in tuning.verifications:
         assert run.differences == OutputDifferences(num_prompts=2, num_differing=0)

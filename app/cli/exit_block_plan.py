@@ -114,6 +114,7 @@ def distillation_of(exit_blocks: Mapping[str, Any], config: PreTrainedConfig, *,
         num_ids = len(read_draft_vocabulary(Path(settings.vocabulary), vocab_size=text.vocab_size, ends=ends))
     return Distillation(
         sources=settings.sources(text.num_hidden_layers),
+        affine=settings.affine,
         loss=settings.loss,
         num_ids=num_ids,
         cached=None if states is None else getattr(torch, states["dtype"]),

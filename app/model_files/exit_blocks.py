@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, EXIT_BLOCKS_PREFIX, is_trained_weights, open_trained_weights
 from app.errors import CheckpointError, UserError, shortened
-from app.model.exit_block import ExitBlock, exit_blocks_of
+from app.model.exit_block import ExitBlock, affine_exits, exit_blocks_of
 from app.model.weights_hash import weights_hashes
 from app.model_files.open import load_for_decoding
 
@@ -99,7 +99,7 @@ def load_exit_blocks(path: str, model: PreTrainedModel) -> dict[int, ExitBlock]:
     if (stored := stored_exit_blocks(path)) is None:
         return {}
     try:
-        blocks = exit_blocks_of(model, stored.sources)
+        blocks = exit_blocks_of(model, stored.sources, affine=affine_exits(stored.state))
         blocks.load_state_dict(stored.state)
     except (UserError, RuntimeError, TypeError) as error:
         found = f"its exit blocks are not of this architecture ({shortened(error)})"

@@ -3,7 +3,7 @@
 Shape legend: `B` rows, `T` tokens, `S` states of a token, `D` model width, `N` label tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -35,6 +35,7 @@ class Distillation:
     """What exit blocks there are and what they learn from."""
 
     sources: Mapping[int, Sequence[int]]  # exit layer -> the model's blocks that its own begin as
+    affine: Container[int] = ()  # exits with an affine map
     loss: DistillationLoss = "lk"
     num_ids: int | None = None  # rows of the head that the loss takes; None for all
     cached: torch.dtype | None = None  # type of the states on the disk; None if the frozen model runs in each step
@@ -131,7 +132,7 @@ def fake_exit_blocks(
 ) -> tuple[PreTrainedModel, nn.ModuleDict, FakeTensorMode]:
     """Return a frozen model and its exit blocks, made of fake tensors, and the mode these live in."""
     model = build_without_memory(config, dtype=dtype)
-    blocks = exit_blocks_of(model, learns.sources)
+    blocks = exit_blocks_of(model, learns.sources, affine=learns.affine)
     made = dict[Tensor, nn.Parameter]()  # of tied weights one
     with (mode := FakeTensorMode()):
         for module in (*model.modules(), *blocks.modules()):

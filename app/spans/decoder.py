@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu.products import Product
-from app.model.exit_block import ExitBlock
+from app.model.exit_block import AffineNorm, ExitBlock
 from app.protocols import DecoderCache
 from app.spans.attention_masks import attention_mask, causal_mask, needs_no_mask
 from app.spans.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, Sight, is_functional
@@ -276,6 +276,8 @@ class SpanDecoder:
 
     def _normed(self, hidden_BTD: Tensor, exit_layer: int | None) -> Tensor:
         norm = self._norms.get(exit_layer or self.num_layers, self._decoder.norm)
+        if isinstance(norm, AffineNorm):
+            hidden_BTD, norm = norm.linear(hidden_BTD), norm.norm
         if self._blocks:  # these types end in a plain RMSNorm, whose module takes three times as long
             return F.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], norm.weight, norm.variance_epsilon)
         return norm(hidden_BTD)  # type: ignore[no-any-return]

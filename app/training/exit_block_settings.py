@@ -16,8 +16,10 @@ class ExitBlockSettings:
 
     Args:
         exits: Number of blocks A, 0 or more, for each exit layer E in 1..num_layers - 1; E + A is at most num_layers.
-        start: What the blocks begin as: exit, blocks E.. of the model; or last, its last ones.
+        start: What the blocks begin as: exit, blocks E.. of the model; last, its last ones; or affine, the affine map
+            that brings the state at the exit closest to the final normed one, which then learns with the blocks.
         loss: cross_entropy (of the text), kl, total_variation or lk (of the full model's distribution).
+        start_tokens: Tokens of the training data that the affine map is found from, 1 or more.
         vocabulary: File of the token ids that drafts will be chosen from (draft_vocabulary.json of a model, or a token
             map of SGLang). The loss then is that given that the token is one of them, and the head, most of a step's
             work in small models, has only their rows. By default all; cross_entropy knows no other.
@@ -30,15 +32,22 @@ class ExitBlockSettings:
     start: ExitBlockStart = "exit"
     loss: DistillationLoss = "lk"
     vocabulary: str | None = None
+    start_tokens: int = 65536
 
     def __post_init__(self) -> None:
         check_choice("exit_blocks.start", self.start, get_args(ExitBlockStart))
+        check_range("exit_blocks.start_tokens", self.start_tokens, low=1)
         check_choice("exit_blocks.loss", self.loss, get_args(DistillationLoss))
         if self.vocabulary is not None and self.loss == "cross_entropy":
             allowed = "no file with exit_blocks.loss cross_entropy"
             raise ConfigError("exit_blocks.vocabulary", got=self.vocabulary, allowed=allowed)
         if not self.exits:
             raise ConfigError("exit_blocks.exits", got=self.exits, allowed="one exit or more, as {exit layer: blocks}")
+
+    @property
+    def affine(self) -> frozenset[int]:
+        """The exits that have an affine map."""
+        return frozenset(self.exits) if self.start == "affine" else frozenset()
 
     def sources(self, num_layers: int) -> dict[int, list[int]]:
         """Which of the model's blocks each exit's begin as; ConfigError if it has no such exit or too few blocks."""

@@ -17,6 +17,7 @@ from typing_extensions import override
 from app.errors import ConfigError
 from app.layerskip.distillation import divergence_loss
 from app.layerskip.early_exit_loss import IGNORE_INDEX, EarlyExitLoss, early_exit_loss
+from app.layerskip.least_squares import AffineFit
 from app.model.exact_tables import keep_tables_exact
 from app.model.exit_block import ExitBlock, exit_blocks_of
 from app.model.head_loss import Teacher
@@ -46,6 +47,7 @@ class ExitBlockSteps(EvaluationSteps):
         self._sources = settings.sources(self.num_layers) if settings else {}
         self._num_states = len(self._sources) + 1 if settings else 0
         self._token_ids_V: Tensor | None = None
+        self._start_is_due = bool(settings and settings.affine)  # the affine maps are not found yet
 
     @property
     def trained(self) -> nn.Module:
@@ -75,17 +77,18 @@ class ExitBlockSteps(EvaluationSteps):
         head = self.model.get_output_embeddings().weight.numel()
         return DraftSize(head / block, len(self._sources.get(exit_layer, ())))
 
-    def freeze_model(self, model: PreTrainedModel) -> None:
-        """Freeze a model and make its exit blocks; before the classes of its blocks are swapped.
-
-        Raises:
-            ConfigError: The model is spread over devices.
-        """
-        if self.device_mesh is not None:
+    def check_exit_blocks(self, *, spread: bool) -> None:
+        """Raise ConfigError if exit blocks are to learn from a model that is `spread` over devices in parts."""
+        if self.has_exit_blocks and spread:
             got, allowed = type(self.trainer.strategy).__name__, "one device or ddp with model.exit_blocks"
-            raise ConfigError("trainer.strategy", got=got, allowed=allowed)
-        self.exit_blocks = exit_blocks_of(model, self._sources)
-        if self._exit_settings and (file := self._exit_settings.vocabulary):
+            fix = "a frozen model has neither gradients nor optimizer states: each device holds all of it"
+            raise ConfigError("trainer.strategy", got=got, allowed=allowed, fix=fix)
+
+    def freeze_model(self, model: PreTrainedModel) -> None:
+        """Freeze a model and make its exit blocks; before the classes of its blocks are swapped."""
+        assert self._exit_settings is not None
+        self.exit_blocks = exit_blocks_of(model, self._sources, affine=self._exit_settings.affine)
+        if file := self._exit_settings.vocabulary:
             vocab_size = model.config.get_text_config().vocab_size
             ends = listed_ends(model.generation_config.eos_token_id)
             self._token_ids_V = torch.tensor(read_draft_vocabulary(Path(file), vocab_size=vocab_size, ends=ends))
@@ -126,6 +129,45 @@ class ExitBlockSteps(EvaluationSteps):
         if isinstance(data, StateOwner) and (layers := list(data.state_layers)) != list(self._sources):
             allowed = f"{list(self._sources)}, those of model.exit_blocks"
             raise ConfigError("data.exit_layers", got=layers, allowed=allowed)
+
+    @override
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self._start_is_due:  # before a validation looks at what is there at the start
+            self._find_affine_starts()
+
+    def end_start(self) -> None:
+        """Keep the exit blocks as they are: a checkpoint brings what they began as, and what they learned."""
+        self._start_is_due = False
+
+    @torch.no_grad()
+    def _find_affine_starts(self) -> None:
+        """Let each exit block begin as the map from its states to the final normed ones, on the first training rows.
+
+        Every rank looks at its own rows, and takes the map that the first one found.
+        """
+        assert self._exit_settings is not None
+        assert self.model is not None
+        if (data := getattr(self.trainer, "datamodule", None)) is None:
+            raise ConfigError("exit_blocks.start", got="affine", allowed="exit or last without a datamodule")
+        trains = self.model.training
+        self.model.eval()  # as it will be in training; until then Lightning warns of modules in eval mode
+        fits = {exit_layer: AffineFit(self.config.get_text_config().hidden_size) for exit_layer in self._sources}
+        left = self._exit_settings.start_tokens
+        for given in data.train_dataloader():
+            columns = {name: each.to(self.device) for name, each in given.items() if isinstance(each, Tensor)}
+            batch = self._checked(cast(GivenBatch, columns), "train")
+            targets = (batch["labels"].flatten() != IGNORE_INDEX).nonzero()[:left, 0]
+            states = self._states(batch, self._sources)
+            for exit_layer, fit in fits.items():
+                fit.add(_pick(states[exit_layer], targets), _pick(states[self.num_layers], targets))
+            left -= len(targets)
+            if left <= 0:
+                break
+        for exit_layer, fit in fits.items():
+            self.own_blocks[exit_layer].begin_as(*self.trainer.strategy.broadcast(fit.solve()))
+        self.model.train(trains)
+        self.end_start()
 
     @override
     def on_train_start(self) -> None:

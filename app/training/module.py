@@ -165,7 +165,8 @@ class LayerSkipModule(ExitBlockSteps):
             raise ConfigError("config.vocab_size", got=self.config.vocab_size, allowed=allowed)
 
     def check_frozen_model(self, *, spread: bool) -> None:
-        """Raise ConfigError if LoRA has no trained model, or one that is `spread` over devices in parts."""
+        """Raise ConfigError if LoRA has no trained model, or it or exit blocks one that is `spread` in parts."""
+        self.check_exit_blocks(spread=spread)
         if self.peft is None:
             return
         if self.pretrained is None:
@@ -296,4 +297,5 @@ class LayerSkipModule(ExitBlockSteps):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_resume(checkpoint, self)
+        self.end_start()
         self._step.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)

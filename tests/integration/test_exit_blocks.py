@@ -94,14 +94,14 @@ def make_built(root):
     return module
 
 
-def train(root, folder, *, until=STEPS, ckpt_path=None, loss="lk", data=None, **settings):
+def train(root, folder, *, until=STEPS, ckpt_path=None, start="exit", data=None, **settings):
     """Steps of a run of STEPS up to `until`; losses, exit blocks, the figures of a validation, and the checkpoint."""
     recorder, monitor = Recorder(), ExitQualityMonitor(exit_layers=[1, 2])
     saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=STEPS // 2, save_top_k=-1)
     trainer = make_trainer(folder, max_steps=STEPS, callbacks=[recorder, monitor, saver], **settings)
     if until < STEPS:
         trainer.callbacks.append(StopAfter(until))
-    module = make_exit_blocks(root, loss=loss)
+    module = make_exit_blocks(root, start=start, start_tokens=150)
     trainer.fit(module, datamodule=data or make_data(root), ckpt_path=ckpt_path)
     weights = {name: p.detach().clone() for name, p in module.exit_blocks.named_parameters()}
     return recorder.steps, weights, saver.best_model_path
@@ -122,10 +122,12 @@ def test_a_loss_over_a_draft_vocabulary_takes_the_rows_of_these_tokens_alone(roo
     assert shapes == [90]
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_and_its_checkpoint_tells_what_it_has(root, tmp_path):
-    whole, weights, _ = train(root, tmp_path / "whole", accumulate_grad_batches=2)
-    first, _, saved = train(root, tmp_path / "parts", until=STEPS // 2, accumulate_grad_batches=2)
-    second, resumed, _ = train(root, tmp_path / "parts", ckpt_path=saved, accumulate_grad_batches=2)
+@pytest.mark.parametrize("start", ["exit", "affine"])
+def test_a_resumed_run_equals_the_uninterrupted_one_and_its_checkpoint_tells_what_it_has(root, tmp_path, start):
+    settings = {"accumulate_grad_batches": 2, "start": start}
+    whole, weights, _ = train(root, tmp_path / "whole", **settings)
+    first, _, saved = train(root, tmp_path / "parts", until=STEPS // 2, **settings)
+    second, resumed, _ = train(root, tmp_path / "parts", ckpt_path=saved, **settings)
     assert first + second == whole
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     content = torch.load(saved, weights_only=True)
@@ -133,6 +135,32 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_its_checkpoint_tells_wha
     trained = {name.removeprefix(EXIT_BLOCKS_PREFIX) for name in content["state_dict"] if "exit_blocks" in name}
     assert trained == {*weights}
     assert len(content["optimizer_states"][0]["state"]) == len(weights)
+
+
+def test_an_affine_start_is_the_least_squares_map_on_the_first_tokens_of_training(root, tmp_path):
+    monitor, module = (
+        ExitQualityMonitor(exit_layers=[1]),
+        make_exit_blocks(root, start="affine", start_tokens=500, lr=0),
+    )
+    settings = {"num_sanity_val_steps": -1, "limit_val_batches": 1.0, "check_val_every_n_epoch": None}
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[monitor], val_check_interval=1, **settings)
+    trainer.fit(module, datamodule=make_data(root))
+    network, pairs = module._network, []
+    module.model.eval()
+    for batch in make_data(root).train_dataloader():
+        learned = batch["labels"].flatten() != -100
+        with torch.no_grad():
+            states = network.states(batch["input_ids"], batch["position_ids"], [1])
+        pairs.append([states[layer].flatten(0, 1)[learned] for layer in (1, 4)])
+        if sum(len(entering) for entering, _ in pairs) >= 500:
+            break
+    entering, final = (torch.cat(column)[:500].double() for column in zip(*pairs, strict=True))
+    known = torch.cat([entering, torch.ones(500, 1)], dim=1)
+    solution = torch.linalg.lstsq(known, final).solution
+    found, gain = module.own_blocks[1].decoder.norm, module.model.model.norm.weight
+    torch.testing.assert_close(found.linear.weight * gain[:, None], solution[:-1].t().float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.linear.bias * gain, solution[-1].float(), rtol=1e-3, atol=1e-4)
+    assert monitor.history[0][1] == monitor.history[1][1]  # the start is there before the first validation
 
 
 class OnLine(Callback):
@@ -242,6 +270,7 @@ def test_the_recipe_is_refused_where_the_model_is_frozen(root, tmp_path, callbac
             {"exits": {1: 1}, "loss": "cross_entropy", "vocabulary": "x.json"},
             "exit_blocks.vocabulary: got 'x.json'",
         ),
+        ({"exits": {1: 1}, "start": "affine", "start_tokens": 0}, "exit_blocks.start_tokens: got 0"),
         ({"exits": {1: 1}, "start": "first"}, "exit_blocks.start: got 'first'"),
     ],
 )
@@ -314,6 +343,7 @@ def test_the_commands_train_and_measure_exit_blocks_and_refuse_what_does_not_go_
     for arguments, message in (
         (["--layer_dropout.max_dropout_rate", "0.1"], "layer_dropout.max_dropout_rate: got 0.1, allowed 0 with"),
         (["--early_exit.curriculum=gradual"], "early_exit.curriculum: got 'gradual', allowed none with"),
+        (["--trainer.strategy=MeshStrategy"], "trainer.strategy: got 'MeshStrategy', allowed one device or ddp with"),
         (["--model.exit_blocks.loss", "mse"], "model.exit_blocks.loss: got mse, allowed cross_entropy | kl | "),
         (["--model.exit_blocks.exits", "{3:1}"], "got a key without a value, allowed {KEY: VALUE}; write a blank"),
     ):

@@ -22,7 +22,7 @@ SOURCES = {1: [3], 2: [2, 3], 3: []}
 def directory(tmp_path: Path) -> Path:
     tokenizer = byte_level()
     model = tiny_llama(vocab_size=len(tokenizer))
-    blocks = exit_blocks_of(model, SOURCES)
+    blocks = exit_blocks_of(model, SOURCES, affine={2})
     for parameter in blocks.parameters():
         torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path)

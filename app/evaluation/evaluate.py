@@ -111,7 +111,8 @@ def evaluate(
         say: Takes a line of progress with the time that is left, from time to time.
     """
     exit_layers, finished = exits_of(subject, settings), set(done)
-    progress = Progress({each.task.name: each.items for each in work}, finished, say)
+    items_of = {each.task.name: each.items for each in work}
+    progress = Progress(items_of, finished, say, batch_size=settings.batch_size)
     for task, _, items in work:
         open_items = [item for item in items if (task.name, item.row) not in finished]
         if not open_items:

@@ -1,4 +1,4 @@
-"""Tells how far an evaluation is, and how long it will still take. Tested by tests/unit/evaluation/test_evaluate.py."""
+"""Tells how far an evaluation is, and how long it will still take. Tested by tests/unit/evaluation/test_progress.py."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from time import monotonic
@@ -13,18 +13,24 @@ _STEP = 20  # a generated token takes as long as this many that are read
 
 
 class Progress:
-    """Says so every few seconds. What is left is judged by the length of the texts."""
+    """Says so every few seconds, at the end of a batch, whose examples are done all at once.
+
+    What is left is judged by the length of the texts.
+    """
 
     def __init__(
         self,
         items: Mapping[str, Sequence[Item]],
         finished: Collection[tuple[str, int]],
         say: Callable[[str], None] | None,
+        *,
+        batch_size: int = 1,
     ) -> None:
-        self._say = say
+        self._say, self._batch_size = say, batch_size
         self._sizes = {(task, item.row): _size(item) for task, own in items.items() for item in own}
         self._totals = {task: len(own) for task, own in items.items()}
         self._counts = {task: sum((task, item.row) in finished for item in own) for task, own in items.items()}
+        self._new = dict.fromkeys(items, 0)
         self._left = sum(size for key, size in self._sizes.items() if key not in finished)
         self._done, self._started = 0.0, monotonic()
         self._said = self._started
@@ -35,7 +41,9 @@ class Progress:
         self._counts[record.task] += 1
         self._done, self._left, now = self._done + size, self._left - size, monotonic()
         at_end = self._counts[record.task] == self._totals[record.task]
-        if self._say is not None and (at_end or now - self._said >= _SECONDS_BETWEEN):
+        self._new[record.task] += 1
+        is_due = self._new[record.task] % self._batch_size == 0 and now - self._said >= _SECONDS_BETWEEN
+        if self._say is not None and (at_end or is_due):
             self._said = now
             seconds = (now - self._started) / self._done * self._left
             count = f"{self._counts[record.task]} of {self._totals[record.task]}"

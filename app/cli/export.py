@@ -17,6 +17,7 @@ from app.errors import ConfigError, check_choice
 from app.export.adapter import check_adapter_dir, write_adapter
 from app.export.carried_over import chosen_defaults, chosen_vocabulary, fitting_vocabulary, named
 from app.export.directory import ExportSettings, Weights, architecture, exported_dtype, write_pretrained
+from app.export.first_blocks import first_blocks
 from app.export.model_card import CardSettings, model_card
 from app.export.output_directory import README, check_output_dir, unsigned
 from app.generation.loaded_model import DTYPES, Dtype
@@ -37,6 +38,7 @@ def export(
     output_dir: str,
     model: str | None = None,
     ckpt_path: str | None = None,
+    exit_layer: int | None = None,
     dtype: Dtype = "auto",
     max_shard_size: str = "5GB",
     license: str | None = None,  # noqa: A002  # the hub's name for it
@@ -54,6 +56,8 @@ def export(
             weights.
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
         ckpt_path: Another name for model; exactly one of the two is given.
+        exit_layer: Write only the first so many blocks, 1..L-1, and the exit's own where it has any, with final norm
+            and head, as a model of its own: it says what the exit says, and drafts for the whole model in any program.
         dtype: Type of the weights; auto keeps that of the checkpoint (float32 for .gguf).
         max_shard_size: Largest size of a file of weights, such as 5GB or 500MB. Exporting takes about this much memory.
         license: Licence for the model card, as the hub names it: apache-2.0, llama2, other, ... By default, that of the
@@ -63,7 +67,7 @@ def export(
         generation_defaults: What `layerskip tune` found: a directory that it tuned, a generation_config.json, or a file
             with the output of `layerskip tune --json`. Measurements on other weights are left out.
         draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang. By
-            default, that beside the model, or that of an earlier export of these weights.
+            default, that beside the model, or that of an earlier export of these weights; with exit_layer, all ids.
         adapter_dir: Another directory, for the adapters of a run with LoRA in peft's own format. In output_dir they are
             merged in any case.
         overwrite: Replace the whole directory, whatever model it holds.
@@ -73,6 +77,8 @@ def export(
         got = "neither" if path is None else "both"
         raise ConfigError("model", got=got, allowed="exactly one of model and ckpt_path, two names for the same")
     check_choice("dtype", dtype, DTYPES)
+    if exit_layer is not None and adapter_dir is not None:
+        raise ConfigError("adapter_dir", got=adapter_dir, allowed="only for the whole model, without exit_layer")
     directory = check_output_dir(output_dir, overwrite=overwrite)
     card = CardSettings(title=directory.name, license=license, base_model=base_model)
     card = card.completed_from_card(directory, name="the card that was there")
@@ -82,18 +88,28 @@ def export(
     metadata = {} if record is None else record.metadata
     adapter = adapter_dir and check_adapter_dir(adapter_dir, metadata, beside=directory)
     exits = stored_exit_blocks(path)
+    beside = {} if exits is None else _exit_blocks(exits, path, loaded, source, chosen.dtype)
+    own = Path(path) / README
+    if exit_layer is not None:
+        card = card.completed_from_card(own.parent, name=f"the card of {path}").completed_from_origin(path, record)
+        blocks = f"the first {exit_layer} of the {loaded.config.get_text_config().num_hidden_layers} blocks"
+        loaded, source = first_blocks(loaded, source, exits, exit_layer=exit_layer)
+        if own_blocks := loaded.config.num_hidden_layers - exit_layer:
+            blocks += f", and the {counted(own_blocks, 'block')} that the exit has of its own,"
+        card = card.of_exit(path, record, blocks=blocks)
+        exits, beside, record = None, {}, None
     every = source if exits is None else source.with_others(exits.state)
     decoding = chosen_defaults(loaded, every, given=generation_defaults, replaced=directory)
-    token_ids = chosen_vocabulary(loaded, tokenizer, every, given=draft_vocabulary, source=path, replaced=directory)
+    known = path if exit_layer is None else None  # the whole model's drafts are not this one's
+    token_ids = chosen_vocabulary(loaded, tokenizer, every, given=draft_vocabulary, source=known, replaced=directory)
     decoding = fitting_vocabulary(decoding, token_ids, vocab_size=loaded.config.get_text_config().vocab_size)
-    beside = {} if exits is None else _exit_blocks(exits, path, loaded, source, chosen.dtype)
     if token_ids is not None:
         beside[DRAFT_VOCABULARY_FILE] = draft_vocabulary_file(token_ids)
     name = dtype_name(exported_dtype(source, chosen.dtype))
-    if (own := Path(path) / README).is_file():  # the card of a model that is copied is kept
+    if exit_layer is None and own.is_file():  # the card of a model that is copied is kept
         readme = card.relabelled(unsigned(own.read_text("utf-8", errors="replace")))
     else:
-        card = card.completed_from_origin(path, record)
+        card = card.completed_from_origin(path, record) if exit_layer is None else card
         readme = model_card(loaded, record, decoding, dtype=name, card=card)
     settings = replace(chosen, decoding=decoding, readme=readme)
     num_files = write_pretrained(loaded, tokenizer, directory, weights=source, settings=settings, beside=beside)
@@ -105,7 +121,10 @@ def export(
     start = dtype_name(loaded.config.dtype)
     if weights is not None and dtype == "auto" and start in DTYPES and start != name:
         print(f"its weights are {name}, as they were trained; it started from {start}: --dtype {start} converts them")
-    print(_next_step(decoding, directory, model_type=loaded.config.model_type))
+    if exit_layer is not None:
+        print(f"it drafts: layerskip generate --model {path} --strategy draft_model --draft_model {directory}")
+    else:
+        print(_next_step(decoding, directory, model_type=loaded.config.model_type))
 
 
 def _exit_blocks(

@@ -69,7 +69,7 @@ def chosen_defaults(
 
 
 def chosen_vocabulary(
-    model: PreTrainedModel, tokenizer: Any, weights: Weights, *, given: str | None, source: str, replaced: Path
+    model: PreTrainedModel, tokenizer: Any, weights: Weights, *, given: str | None, source: str | None, replaced: Path
 ) -> list[int] | None:
     """Find the draft vocabulary for a model: as given, else beside the model, else in the directory that is written.
 
@@ -78,14 +78,14 @@ def chosen_vocabulary(
         tokenizer: The model's, or None.
         weights: Its weights. What was counted for other weights is left out.
         given: The user's setting `draft_vocabulary`: a file.
-        source: Where the model comes from.
+        source: Where the model comes from, if its draft vocabulary may stand there.
         replaced: The directory that is written, which may hold an earlier export.
 
     Raises:
         DataError: The file is damaged, or is not for a model like this.
     """
-    file = Path(given or Path(source) / DRAFT_VOCABULARY_FILE)
-    if given is None and not file.is_file():
+    file = Path(given or Path(source or replaced) / DRAFT_VOCABULARY_FILE)
+    if given is None and (source is None or not file.is_file()):
         if not (file := replaced / DRAFT_VOCABULARY_FILE).is_file():
             return None
         if not _holds(replaced, weights):

@@ -40,6 +40,7 @@ class CardSettings:
     license: str | None = None  # as the hub names licences, such as apache-2.0 or llama2
     base_model: str | list[str] | None = None  # hub ids of the model it was trained from; None takes the run's
     origin: str = ""  # where the weights come from, in words, if that is known and no run made them
+    drafts_for: str = ""  # name of the model of which these are the first blocks
 
     def __post_init__(self) -> None:
         if self.license is not None and not _LICENSE.fullmatch(self.license):
@@ -63,6 +64,12 @@ class CardSettings:
         if record is not None and (folder := record.pretrained_folder) is not None:
             return self.completed_from_card(folder, name=f"the card of {folder}")
         return self
+
+    def of_exit(self, path: str, record: RunRecord | None, *, blocks: str) -> "CardSettings":
+        """Tell that these are some blocks of a model that was opened at `path`, its base model if nobody says else."""
+        name = Path(path).resolve().name if Path(path).exists() else path
+        base = self.base_model or (record.base_model if record else None) or (path if name == path else None)
+        return replace(self, base_model=base, origin=f"{blocks} of {name}", drafts_for=name)
 
     def relabelled(self, readme: str) -> str:
         """Put the given licence and base model, if any, into the README.md of a copied model."""

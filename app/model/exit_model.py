@@ -1,7 +1,7 @@
 """The first blocks of a model as a model of its own, which plain transformers runs.
 
 What it says is what the exit says: norm and head are shared, and an exit with blocks of its own is a model of E + A
-blocks. Tested by tests/contract/test_export.py and tests/integration/test_harness.py.
+blocks. Tested by tests/unit/model/test_exit_model.py.
 """
 
 import copy

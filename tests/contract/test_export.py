@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.generation.loaded_model import load_decoder
+from app.model.early_exit import EarlyExitModel
 from app.model_files.decoding_defaults import (
     Conditions,
     DecodingDefaults,
@@ -116,6 +117,12 @@ MISTAKES = [
     ),
     (["--model", "RUN", "--output_dir", "full/kept/out"], "cannot write"),
     (["--model", "RUN", "--output_dir", "out", "--dtype", "int8"], "dtype: got int8, allowed auto | float32 | "),
+    (["--model", "RUN", "--output_dir", "out", "--exit_layer", "0"], "exit_layer: got 0, allowed [1, "),
+    (["--model", "RUN", "--output_dir", "out", "--exit_layer", "99"], "exit_layer: got 99, allowed [1, "),
+    (
+        ["--model", "RUN", "--output_dir", "out", "--exit_layer", "1", "--adapter_dir", "a"],
+        "adapter_dir: got 'a', allowed only for the whole model",
+    ),
     (["--model", "RUN", "--output_dir", "out", "--foo", "1"], "foo: unknown key"),
     (["--model", "RUN"], "output_dir"),
 ]
@@ -428,6 +435,49 @@ def test_what_a_pretrained_model_says_of_generation_comes_out_but_not_what_was_t
     assert not hasattr(generation, "layerskip")
 
 
+def exit_logits(path, exit_layer, ids):
+    """What an exit says, by the network that trains, and by the exit's own blocks if it has any."""
+    model = load_for_decoding(path, dtype=None)[0]
+    block = load_exit_blocks(path, model).get(exit_layer)
+    network, positions = EarlyExitModel(model), torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        if block is not None:
+            block.decoder.rotary_emb = model.model.rotary_emb  # its own were rounded to the weights' type
+            return network.head(block(network.states(ids, positions, [exit_layer])[exit_layer], positions))
+        return network.head(network.hidden_by_exit(ids, positions, [exit_layer])[exit_layer])
+
+
+@pytest.mark.parametrize("source", ["run", "directory"])
+def test_an_exit_becomes_a_model_of_its_own_which_drafts_for_the_whole_one(
+    source, request, tmp_path, monkeypatch, capsys
+):
+    source, out = request.getfixturevalue(source), tmp_path / "exit"
+    if Path(source).is_dir():
+        source = shutil.copytree(source, tmp_path / "tuned")
+        write_decoding_defaults(source, replace(TUNED, exit_layer=3))
+        (source / "README.md").write_text("---\nlicense: mit\nbase_model: some/body\n---\n# whole\n")
+    arguments = ["--model", str(source), "--output_dir", str(out), "--exit_layer", "2"]
+    assert cli(monkeypatch, "export", *arguments) == 0
+    assert f"--model {source} --strategy draft_model --draft_model {out}" in capsys.readouterr().out
+    assert {file.name for file in out.iterdir()} == FILES
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert plain.config.num_hidden_layers == len(plain.model.layers) == 2
+    ids = tokenizer("def function(x):", return_tensors="pt")["input_ids"]
+    assert torch.equal(plain(ids).logits, exit_logits(str(source), 2, ids))
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.eos_token_id
+    assert not {"layerskip", "assistant_early_exit"} & generation.keys()
+    readme = (out / "README.md").read_text()
+    assert f"the first 2 of the 4 blocks of {Path(source).name}" in readme
+    assert "drafts what" in readme
+    if Path(source).is_dir():
+        assert (ModelCard(readme).data.license, ModelCard(readme).data.base_model) == ("mit", "some/body")
+    whole = load_for_decoding(str(source), dtype=None)[0]
+    settings = {"max_new_tokens": 12, "do_sample": False, "assistant_early_exit": None}
+    drafted = whole.generate(ids, assistant_model=plain, **settings)
+    assert torch.equal(drafted, whole.generate(ids, **settings))
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 def test_exit_blocks_and_a_draft_vocabulary_go_beside_a_model_whose_weights_stay_bit_for_bit(
     run, tmp_path, monkeypatch, dtype
@@ -455,6 +505,14 @@ def test_exit_blocks_and_a_draft_vocabulary_go_beside_a_model_whose_weights_stay
         for theirs, ours in zip(own[0].values(), own[1].values(), strict=True):
             pairs = zip(theirs.parameters(), ours.parameters(), strict=True)
             assert all(torch.equal(first, second) for first, second in pairs)
+    ids = torch.arange(20)[None]
+    for source, exit_layer in ((root / "run.ckpt", 1), (output, 1), (output, 2)):
+        cut = tmp_path / f"exit {exit_layer} of {source.name}"
+        chosen = ["--model", str(source), "--exit_layer", str(exit_layer)]
+        assert cli(monkeypatch, "export", "--output_dir", str(cut), *chosen) == 0
+        logits = AutoModelForCausalLM.from_pretrained(cut)(ids).logits
+        assert torch.equal(logits, exit_logits(str(source), exit_layer, ids))
+        assert {file.name for file in cut.iterdir()} == FILES
     write_decoding_defaults(output, replace(TUNED, exit_layer=1))
     assert cli(monkeypatch, "export", "--output_dir", str(output), *given) == 0  # an export replaces an export
     assert defaults_of(output) == replace(TUNED, exit_layer=1)

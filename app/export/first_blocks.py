@@ -1,0 +1,45 @@
+"""The first blocks of a model with their weights, for export. Tested by tests/contract/test_export.py."""
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from app.errors import check_choice
+from app.export.directory import Weights
+from app.model.exit_block import exit_blocks_of
+from app.model.exit_model import exit_model
+from app.model_files.decoding_defaults import untuned_generation_config
+from app.model_files.exit_blocks import StoredExitBlocks
+from app.spans.decoder import SUPPORTED_MODEL_TYPES
+
+
+def first_blocks(
+    model: PreTrainedModel, weights: Weights, exits: StoredExitBlocks | None, *, exit_layer: int
+) -> tuple[PreTrainedModel, Weights]:
+    """Return the model of the first blocks, and of the exit's own where it has any, with its weights.
+
+    What `layerskip tune` chose for the whole model is left out of its generation config.
+
+    Args:
+        model: The whole model, which may be on the meta device.
+        weights: The whole model's weights.
+        exits: The exit blocks that come with it.
+        exit_layer: E, the number of blocks that run before the exit.
+
+    Raises:
+        ConfigError: There is no such exit, or the model is of a type whose exits are not known.
+    """
+    check_choice("model_type", model.config.model_type, SUPPORTED_MODEL_TYPES)
+    sources = {} if exits is None else {layer: own for layer, own in exits.sources.items() if layer == exit_layer}
+    block = exit_blocks_of(model, sources)[str(exit_layer)] if sources else None
+    first = exit_model(model, exit_layer, block)  # type: ignore[arg-type]
+    first.generation_config = GenerationConfig.from_dict(untuned_generation_config(model))
+    every = weights if exits is None else weights.with_others(exits.state)
+    prefix = f"{model.base_model_prefix}."
+    names = {name: name for name in first.state_dict()}
+    if block is not None:
+        for own in block.state_dict():
+            _, part, *rest = own.split(".")  # decoder.layers.0.mlp.up_proj.weight, decoder.norm.weight
+            if part == "layers":
+                rest[0] = str(exit_layer + int(rest[0]))
+            names[prefix + ".".join([part, *rest])] = f"{exit_layer}.{own}"
+    shapes = {name: every.shapes[stored] for name, stored in names.items() if stored in every.shapes}
+    return first, every._replace(shapes=shapes, read=lambda name: every.read(names[name]))

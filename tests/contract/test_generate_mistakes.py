@@ -4,11 +4,12 @@ import errno
 import io
 import os
 import signal
-import subprocess
 import sys
+from multiprocessing import get_context
 
 import pytest
 
+from app.cli.main import main
 from app.decoding.engine import Decoding
 from datamodules.loading.tokenizers import train_byte_level_bpe
 from tests.contract.conftest import PROMPT
@@ -197,24 +198,33 @@ def test_ctrl_c_before_decoding_ends_with_status_130_too(generate, monkeypatch):
     assert generate(status=130).err == "interrupted\n"
 
 
+def generate_to(descriptor, told, model):
+    """Decode a model's endless text to a pipe, and statistics to a file, in a process that Ctrl-C reaches."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent may ignore the signal
+    options = ["--max_new_tokens", "150000", "--temperature", "1"]
+    sys.argv = ["layerskip", "generate", "--model", str(model), "--prompt", PROMPT, *options]
+    with os.fdopen(descriptor, "w") as sys.stdout, told.open("w") as sys.stderr:
+        sys.exit(main())
+
+
 def test_ctrl_c_mid_stream_keeps_the_text_and_prints_statistics(tmp_path):
-    endless = save_model(tmp_path, max_length=200_000)
-    main = (  # the parent may ignore the signal, and then so would the child
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from app.cli.main import main; sys.exit(main())"
-    )
-    command = [sys.executable, "-c", main, "generate", "--model", str(endless), "--prompt", PROMPT]
-    command = [*command, "--max_new_tokens", "150000", "--temperature", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    endless = save_model(tmp_path / "model", max_length=200_000)
+    told, (reading, writing) = tmp_path / "stderr", os.pipe()
+    child = get_context("fork").Process(target=generate_to, args=(writing, told, endless))
+    child.start()
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
         try:
-            first = process.stdout.read(20)  # it is decoding
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+            first = stream.read(20)  # it is decoding
+            os.kill(child.pid, signal.SIGINT)
+            out = stream.read()
+            child.join(timeout=60)
         finally:
-            process.kill()
+            child.kill()
+    err = told.read_text()
     assert len(first) == 20
     assert out.endswith(b"\n")
-    assert process.returncode == 130, err
-    assert b"tokens, interrupted, " in err
-    assert b"tokens a round" in err
-    assert b"Traceback" not in err
+    assert child.exitcode == 130, err
+    assert "tokens, interrupted, " in err
+    assert "tokens a round" in err
+    assert "Traceback" not in err

@@ -55,7 +55,8 @@ def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(
     status, said = adapt(*options)
     assert status == 2
     assert "adapt: cache ended with status 2; the same command goes on from there" in said.err
-    monkeypatch.setattr("app.cli.adaptation._PROBE_STEPS", 2)
+    for name, less in (("_PROBE_STEPS", 2), ("_MOST_EPOCHS", 1), ("_TUNING", 0.02)):
+        monkeypatch.setattr(f"app.cli.adaptation.{name}", less)
     status, said = adapt(*options, "--exit_layer", "2")
     assert status == 2
     assert "exit_layer: got 2, allowed 1 in work_dir out.work" in said.err

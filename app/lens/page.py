@@ -16,7 +16,11 @@ def lens_page(told: Mapping[str, Any]) -> str:
 
     Texts are escaped. The figures are JSON in which no character can end the script element that holds them.
     """
-    templates = Environment(loader=PackageLoader("app.lens", "."), autoescape=True, undefined=StrictUndefined)
+    templates = Environment(loader=PackageLoader("app.lens", "page_parts"), autoescape=True, undefined=StrictUndefined)
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    templates.filters["visible"] = visible
+    templates.filters |= {"visible": visible, "signed": _signed}
     return templates.get_template("page.html.jinja").render(told=told)
+
+
+def _signed(number: float, digits: int) -> str:
+    return f"{number:+.{digits}f}".replace("-", "\N{MINUS SIGN}")

@@ -13,7 +13,7 @@ from app.text.text_stream import continuation
 from app.words import dtype_name
 
 _MEANS = ("mean_saturation_layer", "mean_first_hit")
-_SHOWN_PROMPT = 40  # characters of a prompt in the table
+_SHOWN_PROMPT = 32  # characters of a prompt in the table
 
 
 def needed_table(lenses: Sequence[Lens], texts: Sequence[str]) -> Table:
@@ -25,16 +25,17 @@ def needed_table(lenses: Sequence[Lens], texts: Sequence[str]) -> Table:
         rows.append((f"{index + 1}: {visible(text[:_SHOWN_PROMPT])}", *_means(needed)))
     rows.append(("all tokens", *_means([lens.needed for lens in lenses])))
     names = [f"{lens.name}: " if len(lenses) > 1 else "" for lens in lenses]
-    columns = [f"{name}{what}" for name in names for what in ("tokens", "saturation layer", "first hit")]
+    columns = [f"{name}{what}" for name in names for what in ("saturation layer", "first hit")]
     if len(lenses) > 1:
-        columns.append("difference in saturation")
-    return Table(f"Layers needed, of {num_layers}", ("prompt", *columns), rows)
+        columns.append("difference")
+    counts = " and ".join(str(len(lens.needed.saturation)) for lens in lenses)
+    return Table(f"Layers needed of {num_layers}, by {counts} tokens", ("prompt", *columns), rows)
 
 
 def _means(needed: Sequence[Any]) -> tuple[str, ...]:
     cells = []
     for each in needed:
-        cells += [str(len(each.saturation)), f"{each.mean_saturation_layer:.2f}", f"{each.mean_first_hit:.2f}"]
+        cells += [f"{each.mean_saturation_layer:.2f}", f"{each.mean_first_hit:.2f}"]
     if len(needed) > 1:
         cells.append(f"{needed[1].mean_saturation_layer - needed[0].mean_saturation_layer:+.2f}")
     return tuple(cells)

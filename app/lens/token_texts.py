@@ -5,7 +5,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from app.text.text_stream import continuation, is_byte
+from app.text.text_stream import REPLACEMENT, continuation, is_byte
 
 _SPACES = {
     " ": "\N{OPEN BOX}",
@@ -21,7 +21,7 @@ def visible(text: str) -> str:
 
 
 def token_texts(tokenizer: Any, before: Sequence[int], ids: Iterable[int]) -> dict[int, str]:
-    """Return what each token id adds to a text, visibly; a special token or a lone byte by its vocabulary entry.
+    """Return what each token id adds to a text, visibly; a special token or part of a character by its entry.
 
     Args:
         before: Token ids of some text, since a tokenizer may drop the space at the beginning of a text.
@@ -30,7 +30,7 @@ def token_texts(tokenizer: Any, before: Sequence[int], ids: Iterable[int]) -> di
     for token in sorted(set(ids)):
         entry = tokenizer.convert_ids_to_tokens(token)
         text = "" if entry is None or is_byte(entry) else continuation(tokenizer, before, [token])
-        texts[token] = visible(text or entry or f"[{token}]")
+        texts[token] = visible((text if REPLACEMENT not in text else "") or entry or f"[{token}]")
     return texts
 
 

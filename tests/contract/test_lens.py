@@ -58,7 +58,7 @@ def test_two_models_are_compared_and_every_figure_is_in_the_json(here, lens):
         saturation = [layer for prompt in told["prompts"] for layer in prompt["runs"][index]["saturation"]]
         assert told["models"][index]["needed"]["mean_saturation_layer"] == sum(saturation) / 14
         assert told["models"][index]["tokens_rounded_otherwise"] == 0
-    assert "Layers needed, of 4" in said.out
+    assert "Layers needed of 4, by 14 and 14 tokens" in said.out
     assert "json: lens.json" in said.out
     assert told["settings"] == {"max_new_tokens": 7, "prompts": "prompts.jsonl"}
 

@@ -51,7 +51,9 @@ def test_texts_are_escaped_and_the_figures_come_back_as_they_were(told):
 
 def test_layers_needed_stand_side_by_side_with_their_difference(told):
     first, second = (model["needed"]["mean_saturation_layer"] for model in told["models"])
-    assert told["difference"]["mean_saturation_layer"] == second - first
+    difference = told["difference"]["mean_saturation_layer"]
+    assert difference == second - first
     figures = Outline(lens_page(told)).texts["b"]
-    assert figures == [f"{first:.1f}", f"{second:.1f}", f"{second - first:+.1f}"]
-    assert f"<td>{second - first:+.2f}</td></tr>\n      </tfoot>" in lens_page(told)
+    sign = "+" if difference >= 0 else "\N{MINUS SIGN}"
+    assert figures == [f"{first:.1f}", f"{second:.1f}", f"{sign}{abs(difference):.1f}"]
+    assert f"<td>{sign}{abs(difference):.2f}</td></tr>\n      </tfoot>" in lens_page(told)

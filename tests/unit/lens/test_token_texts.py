@@ -19,12 +19,11 @@ def test_each_token_of_a_text_has_the_text_that_it_adds(make):
     assert token_texts(tokenizer, tokens, [100_000]) == {100_000: "[100000]"}
 
 
-def test_a_lone_byte_is_shown_as_its_entry():
-    tokenizer = byte_fallback()
-    (entry,) = token_texts(
-        tokenizer, tokenizer("the")["input_ids"], [tokenizer.convert_tokens_to_ids("<0xE4>")]
-    ).values()
-    assert entry == "<0xE4>"
+@pytest.mark.parametrize(("make", "entry"), [(byte_fallback, "<0xE4>"), (byte_level, "ä")])
+def test_a_lone_byte_has_no_text_and_is_shown_as_its_entry(make, entry):
+    tokenizer = make()
+    token = tokenizer.convert_tokens_to_ids(entry)
+    assert token_texts(tokenizer, tokenizer("the")["input_ids"], [token]) == {token: entry}
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,9 @@ def parse_figure(name: str, stage: str, exit_layer: int, num_draft_tokens: int |
         return of_exit(f"{prefix}/{name}", exit_layer)
     strategy = "self_speculative" if num_draft_tokens else "autoregressive"
     return decode_setting(f"{prefix}/{strategy}/{name}", exit_layer, num_draft_tokens)
+
+
+def task_score(stage: str, column: str, metric: str, exit_layer: int, *, drafts: bool = False) -> str:
+    """A score of a task of evaluation at an exit, or of the full model with drafts from it; `stage` is val or test."""
+    verified = "_self_speculative" if drafts else ""
+    return of_exit(f"{stage}/task/{column}/{metric}{verified}", exit_layer)

@@ -12,6 +12,7 @@ from callbacks.preemption import Preemption
 from callbacks.progress_bar import LayerSkipProgressBar
 from callbacks.run_logs import RunLogs
 from callbacks.self_speculative_validation import SelfSpeculativeValidation
+from callbacks.task_evaluation import TaskEvaluation
 from callbacks.throughput_monitor import ThroughputMonitor
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "Preemption",
     "RunLogs",
     "SelfSpeculativeValidation",
+    "TaskEvaluation",
     "ThroughputMonitor",
 ]

@@ -21,33 +21,19 @@ from app.text.text_tokens import listed_ends
 Part = TypeVar("Part")
 
 
-class DecodingValidation(Callback):
-    """Decode at the end of every n-th validation.
+class EveryNthValidation(Callback):
+    """Measure at the end of every n-th validation of a fit, and of each one outside of fits.
 
     Training is not touched: decoding uses no randomness and a cache of its own, and every submodule gets its mode
     back. Weights are used as they are stored, without autocast; under FSDP2 they are gathered once, in its compute
-    dtype. Ranks share the work and stop at the time limit by themselves. If decoding fails on one rank, all raise. A
-    rank that dies, or fails while weights are gathered, leaves the others in a collective, which gloo ends at once and
-    NCCL after the process group's timeout. The subclasses describe the arguments.
+    dtype. If a measurement fails on one rank, all raise. A rank that dies, or fails while weights are gathered, leaves
+    the others in a collective, which gloo ends at once and NCCL after the process group's timeout. The subclasses
+    describe the arguments.
     """
 
-    def __init__(
-        self,
-        *,
-        exit_layers: list[int],
-        num_draft_tokens: list[int],
-        every_n_validations: int,
-        max_new_tokens: int,
-        time_limit_seconds: float,
-    ) -> None:
-        check_range("exit_layers", min(exit_layers, default=0), low=1, fix="list at least one")
-        check_range("num_draft_tokens", min(num_draft_tokens, default=1), low=1)
+    def __init__(self, *, every_n_validations: int) -> None:
         check_range("every_n_validations", every_n_validations, low=1)
-        check_range("max_new_tokens", max_new_tokens, low=2)
-        check_range("time_limit_seconds", time_limit_seconds, low=0.0)
-        self.exit_layers, self.num_draft_tokens = tuple(exit_layers), tuple(num_draft_tokens)
         self.every_n_validations = every_n_validations
-        self.max_new_tokens, self.time_limit_seconds = max_new_tokens, time_limit_seconds
         self._validations = 0  # in all fits, without sanity checks
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,19 +53,43 @@ class DecodingValidation(Callback):
         self._validations += 1
         return self._validations % self.every_n_validations == 0
 
-    def check_host(self, pl_module: LightningModule) -> None:
-        """Raise ConfigError unless the module can decode, and draft from the exits."""
-        if not isinstance(pl_module, DecodingHost):
-            raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
-        instead = f"take {type(self).__name__} out of trainer.callbacks"
-        check_early_exits(self.exit_layers, num_layers=pl_module.num_layers, instead=instead)
-
     def _eos_token_ids(self, trainer: Trainer, pl_module: LightningModule) -> tuple[int, ...]:
         """Return all ids that end a text of the exported model: the model's own, and that of the data's tokenizer."""
         datamodule = datamodule_of(trainer)
         own = pl_module.end_token_ids if isinstance(pl_module, EndOwner) else ()
         trained = listed_ends(datamodule.tokenizer.eos_token_id) if isinstance(datamodule, TokenizerOwner) else ()
         return tuple(dict.fromkeys((*own, *trained)))
+
+
+class DecodingValidation(EveryNthValidation):
+    """Decode at the end of every n-th validation; ranks share the work and stop at the time limit by themselves.
+
+    The subclasses describe the arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        exit_layers: list[int],
+        num_draft_tokens: list[int],
+        every_n_validations: int,
+        max_new_tokens: int,
+        time_limit_seconds: float,
+    ) -> None:
+        check_range("exit_layers", min(exit_layers, default=0), low=1, fix="list at least one")
+        check_range("num_draft_tokens", min(num_draft_tokens, default=1), low=1)
+        super().__init__(every_n_validations=every_n_validations)
+        check_range("max_new_tokens", max_new_tokens, low=2)
+        check_range("time_limit_seconds", time_limit_seconds, low=0.0)
+        self.exit_layers, self.num_draft_tokens = tuple(exit_layers), tuple(num_draft_tokens)
+        self.max_new_tokens, self.time_limit_seconds = max_new_tokens, time_limit_seconds
+
+    def check_host(self, pl_module: LightningModule) -> None:
+        """Raise ConfigError unless the module can decode, and draft from the exits."""
+        if not isinstance(pl_module, DecodingHost):
+            raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
+        instead = f"take {type(self).__name__} out of trainer.callbacks"
+        check_early_exits(self.exit_layers, num_layers=pl_module.num_layers, instead=instead)
 
 
 def datamodule_of(trainer: Trainer) -> object:

@@ -49,7 +49,7 @@ def evaluate(
     settings, chosen = EvaluationSettings(**options), chosen_tasks(tasks)
     loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary="none")
     subject = Subject(loaded.decoder, loaded.tokenizer, loaded.eos_token_ids)
-    work = prepare(subject, chosen, settings)
+    work = prepare(chosen, settings, tokenizer=loaded.tokenizer, max_length=loaded.decoder.max_length)
     identity = settings_document(
         subject, work, settings, weights=_hash(model, loaded), dtype=dtype_name(loaded.model.dtype)
     )

@@ -13,7 +13,7 @@ from app.training.module import LayerSkipModule
 
 _log = logging.getLogger(__name__)
 
-_IN_OTHER_TABLES = ("val/exit_", "test/exit_", "decode/", "parse/")
+_IN_OTHER_TABLES = ("val/exit_", "test/exit_", "decode/", "parse/", "/task/")
 
 
 def measured_table(trainer: Trainer) -> Table | None:

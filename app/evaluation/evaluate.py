@@ -64,9 +64,17 @@ def exits_of(subject: Subject, settings: EvaluationSettings) -> tuple[int, ...]:
     return check_exits(asked, num_layers=num_layers)
 
 
-def prepare(subject: Subject, tasks: Mapping[str, str | None], settings: EvaluationSettings) -> list[Work]:
-    """Read the rows of all tasks, so that what is wrong with one of them is said before anything runs."""
-    max_length = subject.decoder.max_length
+def prepare(
+    tasks: Mapping[str, str | None], settings: EvaluationSettings, *, tokenizer: Any, max_length: int
+) -> list[Work]:
+    """Read the rows of all tasks, so that what is wrong with one of them is said before anything runs.
+
+    Args:
+        tasks: From `chosen_tasks`.
+        settings: Of the evaluation.
+        tokenizer: Of transformers.
+        max_length: The model's context in tokens.
+    """
     window = settings.window or min(_WINDOW, max_length)
     if window > max_length:
         raise ConfigError("window", got=window, allowed=f"2..{max_length}, the model's context")
@@ -76,7 +84,7 @@ def prepare(subject: Subject, tasks: Mapping[str, str | None], settings: Evaluat
         task = TASKS[name]
         items = read_items(task, path, limit=settings.limit, num_shots=settings.num_shots)
         if isinstance(task, TextTask):
-            windows = Encoder(subject.tokenizer).windows(items, size=window)
+            windows = Encoder(tokenizer).windows(items, size=window)
             if not windows:
                 raise DataError(f"task {name}: {path} holds no text")
             items = [windows[index] for index in spread([item.group for item in windows], settings.limit)]

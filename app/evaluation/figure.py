@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from app.evaluation.results import Result, column
 
 _MARKERS = "osD^vPX*"  # they tell lines apart that coincide
+_MOST = 1e100  # a perplexity beyond it would overflow on a logarithmic scale
 
 
 def evaluation_figure(results: Sequence[Result], *, title: str) -> Figure:
@@ -37,7 +38,8 @@ def evaluation_figure(results: Sequence[Result], *, title: str) -> Figure:
             axes.set(ylabel="score (%)", ylim=(0, None))
         else:
             axes.set(ylabel="perplexity of a token (lower is better)", yscale="log")
-            axes.yaxis.set_major_formatter(ScalarFormatter())
+            if max(each.score for each in texts) < 1000 * min(each.score for each in texts):
+                axes.yaxis.set_major_formatter(ScalarFormatter())
     return figure
 
 
@@ -53,9 +55,9 @@ def _lines(axes: Axes, results: Sequence[Result]) -> None:
             line = [each for each in own if (each.strategy == "self_speculative") == drafts]
             if line:
                 line.sort(key=lambda each: each.exit_layer)
-                errors = [scale * (each.standard_error or 0.0) for each in line]
+                errors = [min(scale * (each.standard_error or 0.0), _MOST) for each in line]
                 dashed = {"linestyle": ":", "fillstyle": "none"} if drafts else {}
-                points = [each.exit_layer for each in line], [scale * each.score for each in line]
+                points = [each.exit_layer for each in line], [min(scale * each.score, _MOST) for each in line]
                 axes.errorbar(*points, yerr=errors, **(style | dashed))
                 for place, each in zip(zip(*points, strict=True), line, strict=True):
                     if each.speedup is not None:

@@ -81,7 +81,7 @@ def spread(groups: Sequence[str], limit: int | None) -> list[int]:
 
 def _checked(example: Example, row: Row) -> Example:
     if isinstance(example, ChoiceExample):
-        if not all(example.choices):
+        if not all(map(str.strip, example.choices)):
             raise DataError(f"{row.location}: got a choice without a text, allowed choices of at least one character")
         if not 0 <= example.answer < len(example.choices):
             allowed = f"0..{len(example.choices) - 1}"

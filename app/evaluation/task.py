@@ -138,6 +138,16 @@ class Row:
             raise self.wrong(column, f"one of the letters {among}")
         return among.index(found)
 
+    def labelled(self, choices: str, answer: str) -> tuple[tuple[str, ...], int]:
+        """Texts with labels, as `{"text": [...], "label": [...]}`, and the index of the one that is labelled right."""
+        found = self.value(choices)
+        texts, labels = (found.get(key) for key in ("text", "label")) if isinstance(found, dict) else (None, None)
+        if not (isinstance(texts, list) and isinstance(labels, list) and 1 < len(texts) == len(labels)):
+            raise self.wrong(choices, 'an object of two lists of equal length, "text" and "label"')
+        if (right := self.text(answer).strip()) not in labels:
+            raise self.wrong(answer, f"one of the labels {', '.join(map(str, labels))}")
+        return tuple(map(str, texts)), labels.index(right)
+
     def wrong(self, column: str, allowed: str) -> DataError:
         """The error about what a column of this row holds."""
         got = repr(self.values[column])

@@ -1,0 +1,16 @@
+"""OpenBookQA (Mihaylov et al. 2018): questions that a fact of elementary science answers."""
+
+from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
+
+
+def _example(row: Row) -> ChoiceExample:
+    texts, answer = row.labelled("choices", "answerKey")
+    return ChoiceExample(row.text("question_stem"), tuple(f" {text}" for text in texts), answer)
+
+
+OPENBOOKQA = ChoiceTask(
+    name="openbookqa",
+    hub=HubRows(path="allenai/openbookqa", config="main", split="test", shots_split="train"),
+    example=_example,
+    metric="acc_norm",
+)

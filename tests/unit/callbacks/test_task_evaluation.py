@@ -1,0 +1,149 @@
+"""TaskEvaluation gives in validate and test what `layerskip evaluate` gives, and fits go on undisturbed."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from app.errors import ConfigError
+from app.evaluation.evaluate import chosen_tasks, evaluate, prepare
+from app.evaluation.records import EvaluationSettings, Subject
+from app.evaluation.results import results_of
+from app.spans.decoder import SpanDecoder
+from callbacks import TaskEvaluation
+from tests.support.tiny_models import tiny_llama
+from tests.support.tokenizers import byte_level
+
+ROWS = [{"question": text, "passage": text, "answer": text == "more"} for text in ("the end", "more", "x = 1")]
+
+
+class _Data(LightningDataModule):
+    tokenizer = byte_level()
+
+    def train_dataloader(self):
+        return DataLoader(torch.randint(0, 330, (4, 9), generator=torch.Generator().manual_seed(0)), batch_size=2)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+class _Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_llama(vocab_size=330, max_length=64).train()
+        self.config, self.num_layers = self.model.config, 4
+
+    def exitable_decoder(self):
+        return SpanDecoder(self.model)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(batch, labels=batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def callback(tmp_path):
+    (tmp_path / "boolq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return TaskEvaluation(tasks=[f"boolq={tmp_path / 'boolq.jsonl'}"], exit_layers=[2, 4], every_n_validations=2)
+
+
+def _trainer(folder, *callbacks, **settings):
+    quiet = {
+        "log_every_n_steps": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    logger = TensorBoardLogger(folder, name="run", version="")
+    return Trainer(accelerator="cpu", callbacks=list(callbacks), logger=logger, **quiet, **settings)
+
+
+def test_test_writes_scores_table_and_figure_and_goes_on_where_it_was_stopped(tmp_path, callback, monkeypatch):
+    module, trainer = _Module(), _trainer(tmp_path, callback)
+    (metrics,) = trainer.test(module, datamodule=_Data(), verbose=False)
+    records = []
+    settings = EvaluationSettings(exit_layers=[2, 4])
+    work = prepare(
+        chosen_tasks([f"boolq={tmp_path / 'boolq.jsonl'}"]), settings, tokenizer=_Data.tokenizer, max_length=64
+    )
+    module.eval()
+    evaluate(Subject(SpanDecoder(module.model), _Data.tokenizer, ()), work, settings, on_record=records.append)
+    expected = {each.exit_layer: each.score for each in results_of(records) if each.metric == "acc"}
+    assert metrics == {
+        f"test/task/boolq/acc/exit_{layer:02d}": pytest.approx(score) for layer, score in expected.items()
+    }
+    document = json.loads((tmp_path / "run" / "tasks_test.json").read_text())
+    assert [each["score"] for each in document["results"] if each["metric"] == "acc"] == [expected[2], expected[4]]
+    assert (document["step"], document["settings"]["exit_layers"]) == (None, [2, 4])
+    assert {file.suffix for file in (tmp_path / "run").glob("tasks_test.*")} == {".json", ".csv", ".png", ".jsonl"}
+    logged = EventAccumulator(str(tmp_path / "run")).Reload().Tags()
+    assert logged["images"] == ["tasks/test"]
+    assert "tasks/test/text_summary" in logged["tensors"]
+    assert [row[0] for row in callback.report().rows] == ["exit 2", "exit 4, full model", "guessing"]
+
+    def fails(*args):
+        raise AssertionError("it was done before")
+
+    monkeypatch.setattr("app.evaluation.likelihood_tasks.log_probabilities", fails)
+    assert _trainer(tmp_path, callback).test(module, datamodule=_Data(), verbose=False) == [metrics]
+
+
+def test_a_fit_scores_every_second_validation_and_trains_the_same_with_and_without(tmp_path, callback):
+    weights = []
+    for callbacks in ([callback], []):
+        module, trainer = _Module(), _trainer(tmp_path, *callbacks, max_epochs=3, num_sanity_val_steps=1)
+        trainer.fit(module, datamodule=_Data())
+        weights.append(module.model.state_dict())
+        if callbacks:
+            assert "val/task/boolq/acc/exit_02" in trainer.callback_metrics
+            assert json.loads((tmp_path / "run" / "tasks_validate.json").read_text())["step"] == 4  # of 6
+            assert not [*(tmp_path / "run").glob("*.examples.jsonl")]
+    assert all(torch.equal(one, two) for one, two in zip(*(each.values() for each in weights), strict=True))
+    assert callback.state_dict() == {"validations": 3}
+
+
+def test_ranks_share_the_rows_and_report_all_of_them(tmp_path, callback, monkeypatch):
+    module = _Module()
+    monkeypatch.setattr(module, "log_dict", lambda *args, **kwargs: None)
+    monkeypatch.setattr("callbacks.task_evaluation.write_table", lambda *args: None)
+    owned = []
+    for rank in (0, 1):
+        trainer = SimpleNamespace(
+            global_rank=rank, world_size=2, datamodule=_Data(), loggers=[], log_dir=str(tmp_path), is_global_zero=True,
+            global_step=0, ckpt_path=None, state=SimpleNamespace(fn="test"), default_root_dir=str(tmp_path),
+        )  # fmt: skip
+        callback.setup(trainer, module, "test")
+        owned.append(callback._score(trainer, module, tmp_path / "r.json"))
+    assert [[record.row for record in sorted(part, key=lambda record: record.row)] for part in owned] == [[0, 2], [1]]
+    monkeypatch.setattr("callbacks.task_evaluation.on_all_ranks", lambda trainer, measure: owned)
+    callback._evaluate(trainer, module, "test")
+    assert json.loads((tmp_path / "tasks_test.json").read_text())["rows"]["boolq"]["scored"] == 3
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, callback):
+    trainer = SimpleNamespace(datamodule=_Data())
+    with pytest.raises(ConfigError, match="model: got 'LightningModule', allowed a module with exitable_decoder"):
+        callback.setup(trainer, LightningModule(), "fit")
+    with pytest.raises(ConfigError, match="data: got 'LightningDataModule', allowed a datamodule with a tokenizer"):
+        callback.setup(SimpleNamespace(datamodule=LightningDataModule()), _Module(), "fit")
+    callback.setup(SimpleNamespace(datamodule=None), LightningModule(), "predict")
+    for settings, message in (
+        ({"exit_layers": [5]}, r"exit_layers: got \[5\]"),
+        ({"num_shots": 1}, "num_shots: got 1"),
+    ):
+        given = TaskEvaluation(tasks=[f"boolq={tmp_path / 'boolq.jsonl'}"], **settings)
+        with pytest.raises(ConfigError, match=message):
+            given.setup(trainer, _Module(), "fit")
+    with pytest.raises(ConfigError, match="tasks: got 'boolk'"):
+        TaskEvaluation(tasks=["boolk"])

@@ -1,0 +1,179 @@
+"""Rows of files become examples, and what is wrong with a file, a row or a column is named."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from app.errors import ConfigError, DataError
+from app.evaluation.rows import read_items, spread
+from app.evaluation.tasks import TASKS
+
+BOOLQ = {"question": "is it", "passage": "It is.", "answer": True}
+PIQA = {"goal": "To rest", "sol1": "sit", "sol2": "run", "label": 0}
+MMLU = "What?,w,x,y,z,C\n"
+
+
+def _write(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path.write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "context", "choices", "answer"),
+    [
+        ("boolq", BOOLQ, "It is.\nQuestion: is it?\nAnswer:", (" no", " yes"), 1),
+        ("piqa", PIQA | {"label": "1"}, "Question: To rest\nAnswer:", (" sit", " run"), 1),
+        (
+            "hellaswag",
+            {"activity_label": "Rest", "ctx_a": "A man", "ctx_b": "he [substeps] sits", "ctx": "", "label": "2",
+             "endings": ["runs [title] More", "x", "stands  up"]},
+            "Rest: A man He sits", (" runs. More", " x", " stands up"), 2,
+        ),
+        ("arc_easy", {"question": "Why?", "choices": {"text": ["p", "q"], "label": ["A", "B"]}, "answerKey": "B"},
+         "Question: Why?\nAnswer:", (" p", " q"), 1),
+        ("arc_challenge", {"question": "Why?", "choices": {"text": ["p", "q"], "label": ["1", "2"]}, "answerKey": "1"},
+         "Question: Why?\nAnswer:", (" p", " q"), 0),
+        ("openbookqa",
+         {"question_stem": "Ice is", "choices": {"text": ["cold", "hot"], "label": ["A", "B"]}, "answerKey": "A"},
+         "Ice is", (" cold", " hot"), 0),
+        ("siqa", {"context": "Al fell.", "question": "How is Al?", "answerA": "sad", "answerB": "b", "answerC": "c",
+                  "label": "3"}, "Q: Al fell. How is Al?\nA:", (" sad", " b", " c"), 2),
+        ("copa", {"premise": "It rained.", "question": "effect", "choice1": "It got wet.", "choice2": "I left.",
+                  "label": 0}, "It rained therefore", (" it got wet.", " i left."), 0),
+        ("race", {"article": "Text.", "question": "Who?", "options": ["a", "b", "c", "d"], "answer": "D"},
+         "Article: Text.\n\nQuestion: Who?\nAnswer:", (" a", " b", " c", " d"), 3),
+    ],
+)  # fmt: skip
+def test_each_task_asks_as_other_harnesses_do(tmp_path, name, row, context, choices, answer):
+    _write(tmp_path, {"rows.jsonl": [row]})
+    (item,) = read_items(TASKS[name], str(tmp_path / "rows.jsonl"))
+    assert (item.example.context, item.example.choices, item.example.answer) == (context, choices, answer)
+
+
+def test_winogrande_scores_the_end_of_the_sentence_after_each_name(tmp_path):
+    row = {"sentence": "Al met Bo and _ smiled.", "option1": "Al", "option2": "Bo", "answer": "2"}
+    _write(tmp_path, {"rows.jsonl": [row]})
+    ((_, _, _, example),) = read_items(TASKS["winogrande"], str(tmp_path))
+    assert example == ("Al met Bo and", (" smiled.", " smiled."), 1, (" Al", " Bo"))
+    assert example.solved == "Al met Bo and Bo smiled."
+
+
+def test_mmlu_shows_five_worked_examples_of_the_subject_from_dev(tmp_path):
+    dev = {
+        f"dev/{name}_dev.csv": "".join(f'"{name} {n}?, so",p,q,r,s,B\n' for n in range(6)) for name in ("art", "law")
+    }
+    _write(tmp_path, dev | {"test/art_test.csv": MMLU * 2, "test/law_test.csv": MMLU * 4})
+    items = read_items(TASKS["mmlu"], str(tmp_path), limit=4)
+    assert [item.group for item in items] == ["art", "art", "law", "law"]  # as many of each
+    shots = [f"law {n}?, so\nA. p\nB. q\nC. r\nD. s\nAnswer: B\n\n" for n in range(5)]
+    begin = "The following are multiple choice questions (with answers) about law.\n\n"
+    asked = "What?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
+    assert items[2].example == (begin + "".join(shots) + asked, (" A", " B", " C", " D"), 2, ())
+    (plain, *_) = read_items(TASKS["mmlu"], str(tmp_path), num_shots=0)
+    assert plain.example.context == begin.replace("law", "art") + asked
+    hub = {"question": "What?", "subject": "art", "choices": ["w", "x", "y", "z"], "answer": 2}
+    _write(tmp_path, {"rows.jsonl": [hub]})
+    (of_hub,) = read_items(TASKS["mmlu"], str(tmp_path / "rows.jsonl"), num_shots=0)
+    assert of_hub.example == plain.example
+
+
+def test_a_folder_gives_the_files_of_the_split_and_of_any_format(tmp_path):
+    _write(tmp_path, {"train.jsonl": [PIQA] * 3, "a/valid.jsonl": [PIQA], "b/val.json": json.dumps([PIQA, PIQA])})
+    _write(
+        tmp_path, {"c_dev.csv": "goal,sol1,sol2,label\ng,s,t,1\n", "d_dev.tsv": 'goal\tsol1\tsol2\tlabel\n"g\ts\tt\t1'}
+    )
+    pq.write_table(pa.Table.from_pylist([PIQA]), tmp_path / "eval.parquet")
+    items = read_items(TASKS["piqa"], str(tmp_path))
+    assert [item.row for item in items] == [0, 1, 2, 3, 4, 5]
+    assert items[4].example.context == 'Question: "g\nAnswer:'  # tab-separated files have no quotes
+    (shot, *_) = read_items(TASKS["piqa"], str(tmp_path), num_shots=1, limit=1)
+    assert shot.example.context == "Question: To rest\nAnswer: sit\n\nQuestion: To rest\nAnswer:"
+
+
+def test_texts_belong_to_the_source_that_their_row_or_file_names(tmp_path):
+    _write(tmp_path, {"emma.txt": "It is a truth.\n", "rest.jsonl": [{"text": "a"}, {"text": "b", "source": "wiki"}]})
+    items = read_items(TASKS["text"], str(tmp_path), limit=1, num_shots=5)  # which count nothing here
+    assert [item.example for item in items] == [("It is a truth.\n", "emma"), ("a", "rest"), ("b", "wiki")]
+
+
+def test_rows_of_the_hub_are_asked_for_by_dataset_config_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs["split"]))
+        return [{"question": "What?", "subject": "art", "choices": ["w", "x", "y", "z"], "answer": 2}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    (item,) = read_items(TASKS["mmlu"], None, num_shots=1)
+    assert asked == [(("cais/mmlu", "all"), "test"), (("cais/mmlu", "all"), "dev")]
+    assert item.location == "cais/mmlu[test], row 1"
+
+    def fails(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fails))
+    with pytest.raises(
+        DataError, match=r"dataset cais/mmlu\[test\] cannot be opened: ConnectionError: no route; .*mmlu="
+    ):
+        read_items(TASKS["mmlu"], None)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "message"),
+    [
+        ("boolq", "r.jsonl", [BOOLQ, {"question": "q", "answer": True}],
+         r"r\.jsonl, row 2: there is no column 'passage', only question, answer"),
+        ("boolq", "r.jsonl", [BOOLQ | {"answer": "yes"}], r"row 1, column 'answer': got 'yes', allowed true or false"),
+        ("boolq", "r.jsonl", [BOOLQ | {"passage": 3}], r"row 1, column 'passage': got 3, allowed a text"),
+        ("piqa", "r.jsonl", [PIQA, PIQA, PIQA | {"label": 2}], r"row 3, column 'label': got 2, allowed 0\.\.1"),
+        ("piqa", "r.jsonl", [PIQA | {"label": "x"}], r"row 1, column 'label': got 'x', allowed 0\.\.1"),
+        ("piqa", "r.jsonl", [PIQA | {"label": -1}], r"row 1, column 'label': got -1, allowed 0\.\.1"),
+        ("siqa", "r.jsonl", [{"context": "", "question": "", "answerA": "a", "answerB": "b", "answerC": "c",
+                              "label": 0}], r"column 'label': got 0, allowed 1\.\.3"),
+        ("race", "r.jsonl", [{"article": "", "question": "", "options": list("abcd"), "answer": "E"}],
+         r"column 'answer': got 'E', allowed one of the letters ABCD"),
+        ("race", "r.jsonl", [{"article": "", "question": "", "options": ["a"], "answer": "A"}],
+         r"column 'options': got \['a'\], allowed a list of texts, at least 4"),
+        ("copa", "r.jsonl", [{"question": "why"}], r"column 'question': got 'why', allowed cause \| effect"),
+        ("arc_easy", "r.jsonl", [{"question": "q", "choices": {"text": ["a"], "label": []}, "answerKey": "A"}],
+         r"column 'choices': got .*, allowed an object of two lists"),
+        ("arc_easy", "r.jsonl", [{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+                                  "answerKey": "C"}], r"column 'answerKey': got 'C', allowed one of the labels A, B"),
+        ("winogrande", "r.jsonl", [{"sentence": "no gap"}], r"column 'sentence': got 'no gap', allowed a sentence"),
+        ("mmlu", "r.csv", "What?,w,x,y\n", r"r\.csv, row 1: got 4 columns, allowed 6: question, A, B, C, D, answer"),
+        ("piqa", "r.jsonl", '{"goal": 1}\n{"go', r"r\.jsonl, line 2: not JSON"),
+        ("piqa", "r.jsonl", "[1]\n", r"r\.jsonl, row 1: got list, allowed an object with columns"),
+        ("piqa", "r.jsonl", [PIQA | {"sol1": ""}], "r.jsonl, row 1: got a choice without a text, allowed"),
+        ("piqa", "r.jsonl", "", r"task piqa: .*r\.jsonl holds no row"),
+        ("piqa", "r.xml", "<a/>", r"task piqa: .*r\.xml is a '\.xml' file, allowed \.jsonl \| "),
+        ("piqa", "r.parquet", "no", r"r\.parquet cannot be read"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_named(tmp_path, task, name, content, message):
+    _write(tmp_path, {name: content})
+    with pytest.raises(DataError, match=message):
+        read_items(TASKS[task], str(tmp_path / name), num_shots=0)
+
+
+def test_what_cannot_be_had_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"task piqa: .*absent does not exist; write NAME=PATH"):
+        read_items(TASKS["piqa"], str(tmp_path / "absent"))
+    _write(tmp_path, {"valid.jsonl": [PIQA], "train.jsonl": [PIQA]})
+    with pytest.raises(ConfigError, match=r"num_shots: got 2, allowed 0\.\.1 with task piqa: .*; give a folder with"):
+        read_items(TASKS["piqa"], str(tmp_path), num_shots=2)
+    with pytest.raises(DataError, match="task text has no dataset of its own; write text=PATH"):
+        read_items(TASKS["text"], None)
+
+
+def test_a_limit_takes_as_many_of_each_group():
+    assert spread(list("aaaabbc"), 5) == [0, 1, 4, 5, 6]
+    assert spread(list("aab"), None) == spread(list("aab"), 9) == [0, 1, 2]

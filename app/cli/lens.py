@@ -64,9 +64,7 @@ def lens(
     if (prompt is None) == (prompts is None) or prompt == "":
         raise ConfigError("prompt", got=prompt, allowed="either a prompt or prompts, a file of them")
     texts = read_prompts(prompts, limit=limit) if prompts is not None else [prompt or ""]
-    loaded = [
-        load_decoder(each, dtype=dtype, device=device, threads=threads, draft_vocabulary="none") for each in model
-    ]
+    loaded = [load_decoder(each, dtype=dtype, device=device, threads=threads) for each in model]
     for second in loaded[1:]:
         check_comparable(loaded[0], second, got=model[1])
     check_shown(exit_layers or (), num_layers=loaded[0].decoder.num_layers)

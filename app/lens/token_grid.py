@@ -1,7 +1,8 @@
 """What every layer predicts at each generated token, from one pass over the text.
 
 The state that leaves each block is unembedded through the final norm and head, which all layers share. An exit that has
-blocks or a norm of its own has a second row, in which its state goes through these.
+blocks or a norm of its own has a second row, in which its state goes through these, and which chooses among the ids of
+the draft vocabulary alone, as its drafts do: it never learned anything about the others.
 
 Shape legend: `T` tokens of prompt and output, `N` generated tokens, `C` of these in a chunk, `R` rows, `D` width,
 `V` vocabulary, `K` most likely tokens.
@@ -66,7 +67,8 @@ class TokenGrid:
         choices_RN: Token of highest logit.
         top_ids_RNK, top_probs_RNK: The K most likely tokens, the choice first, and their probabilities.
         entropy_RN: Entropy of the row's distribution, - sum q ln q, in nats.
-        kl_RN: KL divergence of the full model's distribution p from the row's q, sum p ln (p / q), in nats.
+        kl_RN: KL divergence of the full model's distribution p from the row's q, sum p ln (p / q), in nats. For an
+            exit's own row, p is renormalised over the ids that the row may choose.
         lines: For each token, the tokens that were on top of some row.
     """
 
@@ -141,19 +143,27 @@ def _read(decoder: SpanDecoder, rows: Sequence[Row], states_RCD: Tensor) -> tupl
     logits_RCV = decoder.unembed(states_RCD).float()
     for index, row in enumerate(rows):
         if row.is_own:
-            logits_RCV[index] = decoder.unembed(states_RCD[index : index + 1], exit_layer=row.exit_layer)[0]
+            logits_RCV[index] = decoder.draft_logits(states_RCD[index : index + 1], exit_layer=row.exit_layer)[0]
     choices_RC = logits_RCV.argmax(-1)
     log_probs_RCV = logits_RCV.log_softmax(-1)
     probs_RCV = log_probs_RCV.exp()
-    entropy_RC = -(probs_RCV * log_probs_RCV).sum(-1)
-    full_CV, log_full_CV = probs_RCV[-1], log_probs_RCV[-1]
-    kl_RC = torch.stack([(full_CV * (log_full_CV - row_CV)).sum(-1) for row_CV in log_probs_RCV]).clamp(min=0)
+    entropy_RC = torch.special.entr(probs_RCV).sum(-1)
+    kl_RC = torch.stack([_divergence(log_probs_RCV[-1], row_CV) for row_CV in log_probs_RCV])
     lines = [_lines(choices_RC[:, column], probs_RCV[:, column]) for column in range(states_RCD.shape[1])]
     # Of equal logits, which are common in bfloat16, topk may put any first; the choice is the one of the lowest id.
     chosen_RC1 = choices_RC[..., None]
     ranked_RCV = logits_RCV.scatter_(-1, chosen_RC1, float("inf"))
     top_ids_RCK = ranked_RCV.topk(min(TOP, logits_RCV.shape[-1])).indices
     return (choices_RC, top_ids_RCK, probs_RCV.gather(-1, top_ids_RCK), entropy_RC, kl_RC), lines
+
+
+def _divergence(log_full_CV: Tensor, log_row_CV: Tensor) -> Tensor:
+    """Return KL(full || row) [C] over the ids that the row may choose, which have a finite log probability."""
+    may_choose_CV = log_row_CV.isfinite()
+    if not may_choose_CV.all():
+        log_full_CV = log_full_CV.where(may_choose_CV, float("-inf")).log_softmax(-1)
+    terms_CV = log_full_CV.exp() * (log_full_CV - log_row_CV)
+    return terms_CV.where(may_choose_CV, 0).sum(-1).clamp(min=0)
 
 
 def _lines(choices_R: Tensor, probs_RV: Tensor) -> Lines:

@@ -98,6 +98,14 @@ def test_an_exits_own_blocks_and_norm_are_rows_of_their_own_that_count_for_nothi
             assert torch.equal(grid.choices_RN[index], expected.argmax(-1))
             best = expected.softmax(-1).amax(-1)
             torch.testing.assert_close(grid.top_probs_RNK[index, :, 0], best, atol=1e-5, rtol=0)
+    decoder.use_draft_vocabulary(few := range(1, 20))
+    drafted = read_token_grid(decoder, PROMPT, tokens)
+    torch.testing.assert_close(drafted.kl_RN[shared], plain.kl_RN)
+    full = out.logits[0, len(PROMPT) - 1 :, few].log_softmax(-1)
+    own = expected[:, few].log_softmax(-1)
+    torch.testing.assert_close(drafted.kl_RN[4], (full.exp() * (full - own)).sum(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(drafted.entropy_RN[4], -(own.exp() * own).sum(-1), atol=1e-5, rtol=0)
+    assert {*drafted.top_ids_RNK[[1, 4]].flatten().tolist()} <= {*few}
     assert not torch.allclose(grid.top_probs_RNK[4], grid.top_probs_RNK[3], atol=1e-3)
 
 

@@ -2,7 +2,7 @@
 
 import json as json_module
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,9 @@ def tune(
         file = write_decoding_defaults(directory, tuning.defaults)
     if json:
         where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
-        print(json_module.dumps(tuning_as_json(tuning) | {"stored": file and str(file), "environment": where}))
+        asked = {"model": model, "prompts": prompts, "limit": limit, "draft_vocabulary": draft_vocabulary}
+        said = {"stored": file and str(file), "environment": where, "settings": asked | asdict(settings)}
+        print(json_module.dumps(tuning_as_json(tuning) | said))
     else:
         print(f"not stored{_why_not(model, store)}" if file is None else _stored(file, tuning))
         chosen: dict[str, object] = {"strategy": tuning.defaults.strategy, **tuning.defaults.settings}

@@ -3,23 +3,21 @@
 Tested by tests/unit/reports/test_report.py.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from functools import partial
+from math import log
 
 from app.benchmark.report import draft_table, n_gram_table, speed_table
 from app.benchmark.result import BenchmarkResult
-from app.errors import shortened
 from app.metric_names import DECODE_ACCEPTANCE_RATE, DECODE_SPEEDUP
-from app.reports.blocks import Block, Missing, Prose, Section, Sheet
-from app.reports.measurements import Measurement
+from app.reports.blocks import Block, Prose, Section, Sheet
+from app.reports.files import Shown, missing, of_files
+from app.reports.measurements import Kind, Measurement
 from app.reports.run_folder import Run
 from app.tables import Table, cell
 
-_NOT_OPTIONS = ("eos_token_ids",)  # settings that a command takes from the model
-_MOST_SHADE = 0.75  # |speedup - 1| of the deepest color
+_DEEPEST = 3.0  # speedup, or 1 / speedup, of the deepest color
 Grid = Mapping[tuple[int, int], float]  # exit, drafts -> figure
 
 
@@ -28,31 +26,14 @@ def decoding(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
     blocks: list[Block] = []
     for run in runs:
         blocks += _in_validation(run)
-    named = [(run.name, measured) for run in runs for measured in run.measurements]
-    for name, measured in [*named, *((str(other.file), other) for other in others)]:
-        if measured.kind in _BLOCKS:
-            blocks += _shown(name, measured)
+    blocks += of_files(runs, others, _BLOCKS)
     for kind in ("benchmark", "tune"):
-        if not any(other.kind == kind for other in others):
-            lacking = [run for run in runs if all(measured.kind != kind for measured in run.measurements)]
-            blocks += [Missing(what=_lacks(kind, lacking), command=_make(kind, lacking))] if lacking else []
+        blocks += missing(kind, runs, others, partial(_make, kind))
     return Section(name="decoding", title="Decoding", blocks=blocks)
 
 
-def command_of(measured: Measurement, verb: str, *, skip: Sequence[str] = ()) -> str:
-    """The command that wrote a file, from the settings in it."""
-    settings = {**measured.settings, "output": str(measured.file)}
-    words = ["layerskip", verb]
-    for name, value in settings.items():
-        if value not in (None, [], {}) and name not in (*_NOT_OPTIONS, *skip):
-            words += [f"--{name}", _written(value)]
-    where = measured.content.get("environment") or {}
-    words += [word for name in ("dtype", "threads") if name in where for word in (f"--{name}", str(where[name]))]
-    return shlex.join(words)
-
-
 def heat_map(title: str, grid: Grid, *, style: str, source: str, command: str, neutral: float | None) -> Sheet:
-    """A table exit x drafts, colored by the distance from `neutral`, or from 0 where that is None."""
+    """A table exit x drafts, colored by the figure's ratio to `neutral`, or, where that is None, by the figure."""
     exits, drafts = (sorted({key[axis] for key in grid}) for axis in (0, 1))
     rows, shades = [], {}
     for row, layer in enumerate(exits):
@@ -60,19 +41,10 @@ def heat_map(title: str, grid: Grid, *, style: str, source: str, command: str, n
         rows.append((f"exit {layer}", *(cell(value, style) for value in values)))
         for column, value in enumerate(values, start=1):
             if value is not None:
-                away = value if neutral is None else (value - neutral) / _MOST_SHADE
+                away = value if neutral is None else log(max(value, 1e-9) / neutral) / log(_DEEPEST)
                 shades[row, column] = max(-1.0, min(1.0, away))
     columns = ("", *(f"{count} draft{'s' if count > 1 else ''}" for count in drafts))
     return Sheet(table=Table(title, columns, rows), source=source, command=command, shades=shades)
-
-
-def _shown(name: str, measured: Measurement) -> list[Block]:
-    """The blocks of a file, or a word about one that another version wrote or that somebody edited."""
-    try:
-        return _BLOCKS[measured.kind](name, measured)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        why = f"{type(error).__name__}: {shortened(error)}"
-        return [Prose(text=f"{measured.file}: its figures are not as this version writes them ({why}).")]
 
 
 def _in_validation(run: Run) -> list[Block]:
@@ -103,7 +75,7 @@ def _benchmark(name: str, measured: Measurement) -> list[Block]:
         BenchmarkResult(**{key: value for key, value in result.items() if key in known})
         for result in measured.content["results"]
     ]
-    command, source = command_of(measured, "benchmark"), f"From {measured.file}."
+    command, source = measured.command(), f"From {measured.file}."
     blocks: list[Block] = []
     groups: dict[tuple[str, int | None], dict[tuple[int, int], float]] = {}
     for result in results:
@@ -150,7 +122,7 @@ def _tune(name: str, measured: Measurement) -> list[Block]:
         "run",
     )
     table = Table(f"What tune measured, {name}", columns, rows)
-    command = command_of(measured, "tune", skip=("output",)) + " --json" if measured.settings else ""
+    command = measured.command()
     said = "" if command else " It does not tell the command that wrote it."
     decision = f"Decision: {content['reason']}."
     agreement = [(entry["exit_layer"], entry["agreement"]) for entry in content["exits"]]
@@ -186,38 +158,16 @@ def _parses(name: str, measured: Measurement) -> list[Block]:
     return [Sheet(table=table, source=source), Prose(text="Parses of early exits are lossy, those of drafts are not.")]
 
 
-_BLOCKS = {"benchmark": _benchmark, "tune": _tune, "parses": _parses}
+_BLOCKS: dict[Kind, Shown] = {"benchmark": _benchmark, "tune": _tune, "parses": _parses}
 
 
-def _lacks(kind: str, lacking: Sequence[Run]) -> str:
-    return f"No {kind} of {', '.join(run.name for run in lacking)}."
-
-
-def _make(kind: str, lacking: Sequence[Run]) -> str:
-    lines = []
-    for run in lacking:
-        model = run.checkpoint.file if run.checkpoint is not None else run.folder / "checkpoints" / "last.ckpt"
-        prompts, layers = run.folder / "prompts.jsonl", run.num_layers or 8
-        exits = sorted({max(1, layers // 8), max(1, layers // 6), max(1, layers // 4)})
-        first = f"layerskip data --config {run.folder / 'config.yaml'} --prompts {prompts}"
-        if kind == "benchmark":
-            grid = f"--strategies '[self_speculative]' --exit_layers '{exits}' --num_draft_tokens '[2, 4, 6]'"
-            second = (
-                f"layerskip benchmark --model {model} --prompts {prompts} {grid} --output {run.folder}/benchmark.json"
-            )
-        else:
-            second = f"layerskip tune --model {model} --prompts {prompts} --json > {run.folder}/tune.json"
-        lines += [first, second]
-    return "\n".join(lines)
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-
-def belongs_to(measured: Measurement, run: Run) -> bool:
-    """Whether a file measured a model that lies in the folder of a run."""
-    model = measured.settings.get("model")
-    return isinstance(model, str) and Path(model).resolve().is_relative_to(run.folder.resolve())
+def _make(kind: Kind, run: Run) -> str:
+    """The commands that make a file in the folder of a run."""
+    prompts, layers = run.folder / "prompts.jsonl", run.num_layers or 8
+    first = f"layerskip data --config {run.folder / 'config.yaml'} --prompts {prompts}\n"
+    if kind == "tune":
+        return f"{first}layerskip tune --model {run.model} --prompts {prompts} --json > {run.folder}/tune.json"
+    exits = sorted({max(1, layers // share) for share in (8, 6, 4)})
+    grid = f"--strategies '[self_speculative]' --exit_layers '{exits}' --num_draft_tokens '[2, 4, 6]'"
+    output = run.folder / "benchmark.json"
+    return f"{first}layerskip benchmark --model {run.model} --prompts {prompts} {grid} --output {output}"

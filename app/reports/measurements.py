@@ -4,6 +4,7 @@ Tested by tests/unit/reports/test_measurements.py.
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,12 @@ Kind = Literal["benchmark", "tune", "parses", "evaluation", "lens"]
 _KEYS: dict[Kind, frozenset[str]] = {
     "benchmark": frozenset({"settings", "results", "costs", "draft_model_costs"}),
     "tune": frozenset({"verified", "confirmed", "exits", "reason"}),
+    "evaluation": frozenset({"environment", "settings", "rows", "results"}),
+    "lens": frozenset({"models", "prompts", "token_texts"}),
     "parses": frozenset({"stage", "results", "checkpoint"}),
 }
+_VERBS: dict[Kind, str] = {"evaluation": "evaluate"}
+_NOT_OPTIONS = ("model", "eos_token_ids", "weights", "examples")  # of the settings: some are taken from the model
 
 
 class NotOursError(DataError):
@@ -37,6 +42,30 @@ class Measurement:
     def settings(self) -> Mapping[str, Any]:
         """The options of the command that wrote it; empty where the file does not tell them."""
         return self.content.get("settings") or {}
+
+    @property
+    def models(self) -> list[str]:
+        """The models that it is of, as they were named to the command."""
+        if self.kind == "lens":
+            return [str(model["path"]) for model in self.content["models"]]
+        return [str(self.settings["model"])] if "model" in self.settings else []
+
+    def command(self) -> str:
+        """The command that wrote it, from the settings in it; empty where it does not tell them."""
+        if not self.models:
+            return ""
+        options = {name: value for name, value in self.settings.items() if name not in _NOT_OPTIONS}
+        if self.kind == "evaluation":
+            options["tasks"] = [f"{task}={path}" if path else task for task, path in options["tasks"].items()]
+        if self.kind == "lens" and not options.get("prompts"):
+            options["prompt"] = self.content["prompts"][0]["prompt"]
+        where = self.content.get("environment") or {}
+        options |= {name: where[name] for name in ("dtype", "threads") if name in where}
+        words = ["layerskip", _VERBS.get(self.kind, self.kind)]
+        words += [word for model in self.models for word in ("--model", model)]
+        for name, value in options.items():
+            words += [] if value in (None, [], {}) else [f"--{name}", _written(value)]
+        return shlex.join([*words, "--json"] if self.kind == "tune" else [*words, "--output", str(self.file)])
 
 
 def read_measurement(file: Path) -> Measurement:
@@ -57,3 +86,10 @@ def read_measurement(file: Path) -> Measurement:
         if isinstance(content, dict) and keys <= content.keys():
             return Measurement(kind, file, content)
     raise NotOursError(f"{file}: not a file that layerskip {' | '.join(_KEYS)} writes")
+
+
+def _written(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

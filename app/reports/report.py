@@ -11,7 +11,8 @@ from pathlib import Path
 
 from app.errors import ConfigError
 from app.reports.blocks import Report
-from app.reports.decoding import belongs_to, decoding
+from app.reports.decoding import decoding
+from app.reports.inside import layers, tasks
 from app.reports.measurements import Measurement, NotOursError, read_measurement
 from app.reports.recipe import environment, recipe, summary
 from app.reports.run_folder import Run, read_runs
@@ -31,6 +32,8 @@ def make_report(run_dirs: Sequence[str], files: Sequence[str] = ()) -> Report:
         curves(runs),
         exits(runs),
         decoding(runs, others),
+        tasks(runs, others),
+        layers(runs, others),
         environment(runs),
     ]
     names = " · ".join(run.name for run in runs)
@@ -52,7 +55,7 @@ def _with_files(runs: list[Run], files: Sequence[str]) -> tuple[list[Run], list[
             measured = read_measurement(Path(name))
         except NotOursError as error:
             raise ConfigError("files", got=name, allowed="files that layerskip wrote", fix=str(error)) from error
-        owner = next((idx for idx, run in enumerate(runs) if belongs_to(measured, run)), 0 if len(runs) == 1 else None)
+        owner = next((idx for idx, run in enumerate(runs) if run.owns(measured)), 0 if len(runs) == 1 else None)
         if owner is None:
             others.append(measured)
         elif all(own.file.resolve() != measured.file.resolve() for own in runs[owner].measurements):

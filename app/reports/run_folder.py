@@ -58,6 +58,15 @@ class Run:
         return f"layerskip fit --config {self.folder / 'config.yaml'}"
 
     @property
+    def model(self) -> Path:
+        """The checkpoint to measure."""
+        return self.folder / "checkpoints" / "last.ckpt" if self.checkpoint is None else self.checkpoint.file
+
+    def owns(self, measured: Measurement) -> bool:
+        """Whether a file is about a model that lies in this folder."""
+        return any(Path(model).resolve().is_relative_to(self.folder.resolve()) for model in measured.models)
+
+    @property
     def steps(self) -> int:
         """Optimizer steps that were taken, as far as is known."""
         return max(self.scalars.last_step, 0 if self.checkpoint is None else self.checkpoint.record.steps)

@@ -111,3 +111,40 @@ def write_benchmark(file: Path, *, model: str) -> Path:
     }
     file.write_text(json.dumps(document))
     return file
+
+
+def write_evaluation(file: Path, *, model: str) -> Path:
+    """Results of `layerskip evaluate` of two exits on a choice and on a text."""
+    results = [
+        {"task": "boolq", "group": group, "exit_layer": layer, "strategy": "likelihood", "metric": "acc"}
+        | {"num_examples": 8, "score": 0.125 * layer, "standard_error": 0.05, "chance": 0.5}
+        for layer in (2, 4)
+        for group in ("", "a part")
+    ]
+    text = {"task": "wiki", "group": "test", "exit_layer": 4, "strategy": "likelihood", "metric": "perplexity"}
+    results.append(text | {"num_examples": 3, "score": 12.5, "standard_error": None, "chance": None})
+    document = {
+        "environment": {"dtype": "float32", "threads": 2},
+        "settings": {"model": model, "tasks": {"boolq": "my rows.jsonl", "wiki": None}, "weights": "abc", "limit": 8},
+        "rows": {"boolq": {"scored": 8}, "wiki": {"scored": 3}},
+        "notes": ["wiki: 1 row skipped"],
+        "results": results,
+    }
+    file.write_text(json.dumps(document))
+    return file
+
+
+def write_lens(file: Path, *, model: str) -> Path:
+    """What `layerskip lens` tells of a model of two blocks and two tokens."""
+    needed = {"num_tokens": 2, "mean_saturation_layer": 1.5, "mean_first_hit": 1.25, "saturation_layers": [1, 1]}
+    rows = [{"label": str(layer), "exit_layer": layer, "own_blocks": None} for layer in (1, 2)]
+    run = {"tokens": [5, 6], "top_ids": [[[5], [7]], [[5], [6]]], "top_probs": [[[0.5], [0.25]], [[0.9], [0.8]]]}
+    document = {
+        "models": [{"name": "m", "path": model, "dtype": "float32", "num_layers": 2, "rows": rows, "needed": needed}],
+        "prompts": [{"prompt": "say it", "runs": [run]}],
+        "token_texts": {"5": "five", "6": "six", "7": "seven"},
+        "environment": {"dtype": "float32"},
+        "settings": {"max_new_tokens": 2, "prompts": None},
+    }
+    file.write_text(json.dumps(document))
+    return file

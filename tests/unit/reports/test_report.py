@@ -8,7 +8,7 @@ import pytest
 from app.errors import ConfigError
 from app.reports.render import as_html, as_markdown
 from app.reports.report import make_report
-from tests.support.run_folders import logged, make_run, write_benchmark
+from tests.support.run_folders import logged, make_run, write_benchmark, write_evaluation, write_lens
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_parts_that_are_missing_are_named_with_the_command_that_makes_them(runs:
     assert "exit 2 1.37x 0.91x" in text
     assert (
         "layerskip benchmark --model elsewhere --prompts 'my prompts.jsonl' --ignore_eos true --exit_layers '[2]'"
-        f" --output {folder}/benchmark.json --dtype float32 --threads 2"
+        f" --dtype float32 --threads 2 --output {folder}/benchmark.json"
     ) in text
     assert "a processor, 2 threads" in text
 
@@ -60,6 +60,23 @@ def test_files_go_to_the_run_whose_model_they_measured(runs: list[str], tmp_path
     assert "No benchmark of ours. To make it" in _text(as_html(make_report(runs, [str(file)])))
     write_benchmark(file, model="elsewhere")
     assert f"Speed of every strategy, {file}" in _text(as_html(make_report(runs, [str(file)])))
+
+
+def test_scores_on_tasks_and_layers_needed_are_shown_with_their_commands(runs: list[str], tmp_path: Path) -> None:
+    folder = Path(runs[0])
+    write_evaluation(folder / "evaluation.json", model="m")
+    write_lens(folder / "lens.json", model=f"{runs[0]}/last.ckpt")
+    text = _text(as_html(make_report(runs)))
+    assert "exit 2, likelihood 25.0 ± 5.0 % - exit 4, likelihood 50.0 ± 5.0 % 12.5 From" in text
+    assert "rows scored: boolq 8, wiki 3. Note: wiki: 1 row skipped." in text
+    assert (
+        "layerskip evaluate --model m --tasks '[boolq=my rows.jsonl, wiki]' --limit 8 --dtype float32 --threads 2"
+        f" --output {folder}/evaluation.json"
+    ) in text
+    assert "m 2 1.50 of 2 1.25 of 2" in text
+    assert "layer 2 five six layer 1 five seven" in text
+    assert f"layerskip lens --model {runs[0]}/last.ckpt --max_new_tokens 2 --prompt 'say it' --dtype float32" in text
+    assert "No evaluation on tasks of baseline. To make it" in text
 
 
 @pytest.mark.parametrize(

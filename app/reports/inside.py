@@ -1,0 +1,178 @@
+"""What every exit knows and says: scores on tasks, and layers needed. Tested by tests/unit/reports/test_report.py."""
+
+import re
+from collections.abc import Mapping, Sequence
+from math import log
+from typing import Any
+
+from app.reports.blocks import Block, Charts, Section, Sheet
+from app.reports.charts import Chart, Line
+from app.reports.files import missing, named_files, of_files
+from app.reports.measurements import Measurement
+from app.reports.run_folder import Run
+from app.tables import Table
+
+_MOST_TOKENS, _MOST_LAYERS = 10, 9  # of the excerpt
+
+
+def tasks(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
+    """Scores over exits: a chart for each task with all runs, and a table for each file."""
+    files = [(name, own) for name, own in named_files(runs, others) if own.kind == "evaluation"]
+    blocks: list[Block] = of_files(runs, others, {"evaluation": _scores})
+    if charts := _task_charts(files) if len(blocks) == len(files) else []:
+        blocks.insert(0, Charts(charts=charts))
+    command = "layerskip evaluate --model {} --tasks '[boolq=FILE, gsm8k=FILE]' --output {}/evaluation.json".format
+    blocks += missing("evaluation", runs, others, lambda run: command(run.model, run.folder))
+    return Section(name="tasks", title="Evaluation on tasks", blocks=blocks)
+
+
+def layers(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
+    """How many layers tokens need, and what the layers say of the first few tokens."""
+    blocks: list[Block] = of_files(runs, others, {"lens": _lens})
+    command = "layerskip lens --model {} --prompts {}/prompts.jsonl --output {}/lens.json".format
+    blocks += missing("lens", runs, others, lambda run: command(run.model, run.folder, run.folder))
+    return Section(name="layers", title="Layers needed", blocks=blocks)
+
+
+def _slug(text: str) -> str:
+    """A text as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text)
+
+
+def _main(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The results of whole tasks; of texts, whose sources are told apart, those of each source."""
+    return [result for result in results if not result["group"] or result["metric"] == "perplexity"]
+
+
+def _column(result: Mapping[str, Any]) -> str:
+    task = f"{result['task']}/{result['group']}" if result["group"] else str(result["task"])
+    return f"{task}\n{result['metric']}"
+
+
+def _scores(name: str, measured: Measurement) -> list[Block]:
+    results = _main(measured.content["results"])
+    columns = list(dict.fromkeys(map(_column, results)))
+    ways = sorted({(result["exit_layer"], result["strategy"]) for result in results})
+    found = {(_column(result), result["exit_layer"], result["strategy"]): result for result in results}
+    rows: list[tuple[str, ...]] = [
+        (f"exit {layer}, {strategy}", *(_score(found.get((column, layer, strategy))) for column in columns))
+        for layer, strategy in ways
+    ]
+    notes = " ".join(f"Note: {note}." for note in measured.content.get("notes") or ())
+    lossy = (
+        "early_exit is lossy; self_speculative writes the full model's text."
+        if any(strategy == "early_exit" for _, strategy in ways)
+        else ""
+    )
+    by_callback = f"By callbacks.TaskEvaluation, checkpoint {measured.content.get('checkpoint')}."
+    counts = ", ".join(f"{task} {each['scored']}" for task, each in measured.content["rows"].items())
+    source = f"From {measured.file}. Score and standard error; rows scored: {counts}. {lossy} {notes}"
+    command = measured.command()
+    return [
+        Sheet(
+            table=Table(f"Score of every exit, {name}", ("exit", *columns), rows),
+            source=source if command else f"{source} {by_callback}",
+            command=command,
+        )
+    ]
+
+
+def _score(result: Mapping[str, Any] | None) -> str:
+    if result is None:
+        return "-"
+    scale, style = (1, ".4g") if result["metric"] == "perplexity" else (100, ".1f")
+    error = result["standard_error"]
+    spread = "" if error is None else f" ± {scale * error:{style}}"
+    return f"{scale * result['score']:{style}}{spread}" + ("" if scale == 1 else " %")
+
+
+def _drawn(result: Mapping[str, Any]) -> float:
+    """The score; of texts the loss, since perplexities of early exits leave no room for the others."""
+    return log(result["score"]) if result["metric"] == "perplexity" else float(result["score"])
+
+
+def _task_charts(files: Sequence[tuple[str, Measurement]]) -> list[Chart]:
+    """One chart for each task: the first of its metrics over exits, a line for each file."""
+    drawn: dict[str, dict[int, Line]] = {}
+    metrics: dict[str, str] = {}
+    for idx, (name, measured) in enumerate(files):
+        for result in _main(measured.content["results"]):
+            task = _column(result).partition("\n")[0]
+            if (
+                result["metric"] != metrics.setdefault(task, result["metric"])
+                or result["strategy"] == "self_speculative"
+            ):
+                continue
+            line = drawn.setdefault(task, {}).setdefault(idx, Line(name, f"run-{idx % 6}", {}))
+            drawn[task][idx] = Line(name, line.style, dict(line.points) | {result["exit_layer"]: _drawn(result)})
+    return [
+        Chart(
+            name=_slug(f"task-{task}"),
+            title=f"{task}, by exit",
+            x_label="exit layer (blocks run)",
+            y_label="loss (nats a token)" if metrics[task] == "perplexity" else metrics[task],
+            lines=[Line(line.label, line.style, dict(sorted(line.points.items()))) for line in lines.values()],
+            in_percent=metrics[task] != "perplexity",
+            source="From the files below",
+        )
+        for task, lines in drawn.items()
+        if max(len(line.points) for line in lines.values()) > 1
+    ]
+
+
+def _lens(name: str, measured: Measurement) -> list[Block]:
+    content, command = measured.content, measured.command()
+    models = content["models"]
+    source = f"From {measured.file}: greedy text of {len(content['prompts'])} prompts, {models[0]['dtype']}."
+    rows: list[tuple[str, ...]] = [
+        (
+            str(model["name"]),
+            str(model["needed"]["num_tokens"]),
+            f"{model['needed']['mean_saturation_layer']:.2f} of {model['num_layers']}",
+            f"{model['needed']['mean_first_hit']:.2f} of {model['num_layers']}",
+        )
+        for model in models
+    ]
+    columns = ("model", "tokens", "mean saturation layer", "mean first hit")
+    chart = Chart(
+        name=_slug(f"layers-{measured.file}"),
+        title=f"Layers that tokens need, {name}",
+        x_label="saturation layer",
+        y_label="share of tokens",
+        lines=[_distribution(model, idx) for idx, model in enumerate(models)],
+        in_percent=True,
+        source="The first layer from which on all layers choose the token that the model generated",
+    )
+    return [
+        Sheet(table=Table(f"Mean layers needed, {name}", columns, rows), source=source, command=command),
+        Charts(charts=[chart]),
+        _excerpt(name, measured),
+    ]
+
+
+def _distribution(model: Mapping[str, Any], idx: int) -> Line:
+    counts = model["needed"]["saturation_layers"]
+    points = {layer: count / (sum(counts) or 1) for layer, count in enumerate(counts, start=1)}
+    return Line(str(model["name"]), f"run-{idx}", points)
+
+
+def _excerpt(name: str, measured: Measurement) -> Sheet:
+    """What some layers say of the first tokens: in blue what the model generated, in orange anything else."""
+    content = measured.content
+    prompt = content["prompts"][0]
+    run, texts = prompt["runs"][0], content["token_texts"]
+    tokens, labels = run["tokens"][:_MOST_TOKENS], [row["label"] for row in content["models"][0]["rows"]]
+    stride = -(-len(labels) // _MOST_LAYERS)
+    shown = [*range(len(labels) - 1, -1, -stride)]
+    rows, shades = [], {}
+    for number, layer in enumerate(shown):
+        ids = [run["top_ids"][layer][place][0] for place in range(len(tokens))]
+        rows.append((f"layer {labels[layer]}", *(texts[str(each)] for each in ids)))
+        for place, each in enumerate(ids):
+            sure = run["top_probs"][layer][place][0]
+            shades[number, place + 1] = sure if each == tokens[place] else -sure
+    columns = ("", *(f"token {place + 1}" for place in range(len(tokens))))
+    said = f"First choices after the prompt {prompt['prompt']!r}; blue is what the model generated, orange is not."
+    command = measured.command().replace(str(measured.file), str(measured.file.with_suffix(".html")))
+    table = Table(f"What the layers say of the first {len(tokens)} tokens, {name}", columns, rows)
+    return Sheet(table=table, source=f"{said} The whole, to look around in:", command=command, shades=shades)

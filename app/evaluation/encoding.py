@@ -1,6 +1,6 @@
 """Turns examples into token ids, and those that are longer than the context into what fits.
 
-Tested by tests/unit/evaluation/test_encoding.py.
+Tested by tests/unit/evaluation/test_likelihood_tasks.py.
 """
 
 from collections.abc import Sequence

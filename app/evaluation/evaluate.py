@@ -1,6 +1,6 @@
 """Runs tasks over the exits of a model: reads all rows first, then scores them, and keeps each example as it is done.
 
-Tested by tests/unit/evaluation/test_evaluate.py.
+Tested by tests/contract/test_evaluate.py.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""What an evaluation is of, what it is asked to do, and what it finds out about each example."""
+"""What an evaluation is of, what it is asked to do, and what it finds out about each example.
+
+Tested by tests/contract/test_evaluate.py and tests/unit/evaluation/test_likelihood_tasks.py.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

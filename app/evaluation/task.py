@@ -2,6 +2,7 @@
 
 A task is one file in `app/evaluation/tasks`. All that it has of its own is the wording of its prompts; reading rows,
 running the model, scoring, tables and figures are shared. `app/README.md` shows how to add one.
+Tested by tests/unit/evaluation/test_rows.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -22,6 +22,8 @@ from transformers import SeedOssConfig, SeedOssForCausalLM
 from app import load
 from app.layerskip.exit_weights import normalised_exit_weights
 from app.layerskip.schedules import dropout_rates
+from app.evaluation.rows import read_items
+from app.evaluation.tasks import TASKS
 from datamodules.readers import open_reader
 from datamodules.readers.sources import Source
 from tests.support.saved_models import save_model
@@ -49,6 +51,11 @@ other = load("other")
 ids = other.tokenizer("the end", return_tensors="pt")["input_ids"]
 expected = other.model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1]:].tolist()
 assert other.generate("the end", max_new_tokens=20, exit_layer=2, num_draft_tokens=3).tokens == expected
+
+row = {"support": "", "question": "Why?", "distractor1": "a", "distractor2": "b", "distractor3": "c"}
+Path("sciq.jsonl").write_text(json.dumps(row | {"correct_answer": "d"}))
+(item,) = read_items(TASKS["sciq"], "sciq.jsonl")
+assert item.example[:3] == ("Question: Why?\\nAnswer:", (" a", " b", " c", " d"), 3), item
 
 cells = [{"cell_type": "code", "source": ["x = 1\\n", "y = 2"]}, {"cell_type": "markdown", "source": "no"}]
 Path("books").mkdir()
@@ -88,13 +95,15 @@ def run_there(root, changed):
 def test_the_recipes_work_when_they_are_followed(tmp_path):
     for room in PACKAGES:
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
-    assert len({file for file, *_ in hunks()}) == 8
+    assert len({file for file, *_ in hunks()}) == 9
     for file, old, new in hunks():
         text = (tmp_path / file).read_text("utf-8")
         assert text.count(old) == 1, (file, old)
         (tmp_path / file).write_text(text.replace(old, new), "utf-8")
-    ((file, code),) = re.findall(r"```python\n# (\S+)\n(.*?)```", HOUSE, re.DOTALL)
-    (tmp_path / file).write_text(code, "utf-8")
+    whole = re.findall(r"```python\n# (\S+)\n(.*?)```", HOUSE, re.DOTALL)
+    assert len(whole) == 2
+    for file, code in whole:
+        (tmp_path / file).write_text(code, "utf-8")
     child = get_context("fork").Process(target=run_there, args=(tmp_path, [file for file, *_ in hunks()]))
     child.start()
     child.join()

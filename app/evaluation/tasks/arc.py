@@ -1,4 +1,7 @@
-"""ARC (Clark et al. 2018): science questions of school exams, easy ones and those that retrieval does not answer."""
+"""ARC (Clark et al. 2018): science questions of school exams, easy ones and those that retrieval does not answer.
+
+Tested by tests/unit/evaluation/test_rows.py.
+"""
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 

@@ -1,4 +1,7 @@
-"""BoolQ (Clark et al. 2019): a yes-or-no question about a passage."""
+"""BoolQ (Clark et al. 2019): a yes-or-no question about a passage.
+
+Tested by tests/unit/evaluation/test_rows.py.
+"""
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 

@@ -1,4 +1,7 @@
-"""COPA (Roemmele et al. 2011): which of two sentences is the cause or the effect of a premise."""
+"""COPA (Roemmele et al. 2011): which of two sentences is the cause or the effect of a premise.
+
+Tested by tests/unit/evaluation/test_rows.py.
+"""
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 

@@ -1,4 +1,7 @@
-"""HellaSwag (Zellers et al. 2019): how a described scene goes on."""
+"""HellaSwag (Zellers et al. 2019): how a described scene goes on.
+
+Tested by tests/unit/evaluation/test_rows.py.
+"""
 
 import re
 

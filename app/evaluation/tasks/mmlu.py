@@ -1,4 +1,7 @@
-"""MMLU (Hendrycks et al. 2021): exam questions of 57 subjects, after five worked examples of the subject."""
+"""MMLU (Hendrycks et al. 2021): exam questions of 57 subjects, after five worked examples of the subject.
+
+Tested by tests/unit/evaluation/test_rows.py.
+"""
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 

@@ -1,4 +1,7 @@
-"""OpenBookQA (Mihaylov et al. 2018): questions that a fact of elementary science answers."""
+"""OpenBookQA (Mihaylov et al. 2018): questions that a fact of elementary science answers.
+
+Tested by tests/unit/evaluation/test_rows.py.
+"""
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 

@@ -1,4 +1,7 @@
-"""PIQA (Bisk et al. 2020): which of two ways reaches an everyday goal."""
+"""PIQA (Bisk et al. 2020): which of two ways reaches an everyday goal.
+
+Tested by tests/unit/evaluation/test_rows.py.
+"""
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 

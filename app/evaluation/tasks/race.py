@@ -1,4 +1,7 @@
-"""RACE (Lai et al. 2017): questions about texts of English exams in Chinese schools, by default of high schools."""
+"""RACE (Lai et al. 2017): questions about texts of English exams in Chinese schools, by default of high schools.
+
+Tested by tests/unit/evaluation/test_rows.py.
+"""
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 

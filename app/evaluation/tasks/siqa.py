@@ -1,4 +1,7 @@
-"""Social IQa (Sap et al. 2019): what people feel or do next."""
+"""Social IQa (Sap et al. 2019): what people feel or do next.
+
+Tested by tests/unit/evaluation/test_rows.py.
+"""
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 

@@ -1,4 +1,7 @@
-"""Perplexity of texts by source: of WikiText-2, of books, and of any text files or JSON lines of a user."""
+"""Perplexity of texts by source: of WikiText-2, of books, and of any text files or JSON lines of a user.
+
+Tested by tests/unit/evaluation/test_likelihood_tasks.py.
+"""
 
 from app.evaluation.task import Document, HubRows, Row, TextTask
 

@@ -1,6 +1,8 @@
 """WinoGrande (Sakaguchi et al. 2021): which of two names fills the gap of a sentence.
 
 What is scored is the sentence behind the gap, after each of the two names.
+
+Tested by tests/unit/evaluation/test_rows.py.
 """
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row

@@ -168,10 +168,11 @@ class TaskEvaluation(EveryNthValidation):
 
 
 def _metrics(results: Sequence[Result], stage: str) -> dict[str, float]:
-    """The scores by the names under which they are logged."""
-    return {
-        metric_names.task_score(
-            stage, column(each), each.metric, each.exit_layer, drafts=each.strategy == "self_speculative"
-        ): each.score
-        for each in results
-    }
+    """The scores, and the speedups of what drafts, by the names under which they are logged."""
+    logged = {}
+    for each in results:
+        at: dict[str, Any] = {"exit_layer": each.exit_layer, "drafts": each.strategy == "self_speculative"}
+        logged[metric_names.task_score(stage, column(each), each.metric, **at)] = each.score
+        if each.speedup is not None:
+            logged[metric_names.task_score(stage, column(each), "speedup", **at)] = each.speedup
+    return logged

@@ -12,6 +12,7 @@ from app.evaluation.output import notes, write_results
 from app.evaluation.records import Decoded, Record, Score
 from app.evaluation.results import Result, exits_table, results_of, shown
 from app.evaluation.tasks import TASKS
+from callbacks.task_evaluation import _metrics
 
 
 def _record(row: int, *, full: float, early: float, identical: bool = True) -> Record:
@@ -68,6 +69,16 @@ def test_rows_of_the_table_say_what_is_lossy_and_what_is_not() -> None:
     ]
     assert [row[2] for row in table.rows] == ["100.0", "100.0", "-", "100.0", "50.0"]
     assert "| exit 6, self-speculative (lossless, 2.0x) | 66.7" in table.as_markdown()
+
+
+def test_logged_names_tell_the_ways_apart() -> None:
+    logged = _metrics(shown(results_of(RECORDS), TASKS), "val")
+    assert logged == {
+        "val/task/topv2/exact_match/exit_08": pytest.approx(2 / 3),
+        "val/task/topv2/exact_match/exit_06": pytest.approx(1 / 3),
+        "val/task/topv2/exact_match_self_speculative/exit_06": pytest.approx(2 / 3),
+        "val/task/topv2/speedup_self_speculative/exit_06": pytest.approx(2.0),
+    }
 
 
 def test_files_and_figure_tell_the_ways_apart(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from app.errors import check_choice, check_range
 from app.protocols import ExitableDecoder
 
 DraftPolicyName = Literal["fixed", "adaptive", "off"]
-USUAL_N_GRAM_DRAFTS = 8
 DRAFT_POLICY_NAMES: tuple[DraftPolicyName, ...] = ("fixed", "adaptive", "off")
+USUAL_N_GRAM_DRAFTS = 8
 
 # Called with the prompt, the new tokens so far, and how many of them are new since the last call. Returns how many
 # tokens to keep if the sequence ends inside them, else None. See `app.decoding.stopping.StopStrings`.

@@ -141,7 +141,7 @@ EXTRA = torch.zeros(2, 2)
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"model.norm.weight": None}, r"x\.ckpt: model\.norm\.weight of a LlamaForCausalLM is missing"),
+        ({"model.norm.weight": None}, r"run\.ckpt: model\.norm\.weight of a LlamaForCausalLM is missing"),
         ({"model.norm.weight": EXTRA}, r"model\.norm\.weight has shape \[2, 2\], config\.json says \[32\]"),
         ({"model.adapter.weight": EXTRA}, r"1 weights are not of a LlamaForCausalLM, the first is model\.adapter"),
     ],

@@ -2,9 +2,9 @@
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from app.errors import check_choice
+from app.errors import ConfigError, check_choice
 from app.export.directory import Weights
-from app.model.exit_block import exit_blocks_of
+from app.model.exit_block import affine_exits, exit_blocks_of
 from app.model.exit_model import exit_model
 from app.model_files.decoding_defaults import untuned_generation_config
 from app.model_files.exit_blocks import StoredExitBlocks
@@ -25,9 +25,12 @@ def first_blocks(
         exit_layer: E, the number of blocks that run before the exit.
 
     Raises:
-        ConfigError: There is no such exit, or the model is of a type whose exits are not known.
+        ConfigError: There is no such exit, it has an affine map, or the model is of a type whose exits are not known.
     """
     check_choice("model_type", model.config.model_type, SUPPORTED_MODEL_TYPES)
+    if exits is not None and exit_layer in affine_exits(exits.state):
+        fix = "this one has an affine map of its own, which no such model has"
+        raise ConfigError("exit_layer", got=exit_layer, allowed="an exit that is an ordinary model", fix=fix)
     sources = {} if exits is None else {layer: own for layer, own in exits.sources.items() if layer == exit_layer}
     block = exit_blocks_of(model, sources)[str(exit_layer)] if sources else None
     first = exit_model(model, exit_layer, block)  # type: ignore[arg-type]

@@ -21,7 +21,8 @@ def exit_model(model: PreTrainedModel, exit_layer: int, block: ExitBlock | None 
     Args:
         model: A model of one of the types that `app.spans.decoder` knows; it may be on the meta device.
         exit_layer: E, the number of blocks, 1..num_layers - 1.
-        block: The exit's own blocks and norm, if it has any.
+        block: The exit's own blocks and norm, if it has any. With an affine map, the result runs, but transformers
+            cannot build it from its configuration.
 
     Raises:
         ConfigError: There is no such exit.

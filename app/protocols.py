@@ -104,7 +104,7 @@ class LogHost(Layered, Protocol):
     def monitored_exits(self) -> Collection[int]: ...
 
     def leave_out_of_logs(self, is_left_out: Callable[[str], bool]) -> None:
-        """Log the metrics whose names `is_left_out` holds of for callbacks alone."""
+        """Log the metrics whose names `is_left_out` holds of for callbacks alone, and in training at logged steps."""
         ...
 
 

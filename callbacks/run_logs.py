@@ -5,6 +5,7 @@ Tested by tests/integration/test_run_logs.py.
 
 import re
 from collections.abc import Collection
+from functools import cache
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,7 +33,6 @@ _SHOWN_BY_DEPTH = {
 _ALWAYS_ONE = (metric_names.EXIT_AGREEMENT, metric_names.EXIT_ACCEPTANCE)  # of the full model
 _DETAILS = {
     metric_names.TRAIN_LABEL_TOKENS,
-    metric_names.NUM_EXITS_ON,
     metric_names.BLOCKS_SKIPPED_SHARE,
     metric_names.DECODE_AR_TOKENS_PER_SECOND,
     metric_names.DECODE_SS_TOKENS_PER_SECOND,
@@ -45,8 +45,8 @@ class RunLogs(Callback):
 
     A model of 24 blocks has more than 200 metrics, most of them by exit. Of more than 8 blocks, loggers get of each
     figure by depth the four depths that are nearest to a quarter, half, three quarters and all of the blocks (of those
-    that ExitQualityMonitor scores), and no metric that follows from another. What is left out stays in
-    trainer.callback_metrics, so that a ModelCheckpoint can monitor it, in tables and in figures.
+    that ExitQualityMonitor scores), and no metric that follows from another. What is left out stays in tables, figures
+    and trainer.callback_metrics, of training at the steps that are logged. What a callback monitors is never left out.
 
     Args:
         all_metrics: Leave nothing out.
@@ -56,8 +56,15 @@ class RunLogs(Callback):
         self.all_metrics = all_metrics
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(pl_module, LogHost) and not self.all_metrics:
-            pl_module.leave_out_of_logs(lambda name: is_detail(name, pl_module.num_layers, pl_module.monitored_exits))
+        if not isinstance(pl_module, LogHost) or self.all_metrics:
+            return
+        monitored = {getattr(callback, "monitor", None) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+
+        @cache
+        def is_left_out(name: str) -> bool:
+            return name not in monitored and is_detail(name, pl_module.num_layers, pl_module.monitored_exits)
+
+        pl_module.leave_out_of_logs(is_left_out)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(pl_module, LogHost):
@@ -114,7 +121,8 @@ def _settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Setting
         config: Any = pl_module.config
         settings["model"] = f"{config.model_type}, {config.num_hidden_layers} x {config.hidden_size}"
     settings["trained"] = _trained(pl_module)
-    settings["lr"] = trainer.optimizers[0].defaults["lr"]
+    for optimizer in trainer.optimizers[:1]:
+        settings["lr"] = float(optimizer.defaults.get("lr", float("nan")))
     settings["max_steps"] = trainer.max_steps
     settings["micro_batches_a_step"] = trainer.accumulate_grad_batches * data_ranks(trainer).num_replicas
     return settings

@@ -30,7 +30,7 @@ from app.training.module import LayerSkipModule
 from app.whole_file import write_whole
 from callbacks.tensorboard import EVENT_FILES, points
 
-_HPARAMS = "hparams.yaml"  # Lightning's loggers write it, and here it is empty
+_HPARAMS = "hparams.yaml"  # Lightning's loggers write it
 _VERSION = re.compile(r"version_(\d+)")
 
 

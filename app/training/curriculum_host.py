@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import FrameType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,6 @@ class CurriculumHost(LightningModule):
         self._dropped_shares = self.dropout_rates
         self._monitored: set[int] = set()
         self._work_watchers: list[Callable[[MicroBatchWork], None]] = []
-        self._is_left_out: Callable[[str], bool] = lambda _: False
 
     @property
     def num_layers(self) -> int:
@@ -100,16 +99,6 @@ class CurriculumHost(LightningModule):
     @property
     def monitored_exits(self) -> Collection[int]:
         return self._monitored
-
-    def leave_out_of_logs(self, is_left_out: Callable[[str], bool]) -> None:
-        self._is_left_out = is_left_out
-
-    @override
-    def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
-        """Log a metric, but keep it from the loggers if a callback said so."""
-        if len(args) < 2 and self._is_left_out(name):  # `logger` is the second of them
-            settings["logger"] = False
-        super().log(name, value, *args, **settings)
 
     def watch_work(self, watcher: Callable[[MicroBatchWork], None]) -> None:
         self._work_watchers.append(watcher)

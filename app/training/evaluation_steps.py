@@ -3,6 +3,7 @@
 Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary. Tested by tests/integration/test_monitors.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from app.model.early_exit import EarlyExitModel
 from app.protocols import CorpusOwner
 from app.training.batch import GivenBatch, check_batch, completed
 from app.training.curriculum_host import CurriculumHost
+from app.training.gradient_norms import is_logged
 
 
 class EvaluationSteps(CurriculumHost):
@@ -32,6 +34,19 @@ class EvaluationSteps(CurriculumHost):
         self.source_loss: GroupedTokenLoss | None = None
         self._loops_checked: set[str] = set()  # the loops whose first batch was checked
         self._logged_step = 0  # where Lightning logs the losses of the latest step, and of a validation after it
+        self._is_left_out: Callable[[str], bool] = lambda _: False
+
+    def leave_out_of_logs(self, is_left_out: Callable[[str], bool]) -> None:
+        self._is_left_out = is_left_out
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
+        """Log a metric; keep it from the loggers if a callback said so, and do so only at the steps that they get."""
+        if self._is_left_out(name):
+            if self.trainer.training and not is_logged(self.trainer, self._logged_step):
+                return  # Lightning takes half a millisecond for it
+            args, settings = args[:1], settings | {"logger": False}  # `logger` is the second of them
+        super().log(name, value, *args, **settings)
 
     @override
     def setup(self, stage: str) -> None:

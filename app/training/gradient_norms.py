@@ -1,4 +1,7 @@
-"""How large the gradient of each block is: whether early blocks learn beside the later ones."""
+"""How large the gradient of each block is: whether early blocks learn beside the later ones.
+
+Tested by tests/unit/training/test_module.py and, on several ranks, tests/distributed/test_meshes.py.
+"""
 
 from collections.abc import Sequence
 
@@ -10,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from app import metric_names
 
 
-def is_logged(trainer: Trainer) -> bool:
-    """Whether the loggers get the metrics of the optimizer step that is about to be taken."""
+def is_logged(trainer: Trainer, step: int) -> bool:
+    """Whether the loggers get the metrics of this optimizer step, counted from 0."""
     steps = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 turns logging off
-    return bool(steps and (trainer.global_step + 1) % steps == 0)
+    return bool(steps and (step + 1) % steps == 0)
 
 
 def log_gradient_norms(module: LightningModule, blocks: Sequence[nn.Module], whole: Tensor, *, scale: float) -> None:

@@ -76,7 +76,7 @@ class TokenMeanStep:
             for grad in grads:
                 grad.mul_(factor)
             self._grad_norm = norm * factor
-            if blocks and is_logged(trainer):
+            if blocks and is_logged(trainer, trainer.global_step):
                 log_gradient_norms(module, blocks, self._grad_norm, scale=_loss_scale(trainer, optimizer))
             weighted = sum(exit_weights[layer] * value for layer, value in totals.exit_losses.items())
             module.log(metric_names.TRAIN_LOSS, weighted, prog_bar=True)

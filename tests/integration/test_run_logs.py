@@ -1,7 +1,9 @@
 """What the loggers of a run get, and how TensorBoard arranges it."""
 
 import csv
-from collections import Counter
+import json
+import struct
+from collections import Counter, defaultdict
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,7 +16,8 @@ from app import metric_names
 from callbacks import DataMonitor, ExitQualityMonitor, RunLogs, SelfSpeculativeValidation, ThroughputMonitor
 from callbacks.run_logs import is_detail, shown_depths
 from callbacks.tensorboard import EVENT_FILES, points
-from tests.support.runs import curricula, make_data, make_module, make_trainer
+from tests.support.runs import cli, curricula, make_data, make_module, make_trainer
+from tests.support.stream_runs import write_config, write_sources
 from tests.support.tiny_models import tiny_config
 
 DEEP = 10
@@ -67,10 +70,9 @@ def test_of_a_deep_model_all_loggers_get_the_same_few_metrics(run):
         assert set(next(csv.reader(lines))) - {"step"} == tags
     assert {"val/exit_loss/exit_10", "val/exit_acceptance/exit_05", "train/gradient_norm/block_07"} <= tags
     assert {"train/dropout_rate/block_02", "decode/speedup", "data/token_share/code"} <= tags
-    assert not [tag for tag in tags if is_detail(tag, DEEP)]
+    assert [tag for tag in tags if is_detail(tag, DEEP)] == ["val/exit_loss/exit_04"]  # which is monitored
     left_out = set(trainer.callback_metrics) - tags
-    assert {"val/exit_loss/exit_04", "train/exit_weight/exit_10", "decode/speedup/exit_02_drafts_02"} <= left_out
-    assert (root / "best" / "best.ckpt").exists()  # which monitors one of them
+    assert {"val/exit_loss/exit_03", "train/exit_weight/exit_10", "decode/speedup/exit_02_drafts_02"} <= left_out
 
 
 def test_a_model_of_24_blocks_has_about_forty_metrics_and_a_small_one_all(run):
@@ -81,7 +83,7 @@ def test_a_model_of_24_blocks_has_about_forty_metrics_and_a_small_one_all(run):
               for block in range(1, 25)]  # fmt: skip
     shown = [name for name in names if not is_detail(name, 24, range(1, 25))]
     assert len(names) > 200
-    assert len(shown) <= 40
+    assert len(shown) <= 41
     assert not [name for name in names if is_detail(name, 8)]
 
 
@@ -124,3 +126,60 @@ def test_figures_sample_and_all_metrics_are_there_on_request(tmp_path):
     assert set(tags["scalars"]) - {"epoch"} == set(trainer.callback_metrics)
     assert set(tags["images"]) == {"val/exits", "LayerSkip/exits", "LayerSkip/sample"}
     assert {"decode/sample/text_summary", "decode/self_speculative/text_summary"} <= set(tags["tensors"])
+
+
+@pytest.mark.extras
+def test_weights_and_biases_gets_offline_what_the_others_get(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    path = write_config(tmp_path, write_sources(tmp_path), max_steps=4, checkpoint_every=2, validation_rows=4)
+    config = json.loads(path.read_text())
+    csv_settings = {"save_dir": str(tmp_path), "name": "table", "version": ""}
+    config["trainer"]["logger"] = [
+        config["trainer"]["logger"],
+        {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": csv_settings},
+        {
+            "class_path": "lightning.pytorch.loggers.WandbLogger",
+            "init_args": {"save_dir": str(tmp_path), "offline": True},
+        },
+    ]
+    config["trainer"] |= {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    config["trainer"]["callbacks"] = [{"class_path": "callbacks.ExitQualityMonitor"}]
+    path.write_text(json.dumps(config))
+    assert cli(monkeypatch, "fit", "--config", str(path)) == 0
+    import wandb
+
+    wandb.finish()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    logged, settings = read_offline_run(file)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    tags = events.Tags()["scalars"]
+    assert set(logged) == set(tags)
+    for tag in tags:
+        assert logged[tag] == {point.step: pytest.approx(point.value) for point in events.Scalars(tag)}, tag
+    with (tmp_path / "table" / "metrics.csv").open(newline="") as lines:
+        assert set(next(csv.reader(lines))) - {"step"} == set(tags)
+    assert settings["curriculum"] == "rotational"
+
+
+def read_offline_run(file):
+    """Return what a W&B run logged, by name and step, and its settings: its file is a log of blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, record = file.read_bytes(), 7, b""  # behind the file's own header
+    logged, settings = defaultdict(dict), {}
+    while position + 7 <= len(content):
+        if (left := 2**15 - position % 2**15) < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            found, record = Record.FromString(record), b""
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in found.history.item}
+            for name, value in items.items():
+                if not name.startswith("_") and name != "trainer/global_step":
+                    logged[name][items["trainer/global_step"]] = value
+            for change in (*found.run.config.update, *found.config.update):
+                settings[change.key or "/".join(change.nested_key)] = json.loads(change.value_json)
+    return logged, settings

@@ -64,7 +64,7 @@ def test_baseline_gradients_equal_transformers_own_loss(tmp_path, prompt):
     """Without callbacks the module is next-token training, exactly."""
     module = make_module(optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
     keep = KeepBatch()
-    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[MaskLabels(prompt), keep])
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[MaskLabels(prompt), keep], log_every_n_steps=1)
     trainer.fit(module, datamodule=make_data(tmp_path))
     batch = keep.batch
     plain = build_model(module.config, seed=0).train()
@@ -73,6 +73,12 @@ def test_baseline_gradients_equal_transformers_own_loss(tmp_path, prompt):
     for name, parameter in plain.named_parameters():
         moved = parameter.detach() - parameter.grad
         assert torch.allclose(module.model.get_parameter(name), moved, atol=1e-6), name
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in part.parameters()]) for part in (plain, *plain.model.layers)
+    ]
+    names = ["whole", *(f"block_{block:02d}" for block in range(1, NUM_LAYERS + 1))]
+    logged = [trainer.callback_metrics[f"train/gradient_norm/{name}"].item() for name in names]
+    assert logged == pytest.approx([norm.item() for norm in norms], rel=1e-4)
 
 
 @pytest.mark.parametrize("exits", [{2: 0.5, 4: 0.5}, {2: 1.0}])

@@ -170,7 +170,8 @@ def _excerpt(name: str, measured: Measurement) -> Sheet:
         rows.append((f"layer {labels[layer]}", *(texts[str(each)] for each in ids)))
         for place, each in enumerate(ids):
             sure = run["top_probs"][layer][place][0]
-            shades[number, place + 1] = sure if each == tokens[place] else -sure
+            strength = 0.25 + 0.75 * sure
+            shades[number, place + 1] = strength if each == tokens[place] else -strength
     columns = ("", *(f"token {place + 1}" for place in range(len(tokens))))
     said = f"First choices after the prompt {prompt['prompt']!r}; blue is what the model generated, orange is not."
     command = measured.command().replace(str(measured.file), str(measured.file.with_suffix(".html")))

@@ -74,7 +74,7 @@ def environment(runs: Sequence[Run]) -> Section:
                     (
                         f"{run.name}: {measured.file.name}",
                         measured.kind,
-                        str(where.get("date", _UNKNOWN)).replace("+00:00", " UTC").replace("T", " "),
+                        str(where.get("date", _UNKNOWN)).replace("T", " ").replace("+00:00", " UTC"),
                         f"{where.get('device', _UNKNOWN)}, {where.get('threads', _UNKNOWN)} threads",
                         str(where.get("dtype", _UNKNOWN)),
                         ", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -236,7 +236,8 @@ def _exits(runs: Sequence[Run]) -> dict[str, list[str]]:
 def _fastest(run: Run) -> str:
     speedups = run.scalars.latest_by_setting(DECODE_SPEEDUP)
     if not speedups:
-        return "-"
+        fastest = [*run.scalars.of(DECODE_SPEEDUP).values()]
+        return f"{fastest[-1]:.2f}x" if fastest else "-"
     (layer, drafts), speedup = max(speedups.items(), key=lambda item: item[1])
     return f"{speedup:.2f}x (exit {layer}, {drafts} drafts)"
 

@@ -4,6 +4,7 @@ Tested by tests/unit/reports/test_run_folder.py.
 """
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,7 +56,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command that makes this run again."""
-        return f"layerskip fit --config {self.folder / 'config.yaml'}"
+        return shlex.join(["layerskip", "fit", "--config", str(self.folder / "config.yaml")])
 
     @property
     def model(self) -> Path:
@@ -94,7 +95,10 @@ class Run:
         history: dict[int, dict[int, ExitScore]] = {}
         for layer, points in losses.items():
             for step, loss in points.items():
-                rest = [by_exit.get(layer, {}).get(step, float("nan")) for by_exit in others]
+                # Of the full model, agreement and acceptance are not logged where they are known to be 1.
+                absent = 1.0 if layer == max(losses) and len(losses) > 1 else float("nan")
+                agreement, acceptance = (by_exit.get(layer, {}).get(step, absent) for by_exit in (others[0], others[2]))
+                rest = agreement, others[1].get(layer, {}).get(step, float("nan")), acceptance
                 history.setdefault(step, {})[layer] = ExitScore(loss, *rest)
         if self.checkpoint is not None:
             for step, scores in self.checkpoint.record.history.items():

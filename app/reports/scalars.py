@@ -15,11 +15,16 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from app.metric_names import DECODE_ACCEPTANCE_RATE, DECODE_SPEEDUP
+
 Series = Mapping[int, float]  # step, counted from 1 -> value, which may be NaN
 
 _EVENTS, _CSV = "events.out.tfevents.*", "metrics.csv"
 _FRAME = 16  # bytes of an event file beside each record: its length and two checksums
 _EXIT = re.compile(r"exit_(\d+)")
+_TEXT, _TABLE = "/text_summary", "decode/self_speculative"
+_COLUMNS = {DECODE_SPEEDUP: "speedup", DECODE_ACCEPTANCE_RATE: "acceptance"}
+_NUMBER = re.compile(r"([\d.]+)(%|x)$")
 _SETTING = re.compile(r"exit_(\d+)_drafts_(\d+)")
 
 
@@ -30,6 +35,7 @@ class Scalars:
     series: dict[str, dict[int, float]] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)  # the latest text of each name, such as a table in Markdown
     times: list[float] = field(default_factory=list)  # first and last, in seconds since 1970; empty if none is known
 
     def of(self, name: str) -> Series:
@@ -47,12 +53,24 @@ class Scalars:
         latest = {
             (int(match[1]), int(match[2])): [*self.of(f"{name}/{key}").values()][-1] for match, key in found if match
         }
-        return dict(sorted(latest.items()))
+        return dict(sorted(latest.items())) or self._of_table(name)
 
     @property
     def last_step(self) -> int:
         """The last step that anything was logged of."""
         return max((step for points in self.series.values() for step in points), default=0)
+
+    def _of_table(self, name: str) -> dict[tuple[int, int], float]:
+        """The same from the table of SelfSpeculativeValidation, since deep models log of a setting nothing else."""
+        lines = [line.strip("| ").split(" | ") for line in self.texts.get(_TABLE, "").splitlines() if line[:1] == "|"]
+        if len(lines) < 3 or (column := _COLUMNS.get(name)) not in lines[0]:
+            return {}
+        found = {}
+        for row in (dict(zip(lines[0], cells, strict=False)) for cells in lines[2:]):
+            if match := _NUMBER.match(row.get(column, "")):
+                value = float(match[1]) / (100 if match[2] == "%" else 1)
+                found[int(row["exit"]), int(row["drafts"])] = value
+        return found
 
     def _below(self, name: str) -> Iterator[str]:
         return (key.removeprefix(f"{name}/") for key in self.series if key.startswith(f"{name}/"))
@@ -99,6 +117,8 @@ def _read_events(file: Path, scalars: Scalars) -> None:
                 for step in [step for step in points if step > event.step]:
                     del points[step]
         for value in event.summary.value:
+            if value.tag.endswith(_TEXT) and value.tensor.string_val:
+                scalars.texts[value.tag.removesuffix(_TEXT)] = value.tensor.string_val[0].decode(errors="replace")
             if value.HasField("simple_value"):
                 scalars.series.setdefault(value.tag, {})[event.step + 1] = value.simple_value
                 scalars._seen_at(event.wall_time)

@@ -53,7 +53,7 @@ def exits(runs: Sequence[Run]) -> Section:
         if len(measured) > 1:
             blocks.append(_compared([run for _, run in measured]))
     for _, run in measured:
-        table = exit_table(run.history, num_layers=run.num_layers or 0)
+        table = _of_what_is_known(exit_table(run.history, num_layers=run.num_layers or 0))
         blocks.append(
             Sheet(
                 table=table._replace(title=f"{run.name}: {table.title[0].lower()}{table.title[1:]}"),
@@ -109,6 +109,12 @@ def _over_exits(
         in_percent=unit == "agreement",
         source="Held-out rows at " + ", ".join(f"step {max(run.history):,} of {run.name}" for _, run in measured),
     )
+
+
+def _of_what_is_known(table: Table) -> Table:
+    """The table without columns of figures that only a checkpoint would tell."""
+    columns = zip(*([cell(None if "nan" in text else text, "{}") for text in row] for row in table.rows), strict=True)
+    return Table.of_columns(table.title, dict(zip(table.columns, columns, strict=True)))
 
 
 def _compared(runs: Sequence[Run]) -> Sheet:

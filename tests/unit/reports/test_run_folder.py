@@ -8,9 +8,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from app.checkpoints import run_lock
 from app.errors import ConfigError
-from app.metric_names import DECODE_SPEEDUP, TRAIN_EXIT_LOSS, TRAIN_LOSS, VAL_LOSS
+from app.metric_names import DECODE_ACCEPTANCE_RATE, DECODE_SPEEDUP, TRAIN_EXIT_LOSS, TRAIN_LOSS, VAL_LOSS
 from app.reports.run_folder import read_runs
 from app.reports.scalars import read_scalars
+from app.tables import Table
 from tests.support.run_folders import EXITS, logged, make_run
 
 
@@ -20,6 +21,17 @@ def test_values_and_steps_are_those_that_were_logged(tmp_path: Path) -> None:
     assert [*scalars.by_exit(TRAIN_EXIT_LOSS)] == [*EXITS]
     assert scalars.latest_by_setting(DECODE_SPEEDUP) == pytest.approx({(1, 2): 1.1, (1, 3): 1.1, (2, 2): 1.4})
     assert scalars.notes == []
+
+
+def test_of_a_deep_model_the_table_of_decoding_tells_the_settings(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    columns = {"exit": ["2", "3"], "drafts": ["4", "4"], "acceptance": ["35.5%", "-"], "speedup": ["1.31x", "0.90x"]}
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_text("decode/self_speculative", Table.of_columns("title", columns).as_markdown(), 40)
+        writer.add_scalar(DECODE_SPEEDUP, 1.31, 39)  # of the fastest
+    scalars = read_scalars(folder)
+    assert scalars.latest_by_setting(DECODE_SPEEDUP) == {(2, 4): 1.31, (3, 4): 0.9}
+    assert scalars.latest_by_setting(DECODE_ACCEPTANCE_RATE) == {(2, 4): 0.355}
 
 
 def test_what_a_resumed_run_logged_again_counts_once(tmp_path: Path) -> None:

@@ -1,16 +1,24 @@
 """The model as lm-evaluation-harness sees it: its tasks from every exit, on tasks and files that the test writes."""
 
 import json
+import shutil
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
 from app.errors import ConfigError
+from app.model.exit_block import exit_blocks_of
+from app.model_files.exit_blocks import EXIT_BLOCKS_FILE, StoredExitBlocks
+from app.model_files.open import load_for_decoding
+from tests.support.checkpoints import write_checkpoint
+from tests.support.runs import cli
 from tests.support.saved_models import MAX_LENGTH, save_model
+from tests.unit.model_files.test_gguf import write_gguf
 
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]  # the harness's own warnings
 
@@ -113,6 +121,34 @@ def test_an_exit_scores_what_a_model_of_its_blocks_scores(tasks, directory, firs
     assert all(found[1][name] != whole[1][name] for name in TASKS)
     info = model.get_model_info()
     assert (info["strategy"], info["exit_layer"], info["lossless"]) == ("early_exit", EXIT, False)
+
+
+def test_an_exit_with_blocks_of_its_own_scores_what_its_export_scores(tasks, directory, tmp_path, monkeypatch, whole):
+    folder, out = shutil.copytree(directory, tmp_path / "hf"), tmp_path / "exit"
+    model = load_for_decoding(str(folder), dtype=None)[0]
+    blocks = exit_blocks_of(model, {EXIT: [EXIT]})
+    torch.nn.init.uniform_(blocks[str(EXIT)].decoder.norm.weight)
+    stored = StoredExitBlocks(blocks.state_dict(), {EXIT: [EXIT]}, None)
+    (folder / EXIT_BLOCKS_FILE).write_bytes(stored.as_file(model.state_dict()))
+    exported = ["--model", str(folder), "--exit_layer", str(EXIT), "--output_dir", str(out)]
+    assert cli(monkeypatch, "export", *exported) == 0
+    found = evaluate(ours(folder, batch_size=4, exit_layer=EXIT), tasks)
+    assert found == evaluate(theirs(out, batch_size=4), tasks)
+    assert found[1]["writing"] != whole[1]["writing"]
+
+
+def test_an_exit_scores_the_same_from_every_kind_of_file(directory, tmp_path):
+    model, tokenizer = load_for_decoding(str(directory), dtype=None)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    sources = [
+        directory,
+        write_checkpoint(tmp_path / "run.ckpt", model, tokenizer),
+        write_gguf(tmp_path / "model.gguf", model, tokenizer),
+    ]
+    said = [
+        ours(source, exit_layer=EXIT)._loglikelihood_tokens([(("", ""), [9, 40, 41], [50, 60])]) for source in sources
+    ]
+    assert said[0] == said[1] == said[2]
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,15 @@ def is_logged(trainer: Trainer, step: int) -> bool:
 def log_gradient_norms(module: LightningModule, blocks: Sequence[nn.Module], whole: Tensor, *, scale: float) -> None:
     """Log the norm of each block's gradient and of the `whole` one over `scale`; all ranks that share weights together.
 
-    Blocks without a gradient, for instance of a frozen model, are left out.
+    A block that no sample entered has a gradient of 0. Frozen blocks are left out.
     """
     grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in blocks]
-    numbers = [number for number, of_block in enumerate(grads, start=1) if of_block]
     norms = torch.stack([torch.nn.utils.get_total_norm(of_block) for of_block in grads if of_block] + [whole])
     if isinstance(norms, DTensor):
         norms = norms.full_tensor()
     *by_block, total = (norms / scale).tolist()
     module.log(metric_names.GRADIENT_NORM_WHOLE, total)
-    for number, norm in zip(numbers, by_block, strict=True):
-        module.log(metric_names.of_block(metric_names.GRADIENT_NORM, number), norm)
+    found = iter(by_block)
+    for number, (block, of_block) in enumerate(zip(blocks, grads, strict=True), start=1):
+        if any(p.requires_grad for p in block.parameters()):
+            module.log(metric_names.of_block(metric_names.GRADIENT_NORM, number), next(found) if of_block else 0.0)

@@ -67,7 +67,8 @@ def lens(
     loaded = [load_decoder(each, dtype=dtype, device=device, threads=threads) for each in model]
     for second in loaded[1:]:
         check_comparable(loaded[0], second, got=model[1])
-    check_shown(exit_layers or (), num_layers=loaded[0].decoder.num_layers)
+    if exit_layers is not None:
+        check_shown(exit_layers, num_layers=loaded[0].decoder.num_layers)
     max_length = min(each.decoder.max_length for each in loaded)
     location = "prompt" if prompts is None else f"{prompts}: prompt"
     tokens = encode_prompts(texts, loaded[0].tokenizer, max_length=max_length, location=location)

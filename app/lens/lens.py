@@ -4,7 +4,7 @@ Tested by tests/contract/test_lens.py.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -81,7 +81,9 @@ def check_comparable(first: LoadedModel, second: LoadedModel, *, got: str) -> No
         raise ConfigError("model", got=got, allowed=allowed, fix=fix)
 
 
-def check_shown(exit_layers: Iterable[int], *, num_layers: int) -> None:
-    """Raise ConfigError unless all exits are those of a model of `num_layers` blocks, the full model among them."""
+def check_shown(exit_layers: Sequence[int], *, num_layers: int) -> None:
+    """Raise ConfigError unless there is some exit, and all are those of a model of `num_layers` blocks, 1 to all."""
+    if not exit_layers:
+        raise ConfigError("exit_layers", got=[*exit_layers], allowed="at least one; leave it out to show all")
     for exit_layer in exit_layers:
         check_range("exit_layers", exit_layer, low=1, high=num_layers, fix=f"{num_layers} is the full model")

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from app.exits.layers_needed import LayersNeeded
 from app.lens.lens import Lens
 from app.lens.token_grid import Row, TokenGrid
 from app.lens.token_texts import token_texts, visible
@@ -17,7 +18,7 @@ _SHOWN_PROMPT = 32  # characters of a prompt in the table
 
 
 def needed_table(lenses: Sequence[Lens], texts: Sequence[str]) -> Table:
-    """Mean layers needed of every prompt and of all, for each model, and the second model's less the first's."""
+    """Return the mean layers that each prompt and all tokens needed, and the second model's less the first's."""
     num_layers = lenses[0].needed.num_layers
     rows = []
     for index, text in enumerate(texts):
@@ -32,7 +33,7 @@ def needed_table(lenses: Sequence[Lens], texts: Sequence[str]) -> Table:
     return Table(f"Layers needed of {num_layers}, by {counts} tokens", ("prompt", *columns), rows)
 
 
-def _means(needed: Sequence[Any]) -> tuple[str, ...]:
+def _means(needed: Sequence[LayersNeeded]) -> tuple[str, ...]:
     cells = []
     for each in needed:
         cells += [f"{each.mean_saturation_layer:.2f}", f"{each.mean_first_hit:.2f}"]

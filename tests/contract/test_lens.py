@@ -87,6 +87,7 @@ def test_a_page_and_a_picture_show_the_exits_that_are_asked_for(here, lens):
         (["--prompts", "prompts.jsonl"], "prompt: got 'x', allowed either a prompt or prompts"),
         (["--prompt", "word " * 99], "prompt: got '495 tokens', allowed 1 to 95 tokens"),
         (["--exit_layers", "[1, 5]"], "exit_layers: got 5, allowed [1, 4]; 4 is the full model"),
+        (["--exit_layers", "[]"], "exit_layers: got [], allowed at least one"),
         (["--max_new_tokens", "0"], "max_new_tokens: got 0, allowed [1, inf)"),
         (["--model", "deeper"], "model: got 'deeper', allowed a second model of 4 blocks, like the first; it has 5"),
         (["--model", "foreign"], "model: got 'foreign', allowed a model with the first model's tokenizer; "),

@@ -45,8 +45,9 @@ class RunLogs(Callback):
 
     A model of 24 blocks has more than 200 metrics, most of them by exit. Of more than 8 blocks, loggers get of each
     figure by depth the four depths that are nearest to a quarter, half, three quarters and all of the blocks (of those
-    that ExitQualityMonitor scores), and no metric that follows from another. What is left out stays in tables, figures
-    and trainer.callback_metrics, of training at the steps that are logged. What a callback monitors is never left out.
+    that ExitQualityMonitor scores), and no metric that follows from another. Where it scores four exits or fewer, they
+    get all of these. What is left out stays in tables, figures and trainer.callback_metrics, of training at the steps
+    that are logged. What a callback monitors is never left out.
 
     Args:
         all_metrics: Leave nothing out.
@@ -94,12 +95,16 @@ def is_detail(name: str, num_layers: int, scored: Collection[int] = ()) -> bool:
     if kind.startswith("parse/") or kind.startswith("test/parse/"):
         return False
     is_always_one = depth == num_layers and kind.endswith(_ALWAYS_ONE)
-    return kind not in _SHOWN_BY_DEPTH or is_always_one or depth not in shown_depths(num_layers, scored)
+    are_few = 0 < len(scored) <= _SHOWN_DEPTHS
+    is_of_few = are_few and kind.startswith(("val/", "test/"))
+    return is_always_one or depth not in shown_depths(num_layers, scored) or not (kind in _SHOWN_BY_DEPTH or is_of_few)
 
 
 def shown_depths(num_layers: int, scored: Collection[int] = ()) -> set[int]:
-    """Return the depths, in blocks run, that stand for all of a deep model."""
+    """Return the depths, in blocks run, that stand for all of a deep model: of few measured ones all."""
     measured = sorted(scored) or range(1, num_layers + 1)
+    if len(measured) <= _SHOWN_DEPTHS:
+        return set(measured)
     quarters = [num_layers * part / _SHOWN_DEPTHS for part in range(1, _SHOWN_DEPTHS + 1)]
     return {min(measured, key=lambda depth: abs(depth - quarter)) for quarter in quarters}
 

@@ -93,10 +93,17 @@ def test_a_model_of_24_blocks_has_about_forty_metrics_and_a_small_one_all(run):
         (24, (), {6, 12, 18, 24}),
         (30, [2, 4, 6, 9, 12, 18, 24, 30], {6, 12, 24, 30}),
         (30, [2], {2}),
+        (30, [1, 2, 30], {1, 2, 30}),
     ],
 )
 def test_the_depths_that_are_shown_are_measured_ones_nearest_to_the_quarters(num_layers, scored, shown):
     assert shown_depths(num_layers, scored) == shown
+
+
+def test_few_scored_exits_show_all_their_figures():
+    few, many = [1, 2, 30], [1, 2, 10, 20, 30]
+    for name in ("val/exit_predicted_speedup/exit_01", "val/exit_kl/exit_02"):
+        assert (is_detail(name, 30, few), is_detail(name, 30, many)) == (False, True)
 
 
 def test_charts_and_settings_are_in_the_runs_own_event_files_once_also_after_a_resume(run):

@@ -86,13 +86,7 @@ class LayerSkipLM(HFLM):  # type: ignore[misc]  # the extra is not always there 
             batch_size=batch_size if isinstance(batch_size, int) else 1,
             n_grams=options.n_gram_match != 0,
         )
-        self.loaded, self.strategy = loaded, strategy
-        self.options = replace(
-            options,
-            exit_layer=chosen.exit_layer,
-            num_draft_tokens=chosen.num_draft_tokens,
-            n_gram_match=chosen.n_gram_match or 0,
-        )
+        self.loaded, self.strategy, self.options = loaded, strategy, options
         self.chosen = replace(
             chosen,
             eos_token_ids=loaded.eos_token_ids,
@@ -122,12 +116,10 @@ class LayerSkipLM(HFLM):  # type: ignore[misc]  # the extra is not always there 
         ]
         strings = [string for string in stop if string]
         settings = replace(
-            _sampled(self.options, sampling).settings(),
+            self.chosen,
             max_new_tokens=max_length - context.shape[1],
             stop=StopStrings(self.tokenizer, strings) if strings else None,
-            eos_token_ids=self.chosen.eos_token_ids,
-            draft_decoder=self.chosen.draft_decoder,
-            costs=self.chosen.costs,
+            sampling=_sampled(self.options, sampling).settings().sampling,
         )
         seed = self.options.seed + self.num_generated
         request = Request(
@@ -178,8 +170,8 @@ def _options(settings: dict[str, Any]) -> GenerationOptions:
 def _sampled(options: GenerationOptions, of_task: dict[str, Any]) -> GenerationOptions:
     """The options with a task's `generation_kwargs`, as the harness hands them on."""
     samples = of_task.pop("do_sample", False)
-    if of_task.pop("num_beams", 1) != 1:
-        raise ConfigError("generation_kwargs.num_beams", got="beam search", allowed="1")
+    if (num_beams := of_task.pop("num_beams", 1)) != 1:
+        raise ConfigError("generation_kwargs.num_beams", got=num_beams, allowed="1")
     if unknown := sorted(of_task.keys() - {*_SAMPLING}):
         raise ConfigError("generation_kwargs", got=unknown[0], allowed=" | ".join(("do_sample", *_SAMPLING)))
     if not samples:

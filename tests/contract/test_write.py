@@ -64,7 +64,8 @@ def test_an_interrupted_call_goes_on_to_the_same_file(write, cut):
 def test_a_file_of_another_command_is_refused_and_left(write):
     write("--prompts", write.prompts, "--temperatures", "[0]")
     before = write.output.read_bytes()
-    for options in (["--temperatures", "[0, 1]"], ["--temperatures", "[0]", "--top_p", "0.5"]):
+    of_others = (["--temperatures", "[0, 1]"], ["--top_p", "0.5"], ["--batch_size", "1"])
+    for options in (["--temperatures", "[0]", *each] for each in of_others):
         status, _, said = write("--prompts", write.prompts, *options)
         assert status == 2
         assert "output: got" in said

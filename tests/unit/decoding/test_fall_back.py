@@ -61,6 +61,18 @@ def test_drafts_that_are_never_kept_are_given_up_and_nothing_is_drafted_afterwar
     assert sum(step.drafted > 0 for step in result.steps) == 8
 
 
+def test_an_exits_own_blocks_see_nothing_once_its_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeDecoder, "own_exit", 1)
+    monkeypatch.setattr(FakeDecoder, "num_own", 2)
+    decoder = counting_decoder(misses=_ALL, vocab_size=100, max_length=100)
+    monkeypatch.setattr("app.decoding.engine.perf_counter", lambda: decoder.elapsed)
+    settings = DecodingSettings(max_new_tokens=30, exit_layer=1, num_draft_tokens=4, fall_back=True)
+    result = decode(decoder, [0], strategy="self_speculative", settings=settings)
+    assert result.fell_back_after is not None
+    plain = [(0, 1, 1), (1, 4, 1)] * (30 - result.fell_back_after)
+    assert decoder.spans[-len(plain) :] == plain
+
+
 @pytest.mark.parametrize("sampling", [_GREEDY, _SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("strategy", _NEEDS)
 def test_drafts_that_pay_are_not_given_up(strategy: str, sampling: SamplingSettings) -> None:

@@ -52,6 +52,7 @@ def test_exit_blocks_come_back_in_the_models_type_and_plain_transformers_passes_
     for name, tensor in torch.nn.ModuleDict({str(e): block for e, block in blocks.items()}).state_dict().items():
         assert torch.equal(tensor, stored[name].to(loaded.model.dtype))
     assert loaded.decoder.own_exits == (1, 2, 3)
+    assert not any(block.training for block in blocks.values())
     assert [len(loaded.decoder.exit_span(exit_layer)) for exit_layer in SOURCES] == [1, 2, 0]
     assert AutoModelForCausalLM.from_pretrained(directory).state_dict().keys() == tiny_llama().state_dict().keys()
 

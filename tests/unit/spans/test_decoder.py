@@ -163,3 +163,14 @@ def test_eager_attention_and_ropes_that_rewrite_buffers_are_refused() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(ConfigError, match="rope_type: got 'dynamic'"):
         SpanDecoder(_model("llama", rope_parameters=rope))
+
+
+def test_no_draft_can_be_a_token_outside_the_draft_vocabulary() -> None:
+    decoder = SpanDecoder(_model("llama").eval())
+    entering = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        whole = decoder.unembed(entering, exit_layer=1)
+        decoder.use_draft_vocabulary([7, 2])
+        logits = decoder.draft_logits(entering, exit_layer=1)
+    torch.testing.assert_close(logits[..., [7, 2]], whole[..., [7, 2]])
+    assert torch.isneginf(logits).sum(-1).eq(_VOCAB - 2).all()

@@ -5,6 +5,7 @@ Tested by tests/unit/evaluation/test_rows.py.
 
 import csv
 import json
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_items(task: Task, path: str | None, *, limit: int | None = None, num_sh
 
     Args:
         path: Local file or folder; None takes the dataset of the hub.
-        limit: Take so many rows, at least 1: as many of each group as of any other, from its start.
+        limit: Take so many rows, at least 1: as many of each group as of any other, from all over it.
         num_shots: Worked examples before each, instead of the task's own number.
 
     Raises:
@@ -68,15 +69,21 @@ def read_items(task: Task, path: str | None, *, limit: int | None = None, num_sh
 
 
 def spread(groups: Sequence[str], limit: int | None) -> list[int]:
-    """The indices of at most `limit` members, as many of each group as of any other, each group's from its start."""
+    """The indices of at most `limit` members, as many of each group as of any other, drawn from all over the group.
+
+    They are the same at every call, and a higher limit only adds to them. The first rows would not do, since some files
+    are ordered by answer or domain.
+    """
     if limit is None or limit >= len(groups):
         return list(range(len(groups)))
+    places = list(range(len(groups)))
+    random.Random(0).shuffle(places)
     seen: dict[str, int] = {}
     turns = []
-    for index, group in enumerate(groups):
-        turns.append((seen.get(group, 0), index))
-        seen[group] = seen.get(group, 0) + 1
-    return sorted(index for _, index in sorted(turns)[:limit])
+    for turn, index in enumerate(places):
+        rank = seen[groups[index]] = seen.get(groups[index], -1) + 1
+        turns.append((rank, turn, index))
+    return sorted(index for *_, index in sorted(turns)[:limit])
 
 
 def _checked(example: Example, row: Row) -> Example:

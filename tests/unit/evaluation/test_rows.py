@@ -95,7 +95,7 @@ def test_a_folder_gives_the_files_of_the_split_and_of_any_format(tmp_path):
     items = read_items(TASKS["piqa"], str(tmp_path))
     assert [item.row for item in items] == [0, 1, 2, 3, 4, 5]
     assert items[4].example.context == 'Question: "g\nAnswer:'  # tab-separated files have no quotes
-    (shot, *_) = read_items(TASKS["piqa"], str(tmp_path), num_shots=1, limit=1)
+    (shot, *_) = read_items(TASKS["piqa"], str(tmp_path), num_shots=1)
     assert shot.example.context == "Question: To rest\nAnswer: sit\n\nQuestion: To rest\nAnswer:"
 
 
@@ -170,10 +170,19 @@ def test_what_cannot_be_had_is_refused(tmp_path):
     _write(tmp_path, {"valid.jsonl": [PIQA], "train.jsonl": [PIQA]})
     with pytest.raises(ConfigError, match=r"num_shots: got 2, allowed 0\.\.1 with task piqa: .*; give a folder with"):
         read_items(TASKS["piqa"], str(tmp_path), num_shots=2)
+    _write(tmp_path / "alone", {"valid.jsonl": [PIQA]})
+    with pytest.raises(ConfigError, match=r"num_shots: got 1, allowed 0\.\.0 with"):  # what is scored is never shown
+        read_items(TASKS["piqa"], str(tmp_path / "alone"), num_shots=1)
     with pytest.raises(DataError, match="task text has no dataset of its own; write text=PATH"):
         read_items(TASKS["text"], None)
 
 
-def test_a_limit_takes_as_many_of_each_group():
-    assert spread(list("aaaabbc"), 5) == [0, 1, 4, 5, 6]
+def test_a_limit_takes_as_many_of_each_group_from_all_over_it_and_a_higher_one_adds_to_them():
+    groups = ["a"] * 400 + ["b"] * 2 + ["c"] * 1
+    chosen = spread(groups, 43)
+    assert chosen == sorted({*chosen}) == spread(groups, 43)
+    assert [groups[index] for index in chosen] == ["a"] * 40 + ["b"] * 2 + ["c"]
+    assert {*chosen} < {*spread(groups, 60)}
+    of_a = [index for index in chosen if index < 400]
+    assert 10 < sum(index < 200 for index in of_a) < 30  # files may be ordered by answer
     assert spread(list("aab"), None) == spread(list("aab"), 9) == [0, 1, 2]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from math import log
+from shlex import quote
 
 from app.benchmark.report import draft_table, n_gram_table, speed_table
 from app.benchmark.result import BenchmarkResult
@@ -163,11 +164,11 @@ _BLOCKS: dict[Kind, Shown] = {"benchmark": _benchmark, "tune": _tune, "parses": 
 
 def _make(kind: Kind, run: Run) -> str:
     """The commands that make a file in the folder of a run."""
-    prompts, layers = run.folder / "prompts.jsonl", run.num_layers or 8
-    first = f"layerskip data --config {run.folder / 'config.yaml'} --prompts {prompts}\n"
+    folder, model, layers = quote(str(run.folder)), quote(str(run.model)), run.num_layers or 8
+    prompts = f"{folder}/prompts.jsonl"
+    first = f"layerskip data --config {folder}/config.yaml --prompts {prompts}\n"
     if kind == "tune":
-        return f"{first}layerskip tune --model {run.model} --prompts {prompts} --json > {run.folder}/tune.json"
+        return f"{first}layerskip tune --model {model} --prompts {prompts} --json > {folder}/tune.json"
     exits = sorted({max(1, layers // share) for share in (8, 6, 4)})
     grid = f"--strategies '[self_speculative]' --exit_layers '{exits}' --num_draft_tokens '[2, 4, 6]'"
-    output = run.folder / "benchmark.json"
-    return f"{first}layerskip benchmark --model {run.model} --prompts {prompts} {grid} --output {output}"
+    return f"{first}layerskip benchmark --model {model} --prompts {prompts} {grid} --output {folder}/benchmark.json"

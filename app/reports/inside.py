@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from math import log
+from shlex import quote
 from typing import Any
 
 from app.reports.blocks import Block, Charts, Section, Sheet
@@ -22,7 +23,7 @@ def tasks(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
     if charts := _task_charts(files) if len(blocks) == len(files) else []:
         blocks.insert(0, Charts(charts=charts))
     command = "layerskip evaluate --model {} --tasks '[boolq=FILE, gsm8k=FILE]' --output {}/evaluation.json".format
-    blocks += missing("evaluation", runs, others, lambda run: command(run.model, run.folder))
+    blocks += missing("evaluation", runs, others, lambda run: command(quote(str(run.model)), quote(str(run.folder))))
     return Section(name="tasks", title="Evaluation on tasks", blocks=blocks)
 
 
@@ -30,7 +31,7 @@ def layers(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
     """How many layers tokens need, and what the layers say of the first few tokens."""
     blocks: list[Block] = of_files(runs, others, {"lens": _lens})
     command = "layerskip lens --model {} --prompts {}/prompts.jsonl --output {}/lens.json".format
-    blocks += missing("lens", runs, others, lambda run: command(run.model, run.folder, run.folder))
+    blocks += missing("lens", runs, others, lambda run: command(quote(str(run.model)), *2 * [quote(str(run.folder))]))
     return Section(name="layers", title="Layers needed", blocks=blocks)
 
 

@@ -30,7 +30,7 @@ class AdaptSettings:
     hours: float = 2.0
     exit_layer: int | None = None
     num_exit_blocks: int = 1
-    own_share: float = 0.5
+    own_share: float = 0.75
     max_new_tokens: int = 128
     recipe: str = "configs/exit_blocks.yaml"
 

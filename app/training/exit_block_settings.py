@@ -29,7 +29,7 @@ class ExitBlockSettings:
     """
 
     exits: dict[int, int]
-    start: ExitBlockStart = "exit"
+    start: ExitBlockStart = "last"
     loss: DistillationLoss = "lk"
     vocabulary: str | None = None
     start_tokens: int = 65536

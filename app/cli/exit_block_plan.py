@@ -43,8 +43,8 @@ class CachePlan(NamedTuple):
         if plan.exit_blocks is not None:
             flops = self.tokens * plan.exit_blocks.pass_flops_per_token
             rows.append(("FLOPs to fill it, once", f"{flops:.3e}"))
-            if machine.peak_flops:
-                rows.append(("time on one device", shown_seconds(flops / machine.peak_flops / machine.utilisation)))
+            if seconds := machine.seconds(flops):
+                rows.append(("time on one device", shown_seconds(seconds)))
         return Table("Cache of states, at most", ("what", "figure"), rows)
 
 

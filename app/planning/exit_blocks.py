@@ -99,7 +99,6 @@ def plan_exit_blocks(
     micro_batches = recipe.accumulate * recipe.world_size
     pass_flops = 0 if learns.cached else costs.pass_flops * micro_batches
     step_flops = float(pass_flops + costs.own_flops * micro_batches)
-    speed = machine.peak_flops and machine.peak_flops * machine.utilisation * recipe.world_size
     own = [*blocks.parameters()]
     return Plan(
         recipe=recipe,
@@ -117,7 +116,7 @@ def plan_exit_blocks(
         checkpointing=False,
         checkpoint_bytes=memory.weights + memory.optimizer_states,
         export_bytes=memory.weights,
-        seconds_per_step=speed and step_flops / speed,
+        seconds_per_step=machine.seconds(step_flops, world_size=recipe.world_size),
         exit_blocks=ExitBlockPlan(
             parameters=sum(parameter.numel() for parameter in own),
             bytes=sum(parameter.nbytes for parameter in own),

@@ -43,6 +43,10 @@ class Machine:
         """Tell whether `peak` bytes leave RESERVE of the device free; None where the device is unknown."""
         return None if self.device_memory is None else peak <= self.device_memory * (1 - RESERVE)
 
+    def seconds(self, flops: float, *, world_size: int = 1) -> float | None:
+        """Tell how long `world_size` such devices take for `flops`; None where the device is unknown."""
+        return self.peak_flops and flops / (self.peak_flops * self.utilisation * world_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExitBlockPlan:
@@ -147,7 +151,6 @@ def plan_training(
     passes = 3 if lora is None else 2  # of the cost of a forward, in forward and backward; frozen weights save one
     recomputation_cost = sum(costs.block_flops) / passes / plain
     step_flops = step * recipe.accumulate * recipe.world_size
-    speed = machine.peak_flops and machine.peak_flops * machine.utilisation * recipe.world_size
     return Plan(
         recipe=recipe,
         layout=layout,
@@ -165,7 +168,9 @@ def plan_training(
         checkpoint_bytes=whole.weights + whole.optimizer_states,
         export_bytes=whole.weights
         - sum(adapter.nbytes for adapter in adapters_of(dict(model.named_parameters())).values()),
-        seconds_per_step=speed and step_flops * (1 + checkpointing * recomputation_cost) / speed,
+        seconds_per_step=machine.seconds(
+            step_flops * (1 + checkpointing * recomputation_cost), world_size=recipe.world_size
+        ),
     )
 
 

@@ -45,11 +45,15 @@ class KeyValueCache:
         """Keep only these sequences, in this order."""
         index = torch.tensor(rows)
         for layer_idx, store in enumerate(self._stores):
-            self._lengths[layer_idx] = tuple(self._lengths[layer_idx][row] for row in rows)
+            lengths = self._lengths[layer_idx]
+            self._lengths[layer_idx] = tuple(lengths[row] for row in rows)
             if store is not None:
-                keys_BCHK, values_BCHK = store
-                index = index.to(keys_BCHK.device)  # copied to the device once
-                self._stores[layer_idx] = keys_BCHK.index_select(0, index), values_BCHK.index_select(0, index)
+                index, stop = index.to(store[0].device), max(lengths)  # copied to the device once
+                shape = len(rows), *store[0].shape[1:]
+                fresh = _unwritten(shape, like=store[0]), _unwritten(shape, like=store[0])
+                for new, old in zip(fresh, store, strict=True):
+                    new[:, :stop] = old[:, :stop].index_select(0, index)
+                self._stores[layer_idx] = fresh
 
     def next_positions(self, layer_idx: int, num_new: int, *, device: torch.device) -> Tensor:
         """The next `num_new` positions of each row in block `layer_idx` [B, T].
@@ -98,9 +102,7 @@ class KeyValueCache:
         batch, _, heads, width = like_BTHK.shape
         capacity = self._capacity if store is None else store[0].shape[1] + max(_GROWTH, store[0].shape[1] // 2)
         shape = batch, max(needed, capacity), heads, width
-        # Masks add -inf to what a short row has beyond its end, which does not hide a NaN of unwritten memory.
-        new_store = like_BTHK.new_zeros if batch > 1 else like_BTHK.new_empty
-        fresh = new_store(shape), new_store(shape)
+        fresh = _unwritten(shape, like=like_BTHK), _unwritten(shape, like=like_BTHK)
         if store is not None:
             for new, old in zip(fresh, store, strict=True):
                 new[:, : old.shape[1]] = old
@@ -113,3 +115,12 @@ class KeyValueCache:
             rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
             self._slots = positions_BT, capacity, (rows_B1 * capacity + positions_BT).flatten()
         return self._slots[2]
+
+
+def _unwritten(shape: Sequence[int], *, like: Tensor) -> Tensor:
+    """A store of this shape [B, C, H, K], of the type and on the device of `like`.
+
+    Masks add -inf to what a short row has beyond its end, which does not hide a NaN of memory that was never written;
+    a single row ends where the store is read.
+    """
+    return like.new_zeros(shape) if shape[0] > 1 else like.new_empty(shape)

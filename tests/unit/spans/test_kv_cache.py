@@ -76,3 +76,19 @@ def test_rows_of_different_lengths_are_written_where_each_ends_and_can_leave() -
     keys, _ = cache.update(torch.stack([_rows(4, 5)[0], _rows(6, 7)[0]]), torch.zeros(2, 2, 1, 3), 1)
     assert torch.equal(keys[0, :, :5], _rows(0, 5)[0])
     assert torch.equal(keys[1, :, :7], _rows(0, 7)[0])
+
+
+def test_rows_made_of_one_hold_no_memory_that_was_never_written() -> None:
+    """Masks do not hide a NaN: 0 * NaN is NaN."""
+    torch.use_deterministic_algorithms(True)  # fills memory that is not written with NaN
+    try:
+        cache = _filled(1, 8, 2)
+        cache.keep_rows([0, 0])
+        new = _rows(2, 4).expand(2, -1, -1, -1)
+        cache.update(new, new, 0)
+        cache.truncate([4, 3])
+        keys, values = cache.update(new, new, 0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert keys.isfinite().all()
+    assert values.isfinite().all()

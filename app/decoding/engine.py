@@ -4,6 +4,7 @@ Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts +
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from app.decoding.drafters import FullModel
 from app.decoding.n_grams import NGramIndex
 from app.decoding.result import DecodingResult, Step
 from app.decoding.rows import SequenceState
-from app.decoding.settings import DecodingSettings
+from app.decoding.settings import DecodingSettings, Ends
 from app.decoding.strategies import STRATEGIES, Strategy, check_request, check_settings
 from app.errors import check_choice
 from app.protocols import ExitableDecoder
@@ -69,6 +70,7 @@ class Decoding:
         strategy: How to decode; all but early_exit give the full model's own output.
         settings: Budget, end of sequence, sampling, and what the strategy needs.
         generators: Source of randomness of each prompt, on the decoder's device; needed when temperature > 0.
+        ends: Budget and stop condition of each prompt, where they are not those of the settings for all.
 
     Raises:
         ConfigError: A prompt, a setting or a combination cannot be used with this model.
@@ -82,6 +84,7 @@ class Decoding:
         strategy: Strategy,
         settings: DecodingSettings,
         generators: Sequence[torch.Generator] | None = None,
+        ends: Sequence[Ends] | None = None,
     ) -> None:
         check_choice("strategy", strategy, STRATEGIES)
         check_settings(strategy, settings, decoder)
@@ -104,7 +107,7 @@ class Decoding:
                     index=index,
                     prompt=list(prompt),
                     room=decoder.max_length - len(prompt),
-                    settings=settings,
+                    settings=settings if ends is None else replace(settings, **ends[index]._asdict()),
                     policy=policy(settings.num_draft_tokens or 0, costs),
                     pace=pace,
                     n_grams=None if match is None else NGramIndex(prompt, match=match),

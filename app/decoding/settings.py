@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from app.decoding.cost_model import CostModel
 from app.decoding.sampling import SamplingSettings
@@ -16,6 +16,13 @@ USUAL_N_GRAM_DRAFTS = 8
 # Called with the prompt, the new tokens so far, and how many of them are new since the last call. Returns how many
 # tokens to keep if the sequence ends inside them, else None. See `app.decoding.stopping.StopStrings`.
 StopCondition = Callable[[Sequence[int], Sequence[int], int], int | None]
+
+
+class Ends(NamedTuple):
+    """Where the output of one prompt of a batch ends; the names are those of DecodingSettings."""
+
+    max_new_tokens: int
+    stop: StopCondition | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,16 @@
 """Prompts decoded together come out, in every particular, as each would alone."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from app.decoding.engine import decode_batch
+from app.decoding.engine import Decoding, decode_batch
 from app.decoding.result import DecodingResult, Step
 from app.decoding.sampling import SamplingSettings
-from app.decoding.settings import DecodingSettings
+from app.decoding.settings import DecodingSettings, Ends
 from app.decoding.strategies import STRATEGIES
 from app.spans.kv_cache import KeyValueCache
 from tests.support.decoding import decode
@@ -118,6 +119,33 @@ def test_rows_leave_at_different_times_for_different_reasons_and_the_others_go_o
     assert [_told(result) for result in together] == [_told(result) for result in alone]
     assert len({len(result.tokens) for result in together}) >= 3
     assert {"eos", "context_length"} <= {result.stop_reason for result in together}
+
+
+@pytest.mark.parametrize("sampling", [_SAMPLING, SamplingSettings()])
+def test_prompts_with_budgets_and_stops_of_their_own_come_out_as_alone(sampling: SamplingSettings) -> None:
+    decoder, prompts = decoder_named("llama whose exits agree"), [prompt_of(length) for length in _LENGTHS[:4]]
+    settings = _settings("self_speculative", sampling=sampling)
+    free = _together_and_alone(decoder, prompts, "self_speculative", settings, CONTEXT)[0]
+    ends = [Ends(7), Ends(0), Ends(20, ends_after(free[2].tokens[9:12])), Ends(20)]
+    found = Decoding(
+        decoder,
+        prompts,
+        strategy="self_speculative",
+        settings=settings,
+        generators=_generators(settings, len(prompts)),
+        ends=ends,
+    ).finish()
+    generators = _generators(settings, len(prompts)) or [None] * len(prompts)  # type: ignore[list-item]
+    for result, prompt, end, generator in zip(found, prompts, ends, generators, strict=True):
+        own = replace(settings, max_new_tokens=end.max_new_tokens, stop=end.stop)
+        alone = decode(decoder, prompt, strategy="self_speculative", settings=own, generator=generator)
+        assert _told(result) == _told(alone)
+    assert [(len(result.tokens), result.stop_reason) for result in found] == [
+        (7, "max_new_tokens"),
+        (0, "max_new_tokens"),
+        (12, "stop"),
+        (20, "max_new_tokens"),
+    ]
 
 
 def test_rows_without_a_budget_do_not_shift_the_others() -> None:

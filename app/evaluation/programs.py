@@ -143,13 +143,13 @@ class ProgramRunner:
             tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder,
             tempfile.TemporaryFile() as order,
         ):
-            if self._user is not None:
-                os.chown(folder, self._user, self._user)
             order.write(json.dumps(self._order(program, folder, theirs, ended)).encode())
             order.seek(0)
             python = (sys.executable, "-s", "-P", "-B", "-c", _CHILD.read_text("utf-8"))
             backstop = ("timeout", "--signal=KILL", str(limits.wall_seconds + 2 * _START_SECONDS))
             try:
+                if self._user is not None:  # whom a container may not have
+                    os.chown(folder, self._user, self._user)
                 process = subprocess.Popen(  # noqa: S603 - the point of this file
                     (*backstop, *_NAMESPACES, *python) if self.is_isolated else python,
                     stdin=order,

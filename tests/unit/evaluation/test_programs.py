@@ -1,5 +1,6 @@
 """Programs that misbehave are bounded, and only those that come to their end have passed."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -144,6 +145,15 @@ def test_without_namespaces_a_warning_says_what_is_open(
     assert "no-such-command" in caplog.text
     assert runner.run("assert True").outcome == "passed"
     assert runner.run("while True:\n    print('x' * 10_000)").outcome == "timed out"
+
+
+def test_root_of_a_container_that_has_no_user_nobody_runs_programs_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*call: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(programs.os, "chown", refused)
+    assert ProgramRunner(SHORT).run("assert True").outcome == "passed"
 
 
 def test_a_machine_that_runs_no_program_is_an_error_and_no_failed_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,10 @@ class ExitableDecoder(Layered, Protocol):
     def draft_vocabulary(self) -> Sequence[int] | None:
         """The token ids that drafts are chosen from, the most useful ones first; None where these are all."""
 
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The same ids [V'] in ascending order, on `device`."""
+
     def use_draft_vocabulary(self, token_ids: Sequence[int] | None) -> None:
         """Let drafts be chosen from these token ids alone; None stands for all."""
 
@@ -220,7 +224,7 @@ class ExitableDecoder(Layered, Protocol):
         """Norm of an exit, by default the final one, and LM head: pre-norm states [B, T, D] -> logits [B, T, V]."""
 
     def draft_logits(self, hidden_BTD: Tensor, *, exit_layer: int) -> Tensor:
-        """The same for drafts, whose logits [B, T, V] are minus infinity outside the draft vocabulary."""
+        """The same for drafts, with logits [B, T, V'] of `draft_ids` alone where these are not all."""
 
 
 # -- datamodules -----------------------------------------------------------------------------------------------------

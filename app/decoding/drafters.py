@@ -19,7 +19,12 @@ class FullModel:
 
     A round feeds the latest settled token, which no block has seen, and what was drafted after it. `capacity` counts
     the positions that each of `batch_size` sequences is likely to need.
+
+    Attributes:
+        draft_ids: The token ids [V'] that the logits of drafts are of; None where these are all.
     """
+
+    draft_ids: Tensor | None = None
 
     def __init__(self, decoder: ExitableDecoder, batch_size: int, capacity: int, *, stop: int | None = None) -> None:
         self.decoder, self.stop = decoder, decoder.num_layers if stop is None else stop
@@ -47,7 +52,7 @@ class FullModel:
         return self.decoder.run_blocks(hidden_BTD, start=own.start, stop=own.stop, cache=self.cache)
 
     def draft(self, tokens_B: Tensor) -> Tensor:
-        """Take one more token of each sequence; return the drafter's logits [B, V] for the one after it."""
+        """Take one more token of each sequence; return the drafter's logits [B, V'] for the one after it."""
         raise NotImplementedError("a full model does not draft")
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ class EarlyExitDrafter(FullModel):
     def __init__(self, decoder: ExitableDecoder, settings: DecodingSettings, batch_size: int, capacity: int) -> None:
         super().__init__(decoder, batch_size, capacity)
         assert settings.exit_layer is not None
-        self.exit_layer = settings.exit_layer
+        self.exit_layer, self.draft_ids = settings.exit_layer, decoder.draft_ids
         self._exit_states: list[Tensor] = []  # each [B, 1, D]
         self._drafting_span = decoder.exit_span(self.exit_layer)
         self._undrafted_BTD: Tensor | None = None  # states of this round's positions that the exit's blocks lack
@@ -133,6 +138,7 @@ class LayerSkipDrafter(FullModel):
     def __init__(self, decoder: ExitableDecoder, settings: DecodingSettings, batch_size: int, capacity: int) -> None:
         super().__init__(decoder, batch_size, capacity)
         assert settings.skipped_layers is not None
+        self.draft_ids = decoder.draft_ids
         ends = [*sorted(set(settings.skipped_layers)), decoder.num_layers]
         starts = [0, *(layer + 1 for layer in ends)]
         self._spans = [(start, stop) for start, stop in zip(starts, ends, strict=False) if start < stop]

@@ -134,7 +134,8 @@ class Decoding:
         drafter = self._entry.new_drafter(self._decoder, self._settings, len(rows), capacity)
         confidence = any(row.policy.wants_confidence for row in rows)
         sampling = self._settings.sampling
-        rule = GreedyRule(sampling, confidence=confidence) if sampling.greedy else SamplingRule(sampling)
+        given = sampling, drafter.draft_ids, self._decoder.vocab_size
+        rule = GreedyRule(*given, confidence=confidence) if sampling.greedy else SamplingRule(*given)
         loop = _Loop(drafter, rule)
         with torch.no_grad():
             done = loop.prefill(rows)

@@ -107,6 +107,13 @@ def _edge(descending: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
     return least_N1, kept_N1 - (descending > least_N1).sum(-1, keepdim=True), all_kept_N
 
 
+def over_vocabulary(values: Tensor, ids: Tensor | None, vocab_size: int, *, outside: float = float("-inf")) -> Tensor:
+    """Values [..., V'] of these token ids [V'] among all [..., V], the others being `outside`; None stands for all."""
+    if ids is None:
+        return values
+    return values.new_full((*values.shape[:-1], vocab_size), outside).index_copy_(-1, ids, values)
+
+
 def draw(probs_V: Tensor, *, generator: torch.Generator) -> Tensor:
     """Draw a token id [1] by the inverse of the distribution function, from one random number and without a wait.
 

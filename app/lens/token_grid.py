@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from app.decoding.sampling import over_vocabulary
 from app.exits.layers_needed import LayersNeeded
 from app.exits.states import states_by_exit
 from app.spans.decoder import SpanDecoder
@@ -143,7 +144,8 @@ def _read(decoder: SpanDecoder, rows: Sequence[Row], states_RCD: Tensor) -> tupl
     logits_RCV = decoder.unembed(states_RCD).float()
     for index, row in enumerate(rows):
         if row.is_own:
-            logits_RCV[index] = decoder.draft_logits(states_RCD[index : index + 1], exit_layer=row.exit_layer)[0]
+            logits_CV = decoder.draft_logits(states_RCD[index : index + 1], exit_layer=row.exit_layer)[0]
+            logits_RCV[index] = over_vocabulary(logits_CV, decoder.draft_ids, decoder.vocab_size)
     choices_RC = logits_RCV.argmax(-1)
     log_probs_RCV = logits_RCV.log_softmax(-1)
     probs_RCV = log_probs_RCV.exp()

@@ -94,7 +94,7 @@ class SpanDecoder:
         self._query_groups = config.num_attention_heads // config.num_key_value_heads
         self._tables: _RotaryTables | None = None
         self._draft_vocabulary: tuple[int, ...] | None = None
-        self._draft_ids_V: Tensor | None = None
+        self._draft_ids: Tensor | None = None
         self._draft_head = self._head
 
     @property
@@ -151,13 +151,18 @@ class SpanDecoder:
         """The token ids that drafts are chosen from, in the order given; None where these are all."""
         return self._draft_vocabulary
 
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The same ids [V'] in ascending order, on `device`."""
+        return self._draft_ids
+
     def use_draft_vocabulary(self, token_ids: Sequence[int] | None) -> None:
         """Let drafts use only these rows of the head, which are copied once; None gives them the whole head back.
 
         Raises:
             ConfigError: An id is not in the vocabulary, or stands twice.
         """
-        self._draft_vocabulary, self._draft_ids_V, self._draft_head = None, None, self._head
+        self._draft_vocabulary, self._draft_ids, self._draft_head = None, None, self._head
         if token_ids is None:
             return
         if not token_ids or len(set(token_ids)) < len(token_ids):
@@ -167,11 +172,10 @@ class SpanDecoder:
         for token in (min(token_ids), max(token_ids)):
             check_range("draft_vocabulary", token, low=0, high=self.vocab_size - 1, fix="use the model's own tokenizer")
         self._draft_vocabulary = tuple(token_ids)
-        self._draft_ids_V = torch.tensor(self._draft_vocabulary, device=self.device)
+        # Of equal logits the lowest id counts, as in the whole vocabulary.
+        self._draft_ids = torch.tensor(sorted(token_ids), device=self.device)
         weight, bias = self._head.weight.detach(), self._head.bias
-        self._draft_head = Product(
-            weight[self._draft_ids_V], None if bias is None else bias.detach()[self._draft_ids_V]
-        )
+        self._draft_head = Product(weight[self._draft_ids], None if bias is None else bias.detach()[self._draft_ids])
 
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> KeyValueCache:
         """An empty cache of `capacity` positions a sequence, which may grow; ConfigError in training mode."""
@@ -267,12 +271,8 @@ class SpanDecoder:
         return self._head(self._normed(hidden_BTD, exit_layer))
 
     def draft_logits(self, hidden_BTD: Tensor, *, exit_layer: int) -> Tensor:
-        """The same for drafts, whose logits [B, T, V] are minus infinity outside the draft vocabulary."""
-        logits = self._draft_head(self._normed(hidden_BTD, exit_layer))
-        if self._draft_ids_V is None:
-            return logits
-        whole_BTV = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
-        return whole_BTV.index_copy_(-1, self._draft_ids_V, logits)
+        """The same for drafts, with logits [B, T, V'] of `draft_ids` alone where these are not all."""
+        return self._draft_head(self._normed(hidden_BTD, exit_layer))
 
     def _normed(self, hidden_BTD: Tensor, exit_layer: int | None) -> Tensor:
         norm = self._norms.get(exit_layer or self.num_layers, self._decoder.norm)

@@ -92,6 +92,10 @@ class FakeDecoder:
 
     draft_vocabulary: Sequence[int] | None = None
 
+    @property
+    def draft_ids(self) -> Tensor | None:
+        return torch.tensor(sorted(set(range(self.vocab_size)) - {*self.unspeakable})) if self.unspeakable else None
+
     def use_draft_vocabulary(self, token_ids: Sequence[int] | None) -> None:
         self.draft_vocabulary = token_ids
         self.unspeakable = () if token_ids is None else tuple(set(range(self.vocab_size)) - {*token_ids})
@@ -131,9 +135,8 @@ class FakeDecoder:
         return torch.stack([tokens_BT, run_BT, past_BT, shortcut_BT], dim=-1)
 
     def draft_logits(self, hidden_BTD: Tensor, *, exit_layer: int) -> Tensor:
-        spoken = torch.ones(self.vocab_size, dtype=torch.bool)
-        spoken[list(self.unspeakable)] = False
-        return self.unembed(hidden_BTD, exit_layer=exit_layer).where(spoken, float("-inf"))
+        logits_BTV = self.unembed(hidden_BTD, exit_layer=exit_layer)
+        return logits_BTV if self.draft_ids is None else logits_BTV[..., self.draft_ids]
 
     def unembed(self, hidden_BTD: Tensor, *, exit_layer: int | None = None) -> Tensor:
         if exit_layer == self.own_exit:

@@ -165,12 +165,14 @@ def test_eager_attention_and_ropes_that_rewrite_buffers_are_refused() -> None:
         SpanDecoder(_model("llama", rope_parameters=rope))
 
 
-def test_no_draft_can_be_a_token_outside_the_draft_vocabulary() -> None:
+def test_drafts_are_scored_among_the_ids_of_the_draft_vocabulary_alone() -> None:
     decoder = SpanDecoder(_model("llama").eval())
     entering = torch.randn(2, 3, 32)
     with torch.no_grad():
         whole = decoder.unembed(entering, exit_layer=1)
         decoder.use_draft_vocabulary([7, 2])
         logits = decoder.draft_logits(entering, exit_layer=1)
-    torch.testing.assert_close(logits[..., [7, 2]], whole[..., [7, 2]])
-    assert torch.isneginf(logits).sum(-1).eq(_VOCAB - 2).all()
+    assert decoder.draft_vocabulary == (7, 2)
+    assert decoder.draft_ids is not None
+    assert decoder.draft_ids.tolist() == [2, 7]
+    torch.testing.assert_close(logits, whole[..., [2, 7]])

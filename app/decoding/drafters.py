@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from app.decoding.settings import DecodingSettings
-from app.protocols import ExitableDecoder
+from app.protocols import DecoderCache, ExitableDecoder
+
+
+def run_exit_blocks(decoder: ExitableDecoder, hidden_BTD: Tensor, *, exit_layer: int, cache: DecoderCache) -> Tensor:
+    """Run the blocks that an exit has of its own on states that leave block `exit_layer` - 1; without any, return them.
+
+    The states [B, T, D] are those of the next T positions of these blocks in the cache.
+    """
+    if not (own := decoder.exit_span(exit_layer)):
+        return hidden_BTD
+    return decoder.run_blocks(hidden_BTD, start=own.start, stop=own.stop, cache=cache)
 
 
 class FullModel:
@@ -44,12 +54,7 @@ class FullModel:
     def _run_all(self, tokens_BT: Tensor) -> Tensor:
         """The states [B, T, D] that enter the norm, after blocks 0..stop-1 and the exit's own."""
         hidden_BTD = self.decoder.run_blocks(self.decoder.embed(tokens_BT), start=0, stop=self.stop, cache=self.cache)
-        return self._run_exit_blocks(hidden_BTD, self.stop)
-
-    def _run_exit_blocks(self, hidden_BTD: Tensor, exit_layer: int) -> Tensor:
-        if not (own := self.decoder.exit_span(exit_layer)):
-            return hidden_BTD
-        return self.decoder.run_blocks(hidden_BTD, start=own.start, stop=own.stop, cache=self.cache)
+        return run_exit_blocks(self.decoder, hidden_BTD, exit_layer=self.stop, cache=self.cache)
 
     def draft(self, tokens_B: Tensor) -> Tensor:
         """Take one more token of each sequence; return the drafter's logits [B, V'] for the one after it."""
@@ -91,7 +96,7 @@ class EarlyExitDrafter(FullModel):
 
     def draft(self, tokens_B: Tensor) -> Tensor:
         self._exit_states.append(self._run_to_exit(tokens_B[:, None]))
-        hidden_B1D = self._run_exit_blocks(self._exit_states[-1], self.exit_layer)
+        hidden_B1D = run_exit_blocks(self.decoder, self._exit_states[-1], exit_layer=self.exit_layer, cache=self.cache)
         return self.decoder.draft_logits(hidden_B1D, exit_layer=self.exit_layer)[:, 0]
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ class EarlyExitDrafter(FullModel):
         seen = self.cache.lengths(own.start)
         if any(length > known for length, known in zip(lengths, seen, strict=True)):
             # A sequence that kept less begins these states at a later position than theirs, and forgets them again.
-            self._run_exit_blocks(self._undrafted_BTD, self.exit_layer)
+            run_exit_blocks(self.decoder, self._undrafted_BTD, exit_layer=self.exit_layer, cache=self.cache)
             super().settle(lengths)
 
     def end_drafting(self) -> None:
@@ -118,7 +123,7 @@ class EarlyExitDrafter(FullModel):
         if not self._drafting_span:
             return super()._run_all(tokens_BT)
         hidden_BTD = self._run_to_exit(tokens_BT)
-        self._run_exit_blocks(hidden_BTD, self.exit_layer)
+        run_exit_blocks(self.decoder, hidden_BTD, exit_layer=self.exit_layer, cache=self.cache)
         return self._run_from_exit(hidden_BTD)
 
     def _run_to_exit(self, tokens_BT: Tensor) -> Tensor:

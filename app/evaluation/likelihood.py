@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from app.decoding.drafters import run_exit_blocks
 from app.errors import ConfigError
 from app.protocols import DecoderCache, ExitableDecoder
 
@@ -146,9 +147,8 @@ class _Steps(NamedTuple):
         hidden_BTD, start = self.decoder.embed(torch.tensor(padded, device=device)), 0
         for exit_idx, exit_layer in enumerate(self.exit_layers):
             hidden_BTD = self.decoder.run_blocks(hidden_BTD, start=start, stop=exit_layer, cache=self.cache)
-            start, own, leaving_BTD = exit_layer, self.decoder.exit_span(exit_layer), hidden_BTD
-            if own:
-                leaving_BTD = self.decoder.run_blocks(hidden_BTD, start=own.start, stop=own.stop, cache=self.cache)
+            start = exit_layer
+            leaving_BTD = run_exit_blocks(self.decoder, hidden_BTD, exit_layer=exit_layer, cache=self.cache)
             if targets:
                 states_ND = leaving_BTD.flatten(0, 1).index_select(0, places_N)
                 self.found_EM[exit_idx, slots_M] = self._score(states_ND, predicts_M, tokens_M, exit_layer=exit_layer)

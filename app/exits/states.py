@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from app.decoding.drafters import run_exit_blocks
 from app.protocols import ExitableDecoder
 
 
@@ -31,7 +32,6 @@ def states_by_exit(decoder: ExitableDecoder, tokens: Sequence[int]) -> Iterator[
     cache = decoder.new_cache(batch_size=1, capacity=len(tokens))
     hidden_1TD = decoder.embed(torch.tensor([[*tokens]], device=decoder.device))
     for exit_layer in range(1, decoder.num_layers + 1):
-        hidden_1TD = exit_1TD = decoder.run_blocks(hidden_1TD, start=exit_layer - 1, stop=exit_layer, cache=cache)
-        if own := decoder.exit_span(exit_layer):
-            exit_1TD = decoder.run_blocks(hidden_1TD, start=own.start, stop=own.stop, cache=cache)
+        hidden_1TD = decoder.run_blocks(hidden_1TD, start=exit_layer - 1, stop=exit_layer, cache=cache)
+        exit_1TD = run_exit_blocks(decoder, hidden_1TD, exit_layer=exit_layer, cache=cache)
         yield ExitState(exit_layer, hidden_1TD, exit_1TD)

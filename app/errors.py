@@ -97,6 +97,13 @@ def check_range(
     raise ConfigError(field, got=value, allowed=f"{left}, {right}", fix=fix)
 
 
+def check_exits(exit_layers: Sequence[int], *, num_layers: int) -> None:
+    """Raise ConfigError unless there is some exit, and all are in 1..num_layers."""
+    if not exit_layers or not all(1 <= exit_layer <= num_layers for exit_layer in exit_layers):
+        allowed, fix = f"one or several of 1..{num_layers}", f"{num_layers} is the full model"
+        raise ConfigError("exit_layers", got=[*exit_layers], allowed=allowed, fix=fix)
+
+
 def check_early_exits(exit_layers: Sequence[int], *, num_layers: int, instead: str, field: str = "exit_layers") -> None:
     """Raise ConfigError unless all are in 1..num_layers - 1; `instead` says what a model of one block does without."""
     if all(1 <= exit_layer < num_layers for exit_layer in exit_layers):

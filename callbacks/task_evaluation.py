@@ -17,11 +17,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from app import metric_names
 from app.benchmark.report import environment
-from app.errors import ConfigError
+from app.errors import ConfigError, check_exits
 from app.evaluation.evaluate import Work, chosen_tasks, evaluate, prepare, settings_document
 from app.evaluation.figure import evaluation_figure
 from app.evaluation.journal import Journal
-from app.evaluation.likelihood import check_exits
 from app.evaluation.output import notes, write_results
 from app.evaluation.records import EvaluationSettings, OnLong, Record, Subject
 from app.evaluation.results import Result, column, exits_table, results_of, shown

@@ -11,11 +11,11 @@ import torch
 from app.benchmark.report import environment
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
-from app.errors import ConfigError, check_choice, check_output_file, check_range
+from app.errors import ConfigError, check_choice, check_exits, check_output_file, check_range
 from app.generation.loaded_model import Device, Dtype, load_decoder
 from app.generation.prompts import encode_prompts, read_prompts
 from app.lens.figure import lens_figure
-from app.lens.lens import check_comparable, check_shown, look
+from app.lens.lens import check_comparable, look
 from app.lens.page import lens_page
 from app.lens.report import lens_as_json, needed_table
 from app.lens.token_texts import short_names
@@ -68,7 +68,7 @@ def lens(
     for second in loaded[1:]:
         check_comparable(loaded[0], second, got=model[1])
     if exit_layers is not None:
-        check_shown(exit_layers, num_layers=loaded[0].decoder.num_layers)
+        check_exits(exit_layers, num_layers=loaded[0].decoder.num_layers)
     max_length = min(each.decoder.max_length for each in loaded)
     location = "prompt" if prompts is None else f"{prompts}: prompt"
     tokens = encode_prompts(texts, loaded[0].tokenizer, max_length=max_length, location=location)

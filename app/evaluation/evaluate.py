@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app.errors import ConfigError, DataError, check_choice
+from app.errors import ConfigError, DataError, check_choice, check_exits
 from app.evaluation.encoding import Encoder
 from app.evaluation.generation import check_program_tasks, run_generation
-from app.evaluation.likelihood import check_exits
 from app.evaluation.likelihood_tasks import run_choices, run_windows
 from app.evaluation.progress import Progress
 from app.evaluation.records import EvaluationSettings, Record, Runner, Subject
@@ -61,7 +60,8 @@ def exits_of(subject: Subject, settings: EvaluationSettings) -> tuple[int, ...]:
     quarters = {max(1, round(num_layers * part / 4)) for part in (1, 2, 3, 4)}
     own = {layer for layer in range(1, num_layers) if subject.decoder.exit_span(layer)}
     asked = sorted(quarters | own) if settings.exit_layers is None else settings.exit_layers
-    return check_exits(asked, num_layers=num_layers)
+    check_exits(asked, num_layers=num_layers)
+    return tuple(sorted(set(asked)))
 
 
 def prepare(

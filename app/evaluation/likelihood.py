@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from app.decoding.drafters import run_exit_blocks
-from app.errors import ConfigError
 from app.protocols import DecoderCache, ExitableDecoder
 
 _LOGITS_PER_CHUNK = 2**23  # of float32 values: 32 MiB
@@ -43,14 +42,6 @@ class _Piece(NamedTuple):
 
     tokens: Sequence[int]
     targets: Sequence[_Target] = ()
-
-
-def check_exits(exit_layers: Sequence[int], *, num_layers: int) -> tuple[int, ...]:
-    """The exits in ascending order, each once; ConfigError for one that the model does not have."""
-    if not exit_layers or not all(1 <= exit_layer <= num_layers for exit_layer in exit_layers):
-        allowed = f"one or several of 1..{num_layers}"
-        raise ConfigError("exit_layers", got=list(exit_layers), allowed=allowed, fix=f"{num_layers} is the full model")
-    return tuple(sorted(set(exit_layers)))
 
 
 def log_probabilities(

@@ -12,7 +12,7 @@ import torch
 
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
-from app.errors import ConfigError, check_range
+from app.errors import ConfigError
 from app.exits.layers_needed import LayersNeeded
 from app.generation.loaded_model import LoadedModel
 from app.lens.token_grid import TokenGrid, read_token_grid
@@ -79,11 +79,3 @@ def check_comparable(first: LoadedModel, second: LoadedModel, *, got: str) -> No
         allowed = f"a second model of {depth} blocks, like the first"
         fix = f"it has {second.decoder.num_layers}: look at each by itself"
         raise ConfigError("model", got=got, allowed=allowed, fix=fix)
-
-
-def check_shown(exit_layers: Sequence[int], *, num_layers: int) -> None:
-    """Raise ConfigError unless there is some exit, and all are those of a model of `num_layers` blocks, 1 to all."""
-    if not exit_layers:
-        raise ConfigError("exit_layers", got=[*exit_layers], allowed="at least one; leave it out to show all")
-    for exit_layer in exit_layers:
-        check_range("exit_layers", exit_layer, low=1, high=num_layers, fix=f"{num_layers} is the full model")

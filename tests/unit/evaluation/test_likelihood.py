@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from app.errors import ConfigError
-from app.evaluation.likelihood import Scored, check_exits, log_probabilities
+from app.evaluation.likelihood import Scored, log_probabilities
 from app.model.exit_block import ExitBlock
 from app.spans.decoder import SpanDecoder
 from tests.support.tiny_models import tiny_config, tiny_llama
@@ -118,12 +117,3 @@ def test_logits_are_made_in_chunks_that_change_nothing(model, found, monkeypatch
         chunked = log_probabilities(SpanDecoder(model), _examples(), EXITS)
     for one, two in zip(chain(*found), chain(*chunked), strict=True):
         assert torch.allclose(one, two, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("wrong", [[], [0], [2, 5]])
-def test_an_exit_that_the_model_does_not_have_is_refused(wrong):
-    assert check_exits([4, 2, 2], num_layers=4) == (2, 4)
-    with pytest.raises(
-        ConfigError, match=r"exit_layers: got .*, allowed one or several of 1\.\.4; 4 is the full model"
-    ):
-        check_exits(wrong, num_layers=4)

@@ -5,7 +5,7 @@ Tested by tests/unit/callbacks/test_self_speculative_validation.py and tests/dis
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +22,7 @@ Part = TypeVar("Part")
 
 
 class EveryNthValidation(Callback):
-    """Measure at the end of every n-th validation of a fit, and of each one outside of fits.
+    """Measure at the end of every n-th validation of a fit, and of each validation and test outside of fits.
 
     Training is not touched: decoding uses no randomness and a cache of its own, and every submodule gets its mode
     back. Weights are used as they are stored, without autocast; under FSDP2 they are gathered once, in its compute
@@ -30,6 +30,8 @@ class EveryNthValidation(Callback):
     the others in a collective, which gloo ends at once and NCCL after the process group's timeout. The subclasses
     describe the arguments.
     """
+
+    stages: ClassVar[tuple[str, ...]] = ("fit", "validate", "test")  # in which the callback measures
 
     def __init__(self, *, every_n_validations: int) -> None:
         check_range("every_n_validations", every_n_validations, low=1)
@@ -43,6 +45,32 @@ class EveryNthValidation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = SavedEntry(state_dict, "callbacks", self.state_key).mapping(("validations",))
         self._validations = saved["validations"].count()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage in self.stages:
+            self.check_host(pl_module)
+            self.check_data(trainer, pl_module)
+
+    def check_host(self, pl_module: LightningModule) -> None:
+        """Raise ConfigError unless the module can decode; this needs no data."""
+        if not isinstance(pl_module, DecodingHost):
+            raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
+
+    def check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise ConfigError unless the datamodule has what is measured on."""
+        raise NotImplementedError
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Measure and log, on all ranks, in stage `validate` or `test`."""
+        raise NotImplementedError
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_due(trainer):
+            self.measure(trainer, pl_module, "validate")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if "test" in self.stages:
+            self.measure(trainer, pl_module, "test")
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Tell whether to measure now; count this validation if it belongs to a fit."""
@@ -86,10 +114,15 @@ class DecodingValidation(EveryNthValidation):
 
     def check_host(self, pl_module: LightningModule) -> None:
         """Raise ConfigError unless the module can decode, and draft from the exits."""
-        if not isinstance(pl_module, DecodingHost):
-            raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
+        super().check_host(pl_module)
+        assert isinstance(pl_module, DecodingHost)
         instead = f"take {type(self).__name__} out of trainer.callbacks"
         check_early_exits(self.exit_layers, num_layers=pl_module.num_layers, instead=instead)
+
+
+def step_of(trainer: Trainer) -> int | None:
+    """Return the optimizer steps of the weights that a fit measures; None outside of fits, where Lightning says 0."""
+    return trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None
 
 
 def datamodule_of(trainer: Trainer) -> object:

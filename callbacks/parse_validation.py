@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 
 from app.benchmark.decoding_comparison import DecodingComparison, pool_comparisons
 from app.errors import ConfigError, DataError, check_choice, check_range
@@ -14,7 +13,7 @@ from app.topv2.evaluation import ParsePlan, Way, collect_results, evaluate_parse
 from app.topv2.metrics import ParseExactMatch
 from app.topv2.report import ParseReport, report_metrics, report_table, write_report
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
-from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks
+from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks, step_of
 from callbacks.tensorboard import write_table
 
 
@@ -71,22 +70,12 @@ class ParseValidation(DecodingValidation):
         self.batch_size = batch_size
         self._latest: ParseReport | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "predict":
-            return
-        self.check_host(pl_module)
+    def check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(datamodule := datamodule_of(trainer), ExampleOwner):
             raise ConfigError("data", got=type(datamodule).__name__, allowed="a datamodule with generation_examples()")
         check_choice("target_format", datamodule.target_format, TARGET_FORMATS)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_due(trainer):
-            self._evaluate(trainer, pl_module, "validate")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate(trainer, pl_module, "test")
-
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, DecodingHost)  # checked in setup
         plan = ParsePlan(
             num_layers=pl_module.num_layers,
@@ -101,7 +90,7 @@ class ParseValidation(DecodingValidation):
         parts = on_all_ranks(trainer, lambda: self._decode(trainer, pl_module, stage, plan, metrics))
         self._latest = ParseReport(
             stage=stage,
-            step=trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None,  # it is 0 outside of fits
+            step=step_of(trainer),
             checkpoint=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
             num_ranks=len(parts),
             plan=plan,

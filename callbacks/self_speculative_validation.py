@@ -34,6 +34,8 @@ class SelfSpeculativeValidation(DecodingValidation):
         time_limit_seconds: A rank starts no further prompt after this; its first is always measured.
     """
 
+    stages = ("fit", "validate")
+
     def __init__(
         self,
         *,
@@ -59,17 +61,12 @@ class SelfSpeculativeValidation(DecodingValidation):
         self._latest: list[DecodingComparison] = []
         self._world_size = 1  # ranks that measured `_latest`
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage not in ("fit", "validate"):
-            return
-        self.check_host(pl_module)
+    def check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(datamodule := datamodule_of(trainer), PromptOwner):
             got = type(datamodule).__name__
             raise ConfigError("data", got=got, allowed="a datamodule with validation_prompts()")
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_due(trainer):
-            return
+    def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         parts = on_all_ranks(trainer, lambda: self._measure(trainer, pl_module))
         self._latest, self._world_size = pool_comparisons(parts), len(parts)
         pl_module.log_dict(_metrics(self._latest), sync_dist=True)  # the same on all ranks already

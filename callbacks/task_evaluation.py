@@ -29,7 +29,7 @@ from app.model.weights_hash import weights_hash
 from app.protocols import ArchitectureOwner, DecodingHost, TokenizerOwner
 from app.tables import Table
 from app.words import dtype_name
-from callbacks.decoding_validation import EveryNthValidation, datamodule_of, lent_decoder, on_all_ranks
+from callbacks.decoding_validation import EveryNthValidation, datamodule_of, lent_decoder, on_all_ranks, step_of
 from callbacks.tensorboard import write_figure, write_table
 
 _log = logging.getLogger(__name__)
@@ -90,36 +90,31 @@ class TaskEvaluation(EveryNthValidation):
         self._num_layers, self._work = 0, list[Work]()
         self._table: Table | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "predict":
-            return
-        if not (isinstance(pl_module, DecodingHost) and isinstance(pl_module, ArchitectureOwner)):
-            raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with exitable_decoder()")
+    def check_host(self, pl_module: LightningModule) -> None:
+        super().check_host(pl_module)
+        if not isinstance(pl_module, ArchitectureOwner):
+            raise ConfigError("model", got=type(pl_module).__name__, allowed="a module with a config of transformers")
+        assert isinstance(pl_module, DecodingHost)
+        self._num_layers = pl_module.num_layers
+        if self.settings.exit_layers is not None:
+            check_exits(self.settings.exit_layers, num_layers=self._num_layers)
+
+    def check_data(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(datamodule := datamodule_of(trainer), TokenizerOwner):
             raise ConfigError("data", got=type(datamodule).__name__, allowed="a datamodule with a tokenizer")
-        if self.settings.exit_layers is not None:
-            check_exits(self.settings.exit_layers, num_layers=pl_module.num_layers)
-        self._num_layers = pl_module.num_layers
+        assert isinstance(pl_module, ArchitectureOwner)
         config: Any = pl_module.config
         max_length = int(config.max_position_embeddings)
         self._work = prepare(self.tasks, self.settings, tokenizer=datamodule.tokenizer, max_length=max_length)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_due(trainer):
-            self._evaluate(trainer, pl_module, "validate")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate(trainer, pl_module, "test")
-
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         output = Path(trainer.log_dir or trainer.default_root_dir) / f"tasks_{stage}.json"  # all ranks ask for log_dir
         parts = on_all_ranks(trainer, lambda: self._score(trainer, pl_module, output))
         by_row = {(record.task, record.row): record for part in parts for record in part}
         records = [by_row[each.task.name, item.row] for each in self._work for item in each.items]
         results = shown(results_of(records), TASKS)
-        pl_module.log_dict(
-            _metrics(results, "test" if stage == "test" else "val"), sync_dist=True
-        )  # equal on all ranks
+        metrics = _metrics(results, "test" if stage == "test" else "val")
+        pl_module.log_dict(metrics, sync_dist=True)  # equal on all ranks
         title = f"Exits on tasks ({stage})"
         self._table = exits_table(results, TASKS, num_layers=self._num_layers, title=title)
         if not trainer.is_global_zero:
@@ -129,11 +124,10 @@ class TaskEvaluation(EveryNthValidation):
         for note in notes(records, results):
             _log.warning("%s", note)
         dtype = next(pl_module.parameters()).dtype
-        step = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None  # it is 0 outside of fits
         about = {
             "environment": environment(device=pl_module.device, dtype=dtype),
             "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
-            "step": step,
+            "step": step_of(trainer),
             "settings": {"tasks": self.tasks} | asdict(self.settings),
         }
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from app.model_files.open import check_tokenizer_of, open_tokenizer
 from app.training.batch import check_row_length
 from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum
-from callbacks.decoding_validation import DecodingValidation
+from callbacks.decoding_validation import EveryNthValidation
 from datamodules import CachedStatesDataModule, TextCodeDataModule, TOPv2DataModule
 from datamodules.loading.datamodule import RowDataModule, check_end
 
@@ -132,7 +132,7 @@ def refuse_early(trainer: Trainer, module: LayerSkipModule, data: LightningDataM
     if isinstance(data, TextCodeDataModule):
         check_end(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, DecodingValidation):
+        if isinstance(callback, EveryNthValidation):
             callback.check_host(module)
         if isinstance(callback, LayerDropoutCurriculum) and (rate := callback.max_dropout_rate) > 0:
             module.check_model_learns("layer_dropout.max_dropout_rate", got=rate, allowed="0")

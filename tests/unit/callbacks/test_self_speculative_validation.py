@@ -26,6 +26,8 @@ class _Prompts(LightningDataModule):
     def val_dataloader(self) -> DataLoader[torch.Tensor]:
         return self.train_dataloader()
 
+    test_dataloader = val_dataloader
+
 
 class _Module(LightningModule):
     def __init__(self) -> None:
@@ -46,6 +48,8 @@ class _Module(LightningModule):
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         pass
+
+    test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -156,9 +160,12 @@ def test_a_resumed_run_keeps_the_rhythm(tmp_path: Path, monkeypatch: pytest.Monk
     assert resumed.state_dict() == {"validations": 6}
 
 
-def test_validate_always_measures_and_counts_nothing(tmp_path: Path) -> None:
+def test_validate_always_measures_and_counts_nothing_and_a_test_never_measures(tmp_path: Path) -> None:
     callback = _callback(every_n_validations=100)
-    _trainer(tmp_path, callback).validate(_Module(), datamodule=_Prompts(), verbose=False)
+    trainer = _trainer(tmp_path, callback)
+    trainer.test(_Module(), datamodule=_Prompts(), verbose=False)
+    assert callback.report() is None
+    trainer.validate(_Module(), datamodule=_Prompts(), verbose=False)
     assert callback.report() is not None
     assert callback.state_dict() == {"validations": 0}
 

@@ -127,7 +127,7 @@ def test_ranks_share_the_rows_and_report_all_of_them(tmp_path, callback, monkeyp
         owned.append(callback._score(trainer, module, tmp_path / "r.json"))
     assert [[record.row for record in sorted(part, key=lambda record: record.row)] for part in owned] == [[0, 2], [1]]
     monkeypatch.setattr("callbacks.task_evaluation.on_all_ranks", lambda trainer, measure: owned)
-    callback._evaluate(trainer, module, "test")
+    callback.measure(trainer, module, "test")
     assert json.loads((tmp_path / "tasks_test.json").read_text())["rows"]["boolq"]["scored"] == 3
 
 

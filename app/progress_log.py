@@ -1,13 +1,42 @@
-"""Says how far long work is. Tested by tests/contract/test_write.py and tests/contract/test_data.py."""
+"""Says how far long work is. Tested by tests/unit/evaluation/test_progress.py and tests/contract/test_write.py."""
 
 import logging
 from time import perf_counter
 
+from app.words import duration
+
 _SECONDS_A_LINE = 30.0
 
 
+class Pace:
+    """Judges by the work that is done how long the rest will take.
+
+    Args:
+        work: All that is to be done, in any unit.
+        seconds_between: Shortest time between two answers.
+
+    Attributes:
+        seconds: Time from the beginning to the latest work that was done.
+    """
+
+    def __init__(self, work: float, *, seconds_between: float) -> None:
+        self._left, self._between, self._done = work, seconds_between, 0.0
+        self._start = self._told = perf_counter()
+        self.seconds = 0.0
+
+    def add(self, work: float) -> bool:
+        """Count work that is done, and tell whether it is time for an answer."""
+        self._done, self._left, self.seconds = self._done + work, self._left - work, perf_counter() - self._start
+        return self._start + self.seconds - self._told >= self._between
+
+    def left(self) -> str:
+        """Return the time that is left, in words; some work must be done."""
+        self._told = self._start + self.seconds
+        return f"{duration(self.seconds / self._done * self._left)} left"
+
+
 class ProgressLog:
-    """Logs, every half minute and at the end, what is done of the work, how fast that went, and the minutes left.
+    """Logs, every half minute and at the end, what is done of the work, how fast that went, and the time left.
 
     Args:
         log: Where the lines go.
@@ -18,19 +47,14 @@ class ProgressLog:
     """
 
     def __init__(self, log: logging.Logger, what: str, *, total: int, unit: str, done: int = 0) -> None:
-        self._log, self._what, self._total, self._unit = log, what, total, unit
-        self._before = self._done = done
-        self._num_tokens = 0
-        self._start = self._told = perf_counter()
+        self._log, self._what, self._total, self._unit, self._done = log, what, total, unit, done
+        self._num_tokens, self._pace = 0, Pace(total - done, seconds_between=_SECONDS_A_LINE)
 
     def add(self, done: int, *, num_tokens: int) -> None:
         """Count more work that is done, at least one, and the tokens in it, in which the speed is told."""
         self._done += done
         self._num_tokens += num_tokens
-        now = perf_counter()
-        if self._done < self._total and now - self._told < _SECONDS_A_LINE:
-            return
-        self._told, seconds = now, now - self._start
-        left = (self._total - self._done) * seconds / (self._done - self._before) / 60
-        so_far = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"
-        self._log.info("%s, %s tokens/s, %.1f minutes left", so_far, f"{self._num_tokens / seconds:,.0f}", left)
+        if self._pace.add(done) or self._done >= self._total:
+            so_far = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"
+            speed = f"{self._num_tokens / self._pace.seconds:,.0f} tokens/s"
+            self._log.info("%s, %s, %s", so_far, speed, self._pace.left())

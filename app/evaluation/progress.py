@@ -1,11 +1,11 @@
 """Tells how far an evaluation is, and how long it will still take. Tested by tests/unit/evaluation/test_progress.py."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from time import monotonic
 
 from app.evaluation.records import Record
 from app.evaluation.rows import Item
 from app.evaluation.task import ChoiceExample, Document, GenerationExample
+from app.progress_log import Pace
 
 _SECONDS_BETWEEN = 5.0
 _CHARACTERS_A_TOKEN = 4
@@ -31,32 +31,18 @@ class Progress:
         self._totals = {task: len(own) for task, own in items.items()}
         self._counts = {task: sum((task, item.row) in finished for item in own) for task, own in items.items()}
         self._new = dict.fromkeys(items, 0)
-        self._left = sum(size for key, size in self._sizes.items() if key not in finished)
-        self._done, self._started = 0.0, monotonic()
-        self._said = self._started
+        left = sum(size for key, size in self._sizes.items() if key not in finished)
+        self._pace = Pace(left, seconds_between=_SECONDS_BETWEEN)
 
     def step(self, record: Record) -> None:
         """Count an example that is done."""
-        size = self._sizes[record.task, record.row]
         self._counts[record.task] += 1
-        self._done, self._left, now = self._done + size, self._left - size, monotonic()
-        at_end = self._counts[record.task] == self._totals[record.task]
         self._new[record.task] += 1
-        is_due = self._new[record.task] % self._batch_size == 0 and now - self._said >= _SECONDS_BETWEEN
-        if self._say is not None and (at_end or is_due):
-            self._said = now
-            seconds = (now - self._started) / self._done * self._left
+        at_end = self._counts[record.task] == self._totals[record.task]
+        is_time = self._pace.add(self._sizes[record.task, record.row])
+        if self._say is not None and (at_end or (is_time and self._new[record.task] % self._batch_size == 0)):
             count = f"{self._counts[record.task]} of {self._totals[record.task]}"
-            self._say(f"{record.task}: {count} examples, {in_words(seconds)} left")
-
-
-def in_words(seconds: float) -> str:
-    """Seconds, minutes or hours, rounded up."""
-    if seconds < 60:
-        return f"{-int(-seconds // 1)} s"
-    if seconds < 3600:
-        return f"{-int(-seconds // 60)} min"
-    return f"{seconds / 3600:.1f} h"
+            self._say(f"{record.task}: {count} examples, {self._pace.left()}")
 
 
 def _size(item: Item) -> float:

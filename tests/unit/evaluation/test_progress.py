@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.evaluation import progress
+from app import progress_log
 from app.evaluation.progress import Progress
 from app.evaluation.records import Record
 from app.evaluation.rows import Item
@@ -11,7 +11,7 @@ from app.evaluation.task import GenerationExample
 
 def test_the_time_left_counts_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_log, "perf_counter", lambda: now[0])
     said: list[str] = []
     items = [Item(row, "", "file", GenerationExample("a prompt", ("x",))) for row in range(10)]
     shown = Progress({"gsm8k": items}, {("gsm8k", 9)}, said.append, batch_size=4)

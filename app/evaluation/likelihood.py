@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from app.decoding.drafters import run_exit_blocks
+from app.exits.states import positions_per_chunk
 from app.protocols import DecoderCache, ExitableDecoder
 
-_LOGITS_PER_CHUNK = 2**23  # of float32 values: 32 MiB
 _SHARED_FROM = 16  # tokens; running fewer once for a whole batch would not pay for a further pass
 
 
@@ -147,7 +147,7 @@ class _Steps(NamedTuple):
 
     def _score(self, states_ND: Tensor, predicts_M: Tensor, tokens_M: Tensor, *, exit_layer: int) -> Tensor:
         """Log-probabilities [M] of tokens, each predicted by one of the positions; logits exist for some at a time."""
-        size = max(1, _LOGITS_PER_CHUNK // self.decoder.vocab_size)
+        size = positions_per_chunk(self.decoder.vocab_size)
         found_M = torch.empty(len(tokens_M), device=states_ND.device)
         for first in range(0, len(states_ND), size):
             logits_NV = self.decoder.unembed(states_ND[None, first : first + size], exit_layer=exit_layer)[0].float()

@@ -12,6 +12,13 @@ from torch import Tensor
 from app.decoding.drafters import run_exit_blocks
 from app.protocols import ExitableDecoder
 
+_LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32
+
+
+def positions_per_chunk(vocab_size: int, *, num_exits: int = 1) -> int:
+    """Return at how many positions the logits of so many exits are to exist at a time, at least 1."""
+    return max(1, _LOGITS_PER_CHUNK // (num_exits * vocab_size))
+
 
 class ExitState(NamedTuple):
     """The pre-norm states [1, T, D] of T tokens at an exit.

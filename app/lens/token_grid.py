@@ -17,11 +17,10 @@ from torch import Tensor
 
 from app.decoding.sampling import over_vocabulary
 from app.exits.layers_needed import LayersNeeded
-from app.exits.states import states_by_exit
+from app.exits.states import positions_per_chunk, states_by_exit
 from app.spans.decoder import SpanDecoder
 
 TOP = 5
-_LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32, of all rows together
 
 
 class Row(NamedTuple):
@@ -122,7 +121,7 @@ def read_token_grid(decoder: SpanDecoder, prompt: Sequence[int], tokens: Sequenc
         if state.exit_layer in decoder.own_exits:
             rows.append(Row(state.exit_layer, len(decoder.exit_span(state.exit_layer))))
             states.append(state.exit_1TD[0, len(prompt) - 1 :])
-    size = max(1, _LOGITS_PER_CHUNK // (len(rows) * decoder.vocab_size))
+    size = positions_per_chunk(decoder.vocab_size, num_exits=len(rows))
     chunks = [_read(decoder, rows, part) for part in torch.split(torch.stack(states), size, dim=1)]
     choices_RN, top_ids_RNK, top_probs_RNK, entropy_RN, kl_RN = (
         torch.cat(parts, dim=1).cpu() for parts in zip(*(tensors for tensors, _ in chunks), strict=True)

@@ -20,11 +20,9 @@ from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
 from app.exits.layers_needed import saturation_layer
-from app.exits.states import states_by_exit
+from app.exits.states import positions_per_chunk, states_by_exit
 from app.protocols import ExitableDecoder
 from app.tuning.found_drafts import FoundDraft, found_drafts
-
-_LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
 
 Matches = dict[int, list[list[bool]]]  # exit 1..L -> for each prompt, whether the exit chooses each token of its output
 
@@ -221,7 +219,7 @@ def _choices(
     The first choices are among all ids, the others among each [K] of `vocabularies`.
     """
     by_chunk = []
-    for chunk_1CD in torch.split(hidden_1ND, max(1, _LOGITS_PER_CHUNK // decoder.vocab_size), dim=1):
+    for chunk_1CD in torch.split(hidden_1ND, positions_per_chunk(decoder.vocab_size), dim=1):
         logits_CV = decoder.unembed(chunk_1CD, exit_layer=exit_layer)[0]
         among = (ids_K[logits_CV[:, ids_K].argmax(-1)] for ids_K in vocabularies)
         by_chunk.append([logits_CV.argmax(-1), *among])

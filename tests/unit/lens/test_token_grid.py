@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from app.lens import token_grid
 from app.lens.token_grid import read_token_grid
 from app.model.exit_block import ExitBlock
 from app.spans.decoder import SpanDecoder
@@ -44,7 +43,7 @@ def softmax(logits: list[float]) -> list[float]:
 
 @pytest.mark.parametrize("logits_per_chunk", [1, 2**24])
 def test_every_cell_is_what_the_slow_twin_computes(monkeypatch, logits_per_chunk):
-    monkeypatch.setattr(token_grid, "_LOGITS_PER_CHUNK", logits_per_chunk)
+    monkeypatch.setattr("app.exits.states._LOGITS_PER_CHUNK", logits_per_chunk)
     model = settling_llama()
     tokens = greedy_by_recomputation(model, PROMPT, max_new_tokens=12)
     grid = read_token_grid(SpanDecoder(model), PROMPT, tokens)

@@ -11,7 +11,6 @@ from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.model.exit_block import ExitBlock
 from app.spans.decoder import SpanDecoder
-from app.tuning import layer_agreement
 from app.tuning.layer_agreement import LayerAgreement, measure_layer_agreement, simulate_rounds
 from tests.support.decoding import decode
 from tests.support.fake_decoder import counting_decoder
@@ -156,7 +155,7 @@ def test_agreement_is_the_share_of_equal_choices_by_the_plain_model() -> None:
 def test_chunks_of_positions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = SpanDecoder(_sometimes_agreeing_llama())
     whole = measure_layer_agreement(decoder, _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS))
-    monkeypatch.setattr(layer_agreement, "_LOGITS_PER_CHUNK", 3 * decoder.vocab_size)
+    monkeypatch.setattr("app.exits.states._LOGITS_PER_CHUNK", 3 * decoder.vocab_size)
     longest = []
     unembed = SpanDecoder.unembed
     monkeypatch.setattr(

@@ -109,18 +109,13 @@ class LogHost(Layered, Protocol):
 
 
 @runtime_checkable
-class ExitBlockHost(Protocol):
-    """A module that may train exit blocks alone; then its model is frozen."""
+class FrozenModelHost(Protocol):
+    """A module that may train exit blocks or LoRA adapters, and then leaves its model's own weights as they are."""
+
+    peft: Any  # app.model.lora.LoraSettings, or None
 
     @property
     def has_exit_blocks(self) -> bool: ...
-
-
-@runtime_checkable
-class AdapterHost(Protocol):
-    """A module whose model may have LoRA adapters; then its own weights are frozen."""
-
-    peft: Any  # app.model.lora.LoraSettings, or None
 
 
 class DraftSize(NamedTuple):

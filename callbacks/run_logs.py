@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from app import metric_names
 from app.data_ranks import data_ranks
-from app.protocols import AdapterHost, ArchitectureOwner, ExitBlockHost, LogHost
+from app.protocols import ArchitectureOwner, FrozenModelHost, LogHost
 from callbacks.early_exit_curriculum import EarlyExitCurriculum
 from callbacks.layer_dropout_curriculum import LayerDropoutCurriculum
 from callbacks.tensorboard import Setting, arrange, tensorboards
@@ -134,9 +134,9 @@ def _settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Setting
 
 
 def _trained(pl_module: LightningModule) -> str:
-    if isinstance(pl_module, ExitBlockHost) and pl_module.has_exit_blocks:
+    if isinstance(pl_module, FrozenModelHost) and pl_module.has_exit_blocks:
         return "exit blocks"
-    return "LoRA" if isinstance(pl_module, AdapterHost) and pl_module.peft is not None else "all weights"
+    return "LoRA" if isinstance(pl_module, FrozenModelHost) and pl_module.peft is not None else "all weights"
 
 
 def _compared(pl_module: LightningModule) -> list[str]:

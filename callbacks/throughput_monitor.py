@@ -15,7 +15,7 @@ from app.data_ranks import data_ranks
 from app.errors import ConfigError, check_range
 from app.model.process_memory import peak_memory
 from app.planning.step import Micro, MicroBatchCosts, build_fake, measure_micro_batch
-from app.protocols import AdapterHost, ArchitectureOwner, EarlyExitHost, ExitBlockHost, LayerDropoutHost
+from app.protocols import ArchitectureOwner, EarlyExitHost, FrozenModelHost, LayerDropoutHost
 
 
 @dataclass
@@ -62,7 +62,7 @@ class ThroughputMonitor(Callback):
         if self.peak_flops is not None and not isinstance(pl_module, ArchitectureOwner):
             got = type(pl_module).__name__
             raise ConfigError("model", got=got, allowed="a protocols.ArchitectureOwner with peak_flops")
-        if self.peak_flops is not None and isinstance(pl_module, ExitBlockHost) and pl_module.has_exit_blocks:
+        if self.peak_flops is not None and isinstance(pl_module, FrozenModelHost) and pl_module.has_exit_blocks:
             fix = "the work that it counts is that of training the whole model"
             raise ConfigError("peak_flops", got=self.peak_flops, allowed="null with model.exit_blocks", fix=fix)
 
@@ -95,7 +95,7 @@ class ThroughputMonitor(Callback):
             assert isinstance(pl_module, ArchitectureOwner)
             rows, length = batch["input_ids"].shape
             micro = Micro(batch_size=rows, seq_len=length, num_exits=2)
-            lora: Any = pl_module.peft if isinstance(pl_module, AdapterHost) else None
+            lora: Any = pl_module.peft if isinstance(pl_module, FrozenModelHost) else None
             self._costs = measure_micro_batch(*build_fake(pl_module.config, dtype=torch.float32, lora=lora), micro)
             self._measured_tokens = rows * length
         self._start = time.perf_counter()

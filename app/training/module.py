@@ -49,8 +49,6 @@ from app.training.exit_block_steps import ExitBlockSteps
 from app.training.optim import LearningRate, LRSchedule, LRSchedulerClass, parameter_groups
 from app.training.token_mean import TokenMeanStep
 
-_KL = partial(divergence_loss, "kl")
-
 
 def _default_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
@@ -255,7 +253,8 @@ class LayerSkipModule(ExitBlockSteps):
         )
         head = self._network.weighted_losses
         if distil:  # from what the full model says in the same pass, under the same dropout
-            losses = [None if layer == self.num_layers else _KL for layer in sorted(exit_weights)]
+            kl = partial(divergence_loss, "kl")
+            losses = [None if layer == self.num_layers else kl for layer in sorted(exit_weights)]
             head = partial(head, teacher=Teacher(hidden[self.num_layers], losses))
         return self._step.add(early_exit_loss(hidden, labels[targets], exit_weights, head), exit_weights)
 

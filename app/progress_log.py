@@ -1,9 +1,8 @@
 """Says how far long work is. Tested by tests/unit/evaluation/test_progress.py and tests/contract/test_write.py."""
 
 import logging
+from math import ceil
 from time import perf_counter
-
-from app.words import duration
 
 _SECONDS_A_LINE = 30.0
 
@@ -32,7 +31,7 @@ class Pace:
     def left(self) -> str:
         """Return the time that is left, in words; some work must be done."""
         self._told = self._start + self.seconds
-        return f"{duration(self.seconds / self._done * self._left)} left"
+        return f"{_in_words(self.seconds / self._done * self._left)} left"
 
 
 class ProgressLog:
@@ -58,3 +57,10 @@ class ProgressLog:
             so_far = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"
             speed = f"{self._num_tokens / self._pace.seconds:,.0f} tokens/s"
             self._log.info("%s, %s, %s", so_far, speed, self._pace.left())
+
+
+def _in_words(seconds: float) -> str:
+    """`50 s`, `12 min` or `1.5 h`; seconds and minutes are rounded up."""
+    if seconds < 60:
+        return f"{ceil(seconds)} s"
+    return f"{ceil(seconds / 60)} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

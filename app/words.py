@@ -1,7 +1,5 @@
 """Words of messages and reports. Tested by tests/unit/tuning/test_result.py and tests/unit/benchmark/test_report.py."""
 
-from math import ceil
-
 
 def counted(number: int, noun: str) -> str:
     """A number of things whose plural ends in s: `1 prompt`, `1200 prompts`."""
@@ -11,13 +9,6 @@ def counted(number: int, noun: str) -> str:
 def counted_of(number: int, whole: int, noun: str) -> str:
     """`3 of 12 prompts`, or `12 prompts` if that is all of them."""
     return counted(whole, noun) if number == whole else f"{number} of {counted(whole, noun)}"
-
-
-def duration(seconds: float) -> str:
-    """`50 s`, `12 min` or `1.5 h`; seconds and minutes are rounded up."""
-    if seconds < 60:
-        return f"{ceil(seconds)} s"
-    return f"{ceil(seconds / 60)} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def dtype_name(dtype: object) -> str:

@@ -119,10 +119,11 @@ class FrozenModelHost(Protocol):
 
 
 class DraftSize(NamedTuple):
-    """What a draft runs beside the first E blocks, in blocks of the model."""
+    """What a draft runs beside the first E blocks, in blocks of the model by counts of parameters."""
 
-    head_blocks: float  # H: parameters of the LM head over those of a block
-    exit_blocks: int  # A: blocks of the exit's own
+    head_blocks: float  # H
+    draft_head_blocks: float  # H_d, of the rows of the LM head that drafts use
+    exit_blocks: float  # A: blocks of the exit's own, and its affine map
 
 
 @runtime_checkable
@@ -202,6 +203,9 @@ class ExitableDecoder(Layered, Protocol):
 
         Their keys and values are in the same cache. They run on the states that leave block `exit_layer` - 1.
         """
+
+    def exit_block_size(self, exit_layer: int) -> int:
+        """Parameters of the blocks and the affine map that this exit has of its own; 0 where it has none."""
 
     def new_cache(self, *, batch_size: int, capacity: int) -> DecoderCache:
         """An empty cache for `batch_size` sequences with room for `capacity` positions each (it may grow)."""

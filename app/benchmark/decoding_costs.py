@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from app.decoding.acceptance import GreedyRule
 from app.decoding.cost_model import CostModel
-from app.decoding.drafters import FullModel
+from app.decoding.drafters import EarlyExitDrafter, FullModel
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError, check_range
@@ -44,15 +45,15 @@ class DecodingCosts:
         """Every cost that is measured in blocks, by its name."""
         return {name: value for name, value in vars(self).items() if name != "block_seconds"}
 
-    def cost_model(self, *, num_layers: int, exit_layer: int, num_exit_blocks: int = 0) -> CostModel:
-        """Return the cost model of self-speculative decoding from this exit, which has so many blocks of its own."""
+    def cost_model(self, *, num_layers: int, exit_layer: int, num_exit_blocks: float = 0.0) -> CostModel:
+        """Return the cost model of self-speculative decoding from this exit, with A = `num_exit_blocks`."""
         return CostModel.self_speculative(
             num_layers=num_layers, exit_layer=exit_layer, num_exit_blocks=num_exit_blocks, **self.in_blocks
         )
 
     def of_exit(self, decoder: ExitableDecoder, exit_layer: int) -> CostModel:
         """Return the cost model of self-speculative decoding from this exit of `decoder`."""
-        own = len(decoder.exit_span(exit_layer))
+        own = decoder.exit_block_size(exit_layer) / decoder.block_size
         return self.cost_model(num_layers=decoder.num_layers, exit_layer=exit_layer, num_exit_blocks=own)
 
     def two_pass(self, *, num_layers: int, draft_step: float) -> CostModel:
@@ -72,17 +73,19 @@ def measure_decoding_costs(
 ) -> DecodingCosts:
     """Time steps, passes and rounds on a prompt of random tokens; each repeat times everything once, in turn.
 
-    With t(E) the median seconds of a step of E blocks, p(S) of a pass of the full model over S positions, and
-    round(E, d) of a draft-and-verify round:
+    With t(E) the median seconds of a step of E blocks, p(S) of a pass of the full model over S positions, draft(E) of
+    a drafted token, and round(E, d) of a draft-and-verify round:
 
         block_seconds = (t(L) - t(1)) / (L - 1)        what a step costs whatever its blocks cancels out
         H             = t(L) / block_seconds - L
         j, k            of the least squares line p(S)/p(1) - 1 = j + k (S-1), S > 1
-        H_d           = mean over E of (round(E, d') - round(E, d)) / (d' - d) / block_seconds - E - A - k (L-E+H)
+        H_d           = mean over E of draft(E) / block_seconds - E - A
         overhead      = mean over (E, d) of round(E, d) / block_seconds - C(E, d)
 
-    where A counts the blocks of an exit's own, and C(E, d) is the cost model's round without overhead. No cost is ever
-    negative; where H_d would be, it is H, or as much less as the draft vocabulary has fewer rows.
+    where A counts the blocks of an exit's own (`CostModel.self_speculative`), and C(E, d) is the cost model's round
+    without overhead. Drafts are timed alone: the difference of two rounds, each many times as long as a draft's head,
+    would be mostly noise. No cost is ever negative; where H_d would be, it is H, or as much less as the draft
+    vocabulary has fewer rows.
 
     Args:
         decoder: In eval mode, with at least two blocks.
@@ -104,24 +107,31 @@ def measure_decoding_costs(
     length = max(1, min(context_length, decoder.max_length - max_positions - _TIMED_TOKENS))
     generator = torch.Generator().manual_seed(0)
     prompts_BT = torch.randint(decoder.vocab_size, (batch_size, length), generator=generator)
-    num_exit_blocks = {exit_layer: len(decoder.exit_span(exit_layer)) for exit_layer in range(1, num_layers)}
+    num_exit_blocks = {
+        exit_layer: decoder.exit_block_size(exit_layer) / decoder.block_size for exit_layer in range(1, num_layers)
+    }
     own = [exit_layer for exit_layer, number in num_exit_blocks.items() if number]
     exits = own[:2] or sorted({max(1, num_layers // 8), max(1, num_layers // 4)})  # where drafts are worth it
     lengths = (max_positions - 1) // 2, max_positions - 1
     settings = [(1, 0), (num_layers, 0), *product(exits, lengths)]
     timer = _Timer(decoder, prompts_BT.tolist(), clock)
     timed: dict[Setting, list[float]] = {setting: [] for setting in settings}
+    drafted: dict[int, list[float]] = {exit_layer: [] for exit_layer in exits}
     passes: list[list[float]] = []
     for repeat in range(repeats + 1):
         rounds = {setting: timer.rounds(*setting) for setting in settings}
+        drafts = {exit_layer: timer.drafts(exit_layer) for exit_layer in exits}
         passed = timer.passes(max_positions)
         if repeat:  # the first one warms up
             passes.append(passed)
+            for exit_layer, seconds in drafts.items():
+                drafted[exit_layer] += seconds
             for setting, seconds in rounds.items():
                 timed[setting] += seconds
     return fit_decoding_costs(
         {exit_layer: median(samples) for (exit_layer, drafts), samples in timed.items() if not drafts},
         dict(enumerate(map(median, zip(*passes, strict=True)), start=1)),
+        {exit_layer: median(samples) for exit_layer, samples in drafted.items()},
         {setting: median(samples) for setting, samples in timed.items() if setting[1]},
         head_by_size=decoder.head_size / decoder.block_size,
         draft_share=decoder.draft_head_size / decoder.head_size,
@@ -151,18 +161,20 @@ def costs_line(costs: DecodingCosts) -> str:
 def fit_decoding_costs(
     steps: Mapping[int, float],
     passes: Mapping[int, float],
+    drafts: Mapping[int, float],
     rounds: Mapping[Setting, float],
     *,
     head_by_size: float,
     draft_share: float = 1.0,
-    num_exit_blocks: Mapping[int, int] | None = None,
+    num_exit_blocks: Mapping[int, float] | None = None,
 ) -> DecodingCosts:
     """Solve the equations of `measure_decoding_costs`; no cost comes out negative, whatever the noise.
 
     Args:
         steps: Blocks run -> seconds of a decoding step; of the first exit and of the full model.
         passes: Positions -> seconds of a pass of the full model; of 1, 2 and 3 positions at least.
-        rounds: (exit_layer, num_draft_tokens) -> seconds of a draft-and-verify round; two lengths of every exit.
+        drafts: Exit layer -> seconds of a drafted token.
+        rounds: (exit_layer, num_draft_tokens) -> seconds of a draft-and-verify round, of the same exits.
         head_by_size: H by parameter counts, for times so noisy that blocks seem to cost nothing.
         draft_share: Share of the LM head's rows that drafts use.
         num_exit_blocks: Exit layer -> A, by default 0.
@@ -176,12 +188,9 @@ def fit_decoding_costs(
     head = full / block - num_layers
     several = {positions - 1: seconds / passes[1] - 1.0 for positions, seconds in passes.items() if positions > 1}
     first_extra, extra_token = fitted_line(several)
-    heads = []
-    for chosen in {exit_layer for exit_layer, _ in rounds}:
-        timed = {drafts: seconds / block for (exit_layer, drafts), seconds in rounds.items() if exit_layer == chosen}
-        slope = linear_regression(list(timed), list(timed.values())).slope
-        heads.append(slope - chosen - own.get(chosen, 0) - extra_token * (num_layers - chosen + head))
-    draft_head = fmean(heads)
+    draft_head = fmean(
+        seconds / block - exit_layer - own.get(exit_layer, 0.0) for exit_layer, seconds in drafts.items()
+    )
     costs = DecodingCosts(
         block_seconds=block,
         head=head,
@@ -194,9 +203,9 @@ def fit_decoding_costs(
     beyond = [
         seconds / block
         - costs.cost_model(
-            num_layers=num_layers, exit_layer=exit_layer, num_exit_blocks=own.get(exit_layer, 0)
-        ).round_cost(drafts)
-        for (exit_layer, drafts), seconds in rounds.items()
+            num_layers=num_layers, exit_layer=exit_layer, num_exit_blocks=own.get(exit_layer, 0.0)
+        ).round_cost(num_draft_tokens)
+        for (exit_layer, num_draft_tokens), seconds in rounds.items()
     ]
     return replace(costs, overhead=max(0.0, fmean(beyond)))
 
@@ -241,6 +250,23 @@ class _Timer:
         return [after - before for before, after in pairwise(times[0][:together])]
 
     @torch.no_grad()
+    def drafts(self, exit_layer: int) -> list[float]:
+        """Time each of some tokens that an exit drafts after the prompt as in a greedy round, in seconds."""
+        lengths = [len(prompt) for prompt in self._prompts]
+        tokens_BT = torch.tensor(self._prompts, device=self._decoder.device)
+        settings = DecodingSettings(max_new_tokens=_TIMED_TOKENS, exit_layer=exit_layer)
+        drafter = EarlyExitDrafter(self._decoder, settings, len(lengths), capacity=lengths[0] + _TIMED_TOKENS)
+        rule = GreedyRule(settings.sampling, drafter.draft_ids, self._decoder.vocab_size, confidence=False)
+        tokens_B = drafter.prefill(tokens_BT, lengths)[:, 0].argmax(-1)
+        tokens_B.tolist()  # waits for the device
+        seconds = []
+        for _ in range(_TIMED_TOKENS):
+            started = self._clock()
+            tokens_B = rule.draft(drafter.draft(tokens_B), [], [], []).tokens_B
+            seconds.append(self._clock() - started)
+        return seconds
+
+    @torch.no_grad()
     def passes(self, max_positions: int) -> list[float]:
         """Time one pass of the full model over 1, 2, ... `max_positions` positions after the prompt, in seconds."""
         lengths = [len(prompt) for prompt in self._prompts]
@@ -251,7 +277,7 @@ class _Timer:
         for positions in range(1, max_positions + 1):
             tokens_BS = tokens_BT[:, :1].expand(-1, positions)
             started = self._clock()
-            model.verify(tokens_BS).argmax(-1).tolist()  # waits for the device, as a round does
+            model.verify(tokens_BS).max(-1).indices.tolist()  # as a round chooses and waits for the device
             seconds.append(self._clock() - started)
             model.settle(lengths)
         return seconds

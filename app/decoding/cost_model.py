@@ -39,16 +39,17 @@ class CostModel:
         head: float,
         extra_token: float,
         draft_head: float | None = None,
-        num_exit_blocks: int = 0,
+        num_exit_blocks: float = 0.0,
         first_extra: float = 0.0,
         overhead: float = 0.0,
     ) -> "CostModel":
         """Costs of drafting with the first blocks and verifying with the others, by the method's symbols.
 
-        draft_step = E + A + H_d (H_d is H unless given), draft_tail = E, verify = L - E + H, plain_step = L + H. The
-        last draft runs through the first E blocks for verification alone; the A blocks of the exit's own see it only
-        if it is kept. `first_extra` is the share of `verify` that a
-        pass over several positions costs more than one over a single position, however many they are.
+        draft_step = E + A + H_d (H_d is H unless given), draft_tail = E, verify = L - E + H, plain_step = L + H. A
+        counts an exit's own blocks, and its affine map by the share of a block's parameters. The last draft runs
+        through the first E blocks for verification alone; the exit's own blocks see it only if it is kept.
+        `first_extra` is the share of `verify` that a pass over several positions costs more than one over a single
+        position, however many they are.
         """
         verify = num_layers - exit_layer + head
         return cls(

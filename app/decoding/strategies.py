@@ -50,7 +50,7 @@ def _self_speculative_costs(decoder: ExitableDecoder, settings: DecodingSettings
     assert settings.exit_layer is not None
     return CostModel.self_speculative(
         exit_layer=settings.exit_layer,
-        num_exit_blocks=len(decoder.exit_span(settings.exit_layer)),
+        num_exit_blocks=decoder.exit_block_size(settings.exit_layer) / decoder.block_size,
         draft_head=decoder.draft_head_size / decoder.block_size,
         **_sizes(decoder),
     )

@@ -16,6 +16,7 @@ def predicted_speedup(agreement: float, *, exit_layer: int, num_layers: int, siz
         num_layers=num_layers,
         exit_layer=exit_layer,
         head=size.head_blocks,
+        draft_head=size.draft_head_blocks,
         num_exit_blocks=size.exit_blocks,
         extra_token=_EXTRA_TOKEN,
     )

@@ -140,5 +140,5 @@ def _costs(tuned: DecodingDefaults | None, decoder: ExitableDecoder, exit_layer:
     }
     if exit_layer is None:
         return CostModel.two_pass(draft_step=0.0, **shared)
-    own = len(decoder.exit_span(exit_layer))
+    own = decoder.exit_block_size(exit_layer) / decoder.block_size
     return CostModel.self_speculative(exit_layer=exit_layer, num_exit_blocks=own, draft_head=tuned.draft_head, **shared)

@@ -79,6 +79,13 @@ class ExitBlock(nn.Module):
             for layer in self.decoder.layers:
                 _begin_as_identity(layer)
 
+    @property
+    def size(self) -> int:
+        """Parameters of the blocks and of the affine map, if there is one."""
+        norm = self.decoder.norm
+        parts = [*self.decoder.layers, *([norm.linear] if isinstance(norm, AffineNorm) else [])]
+        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
     @torch.no_grad()
     def begin_as(self, weight_DD: Tensor, bias_D: Tensor) -> None:
         """Let the normed states begin as W h + b of the state h leaving block E - 1, up to a factor for each state.

@@ -106,6 +106,10 @@ class SpanDecoder:
         """The blocks that this exit has of its own, as `run_blocks` numbers them; empty where it has none."""
         return self._exit_spans.get(exit_layer, range(0))
 
+    def exit_block_size(self, exit_layer: int) -> int:
+        """Parameters of the blocks and the affine map that this exit has of its own; 0 where it has none."""
+        return self._exit_blocks[exit_layer].size if exit_layer in self._exit_blocks else 0
+
     @property
     def own_exits(self) -> tuple[int, ...]:
         """The exits that have blocks or a norm of their own, ascending."""

@@ -74,8 +74,14 @@ class ExitBlockSteps(EvaluationSteps):
         """Tell what a draft from this exit runs beside the first E blocks."""
         assert self.model is not None
         block = sum(parameter.numel() for parameter in self.model.get_decoder().layers[0].parameters())
-        head = self.model.get_output_embeddings().weight.numel()
-        return DraftSize(head / block, len(self._sources.get(exit_layer, ())))
+        head: Tensor = self.model.get_output_embeddings().weight
+        own, ids_V = self.own_blocks.get(exit_layer), self._token_ids_V
+        rows = len(head if ids_V is None else ids_V)
+        return DraftSize(
+            head_blocks=head.numel() / block,
+            draft_head_blocks=rows * head.shape[1] / block,
+            exit_blocks=own.size / block if own else 0.0,
+        )
 
     def check_exit_blocks(self, *, spread: bool) -> None:
         """Raise ConfigError if exit blocks are to learn from a model that is `spread` over devices in parts."""

@@ -86,7 +86,7 @@ class LayerAgreement:
     matches: Matches
     # Number of ids V' of a draft vocabulary, below V -> the same of exits that choose among these alone; without L.
     reduced: dict[int, Matches] = field(default_factory=dict)
-    num_exit_blocks: dict[int, int] = field(default_factory=dict)  # exit -> blocks of its own, where it has some
+    num_exit_blocks: dict[int, float] = field(default_factory=dict)  # exit -> A, where it has blocks of its own
     vocab_size: int | None = None  # V, if known
 
     def cost_model(self, costs: DecodingCosts, exit_layer: int | None) -> CostModel:
@@ -191,7 +191,11 @@ def measure_layer_agreement(
         matches=matches,
         reduced=reduced,
         vocab_size=decoder.vocab_size,
-        num_exit_blocks={exit_layer: len(own) for exit_layer in matches if (own := decoder.exit_span(exit_layer))},
+        num_exit_blocks={
+            exit_layer: size / decoder.block_size
+            for exit_layer in matches
+            if (size := decoder.exit_block_size(exit_layer))
+        },
     )
 
 

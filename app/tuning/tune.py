@@ -157,8 +157,8 @@ def _look(
     """Measure the agreement of the exits, and the costs of steps before, halfway and after; and H_d by vocabulary.
 
     H_d is measured with all V ids and with the largest vocabulary, and lies on a line for the others: the product with
-    the head takes time in proportion to V', and norm and choice among V logits, some of which are minus infinity, the
-    same time whatever V' is. Parameter counts would leave the latter out.
+    the head and the choice among its logits take time in proportion to V', and norm, embedding and waiting the same
+    time whatever V' is. Parameter counts would leave the latter out.
     """
     measured_with = [decoder.vocab_size, *list(vocabularies)[:1]]
     costs: dict[int, list[DecodingCosts]] = {size: [] for size in measured_with}

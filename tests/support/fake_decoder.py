@@ -104,6 +104,9 @@ class FakeDecoder:
         own = range(self.num_layers, self.num_layers + self.num_own)
         return own if exit_layer == self.own_exit else range(0)
 
+    def exit_block_size(self, exit_layer: int) -> int:
+        return len(self.exit_span(exit_layer)) * self.block_size
+
     def embed(self, tokens_BT: Tensor) -> Tensor:
         nothing_BT = torch.zeros_like(tokens_BT)
         return torch.stack([tokens_BT, nothing_BT, nothing_BT, nothing_BT], dim=-1)

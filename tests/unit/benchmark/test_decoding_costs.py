@@ -92,18 +92,18 @@ def test_passes_are_measured_at_the_context_asked_for_or_as_far_as_the_model_goe
 
 def test_costs_are_never_negative_whatever_the_noise() -> None:
     steps, passes = {1: 2.0, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}
-    costs = fit_decoding_costs(steps, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    costs = fit_decoding_costs(steps, passes, {2: 0.25}, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert _as_tuple(costs)[2:] == (costs.head, 0.0, 0.0, 0.0)  # a draft runs that head, too
     assert costs.head == 9.0
-    nonsense = fit_decoding_costs({1: 5.0, 6: 4.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    nonsense = fit_decoding_costs({1: 5.0, 6: 4.0}, passes, {2: 0.25}, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert (nonsense.block_seconds, nonsense.head) == pytest.approx((0.5, 2.0))
-    headless = fit_decoding_costs({1: 0.1, 6: 3.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    headless = fit_decoding_costs({1: 0.1, 6: 3.0}, passes, {2: 0.25}, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert (headless.block_seconds, headless.head) == (0.5, 0.0)
 
 
 def test_a_cost_that_was_clipped_is_called_too_small_to_measure_and_not_free() -> None:
     clipped = fit_decoding_costs(
-        {1: 0.1, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0
+        {1: 0.1, 6: 3.0}, {1: 3.0, 2: 2.5, 3: 2.0}, {2: 0.25}, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0
     )
     assert costs_line(clipped).count("too small to measure") == 5
     assert "0.0" not in costs_line(clipped)
@@ -122,10 +122,10 @@ def test_a_draft_whose_head_seems_free_costs_the_share_of_the_head_that_it_uses(
     decoder, shares = CostlyDecoder(), list[float]()
     monkeypatch.setattr(CostlyDecoder, "draft_head_size", decoder.head_size // 4)
 
-    def fit(_: object, passes: dict[int, float], __: object, *, draft_share: float, **others: Any) -> DecodingCosts:
+    def fit(_: object, passes: dict[int, float], *__: object, draft_share: float, **others: Any) -> DecodingCosts:
         shares.append(draft_share)
         rounds = {(2, 4): 1.0, (2, 8): 1.1}
-        return fit_decoding_costs({1: 1.0, 6: 3.0}, passes, rounds, draft_share=draft_share, **others)
+        return fit_decoding_costs({1: 1.0, 6: 3.0}, passes, {2: 0.7}, rounds, draft_share=draft_share, **others)
 
     monkeypatch.setattr(decoding_costs, "fit_decoding_costs", fit)
     costs = measure_decoding_costs(decoder, clock=decoder.clock)
@@ -143,8 +143,17 @@ def test_a_draft_whose_head_seems_free_costs_the_share_of_the_head_that_it_uses(
 def test_passes_over_several_positions_lie_on_a_line_that_neither_starts_below_one_nor_falls(
     passes: dict[int, float], line: tuple[float, float]
 ) -> None:
-    costs = fit_decoding_costs({1: 1.0, 6: 3.0}, passes, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
+    costs = fit_decoding_costs({1: 1.0, 6: 3.0}, passes, {2: 1.0}, {(2, 4): 1.0, (2, 8): 1.1}, head_by_size=2.0)
     assert (costs.first_extra, costs.extra_token) == pytest.approx(line)
+
+
+@pytest.mark.parametrize("longer", [0.9, 1.1, 4.0])
+def test_noise_of_rounds_does_not_move_what_a_draft_costs(longer: float) -> None:
+    passes = {1: 3.0, 2: 3.1, 3: 3.2}
+    costs = fit_decoding_costs(
+        {1: 0.5, 6: 3.0}, passes, {2: 1.75}, {(2, 1): 1.0, (2, 2): longer}, head_by_size=2.0, num_exit_blocks={2: 1.25}
+    )
+    assert costs.draft_head == pytest.approx(1.75 / costs.block_seconds - 2 - 1.25)
 
 
 def test_the_median_of_costs_is_of_each_figure() -> None:

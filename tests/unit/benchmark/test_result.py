@@ -16,7 +16,7 @@ from app.decoding.settings import DecodingSettings
 
 COSTS = DecodingCosts(block_seconds=1e-3, head=2.0, draft_head=1.5, first_extra=0.25, extra_token=0.05, overhead=0.5)
 SMALL = DecodingCosts(block_seconds=5e-4, head=1.0, draft_head=1.0, first_extra=0.0, extra_token=0.01, overhead=9.0)
-DECODER: Any = SimpleNamespace(num_layers=10, exit_span=lambda _: (), draft_vocabulary=None)
+DECODER: Any = SimpleNamespace(num_layers=10, exit_block_size=lambda _: 0, block_size=1, draft_vocabulary=None)
 SMALL_DECODER: Any = SimpleNamespace(num_layers=4)
 TOKENS = list(range(9))
 KEPT, CUT = Step([1, 2, 3, 4], 3), Step([5], 0, (7, 7, 7))  # of three drafts: all kept, and none

@@ -25,9 +25,12 @@ def test_table_shows_first_and_last_measurement_of_every_exit():
 
 
 def test_the_predicted_speedup_is_that_of_the_best_number_of_drafts():
-    size = DraftSize(head_blocks=5.0, exit_blocks=1)
+    size = DraftSize(head_blocks=5.0, draft_head_blocks=5.0, exit_blocks=1)
     assert predicted_speedup(0.72, exit_layer=2, num_layers=30, size=size) == pytest.approx(1.5, abs=0.02)
     assert predicted_speedup(0.88, exit_layer=2, num_layers=30, size=size) == pytest.approx(2.0, abs=0.02)
+    eighth = size._replace(draft_head_blocks=5.0 / 8)
+    assert predicted_speedup(0.56, exit_layer=2, num_layers=30, size=eighth) == pytest.approx(1.5, abs=0.02)
+    assert predicted_speedup(0.74, exit_layer=2, num_layers=30, size=eighth) == pytest.approx(2.0, abs=0.02)
     one_draft = 35 / (8 + 2 + 33 * 1.02)
     assert predicted_speedup(0.0, exit_layer=2, num_layers=30, size=size) == pytest.approx(one_draft)
 

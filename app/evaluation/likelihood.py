@@ -19,6 +19,7 @@ from app.decoding.drafters import run_exit_blocks
 from app.exits.states import positions_per_chunk
 from app.protocols import DecoderCache, ExitableDecoder
 
+_LOGITS_IN_CACHE = 2**20  # that are normalised at a time; more of them would leave a CPU's cache meanwhile
 _SHARED_FROM = 16  # tokens; running fewer once for a whole batch would not pay for a further pass
 
 
@@ -147,11 +148,12 @@ class _Steps(NamedTuple):
 
     def _score(self, states_ND: Tensor, predicts_M: Tensor, tokens_M: Tensor, *, exit_layer: int) -> Tensor:
         """Log-probabilities [M] of tokens, each predicted by one of the positions; logits exist for some at a time."""
-        size = positions_per_chunk(self.decoder.vocab_size)
-        found_M = torch.empty(len(tokens_M), device=states_ND.device)
-        for first in range(0, len(states_ND), size):
-            logits_NV = self.decoder.unembed(states_ND[None, first : first + size], exit_layer=exit_layer)[0].float()
-            here = ((predicts_M >= first) & (predicts_M < first + size)).nonzero()[:, 0]
-            rows = predicts_M[here] - first
-            found_M[here] = logits_NV[rows, tokens_M[here]] - logits_NV.logsumexp(-1)[rows]
+        few = max(1, _LOGITS_IN_CACHE // self.decoder.vocab_size)
+        found_M, first = torch.empty(len(tokens_M), device=states_ND.device), 0
+        for some_ND in torch.split(states_ND, positions_per_chunk(self.decoder.vocab_size)):
+            for logits_NV in torch.split(self.decoder.unembed(some_ND[None], exit_layer=exit_layer)[0], few):
+                here = ((predicts_M >= first) & (predicts_M < first + len(logits_NV))).nonzero()[:, 0]
+                log_probs_NV = logits_NV.log_softmax(-1, dtype=torch.float32)
+                found_M[here] = log_probs_NV[predicts_M[here] - first, tokens_M[here]]
+                first += len(logits_NV)
         return found_M

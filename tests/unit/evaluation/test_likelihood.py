@@ -112,7 +112,8 @@ def test_an_exit_with_blocks_of_its_own_is_scored_through_them(model):
 
 
 def test_logits_are_made_in_chunks_that_change_nothing(model, found, monkeypatch):
-    monkeypatch.setattr("app.exits.states._LOGITS_PER_CHUNK", 2 * 61)  # two positions of 61 tokens
+    monkeypatch.setattr("app.exits.states._LOGITS_PER_CHUNK", 3 * 61)  # three positions of 61 tokens
+    monkeypatch.setattr("app.evaluation.likelihood._LOGITS_IN_CACHE", 2 * 61)
     with torch.no_grad():
         chunked = log_probabilities(SpanDecoder(model), _examples(), EXITS)
     for one, two in zip(chain(*found), chain(*chunked), strict=True):

@@ -29,3 +29,14 @@ class Table(NamedTuple):
 def cell(value: float | str | None, style: str) -> str:
     """The value in the format `style`, or the mark of an empty cell where there is none."""
     return _ABSENT if value is None else style.format(value)
+
+
+def with_interval(value: float, low: float | None, high: float | None, *, is_share: bool) -> str:
+    """Write the value with its interval behind it, such as "43.8 (23..67)"; shares are written in percent."""
+    scale, style = (100, ".1f") if is_share else (1, ".2f" if value < 1e5 else ".1e")
+    text = f"{scale * value:{style}}"
+    if low is None or high is None:
+        return text
+    if is_share:
+        style = ".0f" if scale * (high - low) >= 5 else ".1f"
+    return f"{text} ({scale * low:{style}}..{scale * high:{style}})"

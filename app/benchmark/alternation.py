@@ -6,12 +6,13 @@ from itertools import product, zip_longest
 from statistics import fmean, median
 from time import perf_counter
 
-from app.benchmark.speedup_interval import Interval, PairedTimes, speedup_interval
+from app.benchmark.speedup_interval import PairedTimes, speedup_interval
 from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode_batch
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
+from app.intervals import Interval
 from app.protocols import ExitableDecoder
 
 Prompts = Sequence[Sequence[int]]

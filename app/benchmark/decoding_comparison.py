@@ -5,10 +5,11 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from app.benchmark.alternation import Measurement, RoundCounts, alternate, drafting_contenders, ratio
-from app.benchmark.speedup_interval import Interval, PairedTimes, interval_in_words, speedup_interval
+from app.benchmark.speedup_interval import PairedTimes, interval_in_words, speedup_interval
 from app.decoding.result import DecodingResult
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
+from app.intervals import Interval
 from app.protocols import ExitableDecoder
 from app.tables import Table, cell
 from app.words import counted_of

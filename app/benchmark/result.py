@@ -7,8 +7,8 @@ from statistics import fmean
 from app.benchmark.alternation import Contender, Measurement, ratio
 from app.benchmark.benchmark import Benchmark, Costs
 from app.benchmark.output_differences import OutputDifferences
-from app.benchmark.speedup_interval import Interval
 from app.decoding.cost_model import CostModel, tokens_per_round
+from app.intervals import Interval
 from app.protocols import ExitableDecoder
 
 

@@ -4,10 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Student's t, two-sided at 95 %, from 1 degree of freedom on. More degrees than listed use the last value.
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
-
-Interval = tuple[float, float]
+from app.intervals import Interval, student_t
 
 
 class PairedTimes(NamedTuple):
@@ -54,7 +51,7 @@ def speedup_interval(speedup: float | None, times: PairedTimes) -> Interval | No
         + times.own_squares / times.own**2
     )
     error = math.sqrt(times.num / (times.num - 1) * max(0.0, squares))
-    factor = math.exp(min(700.0, _T[min(times.num - 1, len(_T)) - 1] * error))
+    factor = math.exp(min(700.0, student_t(times.num) * error))
     return speedup / factor, speedup * factor
 
 

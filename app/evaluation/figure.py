@@ -5,6 +5,7 @@ from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,7 +18,7 @@ _MOST = 1e100  # a perplexity beyond it would overflow on a logarithmic scale
 
 
 def evaluation_figure(results: Sequence[Result], *, title: str) -> Figure:
-    """One line for each task over the exits, with one standard error up and down.
+    """One line for each task over the exits, with its 95 % intervals.
 
     Args:
         results: Those that are to be seen (`results.shown`).
@@ -35,9 +36,9 @@ def evaluation_figure(results: Sequence[Result], *, title: str) -> Figure:
         axes.set_xticks(exits) if len(exits) <= 12 else axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if panel is shares:
-            axes.set(ylabel="score (%)", ylim=(0, None))
+            axes.set(ylabel="score (%), with 95 % intervals", ylim=(0, None))
         else:
-            axes.set(ylabel="perplexity of a token (lower is better)", yscale="log")
+            axes.set(ylabel="perplexity of a token (lower is better), with 95 % intervals", yscale="log")
             if max(each.score for each in texts) < 1000 * min(each.score for each in texts):
                 axes.yaxis.set_major_formatter(ScalarFormatter())
     return figure
@@ -55,9 +56,11 @@ def _lines(axes: Axes, results: Sequence[Result]) -> None:
             line = [each for each in own if (each.strategy == "self_speculative") == drafts]
             if line:
                 line.sort(key=lambda each: each.exit_layer)
-                errors = [min(scale * (each.standard_error or 0.0), _MOST) for each in line]
                 dashed = {"linestyle": ":", "fillstyle": "none"} if drafts else {}
                 points = [each.exit_layer for each in line], [min(scale * each.score, _MOST) for each in line]
+                bounds = [(each.score if bound is None else bound for bound in (each.low, each.high)) for each in line]
+                lows, highs = zip(*([min(scale * bound, _MOST) for bound in each] for each in bounds), strict=True)
+                errors = np.abs(np.array([lows, highs]) - points[1])
                 axes.errorbar(*points, yerr=errors, **(style | dashed))
                 for place, each in zip(zip(*points, strict=True), line, strict=True):
                     if each.speedup is not None:

@@ -1,4 +1,4 @@
-"""Turns what was found out about examples into one table of exits and tasks: means with standard errors.
+"""Turns what was found out about examples into one table of exits and tasks: means with 95 % intervals.
 
 Tested by tests/unit/evaluation/test_results.py.
 """
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from app.evaluation.records import Decoded, Record, Strategy
 from app.evaluation.task import ChoiceTask, Task, TextTask
-from app.tables import Table
+from app.intervals import share_interval, student_t
+from app.tables import Table, with_interval
 
 _ALL = ""  # the group of all examples of a task
 
@@ -24,6 +25,7 @@ class Result(NamedTuple):
         metric: perplexity (of a token), or a share of the examples.
         num_examples: How many there were.
         standard_error: Of the score; None for a single example.
+        low, high: The score's 95 % interval; None for the perplexity of a single window.
         chance: The score of a guess, None where there is no such thing.
         lossless: Whether the full model wrote or checked every token; None where nothing was generated.
         ms_per_token: Decode time without the prompt's pass, in the batches of this evaluation; None as above.
@@ -46,6 +48,8 @@ class Result(NamedTuple):
     speedup: float | None = None
     acceptance_rate: float | None = None
     identical_share: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 class TaskCounts(NamedTuple):
@@ -102,11 +106,22 @@ def _results(task: str, group: str, records: Sequence[Record]) -> Iterator[Resul
     chance = math.fsum(chances) / len(chances) if chances else None
     for (strategy, exit_layer, metric), pairs in sorted(values.items()):
         mean, error = mean_and_error(pairs)
-        if metric == "loss":
-            metric, mean = "perplexity", math.exp(min(mean, 700.0))  # what is beyond has no float
+        low: float | None = None
+        high: float | None = None
+        if metric != "loss":
+            low, high = share_interval(mean, len(pairs))
+        else:
+            if error is not None:
+                spread = student_t(len(pairs)) * error
+                low, high = _perplexity(mean - spread), _perplexity(mean + spread)
+            metric, mean = "perplexity", _perplexity(mean)
             error = None if error is None else mean * error
         found = Result(task, group, exit_layer, strategy, metric, len(pairs), mean, error, chance)
-        yield found._replace(**speeds.get((strategy, exit_layer), {}))
+        yield found._replace(low=low, high=high, **speeds.get((strategy, exit_layer), {}))
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # what is beyond has no float
 
 
 def _speeds(decoded: Mapping[tuple[Strategy, int], Sequence[Decoded]]) -> dict[tuple[Strategy, int], dict[str, Any]]:
@@ -163,7 +178,7 @@ def column(result: Result) -> str:
 
 
 def exits_table(results: Sequence[Result], tasks: Mapping[str, Task], *, num_layers: int, title: str) -> Table:
-    """A row for each exit, a column for each task: score and standard error; the last row is that of guessing.
+    """A row for each exit, a column for each task: score and 95 % interval; the last row is that of guessing.
 
     What the full model checks has a row of its own beside that of the exit that drafts for it.
     """
@@ -181,7 +196,7 @@ def exits_table(results: Sequence[Result], tasks: Mapping[str, Task], *, num_lay
         chances = (first[name].chance for name in names)
         rows.append(("guessing", *("-" if chance is None else f"{100 * chance:.1f}" for chance in chances)))
     headers = (f"{name}\n{_title(first[name])}" for name in names)
-    return Table(title, ("exit", *headers), rows)
+    return Table(f"{title}: score (95 % interval)", ("exit", *headers), rows)
 
 
 def _place(result: Result) -> tuple[int, bool]:
@@ -211,11 +226,7 @@ def _title(result: Result) -> str:
 def _score(result: Result | None) -> str:
     if result is None:
         return "-"
-    scale, style = (1, ".2f") if result.metric == "perplexity" else (100, ".1f")
-    if scale * result.score >= 1e5:
-        style = ".1e"
-    text = f"{scale * result.score:{style}}"
-    return text if result.standard_error is None else f"{text} ± {scale * result.standard_error:{style}}"
+    return with_interval(result.score, result.low, result.high, is_share=result.metric != "perplexity")
 
 
 def as_csv(results: Sequence[Result]) -> str:

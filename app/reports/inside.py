@@ -11,7 +11,7 @@ from app.reports.charts import Chart, Line
 from app.reports.files import missing, named_files, of_files
 from app.reports.measurements import Measurement
 from app.reports.run_folder import Run
-from app.tables import Table
+from app.tables import Table, with_interval
 
 _MOST_TOKENS, _MOST_LAYERS = 10, 9  # of the excerpt
 
@@ -67,7 +67,7 @@ def _scores(name: str, measured: Measurement) -> list[Block]:
     )
     by_callback = f"By callbacks.TaskEvaluation, checkpoint {measured.content.get('checkpoint')}."
     counts = ", ".join(f"{task} {each['scored']}" for task, each in measured.content["rows"].items())
-    source = f"From {measured.file}. Score and standard error; rows scored: {counts}. {lossy} {notes}"
+    source = f"From {measured.file}. Score and 95 % interval; rows scored: {counts}. {lossy} {notes}"
     command = measured.command()
     return [
         Sheet(
@@ -81,10 +81,9 @@ def _scores(name: str, measured: Measurement) -> list[Block]:
 def _score(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return "-"
-    scale, style = (1, ".4g") if result["metric"] == "perplexity" else (100, ".1f")
-    error = result["standard_error"]
-    spread = "" if error is None else f" ± {scale * error:{style}}"
-    return f"{scale * result['score']:{style}}{spread}" + ("" if scale == 1 else " %")
+    is_share = result["metric"] != "perplexity"
+    text = with_interval(result["score"], result.get("low"), result.get("high"), is_share=is_share)
+    return f"{text} %" if is_share else text
 
 
 def _drawn(result: Mapping[str, Any]) -> float:

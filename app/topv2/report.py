@@ -4,16 +4,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
-from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from app import metric_names
 from app.benchmark.decoding_comparison import DecodingComparison
 from app.errors import DataError
+from app.intervals import share_interval
 from app.tables import Table, cell
 from app.topv2.evaluation import ParsePlan, ParseResult
 from app.whole_file import write_whole
@@ -122,7 +123,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def exact_match_figure(runs: Mapping[str, Mapping[str, Any]], *, metric: Metric = "exact_match") -> Figure:
-    """Draw the metric of every run over the exits it was decoded at, with one standard error up and down.
+    """Draw the metric of every run over the exits it was decoded at, with their 95 % intervals.
 
     `runs` gives each line's name and its document of `read_report`, whose self-speculative results are left out.
     """
@@ -135,12 +136,13 @@ def exact_match_figure(runs: Mapping[str, Mapping[str, Any]], *, metric: Metric 
         exits, shares = [r["exit_layer"] for r in records], [r[metric] for r in records]
         counts |= {r["num_examples"] for r in records}
         stages.add(document["stage"])
-        errors = [100.0 * sqrt(s * (1.0 - s) / r["num_examples"]) for s, r in zip(shares, records, strict=True)]
+        bounds = [share_interval(share, r["num_examples"]) for share, r in zip(shares, records, strict=True)]
+        errors = 100.0 * np.abs(np.transpose(bounds) - shares)
         style: dict[str, Any] = {"marker": marker, "markersize": 7, "capsize": 3, "alpha": 0.85}
         axes.errorbar(exits, [100.0 * share for share in shares], yerr=errors, label=label, **style)
     some = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     axes.set(
-        title=f"{some} examples ({', '.join(sorted(stages))}); bars: one standard error",
+        title=f"{some} examples ({', '.join(sorted(stages))}); bars: 95 % intervals",
         xlabel="exit layer (blocks run; the last is the full model)",
         ylabel=_TITLES[metric],
         xlim=(0.0, None),

@@ -6,7 +6,8 @@ from typing import Any
 
 from app.benchmark.decoding_costs import DecodingCosts
 from app.benchmark.output_differences import OutputDifferences
-from app.benchmark.speedup_interval import Interval, interval_in_words
+from app.benchmark.speedup_interval import interval_in_words
+from app.intervals import Interval
 from app.model_files.decoding_defaults import Conditions, DecodingDefaults
 from app.tables import Table, cell
 from app.tuning.layer_agreement import LayerAgreement

@@ -118,6 +118,7 @@ def write_evaluation(file: Path, *, model: str) -> Path:
     results = [
         {"task": "boolq", "group": group, "exit_layer": layer, "strategy": "likelihood", "metric": "acc"}
         | {"num_examples": 8, "score": 0.125 * layer, "standard_error": 0.05, "chance": 0.5}
+        | {"low": 0.125 * layer - 0.1, "high": 0.125 * layer + 0.1}
         for layer in (2, 4)
         for group in ("", "a part")
     ]

@@ -62,12 +62,12 @@ def test_rows_of_the_table_say_what_is_lossy_and_what_is_not() -> None:
     table = exits_table(results_of([*RECORDS, *CHOICES]), TASKS, num_layers=8, title="t")
     assert [row[:2] for row in table.rows] == [
         ("exit 4", "-"),
-        ("exit 6, early exit\n(lossy)", "33.3 ± 33.3"),
-        ("exit 6, self-speculative\n(lossless, 2.0x)", "66.7 ± 33.3"),
-        ("exit 8, full model", "66.7 ± 33.3"),
+        ("exit 6, early exit\n(lossy)", "33.3 (6..79)"),
+        ("exit 6, self-speculative\n(lossless, 2.0x)", "66.7 (21..94)"),
+        ("exit 8, full model", "66.7 (21..94)"),
         ("guessing", "-"),
     ]
-    assert [row[2] for row in table.rows] == ["100.0", "100.0", "-", "100.0", "50.0"]
+    assert [row[2] for row in table.rows] == ["100.0 (21..100)", "100.0 (21..100)", "-", "100.0 (21..100)", "50.0"]
     assert "| exit 6, self-speculative (lossless, 2.0x) | 66.7" in table.as_markdown()
 
 

@@ -1,4 +1,4 @@
-"""Means, standard errors, tables, files and figures from records made by hand."""
+"""Means, intervals, tables, files and figures from records made by hand."""
 
 import csv
 import io
@@ -77,10 +77,12 @@ def test_the_table_has_an_exit_a_row_and_one_metric_of_each_task():
         "guessing",
     ]  # fmt: skip
 
-    assert [row[1] for row in table.rows] == ["33.3 ± 33.3", "-", "66.7 ± 33.3", "25.0"]
-    assert [row[2] for row in table.rows] == ["0.0", "-", "100.0", "25.0"]
-    assert [row[6] for row in table.rows] == ["0.0", "100.0", "100.0", "-"]
-    assert table.rows[2][4] == f"{math.exp(1.75):.2f} ± {math.exp(1.75) * 1.5 / 4:.2f}"
+    assert table.title == "t: score (95 % interval)"
+    assert [row[1] for row in table.rows] == ["33.3 (6..79)", "-", "66.7 (21..94)", "25.0"]
+    assert [row[2] for row in table.rows] == ["0.0 (0..79)", "-", "100.0 (21..100)", "25.0"]
+    assert [row[6] for row in table.rows] == ["0.0 (0..79)", "100.0 (21..100)", "100.0 (21..100)", "-"]
+    low, high = (math.exp(1.75 + side * 12.71 * 1.5 / 4) for side in (-1, 1))  # Student's t of two windows
+    assert table.rows[2][4] == f"{math.exp(1.75):.2f} ({low:.2f}..{high:.2f})"
     assert table.rows[0][5] == "1.0e+304"
 
 

@@ -141,10 +141,10 @@ def test_each_run_is_a_line_over_its_exits_and_drafts_are_not_in_it(metric: Metr
     assert [text.get_text() for text in legend.get_texts()] == ["baseline", "LD+EE"]
 
 
-def test_bars_are_one_standard_error() -> None:
+def test_bars_are_95_percent_intervals() -> None:
     (axes,) = exact_match_figure(RUNS).axes
     bars = axes.containers[1][2][0].get_segments()
-    assert [high - low for (_, low), (_, high) in bars][1] == pytest.approx(2 * 100 * (0.7 * 0.3 / 100) ** 0.5)
+    assert [(low, high) for (_, low), (_, high) in bars][1] == pytest.approx((60.4, 78.1), abs=0.05)  # of 70 of 100
 
 
 def test_the_title_says_how_many_examples_of_which_stage() -> None:

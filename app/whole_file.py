@@ -1,8 +1,13 @@
 """Writes a file whole or not at all, so that a full disk or a killed process does not damage the file before."""
 
+import io
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # matplotlib is slow to load, and most files are no pictures
+    from matplotlib.figure import Figure
 
 
 def write_whole(path: Path, content: str | bytes | memoryview) -> None:
@@ -29,3 +34,10 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_figure(path: Path, figure: "Figure", *, dpi: int = 150) -> None:
+    """Draw a figure as PNG and write it as `write_whole` does."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=dpi)
+    write_whole(path, image.getvalue())

@@ -1,6 +1,5 @@
 """A benchmark's results as a JSON document, a table and a figure."""
 
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from app.benchmark.result import BenchmarkResult
 from app.benchmark.speedup_interval import interval_in_words
 from app.decoding.strategies import is_lossless
 from app.tables import Table, cell
-from app.whole_file import write_whole
+from app.whole_file import write_figure, write_whole
 from app.words import dtype_name
 
 _PACKAGES = ("torch", "transformers", "layerskip-lightning")
@@ -174,9 +173,7 @@ def _prediction(speedup: float | None, error: float | None) -> str:
 def write_report(document: Mapping[str, Any], figure: Figure, output: Path) -> Path:
     """Write the document to `output` and the figure beside it, each whole or not at all; return the figure's path."""
     picture = output.with_suffix(".png")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    write_figure(picture, figure)
     write_whole(output, text)
-    write_whole(picture, image.getvalue())
     return picture

@@ -1,6 +1,5 @@
 """`layerskip lens`: what every layer would have said, token by token. Tested by tests/contract/test_lens.py."""
 
-import io
 import json
 import logging
 from functools import partial
@@ -19,7 +18,7 @@ from app.lens.lens import check_comparable, look
 from app.lens.page import lens_page
 from app.lens.report import lens_as_json, needed_table
 from app.lens.token_texts import short_names
-from app.whole_file import write_whole
+from app.whole_file import write_figure, write_whole
 from app.words import counted
 
 _log = logging.getLogger(__name__)
@@ -90,9 +89,7 @@ def lens(
         case ".html":
             write_whole(path, lens_page(told))
         case _:
-            image = io.BytesIO()
-            lens_figure(told).savefig(image, format="png", dpi=_DOTS_PER_INCH)
-            write_whole(path, image.getvalue())
+            write_figure(path, lens_figure(told), dpi=_DOTS_PER_INCH)
     print_table(needed_table(lenses, texts))
     print(f"{suffix[1:]}: {path}")
 

@@ -1,6 +1,5 @@
 """`layerskip plot`: what the exits of several runs score, in one picture."""
 
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from app.errors import CheckpointError, ConfigError, check_output_file
 from app.exits.quality import ExitScore
 from app.exits.report import MOST_RUNS, History, exit_curves_figure, scaling_figure
 from app.topv2.report import Metric, exact_match_figure, read_report
-from app.whole_file import write_whole
+from app.whole_file import write_figure
 
 _T = TypeVar("_T")
 
@@ -48,9 +47,7 @@ def plot(
             raise ConfigError("checkpoints", got=len(checkpoints or ()), allowed=f"1..{MOST_RUNS}")
         runs = _read("checkpoints", checkpoints or [], _read_curve)
         figure = exit_curves_figure(runs) if exit_layer is None else _scaling_figure(runs, exit_layer)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_whole(path, image.getvalue())
+    write_figure(path, figure)
     print(f"figure: {path}")
 
 

@@ -1,6 +1,5 @@
 """Writes the results of an evaluation: JSON, and beside it a CSV file and a figure. Tested by test_results.py."""
 
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from app.evaluation.figure import evaluation_figure
 from app.evaluation.records import Record
 from app.evaluation.results import Result, as_csv, as_json, count_rows, results_of, shown
 from app.evaluation.task import Task
-from app.whole_file import write_whole
+from app.whole_file import write_figure, write_whole
 from app.words import counted
 
 
@@ -36,9 +35,7 @@ def write_results(
     document = dict(about) | {"rows": counts, "notes": notes(records, results), "results": as_json(results)}
     write_whole(output, json.dumps(document, indent=2, allow_nan=False) + "\n")
     write_whole(output.with_suffix(".csv"), as_csv(results))
-    image = io.BytesIO()
-    evaluation_figure(shown(results, tasks), title=title).savefig(image, format="png", dpi=150)
-    write_whole(output.with_suffix(".png"), image.getvalue())
+    write_figure(output.with_suffix(".png"), evaluation_figure(shown(results, tasks), title=title))
     return results
 
 

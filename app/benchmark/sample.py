@@ -107,7 +107,7 @@ def _lines(found: Sequence[Piece]) -> list[list[Piece]]:
     lines: list[list[Piece]] = [[]]
     room = _COLUMNS
     for text, kind in found:
-        for idx, part in enumerate(_printable(text).split("\n")):
+        for idx, part in enumerate(drawable(text.expandtabs(4), _FONT).split("\n")):
             if idx:
                 lines.append([])
                 room = _COLUMNS
@@ -121,10 +121,10 @@ def _lines(found: Sequence[Piece]) -> list[list[Piece]]:
     return lines
 
 
-def _printable(text: str) -> str:
-    """Replace what the font cannot draw."""
-    known = get_font(findfont(_FONT)).get_charmap()
-    return "".join(char if char == "\n" or ord(char) in known else "▯" for char in text.expandtabs(4))
+def drawable(text: str, font: FontProperties) -> str:
+    """Put a box for each character that the font lacks; line breaks stay."""
+    known = get_font(findfont(font)).get_charmap()
+    return "".join(each if each == "\n" or ord(each) in known else "\N{WHITE SQUARE}" for each in text)
 
 
 def _code(text: str) -> str:

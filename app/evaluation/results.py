@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from app.benchmark.alternation import ratio
 from app.evaluation.records import Decoded, Record, Strategy
 from app.evaluation.task import ChoiceTask, Task, TextTask
 from app.intervals import share_interval, student_t
@@ -127,24 +128,18 @@ def _perplexity(loss: float) -> float:
 def _speeds(decoded: Mapping[tuple[Strategy, int], Sequence[Decoded]]) -> dict[tuple[Strategy, int], dict[str, Any]]:
     """The fields of a Result that tell how each strategy decoded from each exit; ratios are those of sums."""
     plain = next((parts for (strategy, _), parts in decoded.items() if strategy == "autoregressive"), ())
-    seconds_plain = _ratio(sum(each.seconds for each in plain), sum(each.tokens for each in plain))
+    seconds_plain = ratio(sum(each.seconds for each in plain), sum(each.tokens for each in plain))
     speeds = {}
     for (strategy, exit_layer), parts in decoded.items():
-        seconds = _ratio(sum(each.seconds for each in parts), sum(each.tokens for each in parts))
+        seconds = ratio(sum(each.seconds for each in parts), sum(each.tokens for each in parts))
         fields: dict[str, Any] = {"lossless": strategy != "early_exit"}
         fields["ms_per_token"] = None if seconds is None else 1000 * seconds
         if strategy == "self_speculative":
-            fields["speedup"] = _ratio(seconds_plain or 0.0, seconds or 0.0)
-            fields["acceptance_rate"] = _ratio(
-                sum(each.accepted for each in parts), sum(each.drafted for each in parts)
-            )
-            fields["identical_share"] = _ratio(sum(each.identical is True for each in parts), len(parts))
+            fields["speedup"] = ratio(seconds_plain or 0.0, seconds or 0.0)
+            fields["acceptance_rate"] = ratio(sum(each.accepted for each in parts), sum(each.drafted for each in parts))
+            fields["identical_share"] = ratio(sum(each.identical is True for each in parts), len(parts))
         speeds[strategy, exit_layer] = fields
     return speeds
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator else None
 
 
 def mean_and_error(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None]:

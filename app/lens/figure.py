@@ -11,7 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties
+
+from app.benchmark.sample import drawable
 
 _BAND = 30  # tokens side by side
 _CELL = (0.5, 0.17)  # inches
@@ -64,9 +66,9 @@ def _draw_grid(
             settled = row["own_blocks"] is None and row["exit_layer"] >= run["saturation"][token]
             probability = run["top_probs"][index][token][0]
             colours[index, column] = mpl.colors.to_rgba(_SETTLED) if settled else _CHANGING(probability)
-            text = _drawable(texts[run["top_ids"][index][token][0]])
+            text = _cell_text(texts[run["top_ids"][index][token][0]])
             _write(axes, column, index, text, color=_SETTLED_TEXT if settled else _TEXT)
-        _write(axes, column, -1, _drawable(texts[run["tokens"][token]]), color=_TEXT, weight="bold")
+        _write(axes, column, -1, _cell_text(texts[run["tokens"][token]]), color=_TEXT, weight="bold")
     axes.imshow(colours, aspect="auto", interpolation="nearest")
     axes.set_ylim(len(rows) - 0.5, -1.5)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=6)
@@ -100,8 +102,7 @@ def _draw_bars(axes: Axes, model: Mapping[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _drawable(text: str) -> str:
-    """Cut a text to a cell, and put a box for each character that the font lacks."""
-    known = get_font(findfont(FontProperties(family="monospace"))).get_charmap()
+def _cell_text(text: str) -> str:
+    """Cut a text to a cell, in which the font can draw it."""
     text = text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
-    return "".join(each if ord(each) in known else "\N{WHITE SQUARE}" for each in text)
+    return drawable(text, FontProperties(family="monospace"))

@@ -19,7 +19,7 @@ from app.benchmark.decoding_costs import DecodingCosts
 from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
-from app.exits.layers_needed import saturation_layer
+from app.exits.layers_needed import LayersNeeded
 from app.exits.states import positions_per_chunk, states_by_exit
 from app.protocols import ExitableDecoder
 from app.tuning.found_drafts import FoundDraft, found_drafts
@@ -141,7 +141,7 @@ class LayerAgreement:
             for by_exit in zip(*(self.matches[exit_layer] for exit_layer in range(1, self.num_layers)), strict=True)
             for token_matches in zip(*by_exit, strict=True)
         )
-        return sum(map(saturation_layer, matches_by_token)) / self.num_positions
+        return LayersNeeded.of(matches_by_token, num_layers=self.num_layers).mean_saturation_layer
 
 
 def measure_layer_agreement(

@@ -118,7 +118,7 @@ class Adaptation:
         log = {"trainer.logger": "lightning.pytorch.loggers.CSVLogger", "trainer.logger.save_dir": self.folder}
         probe = log | {"trainer.logger.name": "probe", "trainer.logger.version": "", "trainer.max_steps": _PROBE_STEPS}
         quiet = {"trainer.limit_val_batches": 0, "trainer.num_sanity_val_steps": 0, "trainer.log_every_n_steps": 1}
-        self._run("cache", "fit", {**common, **probe, **quiet})
+        self._run("cache", "fit", {**common, **probe, **quiet, "logs.all_metrics": True})
         steps = int(self._made("steps.txt", lambda: str(self._steps(num_tokens))).read_text())
         every = {"trainer.max_steps": steps, "trainer.val_check_interval": max(1, steps // 8)}
         named = {"trainer.logger.init_args.save_dir": self.folder, "trainer.logger.init_args.name": "run"}

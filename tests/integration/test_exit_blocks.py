@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, EXIT_BLOCKS_PREFIX
-from app.errors import ConfigError
+from app.errors import ConfigError, DataError
 from app.model import head_loss
 from app.model.early_exit import EarlyExitModel
 from app.model.weights_hash import weights_hash
@@ -120,6 +120,11 @@ def test_a_loss_over_a_draft_vocabulary_takes_the_rows_of_these_tokens_alone(roo
     monkeypatch.setattr(head_loss, "token_losses", watched)
     trainer.fit(module, datamodule=make_data(root))
     assert shapes == [90]
+    size, vocab_size = module.draft_size(1), module.config.vocab_size
+    assert size.draft_head_blocks == pytest.approx(size.head_blocks * 90 / vocab_size)
+    file.write_text(json.dumps([*range(1, 90)]))
+    with pytest.raises(DataError, match="id 0, which ends a text, is not among its ids"):
+        make_exit_blocks(root, exits={1: 1}, vocabulary=str(file)).configure_model()
 
 
 @pytest.mark.parametrize("start", ["exit", "affine"])

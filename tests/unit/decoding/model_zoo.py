@@ -109,15 +109,18 @@ def decoder_named(name: str) -> LimitedDecoder:
 
 @cache
 def decoder_with_exit_blocks(name: str, *, perfect: bool = False) -> LimitedDecoder:
-    """The same with blocks of its own at exit 1, and a norm at exit 2 of larger models.
+    """The same with blocks of its own at exit 1, and in larger models an affine map at exit 2 and two blocks at exit 3.
 
-    They are copies of the last block, or of all later blocks if `perfect`, so that they draft what the model says.
+    They are copies of the last blocks, or at exit 1 of all later blocks if `perfect`, so that they draft what the model
+    says.
     """
     model = model_named(name)
     num_layers = model.config.num_hidden_layers
-    sources = {1: range(1, num_layers) if perfect else [num_layers - 1]} | ({2: []} if num_layers > 2 else {})
+    sources = {1: [*range(1 if perfect else num_layers - 1, num_layers)], 2: [], 3: [num_layers - 2, num_layers - 1]}
     blocks = {
-        exit_layer: ExitBlock(model, exit_layer=exit_layer, source_layers=of) for exit_layer, of in sources.items()
+        exit_layer: ExitBlock(model, exit_layer=exit_layer, source_layers=of, affine=not of)
+        for exit_layer, of in sources.items()
+        if exit_layer < num_layers
     }
     for block in blocks.values():
         block.eval()

@@ -76,11 +76,14 @@ def _told(result: DecodingResult) -> tuple[list[int], str, tuple[Step, ...], int
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_greedy_batch_equals_its_prompts_alone_whatever_the_model(name: str) -> None:
-    prompts = [prompt_of(length) for length in _LENGTHS[:4]]
-    for decoder, match in ((decoder_named(name), None), *((decoder_with_exit_blocks(name), m) for m in (None, 1))):
-        settings = _settings("self_speculative", max_new_tokens=14, n_gram_match=match)
+    prompts, own = [prompt_of(length) for length in _LENGTHS[:4]], decoder_with_exit_blocks(name)
+    exits = (decoder_named(name), 1, None, None), (own, 1, None, None), (own, own.own_exits[-1], 1, range(1, VOCAB, 2))
+    for decoder, exit_layer, match, vocabulary in exits:
+        decoder.use_draft_vocabulary(vocabulary)
+        settings = _settings("self_speculative", max_new_tokens=14, exit_layer=exit_layer, n_gram_match=match)
         together, alone = _together_and_alone(decoder, prompts, "self_speculative", settings, CONTEXT)
         assert [_told(result) for result in together] == [_told(result) for result in alone]
+    own.use_draft_vocabulary(None)
 
 
 @pytest.mark.parametrize(

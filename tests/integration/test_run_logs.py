@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -16,6 +17,7 @@ from app import metric_names
 from callbacks import DataMonitor, ExitQualityMonitor, RunLogs, SelfSpeculativeValidation, ThroughputMonitor
 from callbacks.run_logs import is_detail, shown_depths
 from callbacks.tensorboard import EVENT_FILES, points
+from tests.support.processes import run_ranks
 from tests.support.runs import cli, curricula, make_data, make_module, make_trainer
 from tests.support.stream_runs import write_config, write_sources
 from tests.support.tiny_models import tiny_config
@@ -124,6 +126,24 @@ def test_charts_and_settings_are_in_the_runs_own_event_files_once_also_after_a_r
     ).session_start_info
     logged = {name: value.string_value or value.number_value for name, value in start.hparams.items()}
     assert logged.items() >= SETTINGS.items()
+
+
+def _train_as_a_rank(root, data):
+    board = TensorBoardLogger(root, name="board", version="")
+    callbacks = [RunLogs(), *curricula()]
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer = make_trainer(root, max_steps=2, callbacks=callbacks, logger=board, devices=2, strategy=strategy)
+    trainer.fit(make_module(config=tiny_config(vocab_size=300, max_length=128)), datamodule=data)
+
+
+@pytest.mark.distributed
+def test_of_two_ranks_one_arranges_the_board(tmp_path):
+    data = make_data(tmp_path)
+    data.prepare_data()
+    run_ranks(_train_as_a_rank, tmp_path, data)
+    (file,) = (tmp_path / "board").glob(EVENT_FILES)
+    counts = Counter(value.tag for _, value in points(file))
+    assert [counts[tag] for tag in ("custom_scalars__config__", "_hparams_/session_start_info")] == [1, 1]
 
 
 def test_figures_sample_and_all_metrics_are_there_on_request(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -16,6 +17,7 @@ from app.evaluation.records import EvaluationSettings, Subject
 from app.evaluation.results import results_of
 from app.spans.decoder import SpanDecoder
 from callbacks import TaskEvaluation
+from tests.support.processes import run_ranks
 from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level
 
@@ -113,22 +115,25 @@ def test_a_fit_scores_every_second_validation_and_trains_the_same_with_and_witho
     assert callback.state_dict() == {"validations": 3}
 
 
-def test_ranks_share_the_rows_and_report_all_of_them(tmp_path, callback, monkeypatch):
-    module = _Module()
-    monkeypatch.setattr(module, "log_dict", lambda *args, **kwargs: None)
-    monkeypatch.setattr("callbacks.task_evaluation.write_table", lambda *args: None)
-    owned = []
-    for rank in (0, 1):
-        trainer = SimpleNamespace(
-            global_rank=rank, world_size=2, datamodule=_Data(), loggers=[], log_dir=str(tmp_path), is_global_zero=True,
-            global_step=0, ckpt_path=None, state=SimpleNamespace(fn="test"), default_root_dir=str(tmp_path),
-        )  # fmt: skip
-        callback.setup(trainer, module, "test")
-        owned.append(callback._score(trainer, module, tmp_path / "r.json"))
-    assert [[record.row for record in sorted(part, key=lambda record: record.row)] for part in owned] == [[0, 2], [1]]
-    monkeypatch.setattr("callbacks.task_evaluation.on_all_ranks", lambda trainer, measure: owned)
-    callback.measure(trainer, module, "test")
-    assert json.loads((tmp_path / "tasks_test.json").read_text())["rows"]["boolq"]["scored"] == 3
+def _test_as_a_rank(folder, callback):
+    """Metrics of this rank, the rows that it scored itself, and the table that it reports."""
+    scored, score = [], callback._score
+    callback._score = lambda *args: scored.append(score(*args)) or scored[-1]
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer = _trainer(folder, callback, devices=2, strategy=strategy, use_distributed_sampler=False)
+    (metrics,) = trainer.test(_Module(), datamodule=_Data(), verbose=False)
+    return metrics, sorted(record.row for record in scored[0]), callback.report()
+
+
+@pytest.mark.distributed
+def test_two_ranks_share_the_rows_and_find_what_one_process_finds(tmp_path, callback):
+    (metrics,) = _trainer(tmp_path / "one", callback).test(_Module(), datamodule=_Data(), verbose=False)
+    ranks = run_ranks(_test_as_a_rank, tmp_path / "two", callback)
+    assert [rows for _, rows, _ in ranks] == [[0, 2], [1]]
+    assert [(found, table) for found, _, table in ranks] == 2 * [(pytest.approx(metrics), callback.report())]
+    one, two = (json.loads((tmp_path / name / "run" / "tasks_test.json").read_text()) for name in ("one", "two"))
+    assert two["rows"]["boolq"]["scored"] == 3
+    assert two["results"] == one["results"]
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, callback):

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from app import metric_names
+from app.benchmark.report import machine
 from app.data_ranks import data_ranks
 from app.protocols import ArchitectureOwner, FrozenModelHost, LogHost
 from callbacks.early_exit_curriculum import EarlyExitCurriculum
@@ -110,7 +111,10 @@ def shown_depths(num_layers: int, scored: Collection[int] = ()) -> set[int]:
 
 
 def _settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Setting]:
-    """Return the settings that tell runs apart. TensorBoard sorts them by name, and first shows five of them."""
+    """Return the settings that tell runs apart, and where the run began.
+
+    TensorBoard sorts them by name, and first shows five of them.
+    """
     settings: dict[str, Setting] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LayerDropoutCurriculum):
@@ -130,6 +134,9 @@ def _settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Setting
         settings["lr"] = float(optimizer.defaults.get("lr", float("nan")))
     settings["max_steps"] = trainer.max_steps
     settings["micro_batches_a_step"] = trainer.accumulate_grad_batches * data_ranks(trainer).num_replicas
+    where = machine(pl_module.device)
+    settings |= {name: where[name] for name in ("device", "threads")}
+    settings |= where["versions"]
     return settings
 
 

@@ -24,8 +24,13 @@ from app.words import dtype_name
 _PACKAGES = ("torch", "transformers", "layerskip-lightning")
 
 
-def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the facts that make figures comparable: versions, hardware, dtype, threads, date."""
+    return machine(device) | {"dtype": dtype_name(dtype)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return the same facts but for the dtype."""
     cpu = _cpu_name()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -33,7 +38,6 @@ def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, object
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "device_type": device.type,
         "cpu": cpu,
-        "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
     }
 

@@ -60,9 +60,9 @@ def environment(runs: Sequence[Run]) -> Section:
             run.name,
             "training",
             " to ".join(map(when, run.scalars.times)) or _UNKNOWN,
-            str((run.config.get("trainer") or {}).get("accelerator", _UNKNOWN)),
+            _device(run.scalars.settings),
             str((run.config.get("trainer") or {}).get("precision") or "32-true"),
-            _lightning(run),
+            ", ".join([_lightning(run), *_versions(run.scalars.settings)]),
         )
         for run in runs
     ]
@@ -75,13 +75,13 @@ def environment(runs: Sequence[Run]) -> Section:
                         f"{run.name}: {measured.file.name}",
                         measured.kind,
                         str(where.get("date", _UNKNOWN)).replace("T", " ").replace("+00:00", " UTC"),
-                        f"{where.get('device', _UNKNOWN)}, {where.get('threads', _UNKNOWN)} threads",
+                        _device(where),
                         str(where.get("dtype", _UNKNOWN)),
                         ", ".join(f"{name} {version}" for name, version in versions.items()),
                     )
                 )
     columns = ("of", "what", "when", "device", "precision", "versions")
-    note = "A run's logs do not name its processor; files of measurements do."
+    note = "Of a training, where it began; logs without the callback RunLogs do not tell it."
     return Section(
         name="environment",
         title="Environment",
@@ -245,6 +245,17 @@ def _fastest(run: Run) -> str:
 def _median_speed(run: Run) -> str:
     speeds = sorted(run.scalars.of(TOKENS_PER_SECOND).values())
     return f"{speeds[len(speeds) // 2]:,.0f} tokens/s" if speeds else "-"
+
+
+def _device(where: Mapping[str, Any]) -> str:
+    threads = where.get("threads")
+    return f"{where.get('device', _UNKNOWN)}{'' if threads is None else f', {threads:g} threads'}"
+
+
+def _versions(settings: Mapping[str, Any]) -> list[str]:
+    """The versions that the logs of a run tell, where they do."""
+    names = ("torch", "transformers", "layerskip-lightning", "python")
+    return [f"{name} {settings[name]}" for name in names if name in settings]
 
 
 def _lightning(run: Run) -> str:

@@ -11,15 +11,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
+import yaml
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from app.errors import shortened
 from app.metric_names import DECODE_ACCEPTANCE_RATE, DECODE_SPEEDUP
 
 Series = Mapping[int, float]  # step, counted from 1 -> value, which may be NaN
 
-_EVENTS, _CSV = "events.out.tfevents.*", "metrics.csv"
+_EVENTS, _CSV, _SETTINGS = "events.out.tfevents.*", "metrics.csv", "hparams.yaml"  # as Lightning's loggers name them
 _FRAME = 16  # bytes of an event file beside each record: its length and two checksums
 _EXIT = re.compile(r"exit_(\d+)")
 _TEXT, _TABLE = "/text_summary", "decode/self_speculative"
@@ -37,6 +42,7 @@ class Scalars:
     notes: list[str] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)  # the latest text of each name, such as a table in Markdown
     times: list[float] = field(default_factory=list)  # first and last, in seconds since 1970; empty if none is known
+    settings: dict[str, Any] = field(default_factory=dict)  # with which, and where, the run began, as RunLogs tells
 
     def of(self, name: str) -> Series:
         """The points of a metric in the order of their steps; empty if it was not logged."""
@@ -95,6 +101,8 @@ def read_scalars(folder: Path) -> Scalars:
         _read_events(file, scalars)
     if (file := folder / _CSV).is_file():
         _read_csv(file, scalars)
+    if (file := folder / _SETTINGS).is_file():
+        _read_settings(file, scalars)
     for name, points in sorted(scalars.series.items()):
         if bad := sorted(step for step, value in points.items() if not math.isfinite(value)):
             many = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -109,6 +117,10 @@ def _read_events(file: Path, scalars: Scalars) -> None:
     for record in RawEventFileLoader(str(file)).Load():
         try:
             event = Event.FromString(record)
+            for value in event.summary.value:
+                if value.tag == SESSION_START_INFO_TAG:
+                    told = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info.hparams
+                    scalars.settings |= {name: each.string_value or each.number_value for name, each in told.items()}
         except Exception:  # protobuf's error, for a record that is no event
             break
         whole += len(record) + _FRAME
@@ -145,3 +157,12 @@ def _read_csv(file: Path, scalars: Scalars) -> None:
             continue
         for name, value in cells.items():
             scalars.series.setdefault(name, {})[step] = value
+
+
+def _read_settings(file: Path, scalars: Scalars) -> None:
+    try:
+        told = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        scalars.notes.append(f"{file.name} is damaged ({shortened(error)}), and was left out")
+        return
+    scalars.settings |= told if isinstance(told, dict) else {}

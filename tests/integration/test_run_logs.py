@@ -6,6 +6,7 @@ import struct
 from collections import Counter, defaultdict
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -14,6 +15,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from app import metric_names
+from app.reports.scalars import read_scalars
 from callbacks import DataMonitor, ExitQualityMonitor, RunLogs, SelfSpeculativeValidation, ThroughputMonitor
 from callbacks.run_logs import is_detail, shown_depths
 from callbacks.tensorboard import EVENT_FILES, points
@@ -126,6 +128,11 @@ def test_charts_and_settings_are_in_the_runs_own_event_files_once_also_after_a_r
     ).session_start_info
     logged = {name: value.string_value or value.number_value for name, value in start.hparams.items()}
     assert logged.items() >= SETTINGS.items()
+    where = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    for folder in ("board", "table"):
+        told = read_scalars(root / folder).settings
+        assert told.items() >= (where | {"lr": 0.01}).items()
+        assert told["device"]
 
 
 def _train_as_a_rank(root, data):

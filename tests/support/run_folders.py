@@ -65,6 +65,7 @@ def make_run(folder: Path, *, steps: tuple[int, ...] = (20, 40), shift: float = 
     """A run with TensorBoard's logs and its config."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("# lightning.pytorch==2.6.6\n" + yaml.safe_dump(config(**changes)))
+    (folder / "hparams.yaml").write_text("device: a chip\nthreads: 4\ntorch: 2.9.0\n")
     with SummaryWriter(str(folder)) as writer:
         for step in steps:
             for name, value in logged(step, shift=shift).items():

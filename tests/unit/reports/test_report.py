@@ -53,6 +53,7 @@ def test_parts_that_are_missing_are_named_with_the_command_that_makes_them(runs:
         f" --dtype float32 --threads 2 --output {folder}/benchmark.json"
     ) in text
     assert "a processor, 2 threads" in text
+    assert re.search(r"a chip, 4 threads 32-true \S+( \S+)?, torch 2\.9\.0", text)
 
 
 def test_files_go_to_the_run_whose_model_they_measured(runs: list[str], tmp_path: Path) -> None:

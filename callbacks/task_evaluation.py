@@ -22,7 +22,7 @@ from app.evaluation.evaluate import Work, chosen_tasks, evaluate, prepare, setti
 from app.evaluation.figure import evaluation_figure
 from app.evaluation.journal import Journal
 from app.evaluation.output import notes, write_results
-from app.evaluation.records import EvaluationSettings, OnLong, Record, Subject
+from app.evaluation.records import EvaluatedModel, EvaluationSettings, OnLong, Record
 from app.evaluation.results import Result, column, exits_table, results_of, shown
 from app.evaluation.tasks import TASKS
 from app.model.weights_hash import weights_hash
@@ -141,7 +141,7 @@ class TaskEvaluation(EveryNthValidation):
         work = [each._replace(items=each.items[own]) for each in self._work]
         keeps = trainer.world_size == 1 and trainer.state.fn != TrainerFn.FITTING
         with lent_decoder(pl_module) as decoder, ExitStack() as files:
-            subject = Subject(decoder, datamodule.tokenizer, self._eos_token_ids(trainer, pl_module))
+            subject = EvaluatedModel(decoder, datamodule.tokenizer, self._eos_token_ids(trainer, pl_module))
             if not keeps:
                 records: list[Record] = []
                 evaluate(subject, work, self.settings, on_record=records.append)

@@ -13,7 +13,7 @@ from app.evaluation.evaluate import chosen_tasks, prepare, settings_document
 from app.evaluation.evaluate import evaluate as score
 from app.evaluation.journal import Journal
 from app.evaluation.output import notes, write_results
-from app.evaluation.records import EvaluationSettings, Subject
+from app.evaluation.records import EvaluatedModel, EvaluationSettings
 from app.evaluation.results import exits_table
 from app.evaluation.tasks import TASKS
 from app.generation.loaded_model import Device, Dtype, LoadedModel, load_decoder
@@ -48,7 +48,7 @@ def evaluate(
     file = check_output_file(output, suffix=".json")
     settings, chosen = EvaluationSettings(**options), chosen_tasks(tasks)
     loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary="none")
-    subject = Subject(loaded.decoder, loaded.tokenizer, loaded.eos_token_ids)
+    subject = EvaluatedModel(loaded.decoder, loaded.tokenizer, loaded.eos_token_ids)
     work = prepare(chosen, settings, tokenizer=loaded.tokenizer, max_length=loaded.decoder.max_length)
     identity = settings_document(
         subject, work, settings, weights=_hash(model, loaded), dtype=dtype_name(loaded.model.dtype)

@@ -10,7 +10,7 @@ from app.errors import DataError
 from app.evaluation.likelihood import Scored
 from app.evaluation.records import OnLong
 from app.evaluation.rows import Item
-from app.evaluation.task import ChoiceExample, Document, Window
+from app.evaluation.task import ChoiceExample, TextExample, Window
 from app.text.text_tokens import around
 
 
@@ -73,7 +73,7 @@ class Encoder:
         windows: list[Item] = []
         for item in items:
             document = item.example
-            assert isinstance(document, Document)
+            assert isinstance(document, TextExample)
             tokens = [*self._first, *self.ids([document.text])[0]]
             for start in range(0, len(tokens) - 1, size):
                 window = Window(tuple(tokens[start : start + size + 1]))

@@ -15,7 +15,7 @@ from app.evaluation.encoding import Encoder
 from app.evaluation.generation import check_program_tasks, run_generation
 from app.evaluation.likelihood_tasks import run_choices, run_windows
 from app.evaluation.progress import Progress
-from app.evaluation.records import EvaluationSettings, Record, Runner, Subject
+from app.evaluation.records import EvaluatedModel, EvaluationSettings, Record, Runner
 from app.evaluation.rows import Item, read_items, spread
 from app.evaluation.task import ChoiceTask, GenerationTask, Task, TextTask
 from app.evaluation.tasks import TASKS
@@ -54,7 +54,7 @@ def chosen_tasks(tasks: Sequence[str]) -> dict[str, str | None]:
     return chosen
 
 
-def exits_of(subject: Subject, settings: EvaluationSettings) -> tuple[int, ...]:
+def exits_of(subject: EvaluatedModel, settings: EvaluationSettings) -> tuple[int, ...]:
     """The exits that are measured: those asked for, or else every quarter of the depth."""
     num_layers = subject.decoder.num_layers
     quarters = {max(1, round(num_layers * part / 4)) for part in (1, 2, 3, 4)}
@@ -101,7 +101,7 @@ def identity(work: Sequence[Work]) -> dict[str, str]:
 
 
 def evaluate(
-    subject: Subject,
+    subject: EvaluatedModel,
     work: Sequence[Work],
     settings: EvaluationSettings,
     *,
@@ -129,11 +129,11 @@ def evaluate(
         with torch.no_grad():
             for record in run(subject, task, open_items, exit_layers, settings):
                 on_record(record)
-                progress.step(record)
+                progress.count(record)
 
 
 def settings_document(
-    subject: Subject, work: Sequence[Work], settings: EvaluationSettings, *, weights: str, dtype: str
+    subject: EvaluatedModel, work: Sequence[Work], settings: EvaluationSettings, *, weights: str, dtype: str
 ) -> dict[str, Any]:
     """All that results depend on; what is not in it may differ between the runs that make up one file of results."""
     return {

@@ -62,10 +62,10 @@ def _lines(axes: Axes, results: Sequence[Result]) -> None:
                 lows, highs = zip(*([min(scale * bound, _MOST) for bound in each] for each in bounds), strict=True)
                 errors = np.abs(np.array([lows, highs]) - points[1])
                 axes.errorbar(*points, yerr=errors, **(style | dashed))
-                for place, each in zip(zip(*points, strict=True), line, strict=True):
+                for point, each in zip(zip(*points, strict=True), line, strict=True):
                     if each.speedup is not None:
                         note: dict[str, Any] = {"textcoords": "offset points", "color": color, "fontsize": "small"}
-                        axes.annotate(f"{each.speedup:.1f}x", place, xytext=(5, 4), **note)
+                        axes.annotate(f"{each.speedup:.1f}x", point, xytext=(5, 4), **note)
         handles.append(Line2D([], [], color=color, marker=marker, label=label))
         if (chance := own[0].chance) is not None:
             axes.axhline(scale * chance, color=color, linestyle="--", linewidth=1, alpha=0.6)

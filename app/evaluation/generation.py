@@ -20,9 +20,9 @@ from app.decoding.settings import DecodingSettings
 from app.decoding.stopping import StopStrings
 from app.errors import ConfigError, DataError
 from app.evaluation.programs import ProgramRunner
-from app.evaluation.records import Decoded, EvaluationSettings, Record, Score, Strategy, Subject
+from app.evaluation.records import Decoded, EvaluatedModel, EvaluationSettings, Record, Score, Strategy
 from app.evaluation.rows import Item
-from app.evaluation.task import GenerationExample, GenerationTask, Task
+from app.evaluation.task import AnswerExample, GenerationTask, Task
 from app.text.text_stream import continuation
 from app.text.text_tokens import around, prompt_tokens
 
@@ -38,7 +38,7 @@ class Way(NamedTuple):
 
 class _Prompt(NamedTuple):
     item: Item
-    example: GenerationExample
+    example: AnswerExample
     tokens: list[int]
     truncated: bool
 
@@ -69,7 +69,7 @@ def ways_of(exit_layers: Sequence[int], *, num_layers: int, num_draft_tokens: in
 
 
 def run_generation(
-    subject: Subject, task: Task, items: Sequence[Item], exit_layers: Sequence[int], settings: EvaluationSettings
+    subject: EvaluatedModel, task: Task, items: Sequence[Item], exit_layers: Sequence[int], settings: EvaluationSettings
 ) -> Iterator[Record]:
     """Continue each prompt in every way and score what comes of it. Implements `records.Runner`.
 
@@ -104,10 +104,10 @@ def run_generation(
                 yield _record(task, prompt, {way: _Answer.of(results[way], row) for way in ways}, subject, runner)
 
 
-def _encode(item: Item, subject: Subject, settings: EvaluationSettings) -> _Prompt | None:
+def _encode(item: Item, subject: EvaluatedModel, settings: EvaluationSettings) -> _Prompt | None:
     """The tokens of a prompt, cut at its beginning if the context has no room for the answer; None to skip the row."""
     example = item.example
-    assert isinstance(example, GenerationExample)
+    assert isinstance(example, AnswerExample)
     if settings.max_new_tokens is not None:
         example = example._replace(max_new_tokens=settings.max_new_tokens)
     tokens = prompt_tokens(subject.tokenizer, example.prompt)
@@ -127,7 +127,9 @@ def _encode(item: Item, subject: Subject, settings: EvaluationSettings) -> _Prom
     return _Prompt(item, example, [*before, *tokens[len(tokens) - room + len(before) :]], truncated=True)
 
 
-def _decode(subject: Subject, way: Way, batch: Sequence[_Prompt], settings: EvaluationSettings) -> list[DecodingResult]:
+def _decode(
+    subject: EvaluatedModel, way: Way, batch: Sequence[_Prompt], settings: EvaluationSettings
+) -> list[DecodingResult]:
     stop, max_new_tokens = batch[0].limits
     own = DecodingSettings(
         max_new_tokens=max_new_tokens,
@@ -161,7 +163,7 @@ def _record(
     task: GenerationTask,
     prompt: _Prompt,
     answers: Mapping[Way, _Answer],
-    subject: Subject,
+    subject: EvaluatedModel,
     runner: ProgramRunner | None,
 ) -> Record:
     full = next((answer for way, answer in answers.items() if way.strategy == "autoregressive"), None)
@@ -182,13 +184,11 @@ def _record(
 def answer_text(tokenizer: object, prompt: Sequence[int], tokens: Sequence[int], *, stop: Sequence[str]) -> str:
     """The text of an answer, without special tokens and from the first stop text on."""
     text = continuation(tokenizer, prompt, tokens)
-    ends = [place for string in stop if (place := text.find(string)) >= 0]
+    ends = [start for string in stop if (start := text.find(string)) >= 0]
     return text[: min(ends, default=len(text))]
 
 
-def _judge(
-    task: GenerationTask, text: str, example: GenerationExample, runner: ProgramRunner | None
-) -> dict[str, float]:
+def _judge(task: GenerationTask, text: str, example: AnswerExample, runner: ProgramRunner | None) -> dict[str, float]:
     if task.program is None or runner is None:
         assert task.score is not None
         return task.score(text, example)

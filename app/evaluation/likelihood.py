@@ -31,7 +31,7 @@ class Scored(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """A token that is scored, the position in its row of new tokens that predicts it, and its place in the results."""
+    """A token that is scored, the position in its row of new tokens that predicts it, and its slot in the results."""
 
     position: int
     token: int
@@ -69,11 +69,11 @@ def log_probabilities(
         batch_size=1 if root else len(examples), capacity=max(len(tokens) for each in run for tokens in each)
     )
     found_EM = torch.empty(len(exit_layers), sum(sizes), device=decoder.device)
-    steps = _Steps(decoder, cache, tuple(exit_layers), found_EM)
+    passes = _Passes(decoder, cache, tuple(exit_layers), found_EM)
     if root:
-        steps.run([_Piece(run[0][0][:root])])
+        passes.run([_Piece(run[0][0][:root])])
         cache.keep_rows([0] * len(examples))
-    steps.run(
+    passes.run(
         [
             _piece(continuations[0], [each for per in wanted for each in per], root, trunk)
             for continuations, wanted, trunk in zip(run, targets, trunks, strict=True)
@@ -87,7 +87,7 @@ def log_probabilities(
     ]
     if tails:
         cache.keep_rows([number for number, _ in tails])
-        steps.run([piece for _, piece in tails])
+        passes.run([piece for _, piece in tails])
     scores = iter(torch.split(found_EM.cpu(), sizes, dim=1))
     return [[next(scores) for _ in example] for example in examples]
 
@@ -97,7 +97,7 @@ def _targets(examples: Sequence[Sequence[Scored]]) -> list[list[list[_Target]]]:
     slots = count()
     return [
         [
-            [_Target(place - 1, scored.tokens[place], next(slots)) for place in range(scored.start, len(scored.tokens))]
+            [_Target(index - 1, scored.tokens[index], next(slots)) for index in range(scored.start, len(scored.tokens))]
             for scored in example
         ]
         for example in examples
@@ -115,7 +115,7 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
 
 
-class _Steps(NamedTuple):
+class _Passes(NamedTuple):
     """Runs new tokens of every row through the model, and writes the log-probabilities of the targets [E, M]."""
 
     decoder: ExitableDecoder
@@ -132,8 +132,8 @@ class _Steps(NamedTuple):
         lengths = [old + len(piece.tokens) for old, piece in zip(self.cache.lengths(0), pieces, strict=True)]
         padded = [[*piece.tokens, *[0] * (longest - len(piece.tokens))] for piece in pieces]
         targets = [(row * longest + each.position, each) for row, piece in enumerate(pieces) for each in piece.targets]
-        places = torch.tensor([place for place, _ in targets], dtype=torch.long, device=device)
-        places_N, predicts_M = torch.unique(places, return_inverse=True)  # choices of one token share a position
+        positions = torch.tensor([position for position, _ in targets], dtype=torch.long, device=device)
+        positions_N, predicts_M = torch.unique(positions, return_inverse=True)  # choices of one token share a position
         tokens_M = torch.tensor([each.token for _, each in targets], dtype=torch.long, device=device)
         slots_M = torch.tensor([each.slot for _, each in targets], dtype=torch.long, device=device)
         hidden_BTD, start = self.decoder.embed(torch.tensor(padded, device=device)), 0
@@ -142,7 +142,7 @@ class _Steps(NamedTuple):
             start = exit_layer
             leaving_BTD = run_exit_blocks(self.decoder, hidden_BTD, exit_layer=exit_layer, cache=self.cache)
             if targets:
-                states_ND = leaving_BTD.flatten(0, 1).index_select(0, places_N)
+                states_ND = leaving_BTD.flatten(0, 1).index_select(0, positions_N)
                 self.found_EM[exit_idx, slots_M] = self._score(states_ND, predicts_M, tokens_M, exit_layer=exit_layer)
         self.cache.truncate(lengths)
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from app.errors import NotFiniteError
 from app.evaluation.encoding import EncodedChoices, Encoder
 from app.evaluation.likelihood import Scored, log_probabilities
-from app.evaluation.records import EvaluationSettings, Record, Score, Subject
+from app.evaluation.records import EvaluatedModel, EvaluationSettings, Record, Score
 from app.evaluation.rows import Item
 from app.evaluation.task import ChoiceExample, Task, Window
 
 
 def run_choices(
-    subject: Subject, task: Task, items: Sequence[Item], exit_layers: Sequence[int], settings: EvaluationSettings
+    subject: EvaluatedModel, task: Task, items: Sequence[Item], exit_layers: Sequence[int], settings: EvaluationSettings
 ) -> Iterator[Record]:
     """Answer each item with the choice that is most likely as a whole (acc), and that is most likely a byte (acc_norm).
 
@@ -39,7 +39,7 @@ def run_choices(
 
 
 def run_windows(
-    subject: Subject, task: Task, items: Sequence[Item], exit_layers: Sequence[int], settings: EvaluationSettings
+    subject: EvaluatedModel, task: Task, items: Sequence[Item], exit_layers: Sequence[int], settings: EvaluationSettings
 ) -> Iterator[Record]:
     """Measure the mean cross entropy of each window's tokens in nats (loss). Implements `records.Runner`."""
     for first in range(0, len(items), settings.batch_size):

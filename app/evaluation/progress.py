@@ -4,12 +4,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from app.evaluation.records import Record
 from app.evaluation.rows import Item
-from app.evaluation.task import ChoiceExample, Document, GenerationExample
+from app.evaluation.task import AnswerExample, ChoiceExample, TextExample
 from app.progress_log import Pace
 
 _SECONDS_BETWEEN = 5.0
 _CHARACTERS_A_TOKEN = 4
-_STEP = 20  # a generated token takes as long as this many that are read
+_GENERATED = 20  # a generated token takes as long as this many that are read
 
 
 class Progress:
@@ -34,7 +34,7 @@ class Progress:
         left = sum(size for key, size in self._sizes.items() if key not in finished)
         self._pace = Pace(left, seconds_between=_SECONDS_BETWEEN)
 
-    def step(self, record: Record) -> None:
+    def count(self, record: Record) -> None:
         """Count an example that is done."""
         self._counts[record.task] += 1
         self._new[record.task] += 1
@@ -50,9 +50,9 @@ def _size(item: Item) -> float:
     match item.example:
         case ChoiceExample(context, choices, _):
             return len(context) + sum(map(len, choices)) + 1
-        case GenerationExample(prompt, _, _, max_new_tokens):
-            return len(prompt) + _STEP * _CHARACTERS_A_TOKEN * max_new_tokens
-        case Document(text, _):
+        case AnswerExample(prompt, _, _, max_new_tokens):
+            return len(prompt) + _GENERATED * _CHARACTERS_A_TOKEN * max_new_tokens
+        case TextExample(text, _):
             return len(text) + 1
         case window:
             return _CHARACTERS_A_TOKEN * len(window.tokens)

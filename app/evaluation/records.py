@@ -19,7 +19,7 @@ OnLong = Literal["truncate_left", "skip", "error"]
 ON_LONG: tuple[OnLong, ...] = ("truncate_left", "skip", "error")
 
 
-class Subject(NamedTuple):
+class EvaluatedModel(NamedTuple):
     """The model that is measured, in eval mode.
 
     Attributes:
@@ -109,7 +109,7 @@ class Record(NamedTuple):
 
     Attributes:
         task: Name of the task.
-        row: The example's place in its task; with `task` it tells records apart.
+        row: Index of the example in its task; with `task` it tells records apart.
         group: What the results are told by beside the whole.
         scores: One of each exit and strategy; none for a row that was skipped.
         weight: What the figures count in means, such as a window's number of tokens.
@@ -129,4 +129,4 @@ class Record(NamedTuple):
 
 
 # Scores the items of one task at all exits, and yields records as they are done, in any order.
-Runner = Callable[[Subject, Task, Sequence[Item], Sequence[int], EvaluationSettings], Iterator[Record]]
+Runner = Callable[[EvaluatedModel, Task, Sequence[Item], Sequence[int], EvaluationSettings], Iterator[Record]]

@@ -178,10 +178,10 @@ def exits_table(results: Sequence[Result], tasks: Mapping[str, Task], *, num_lay
     What the full model checks has a row of its own beside that of the exit that drafts for it.
     """
     kept = shown(results, tasks)
-    ways = sorted({_place(each) for each in kept})
+    ways = sorted({_way(each) for each in kept})
     names = list(dict.fromkeys(column(each) for each in kept))
     first = {name: next(each for each in kept if column(each) == name) for name in names}
-    found = {(column(each), *_place(each)): each for each in kept}
+    found = {(column(each), *_way(each)): each for each in kept}
     rows = []
     for way in ways:
         own = [found.get((name, *way)) for name in names]
@@ -194,7 +194,7 @@ def exits_table(results: Sequence[Result], tasks: Mapping[str, Task], *, num_lay
     return Table(f"{title}: score (95 % interval)", ("exit", *headers), rows)
 
 
-def _place(result: Result) -> tuple[int, bool]:
+def _way(result: Result) -> tuple[int, bool]:
     """By which rows are told apart and ordered: the exit, and whether it only drafts."""
     return result.exit_layer, result.strategy == "self_speculative"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.errors import ConfigError, DataError, check_range, shortened
-from app.evaluation.task import ChoiceExample, Example, GenerationExample, Row, Task, TextTask
+from app.evaluation.task import AnswerExample, ChoiceExample, Example, Row, Task, TextTask
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval")}  # how files spell the name of a split
@@ -23,7 +23,7 @@ class Item(NamedTuple):
     """An example of a task, and where it came from.
 
     Attributes:
-        row: Its place among the rows of the task, from 0.
+        row: Its index among the rows of the task.
         group: What its results are told by beside the whole, such as a subject; "" for nothing.
         location: File and row.
         example: The example, with description and worked examples before it.
@@ -62,7 +62,7 @@ def read_items(task: Task, path: str | None, *, limit: int | None = None, num_sh
     for index in chosen:
         row = rows[index]
         example = _checked(task.example(row), row)
-        if isinstance(example, ChoiceExample | GenerationExample):
+        if isinstance(example, ChoiceExample | AnswerExample):
             example = example.after(task.description(row) + prefixes.get(groups[index], ""))
         items.append(Item(index, groups[index], row.location, example))
     return items
@@ -76,11 +76,11 @@ def spread(groups: Sequence[str], limit: int | None) -> list[int]:
     """
     if limit is None or limit >= len(groups):
         return list(range(len(groups)))
-    places = list(range(len(groups)))
-    random.Random(0).shuffle(places)
+    shuffled = list(range(len(groups)))
+    random.Random(0).shuffle(shuffled)
     seen: dict[str, int] = {}
     turns = []
-    for turn, index in enumerate(places):
+    for turn, index in enumerate(shuffled):
         rank = seen[groups[index]] = seen.get(groups[index], -1) + 1
         turns.append((rank, turn, index))
     return sorted(index for *_, index in sorted(turns)[:limit])
@@ -105,7 +105,7 @@ def _prefixes(task: Task, path: str | None, groups: set[str], *, num_shots: int,
         solved = by_group.setdefault(task.group(row), [])
         if len(solved) < num_shots:
             example = _checked(task.example(row), row)
-            assert isinstance(example, ChoiceExample | GenerationExample)  # texts have no worked examples
+            assert isinstance(example, ChoiceExample | AnswerExample)  # texts have no worked examples
             solved.append(example.solved + _BETWEEN_SHOTS)
     for group in groups:
         if (found := len(by_group.get(group, ()))) < num_shots:

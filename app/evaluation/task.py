@@ -43,7 +43,7 @@ class ChoiceExample(NamedTuple):
         return self._replace(context=prefix + self.context)
 
 
-class GenerationExample(NamedTuple):
+class AnswerExample(NamedTuple):
     """A prompt that the model continues, and what is known of the right continuation.
 
     Attributes:
@@ -65,11 +65,11 @@ class GenerationExample(NamedTuple):
         """The prompt with its first reference, as it stands before the prompt that is to be continued."""
         return self.prompt + self.references[0]
 
-    def after(self, prefix: str) -> "GenerationExample":
+    def after(self, prefix: str) -> "AnswerExample":
         return self._replace(prompt=prefix + self.prompt)
 
 
-class Document(NamedTuple):
+class TextExample(NamedTuple):
     """A text of which the perplexity is measured, and the name of the source that it counts for."""
 
     text: str
@@ -82,7 +82,7 @@ class Window(NamedTuple):
     tokens: tuple[int, ...]
 
 
-Example = ChoiceExample | GenerationExample | Document | Window
+Example = ChoiceExample | AnswerExample | TextExample | Window
 
 
 @dataclass(frozen=True)
@@ -223,16 +223,16 @@ class GenerationTask(_Task):
             is pass@1. The user must allow it, since the model wrote a part of the program.
     """
 
-    example: Callable[[Row], GenerationExample]
-    score: Callable[[str, GenerationExample], dict[str, float]] | None = None
-    program: Callable[[str, GenerationExample], str] | None = None
+    example: Callable[[Row], AnswerExample]
+    score: Callable[[str, AnswerExample], dict[str, float]] | None = None
+    program: Callable[[str, AnswerExample], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask(_Task):
     """Perplexity of texts, by source."""
 
-    example: Callable[[Row], Document]
+    example: Callable[[Row], TextExample]
 
 
 Task = ChoiceTask | GenerationTask | TextTask

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from app.exits.layers_needed import LayersNeeded
 from app.lens.lens import Lens
-from app.lens.token_grid import Row, TokenGrid
+from app.lens.token_grid import GridRow, TokenGrid
 from app.lens.token_texts import token_texts, visible
 from app.tables import Table
 from app.text.text_stream import continuation
@@ -119,7 +119,7 @@ def _run(grid: TokenGrid, prompt: Sequence[int], tokenizer: Any, exit_layers: Se
     }
 
 
-def _shown(grid: TokenGrid, exit_layers: Sequence[int] | None) -> dict[int, Row]:
+def _shown(grid: TokenGrid, exit_layers: Sequence[int] | None) -> dict[int, GridRow]:
     """Return the rows to tell, by their index."""
     return {index: row for index, row in enumerate(grid.rows) if exit_layers is None or row.exit_layer in exit_layers}
 

@@ -23,7 +23,7 @@ from app.spans.decoder import SpanDecoder
 TOP = 5
 
 
-class Row(NamedTuple):
+class GridRow(NamedTuple):
     """One prediction for each token.
 
     Attributes:
@@ -72,7 +72,7 @@ class TokenGrid:
         lines: For each token, the tokens that were on top of some row.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[GridRow, ...]
     tokens: tuple[int, ...]
     choices_RN: Tensor
     top_ids_RNK: Tensor
@@ -116,10 +116,10 @@ def read_token_grid(decoder: SpanDecoder, prompt: Sequence[int], tokens: Sequenc
     """
     rows, states = [], []
     for state in states_by_exit(decoder, [*prompt, *tokens[:-1]]):
-        rows.append(Row(state.exit_layer))
+        rows.append(GridRow(state.exit_layer))
         states.append(state.hidden_1TD[0, len(prompt) - 1 :])
         if state.exit_layer in decoder.own_exits:
-            rows.append(Row(state.exit_layer, len(decoder.exit_span(state.exit_layer))))
+            rows.append(GridRow(state.exit_layer, len(decoder.exit_span(state.exit_layer))))
             states.append(state.exit_1TD[0, len(prompt) - 1 :])
     size = positions_per_chunk(decoder.vocab_size, num_exits=len(rows))
     chunks = [_read(decoder, rows, part) for part in torch.split(torch.stack(states), size, dim=1)]
@@ -138,7 +138,7 @@ def read_token_grid(decoder: SpanDecoder, prompt: Sequence[int], tokens: Sequenc
     )
 
 
-def _read(decoder: SpanDecoder, rows: Sequence[Row], states_RCD: Tensor) -> tuple[tuple[Tensor, ...], list[Lines]]:
+def _read(decoder: SpanDecoder, rows: Sequence[GridRow], states_RCD: Tensor) -> tuple[tuple[Tensor, ...], list[Lines]]:
     """Return choices, top ids, top probabilities, entropy and divergence, in this order, and the lines."""
     logits_RCV = decoder.unembed(states_RCD).float()
     for index, row in enumerate(rows):

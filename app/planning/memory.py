@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from app.planning.step import MicroBatchCosts
 
-Strategy = Literal["single", "ddp", "fsdp2"]
+LayoutStrategy = Literal["single", "ddp", "fsdp2"]
 _SIDE = 256  # largest side of a stand-in for a parameter
 _GATHERED_BLOCKS = 2  # FSDP2 holds the block that runs, and the next one, which is fetched meanwhile
 
@@ -22,7 +22,7 @@ _GATHERED_BLOCKS = 2  # FSDP2 holds the block that runs, and the next one, which
 class Layout:
     """How the parameters are spread over devices."""
 
-    strategy: Strategy = "single"  # single, ddp (a whole model on each device) or fsdp2 (each holds a part)
+    strategy: LayoutStrategy = "single"  # single, ddp (a whole model on each device) or fsdp2 (each holds a part)
     shards: int = 1  # devices that one model is spread over
     bucket_views: bool = False  # DDP's gradients are views of its buckets, not copies
     # In mixed precision FSDP2 gathers weights in the dtype of the products and all else follows it (MeshStrategy).

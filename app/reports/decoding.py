@@ -14,7 +14,7 @@ from app.benchmark.result import BenchmarkResult
 from app.metric_names import DECODE_ACCEPTANCE_RATE, DECODE_SPEEDUP
 from app.reports.blocks import Block, Prose, Section, Sheet
 from app.reports.files import Shown, missing, of_files
-from app.reports.measurements import Kind, Measurement
+from app.reports.measurements import Kind, MeasuredFile
 from app.reports.run_folder import Run
 from app.tables import Table, cell
 
@@ -22,7 +22,7 @@ _DEEPEST = 3.0  # speedup, or 1 / speedup, of the deepest color
 Grid = Mapping[tuple[int, int], float]  # exit, drafts -> figure
 
 
-def decoding(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
+def decoding(runs: Sequence[Run], others: Sequence[MeasuredFile]) -> Section:
     """Heat maps and tables of every run, then those of files that belong to none."""
     blocks: list[Block] = []
     for run in runs:
@@ -70,7 +70,7 @@ def _in_validation(run: Run) -> list[Block]:
     return blocks
 
 
-def _benchmark(name: str, measured: Measurement) -> list[Block]:
+def _benchmark(name: str, measured: MeasuredFile) -> list[Block]:
     known = {field.name for field in fields(BenchmarkResult)}
     results = [
         BenchmarkResult(**{key: value for key, value in result.items() if key in known})
@@ -94,7 +94,7 @@ def _benchmark(name: str, measured: Measurement) -> list[Block]:
     return blocks
 
 
-def _tune(name: str, measured: Measurement) -> list[Block]:
+def _tune(name: str, measured: MeasuredFile) -> list[Block]:
     content = measured.content
     runs = [(run, "second run") for run in content["confirmed"]] + [(run, "first run") for run in content["verified"]]
     rows: list[tuple[str, ...]] = [
@@ -139,7 +139,7 @@ def _tune(name: str, measured: Measurement) -> list[Block]:
     ]
 
 
-def _parses(name: str, measured: Measurement) -> list[Block]:
+def _parses(name: str, measured: MeasuredFile) -> list[Block]:
     """The file that callbacks.ParseValidation writes."""
     rows: list[tuple[str, ...]] = [
         (

@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 from app.errors import shortened
 from app.reports.blocks import Block, Missing, Prose
-from app.reports.measurements import Kind, Measurement
+from app.reports.measurements import Kind, MeasuredFile
 from app.reports.run_folder import Run
 
-Shown = Callable[[str, Measurement], list[Block]]  # the blocks of a file, by the name of its run
+Shown = Callable[[str, MeasuredFile], list[Block]]  # the blocks of a file, by the name of its run
 
 
-def named_files(runs: Sequence[Run], others: Sequence[Measurement]) -> list[tuple[str, Measurement]]:
+def named_files(runs: Sequence[Run], others: Sequence[MeasuredFile]) -> list[tuple[str, MeasuredFile]]:
     """All files with the names of their runs; those that belong to no run are named by themselves."""
     of_runs = [(run.name, measured) for run in runs for measured in run.measurements]
     return of_runs + [(str(other.file), other) for other in others]
 
 
-def of_files(runs: Sequence[Run], others: Sequence[Measurement], shown: Mapping[Kind, Shown]) -> list[Block]:
+def of_files(runs: Sequence[Run], others: Sequence[MeasuredFile], shown: Mapping[Kind, Shown]) -> list[Block]:
     """The blocks of all files of some kinds, or a word about one that another version wrote or that was edited."""
     blocks: list[Block] = []
     for name, measured in named_files(runs, others):
@@ -34,7 +34,7 @@ def of_files(runs: Sequence[Run], others: Sequence[Measurement], shown: Mapping[
 
 
 def missing(
-    kind: Kind, runs: Sequence[Run], others: Sequence[Measurement], command: Callable[[Run], str]
+    kind: Kind, runs: Sequence[Run], others: Sequence[MeasuredFile], command: Callable[[Run], str]
 ) -> list[Block]:
     """Name the runs without a file of a kind, unless one of that kind was given that belongs to none."""
     lacking = [run for run in runs if all(measured.kind != kind for measured in run.measurements)]

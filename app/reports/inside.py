@@ -9,14 +9,14 @@ from typing import Any
 from app.reports.blocks import Block, Charts, Section, Sheet
 from app.reports.charts import Chart, Line
 from app.reports.files import missing, named_files, of_files
-from app.reports.measurements import Measurement
+from app.reports.measurements import MeasuredFile
 from app.reports.run_folder import Run
 from app.tables import Table, with_interval
 
 _MOST_TOKENS, _MOST_LAYERS = 10, 9  # of the excerpt
 
 
-def tasks(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
+def tasks(runs: Sequence[Run], others: Sequence[MeasuredFile]) -> Section:
     """Scores over exits: a chart for each task with all runs, and a table for each file."""
     files = [(name, own) for name, own in named_files(runs, others) if own.kind == "evaluation"]
     blocks: list[Block] = of_files(runs, others, {"evaluation": _scores})
@@ -27,7 +27,7 @@ def tasks(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
     return Section(name="tasks", title="Evaluation on tasks", blocks=blocks)
 
 
-def layers(runs: Sequence[Run], others: Sequence[Measurement]) -> Section:
+def layers(runs: Sequence[Run], others: Sequence[MeasuredFile]) -> Section:
     """How many layers tokens need, and what the layers say of the first few tokens."""
     blocks: list[Block] = of_files(runs, others, {"lens": _lens})
     command = "layerskip lens --model {} --prompts {}/prompts.jsonl --output {}/lens.json".format
@@ -50,7 +50,7 @@ def _column(result: Mapping[str, Any]) -> str:
     return f"{task}\n{result['metric']}"
 
 
-def _scores(name: str, measured: Measurement) -> list[Block]:
+def _scores(name: str, measured: MeasuredFile) -> list[Block]:
     results = _main(measured.content["results"])
     columns = list(dict.fromkeys(map(_column, results)))
     ways = sorted({(result["exit_layer"], result["strategy"]) for result in results})
@@ -91,7 +91,7 @@ def _drawn(result: Mapping[str, Any]) -> float:
     return log(result["score"]) if result["metric"] == "perplexity" else float(result["score"])
 
 
-def _task_charts(files: Sequence[tuple[str, Measurement]]) -> list[Chart]:
+def _task_charts(files: Sequence[tuple[str, MeasuredFile]]) -> list[Chart]:
     """One chart for each task: the first of its metrics over exits, a line for each file."""
     drawn: dict[str, dict[int, Line]] = {}
     metrics: dict[str, str] = {}
@@ -120,7 +120,7 @@ def _task_charts(files: Sequence[tuple[str, Measurement]]) -> list[Chart]:
     ]
 
 
-def _lens(name: str, measured: Measurement) -> list[Block]:
+def _lens(name: str, measured: MeasuredFile) -> list[Block]:
     content, command = measured.content, measured.command()
     models = content["models"]
     source = f"From {measured.file}: greedy text of {len(content['prompts'])} prompts, {models[0]['dtype']}."
@@ -156,7 +156,7 @@ def _distribution(model: Mapping[str, Any], idx: int) -> Line:
     return Line(str(model["name"]), f"run-{idx}", points)
 
 
-def _excerpt(name: str, measured: Measurement) -> Sheet:
+def _excerpt(name: str, measured: MeasuredFile) -> Sheet:
     """What some layers say of the first tokens: in blue what the model generated, in orange anything else."""
     content = measured.content
     prompt = content["prompts"][0]
@@ -166,13 +166,13 @@ def _excerpt(name: str, measured: Measurement) -> Sheet:
     shown = [*range(len(labels) - 1, -1, -stride)]
     rows, shades = [], {}
     for number, layer in enumerate(shown):
-        ids = [run["top_ids"][layer][place][0] for place in range(len(tokens))]
+        ids = [run["top_ids"][layer][column][0] for column in range(len(tokens))]
         rows.append((f"layer {labels[layer]}", *(texts[str(each)] for each in ids)))
-        for place, each in enumerate(ids):
-            sure = run["top_probs"][layer][place][0]
+        for column, each in enumerate(ids):
+            sure = run["top_probs"][layer][column][0]
             strength = 0.25 + 0.75 * sure
-            shades[number, place + 1] = strength if each == tokens[place] else -strength
-    columns = ("", *(f"token {place + 1}" for place in range(len(tokens))))
+            shades[number, column + 1] = strength if each == tokens[column] else -strength
+    columns = ("", *(f"token {column + 1}" for column in range(len(tokens))))
     said = f"First choices after the prompt {prompt['prompt']!r}; blue is what the model generated, orange is not."
     command = measured.command().replace(str(measured.file), str(measured.file.with_suffix(".html")))
     table = Table(f"What the layers say of the first {len(tokens)} tokens, {name}", columns, rows)

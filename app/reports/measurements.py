@@ -31,7 +31,7 @@ class NotOursError(DataError):
 
 
 @dataclass(frozen=True)
-class Measurement:
+class MeasuredFile:
     """A file of figures, as it is."""
 
     kind: Kind
@@ -68,7 +68,7 @@ class Measurement:
         return shlex.join([*words, "--json"] if self.kind == "tune" else [*words, "--output", str(self.file)])
 
 
-def read_measurement(file: Path) -> Measurement:
+def read_measurement(file: Path) -> MeasuredFile:
     """Read a file of figures.
 
     Raises:
@@ -84,7 +84,7 @@ def read_measurement(file: Path) -> Measurement:
         raise NotOursError(f"{file}: it is nested too deeply") from error
     for kind, keys in _KEYS.items():
         if isinstance(content, dict) and keys <= content.keys():
-            return Measurement(kind, file, content)
+            return MeasuredFile(kind, file, content)
     raise NotOursError(f"{file}: not a file that layerskip {' | '.join(_KEYS)} writes")
 
 

@@ -13,7 +13,7 @@ from app.errors import ConfigError
 from app.reports.blocks import Report
 from app.reports.decoding import decoding
 from app.reports.inside import layers, tasks
-from app.reports.measurements import Measurement, NotOursError, read_measurement
+from app.reports.measurements import MeasuredFile, NotOursError, read_measurement
 from app.reports.recipe import environment, recipe, summary
 from app.reports.run_folder import Run, read_runs
 from app.reports.training import curves, exits
@@ -47,7 +47,7 @@ def make_report(run_dirs: Sequence[str], files: Sequence[str] = ()) -> Report:
     )
 
 
-def _with_files(runs: list[Run], files: Sequence[str]) -> tuple[list[Run], list[Measurement]]:
+def _with_files(runs: list[Run], files: Sequence[str]) -> tuple[list[Run], list[MeasuredFile]]:
     """Give each file to the run whose model it measured; return the others beside the runs."""
     others = []
     for name in files:

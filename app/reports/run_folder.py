@@ -20,11 +20,11 @@ from app.checkpoints.run_record import RUN_CONFIG_KEY, RunRecord
 from app.checkpoints.weights import is_trained_weights, open_trained_weights
 from app.errors import CheckpointError, ConfigError, shortened
 from app.exits.quality import ExitScore
+from app.exits.report import History
 from app.metric_names import EXIT_ACCEPTANCE, EXIT_AGREEMENT, EXIT_KL, EXIT_LOSS
-from app.reports.measurements import Measurement, NotOursError, read_measurement
+from app.reports.measurements import MeasuredFile, NotOursError, read_measurement
 from app.reports.scalars import Scalars, has_logs, read_scalars
 
-History = Mapping[int, Mapping[int, ExitScore]]  # step -> exit_layer -> score
 MOST_RUNS = 6  # lines that a reader can tell apart
 _NOISE = ("trainer.logger", "ckpt_path")  # settings that differ between any two runs, and say nothing of them
 
@@ -49,7 +49,7 @@ class Run:
     config: Mapping[str, Any]
     scalars: Scalars
     checkpoint: Checkpoint | None
-    measurements: Sequence[Measurement]
+    measurements: Sequence[MeasuredFile]
     is_going_on: bool
     notes: Sequence[str]
 
@@ -63,7 +63,7 @@ class Run:
         """The checkpoint to measure."""
         return self.folder / "checkpoints" / "last.ckpt" if self.checkpoint is None else self.checkpoint.file
 
-    def owns(self, measured: Measurement) -> bool:
+    def owns(self, measured: MeasuredFile) -> bool:
         """Whether a file is about a model that lies in this folder."""
         return any(Path(model).resolve().is_relative_to(self.folder.resolve()) for model in measured.models)
 
@@ -214,7 +214,7 @@ def _read_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, notes
 
 
-def _read_measurements(folder: Path) -> tuple[list[Measurement], list[str]]:
+def _read_measurements(folder: Path) -> tuple[list[MeasuredFile], list[str]]:
     found, notes = [], []
     for file in sorted(folder.glob("*.json")):
         try:

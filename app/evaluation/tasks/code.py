@@ -4,13 +4,13 @@ Prompts and ends of answers are those of lm-evaluation-harness. HumanEval's prom
 in bigcode-evaluation-harness: tokenizers join it with the indentation behind it, which a model does not find otherwise.
 """
 
-from app.evaluation.task import GenerationExample, GenerationTask, HubRows, Row
+from app.evaluation.task import AnswerExample, GenerationTask, HubRows, Row
 
 _MAX_NEW_TOKENS = 512
 
 
-def _humaneval(row: Row) -> GenerationExample:
-    return GenerationExample(
+def _humaneval(row: Row) -> AnswerExample:
+    return AnswerExample(
         prompt=row.text("prompt").rstrip(),
         references=("\n" + row.text("canonical_solution"),),
         stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
@@ -19,15 +19,15 @@ def _humaneval(row: Row) -> GenerationExample:
     )
 
 
-def _humaneval_program(text: str, example: GenerationExample) -> str:
+def _humaneval_program(text: str, example: AnswerExample) -> str:
     return f"{example.prompt}{text}\n{example.data['tests']}"
 
 
-def _mbpp(row: Row) -> GenerationExample:
+def _mbpp(row: Row) -> AnswerExample:
     tests = "\n".join(row.texts("test_list"))
     setup = row.text("test_setup_code") if "test_setup_code" in row else ""
     task = f"You are an expert Python programmer, and here is your task: {row.text('text')}"
-    return GenerationExample(
+    return AnswerExample(
         prompt=f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n",
         references=(f"{row.text('code')}\n[DONE]",),
         stop=("[DONE]",),
@@ -36,7 +36,7 @@ def _mbpp(row: Row) -> GenerationExample:
     )
 
 
-def _mbpp_program(text: str, example: GenerationExample) -> str:
+def _mbpp_program(text: str, example: AnswerExample) -> str:
     return f"{example.data['setup']}\n{text}\n{example.data['tests']}\n"
 
 

@@ -4,14 +4,14 @@
 """
 
 from app.evaluation.scores import exact_match, final_number, last_number
-from app.evaluation.task import GenerationExample, GenerationTask, HubRows, Row
+from app.evaluation.task import AnswerExample, GenerationTask, HubRows, Row
 
 
-def _example(row: Row) -> GenerationExample:
+def _example(row: Row) -> AnswerExample:
     answer = row.text("answer")
     if not final_number(answer):
         raise row.wrong("answer", 'a solution that ends in "#### " and a number')
-    return GenerationExample(
+    return AnswerExample(
         prompt=f"Question: {row.text('question')}\nAnswer:",
         references=(f" {answer}",),
         stop=("Question:", "</s>", "<|im_end|>"),
@@ -19,7 +19,7 @@ def _example(row: Row) -> GenerationExample:
     )
 
 
-def _score(text: str, example: GenerationExample) -> dict[str, float]:
+def _score(text: str, example: AnswerExample) -> dict[str, float]:
     right = [final_number(reference) for reference in example.references]
     return {
         "exact_match": exact_match(final_number(text), right),

@@ -5,25 +5,25 @@ worked examples by default; normalisations are those of the datasets' own papers
 """
 
 from app.evaluation.scores import exact_match, question_answer, trivia_answer
-from app.evaluation.task import GenerationExample, GenerationTask, HubRows, Row
+from app.evaluation.task import AnswerExample, GenerationTask, HubRows, Row
 
 _STOP = ("\n", ".", ",")
 _MAX_NEW_TOKENS = 32
 
 
-def _natural_question(row: Row) -> GenerationExample:
+def _natural_question(row: Row) -> AnswerExample:
     references = tuple(f" {answer}" for answer in row.texts("answer"))
-    return GenerationExample(f"Q: {row.text('question')}?\nA:", references, stop=_STOP, max_new_tokens=_MAX_NEW_TOKENS)
+    return AnswerExample(f"Q: {row.text('question')}?\nA:", references, stop=_STOP, max_new_tokens=_MAX_NEW_TOKENS)
 
 
-def _trivia(row: Row) -> GenerationExample:
+def _trivia(row: Row) -> AnswerExample:
     answer = row.value("answer")
     value, aliases = (answer.get("value"), answer.get("aliases")) if isinstance(answer, dict) else (None, None)
     if not (isinstance(value, str) and isinstance(aliases, list) and all(isinstance(each, str) for each in aliases)):
         raise row.wrong("answer", "an object with a text `value` and a list of texts `aliases`")
     references = tuple(f" {each}" for each in (value, *aliases))
     prompt = f"Question: {row.text('question')}\nAnswer:"
-    return GenerationExample(prompt, references, stop=_STOP, max_new_tokens=_MAX_NEW_TOKENS)
+    return AnswerExample(prompt, references, stop=_STOP, max_new_tokens=_MAX_NEW_TOKENS)
 
 
 NQ_OPEN = GenerationTask(

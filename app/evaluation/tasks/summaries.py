@@ -4,23 +4,23 @@ The prompt is that of lm-evaluation-harness for CNN/DM. As in the paper, CNN/DM 
 """
 
 from app.evaluation.scores import rouge_2
-from app.evaluation.task import GenerationExample, GenerationTask, HubRows, Row
+from app.evaluation.task import AnswerExample, GenerationTask, HubRows, Row
 
 
-def _example(article: str, summary: str, *, stop: str) -> GenerationExample:
+def _example(article: str, summary: str, *, stop: str) -> AnswerExample:
     prompt = f"Summarize the following article:\n\n{article}\n\nSummary:"
-    return GenerationExample(prompt, (f" {summary}",), stop=(stop, "Summarize the following"), max_new_tokens=128)
+    return AnswerExample(prompt, (f" {summary}",), stop=(stop, "Summarize the following"), max_new_tokens=128)
 
 
-def _cnn_dm(row: Row) -> GenerationExample:
+def _cnn_dm(row: Row) -> AnswerExample:
     return _example(row.text("article"), row.text("highlights"), stop="\n\n")  # highlights are several lines
 
 
-def _xsum(row: Row) -> GenerationExample:
+def _xsum(row: Row) -> AnswerExample:
     return _example(row.text("document"), row.text("summary"), stop="\n")
 
 
-def _score(text: str, example: GenerationExample) -> dict[str, float]:
+def _score(text: str, example: AnswerExample) -> dict[str, float]:
     return {"rouge2": rouge_2(text, example.references)}
 
 

@@ -3,16 +3,16 @@
 Tested by tests/unit/evaluation/test_likelihood_tasks.py.
 """
 
-from app.evaluation.task import Document, HubRows, Row, TextTask
+from app.evaluation.task import HubRows, Row, TextExample, TextTask
 
 
-def _document(row: Row) -> Document:
+def _document(row: Row) -> TextExample:
     """The column `text`; its source is the column `source`, or else the name of the file."""
-    return Document(row.text("text"), row.text("source") if "source" in row else row.source)
+    return TextExample(row.text("text"), row.text("source") if "source" in row else row.source)
 
 
-def _page(row: Row) -> Document:
-    return Document(row.text("page" if "page" in row else "text"), row.source or "wikitext2")
+def _page(row: Row) -> TextExample:
+    return TextExample(row.text("page" if "page" in row else "text"), row.source or "wikitext2")
 
 
 TEXT = TextTask(name="text", hub=None, example=_document)

@@ -4,23 +4,23 @@ The prompt is that of `datamodules.TOPv2DataModule`; answers may be written as p
 those of `callbacks.ParseValidation`.
 """
 
-from app.evaluation.task import GenerationExample, GenerationTask, HubRows, Row
+from app.evaluation.task import AnswerExample, GenerationTask, HubRows, Row
 from app.topv2.metrics import judge
 from app.topv2.semantic_parse import ParseError, TargetFormat, read_parse
 
 _COLUMNS = ("semantic_parse", "seqlogical")  # the second is that of the low-resource splits
 
 
-def _example(row: Row) -> GenerationExample:
+def _example(row: Row) -> AnswerExample:
     column = next((name for name in _COLUMNS if name in row), _COLUMNS[0])
     try:
         read_parse(parse := row.text(column))
     except ParseError as error:
         raise row.wrong(column, f"a semantic parse ({error})") from error
-    return GenerationExample(f"{row.text('utterance')} =>", (f" {parse}",), max_new_tokens=128)
+    return AnswerExample(f"{row.text('utterance')} =>", (f" {parse}",), max_new_tokens=128)
 
 
-def _score(text: str, example: GenerationExample) -> dict[str, float]:
+def _score(text: str, example: AnswerExample) -> dict[str, float]:
     target_format: TargetFormat = "json" if text.lstrip().startswith("{") else "parse"
     hits = judge(text.strip(), read_parse(example.references[0]), target_format=target_format)
     return {name: float(hit) for name, hit in hits._asdict().items()}

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from app.errors import ConfigError
 from app.evaluation.evaluate import chosen_tasks, evaluate, prepare
-from app.evaluation.records import EvaluationSettings, Subject
+from app.evaluation.records import EvaluatedModel, EvaluationSettings
 from app.evaluation.results import results_of
 from app.spans.decoder import SpanDecoder
 from callbacks import TaskEvaluation
@@ -80,7 +80,7 @@ def test_test_writes_scores_table_and_figure_and_goes_on_where_it_was_stopped(tm
         chosen_tasks([f"boolq={tmp_path / 'boolq.jsonl'}"]), settings, tokenizer=_Data.tokenizer, max_length=64
     )
     module.eval()
-    evaluate(Subject(SpanDecoder(module.model), _Data.tokenizer, ()), work, settings, on_record=records.append)
+    evaluate(EvaluatedModel(SpanDecoder(module.model), _Data.tokenizer, ()), work, settings, on_record=records.append)
     expected = {each.exit_layer: each.score for each in results_of(records) if each.metric == "acc"}
     assert metrics == {
         f"test/task/boolq/acc/exit_{layer:02d}": pytest.approx(score) for layer, score in expected.items()

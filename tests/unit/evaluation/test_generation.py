@@ -13,9 +13,9 @@ from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError, DataError
 from app.evaluation import generation
 from app.evaluation.generation import Way, run_generation, ways_of
-from app.evaluation.records import EvaluationSettings, Record, Subject
+from app.evaluation.records import EvaluatedModel, EvaluationSettings, Record
 from app.evaluation.rows import Item, read_items
-from app.evaluation.task import GenerationExample, GenerationTask
+from app.evaluation.task import AnswerExample, GenerationTask
 from app.evaluation.tasks.topv2 import TOPV2
 from app.spans.decoder import SpanDecoder
 from app.text.text_stream import continuation
@@ -33,38 +33,42 @@ SETTINGS = EvaluationSettings(batch_size=2, num_draft_tokens=3, max_new_tokens=1
 TASK = GenerationTask(
     name="letters",
     hub=None,
-    example=lambda row: GenerationExample(row.text("prompt"), ("x",)),
+    example=lambda row: AnswerExample(row.text("prompt"), ("x",)),
     score=lambda text, example: {"has_e": float("e" in text)},
 )
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
+def subject() -> EvaluatedModel:
     tokenizer = byte_level()
     model = tiny_llama(num_layers=4, vocab_size=len(tokenizer), max_length=96, tied=False)
-    return Subject(SpanDecoder(model), tokenizer, ())
+    return EvaluatedModel(SpanDecoder(model), tokenizer, ())
 
 
 def _items(*, prompts: Sequence[str] = PROMPTS, **settings: Any) -> list[Item]:
     return [
-        Item(row, "", f"file, row {row + 1}", GenerationExample(prompt, ("x",), **settings))
+        Item(row, "", f"file, row {row + 1}", AnswerExample(prompt, ("x",), **settings))
         for row, prompt in enumerate(prompts)
     ]
 
 
 def _run(
-    subject: Subject, items: Sequence[Item], settings: EvaluationSettings = SETTINGS, *, task: GenerationTask = TASK
+    subject: EvaluatedModel,
+    items: Sequence[Item],
+    settings: EvaluationSettings = SETTINGS,
+    *,
+    task: GenerationTask = TASK,
 ) -> list[Record]:
     return sorted(run_generation(subject, task, items, EXITS, settings), key=lambda record: record.row)
 
 
 @pytest.fixture(scope="module")
-def records(subject: Subject) -> list[Record]:
+def records(subject: EvaluatedModel) -> list[Record]:
     return _run(subject, _items())
 
 
 def test_lossless_ways_write_the_full_models_text_and_lossy_ones_the_exits(
-    subject: Subject, records: list[Record]
+    subject: EvaluatedModel, records: list[Record]
 ) -> None:
     for record, prompt in zip(records, PROMPTS, strict=True):
         tokens = subject.tokenizer(prompt)["input_ids"]
@@ -92,7 +96,7 @@ def test_each_way_is_scored_and_says_what_it_took(records: list[Record]) -> None
     assert len({score.values["has_e"] for record in records for score in record.scores}) == 2
 
 
-def test_batches_change_nothing_but_the_time(subject: Subject, records: list[Record]) -> None:
+def test_batches_change_nothing_but_the_time(subject: EvaluatedModel, records: list[Record]) -> None:
     for other, record in zip(_run(subject, _items(), replace(SETTINGS, batch_size=1)), records, strict=True):
         assert other.detail == record.detail
         assert [score.values for score in other.scores] == [score.values for score in record.scores]
@@ -106,13 +110,13 @@ def test_drafts_are_measured_beside_the_full_model_or_not_at_all() -> None:
     assert ways_of([4], num_layers=4, num_draft_tokens=3) == [full]
 
 
-def test_an_answer_ends_before_the_first_stop_text(subject: Subject, records: list[Record]) -> None:
+def test_an_answer_ends_before_the_first_stop_text(subject: EvaluatedModel, records: list[Record]) -> None:
     whole = records[2].detail["answers"]["autoregressive 4"]
     (record,) = _run(subject, _items(prompts=PROMPTS[2:], stop=("eii", ":ei")))
     assert record.detail["answers"]["autoregressive 4"] == whole[: whole.index(":ei")]
 
 
-def test_a_prompt_without_room_for_its_answer_is_cut_skipped_or_refused(subject: Subject) -> None:
+def test_a_prompt_without_room_for_its_answer_is_cut_skipped_or_refused(subject: EvaluatedModel) -> None:
     long = "the end of the END " * 40
     items = _items(prompts=[PROMPTS[0], long])
     short, cut = _run(subject, items)
@@ -134,7 +138,7 @@ def test_a_prompt_without_room_for_its_answer_is_cut_skipped_or_refused(subject:
         _run(subject, _items(prompts=[""]))
 
 
-def test_programs_are_run_only_if_the_user_allows_it(subject: Subject) -> None:
+def test_programs_are_run_only_if_the_user_allows_it(subject: EvaluatedModel) -> None:
     task = replace(TASK, score=None, program=lambda text, example: f"{text!r}\nassert {example.prompt!r} != 'x = 1'")
     with pytest.raises(ConfigError, match="allow_running_programs: got False, allowed true for letters"):
         _run(subject, _items(), task=task)
@@ -192,7 +196,7 @@ def test_topv2_is_scored_as_the_callback_scores_it(tmp_path: Path, monkeypatch: 
 
     items = read_items(TOPV2, str(tmp_path / "topv2"))
     settings = EvaluationSettings(num_draft_tokens=0)
-    scored = [*run_generation(Subject(decoder, tokenizer, (end,)), TOPV2, items, (2, 4), settings)]
+    scored = [*run_generation(EvaluatedModel(decoder, tokenizer, (end,)), TOPV2, items, (2, 4), settings)]
     assert len(scored) == len(examples)
     for result in expected:
         by_group = {None: result.scores.overall, **result.scores.by_group}

@@ -6,17 +6,17 @@ import pytest
 
 from app.errors import DataError
 from app.evaluation.programs import ProgramRunner
-from app.evaluation.task import GenerationExample, GenerationTask, Row
+from app.evaluation.task import AnswerExample, GenerationTask, Row
 from app.evaluation.tasks import TASKS
 
 
-def _example(task: str, **values: Any) -> tuple[GenerationTask, GenerationExample]:
+def _example(task: str, **values: Any) -> tuple[GenerationTask, AnswerExample]:
     found = TASKS[task]
     assert isinstance(found, GenerationTask)
     return found, found.example(Row(values, "file, row 1"))
 
 
-def _score(task: GenerationTask, text: str, example: GenerationExample) -> dict[str, float]:
+def _score(task: GenerationTask, text: str, example: AnswerExample) -> dict[str, float]:
     assert task.score is not None
     return task.score(text, example)
 

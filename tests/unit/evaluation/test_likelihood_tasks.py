@@ -9,7 +9,7 @@ from app.errors import DataError, NotFiniteError
 from app.evaluation.encoding import Encoder
 from app.evaluation.evaluate import prepare
 from app.evaluation.likelihood_tasks import accuracies, run_choices, run_windows
-from app.evaluation.records import EvaluationSettings, Subject
+from app.evaluation.records import EvaluatedModel, EvaluationSettings
 from app.evaluation.rows import Item
 from app.evaluation.task import ChoiceExample
 from app.evaluation.tasks import TASKS
@@ -22,7 +22,7 @@ TEXTS = ["the end of the END, then", "x = 1 then more", "naïve café"]
 
 @pytest.fixture(scope="module")
 def subject():
-    return Subject(SpanDecoder(tiny_llama(vocab_size=330, max_length=48)), byte_level(), ())
+    return EvaluatedModel(SpanDecoder(tiny_llama(vocab_size=330, max_length=48)), byte_level(), ())
 
 
 def _items(*examples):

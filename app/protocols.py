@@ -127,9 +127,11 @@ class DraftSize(NamedTuple):
 
 
 @runtime_checkable
-class DraftSizeHost(Protocol):
-    """A module that tells what a draft from an exit runs."""
+class DraftHost(Protocol):
+    """A module that tells what drafts from its exits run, and which token ids they are chosen from; None for all."""
 
+    @property
+    def draft_ids(self) -> Tensor | None: ...
     def draft_size(self, exit_layer: int) -> DraftSize: ...
 
 

@@ -15,7 +15,7 @@ from app.errors import ConfigError
 from app.exits.predicted_speedup import predicted_speedup
 from app.exits.quality import ExitQuality, ExitScore
 from app.exits.report import exit_figure, exit_table, gap_figure
-from app.protocols import DraftSizeHost, ExitMonitorHost
+from app.protocols import DraftHost, ExitMonitorHost
 from app.tables import Table
 from callbacks.tensorboard import write_figure
 
@@ -55,7 +55,8 @@ class ExitQualityMonitor(Callback):
         assert self._quality is not None
         assert isinstance(pl_module, ExitMonitorHost)
         self._quality.to(pl_module.device)
-        self._quality.update(outputs["hidden_by_exit"], outputs["labels"], pl_module.head)
+        draft_ids = pl_module.draft_ids if isinstance(pl_module, DraftHost) else None
+        self._quality.update(outputs["hidden_by_exit"], outputs["labels"], pl_module.head, draft_ids_V=draft_ids)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self.on_validation_batch_end(trainer, pl_module, outputs)
@@ -88,7 +89,7 @@ class ExitQualityMonitor(Callback):
                 size=pl_module.draft_size(layer),
             )
             for layer, score in scores.items()
-            if isinstance(pl_module, DraftSizeHost) and layer < self._num_layers
+            if isinstance(pl_module, DraftHost) and layer < self._num_layers
         }
         for layer, score in scores.items():
             figures = {

@@ -76,13 +76,22 @@ class ExitQuality(Metric):
             self.add_state(name, torch.zeros(len(self.exit_layers), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, hidden_by_exit: Mapping[int, Tensor], labels_BT: Tensor, head: Callable[[Tensor], Tensor]) -> None:
+    def update(
+        self,
+        hidden_by_exit: Mapping[int, Tensor],
+        labels_BT: Tensor,
+        head: Callable[[Tensor], Tensor],
+        *,
+        draft_ids_V: Tensor | None = None,
+    ) -> None:
         """Add a batch; logits exist for one chunk of tokens at a time.
 
         Args:
             hidden_by_exit: exit_layer -> normed hidden states [B, T, D], the full model's among them.
             labels_BT: Targets, IGNORE_INDEX where there is none.
             head: The LM head, from [N, D] to [N, V].
+            draft_ids_V: The V' token ids that drafts are chosen from; None for all. Agreement and acceptance are then
+                those of such drafts, and KL is that given that the token is one of them.
         """
         counted = labels_BT != IGNORE_INDEX
         for rows in torch.split(counted.flatten().nonzero().squeeze(1), _TOKENS_PER_CHUNK):
@@ -93,10 +102,17 @@ class ExitQuality(Metric):
                 full = layer == self.num_layers
                 logits = full_logits if full else head(hidden_by_exit[layer].flatten(0, 1)[rows]).float()
                 self.loss_sum_E[idx] += F.cross_entropy(logits, labels_N, reduction="sum").double()
-                self.agreeing_E[idx] += (logits.argmax(dim=-1) == full_choice).sum()
-                kl_N, total_variation_N = divergences(logits, full_logits)
+                if full or draft_ids_V is None:
+                    choice, (kl_N, total_variation_N) = logits.argmax(dim=-1), divergences(logits, full_logits)
+                    accepted_N = 1 - total_variation_N
+                else:
+                    logits = logits[:, draft_ids_V]
+                    choice = draft_ids_V[logits.argmax(dim=-1)]
+                    kl_N, _ = divergences(logits, full_logits[:, draft_ids_V])
+                    accepted_N = logits.softmax(-1).minimum(full_logits.softmax(-1)[:, draft_ids_V]).sum(-1)
+                self.agreeing_E[idx] += (choice == full_choice).sum()
                 self.kl_sum_E[idx] += kl_N.double().sum()
-                self.accepted_E[idx] += (1 - total_variation_N.double()).sum()
+                self.accepted_E[idx] += accepted_N.double().sum()
             self.count += len(rows)
 
     def compute(self) -> dict[int, ExitScore]:

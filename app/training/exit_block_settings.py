@@ -22,7 +22,8 @@ class ExitBlockSettings:
         start_tokens: Tokens of the training data that the affine map is found from, 1 or more.
         vocabulary: File of the token ids that drafts will be chosen from (draft_vocabulary.json of a model, or a token
             map of SGLang). The loss then is that given that the token is one of them, and the head, most of a step's
-            work in small models, has only their rows. By default all; cross_entropy knows no other.
+            work in small models, has only their rows; validation scores drafts from these ids. By default all;
+            cross_entropy knows no other.
 
     Raises:
         ConfigError: There is no exit, or a setting is unknown.

@@ -23,7 +23,8 @@ from app.model.exit_block import ExitBlock, exit_blocks_of
 from app.model.head_loss import Teacher
 from app.model.weights_hash import weights_hash
 from app.model_files.draft_vocabulary import read_draft_vocabulary
-from app.protocols import DraftSize, StateOwner
+from app.protocols import DraftSize, ExitableDecoder, StateOwner
+from app.spans.decoder import SpanDecoder
 from app.text.text_tokens import listed_ends
 from app.training.batch import GivenBatch
 from app.training.evaluation_steps import EvaluationSteps
@@ -70,6 +71,11 @@ class ExitBlockSteps(EvaluationSteps):
         """The exit blocks by exit layer; {} without."""
         return {int(layer): cast(ExitBlock, block) for layer, block in (self.exit_blocks or {}).items()}
 
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The token ids [V'] that drafts will be chosen from; None where these are all."""
+        return None if self._token_ids_V is None else self._token_ids_V.to(self.device)
+
     def draft_size(self, exit_layer: int) -> DraftSize:
         """Tell what a draft from this exit runs beside the first E blocks."""
         assert self.model is not None
@@ -82,6 +88,13 @@ class ExitBlockSteps(EvaluationSteps):
             draft_head_blocks=rows * head.shape[1] / block,
             exit_blocks=own.size / block if own else 0.0,
         )
+
+    def exitable_decoder(self) -> ExitableDecoder:
+        """A view on the live weights, which drafts as the exit blocks learn to (app.protocols.DecodingHost)."""
+        assert self.model is not None
+        decoder = SpanDecoder(self.model, exit_blocks=self.own_blocks)
+        decoder.use_draft_vocabulary(None if self.draft_ids is None else self.draft_ids.tolist())
+        return decoder
 
     def check_exit_blocks(self, *, spread: bool) -> None:
         """Raise ConfigError if exit blocks are to learn from a model that is `spread` over devices in parts."""
@@ -211,8 +224,7 @@ class ExitBlockSteps(EvaluationSteps):
         if (loss := self._exit_settings.loss) != "cross_entropy":
             losses = [partial(divergence_loss, loss)] * len(hidden)
             teacher = Teacher(_pick(states[self.num_layers], targets), losses)
-            ids = None if self._token_ids_V is None else self._token_ids_V.to(self.device)
-            head = partial(head, teacher=teacher, token_ids=ids)
+            head = partial(head, teacher=teacher, token_ids=self.draft_ids)
         return early_exit_loss(hidden, labels[targets], self.exit_weights, head)
 
     def _states(self, batch: GivenBatch, exit_layers: Iterable[int]) -> dict[int, Tensor]:

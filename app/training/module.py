@@ -38,8 +38,7 @@ from app.model.parallel import parallelize
 from app.model_files.decoding_defaults import untuned_generation_config
 from app.model_files.open import build_model, check_tokenizer_of, load_config, load_pretrained
 from app.model_files.sharded_loading import fill
-from app.protocols import CorpusOwner, ExitableDecoder, TokenizerOwner
-from app.spans.decoder import SpanDecoder
+from app.protocols import CorpusOwner, TokenizerOwner
 from app.text.text_tokens import listed_ends
 from app.text.tokenizer_files import tokenizer_to_files
 from app.training.batch import GivenBatch, check_row_length
@@ -131,11 +130,7 @@ class LayerSkipModule(ExitBlockSteps):
         module.configure_model()
         return module
 
-    # -- DecodingHost and EndOwner of app.protocols --------------------------------------------------------------
-
-    def exitable_decoder(self) -> ExitableDecoder:
-        assert self.model is not None
-        return SpanDecoder(self.model, exit_blocks=self.own_blocks)
+    # -- EndOwner of app.protocols --------------------------------------------------------------
 
     @property
     def end_token_ids(self) -> Sequence[int]:

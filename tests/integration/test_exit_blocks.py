@@ -120,6 +120,7 @@ def test_a_loss_over_a_draft_vocabulary_takes_the_rows_of_these_tokens_alone(roo
     monkeypatch.setattr(head_loss, "token_losses", watched)
     trainer.fit(module, datamodule=make_data(root))
     assert shapes == [90]
+    assert module.exitable_decoder().draft_vocabulary == tuple(range(90))
     size, vocab_size = module.draft_size(1), module.config.vocab_size
     assert size.draft_head_blocks == pytest.approx(size.head_blocks * 90 / vocab_size)
     file.write_text(json.dumps([*range(1, 90)]))

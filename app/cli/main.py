@@ -34,6 +34,7 @@ VERBS = {
     "data": ("app.cli.data", "Show what a config's training data look like to the model, before training."),
     "plan": ("app.cli.plan", "Say what a config's run will take: memory, tokens, FLOPs, hours."),
     "generate": ("app.cli.generate", "Continue a prompt: autoregressively, from an early exit, or self-speculatively."),
+    "serve": ("app.cli.serve", "Serve a model over HTTP, in the form of OpenAI's API."),
     "write": ("app.cli.write", "Let a model write text to train its exits on."),
     "benchmark": ("app.cli.benchmark", "Time ways to decode the same prompts, transformers' own included."),
     "lens": ("app.cli.lens", "Show what every layer would have said at each token, and how many layers it needed."),

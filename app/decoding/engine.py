@@ -164,7 +164,11 @@ class Decoding:
 
     def results(self) -> list[DecodingResult]:
         """What was decoded so far for each prompt; one that has not ended counts as interrupted."""
-        return [row.result(started_at=self._started_at) for row in self._rows]
+        return [self.result(index) for index in range(len(self._rows))]
+
+    def result(self, index: int) -> DecodingResult:
+        """The same of the prompt with this index."""
+        return self._rows[index].result(started_at=self._started_at)
 
 
 class _Round(NamedTuple):

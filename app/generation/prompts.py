@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,22 +88,32 @@ def encode_prompts(
             text.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(field, got=text, allowed="Unicode text") from error
-        ids = _chat_tokens(tokenizer, text) if chat else prompt_tokens(tokenizer, text)
-        if not 1 <= len(ids) < max_length:
-            allowed = f"1 to {max_length - 1} tokens, so that a new one fits the model's context"
-            raise ConfigError(field, got=f"{len(ids)} tokens" if text else text, allowed=allowed)
+        message = {"role": "user", "content": text}
+        ids = chat_tokens(tokenizer, [message]) if chat else prompt_tokens(tokenizer, text)
+        check_length(field, ids, max_length=max_length)
         prompts.append(ids)
     return prompts
 
 
-def _chat_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def check_length(field: str, ids: Sequence[int], *, max_length: int) -> None:
+    """Raise ConfigError unless a prompt has 1 to `max_length` - 1 tokens."""
+    if not 1 <= len(ids) < max_length:
+        allowed = f"1 to {max_length - 1} tokens, so that a new one fits the model's context"
+        raise ConfigError(field, got=f"{len(ids)} tokens", allowed=allowed)
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks next; each message has a `role` and a `content`.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template, or it does not take these messages.
+    """
     if tokenizer.chat_template is None:
         raise ConfigError("chat", got=True, allowed="false: this tokenizer has no chat template")
-    message = {"role": "user", "content": text}
     try:
-        conversation = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        conversation = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program
-        allowed = "a template that takes a user's message"
+        allowed = "a template that takes these messages"
         raise ConfigError("chat", got=True, allowed=allowed, fix=shortened(error)) from error
     # The template writes the beginning of the conversation, so the tokenizer must not add its own.
     return list(tokenizer(conversation, add_special_tokens=False)["input_ids"])

@@ -24,6 +24,11 @@ _log = logging.getLogger(__name__)
 _STRIDE = 0x9E3779B97F4A7C15  # odd, and so are its low 32 bits, which are all that a CPU generator looks at
 
 
+def seed_of(seed: int, row: int) -> int:
+    """The seed of the random stream of the prompt at index `row`; that of the first prompt is `seed` itself."""
+    return (seed + row * _STRIDE) % 2**64
+
+
 # The fields that `layerskip generate --json` prints.
 _PRINTED = (
     *("text", "tokens", "num_tokens", "seconds_prefill", "seconds_decode", "tokens_per_second", "acceptance_rate"),
@@ -58,6 +63,28 @@ class Generation(DecodingResult):
         return {name: getattr(self, name) for name in _PRINTED}
 
 
+def chosen_settings(
+    loaded: LoadedModel, options: GenerationOptions, *, batch_size: int
+) -> tuple[Strategy, DecodingSettings]:
+    """Complete the options for a model; load the draft model if one is needed.
+
+    Raises:
+        ConfigError: An option does not fit the model.
+    """
+    stop = None if options.stop is None else StopStrings(loaded.tokenizer, options.stop)
+    strategy, settings = choose_decoding(
+        options.strategy, options.settings(), loaded, batch_size=batch_size, n_grams=options.n_gram_match != 0
+    )
+    if STRATEGIES[strategy].costs is not None and loaded.model.dtype != torch.float32:
+        _log.info(
+            "%s: where two tokens tie, the output can differ from decoding one token at a time; layerskip"
+            " benchmark measures how often",
+            dtype_name(loaded.model.dtype),
+        )
+    draft_decoder = load_draft_decoder(options.draft_model, loaded, strategies=[strategy])
+    return strategy, replace(settings, eos_token_ids=loaded.eos_token_ids, stop=stop, draft_decoder=draft_decoder)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """Prompts to continue with a model, by a strategy and with complete settings."""
@@ -79,23 +106,8 @@ class Request:
         """
         max_length = loaded.decoder.max_length
         tokens = encode_prompts(texts, loaded.tokenizer, max_length=max_length, chat=options.chat, location=location)
-        stop = None if options.stop is None else StopStrings(loaded.tokenizer, options.stop)
         batch_size = min(batch_size, len(texts))
-        strategy, settings = choose_decoding(
-            options.strategy, options.settings(), loaded, batch_size=batch_size, n_grams=options.n_gram_match != 0
-        )
-        settings = replace(
-            settings,
-            eos_token_ids=loaded.eos_token_ids,
-            stop=stop,
-            draft_decoder=load_draft_decoder(options.draft_model, loaded, strategies=[strategy]),
-        )
-        if STRATEGIES[strategy].costs is not None and loaded.model.dtype != torch.float32:
-            _log.info(
-                "%s: where two tokens tie, the output can differ from decoding one token at a time; layerskip"
-                " benchmark measures how often",
-                dtype_name(loaded.model.dtype),
-            )
+        strategy, settings = chosen_settings(loaded, options, batch_size=batch_size)
         return cls(loaded=loaded, texts=texts, tokens=tokens, strategy=strategy, settings=settings, seed=options.seed)
 
     @property
@@ -133,13 +145,12 @@ class Request:
         A prompt's random stream depends on seed and index alone.
         """
         decoder = self.loaded.decoder
-        seeds = [(self.seed + row * _STRIDE) % 2**64 for row in rows]
         return Decoding(
             decoder,
             [self.tokens[row] for row in rows],
             strategy=self.strategy,
             settings=self.settings,
-            generators=[torch.Generator(decoder.device).manual_seed(seed) for seed in seeds],
+            generators=[torch.Generator(decoder.device).manual_seed(seed_of(self.seed, row)) for row in rows],
         )
 
     def generation(self, row: int, result: DecodingResult) -> Generation:

@@ -130,7 +130,7 @@ def test_a_model_that_cannot_be_decoded_with_is_refused_by_name(generate, draft_
     other_tokens = train_byte_level_bpe(["another text altogether " * 9], vocab_size=290)
     stranger = save_model(tmp_path / "stranger", tokenizer=other_tokens)
     broken = save_model(tmp_path / "broken", chat_template="{{ 1 / 0 }}")
-    told = "chat: got True, allowed a template that takes a user's message; division by zero"
+    told = "chat: got True, allowed a template that takes these messages; division by zero"
     assert told in generate("--chat", "true", model=broken, status=2).err
     arguments = ["--strategy", "draft_model", "--draft_model", stranger]
     assert "allowed a model with the target's tokenizer" in generate(*arguments, status=2).err

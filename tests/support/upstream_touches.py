@@ -70,7 +70,7 @@ def _members(node: ast.ClassDef) -> Iterator[str]:
     """What a class defines: methods, fields, and what its methods set on self."""
     for member in ast.walk(node):
         match member:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 yield name
             case ast.Attribute(attr=name, value=ast.Name(id="self" | "cls"), ctx=ast.Store()):
                 yield name
@@ -96,13 +96,14 @@ def _members_of(kind: type) -> frozenset[str]:
 def _inherited(path: Path, tree: ast.Module) -> tuple[set[str], set[str]]:
     """What classes of the file define, or use on self, that a base class has, too: of an upstream, of this tree.
 
-    Of a file that needs an extra that is not installed, all that its classes define counts as an upstream's.
+    Of a file that needs an extra that is not installed, all that classes with a base define counts as an upstream's.
     """
     theirs, ours = set(), set()
     try:
         module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     except ModuleNotFoundError:
-        return {name for node in tree.body if isinstance(node, ast.ClassDef) for name in _members(node)}, ours
+        derived = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.bases]
+        return {name for node in derived for name in _members(node) if name != node.name}, ours
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             used = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} | set(_members(node))

@@ -1,0 +1,139 @@
+"""`layerskip serve`: a model over HTTP, in the form of OpenAI's API. Tested by tests/integration/test_serving.py."""
+
+import importlib.util
+import logging
+import os
+import socket
+from functools import partial
+from pathlib import Path
+
+from app.cli.parsing.verb_parser import call_verb
+from app.decoding.settings import DraftPolicyName
+from app.decoding.strategies import Strategy
+from app.errors import ConfigError, check_range
+from app.generation.loaded_model import Device, Dtype, load_decoder
+from app.generation.options import GenerationOptions
+from app.generation.request import Request, chosen_settings
+
+_log = logging.getLogger(__name__)
+_KEY = "LAYERSKIP_API_KEY"
+_PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+_LOOPBACK = ("127.", "::1", "localhost")
+
+
+def serve(
+    *,
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    served_name: str | None = None,
+    batch_size: int = 8,
+    max_waiting: int = 64,
+    max_new_tokens: int = 1024,
+    max_body_bytes: int = 1_000_000,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: int | None = None,
+    draft_vocabulary: str | None = None,
+    strategy: Strategy | None = None,
+    exit_layer: int | None = None,
+    num_draft_tokens: int | None = None,
+    draft_model: str | None = None,
+    skipped_layers: list[int] | None = None,
+    draft_policy: DraftPolicyName = "fixed",
+    n_gram_match: int | None = None,
+    n_gram_max_drafts: int | None = None,
+    fall_back: bool = True,
+) -> None:
+    """Serve a model over HTTP, in the form of OpenAI's API, for development and small deployments.
+
+    It offers /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics (Prometheus). Requests that wait
+    are decoded together. If the environment variable LAYERSKIP_API_KEY is set, clients must send it as their API key.
+
+    Args:
+        model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
+        host: Address to listen on; by default, only this machine can reach the server.
+        port: Port to listen on; 0 takes a free one.
+        served_name: Name of the model in requests and answers; by default, the last part of its path.
+        batch_size: Largest number of prompts that are decoded together.
+        max_waiting: Largest number of prompts that wait; more are refused with status 429.
+        max_new_tokens: Largest number of new tokens that a request may ask for.
+        max_body_bytes: Largest size of a request's body, in bytes.
+        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
+            Lossless decoding is exact in float32.
+        device: Device to decode on; auto takes a GPU if there is one.
+        threads: Number of CPU threads; by default torch's own choice.
+        draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
+            for the whole vocabulary. By default, draft_vocabulary.json beside the model.
+        strategy: How to decode. By default, what layerskip tune stored with the model, else self_speculative.
+        exit_layer: Number of blocks that early_exit runs and that self_speculative drafts with. By default, what
+            layerskip tune stored, else a quarter of the blocks.
+        num_draft_tokens: Largest number of tokens drafted in a round. By default, what layerskip tune stored, else 3.
+        draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
+        skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
+        draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), or none (off).
+        n_gram_match: Draft what followed the latest tokens where at least so many of them occurred before; 0 is off.
+        n_gram_max_drafts: Largest number of tokens of such a draft. By default, what layerskip tune stored, or 8.
+        fall_back: Stop drafting for the rest of a text when drafting slows it down.
+    """
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        got = f"no package {missing[0]}"
+        raise ConfigError("serve", got=got, allowed="the extra serve", fix='pip install "layerskip-lightning[serve]"')
+    from app.serving.application import application  # these load the packages of the extra
+    from app.serving.offer import Offer
+    from app.serving.scheduler import Scheduler
+    from app.serving.server import run_server
+
+    options = GenerationOptions(
+        strategy=strategy,
+        exit_layer=exit_layer,
+        num_draft_tokens=num_draft_tokens,
+        draft_model=draft_model,
+        skipped_layers=skipped_layers,
+        draft_policy=draft_policy,
+        n_gram_match=n_gram_match,
+        n_gram_max_drafts=n_gram_max_drafts,
+        fall_back=fall_back,
+    )
+    limits = {"batch_size": batch_size, "max_waiting": max_waiting}
+    limits |= {"max_new_tokens": max_new_tokens, "max_body_bytes": max_body_bytes}
+    for name, limit in limits.items():
+        check_range(name, limit, low=1)
+    key = os.environ.get(_KEY) or None
+    with _bind(host, port) as bound:
+        loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
+        # Costs that were tuned at batch size 1 say when a sampled text stops drafting, which its neighbours must not.
+        chosen, settings = chosen_settings(loaded, options, batch_size=1)
+        label = Request(loaded=loaded, texts=(), tokens=(), strategy=chosen, settings=settings, seed=0).label
+        name = served_name or Path(model).name
+        offer = Offer(
+            name=name,
+            loaded=loaded,
+            settings=settings,
+            max_new_tokens=max_new_tokens,
+            max_body_bytes=max_body_bytes,
+            key=key,
+        )
+        scheduler = Scheduler(loaded.decoder, chosen, batch_size=batch_size, max_waiting=max_waiting)
+        if key is None and not host.startswith(_LOOPBACK):
+            _log.warning("whoever reaches %s can use this server: set %s to ask for a key", host, _KEY)
+        address = f"[{host}]" if ":" in host else host
+        _log.info("serving %s at http://%s:%d/v1: %s", name, address, bound.getsockname()[1], label)
+        run_server(application(offer, scheduler), scheduler, bound)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound but does not listen yet, so that nobody waits while the model is loaded."""
+    check_range("port", port, low=0, high=2**16 - 1)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        got, allowed = f"{host}:{port}", "an address of this machine and a port that is free"
+        raise ConfigError("port", got=got, allowed=allowed, fix=error.strerror or str(error)) from error
+    return bound
+
+
+run = partial(call_verb, serve)

@@ -16,10 +16,10 @@ from app.cli.parsing.verb_parser import JSON_FLAG, call_verb
 from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, styled_console, styled_writer
 from app.decoding.engine import DecodingInterrupted, OnStep
 from app.decoding.result import DecodingResult, Step
-from app.errors import ConfigError, check_range
+from app.errors import check_range
 from app.generation.loaded_model import Device, Dtype, load_decoder
 from app.generation.options import GenerationOptions
-from app.generation.prompts import read_prompts
+from app.generation.prompts import given_texts
 from app.generation.request import Request
 
 _log = logging.getLogger(__name__)
@@ -56,23 +56,13 @@ def generate(
         sys.stdout.reconfigure(errors="replace")  # a model's text may hold what the terminal's encoding lacks
     chosen = GenerationOptions(**options)
     check_range("batch_size", batch_size, low=1)
-    texts = _texts(prompt, prompts)
+    texts = given_texts(prompt, prompts)
     if prompts is None and batch_size > 1:
         _log.warning("batch_size=%d has no effect on a single prompt", batch_size)
     loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
     location = "prompt" if prompts is None else f"{prompts}: prompt"
     request = Request.of(loaded, texts, chosen, location=location, batch_size=batch_size)
     _run(request, batch_size=batch_size, live=prompts is None, json=json)
-
-
-def _texts(prompt: str | None, prompts: str | None) -> list[str]:
-    if prompt is not None and prompts is not None:
-        raise ConfigError("prompts", got=prompts, allowed="either prompt or prompts, not both")
-    if prompts is not None:
-        return read_prompts(prompts)
-    if not prompt:
-        raise ConfigError("prompt", got=prompt, allowed="at least one character", fix="or prompts, a file of them")
-    return [prompt]
 
 
 @contextmanager

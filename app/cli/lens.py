@@ -4,6 +4,7 @@ import json
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_choice, check_exits, check_output_file, check_range
 from app.generation.loaded_model import Device, Dtype, load_decoder
-from app.generation.prompts import encode_prompts, read_prompts
+from app.generation.prompts import encode_prompts, given_texts
 from app.lens.figure import lens_figure
 from app.lens.lens import check_comparable, look
 from app.lens.page import lens_page
@@ -60,9 +61,7 @@ def lens(
     check_range("max_new_tokens", max_new_tokens, low=1)
     if not 1 <= len(model) <= 2:
         raise ConfigError("model", got=model, allowed="one model, or two to compare")
-    if (prompt is None) == (prompts is None) or prompt == "":
-        raise ConfigError("prompt", got=prompt, allowed="either a prompt or prompts, a file of them")
-    texts = read_prompts(prompts, limit=limit) if prompts is not None else [prompt or ""]
+    texts = given_texts(prompt, prompts, limit=limit)
     loaded = [load_decoder(each, dtype=dtype, device=device, threads=threads) for each in model]
     for second in loaded[1:]:
         check_comparable(loaded[0], second, got=model[1])
@@ -83,15 +82,19 @@ def lens(
     told = lens_as_json(lenses, texts, tokens, loaded[0].tokenizer, exit_layers=exit_layers)
     told["environment"] = environment(device=loaded[0].decoder.device, dtype=loaded[0].model.dtype)
     told["settings"] = {"max_new_tokens": max_new_tokens, "prompts": prompts}
-    match suffix:
+    _write(path, told)
+    print_table(needed_table(lenses, texts))
+    print(f"{suffix[1:]}: {path}")
+
+
+def _write(path: Path, told: dict[str, Any]) -> None:
+    match path.suffix:
         case ".json":
             write_whole(path, json.dumps(told, separators=(",", ":")))
         case ".html":
             write_whole(path, lens_page(told))
         case _:
             write_figure(path, lens_figure(told), dpi=_DOTS_PER_INCH)
-    print_table(needed_table(lenses, texts))
-    print(f"{suffix[1:]}: {path}")
 
 
 _MODEL_HELP = (

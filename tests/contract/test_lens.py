@@ -83,8 +83,8 @@ def test_a_page_and_a_picture_show_the_exits_that_are_asked_for(here, lens):
     [
         (["--output", "x.pdf"], "output: got '.pdf', allowed .html | .json | .png"),
         (["--output", "absent/x.png"], "output: got 'absent/x.png', allowed a .png file in a folder that exists"),
-        (["--prompt", ""], "prompt: got '', allowed either a prompt or prompts"),
-        (["--prompts", "prompts.jsonl"], "prompt: got 'x', allowed either a prompt or prompts"),
+        (["--prompt", ""], "prompt: got '', allowed at least one character; or prompts, a file of them"),
+        (["--prompts", "prompts.jsonl"], "prompts: got 'prompts.jsonl', allowed either prompt or prompts, not both"),
         (["--prompt", "word " * 99], "prompt: got '495 tokens', allowed 1 to 95 tokens"),
         (["--exit_layers", "[1, 5]"], "exit_layers: got [1, 5], allowed one or several of 1..4; 4 is the full model"),
         (["--exit_layers", "[]"], "exit_layers: got [], allowed one or several of 1..4"),
@@ -104,9 +104,9 @@ def test_a_mistake_is_one_message_and_nothing_is_written(here, lens, options, sa
     assert {*here.iterdir()} == before
 
 
-def test_prompts_that_are_empty_or_too_long_are_told_by_their_place(here, lens):
+def test_prompts_that_are_empty_or_too_long_are_told_by_their_location(here, lens):
     given = ["--model", "plain", "--output", "new.html"]
     assert "empty.jsonl holds no prompt" in lens(*given, "--prompts", "empty.jsonl", status=2).err
     write_prompts(here / "long.jsonl", ["x", "word " * 99])
     assert "long.jsonl: prompt 2: got '495 tokens'" in lens(*given, "--prompts", "long.jsonl", status=2).err
-    assert "prompt: got None, allowed either a prompt or prompts" in lens(*given, status=2).err
+    assert "prompt: got None, allowed at least one character; or prompts" in lens(*given, status=2).err

@@ -93,6 +93,13 @@ def notes(results: Sequence[BenchmarkResult], *, dtype: str, num_layers: int) ->
     return said
 
 
+def benchmark_tables(results: Sequence[BenchmarkResult], *, title: str) -> list[Table]:
+    """Make the table of speeds, and those of drafts and of n-grams where there are any."""
+    tables = [speed_table(results, title=title)]
+    tables += [draft_table(results)] if any(result.drafted for result in results) else []
+    return tables + ([n_gram_table(results)] if any(result.drafted_by_n_gram for result in results) else [])
+
+
 def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
     """Tell how fast each strategy was.
 

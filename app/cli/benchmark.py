@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from app.benchmark.benchmark import BenchmarkSettings, Subject, run_benchmark
 from app.benchmark.decoding_costs import costs_line
 from app.benchmark.figure import benchmark_figure
-from app.benchmark.report import draft_table, environment, n_gram_table, report_document, speed_table, write_report
+from app.benchmark.report import benchmark_tables, environment, report_document, write_report
 from app.benchmark.result import benchmark_results
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
@@ -82,11 +82,8 @@ def benchmark(
         f" median of {settings.repeats}"
     )
     figure = write_report(document, benchmark_figure(results, title=title), file)
-    print_table(speed_table(results, title=title))
-    if any(result.drafted for result in results):
-        print_table(draft_table(results))
-    if any(result.drafted_by_n_gram for result in results):
-        print_table(n_gram_table(results))
+    for table in benchmark_tables(results, title=title):
+        print_table(table)
     if measured.costs is not None:
         print(f"costs: {costs_line(measured.costs.model)}")
     print(*(f"note: {note}" for note in document["notes"]), f"report: {file}, figure: {figure}", sep="\n")

@@ -9,7 +9,7 @@ from functools import partial
 from math import log
 from shlex import quote
 
-from app.benchmark.report import draft_table, n_gram_table, speed_table
+from app.benchmark.report import benchmark_tables
 from app.benchmark.result import BenchmarkResult
 from app.metric_names import DECODE_ACCEPTANCE_RATE, DECODE_SPEEDUP
 from app.reports.blocks import Block, Prose, Section, Sheet
@@ -86,9 +86,7 @@ def _benchmark(name: str, measured: MeasuredFile) -> list[Block]:
     for (strategy, match), grid in groups.items():
         title = f"Speedup of {strategy}{f' with n-grams of {match}' if match else ''}, {name}"
         blocks.append(heat_map(title, grid, style="{:.2f}x", source=source, command=command, neutral=1.0))
-    tables = [speed_table(results, title=f"Speed of every strategy, {name}")]
-    tables += [draft_table(results)] if any(result.drafted for result in results) else []
-    tables += [n_gram_table(results)] if any(result.drafted_by_n_gram for result in results) else []
+    tables = benchmark_tables(results, title=f"Speed of every strategy, {name}")
     notes = " ".join(f"Note: {note}." for note in measured.content.get("notes", ()))
     blocks += [Sheet(table=table, source=f"{source} {notes}", command=command) for table in tables]
     return blocks

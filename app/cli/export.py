@@ -92,11 +92,9 @@ def export(
     own = Path(path) / README
     if exit_layer is not None:
         card = card.completed_from_card(own.parent, name=f"the card of {path}").completed_from_origin(path, record)
-        blocks = f"the first {exit_layer} of the {loaded.config.get_text_config().num_hidden_layers} blocks"
+        num_layers = loaded.config.get_text_config().num_hidden_layers
         loaded, source = first_blocks(loaded, source, exits, exit_layer=exit_layer)
-        if own_blocks := loaded.config.num_hidden_layers - exit_layer:
-            blocks += f", and the {counted(own_blocks, 'block')} that the exit has of its own,"
-        card = card.of_exit(path, record, blocks=blocks)
+        card = card.of_exit(path, record, blocks=_blocks_in_words(loaded, exit_layer, num_layers))
         exits, beside, record = None, {}, None
     every = source if exits is None else source.with_others(exits.state)
     decoding = chosen_defaults(loaded, every, given=generation_defaults, replaced=directory)
@@ -125,6 +123,14 @@ def export(
         print(f"it drafts: layerskip generate --model {path} --strategy draft_model --draft_model {directory}")
     else:
         print(_next_step(decoding, directory, model_type=loaded.config.model_type))
+
+
+def _blocks_in_words(first: PreTrainedModel, exit_layer: int, num_layers: int) -> str:
+    """Say which blocks of a model of `num_layers` make up the model that its exit is."""
+    blocks = f"the first {exit_layer} of the {num_layers} blocks"
+    if own_blocks := first.config.num_hidden_layers - exit_layer:
+        blocks += f", and the {counted(own_blocks, 'block')} that the exit has of its own,"
+    return blocks
 
 
 def _exit_blocks(

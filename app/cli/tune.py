@@ -66,16 +66,7 @@ def tune(
         settings = replace(settings, eos_token_ids=loaded.eos_token_ids)
         tuning = tune_decoder(loaded.decoder, tokens, settings, conditions=Conditions.of(loaded.model))
     if not json:  # before it is stored, since a full disk must not cost the answer
-        print_table(exits_table(tuning))
-        print_table(verifications_table(tuning))
-        print(f"costs: {costs_line(tuning.costs)}")
-        if tuning.draft_heads:
-            print(
-                "H_d with fewer ids:", ", ".join(f"{cost:.2f} with {size}" for size, cost in tuning.draft_heads.items())
-            )
-        print(f"decision: {tuning.reason}")
-        if tuning.advice:
-            print(f"advice: {tuning.advice.replace(tuning.limited_by, f'--{tuning.limited_by}')}")
+        _print(tuning)
     size, token_ids, file = tuning.defaults.draft_vocabulary_size, loaded.decoder.draft_vocabulary, None
     if directory is not None and not tuning.shortfall:
         if draft_vocabulary is not None and token_ids is not None and size in range(loaded.decoder.vocab_size):
@@ -93,6 +84,18 @@ def tune(
             chosen["draft_vocabulary"] = "none"
         flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
         print(f"by hand: layerskip generate --model {model} {flags}")
+
+
+def _print(tuning: Tuning) -> None:
+    print_table(exits_table(tuning))
+    print_table(verifications_table(tuning))
+    print(f"costs: {costs_line(tuning.costs)}")
+    if tuning.draft_heads:
+        heads = ", ".join(f"{cost:.2f} with {size}" for size, cost in tuning.draft_heads.items())
+        print(f"H_d with fewer ids: {heads}")
+    print(f"decision: {tuning.reason}")
+    if tuning.advice:
+        print(f"advice: {tuning.advice.replace(tuning.limited_by, f'--{tuning.limited_by}')}")
 
 
 def _storable(model: str) -> Path | None:

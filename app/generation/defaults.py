@@ -65,29 +65,35 @@ def choose_decoding(
         num_draft_tokens = known or _USUAL_DRAFTS
         said.append(_say("num_draft_tokens", num_draft_tokens, tuned=bool(known)))
     same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)
-    of_n_grams = tuned if same else None
-    n_gram_match, most = settings.n_gram_match, settings.n_gram_max_drafts
-    if n_gram_match is None and n_grams:
-        known = of_n_grams and of_n_grams.n_gram_match
-        n_gram_match = known or (_USUAL_MATCH if "n_gram_match" in needs else None)
-        if n_gram_match is not None:
-            said.append(_say("n_gram_match", n_gram_match, tuned=bool(known)))
-    if most is None and of_n_grams is not None and n_gram_match == of_n_grams.n_gram_match:
-        most = of_n_grams.n_gram_max_drafts
-        said += [] if most is None else [_say("n_gram_max_drafts", most, tuned=True)]
-    settings = replace(
-        settings,
-        exit_layer=exit_layer,
-        num_draft_tokens=num_draft_tokens,
-        n_gram_match=n_gram_match,
-        n_gram_max_drafts=most,
-    )
+    settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    settings = _with_n_grams(settings, tuned if same else None, said, usual="n_gram_match" in needs, may_draft=n_grams)
     _check(strategy, settings, loaded.decoder)
     if said:
         _log.info("defaults: %s; %s%s", ", ".join(said), _origin(tuned, strategy, settings), elsewhere)
     if strategy in ("self_speculative", "n_gram") and not elsewhere:
         settings = replace(settings, costs=_costs(tuned, loaded.decoder, exit_layer))
     return strategy, settings
+
+
+def _with_n_grams(
+    settings: DecodingSettings, tuned: DecodingDefaults | None, said: list[str], *, usual: bool, may_draft: bool
+) -> DecodingSettings:
+    """Fill in what is None of the settings of n-grams, and add to `said` what was chosen.
+
+    Args:
+        tuned: What was tuned for this strategy and exit.
+        usual: Whether n-grams draft where nothing was tuned.
+        may_draft: Whether n-grams may draft where the settings leave it open.
+    """
+    match, most = settings.n_gram_match, settings.n_gram_max_drafts
+    if match is None and may_draft:
+        known = tuned and tuned.n_gram_match
+        match = known or (_USUAL_MATCH if usual else None)
+        said += [] if match is None else [_say("n_gram_match", match, tuned=bool(known))]
+    if most is None and tuned is not None and match == tuned.n_gram_match:
+        most = tuned.n_gram_max_drafts
+        said += [] if most is None else [_say("n_gram_max_drafts", most, tuned=True)]
+    return replace(settings, n_gram_match=match, n_gram_max_drafts=most)
 
 
 def _check(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDecoder) -> None:

@@ -4,7 +4,7 @@ Shape legend: `B` rows, `T` tokens, `S` states of a token, `D` model width, `N` 
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -84,8 +84,7 @@ def plan_exit_blocks(
     """
     model, blocks, mode = fake_exit_blocks(config, learns, dtype=dtype)
     optimizer = ask_optimizer(configure, blocks.parameters())
-    small = dtype.itemsize < torch.float32.itemsize and not optimizer.has_master_weights
-    recipe = replace(recipe, learning_rate=optimizer.learning_rate, small_weights=small)
+    recipe = optimizer.completed(recipe, dtype)
     micro = Micro(
         batch_size=recipe.batch_size,
         seq_len=recipe.seq_len,

@@ -1,7 +1,7 @@
 """What a training run keeps on each device: weights, gradients, optimizer states, activations and buffers."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from app.planning.recipe import Recipe
 from app.planning.step import MicroBatchCosts
 
 LayoutStrategy = Literal["single", "ddp", "fsdp2"]
@@ -43,6 +44,11 @@ class OptimizerFacts:
     step_bytes: int  # bytes for each element that a step needs for itself
     learning_rate: float  # the peak learning rate
     has_master_weights: bool  # whether it keeps a float32 copy of weights of a smaller dtype
+
+    def completed(self, recipe: Recipe, dtype: torch.dtype) -> Recipe:
+        """Return the recipe with the learning rate, and with what becomes of weights in this dtype."""
+        small = dtype.itemsize < torch.float32.itemsize and not self.has_master_weights
+        return replace(recipe, learning_rate=self.learning_rate, small_weights=small)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,8 +131,7 @@ def plan_training(
     """
     model, mode = build_fake(config, dtype=dtype, lora=lora)
     optimizer = ask_optimizer(configure, [each for each in model.parameters() if each.requires_grad])
-    small = dtype.itemsize < torch.float32.itemsize and not optimizer.has_master_weights
-    recipe = replace(recipe, learning_rate=optimizer.learning_rate, small_weights=small)
+    recipe = optimizer.completed(recipe, dtype)
     gathered = autocast if layout.gathers_cast else None
     running, mode = (model, mode) if gathered is None else build_fake(config, dtype=gathered, lora=lora)
     micro = Micro(

@@ -170,6 +170,23 @@ class DecoderCache(Protocol):
         """Keep only these sequences, in this order."""
 
 
+class StaticDecoderCache(DecoderCache, Protocol):
+    """The same with room for `capacity` positions that never moves, for rounds that are fixed sequences of kernels.
+
+    A pass over the prompts of all rows comes first. From the first `begin_round` on, row b's new positions begin at
+    `lengths_B[b]`, which whoever decodes sets on the device. Every pass must find room within the capacity.
+    """
+
+    capacity: int
+    lengths_B: Tensor
+
+    def begin_round(self) -> None:
+        """Let every block go on at `lengths_B`; what was stored there or beyond is forgotten."""
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` positions, elsewhere in memory."""
+
+
 class ExitableDecoder(Layered, Protocol):
     """A decoder whose blocks can be run in spans, so that drafting and verifying share one cache.
 
@@ -211,6 +228,9 @@ class ExitableDecoder(Layered, Protocol):
 
     def new_cache(self, *, batch_size: int, capacity: int) -> DecoderCache:
         """An empty cache for `batch_size` sequences with room for `capacity` positions each (it may grow)."""
+
+    def new_static_cache(self, *, batch_size: int, capacity: int) -> StaticDecoderCache:
+        """The same of a size and place that stay."""
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""

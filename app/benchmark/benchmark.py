@@ -16,7 +16,7 @@ from app.benchmark.alternation import Contender, Measurement, Prompts, alternate
 from app.benchmark.decoding_costs import DecodingCosts, measure_decoding_costs, median_costs
 from app.benchmark.output_differences import OutputDifferences, find_output_differences
 from app.benchmark.transformers_baseline import generate_batch
-from app.decoding.settings import USUAL_N_GRAM_DRAFTS, DecodingSettings, DraftPolicyName
+from app.decoding.settings import USUAL_N_GRAM_DRAFTS, DecodingSettings, DraftPolicyName, Engine
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
 from app.errors import ConfigError, check_choice, check_range
 from app.protocols import ExitableDecoder
@@ -62,6 +62,8 @@ class BenchmarkSettings:
             that must have occurred before, so that what followed them is drafted. n_gram drafts nothing else.
         n_gram_max_drafts: Largest number of tokens of such a draft.
         fall_back: Let our strategies stop drafting for a prompt that drafting slows down.
+        engine: Let our strategies look at every draft before the next one (dynamic), or make a round one fixed sequence
+            of kernels, a graph on a CUDA device (static).
         eos_token_ids: Ids that end a sequence; with none, every prompt is decoded to max_new_tokens.
         batch_size: Number of prompts decoded together, at least 1.
         repeats: How often each prompt is decoded in each way, at least 1; the median counts.
@@ -76,6 +78,7 @@ class BenchmarkSettings:
     n_gram_match: tuple[int, ...] = ()
     n_gram_max_drafts: int = USUAL_N_GRAM_DRAFTS
     fall_back: bool = False
+    engine: Engine = "dynamic"
     eos_token_ids: tuple[int, ...] = ()
     batch_size: int = 1
     repeats: int = 3
@@ -192,6 +195,7 @@ def build_contenders(
                 n_gram_match=n_gram_match,
                 n_gram_max_drafts=settings.n_gram_max_drafts,
                 fall_back=settings.fall_back,
+                engine=settings.engine if BENCHMARK_STRATEGIES[strategy] == strategy else "dynamic",
                 costs=model,
             )
             contenders.append(_contender(subject, strategy, one))

@@ -136,7 +136,7 @@ class GreedyRule(_Rule):
         choices, highest = torch.stack((choices_BS.double(), highest_BS.double())).tolist()  # one wait
         outcomes = []
         for drafted, ids, scores in zip(drafts, choices, highest, strict=True):
-            _check_finite(scores[: len(drafted) + 1])  # padding follows
+            check_finite(scores[: len(drafted) + 1])  # padding follows
             outcomes.append(accept_greedy(drafted, [int(each) for each in ids]))
         return outcomes
 
@@ -164,7 +164,7 @@ class SamplingRule(_Rule):
         confidence_B = probs_BV.gather(-1, choices_B[:, None])[:, 0]
         tokens_B = self._ids(choices_B)
         tokens, confidences = torch.stack((tokens_B.double(), confidence_B.double())).tolist()
-        _check_finite([confidence for confidence, drafting in zip(confidences, live, strict=True) if drafting])
+        check_finite([confidence for confidence, drafting in zip(confidences, live, strict=True) if drafting])
         return Drafted(tokens_B, [int(token) for token in tokens], confidences)
 
     def verify(
@@ -186,14 +186,14 @@ class SamplingRule(_Rule):
             token_1 = draw(next_probs_V, generator=row.generator)
             outcomes.append(torch.stack([accepted, token_1[0], next_probs_V.gather(0, token_1)[0]]).double())
         settled = torch.stack(outcomes).tolist()  # one wait for all rows
-        _check_finite([probability for *_, probability in settled])
+        check_finite([probability for *_, probability in settled])
         return [(int(accepted), int(token)) for accepted, token, _ in settled]
 
 
 ChoiceRule = GreedyRule | SamplingRule
 
 
-def _check_finite(values: Sequence[float]) -> None:
+def check_finite(values: Sequence[float]) -> None:
     """Refuse scores or probabilities of chosen tokens that are not finite."""
     if not all(map(math.isfinite, values)):
         raise NotFiniteError(

@@ -1,13 +1,13 @@
 """How many tokens to draft in a round, and when to stop drafting for good."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
 from app.decoding.cost_model import CostModel
 from app.decoding.settings import DraftPolicyName
 
-_CONFIDENCE_BINS = 10
+CONFIDENCE_BINS = 10
 _PRIOR_WEIGHT = 4.0  # verified tokens that the prior, acceptance = confidence, counts for in each bin
 _WINDOW = 16  # latest rounds that a judgement looks at
 _MIN_ROUNDS = 8  # rounds before the first judgement
@@ -36,6 +36,13 @@ class DraftPolicy:
         """Whether to draft another token after one that was drafted with the probability `confidence`."""
         return True
 
+    def chances(self) -> tuple[Sequence[float], float]:
+        """`goes_on` as numbers, for rounds that do not ask in between.
+
+        A draft goes on while the product of its tokens' entries, by tenths of confidence, is at least the second value.
+        """
+        return [1.0] * CONFIDENCE_BINS, 0.0
+
     def observe(self, *, drafted: int, accepted: int) -> None:
         """Learn how the round ended."""
 
@@ -52,9 +59,9 @@ class AdaptivePolicy(DraftPolicy):
 
     def __init__(self, num_draft_tokens: int, costs: CostModel) -> None:
         super().__init__(num_draft_tokens, costs)
-        centres = [(index + 0.5) / _CONFIDENCE_BINS for index in range(_CONFIDENCE_BINS)]
+        centres = [(index + 0.5) / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
         self._accepted = [_PRIOR_WEIGHT * centre for centre in centres]
-        self._verified = [_PRIOR_WEIGHT] * _CONFIDENCE_BINS
+        self._verified = [_PRIOR_WEIGHT] * CONFIDENCE_BINS
         self._bins: list[int] = []  # one for each draft of this round
         self._product = 1.0
         self._rounds: deque[tuple[int, int]] = deque(maxlen=_WINDOW)  # (drafted, settled)
@@ -64,9 +71,14 @@ class AdaptivePolicy(DraftPolicy):
         return self._most
 
     def goes_on(self, confidence: float) -> bool:
-        self._bins.append(min(int(confidence * _CONFIDENCE_BINS), _CONFIDENCE_BINS - 1))
-        self._product *= self._accepted[self._bins[-1]] / self._verified[self._bins[-1]]
-        return self._product >= self._costs.break_even(self._speedup())
+        chances, least = self.chances()
+        self._bins.append(min(int(confidence * CONFIDENCE_BINS), CONFIDENCE_BINS - 1))
+        self._product *= chances[self._bins[-1]]
+        return self._product >= least
+
+    def chances(self) -> tuple[Sequence[float], float]:
+        shares = [accepted / verified for accepted, verified in zip(self._accepted, self._verified, strict=True)]
+        return shares, self._costs.break_even(self._speedup())
 
     def observe(self, *, drafted: int, accepted: int) -> None:
         for index, bin_ in enumerate(self._bins[: min(accepted + 1, drafted)]):

@@ -68,6 +68,9 @@ class FullModel:
         """End a round: forget every position >= lengths[b] of sequence b."""
         self.cache.truncate(lengths)
 
+    def complete(self) -> None:
+        """Run what only drafts need over the positions of this round that they have not been made from."""
+
     def end_drafting(self) -> None:
         """Drop what only drafts need, since none is to come any more."""
 
@@ -109,12 +112,16 @@ class EarlyExitDrafter(FullModel):
         super().settle(lengths)
         if not (own := self._drafting_span):
             return
-        assert self._undrafted_BTD is not None
         seen = self.cache.lengths(own.start)
         if any(length > known for length, known in zip(lengths, seen, strict=True)):
             # A sequence that kept less begins these states at a later position than theirs, and forgets them again.
-            run_exit_blocks(self.decoder, self._undrafted_BTD, exit_layer=self.exit_layer, cache=self.cache)
+            self.complete()
             super().settle(lengths)
+
+    def complete(self) -> None:
+        if self._drafting_span:
+            assert self._undrafted_BTD is not None
+            run_exit_blocks(self.decoder, self._undrafted_BTD, exit_layer=self.exit_layer, cache=self.cache)
 
     def end_drafting(self) -> None:
         self._drafting_span = range(0)

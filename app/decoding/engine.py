@@ -6,19 +6,18 @@ Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts +
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from app.decoding.acceptance import ChoiceRule, GreedyRule, SamplingRule
+from app.decoding.acceptance import GreedyRule, SamplingRule
 from app.decoding.cost_model import CostModel
 from app.decoding.draft_policy import POLICIES, Pace
-from app.decoding.drafters import FullModel
+from app.decoding.dynamic_rounds import DynamicRounds, Round, paces_of
 from app.decoding.n_grams import NGramIndex
 from app.decoding.result import DecodingResult, Step
 from app.decoding.rows import SequenceState
 from app.decoding.settings import DecodingSettings, Ends
+from app.decoding.static_rounds import StaticRounds
 from app.decoding.strategies import STRATEGIES, Strategy, check_request, check_settings
 from app.errors import check_choice
 from app.protocols import ExitableDecoder
@@ -131,26 +130,31 @@ class Decoding:
         if not (rows := [row for row in self._rows if row.stop_reason is None]):
             return
         capacity = max(len(row.prompt) + min(row.remaining, _RESERVE) for row in rows)
-        drafter = self._entry.new_drafter(self._decoder, self._settings, len(rows), capacity)
-        confidence = any(row.policy.wants_confidence for row in rows)
-        sampling = self._settings.sampling
-        given = sampling, drafter.draft_ids, self._decoder.vocab_size
-        rule = GreedyRule(*given, confidence=confidence) if sampling.greedy else SamplingRule(*given)
-        loop = _Loop(drafter, rule)
         with torch.no_grad():
-            done = loop.prefill(rows)
+            rounds = self._new_rounds(rows, capacity)
+            done = rounds.prefill(rows)
         yield from _settle(rows, done)
         while still := [i for i, row in enumerate(rows) if row.stop_reason is None]:
             with torch.no_grad():
                 if len(still) < len(rows):
-                    drafter.keep_rows(still)
+                    rounds.keep_rows(still)
                     rows = [rows[i] for i in still]
-                done = loop.round(rows)
+                done = rounds.round(rows)
             yield from _settle(rows, done)
             if self._settings.fall_back:
                 _watch(rows, done)
                 if all(row.pace.gave_up for row in rows):
-                    drafter.end_drafting()
+                    rounds.end_drafting()
+
+    def _new_rounds(self, rows: Sequence[SequenceState], capacity: int) -> DynamicRounds | StaticRounds:
+        new_drafter, settings, sampling = self._entry.new_drafter, self._settings, self._settings.sampling
+        if settings.engine == "static":
+            return StaticRounds(self._decoder, settings, rows, new_drafter, capacity=capacity, clock=perf_counter)
+        drafter = new_drafter(self._decoder, settings, len(rows), capacity)
+        given = sampling, drafter.draft_ids, self._decoder.vocab_size
+        confidence = any(row.policy.wants_confidence for row in rows)
+        rule = GreedyRule(*given, confidence=confidence) if sampling.greedy else SamplingRule(*given)
+        return DynamicRounds(drafter, rule, perf_counter)
 
     def finish(self, on_step: OnStep | None = None) -> list[DecodingResult]:
         """Decode to the end; see `decode_batch`."""
@@ -171,93 +175,19 @@ class Decoding:
         return self._rows[index].result(started_at=self._started_at)
 
 
-class _Round(NamedTuple):
-    """What a round found for each row, when it ended (on `perf_counter`'s clock), and how long its two parts took."""
-
-    steps: list[Step]
-    ended_at: float
-    draft_seconds: float
-    verify_seconds: float
-
-
-class _Loop(NamedTuple):
-    """A prefill, then rounds of draft and verify."""
-
-    drafter: FullModel
-    rule: ChoiceRule
-
-    def prefill(self, rows: Sequence[SequenceState]) -> _Round:
-        """Run all prompts through the model, padded to one length; each yields its first new token."""
-        lengths = [len(row.prompt) for row in rows]
-        padded = [row.prompt + [0] * (max(lengths) - len(row.prompt)) for row in rows]
-        tokens_BT = torch.tensor(padded, device=self.drafter.decoder.device)
-        nothing: list[list[int]] = [[] for _ in rows]
-        chosen = self.rule.verify(self.drafter.prefill(tokens_BT, lengths), rows, nothing, tokens_BT)
-        return _Round([Step([token]) for _, token in chosen], perf_counter(), 0.0, 0.0)
-
-    def round(self, rows: Sequence[SequenceState]) -> _Round:
-        """Draft for every row until none wants more, then verify all at once.
-
-        A row's drafts are what followed its latest tokens where they occurred before, else the drafter's. Rows that
-        draft less than others are padded with tokens that are neither verified nor kept.
-        """
-        started_at = perf_counter()
-        is_plain = any(pace.wants_plain_round() for pace in _paces(rows))
-        drafts = [[] if is_plain else row.n_gram_draft() for row in rows]
-        by_n_gram = [bool(found) for found in drafts]
-        limits = [0 if is_plain or found else row.draft_limit() for row, found in zip(rows, drafts, strict=True)]
-        live = [limit > 0 for limit in limits]
-        found_BS = self._latest_and_found(rows, drafts)
-        columns = [found_BS[:, 0]]
-        while any(live):
-            drafted = self.rule.draft(self.drafter.draft(columns[-1]), rows, drafts, live)
-            tokens_B = drafted.tokens_B
-            if len(columns) < found_BS.shape[1]:
-                found_B = found_BS[:, len(columns)]
-                tokens_B = found_B.where(found_B >= 0, tokens_B)
-            columns.append(tokens_B)
-            for i, row in enumerate(rows):
-                if live[i]:
-                    drafts[i].append(drafted.tokens[i])
-                    live[i] = (
-                        len(drafts[i]) < limits[i]
-                        and drafts[i][-1] not in row.settings.eos_token_ids  # nothing comes after the end
-                        and row.policy.goes_on(drafted.confidences[i] if drafted.confidences else 1.0)
-                    )
-        tokens_BS = torch.cat([torch.stack(columns, dim=1), found_BS[:, len(columns) :].clamp(min=0)], dim=1)
-        drafted_at = perf_counter()
-        outcomes = self.rule.verify(self.drafter.verify(tokens_BS), rows, drafts, tokens_BS)
-        self.drafter.settle([row.length + 1 + kept for row, (kept, _) in zip(rows, outcomes, strict=True)])
-        ended_at = perf_counter()
-        steps = [
-            Step([*proposed[:kept], token], kept, tuple(proposed[kept:]), found)
-            for proposed, found, (kept, token) in zip(drafts, by_n_gram, outcomes, strict=True)
-        ]
-        for row, step in zip(rows, steps, strict=True):
-            if not step.by_n_gram:
-                row.policy.observe(drafted=step.drafted, accepted=step.accepted)
-        return _Round(steps, ended_at, drafted_at - started_at, ended_at - drafted_at)
-
-    def _latest_and_found(self, rows: Sequence[SequenceState], found: Sequence[Sequence[int]]) -> Tensor:
-        """Each row's latest token and what n-grams drafted after it [B, S], in one transfer; -1 where that ends."""
-        longest = max(map(len, found))
-        tokens = [[row.tokens[-1], *own, *[-1] * (longest - len(own))] for row, own in zip(rows, found, strict=True)]
-        return torch.tensor(tokens, device=self.drafter.decoder.device)
-
-
-def _settle(rows: Sequence[SequenceState], done: _Round) -> Iterator[tuple[int, Step]]:
+def _settle(rows: Sequence[SequenceState], done: Round) -> Iterator[tuple[int, Step]]:
     """Let each row take its step just before the caller sees it, so that a caller who stops has seen all of them."""
     for row, step in zip(rows, done.steps, strict=True):
         yield row.index, row.settle(step, at=done.ended_at)
 
 
-def _watch(rows: Sequence[SequenceState], done: _Round) -> None:
+def _watch(rows: Sequence[SequenceState], done: Round) -> None:
     """Let each pace see the rounds that it judges, and note for which rows drafting ends with this one.
 
     All paces see rounds without drafts. Where the drafter drafted for some rows and n-grams for others, the time is the
     drafter's doing, and what n-grams settled would have been settled without it, too.
     """
-    for pace in _paces(rows):
+    for pace in paces_of(rows):
         own = [row for row in rows if pace in (row.pace, row.n_gram_pace)]
         steps = [row.steps[-1] for row in own]
         by_drafter = any(step.drafted and not step.by_n_gram for step in steps)
@@ -275,7 +205,3 @@ def _watch(rows: Sequence[SequenceState], done: _Round) -> None:
             for row in own:
                 if row.pace is pace:
                     row.fell_back_after = len(row.tokens)
-
-
-def _paces(rows: Sequence[SequenceState]) -> list[Pace]:
-    return list(dict.fromkeys(pace for row in rows for pace in (row.pace, row.n_gram_pace)))

@@ -9,6 +9,8 @@ from app.decoding.sampling import SamplingSettings
 from app.errors import check_choice, check_range
 from app.protocols import ExitableDecoder
 
+Engine = Literal["dynamic", "static"]
+ENGINES: tuple[Engine, ...] = ("dynamic", "static")
 DraftPolicyName = Literal["fixed", "adaptive", "off"]
 DRAFT_POLICY_NAMES: tuple[DraftPolicyName, ...] = ("fixed", "adaptive", "off")
 USUAL_N_GRAM_DRAFTS = 8
@@ -39,6 +41,8 @@ class DecodingSettings:
         skipped_layers: Blocks that layer_skip leaves out of its drafts, each 0..num_layers-1.
         draft_decoder: The model that drafts for draft_model; it has the same token ids.
         draft_policy: How many of `num_draft_tokens` to draft: all, as many as pay, or none.
+        engine: Whether each draft is looked at on the host before the next one (dynamic), or a whole round is a fixed
+            sequence of kernels, which is captured as a graph on a CUDA device (static).
         fall_back: Whether drafting stops for the rest of a request that it slows down.
         n_gram_match: Draft what followed the latest tokens where at least so many of them, at least 1, occurred before,
             and let the strategy draft elsewhere. None does not; strategies that never draft have no use for it.
@@ -56,6 +60,7 @@ class DecodingSettings:
     skipped_layers: tuple[int, ...] | None = None
     draft_decoder: ExitableDecoder | None = None
     draft_policy: DraftPolicyName = "fixed"
+    engine: Engine = "dynamic"
     fall_back: bool = False
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None
@@ -64,6 +69,7 @@ class DecodingSettings:
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, low=0)
         check_choice("draft_policy", self.draft_policy, DRAFT_POLICY_NAMES)
+        check_choice("engine", self.engine, ENGINES)
         if self.num_draft_tokens is not None:
             fix = "to draft nothing use strategy autoregressive"
             check_range("num_draft_tokens", self.num_draft_tokens, low=1, fix=fix)

@@ -123,6 +123,8 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
         if value is not None and not takes:
             shown = "" if name == "draft_decoder" else f"={value}"
             _log.warning("%s%s has no effect with strategy %s", name, shown, strategy)
+    if settings.engine == "static":
+        _check_static(strategy, settings)
     can_be_off = entry.costs is not None and settings.draft_policy == "off"
     if settings.draft_policy != "fixed" and not entry.has_drafter and not can_be_off:
         _log.warning("draft_policy=%s has no effect with strategy %s", settings.draft_policy, strategy)
@@ -146,6 +148,16 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
                 theirs,
                 ours,
             )
+
+
+def _check_static(strategy: Strategy, settings: DecodingSettings) -> None:
+    refused = {
+        f"strategy {strategy}": strategy not in ("autoregressive", "early_exit", "self_speculative"),
+        "n_gram_match": settings.n_gram_match is not None,
+        "a processor of scores": settings.sampling.processor is not None,
+    }
+    if found := [name for name, is_given in refused.items() if is_given]:
+        raise ConfigError("engine", got="static", allowed=f"dynamic with {' and '.join(found)}")
 
 
 def check_request(

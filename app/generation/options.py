@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from app.decoding.sampling import SamplingSettings
-from app.decoding.settings import DecodingSettings, DraftPolicyName
+from app.decoding.settings import DecodingSettings, DraftPolicyName, Engine
 from app.decoding.strategies import Strategy
 from app.errors import ConfigError, check_range
 
@@ -28,6 +28,8 @@ class GenerationOptions:
             stored, else off, or 3 with strategy n_gram.
         n_gram_max_drafts: Largest number of tokens of such a draft. By default, what layerskip tune stored, or 8.
         fall_back: Stop drafting for the rest of a text when drafting slows it down.
+        engine: Look at every draft before the next one (dynamic), or run a round as one fixed sequence of kernels, a
+            graph on a CUDA device (static). static has neither n-grams nor a repetition penalty.
         max_new_tokens: Largest number of new tokens for each prompt.
         stop: Texts, any of which ends the output. The output includes that text and the whole of its last token.
         temperature: Temperature of the sampling; 0 is greedy.
@@ -51,6 +53,7 @@ class GenerationOptions:
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None
     fall_back: bool = True
+    engine: Engine = "dynamic"
     max_new_tokens: int = 128
     stop: list[str] | None = None
     temperature: float = 0.0
@@ -81,6 +84,7 @@ class GenerationOptions:
             n_gram_match=self.n_gram_match or None,
             n_gram_max_drafts=self.n_gram_max_drafts,
             fall_back=self.fall_back,
+            engine=self.engine,
             sampling=SamplingSettings(
                 temperature=self.temperature,
                 top_k=self.top_k,

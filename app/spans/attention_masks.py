@@ -30,8 +30,13 @@ def attention_mask(
         return None
     if min(starts) == max(starts) and _fits(num_stored - first, window):
         return causal_mask(num_new, num_stored - first, like=like)
+    return position_mask(queries_BT, range(first, num_stored), window, like=like)
+
+
+def position_mask(queries_BT: Tensor, keys: range, window: int | None, *, like: Tensor) -> Tensor:
+    """The mask [1 or B, 1, T, len(keys)] of new positions over stored ones, whatever their numbers are."""
     query_BT1 = queries_BT[..., None]
-    key_S = torch.arange(first, num_stored, device=like.device)
+    key_S = torch.arange(keys.start, keys.stop, device=like.device)
     hidden_BTS = key_S > query_BT1
     if window is not None:
         hidden_BTS |= key_S <= query_BT1 - window

@@ -5,7 +5,7 @@ Shape legend: `B` sequences, `T` new positions, `S` stored positions (new ones i
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,11 @@ from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu.products import Product
 from app.model.exit_block import AffineNorm, ExitBlock
 from app.protocols import DecoderCache
-from app.spans.attention_masks import attention_mask, causal_mask, needs_no_mask
+from app.spans.attention_masks import attention_mask, causal_mask, needs_no_mask, position_mask
 from app.spans.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, Sight, is_functional
 from app.spans.kv_cache import KeyValueCache
+from app.spans.rotary_tables import RotaryTables, Tables
+from app.spans.static_cache import StaticCache
 
 SlidingBlocks = Literal["none", "all", "by_layer_type"]
 
@@ -37,15 +39,6 @@ SUPPORTED_MODEL_TYPES: dict[str, SlidingBlocks] = {
 }
 _PIECE = 512  # new positions at a time where a mask is needed, which for a whole prompt would be prompt x prompt
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # the others rewrite the model's buffers as a text grows
-
-
-class _RotaryTables(NamedTuple):
-    """Position ids [1, P], and for each cos, sin, and sin with its first half negated, each [1, P, K]."""
-
-    positions: Tensor
-    cos: Tensor
-    sin: Tensor
-    signed_sin: Tensor
 
 
 class SpanDecoder:
@@ -92,7 +85,7 @@ class SpanDecoder:
         if functional and is_functional(model):
             self._blocks = [FunctionalBlock(layer, config, layer_idx=i) for i, layer in enumerate(self._layers)]
         self._query_groups = config.num_attention_heads // config.num_key_value_heads
-        self._tables: _RotaryTables | None = None
+        self._tables = RotaryTables(decoder.rotary_emb, max_length=self.max_length)
         self._draft_vocabulary: tuple[int, ...] | None = None
         self._draft_ids: Tensor | None = None
         self._draft_head = self._head
@@ -183,9 +176,17 @@ class SpanDecoder:
 
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> KeyValueCache:
         """An empty cache of `capacity` positions a sequence, which may grow; ConfigError in training mode."""
+        self._check_mode()
+        return KeyValueCache(num_layers=len(self._layers), batch_size=batch_size, capacity=capacity)
+
+    def new_static_cache(self, *, batch_size: int, capacity: int) -> StaticCache:
+        """The same of fixed size for rounds that are fixed sequences of kernels, with its lengths on the device."""
+        self._check_mode()
+        return StaticCache(num_layers=len(self._layers), batch_size=batch_size, capacity=capacity, device=self.device)
+
+    def _check_mode(self) -> None:
         if any(module.training for part in (self._model, *self._exit_blocks.values()) for module in part.modules()):
             raise ConfigError("model", got="training mode", allowed="eval mode", fix="call model.eval() first")
-        return KeyValueCache(num_layers=len(self._layers), batch_size=batch_size, capacity=capacity)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Token ids [B, T] -> hidden states [B, T, D] that enter block 0."""
@@ -200,10 +201,17 @@ class SpanDecoder:
         assert isinstance(cache, KeyValueCache)
         num_new, starts = hidden_BTD.shape[1], cache.lengths(start)
         windows = self._windows[start:stop]
-        if num_new > _PIECE and not all(needs_no_mask(starts, num_new, window) for window in windows):
+        capacity = cache.capacity if isinstance(cache, StaticCache) and cache.in_round else None
+        whole = capacity is None and all(needs_no_mask(starts, num_new, window) for window in windows)
+        if num_new > _PIECE and not whole:
             return self._run_in_pieces(hidden_BTD, start, stop, cache=cache)
-        tables = self._rotary_tables(cache, start, num_new, like=hidden_BTD)
-        sights = {window: self._sight(starts, tables.positions, window, like=hidden_BTD) for window in set(windows)}
+        tables = self._tables.next(cache, start, num_new, like=hidden_BTD)
+        sights = {
+            window: self._sight(starts, tables.positions, window, like=hidden_BTD)
+            if capacity is None
+            else self._folded(0, position_mask(tables.positions, range(capacity), window, like=hidden_BTD))
+            for window in set(windows)
+        }
         if not self._blocks:
             return self._run_modules(hidden_BTD, start, stop, cache=cache, sights=sights, tables=tables)
         rotation = Rotation(tables.cos[:, :, None], tables.signed_sin[:, :, None])
@@ -232,7 +240,7 @@ class SpanDecoder:
         *,
         cache: KeyValueCache,
         sights: dict[int | None, Sight],
-        tables: _RotaryTables,
+        tables: Tables,
     ) -> Tensor:
         for layer, window in zip(self._layers[start:stop], self._windows[start:stop], strict=True):
             # The fourth argument is named `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
@@ -246,29 +254,16 @@ class SpanDecoder:
         # The layers' own forwards always look at all stored positions.
         first = 0 if window is None or not self._blocks else max(0, min(starts) + 1 - window)
         mask = attention_mask(starts, queries_BT=queries_BT, window=window, first=first, like=like)
-        if self._blocks and num_new <= FOLD_UP_TO:
-            if mask is None and num_new > 1:  # SDPA's causal rule is wrong for query heads folded into positions
-                mask = causal_mask(num_new, num_new, like=like)
-            if mask is not None and self._query_groups > 1:
-                mask = mask.repeat(1, 1, self._query_groups, 1)
+        # SDPA's causal rule is wrong for query heads folded into positions.
+        if mask is None and self._blocks and 1 < num_new <= FOLD_UP_TO:
+            mask = causal_mask(num_new, num_new, like=like)
+        return self._folded(first, mask)
+
+    def _folded(self, first: int, mask: Tensor | None) -> Sight:
+        """The mask [1 or B, 1, T, S - first], repeated for query heads where FunctionalBlock folds them."""
+        if mask is not None and self._blocks and self._query_groups > 1 and mask.shape[-2] <= FOLD_UP_TO:
+            mask = mask.repeat(1, 1, self._query_groups, 1)
         return Sight(first, mask)
-
-    def _rotary_tables(self, cache: KeyValueCache, start: int, num_new: int, *, like: Tensor) -> _RotaryTables:
-        """Tables of the new positions, [1, T, ...] where all sequences are equally long, otherwise [B, T, ...].
-
-        They are cut from tables made once, since computing them anew would take a fifth of a short draft's time.
-        """
-        starts = cache.lengths(start)
-        stop = max(starts) + num_new
-        if self._tables is None or self._tables.cos.shape[1] < stop or self._tables.cos.dtype != like.dtype:
-            positions_1P = torch.arange(max(stop, min(self.max_length, 2 * stop)), device=like.device)[None]
-            cos, sin = self._decoder.rotary_emb(like, positions_1P)
-            half = sin.shape[-1] // 2
-            self._tables = _RotaryTables(positions_1P, cos, sin, torch.cat((-sin[..., :half], sin[..., half:]), -1))
-        if min(starts) == max(starts):
-            return _RotaryTables(*(table[:, starts[0] : stop] for table in self._tables))
-        positions_BT = cache.next_positions(start, num_new, device=like.device)
-        return _RotaryTables(*(table[0, positions_BT] for table in self._tables))
 
     def unembed(self, hidden_BTD: Tensor, *, exit_layer: int | None = None) -> Tensor:
         """Norm of an exit, by default the final one, and LM head: pre-norm states [B, T, D] -> logits [B, T, V]."""

@@ -54,6 +54,25 @@ class FakeCache:
         self._stores = [store[list(rows)] for store in self._stores]
 
 
+class FakeStaticCache(FakeCache):
+    """The same with lengths on the device, which it may look at."""
+
+    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
+        super().__init__(num_layers, batch_size, capacity)
+        self.capacity, self.lengths_B, self._num_rows = capacity, torch.zeros(batch_size, dtype=torch.long), batch_size
+
+    def begin_round(self) -> None:
+        self._lengths = [tuple(self.lengths_B[: self._num_rows].tolist())] * len(self._lengths)
+
+    def grow(self, capacity: int) -> None:
+        self.capacity = capacity
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        super().keep_rows(rows)
+        self._num_rows = len(rows)
+        self.lengths_B[: len(rows)] = self.lengths_B[list(rows)]
+
+
 class FakeDecoder:
     """Token t is followed by `full_logits[t]` after all blocks and by `exit_logits[t]` after fewer; each [V, V].
 
@@ -85,6 +104,9 @@ class FakeDecoder:
 
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> FakeCache:
         return FakeCache(self.num_layers + self.num_own, batch_size, capacity)
+
+    def new_static_cache(self, *, batch_size: int, capacity: int) -> FakeStaticCache:
+        return FakeStaticCache(self.num_layers + self.num_own, batch_size, capacity)
 
     @property
     def draft_head_size(self) -> int:
@@ -120,7 +142,8 @@ class FakeDecoder:
         )  # came through all blocks before this one
         assert is_full or self.may_skip, "blocks must run in order"
         assert len({cache.lengths(layer_idx) for layer_idx in range(start, stop)}) == 1, "equally filled blocks"
-        assert batch > 1 or cache.lengths(start)[0] + num_new <= self.max_length, "ran past the context"
+        fits = batch > 1 or cache.lengths(start)[0] + num_new <= self.max_length
+        assert fits or isinstance(cache, FakeStaticCache), "ran past the context"
         self.spans.append((start, stop, num_new))
         self.elapsed += (stop - start) * (1 + self.extra_token * (num_new - 1))
         last_B2 = cache.last(start)

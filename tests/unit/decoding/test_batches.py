@@ -77,10 +77,15 @@ def _told(result: DecodingResult) -> tuple[list[int], str, tuple[Step, ...], int
 @pytest.mark.parametrize("name", NAMES)
 def test_a_greedy_batch_equals_its_prompts_alone_whatever_the_model(name: str) -> None:
     prompts, own = [prompt_of(length) for length in _LENGTHS[:4]], decoder_with_exit_blocks(name)
-    exits = (decoder_named(name), 1, None, None), (own, 1, None, None), (own, own.own_exits[-1], 1, range(1, VOCAB, 2))
-    for decoder, exit_layer, match, vocabulary in exits:
+    last, few = own.own_exits[-1], range(1, VOCAB, 2)
+    for decoder, vocabulary, changed in (
+        (decoder_named(name), None, {}),
+        (own, None, {}),
+        (own, few, {"exit_layer": last, "n_gram_match": 1}),
+        (own, few, {"exit_layer": last, "engine": "static"}),
+    ):
         decoder.use_draft_vocabulary(vocabulary)
-        settings = _settings("self_speculative", max_new_tokens=14, exit_layer=exit_layer, n_gram_match=match)
+        settings = _settings("self_speculative", max_new_tokens=14, **changed)
         together, alone = _together_and_alone(decoder, prompts, "self_speculative", settings, CONTEXT)
         assert [_told(result) for result in together] == [_told(result) for result in alone]
     own.use_draft_vocabulary(None)
@@ -107,17 +112,23 @@ def test_a_sampled_batch_equals_its_prompts_alone_with_the_same_generators(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "sampling"),
-    [*((strategy, _SAMPLING) for strategy in STRATEGIES), *((s, SamplingSettings()) for s in list(STRATEGIES)[2:4])],
+    ("strategy", "sampling", "engine"),
+    [
+        *((strategy, _SAMPLING, "dynamic") for strategy in STRATEGIES),
+        *((strategy, SamplingSettings(), "dynamic") for strategy in list(STRATEGIES)[2:4]),
+        *((strategy, _SAMPLING, "static") for strategy in list(STRATEGIES)[:3]),
+        ("self_speculative", SamplingSettings(), "static"),
+    ],
 )
 def test_rows_leave_at_different_times_for_different_reasons_and_the_others_go_on(
-    strategy: str, sampling: SamplingSettings
+    strategy: str, sampling: SamplingSettings, engine: str
 ) -> None:
     decoder, prompts = decoder_named("llama whose exits agree"), [prompt_of(length) for length in _LENGTHS]
-    free = _together_and_alone(decoder, prompts, strategy, _settings(strategy, sampling=sampling), CONTEXT)[0]
+    settings = _settings(strategy, sampling=sampling, engine=engine)
+    free = _together_and_alone(decoder, prompts, strategy, settings, CONTEXT)[0]
     eos = next(token for token in free[4].tokens[3:] if token not in free[2].tokens)
     pattern = free[0].tokens[9:12]
-    settings = _settings(strategy, sampling=sampling, eos_token_ids=(eos,), stop=ends_after(pattern))
+    settings = replace(settings, eos_token_ids=(eos,), stop=ends_after(pattern))
     together, alone = _together_and_alone(decoder, prompts, strategy, settings, 30 + 13)
     assert [_told(result) for result in together] == [_told(result) for result in alone]
     assert len({len(result.tokens) for result in together}) >= 3

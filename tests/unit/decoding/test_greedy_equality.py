@@ -53,6 +53,8 @@ def _cases(draw: st.DrawFn, num_layers: int) -> _Case:
         chosen["fall_back"] = draw(st.booleans())
     if strategy == "self_speculative":
         chosen["exit_layer"] = draw(st.integers(1, num_layers - 1))
+    if strategy in ("self_speculative", "autoregressive") and not chosen.get("n_gram_match"):
+        chosen["engine"] = draw(st.sampled_from(("dynamic", "static")))
     if strategy == "draft_model":
         chosen["draft_decoder"] = draft_decoder(draw(st.integers(1, 2)), draw(st.sampled_from((VOCAB, VOCAB + 9))))
     if strategy == "layer_skip":

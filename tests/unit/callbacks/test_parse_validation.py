@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
@@ -16,7 +16,7 @@ from app.protocols import GenerationExample
 from app.spans.decoder import SpanDecoder
 from callbacks.parse_validation import ParseValidation
 from tests.support.decoding import decode
-from tests.support.tiny_models import tiny_llama
+from tests.support.decoding_modules import DecodingModule, quiet_trainer, random_rows
 
 NUM_LAYERS, MAX_NEW_TOKENS = 3, 4
 
@@ -37,7 +37,7 @@ class _Examples(LightningDataModule):
         self.num_examples = num_examples
         self.stages: list[str] = []
         settings = DecodingSettings(max_new_tokens=MAX_NEW_TOKENS)
-        decoder = SpanDecoder(_Module().model.eval())
+        decoder = SpanDecoder(_module().model.eval())
         self.examples = []
         for row in range(num_examples):
             prompt = [(7 * row + index) % 61 for index in range(3 + row)]
@@ -53,7 +53,7 @@ class _Examples(LightningDataModule):
         return _text(tokens)
 
     def train_dataloader(self) -> DataLoader[torch.Tensor]:
-        return DataLoader(torch.randint(0, 61, (12, 9), generator=torch.Generator().manual_seed(0)), batch_size=2)
+        return random_rows(12, vocab_size=61)
 
     def val_dataloader(self) -> DataLoader[torch.Tensor]:
         return self.train_dataloader()
@@ -62,30 +62,8 @@ class _Examples(LightningDataModule):
         return self.train_dataloader()
 
 
-class _Module(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = tiny_llama(num_layers=NUM_LAYERS, attention_dropout=0.2).train()  # draws from the global generator
-        self.modes_seen: list[bool] = []
-
-    @property
-    def num_layers(self) -> int:
-        return self.model.config.num_hidden_layers
-
-    def exitable_decoder(self) -> SpanDecoder:
-        return SpanDecoder(self.model)
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        self.modes_seen.append(self.model.training)
-        return self.model(batch, labels=batch).loss
-
-    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        pass
-
-    test_step = validation_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+def _module() -> DecodingModule:
+    return DecodingModule(num_layers=NUM_LAYERS, attention_dropout=0.2)
 
 
 def _callback(**overrides: Any) -> ParseValidation:
@@ -99,18 +77,7 @@ def _callback(**overrides: Any) -> ParseValidation:
 
 
 def _trainer(tmp_path: Path, callback: ParseValidation | None, **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "val_check_interval": 2,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": tmp_path,
-        "callbacks": [callback] if callback else [],
-    }
-    return Trainer(**(defaults | settings))
+    return quiet_trainer(tmp_path, callback, **({"max_epochs": 1, "val_check_interval": 2} | settings))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -120,7 +87,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def test_a_model_is_scored_at_every_exit_and_self_speculatively(tmp_path: Path) -> None:
     trainer, data = _trainer(tmp_path, _callback()), _Examples()
-    trainer.validate(_Module(), datamodule=data, verbose=False)
+    trainer.validate(_module(), datamodule=data, verbose=False)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert logged["parse/exact_match/exit_03"] == 0.5
     assert logged["parse/exact_match/exit_01"] == 0.0  # whatever it says, it is not what the full model says
@@ -138,7 +105,7 @@ def test_a_model_is_scored_at_every_exit_and_self_speculatively(tmp_path: Path) 
 def test_test_uses_test_examples_and_keys_of_its_own(tmp_path: Path) -> None:
     data, callback = _Examples(), _callback()
     trainer = _trainer(tmp_path, callback)
-    trainer.test(_Module(), datamodule=data, verbose=False)
+    trainer.test(_module(), datamodule=data, verbose=False)
     assert data.stages == ["test"]
     assert float(trainer.callback_metrics["test/parse/exact_match/exit_03"]) == 0.5
     assert not any(name.startswith("parse/") for name in trainer.callback_metrics)
@@ -150,7 +117,7 @@ def test_test_uses_test_examples_and_keys_of_its_own(tmp_path: Path) -> None:
 
 def test_the_file_and_the_table_say_how_many_examples_were_done(tmp_path: Path) -> None:
     callback = _callback(num_examples=5, num_speed_examples=3)
-    _trainer(tmp_path, callback).validate(_Module(), datamodule=_Examples(), verbose=False)
+    _trainer(tmp_path, callback).validate(_module(), datamodule=_Examples(), verbose=False)
     records = _records(tmp_path / "parse_validate.json")
     assert [record["num_examples"] for record in records] == [5, 5, 5, 3, 3, 3]
     table = callback.report()
@@ -165,7 +132,7 @@ def test_the_file_and_the_table_say_how_many_examples_were_done(tmp_path: Path) 
 
 
 def test_the_time_limit_leaves_the_first_batch(tmp_path: Path) -> None:
-    _trainer(tmp_path, _callback(time_limit_seconds=0.0)).validate(_Module(), datamodule=_Examples(), verbose=False)
+    _trainer(tmp_path, _callback(time_limit_seconds=0.0)).validate(_module(), datamodule=_Examples(), verbose=False)
     records = _records(tmp_path / "parse_validate.json")
     assert [(r["strategy"], r["num_examples"]) for r in records[:1] + records[-1:]] == [
         ("autoregressive", 2),
@@ -178,7 +145,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path)
     data = _Examples()
     for callback in (None, _callback()):
         torch.manual_seed(5)
-        module = _Module()
+        module = _module()
         _trainer(tmp_path, callback).fit(module, datamodule=data)
         weights.append(module.state_dict())
         generators.append(torch.get_rng_state())
@@ -190,7 +157,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path)
 
 def test_only_every_nth_validation_of_a_fit_measures_and_the_sanity_check_never(tmp_path: Path) -> None:
     callback, data = _callback(every_n_validations=2), _Examples()
-    _trainer(tmp_path, callback).fit(_Module(), datamodule=data)  # sanity check, then validations 1, 2, 3
+    _trainer(tmp_path, callback).fit(_module(), datamodule=data)  # sanity check, then validations 1, 2, 3
     assert data.stages == ["validate"]
     assert callback.state_dict() == {"validations": 3}
     assert json.loads((tmp_path / "parse_validate.json").read_text())["step"] == 4
@@ -198,10 +165,10 @@ def test_only_every_nth_validation_of_a_fit_measures_and_the_sanity_check_never(
 
 def test_weights_from_a_checkpoint_are_named_by_it_since_the_trainer_forgets_their_step(tmp_path: Path) -> None:
     trainer, data = _trainer(tmp_path, None, max_steps=2), _Examples()
-    trainer.fit(_Module(), datamodule=data)
+    trainer.fit(_module(), datamodule=data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     _trainer(tmp_path, _callback()).test(
-        _Module(), datamodule=data, ckpt_path=tmp_path / "run.ckpt", weights_only=False, verbose=False
+        _module(), datamodule=data, ckpt_path=tmp_path / "run.ckpt", weights_only=False, verbose=False
     )
     document = json.loads((tmp_path / "parse_test.json").read_text())
     assert (document["step"], document["checkpoint"]) == (None, str(tmp_path / "run.ckpt"))
@@ -209,7 +176,7 @@ def test_weights_from_a_checkpoint_are_named_by_it_since_the_trainer_forgets_the
 
 def test_table_scalars_and_file_go_to_the_loggers_folder(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    _trainer(tmp_path, _callback(), logger=logger).validate(_Module(), datamodule=_Examples(), verbose=False)
+    _trainer(tmp_path, _callback(), logger=logger).validate(_module(), datamodule=_Examples(), verbose=False)
     written = b"".join(path.read_bytes() for path in Path(logger.log_dir).glob("events*"))
     assert b"parse/exact_match/exit_01" in written
     assert b"| full model: weather | 3 |" in written
@@ -217,7 +184,7 @@ def test_table_scalars_and_file_go_to_the_loggers_folder(tmp_path: Path) -> None
 
 
 def test_a_datamodule_without_examples_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    module, data = _Module(), _Examples()
+    module, data = _module(), _Examples()
     with pytest.raises(ConfigError, match=r"data: got .*generation_examples"):
         _trainer(tmp_path, _callback()).fit(
             module, train_dataloaders=data.train_dataloader(), val_dataloaders=data.val_dataloader()
@@ -229,18 +196,18 @@ def test_an_unknown_way_to_write_answers_is_refused_before_anything_runs(tmp_pat
     data = _Examples()
     data.target_format = "prose"
     with pytest.raises(ConfigError, match=r"target_format: got 'prose', allowed parse \| json"):
-        _trainer(tmp_path, _callback()).fit(_Module(), datamodule=data)
+        _trainer(tmp_path, _callback()).fit(_module(), datamodule=data)
     assert data.stages == []
 
 
 def test_a_stage_that_has_no_example_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no example to generate in stage test"):
-        _trainer(tmp_path, _callback()).test(_Module(), datamodule=_Examples(num_examples=0), verbose=False)
+        _trainer(tmp_path, _callback()).test(_module(), datamodule=_Examples(num_examples=0), verbose=False)
 
 
 def test_an_exit_that_is_the_full_model_is_refused_in_setup(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"exit_layers: got \[1, 3\], allowed 1..2 for a 3-layer model"):
-        _trainer(tmp_path, _callback(exit_layers=[1, 3])).test(_Module(), datamodule=_Examples(), verbose=False)
+        _trainer(tmp_path, _callback(exit_layers=[1, 3])).test(_module(), datamodule=_Examples(), verbose=False)
 
 
 @pytest.mark.parametrize(

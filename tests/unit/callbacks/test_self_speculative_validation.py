@@ -3,17 +3,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from app import metric_names
 from app.benchmark.decoding_comparison import DecodingComparison, compare_decoding
 from app.errors import ConfigError
-from app.spans.decoder import SpanDecoder
 from callbacks.self_speculative_validation import SelfSpeculativeValidation
+from tests.support.decoding_modules import DecodingModule, quiet_trainer, random_rows
 from tests.support.runs import make_module
-from tests.support.tiny_models import tiny_llama
 
 
 class _Prompts(LightningDataModule):
@@ -21,7 +20,7 @@ class _Prompts(LightningDataModule):
         return [[(7 * i + j) % 61 for j in range(length)] for i in range(count)]
 
     def train_dataloader(self) -> DataLoader[torch.Tensor]:
-        return DataLoader(torch.randint(0, 61, (12, 9), generator=torch.Generator().manual_seed(0)), batch_size=2)
+        return random_rows(12, vocab_size=61)
 
     def val_dataloader(self) -> DataLoader[torch.Tensor]:
         return self.train_dataloader()
@@ -29,30 +28,8 @@ class _Prompts(LightningDataModule):
     test_dataloader = val_dataloader
 
 
-class _Module(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = tiny_llama(num_layers=3, attention_dropout=0.2).train()  # training draws from the global generator
-        self.modes_seen: list[bool] = []
-
-    @property
-    def num_layers(self) -> int:
-        return self.model.config.num_hidden_layers
-
-    def exitable_decoder(self) -> SpanDecoder:
-        return SpanDecoder(self.model)
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        self.modes_seen.append(self.model.training)
-        return self.model(batch, labels=batch).loss
-
-    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        pass
-
-    test_step = validation_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+def _module() -> DecodingModule:
+    return DecodingModule(num_layers=3, attention_dropout=0.2)
 
 
 def _callback(**overrides: object) -> SelfSpeculativeValidation:
@@ -67,24 +44,13 @@ def _callback(**overrides: object) -> SelfSpeculativeValidation:
 
 
 def _trainer(tmp_path: Path, callback: SelfSpeculativeValidation | None, **settings: object) -> Trainer:
-    defaults: dict[str, object] = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "val_check_interval": 2,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": tmp_path,
-        "callbacks": [callback] if callback else [],
-    }
-    return Trainer(**(defaults | settings))  # type: ignore[arg-type]
+    return quiet_trainer(tmp_path, callback, **({"max_epochs": 1, "val_check_interval": 2} | settings))
 
 
 def test_every_setting_and_the_fastest_are_logged_and_reported(tmp_path: Path) -> None:
     callback = _callback()
     trainer = _trainer(tmp_path, callback, num_sanity_val_steps=0)
-    trainer.fit(_Module(), datamodule=_Prompts())
+    trainer.fit(_module(), datamodule=_Prompts())
     logged = trainer.callback_metrics
     for name in (metric_names.DECODE_ACCEPTANCE_RATE, metric_names.DECODE_SPEEDUP, metric_names.DECODE_IDENTICAL_SHARE):
         of_settings = [float(logged[metric_names.decode_setting(name, exit_layer, 2)]) for exit_layer in (1, 2)]
@@ -100,7 +66,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path)
     weights, generators = [], []
     for callback in (None, _callback()):
         torch.manual_seed(5)
-        module = _Module()
+        module = _module()
         _trainer(tmp_path, callback).fit(module, datamodule=_Prompts())
         weights.append(module.state_dict())
         generators.append(torch.get_rng_state())
@@ -110,7 +76,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path)
 
 
 def test_every_submodule_gets_its_own_mode_back(tmp_path: Path) -> None:
-    module = _Module().train()
+    module = _module().train()
     module.model.model.layers[1].eval()
     modes = {name: submodule.training for name, submodule in module.named_modules()}
     callback, trainer = _callback(), _trainer(tmp_path, None)
@@ -141,7 +107,7 @@ def test_only_every_nth_validation_of_a_fit_measures_and_the_sanity_check_never(
 ) -> None:
     callback = _callback(every_n_validations=2)
     measured = _spy_on_measurements(monkeypatch)
-    _trainer(tmp_path, callback).fit(_Module(), datamodule=_Prompts())  # sanity check, then validations 1, 2, 3
+    _trainer(tmp_path, callback).fit(_module(), datamodule=_Prompts())  # sanity check, then validations 1, 2, 3
     assert len(measured) == 1
     assert callback.state_dict() == {"validations": 3}
 
@@ -149,12 +115,12 @@ def test_only_every_nth_validation_of_a_fit_measures_and_the_sanity_check_never(
 def test_a_resumed_run_keeps_the_rhythm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _callback(every_n_validations=2)
     trainer = _trainer(tmp_path, first, enable_checkpointing=True)
-    trainer.fit(_Module(), datamodule=_Prompts())
+    trainer.fit(_module(), datamodule=_Prompts())
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     resumed = _callback(every_n_validations=2)
     measured = _spy_on_measurements(monkeypatch)
     _trainer(tmp_path, resumed, max_epochs=2, enable_checkpointing=True).fit(
-        _Module(), datamodule=_Prompts(), ckpt_path=tmp_path / "run.ckpt", weights_only=False
+        _module(), datamodule=_Prompts(), ckpt_path=tmp_path / "run.ckpt", weights_only=False
     )  # validations 4, 5, 6
     assert len(measured) == 2
     assert resumed.state_dict() == {"validations": 6}
@@ -163,16 +129,16 @@ def test_a_resumed_run_keeps_the_rhythm(tmp_path: Path, monkeypatch: pytest.Monk
 def test_validate_always_measures_and_counts_nothing_and_a_test_never_measures(tmp_path: Path) -> None:
     callback = _callback(every_n_validations=100)
     trainer = _trainer(tmp_path, callback)
-    trainer.test(_Module(), datamodule=_Prompts(), verbose=False)
+    trainer.test(_module(), datamodule=_Prompts(), verbose=False)
     assert callback.report() is None
-    trainer.validate(_Module(), datamodule=_Prompts(), verbose=False)
+    trainer.validate(_module(), datamodule=_Prompts(), verbose=False)
     assert callback.report() is not None
     assert callback.state_dict() == {"validations": 0}
 
 
 def test_the_table_goes_to_tensorboard_as_text(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    _trainer(tmp_path, _callback(), logger=logger).validate(_Module(), datamodule=_Prompts(), verbose=False)
+    _trainer(tmp_path, _callback(), logger=logger).validate(_module(), datamodule=_Prompts(), verbose=False)
     written = b"".join(path.read_bytes() for path in Path(logger.log_dir).glob("events*"))
     assert b"decode/self_speculative" in written
     assert b"| exit | drafts |" in written
@@ -186,13 +152,13 @@ def test_decoding_stops_at_every_end_that_the_exported_model_stops_at(
 
     seen = _spy_on_measurements(monkeypatch)
     for datamodule in (_Prompts(), WithTokenizer()):
-        _trainer(tmp_path, _callback()).validate(_Module(), datamodule=datamodule, verbose=False)
+        _trainer(tmp_path, _callback()).validate(_module(), datamodule=datamodule, verbose=False)
     trained = make_module()
     trained.configure_model()
     assert trained.model is not None
     trained.model.generation_config.eos_token_id = [2, 5]  # as of a model that is continued
 
-    class Ended(_Module):
+    class Ended(DecodingModule):
         end_token_ids = trained.end_token_ids
 
     _trainer(tmp_path, _callback()).validate(Ended(), datamodule=WithTokenizer(), verbose=False)
@@ -206,7 +172,7 @@ def test_a_datamodule_without_prompts_is_refused_before_anything_runs(tmp_path: 
     trainer = _trainer(tmp_path, _callback())
     with pytest.raises(ConfigError, match=r"data: got .*validation_prompts"):
         trainer.fit(
-            _Module(), train_dataloaders=_Prompts().train_dataloader(), val_dataloaders=_Prompts().val_dataloader()
+            _module(), train_dataloaders=_Prompts().train_dataloader(), val_dataloaders=_Prompts().val_dataloader()
         )
 
 
@@ -216,11 +182,11 @@ def test_a_datamodule_that_has_no_prompt_to_offer_is_refused(tmp_path: Path) -> 
             return []
 
     with pytest.raises(ConfigError, match="0 prompts"):
-        _trainer(tmp_path, _callback()).validate(_Module(), datamodule=Empty(), verbose=False)
+        _trainer(tmp_path, _callback()).validate(_module(), datamodule=Empty(), verbose=False)
 
 
 def test_an_exit_that_cannot_draft_is_refused_in_setup(tmp_path: Path) -> None:
-    module = _Module()
+    module = _module()
     with pytest.raises(ConfigError, match=r"exit_layers: got \[1, 3\], allowed 1..2 for a 3-layer model"):
         _trainer(tmp_path, _callback(exit_layers=[1, 3])).fit(module, datamodule=_Prompts())
     assert module.modes_seen == []

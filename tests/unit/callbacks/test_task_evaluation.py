@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader
 
 from app.errors import ConfigError
 from app.evaluation.evaluate import chosen_tasks, evaluate, prepare
@@ -17,8 +16,8 @@ from app.evaluation.records import EvaluatedModel, EvaluationSettings
 from app.evaluation.results import results_of
 from app.spans.decoder import SpanDecoder
 from callbacks import TaskEvaluation
+from tests.support.decoding_modules import DecodingModule, quiet_trainer, random_rows
 from tests.support.processes import run_ranks
-from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level
 
 ROWS = [{"question": text, "passage": text, "answer": text == "more"} for text in ("the end", "more", "x = 1")]
@@ -28,30 +27,13 @@ class _Data(LightningDataModule):
     tokenizer = byte_level()
 
     def train_dataloader(self):
-        return DataLoader(torch.randint(0, 330, (4, 9), generator=torch.Generator().manual_seed(0)), batch_size=2)
+        return random_rows(4, vocab_size=330)
 
     val_dataloader = test_dataloader = train_dataloader
 
 
-class _Module(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.model = tiny_llama(vocab_size=330, max_length=64).train()
-        self.config, self.num_layers = self.model.config, 4
-
-    def exitable_decoder(self):
-        return SpanDecoder(self.model)
-
-    def training_step(self, batch, batch_idx):
-        return self.model(batch, labels=batch).loss
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-    test_step = validation_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+def _module():
+    return DecodingModule(vocab_size=330, max_length=64)
 
 
 @pytest.fixture
@@ -61,18 +43,12 @@ def callback(tmp_path):
 
 
 def _trainer(folder, *callbacks, **settings):
-    quiet = {
-        "log_every_n_steps": 1,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     logger = TensorBoardLogger(folder, name="run", version="")
-    return Trainer(accelerator="cpu", callbacks=list(callbacks), logger=logger, **quiet, **settings)
+    return quiet_trainer(folder, *callbacks, logger=logger, log_every_n_steps=1, **settings)
 
 
 def test_test_writes_scores_table_and_figure_and_goes_on_where_it_was_stopped(tmp_path, callback, monkeypatch):
-    module, trainer = _Module(), _trainer(tmp_path, callback)
+    module, trainer = _module(), _trainer(tmp_path, callback)
     (metrics,) = trainer.test(module, datamodule=_Data(), verbose=False)
     records = []
     settings = EvaluationSettings(exit_layers=[2, 4])
@@ -104,7 +80,7 @@ def test_test_writes_scores_table_and_figure_and_goes_on_where_it_was_stopped(tm
 def test_a_fit_scores_every_second_validation_and_trains_the_same_with_and_without(tmp_path, callback):
     weights = []
     for callbacks in ([callback], []):
-        module, trainer = _Module(), _trainer(tmp_path, *callbacks, max_epochs=3, num_sanity_val_steps=1)
+        module, trainer = _module(), _trainer(tmp_path, *callbacks, max_epochs=3, num_sanity_val_steps=1)
         trainer.fit(module, datamodule=_Data())
         weights.append(module.model.state_dict())
         if callbacks:
@@ -121,13 +97,13 @@ def _test_as_a_rank(folder, callback):
     callback._score = lambda *args: scored.append(score(*args)) or scored[-1]
     strategy = DDPStrategy(process_group_backend="gloo")
     trainer = _trainer(folder, callback, devices=2, strategy=strategy, use_distributed_sampler=False)
-    (metrics,) = trainer.test(_Module(), datamodule=_Data(), verbose=False)
+    (metrics,) = trainer.test(_module(), datamodule=_Data(), verbose=False)
     return metrics, sorted(record.row for record in scored[0]), callback.report()
 
 
 @pytest.mark.distributed
 def test_two_ranks_share_the_rows_and_find_what_one_process_finds(tmp_path, callback):
-    (metrics,) = _trainer(tmp_path / "one", callback).test(_Module(), datamodule=_Data(), verbose=False)
+    (metrics,) = _trainer(tmp_path / "one", callback).test(_module(), datamodule=_Data(), verbose=False)
     ranks = run_ranks(_test_as_a_rank, tmp_path / "two", callback)
     assert [rows for _, rows, _ in ranks] == [[0, 2], [1]]
     assert [(found, table) for found, _, table in ranks] == 2 * [(pytest.approx(metrics), callback.report())]
@@ -141,7 +117,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, callb
     with pytest.raises(ConfigError, match="model: got 'LightningModule', allowed a module with exitable_decoder"):
         callback.setup(trainer, LightningModule(), "fit")
     with pytest.raises(ConfigError, match="data: got 'LightningDataModule', allowed a datamodule with a tokenizer"):
-        callback.setup(SimpleNamespace(datamodule=LightningDataModule()), _Module(), "fit")
+        callback.setup(SimpleNamespace(datamodule=LightningDataModule()), _module(), "fit")
     callback.setup(SimpleNamespace(datamodule=None), LightningModule(), "predict")
     for settings, message in (
         ({"exit_layers": [5]}, r"exit_layers: got \[5\]"),
@@ -149,6 +125,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, callb
     ):
         given = TaskEvaluation(tasks=[f"boolq={tmp_path / 'boolq.jsonl'}"], **settings)
         with pytest.raises(ConfigError, match=message):
-            given.setup(trainer, _Module(), "fit")
+            given.setup(trainer, _module(), "fit")
     with pytest.raises(ConfigError, match="tasks: got 'boolk'"):
         TaskEvaluation(tasks=["boolk"])

@@ -11,7 +11,7 @@ from app.errors import ConfigError, check_range
 from app.protocols import PromptOwner, TokenizerOwner
 from app.tables import Table
 from app.words import counted
-from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks
+from callbacks.decoding_validation import DecodingValidation, datamodule_of, lent_decoder, on_all_ranks, step_of
 from callbacks.tensorboard import tensorboards, write_figure, write_table
 
 
@@ -102,7 +102,7 @@ class SelfSpeculativeValidation(DecodingValidation):
             (prompt,) = datamodule.validation_prompts(self.num_prompts, self.prompt_length)[:1]
             found = pieces(prompt, fastest.outputs[0], datamodule.tokenizer.decode)
             setting = f"exit {fastest.exit_layer}, {counted(fastest.num_draft_tokens, 'draft')} a round"
-            title = f"Step {trainer.global_step}: {setting}"
+            title = setting if (step := step_of(trainer)) is None else f"Step {step}: {setting}"
             write_figure(trainer, "LayerSkip/sample", lambda: sample_figure(found, title=title))
             write_table(trainer, "decode/sample", round_table(found))
 

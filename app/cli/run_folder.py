@@ -19,8 +19,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
 from typing_extensions import override
 
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
@@ -46,6 +48,12 @@ class SaveFitConfig(SaveConfigCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pass
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning would log what it evaluates at step 0, whatever the checkpoint's.
+        if trainer.state.fn != TrainerFn.FITTING and isinstance(step := checkpoint.get("global_step"), int):
+            trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, step - 1)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,21 +116,34 @@ def no_trace_if_refused(trainer: Trainer) -> Iterator[None]:
     opened = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger | CSVLogger)]
     folders = [Path(logger.log_dir) for logger in opened if trainer.is_global_zero]
     own = f"{EVENT_FILES}.{os.getpid()}.*"
-    before = {file for folder in folders for file in folder.glob(own)}
+    before = {file for folder in folders for file in folder.rglob(own)}
     made = [above for folder in folders for above in (folder, *folder.parents) if not above.exists()]
     try:
         yield
     except Exception:
         for folder in folders:
-            for file in {*folder.glob(own)} - before:
+            for file in {*folder.rglob(own)} - before:
                 if next(points(file), None) is None:
                     file.unlink()
+                    if file.parent != folder:
+                        file.parent.rmdir()
             if folder in made and [path.name for path in folder.glob("*")] == [_HPARAMS]:
                 (folder / _HPARAMS).unlink()
         for above in made:
             with suppress(OSError):  # it holds something
                 above.rmdir()
         raise
+
+
+def log_aside(trainer: Trainer, verb: str) -> None:
+    """Let TensorBoard's loggers write below the run's folder where a fit has logged in it, as a run of its own there.
+
+    TensorBoard takes points of an earlier step than those before them for a restart, and shows no later ones. The other
+    files of an evaluation stay in the run's folder.
+    """
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, TensorBoardLogger) and any((folder := Path(logger.log_dir)).glob(EVENT_FILES)):
+            logger._experiment = SummaryWriter(log_dir=str(folder / verb), **logger._kwargs)
 
 
 def keep_metrics(trainer: Trainer) -> None:

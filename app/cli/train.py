@@ -35,7 +35,7 @@ from app.cli.measured import measured_table, warn_of_emulation, warn_of_overflow
 from app.cli.messages import locate
 from app.cli.parsing.preflight import AUTO, LAST, USE_PREVIOUS, check_checkpoint_path
 from app.cli.parsing.training_parser import TrainingParser
-from app.cli.run_folder import SaveFitConfig, go_on_in_latest_version, keep_metrics, no_trace_if_refused
+from app.cli.run_folder import SaveFitConfig, go_on_in_latest_version, keep_metrics, log_aside, no_trace_if_refused
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range
@@ -142,6 +142,8 @@ class LayerSkipCLI(LightningCLI):
             if subcommand != "fit":
                 warn_of_random_weights(self.model, self.config_init[subcommand].get("ckpt_path"))
             with no_trace_if_refused(self.trainer):
+                if subcommand in ("validate", "test"):
+                    log_aside(self.trainer, subcommand)
                 super()._run_subcommand(subcommand)
         except ConfigError as error:
             raise locate(error, self.plain_config()) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.checkpoints.run_record import RUN_CONFIG_KEY
 from app.cli.parsing import training_parser
@@ -305,7 +306,7 @@ def test_fit_leaves_config_checkpoints_and_events(run, capsys):
 
 
 def test_the_saved_config_is_complete_and_validates_the_best_checkpoint(run, monkeypatch, capsys):
-    best = run / "checkpoints" / "best.ckpt"
+    best, events = run / "checkpoints" / "best.ckpt", sorted(run.glob("events.out.tfevents.*"))
     assert cli(monkeypatch, "validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(best)) == 0
     out, err = capsys.readouterr()
     assert re.search(r"val/loss +│ +\d\.\d+ │", out)
@@ -315,6 +316,10 @@ def test_the_saved_config_is_complete_and_validates_the_best_checkpoint(run, mon
     assert "after" not in out  # what was measured now, not the history of the checkpoint
     assert "Exits on held-out tokens" in out
     assert "Self-speculative against autoregressive decoding" in out
+    # TensorBoard would cut the curves of the fit where a later file of its folder goes back to an earlier step.
+    assert sorted(run.glob("events.out.tfevents.*")) == events
+    steps = {point.step for point in EventAccumulator(str(run / "validate")).Reload().Scalars("val/loss")}
+    assert steps == {torch.load(best, weights_only=True)["global_step"] - 1}
 
 
 @pytest.mark.parametrize("verb", ["test", "predict"])

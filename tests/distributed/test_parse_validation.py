@@ -1,4 +1,7 @@
-"""Ranks decode different utterances and agree on one result, which is that of one process."""
+"""Ranks decode different utterances and agree on one result, which is that of one process.
+
+How ranks decode together, whatever the strategy, is tested in test_validation_decoding.py.
+"""
 
 import json
 from types import SimpleNamespace
@@ -6,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 import callbacks.parse_validation as callback_module
@@ -15,15 +18,10 @@ from app.decoding.settings import DecodingSettings
 from app.protocols import GenerationExample
 from app.topv2.evaluation import evaluate_parses
 from callbacks import ParseValidation
-from tests.support.distributed import Collectives, is_sharded
 from tests.support.processes import run_ranks
 from tests.support.runs import make_module, make_trainer
 from tests.support.tiny_models import tiny_config
 
-STRATEGIES = {
-    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
-    "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
-}
 EXAMPLES = 5
 TIMES = ("ms_per_token", "speedup")
 
@@ -42,7 +40,7 @@ class Utterances(LightningDataModule):
         super().__init__()
         module = new_module()
         module.configure_model()
-        prompts = [[7 * row + place for place in range(3 + row)] for row in range(EXAMPLES)]
+        prompts = [[7 * row + idx for idx in range(3 + row)] for row in range(EXAMPLES)]
         settings = DecodingSettings(max_new_tokens=4, eos_token_ids=(299,))
         said = decode_batch(module.eval().exitable_decoder(), prompts, strategy="autoregressive", settings=settings)
         self.examples = [
@@ -67,15 +65,13 @@ def new_module():
     return make_module(config=tiny_config(num_layers=4, vocab_size=300, max_length=128, tied=False))
 
 
-def validate(root, data, strategy, num_examples=EXAMPLES):
-    """Records of the file, scalars, what this rank decoded, and its module."""
+def validate(root, data, num_examples=EXAMPLES, **settings):
+    """Scalars, what this rank decoded, and the title of the table."""
     own = []
 
     def spy(decoder, examples, speed_examples, **settings):
-        with Collectives() as collectives:
-            speeds = evaluate_parses(decoder, examples, speed_examples, **settings)
-        own.append((examples, speed_examples, collectives.count))
-        return speeds
+        own.append((examples, speed_examples))
+        return evaluate_parses(decoder, examples, speed_examples, **settings)
 
     callback_module.evaluate_parses = spy  # in this process alone, where it is one of two
     callback = ParseValidation(
@@ -86,21 +82,17 @@ def validate(root, data, strategy, num_examples=EXAMPLES):
         batch_size=2,
         max_new_tokens=4,
     )
-    settings = {} if strategy is None else {"devices": 2, "strategy": STRATEGIES[strategy]()}
     trainer = make_trainer(root, max_steps=1, callbacks=[callback], limit_val_batches=1.0, **settings)
-    module = new_module()
-    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.validate(new_module(), datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "parse/" in name}
-    return {
-        "own": own[0],
-        "metrics": metrics,
-        "sharded": any(map(is_sharded, module.parameters())),
-        "title": callback.report().title,
-    }
+    return {"own": own[0], "metrics": metrics, "title": callback.report().title}
 
 
-def on_ranks(root, data, strategy):
-    return validate(root, data, strategy), validate(root / "one", data, strategy, num_examples=1)
+def on_ranks(root, data):
+    def on_two(folder, **settings):
+        return validate(folder, data, devices=2, strategy=DDPStrategy(process_group_backend="gloo"), **settings)
+
+    return on_two(root), on_two(root / "one", num_examples=1)
 
 
 def untimed(records):
@@ -116,10 +108,10 @@ def data():
     return Utterances()
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
-def ranks(request, data, tmp_path_factory):
-    root = tmp_path_factory.mktemp(request.param)
-    return *run_ranks(on_ranks, root, data, request.param), request.param, root
+@pytest.fixture(scope="module")
+def ranks(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("ranks")
+    return *run_ranks(on_ranks, root, data), root
 
 
 @pytest.mark.distributed
@@ -135,46 +127,18 @@ def test_ranks_decode_different_examples_and_agree(ranks, data):
 @pytest.mark.distributed
 def test_ranks_together_find_what_one_process_finds(ranks, data, tmp_path, monkeypatch):
     monkeypatch.setattr(callback_module, "evaluate_parses", evaluate_parses)
-    validate(tmp_path, data, None)
+    validate(tmp_path, data)
     alone, together = untimed(records(tmp_path)), untimed(records(ranks[-1]))
     assert together == alone
     assert (alone[0]["exact_match"], alone[0]["num_examples"]) == (3 / 5, 5)
     assert alone[0]["by_group"]["a"]["num_examples"] == 3
-    validate(tmp_path, data, None, num_examples=4)
+    validate(tmp_path, data, num_examples=4)
     assert untimed(records(tmp_path)) != together
 
 
 @pytest.mark.distributed
 def test_a_rank_without_examples_waits_for_the_others(ranks):
-    (_, first), (_, second), _, root = ranks
+    (_, first), (_, second), root = ranks
     assert [len(first["own"][0]), len(second["own"][0])] == [1, 0]
     assert first["metrics"] == second["metrics"]
     assert records(root / "one")[0]["num_examples"] == 1
-
-
-@pytest.mark.distributed
-def test_nothing_is_communicated_while_ranks_decode(ranks):
-    for of_rank in ranks[:2]:
-        for run in of_rank:
-            assert run["own"][2] == 0
-            assert run["sharded"] == (ranks[2] == "fsdp2")  # after it
-
-
-@pytest.mark.distributed
-def test_an_error_on_one_rank_ends_all(data, tmp_path):
-    first, second = run_ranks(fail_on_rank_one, tmp_path, data, limit_seconds=60)
-    assert first == "RuntimeError: decoding in validation failed on other ranks: {1: 'OSError: disk gone'}"
-    assert second == "OSError: disk gone"
-
-
-def fail_on_rank_one(root, data):
-    def read_or_fail(stage, count):
-        if torch.distributed.get_rank() == 1:
-            raise OSError("disk gone")
-        return data.examples[:count]
-
-    data.generation_examples = read_or_fail
-    try:
-        validate(root, data, "ddp")
-    except (OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"

@@ -151,16 +151,9 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path)
         generators.append(torch.get_rng_state())
         assert module.modes_seen == [True] * 6
     assert data.stages == ["validate"] * 3  # of the second run
+    assert json.loads((tmp_path / "parse_validate.json").read_text())["step"] == 6
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert torch.equal(*generators)
-
-
-def test_only_every_nth_validation_of_a_fit_measures_and_the_sanity_check_never(tmp_path: Path) -> None:
-    callback, data = _callback(every_n_validations=2), _Examples()
-    _trainer(tmp_path, callback).fit(_module(), datamodule=data)  # sanity check, then validations 1, 2, 3
-    assert data.stages == ["validate"]
-    assert callback.state_dict() == {"validations": 3}
-    assert json.loads((tmp_path / "parse_validate.json").read_text())["step"] == 4
 
 
 def test_weights_from_a_checkpoint_are_named_by_it_since_the_trainer_forgets_their_step(tmp_path: Path) -> None:

@@ -73,15 +73,8 @@ def test_it_is_what_module_and_callbacks_ask_for(root: Path) -> None:
         ("prompt_template", "no place for it"),
         ("prompt_template", "{utterance} {utterance}"),
         ("target_format", "xml"),
-        ("seq_len", 1),
         ("length_multiple", 0),
-        ("batch_size", 0),
-        ("validation_rows", 0),
-        ("vocab_size", 256),
-        ("num_workers", -1),
-        ("seed", -1),
-        ("max_bad_share", 1.5),
-        ("max_bad_share", float("nan")),
+        ("max_bad_share", float("nan")),  # the settings of rows are tested with TextCodeDataModule
     ],
 )
 def test_a_setting_out_of_range_is_named(root: Path, field: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from app.cli.strategies import mesh_of
 from app.cli.train import make_cli
+from app.layerskip.schedules import dropout_rates
 from app.model.early_exit import EarlyExitModel
 from app.model_files.open import build_model
 from callbacks import (
@@ -233,6 +234,15 @@ def test_a_variant_turns_off_what_its_name_leaves_out(settings, variant, name):
     assert found.layer_dropout.max_dropout_rate == (row["p_max"] if drops else 0.0)
     assert found.early_exit.curriculum == (row["curriculum"] if exits else "none")
     assert found.trainer.max_steps == (row["steps"] or 50_000)
+
+
+def test_the_recipe_of_2026_is_linear_in_depth_and_ends_without_dropout(settings):
+    given = settings("topv2_1_5b", CONFIGS / "variant/dropout_2026.yaml").layer_dropout
+    kinds = {"max_dropout_rate": given.max_dropout_rate, "depth": given.depth_scale, "time": given.time_scale}
+    for step in (0, 5, 10):
+        wanted = [0.9 * layer_idx / 4 * (1 - step / 10) for layer_idx in range(5)]
+        assert dropout_rates(step, num_layers=5, total_steps=11, **kinds) == pytest.approx(wanted)
+    assert given.rescale
 
 
 @pytest.mark.parametrize("variant", ["baseline", "early_exit"])

@@ -36,12 +36,12 @@ DECODE_SS_TOKENS_PER_SECOND = "decode/self_speculative_tokens_per_second"
 DECODE_SPEEDUP = "decode/speedup"
 DECODE_IDENTICAL_SHARE = "decode/identical_share"
 
-DATA_PADDING_SHARE = "data/padding_share"
+DATA_PADDING_SHARE = "throughput/padding_share"
 
 
 def data_source(name: str, source: str) -> str:
-    """A data/ metric of one source: token_share (delivered), epochs, skipped_records."""
-    return f"data/{name}/{source}"
+    """A metric of one source of data: token_share (delivered), epochs, skipped_records."""
+    return f"source/{name}/{source}"
 
 
 def of_exit(name: str, exit_layer: int) -> str:

@@ -38,7 +38,7 @@ _DETAILS = {
     metric_names.DECODE_AR_TOKENS_PER_SECOND,
     metric_names.DECODE_SS_TOKENS_PER_SECOND,
 }
-_DETAILED_GROUPS = ("data/epochs/", "data/skipped_records/")
+_DETAILED_GROUPS = ("source/epochs/", "source/skipped_records/")
 
 
 class RunLogs(Callback):

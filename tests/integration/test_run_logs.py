@@ -73,7 +73,7 @@ def test_of_a_deep_model_all_loggers_get_the_same_few_metrics(run):
     with (root / "table" / "metrics.csv").open(newline="") as lines:
         assert set(next(csv.reader(lines))) - {"step"} == tags
     assert {"val/exit_loss/exit_10", "val/exit_acceptance/exit_05", "train/gradient_norm/block_07"} <= tags
-    assert {"train/dropout_rate/block_02", "decode/speedup", "data/token_share/code"} <= tags
+    assert {"train/dropout_rate/block_02", "decode/speedup", "source/token_share/code"} <= tags
     assert [tag for tag in tags if is_detail(tag, DEEP)] == ["val/exit_loss/exit_04"]  # which is monitored
     left_out = set(trainer.callback_metrics) - tags
     assert {"val/exit_loss/exit_03", "train/exit_weight/exit_10", "decode/speedup/exit_02_drafts_02"} <= left_out

@@ -13,14 +13,18 @@ def test_shares_epochs_and_skipped_records_are_logged(tmp_path):
     data = make_data(tmp_path, max_bad_share=0.5)
     (tmp_path / "corpus" / "empty.py").write_text("")
     trainer.fit(make_module(), datamodule=data)
-    metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("data/")}
+    metrics = {
+        name: value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(("source/", "throughput/"))
+    }
     delivered = data.source_statistics()["code"]
     assert metrics == pytest.approx(
         {
-            "data/padding_share": 0.0,
-            "data/token_share/code": 1.0,
-            "data/epochs/code": delivered.epochs,
-            "data/skipped_records/code": delivered.skipped,
+            "throughput/padding_share": 0.0,
+            "source/token_share/code": 1.0,
+            "source/epochs/code": delivered.epochs,
+            "source/skipped_records/code": delivered.skipped,
         }
     )
     assert delivered.rows == 4 * 2 * 4
@@ -38,4 +42,4 @@ def test_a_datamodule_without_sources_is_left_alone_with_a_warning(caplog):
 def test_nothing_is_logged_where_logging_is_off(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[DataMonitor()], log_every_n_steps=0)
     trainer.fit(make_module(), datamodule=make_data(tmp_path))
-    assert not [name for name in trainer.callback_metrics if name.startswith("data/")]
+    assert not [name for name in trainer.callback_metrics if name.startswith("source/")]

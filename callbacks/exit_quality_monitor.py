@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from app import metric_names
 from app.checkpoints.entries import SavedEntry
-from app.errors import ConfigError
+from app.errors import ConfigError, check_exits
 from app.exits.predicted_speedup import predicted_speedup
 from app.exits.quality import ExitQuality, ExitScore
 from app.exits.report import exit_figure, exit_table, gap_figure
@@ -46,8 +46,7 @@ class ExitQualityMonitor(Callback):
             raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.ExitMonitorHost")
         num_layers = self._num_layers = pl_module.num_layers
         exit_layers: Sequence[int] = self._wanted or range(1, num_layers + 1)
-        if wrong := [layer for layer in exit_layers if not 1 <= layer <= num_layers]:
-            raise ConfigError("exit_layers", got=wrong, allowed=f"1..{num_layers} for a {num_layers}-layer model")
+        check_exits(exit_layers, num_layers=num_layers)
         pl_module.monitor_exits(exit_layers)
         self._quality = ExitQuality(exit_layers, num_layers=num_layers).to(pl_module.device)
 

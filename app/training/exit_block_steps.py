@@ -46,7 +46,7 @@ class ExitBlockSteps(EvaluationSteps):
         self.exit_blocks: nn.ModuleDict | None = None
         self._exit_settings = settings
         self._sources = settings.sources(self.num_layers) if settings else {}
-        self._num_states = len(self._sources) + 1 if settings else 0
+        self._read_states_of(self._sources)
         self._token_ids_V: Tensor | None = None
         self._start_is_due = bool(settings and settings.affine)  # the affine maps are not found yet
 
@@ -145,9 +145,16 @@ class ExitBlockSteps(EvaluationSteps):
         if not self.has_exit_blocks:
             return
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, StateOwner) and (layers := list(data.state_layers)) != list(self._sources):
-            allowed = f"{list(self._sources)}, those of model.exit_blocks"
-            raise ConfigError("data.exit_layers", got=layers, allowed=allowed)
+        if isinstance(data, StateOwner):
+            if not {*self._sources} <= {*data.state_layers}:
+                allowed = f"{list(self._sources)}, those of model.exit_blocks, and any others"
+                raise ConfigError("data.exit_layers", got=list(data.state_layers), allowed=allowed)
+            self._read_states_of(data.state_layers)
+
+    def _read_states_of(self, exit_layers: Iterable[int]) -> None:
+        """Read from batches the states of these exits, ascending, and the final one."""
+        self._state_layers = (*exit_layers, self.num_layers)
+        self._num_states = len(self._state_layers) if self.has_exit_blocks else 0
 
     @override
     def on_fit_start(self) -> None:
@@ -230,10 +237,9 @@ class ExitBlockSteps(EvaluationSteps):
     def _states(self, batch: GivenBatch, exit_layers: Iterable[int]) -> dict[int, Tensor]:
         """The states before any norm at these exits, and the final normed state: from the batch if it has them all."""
         wanted = {*exit_layers, self.num_layers}
-        in_batch = (*self._sources, self.num_layers)
-        if "states" not in batch or not wanted <= set(in_batch):
+        if "states" not in batch or not wanted <= {*self._state_layers}:
             return self._network.states(batch["input_ids"], batch["position_ids"], wanted)
-        by_exit = zip(in_batch, batch["states"].unbind(dim=2), strict=True)
+        by_exit = zip(self._state_layers, batch["states"].unbind(dim=2), strict=True)
         dtype = next(self.trained.parameters()).dtype
         return {layer: state.to(dtype) for layer, state in by_exit if layer in wanted}
 

@@ -24,6 +24,7 @@ from app.generation.loaded_model import DTYPES, Dtype
 from app.model_files.decoding_defaults import DecodingDefaults
 from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, draft_vocabulary_file
 from app.model_files.exit_blocks import EXIT_BLOCKS_FILE, StoredExitBlocks, load_exit_blocks, stored_exit_blocks
+from app.model_files.exit_origin import EXIT_ORIGIN_FILE
 from app.model_files.generation_config import trained_generation_config
 from app.model_files.open import load_for_decoding
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
@@ -93,9 +94,9 @@ def export(
     if exit_layer is not None:
         card = card.completed_from_card(own.parent, name=f"the card of {path}").completed_from_origin(path, record)
         num_layers = loaded.config.get_text_config().num_hidden_layers
-        loaded, source = first_blocks(loaded, source, exits, exit_layer=exit_layer)
+        loaded, source, origin = first_blocks(loaded, source, exits, exit_layer=exit_layer)
         card = card.of_exit(path, record, blocks=_blocks_in_words(loaded, exit_layer, num_layers))
-        exits, beside, record = None, {}, None
+        exits, beside, record = None, {EXIT_ORIGIN_FILE: origin}, None
     every = source if exits is None else source.with_others(exits.state)
     decoding = chosen_defaults(loaded, every, given=generation_defaults, replaced=directory)
     known = path if exit_layer is None else None  # the whole model's drafts are not this one's

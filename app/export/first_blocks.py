@@ -8,13 +8,16 @@ from app.model.exit_block import affine_exits, exit_blocks_of
 from app.model.exit_model import exit_model
 from app.model_files.decoding_defaults import untuned_generation_config
 from app.model_files.exit_blocks import StoredExitBlocks
+from app.model_files.exit_origin import exit_origin_file
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
 
 
 def first_blocks(
     model: PreTrainedModel, weights: Weights, exits: StoredExitBlocks | None, *, exit_layer: int
-) -> tuple[PreTrainedModel, Weights]:
-    """Return the model of the first blocks, and of the exit's own where it has any, with its weights.
+) -> tuple[PreTrainedModel, Weights, bytes]:
+    """Return the model of the first blocks, and of the exit's own where it has any, its weights, and whose it is.
+
+    The last is the content of EXIT_ORIGIN_FILE.
 
     What `layerskip tune` chose for the whole model is left out of its generation config.
 
@@ -45,4 +48,6 @@ def first_blocks(
                 rest[0] = str(exit_layer + int(rest[0]))
             names[prefix + ".".join([part, *rest])] = f"{exit_layer}.{own}"
     shapes = {name: every.shapes[stored] for name, stored in names.items() if stored in every.shapes}
-    return first, every._replace(shapes=shapes, read=lambda name: every.read(names[name]))
+    below = exit_model(model, exit_layer, None).state_dict().keys() & weights.shapes.keys()
+    origin = exit_origin_file({name: weights.read(name) for name in below}, exit_layer=exit_layer)
+    return first, every._replace(shapes=shapes, read=lambda name: every.read(names[name])), origin

@@ -119,7 +119,8 @@ def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Seq
     """Load the model at `path` that drafts, on the target's device; return None where no strategy takes one.
 
     Raises:
-        ConfigError: A strategy lacks its model, the model cannot be read, or it has other tokens than the target.
+        ConfigError: A strategy lacks its model, the model cannot be read, it has other tokens than the target, or it
+            is an exit of another model.
     """
     takers = [name for name in strategies if name in STRATEGIES and "draft_decoder" in STRATEGIES[name].needs]
     if not takers:
@@ -128,6 +129,9 @@ def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Seq
         return None
     if path is None:
         raise ConfigError("draft_model", got=None, allowed=f"a model, with strategy {takers[0]}")
+    from app.model_files.exit_origin import check_exit_origin
+
+    check_exit_origin(path, target.model, field="draft_model")
     draft = load_decoder(path, dtype=target.dtype, device=target.decoder.device.type, field="draft_model")
     check_same_tokens(target.tokenizer, draft.tokenizer, got=path)
     return draft.decoder

@@ -459,7 +459,7 @@ def test_an_exit_becomes_a_model_of_its_own_which_drafts_for_the_whole_one(
     arguments = ["--model", str(source), "--output_dir", str(out), "--exit_layer", "2"]
     assert cli(monkeypatch, "export", *arguments) == 0
     assert f"--model {source} --strategy draft_model --draft_model {out}" in capsys.readouterr().out
-    assert {file.name for file in out.iterdir()} == FILES
+    assert {file.name for file in out.iterdir()} == FILES | {"exit_of.json"}
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert plain.config.num_hidden_layers == len(plain.model.layers) == 2
     ids = tokenizer("def function(x):", return_tensors="pt")["input_ids"]
@@ -476,6 +476,14 @@ def test_an_exit_becomes_a_model_of_its_own_which_drafts_for_the_whole_one(
     settings = {"max_new_tokens": 12, "do_sample": False, "assistant_early_exit": None}
     drafted = whole.generate(ids, assistant_model=plain, **settings)
     assert torch.equal(drafted, whole.generate(ids, **settings))
+    draft = ["--strategy", "draft_model", "--draft_model", str(out), "--prompt", "def ", "--max_new_tokens", "4"]
+    assert cli(monkeypatch, "generate", "--model", str(source), *draft) == 0
+    other = shutil.copytree(out, tmp_path / "other")
+    told = json.loads((out / "exit_of.json").read_text())
+    (other / "exit_of.json").write_text(json.dumps(told | {"weights_hash": "0" * 64}))
+    capsys.readouterr()
+    assert cli(monkeypatch, "generate", "--model", str(source), *draft, "--draft_model", str(other)) == 2
+    assert f"draft_model: got '{other}', allowed an exit of the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])

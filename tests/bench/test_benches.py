@@ -12,7 +12,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from tests.bench import data_memory, data_targets, soak, targets, training_targets
+from tests.bench import data_memory, data_targets, gpu, soak, targets, training_targets
 from tests.bench.decoding_targets import TARGETS, Winners, winners
 from tests.bench.results import run_measurement, target_result
 from tests.bench.training_steps import StepSettings, our_steps, recipe_steps
@@ -140,6 +140,27 @@ def test_training_targets_are_measured_written_and_printed(
     printed = capsys.readouterr().out
     assert "loss_memory_ratio: 1.100, target at most 1.15: passed" in printed
     assert "target at least 0.70" in printed
+
+
+def test_what_a_gpu_will_measure_runs_on_tiny_models_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(output)])
+    run_measurement(gpu.write_gpu_results, module="gpu")
+    measured = json.loads(output.read_text())
+    assert measured["device"] == "cpu: nothing here is a result"
+    assert measured["float32_identical"] is True
+    assert [len(measured[part]) for part in ("correctness", "decoding tiny", "training")] == [8, 10, 4]
+    assert "self_speculative, static" in capsys.readouterr().out
+    drafts = {
+        line["chance_of_right_draft"]: line["acceptance"] for line in measured["decoding tiny"] if "acceptance" in line
+    }
+    assert drafts[1.0] == 1.0 > drafts[0.6]
+    assert all(line["tokens_per_second"] > 0 for part in ("decoding tiny", "training") for line in measured[part])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--seconds", "1e-9", "--output", str(output)])
+    with pytest.raises(SystemExit):
+        run_measurement(gpu.write_gpu_results, module="gpu")
 
 
 def test_the_steps_that_are_compared_compute_the_same_loss() -> None:

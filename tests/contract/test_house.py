@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import tomllib
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -126,6 +127,17 @@ def test_the_recipes_work_when_they_are_followed(tmp_path):
 def test_every_file_that_a_document_names_is_there(document):
     missing = [name for name in NAMED.findall((ROOT / document).read_text("utf-8")) if not (ROOT / name).exists()]
     assert missing == []
+
+
+def test_every_room_has_its_level_and_stands_in_the_picture():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    levels = next(contract for contract in contracts if contract["name"] == "the layers of the house")["layers"]
+    rooms = {path.parent.name for path in (ROOT / "app").glob("*/__init__.py")}
+    files = {path.stem for path in (ROOT / "app").glob("[!_]*.py")}
+    expected = {f"app.{name}" for name in rooms | files} | {"callbacks", "datamodules"}
+    assert {name for level in levels for name in level.split(" | ")} == expected
+    picture = HOUSE.partition("```mermaid")[2].partition("```")[0]
+    assert [room for room in sorted(rooms) if f"app/{room}" not in picture] == []
 
 
 def test_modules_have_a_test_of_their_name_or_say_where_it_is():

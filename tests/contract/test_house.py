@@ -120,8 +120,10 @@ def test_the_recipes_work_when_they_are_followed(tmp_path):
         "configs/README.md",
         "app/decoding/README.md",
         "app/layerskip/README.md",
+        "docs/evaluation.md",
         "docs/results.md",
         "docs/long_runs.md",
+        "docs/serving.md",
     ],
 )
 def test_every_file_that_a_document_names_is_there(document):

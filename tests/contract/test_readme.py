@@ -10,10 +10,13 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from app.cli.main import VERBS
 from app.cli.parsing.help_texts import options_in
 from app.cli.parsing.preflight import check_arguments
 from app.cli.train import make_cli
 from app.errors import UserError
+from app.evaluation.task import TextTask
+from app.evaluation.tasks import TASKS
 from app.model_files.open import build_model
 from datamodules.loading.tokenizers import train_byte_level_bpe
 from tests.support.runs import Built, cli, write_corpus
@@ -91,6 +94,21 @@ def test_files_named_in_the_readme_exist():
     named |= set(re.findall(r"\]\((docs/[\w./-]+)\)", README))
     assert len(named) > 6
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_tables_of_verbs_and_tasks_are_those_of_the_code():
+    verbs = README.partition("| verb | what for |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"`(\w+)`", verbs)) == sorted(VERBS)
+    table = (ROOT / "docs" / "evaluation.md").read_text("utf-8").partition("## Tasks")[2]
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \| .+? \| (.*?)\|$", table, re.MULTILINE)
+    told = {name: (path, shots.strip()) for names, path, shots in rows for name in re.findall(r"`(\w+)`", names)}
+    assert told == {
+        name: (
+            f"`{task.hub.path}`" if task.hub else "none: your files",
+            "" if isinstance(task, TextTask) else str(task.num_shots),
+        )
+        for name, task in TASKS.items()
+    }
 
 
 def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):

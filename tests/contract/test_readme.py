@@ -131,8 +131,7 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
     ran = 0
     for command in COMMANDS:
         words = shlex.split(command)
-        # test_adapt runs adapt, which takes a while, and test_serving runs serve, which does not end.
-        if words[0] != "layerskip" or words[1] in ("adapt", "serve"):
+        if words[0] != "layerskip" or words[1] == "adapt":  # which test_adapt runs, since it takes a while
             continue
         arguments = words[1:]
         if arguments[0] in ("fit", "plan", "data"):

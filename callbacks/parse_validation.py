@@ -9,7 +9,7 @@ from app.benchmark.decoding_comparison import DecodingComparison, pool_compariso
 from app.errors import ConfigError, DataError, check_choice, check_range
 from app.protocols import DecodingHost, ExampleOwner
 from app.tables import Table
-from app.topv2.evaluation import ParsePlan, Way, collect_results, evaluate_parses
+from app.topv2.evaluation import ParsePlan, ParseWay, collect_results, evaluate_parses
 from app.topv2.metrics import ParseExactMatch
 from app.topv2.report import ParseReport, report_metrics, report_table, write_report
 from app.topv2.semantic_parse import TARGET_FORMATS, TargetFormat
@@ -86,7 +86,7 @@ class ParseValidation(DecodingValidation):
             batch_size=self.batch_size,
             time_limit_seconds=self.time_limit_seconds,
         )
-        metrics: dict[Way, ParseExactMatch] = {}
+        metrics: dict[ParseWay, ParseExactMatch] = {}
         parts = on_all_ranks(trainer, lambda: self._decode(trainer, pl_module, stage, plan, metrics))
         self._latest = ParseReport(
             stage=stage,
@@ -108,7 +108,7 @@ class ParseValidation(DecodingValidation):
         pl_module: LightningModule,
         stage: str,
         plan: ParsePlan,
-        metrics: dict[Way, ParseExactMatch],
+        metrics: dict[ParseWay, ParseExactMatch],
     ) -> list[DecodingComparison]:
         """Decode this rank's examples into `metrics`, one for each way; return the speeds, if there are examples."""
         datamodule = datamodule_of(trainer)

@@ -21,7 +21,7 @@ class EncodedChoices(NamedTuple):
     truncated: bool
 
 
-class Encoder:
+class ExampleEncoder:
     """Encodes texts that begin as the tokenizer begins texts, and that have no end.
 
     What is before a text that a model scores from its first token on is the token that the tokenizer puts there, or

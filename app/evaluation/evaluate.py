@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from app.errors import ConfigError, DataError, check_choice, check_exits
-from app.evaluation.encoding import Encoder
+from app.evaluation.encoding import ExampleEncoder
 from app.evaluation.generation import check_program_tasks, run_generation
 from app.evaluation.likelihood_tasks import run_choices, run_windows
 from app.evaluation.progress import Progress
@@ -84,7 +84,7 @@ def prepare(
         task = TASKS[name]
         items = read_items(task, path, limit=settings.limit, num_shots=settings.num_shots)
         if isinstance(task, TextTask):
-            windows = Encoder(tokenizer).windows(items, size=window)
+            windows = ExampleEncoder(tokenizer).windows(items, size=window)
             if not windows:
                 raise DataError(f"task {name}: {path} holds no text")
             items = [windows[index] for index in spread([item.group for item in windows], settings.limit)]

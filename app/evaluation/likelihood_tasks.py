@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from app.errors import NotFiniteError
-from app.evaluation.encoding import EncodedChoices, Encoder
+from app.evaluation.encoding import EncodedChoices, ExampleEncoder
 from app.evaluation.likelihood import Scored, log_probabilities
 from app.evaluation.records import EvaluatedModel, EvaluationSettings, Record, Score
 from app.evaluation.rows import Item
@@ -22,7 +22,7 @@ def run_choices(
 
     Items of a group come together, since they begin alike, and long ones first. Implements `records.Runner`.
     """
-    encoder = Encoder(subject.tokenizer)
+    encoder = ExampleEncoder(subject.tokenizer)
     ordered = sorted(items, key=lambda item: (item.group, -_length(item)))
     for first in range(0, len(ordered), settings.batch_size):
         encoded: list[tuple[Item, EncodedChoices]] = []

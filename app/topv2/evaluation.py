@@ -15,7 +15,7 @@ from app.topv2.metrics import ParseExactMatch, ParseScores
 Examples = Sequence[GenerationExample]
 
 
-class Way(NamedTuple):
+class ParseWay(NamedTuple):
     """A way to decode: autoregressive, early_exit or self_speculative."""
 
     strategy: Strategy
@@ -39,18 +39,21 @@ class ParsePlan:
     time_limit_seconds: float
 
     @property
-    def exits(self) -> list[Way]:
+    def exits(self) -> list[ParseWay]:
         """The full model and the early exits, whose quality is measured in batches."""
-        return [Way("autoregressive", self.num_layers), *(Way("early_exit", layer) for layer in self.exit_layers)]
+        return [
+            ParseWay("autoregressive", self.num_layers),
+            *(ParseWay("early_exit", layer) for layer in self.exit_layers),
+        ]
 
     @property
-    def timed(self) -> list[Way]:
+    def timed(self) -> list[ParseWay]:
         """Autoregressive decoding, then what drafts, ordered by exit; nothing if there are no draft lengths."""
-        drafting = [Way("self_speculative", *pair) for pair in product(self.exit_layers, self.num_draft_tokens)]
-        return [Way("autoregressive", self.num_layers, 0), *drafting] if drafting else []
+        drafting = [ParseWay("self_speculative", *pair) for pair in product(self.exit_layers, self.num_draft_tokens)]
+        return [ParseWay("autoregressive", self.num_layers, 0), *drafting] if drafting else []
 
     @property
-    def ways(self) -> list[Way]:
+    def ways(self) -> list[ParseWay]:
         return [*self.exits, *self.timed]
 
 
@@ -58,7 +61,7 @@ class ParsePlan:
 class ParseResult:
     """Scores of one way to decode, and its speed beside autoregressive decoding; None where it does not draft."""
 
-    way: Way
+    way: ParseWay
     scores: ParseScores
     speed: DecodingComparison | None
 
@@ -70,7 +73,7 @@ def evaluate_parses(
     *,
     plan: ParsePlan,
     answer: Callable[[Sequence[int]], str],
-    metrics: Mapping[Way, ParseExactMatch],
+    metrics: Mapping[ParseWay, ParseExactMatch],
 ) -> list[DecodingComparison]:
     """Decode `examples` at every exit in batches, `speed_examples` self-speculatively one by one, and score them all.
 
@@ -92,7 +95,9 @@ def evaluate_parses(
     return [compare_measurements(candidate, baseline, num_given=len(speed_examples)) for candidate in drafting]
 
 
-def collect_results(metrics: Mapping[Way, ParseExactMatch], speeds: Sequence[DecodingComparison]) -> list[ParseResult]:
+def collect_results(
+    metrics: Mapping[ParseWay, ParseExactMatch], speeds: Sequence[DecodingComparison]
+) -> list[ParseResult]:
     """Collect the results of all ranks; a way that no example was decoded with has none.
 
     Computing the metrics, which hold this rank's answers, adds those of the others. `speeds` are of all ranks already.
@@ -107,8 +112,8 @@ def collect_results(metrics: Mapping[Way, ParseExactMatch], speeds: Sequence[Dec
 
 
 def _decode(
-    decoder: ExitableDecoder, ways: Sequence[Way], examples: Examples, plan: ParsePlan, *, batch_size: int
-) -> dict[Way, Measurement]:
+    decoder: ExitableDecoder, ways: Sequence[ParseWay], examples: Examples, plan: ParsePlan, *, batch_size: int
+) -> dict[ParseWay, Measurement]:
     """Decode batch by batch, the ways in turn; nothing where there are no ways or no examples."""
     if not ways or not examples:
         return {}

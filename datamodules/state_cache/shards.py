@@ -33,7 +33,7 @@ from app.whole_file import write_whole
 
 _log = logging.getLogger(__name__)
 
-Row = dict[str, Tensor]
+CachedRow = dict[str, Tensor]
 Split = Literal["train", "validation"]
 
 INDEX_FILE = "index.json"
@@ -164,7 +164,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-class CachedRows(Dataset[Row]):
+class CachedRows(Dataset[CachedRow]):
     """Rows of shards, of each as many as `files` says.
 
     Each process maps the shards that it reads: its memory holds the pages that the system keeps for files.
@@ -173,7 +173,7 @@ class CachedRows(Dataset[Row]):
     def __init__(self, files: Mapping[Path, int], *, seq_len: int) -> None:
         self._files = [*files]
         self._ends = [0, *accumulate(files.values())]
-        self._maps: dict[int, Row] = {}
+        self._maps: dict[int, CachedRow] = {}
         self._seq_len = seq_len
 
     @property
@@ -184,14 +184,14 @@ class CachedRows(Dataset[Row]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, row: int) -> Row:
+    def __getitem__(self, row: int) -> CachedRow:
         """`input_ids`, `labels`, `position_ids` [T], `source` [] and `states` [T, S, D], as maps of their file."""
         shard = bisect_right(self._ends, row) - 1
         if shard not in self._maps:
             self._maps[shard] = load_file(self._files[shard])
         return {name: column[row - self._ends[shard]] for name, column in self._maps[shard].items()}
 
-    def collate(self, rows: Sequence[Row]) -> Row:
+    def collate(self, rows: Sequence[CachedRow]) -> CachedRow:
         """Return a batch: `input_ids`, `labels`, `position_ids` [B, T], `source` [B], int64, and `states` [B, T, S, D].
 
         No rows give a batch of one row without a target, for a rank that has nothing to train on in a step.

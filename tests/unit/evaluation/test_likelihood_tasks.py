@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.errors import DataError, NotFiniteError
-from app.evaluation.encoding import Encoder
+from app.evaluation.encoding import ExampleEncoder
 from app.evaluation.evaluate import prepare
 from app.evaluation.likelihood_tasks import accuracies, run_choices, run_windows
 from app.evaluation.records import EvaluatedModel, EvaluationSettings
@@ -98,7 +98,7 @@ def test_prompts_longer_than_the_context_are_cut_skipped_or_refused(subject):
 
 
 def test_a_beginning_that_the_tokenizer_puts_there_stays_when_the_rest_is_cut():
-    encoder = Encoder(tokenizer := llama())
+    encoder = ExampleEncoder(tokenizer := llama())
     (item,) = _items(_question("x" * 30, " a", " bc"))
     ids = tokenizer("x" * 30 + " bc")["input_ids"]
     whole = encoder.choices(item, max_length=64, on_long="error")
@@ -110,7 +110,7 @@ def test_a_beginning_that_the_tokenizer_puts_there_stays_when_the_rest_is_cut():
 
 
 def test_spaces_at_the_end_of_a_context_belong_to_the_choice():
-    encoder = Encoder(byte_level())
+    encoder = ExampleEncoder(byte_level())
     spaced, plain = _items(_question("the end ", "of"), _question("the end", " of"))
     ways = [encoder.choices(item, max_length=64, on_long="error").choices[0] for item in (spaced, plain)]
     assert ways[0] == ways[1]
@@ -141,7 +141,7 @@ def test_perplexity_is_that_of_plain_transformers_over_windows_that_score_each_t
         assert record.weight == len(item.example.tokens) - 1
     limited = prepare(task, EvaluationSettings(window=16, limit=3), tokenizer=subject.tokenizer, max_length=48)
     assert [item.group for item in limited[0].items] == ["a", "a", "b"]  # windows, not documents, are counted
-    begun = Encoder(llama()).windows([Item(0, "", "", TASKS["text"].example(_Row(text="x")))], size=16)
+    begun = ExampleEncoder(llama()).windows([Item(0, "", "", TASKS["text"].example(_Row(text="x")))], size=16)
     assert begun[0].example.tokens[0] == llama().bos_token_id
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 from app.benchmark.decoding_comparison import DecodingComparison
 from app.protocols import GenerationExample
-from app.topv2.evaluation import ParsePlan, ParseResult, Way, collect_results, evaluate_parses
+from app.topv2.evaluation import ParsePlan, ParseResult, ParseWay, collect_results, evaluate_parses
 from app.topv2.metrics import ParseExactMatch, ParseScore
 from tests.support.fake_decoder import FakeDecoder, counting_decoder
 
@@ -23,8 +23,8 @@ PLAN = ParsePlan(
     batch_size=2,
     time_limit_seconds=60.0,
 )
-FULL, FIRST, THIRD = Way("autoregressive", 4), Way("early_exit", 1), Way("early_exit", 3)
-TIMED, DRAFTING = Way("autoregressive", 4, 0), Way("self_speculative", 1, 2)
+FULL, FIRST, THIRD = ParseWay("autoregressive", 4), ParseWay("early_exit", 1), ParseWay("early_exit", 3)
+TIMED, DRAFTING = ParseWay("autoregressive", 4, 0), ParseWay("self_speculative", 1, 2)
 
 
 def _decoder() -> FakeDecoder:
@@ -37,7 +37,7 @@ def _answer(tokens: Sequence[int]) -> str:
 
 def evaluate(
     plan: ParsePlan = PLAN, *, num_examples: int = 3, num_speed: int = 3, decoder: FakeDecoder | None = None
-) -> tuple[dict[Way, ParseResult], list[DecodingComparison]]:
+) -> tuple[dict[ParseWay, ParseResult], list[DecodingComparison]]:
     metrics = {way: ParseExactMatch(["alarm", "weather"], target_format="parse") for way in plan.ways}
     speeds = evaluate_parses(
         decoder or _decoder(), EXAMPLES[:num_examples], EXAMPLES[:num_speed], plan=plan, answer=_answer, metrics=metrics

@@ -14,6 +14,8 @@ from tests.support.run_folders import make_run, write_benchmark, write_evaluatio
 pytestmark = pytest.mark.extras
 _FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 
+_OVER = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -53,8 +55,7 @@ def test_nothing_runs_over_the_edge_and_nothing_is_loaded(width: int, scheme: st
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get_log("performance")
     browser.get(page.as_uri())
-    over = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert browser.execute_script(over) == 0
+    assert browser.execute_script(_OVER) == 0
     hidden = """return [...document.querySelectorAll(".chart text")].map(text => [text, text.closest("svg")]).filter(
         ([text, svg]) => text.getBoundingClientRect().right > svg.getBoundingClientRect().right + 1
     ).map(([text]) => text.textContent)"""
@@ -72,6 +73,15 @@ def test_nothing_runs_over_the_edge_and_nothing_is_loaded(width: int, scheme: st
     }
     assert requested <= {page.as_uri()}
     assert browser.get_log("browser") == []
+
+
+def test_nothing_runs_over_the_edge_of_paper(browser: Any, page: Path) -> None:
+    sizes = {"width": 718, "height": 1000, "deviceScaleFactor": 1, "mobile": False}  # A4 within its margins
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.get(page.as_uri())
+    assert browser.execute_script(_OVER) == 0
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_pictures_of_the_markdown_load(browser: Any, page: Path) -> None:

@@ -180,6 +180,9 @@ class StaticDecoderCache(DecoderCache, Protocol):
     capacity: int
     lengths_B: Tensor
 
+    def clear(self) -> None:
+        """Forget everything, so that a pass over the prompts of all rows can follow."""
+
     def begin_round(self) -> None:
         """Let every block go on at `lengths_B`; what was stored there or beyond is forgotten."""
 
@@ -228,6 +231,8 @@ class ExitableDecoder(Layered, Protocol):
 
     def new_cache(self, *, batch_size: int, capacity: int) -> DecoderCache:
         """An empty cache for `batch_size` sequences with room for `capacity` positions each (it may grow)."""
+
+    kept_program: Any  # what static rounds of the latest request were recorded in, for the next one like it
 
     def new_static_cache(self, *, batch_size: int, capacity: int) -> StaticDecoderCache:
         """The same of a size and place that stay."""

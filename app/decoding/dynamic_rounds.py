@@ -40,6 +40,9 @@ class DynamicRounds(NamedTuple):
         """Drop what only drafts need, since none is to come any more."""
         self.drafter.end_drafting()
 
+    def end(self) -> None:
+        """No round comes any more."""
+
     def prefill(self, rows: Sequence[SequenceState]) -> Round:
         """Run all prompts through the model, padded to one length; each yields its first new token."""
         lengths = [len(row.prompt) for row in rows]

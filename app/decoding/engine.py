@@ -145,6 +145,7 @@ class Decoding:
                 _watch(rows, done)
                 if all(row.pace.gave_up for row in rows):
                     rounds.end_drafting()
+        rounds.end()
 
     def _new_rounds(self, rows: Sequence[SequenceState], capacity: int) -> DynamicRounds | StaticRounds:
         new_drafter, settings, sampling = self._entry.new_drafter, self._settings, self._settings.sampling

@@ -13,11 +13,8 @@ from app.decoding.drafters import FullModel
 from app.decoding.static_rules import StaticGreedyRule, StaticSamplingRule
 from app.protocols import StaticDecoderCache
 
-_LIMIT, _LEAST, _CHANCES = (
-    0,
-    1,
-    2,
-)  # columns of `given`: most drafts (-1: the row has ended), and `chances` of its policy
+# Columns of `given_BG`: most drafts, or -1 where the row has ended; the least chance; the chances.
+_LIMIT, _LEAST, _CHANCES = 0, 1, 2
 
 
 class StaticProgram:
@@ -38,24 +35,25 @@ class StaticProgram:
         rule: StaticGreedyRule | StaticSamplingRule,
         *,
         most_drafts: int,
-        ends: Sequence[Sequence[int]],
+        most_ends: int,
     ) -> None:
-        batch, device = len(ends), cache.lengths_B.device
-        self.drafter, self.cache, self._rule, self._most = drafter, cache, rule, most_drafts
+        batch, device = len(cache.lengths_B), cache.lengths_B.device
+        self.drafter, self.cache, self.rule, self._most = drafter, cache, rule, most_drafts
         self.num_rows = batch
         self._tokens_BS = torch.zeros(batch, most_drafts + 1, dtype=torch.long, device=device)
         self.given_BG = torch.zeros(batch, _CHANCES + CONFIDENCE_BINS, dtype=torch.float64, device=device)
         self.outcome_BO = torch.zeros(batch, 2 * most_drafts + 4, dtype=torch.float64, device=device)
-        width = max(1, *map(len, ends))
-        self.ends_BN = torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in ends], device=device)
+        self.ends_BN = torch.zeros(batch, max(1, most_ends), dtype=torch.long, device=device)
         self._sequences: dict[tuple[int, int], FixedSequence] = {}
 
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Run prompts, padded to one length; return the outcome, whose token is each row's first new one."""
+        """Begin with prompts, padded to one length; return the outcome, whose token is each row's first new one."""
+        self.cache.clear()
+        self.num_rows = len(lengths)
         logits_B1V = self.drafter.prefill(tokens_BT, lengths)
         self.cache.lengths_B.copy_(torch.tensor(lengths))
         nothing_B = torch.zeros_like(self.cache.lengths_B)
-        verdict = self._rule.verify(logits_B1V, self._tokens_BS[:, :0], nothing_B, self.cache.lengths_B - 1)
+        verdict = self.rule.verify(logits_B1V, self._tokens_BS[:, :0], nothing_B, self.cache.lengths_B - 1)
         self._tokens_BS[:, 0] = verdict.token_B
         self.outcome_BO[:, -4:] = torch.stack((nothing_B, nothing_B, verdict.token_B, verdict.finite_B), dim=1)
         return self.outcome_BO
@@ -72,8 +70,8 @@ class StaticProgram:
         """Move these rows to the front, and go on with so many."""
         index = torch.tensor(rows, device=self._tokens_BS.device)
         buffers = [self._tokens_BS, self.ends_BN]
-        if isinstance(self._rule, StaticSamplingRule):
-            buffers.append(self._rule.seeds_B)
+        if isinstance(self.rule, StaticSamplingRule):
+            buffers.append(self.rule.seeds_B)
         for buffer in buffers:
             buffer[: len(rows)] = buffer.index_select(0, index)
         self.drafter.keep_rows(rows)
@@ -94,7 +92,7 @@ class StaticProgram:
         for i in range(num_drafts):
             # A row that no longer drafts is computed on, and what it drafts is not counted.
             logits_BV = self.drafter.draft(tokens_BS[:, i])
-            token_B, confidence_B = self._rule.draft(logits_BV, start_B + i)
+            token_B, confidence_B = self.rule.draft(logits_BV, start_B + i)
             tokens_BS[:, i + 1] = token_B
             outcome_BO[:, self._most + i] = confidence_B
             drafted_B = drafted_B + live_B
@@ -105,7 +103,7 @@ class StaticProgram:
         drafts_BT = tokens_BS[:, 1 : num_drafts + 1]
         logits_BSV = self.drafter.verify(tokens_BS[:, : num_drafts + 1])
         self.drafter.complete()
-        kept_B, token_B, finite_B = self._rule.verify(logits_BSV, drafts_BT, drafted_B, start_B)
+        kept_B, token_B, finite_B = self.rule.verify(logits_BSV, drafts_BT, drafted_B, start_B)
         outcome_BO[:, :num_drafts] = drafts_BT
         outcome_BO[:, -4:] = torch.stack((drafted_B, kept_B, token_B, finite_B), dim=1)
         goes_on_B = limit_B >= 0

@@ -24,7 +24,8 @@ class StaticRounds:
     """The rounds of one request; DynamicRounds has the same methods.
 
     Batch, capacity and length of a draft are rounded up to powers of two, so that few sequences of kernels serve all
-    rounds. A row that ends is computed on and ignored, until half as many rows are enough.
+    rounds. A row that ends is computed on and ignored, until half as many rows are enough. The decoder keeps buffers
+    and sequences of the latest request that came to its end.
     """
 
     def __init__(
@@ -41,23 +42,38 @@ class StaticRounds:
         self._wants_confidence = any(row.policy.wants_confidence for row in rows)
         self._most = settings.num_draft_tokens or 0
         self._places = list(range(len(rows)))  # where each row that goes on is in the buffers
-        batch = _power_of_two(len(rows))
-        cache = decoder.new_static_cache(batch_size=batch, capacity=_power_of_two(capacity + self._most + 1))
-        drafter = new_drafter(decoder, settings, batch, 0)
-        drafter.cache = cache
+        self._decoder, batch = decoder, _power_of_two(len(rows))
+        ends = [row.settings.eos_token_ids for row in rows] + [()] * (batch - len(rows))
+        width = max(1, *map(len, ends))
+        self._kind = (
+            *(new_drafter, settings.exit_layer, self._most, settings.sampling, self._wants_confidence),
+            *(batch, _power_of_two(capacity + self._most + 1), width, torch.is_inference_mode_enabled()),
+        )
+        kept, decoder.kept_program = decoder.kept_program, None  # it serves one request at a time
+        if kept is not None and kept[0] == self._kind:
+            self._program: StaticProgram = kept[1]
+        else:
+            self._program = self._new_program(settings, new_drafter)
+        self._program.ends_BN.copy_(torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in ends]))
+        if isinstance(rule := self._program.rule, StaticSamplingRule):
+            seeds = [torch.randint(2**62, (1,), generator=row.generator, device=decoder.device) for row in rows]
+            rule.seeds_B[: len(rows)] = torch.cat(seeds)
+
+    def _new_program(self, settings: DecodingSettings, new_drafter: NewDrafter) -> StaticProgram:
+        batch, capacity, width, _ = self._kind[-4:]
+        drafter = new_drafter(self._decoder, settings, batch, 0)
+        drafter.cache = cache = self._decoder.new_static_cache(batch_size=batch, capacity=capacity)
         rule: StaticGreedyRule | StaticSamplingRule
         if settings.sampling.greedy:
             rule = StaticGreedyRule(drafter.draft_ids, confidence=self._wants_confidence)
         else:
-            seeds = [torch.randint(2**62, (1,), generator=row.generator, device=decoder.device) for row in rows]
-            seeds_B = torch.cat([*seeds, *seeds[:1] * (batch - len(rows))])
-            rule = StaticSamplingRule(settings.sampling, drafter.draft_ids, seeds_B, decoder.vocab_size)
-        ends = [row.settings.eos_token_ids for row in rows] + [()] * (batch - len(rows))
-        self._program = StaticProgram(drafter, cache, rule, most_drafts=self._most, ends=ends)
+            seeds_B = torch.zeros_like(cache.lengths_B)
+            rule = StaticSamplingRule(settings.sampling, drafter.draft_ids, seeds_B, self._decoder.vocab_size)
+        return StaticProgram(drafter, cache, rule, most_drafts=self._most, most_ends=width)
 
     def prefill(self, rows: Sequence[SequenceState]) -> Round:
         """Run all prompts through the model, padded to one length; each yields its first new token."""
-        prompts = [row.prompt for row in rows] + [[0]] * (self._program.num_rows - len(rows))
+        prompts = [row.prompt for row in rows] + [[0]] * (len(self._program.ends_BN) - len(rows))
         longest = max(map(len, prompts))
         tokens_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self._device)
         outcome = self._program.prefill(tokens_BT, list(map(len, prompts))).tolist()
@@ -96,6 +112,10 @@ class StaticRounds:
 
     def end_drafting(self) -> None:
         """Nothing to drop: the buffers stay."""
+
+    def end(self) -> None:
+        """Leave buffers and recorded sequences to the next request of this kind; no round comes any more."""
+        self._decoder.kept_program = self._kind, self._program
 
     def _given(self, rows: Sequence[SequenceState], limits: Sequence[int]) -> torch.Tensor:
         """What the host tells the device before a round [B, G], in memory that a CUDA device copies without a wait."""

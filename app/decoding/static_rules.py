@@ -58,7 +58,7 @@ class StaticSamplingRule:
 
     def __init__(self, settings: SamplingSettings, draft_ids: Tensor | None, seeds_B: Tensor, vocab_size: int) -> None:
         self._settings, self._draft_ids, self._vocab_size = settings, draft_ids, vocab_size
-        self.seeds_B = seeds_B
+        self.seeds_B = seeds_B  # read at each round, so that others can be written there
         self._draft_probs: list[Tensor] = []  # of this round's drafts, each [B, V']
 
     def draft(self, logits_BV: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:

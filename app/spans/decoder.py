@@ -86,6 +86,7 @@ class SpanDecoder:
             self._blocks = [FunctionalBlock(layer, config, layer_idx=i) for i, layer in enumerate(self._layers)]
         self._query_groups = config.num_attention_heads // config.num_key_value_heads
         self._tables = RotaryTables(decoder.rotary_emb, max_length=self.max_length)
+        self.kept_program: Any = None
         self._draft_vocabulary: tuple[int, ...] | None = None
         self._draft_ids: Tensor | None = None
         self._draft_head = self._head
@@ -159,7 +160,7 @@ class SpanDecoder:
         Raises:
             ConfigError: An id is not in the vocabulary, or stands twice.
         """
-        self._draft_vocabulary, self._draft_ids, self._draft_head = None, None, self._head
+        self._draft_vocabulary, self._draft_ids, self._draft_head, self.kept_program = None, None, self._head, None
         if token_ids is None:
             return
         if not token_ids or len(set(token_ids)) < len(token_ids):

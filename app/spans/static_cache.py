@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.errors import ConfigError
 from app.spans.kv_cache import KeyValueCache
 
 
@@ -34,6 +35,11 @@ class StaticCache(KeyValueCache):
     @property
     def in_round(self) -> bool:
         return self._ahead is not None
+
+    def clear(self) -> None:
+        """Forget everything, so that a pass over the prompts of all rows can follow."""
+        self.num_rows = len(self.lengths_B)
+        self._ahead, self._lengths = None, [(0,) * self.num_rows] * len(self._lengths)
 
     def begin_round(self) -> None:
         """Let every block go on at `lengths_B`."""
@@ -92,5 +98,10 @@ class StaticCache(KeyValueCache):
         assert needed <= self.capacity, "beyond the capacity"
         if store is None:  # masks do not hide a NaN of unwritten memory
             shape = len(like_BTHK), self.capacity, *like_BTHK.shape[2:]
-            store = self._stores[layer_idx] = like_BTHK.new_zeros(shape), like_BTHK.new_zeros(shape)
+            try:
+                store = self._stores[layer_idx] = like_BTHK.new_zeros(shape), like_BTHK.new_zeros(shape)
+            except torch.OutOfMemoryError as error:
+                got = f"static with room for {shape[0]} x {shape[1]} positions"
+                fix = "give fewer prompts at a time or a smaller max_new_tokens"
+                raise ConfigError("engine", got=got, allowed="what the device's memory holds", fix=fix) from error
         return store

@@ -57,7 +57,9 @@ class PlantedDecoder(SpanDecoder):
     cost of a model that was trained. Chance is the device's own generator, which graphs replay.
     """
 
-    acceptance = 1.0
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.acceptance = torch.ones((), device=self.device)  # where a recorded graph reads what it is now
 
     def draft_logits(self, hidden_BTD: Tensor, *, exit_layer: int) -> Tensor:
         logits_BTV = super().draft_logits(hidden_BTD, exit_layer=exit_layer)
@@ -122,7 +124,7 @@ def speeds(name: str, shape: Shape, request: Request, *, device: torch.device) -
     own = [("autoregressive", engine, 1.0) for engine in ENGINES]
     own += [("self_speculative", engine, rate) for rate in (0.6, 0.8, 1.0) for engine in ENGINES]
     for strategy, engine, rate in own:
-        decoder.acceptance = rate
+        decoder.acceptance.fill_(rate)
         arrivals: list[tuple[float, int]] = []
         (result,) = _decode(decoder, prompts, shape, request, strategy, engine=engine, arrivals=arrivals)  # type: ignore[arg-type]
         (start, _), *timed = arrivals[_LEFT_OUT:-_LEFT_OUT]

@@ -6,7 +6,7 @@ position on that came to a block by a way other than the full model's.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class FakeStaticCache(FakeCache):
         super().__init__(num_layers, batch_size, capacity)
         self.capacity, self.lengths_B, self._num_rows = capacity, torch.zeros(batch_size, dtype=torch.long), batch_size
 
+    def clear(self) -> None:
+        super().__init__(len(self._lengths), len(self.lengths_B), self.capacity)
+        self._num_rows = len(self.lengths_B)
+
     def begin_round(self) -> None:
         self._lengths = [tuple(self.lengths_B[: self._num_rows].tolist())] * len(self._lengths)
 
@@ -92,6 +96,7 @@ class FakeDecoder:
     block_size, head_size = 100, 100
     extra_token = 0.03
     by_past = may_skip = False
+    kept_program: Any = None
     own_exit, num_own = 0, 0
     unspeakable: tuple[int, ...] = ()
 

@@ -92,6 +92,43 @@ def test_nothing_that_a_round_reads_or_writes_moves_until_the_text_outgrows_it(m
     assert [result.tokens for result in static] == [result.tokens for result in dynamic]
 
 
+@pytest.mark.parametrize("sampling", [SamplingSettings(), SamplingSettings(temperature=0.8)])
+def test_the_next_request_of_a_kind_runs_what_the_last_one_left_and_one_meanwhile_does_not(
+    sampling: SamplingSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[StaticProgram] = []
+    real = StaticProgram.__init__
+
+    def watched(self: StaticProgram, *args: Any, **kwargs: Any) -> None:
+        built.append(self)
+        real(self, *args, **kwargs)
+
+    decoder_with_exit_blocks(_NAME).use_draft_vocabulary(None)  # forgets what other tests left
+    expected = [result.tokens for result in _decoding("static", sampling=sampling, prompts=3).finish()]
+    decoder_with_exit_blocks(_NAME).use_draft_vocabulary(None)
+    monkeypatch.setattr(StaticProgram, "__init__", watched)
+    started = _decoding("static", sampling=sampling, prompts=3)
+    rounds = iter(started)
+    next(rounds)
+    meanwhile = _decoding("static", sampling=sampling, prompts=3).finish()
+    for _ in rounds:
+        pass
+    after = _decoding("static", sampling=sampling, prompts=4, max_new_tokens=38).finish()
+    assert [result.tokens for result in started.results()] == [result.tokens for result in meanwhile] == expected
+    assert [result.tokens for result in after[:3]] == [tokens[:38] for tokens in expected]
+    assert len(built) == 2, "the last request had the buffers of the first"
+
+
+def test_a_cache_that_memory_cannot_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    decoder_with_exit_blocks(_NAME).use_draft_vocabulary(None)
+    monkeypatch.setattr(Tensor, "new_zeros", full)
+    with pytest.raises(ConfigError, match="engine: got 'static with room for 4 x 64 positions'"):
+        _decoding("static", prompts=3).finish()
+
+
 def test_a_draft_is_as_long_as_the_least_power_of_two_that_holds_what_is_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

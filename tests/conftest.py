@@ -11,9 +11,13 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the imports made out of garbage collection, whose every full pass looked at 600,000 objects."""
+    """Leave what the imports made out of garbage collection, whose every full pass looked at 600,000 objects.
+
+    And fill memory that nobody has written to with NaN, as it may be on any machine: who reads it fails here, too.
+    """
     gc.collect()
     gc.freeze()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills it (torch.utils.deterministic)
 
 
 @pytest.fixture(autouse=True)

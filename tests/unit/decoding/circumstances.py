@@ -1,10 +1,7 @@
-"""What decoding may meet on its way, chosen by the test: clocks, ends of sequences, memory."""
+"""What decoding may meet on its way, chosen by the test: clocks, ends of sequences."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import cycle
-
-import torch
 
 from app.decoding.settings import StopCondition
 
@@ -28,13 +25,3 @@ def ends_after(pattern: Sequence[int]) -> StopCondition:
         return next((end for end in ends if list(tokens[:end][-len(pattern) :]) == list(pattern)), None)
 
     return stop
-
-
-@contextmanager
-def hostile_memory() -> Iterator[None]:
-    """Memory that nobody wrote to is full of NaN, as it may be on any machine: whoever reads it, shows it."""
-    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is on by default
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)

@@ -1,6 +1,6 @@
 """Prompts decoded together come out, in every particular, as each would alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from app.decoding.settings import DecodingSettings, Ends
 from app.decoding.strategies import STRATEGIES
 from app.spans.kv_cache import KeyValueCache
 from tests.support.decoding import decode
-from tests.unit.decoding.circumstances import HostileClock, ends_after, hostile_memory
+from tests.unit.decoding.circumstances import HostileClock, ends_after
 from tests.unit.decoding.model_zoo import (
     CONTEXT,
     NAMES,
@@ -36,12 +36,6 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "n_gram": {"n_gram_match": 1},
 }
 _SAMPLING = SamplingSettings(temperature=0.9, top_k=30, top_p=0.95, min_p=0.01)
-
-
-@pytest.fixture(autouse=True)
-def _hostile_memory() -> Iterator[None]:
-    with hostile_memory():
-        yield
 
 
 def _settings(strategy: str, **changed: Any) -> DecodingSettings:

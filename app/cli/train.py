@@ -203,7 +203,7 @@ class LayerSkipCLI(LightningCLI):
         allow_changes = config["allow_changes"]
         for name, value in (("ckpt_path", None), ("allow_changes", []), ("fall_back_to_previous", False)):
             config[name] = value  # so that a run started from the saved config does not silently resume
-        text = self._parser(self.subcommand).dump(config, skip_unset=False)
+        text = self._parser(self.subcommand).dump(config, skip_unset=False, skip_validation=True)
         given = GivenConfig(yaml.safe_load(text), allow_changes, text)
         self.model.given_config = given
         if (ckpt_path := options.get("ckpt_path")) is None:

@@ -129,6 +129,7 @@ def test_training_targets_are_measured_written_and_printed(
     monkeypatch.setattr(training_targets, "_PAPER", tiny_config(num_layers=4, vocab_size=50, max_length=256))
     monkeypatch.setattr(training_targets, "_SMOLLM2", tiny_config(num_layers=30, vocab_size=50, max_length=256))
     monkeypatch.setattr(training_targets, "_LOSS_SHAPE", {"num_tokens": 8, "vocab_size": 50, "width": 8})
+    monkeypatch.setattr(training_targets, "StepSettings", lambda **settings: StepSettings(**settings | {"seq_len": 8}))
     peaks = {1: 100.0, 8: 110.0}
     monkeypatch.setattr(training_targets, "peak_memory", lambda _, what, *args, num_threads: peaks.get(what, 2.0**20))
     output = tmp_path / "new" / "bench.json"

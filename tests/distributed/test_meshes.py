@@ -60,10 +60,10 @@ def spread(root, mesh, settings):
         (DDP, {"curriculum": "fixed"}, {"activation_checkpointing": True}),
         (FSDP2, {"curriculum": "rotational"}, {}),
         (FSDP2, {"curriculum": "gradual"}, {"activation_checkpointing": True}),
-        (HSDP, {"curriculum": "gradual"}, {}),
+        (HSDP, {"curriculum": "gradual", "steps": 2}, {}),
         (TENSOR_PARALLEL, {"curriculum": "rotational", "tied": False}, {"activation_checkpointing": True}),
-        (BOTH, {"curriculum": "fixed"}, {}),
-        (COPIES, {"curriculum": "rotational"}, {}),
+        (BOTH, {"curriculum": "fixed", "steps": 2}, {}),
+        (COPIES, {"curriculum": "rotational", "steps": 2}, {}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

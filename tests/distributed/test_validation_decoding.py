@@ -34,12 +34,12 @@ def new_callback(num_prompts=3):
 
 
 def fit(root, strategy, *callbacks):
-    """Twelve micro-batches, two a step; validation after every third, so also within a step."""
+    """Eight micro-batches, two a step; validation after every third, so also within a step."""
     torch.manual_seed(0)
     module, recorder = new_module(), Recorder()
     trainer = make_trainer(
         root,
-        max_steps=6,
+        max_steps=4,
         devices=2,
         strategy=STRATEGIES[strategy](),
         callbacks=[*curricula(), recorder, *callbacks],
@@ -106,7 +106,7 @@ def test_ranks_decode_different_prompts_and_agree_on_the_sum(ranks):
     data.prepare_data()
     data.setup("validate")
     prompts = data.validation_prompts(3, 6)
-    assert len(first["own"]) == len(second["own"]) == 4
+    assert len(first["own"]) == len(second["own"]) == 2
     assert [first["own"][-1][0], second["own"][-1][0]] == [prompts[0::2], prompts[1::2]]
     both = np.array([first["own"][-1][1], second["own"][-1][1]])
     assert first["pooled"] == second["pooled"] == both.sum(axis=0).tolist()
@@ -164,7 +164,7 @@ def test_training_on_ranks_is_bit_identical_with_and_without_decoding(ranks):
     for of_rank in ranks[:2]:
         weights, steps, generator = of_rank["bare"]
         assert of_rank["steps"] == steps
-        assert len(steps) == 12
+        assert len(steps) == 8
         assert all((of_rank["weights"][name] == weights[name]).all() for name in weights)
         assert (of_rank["generator"] == generator).all()
     assert ranks[0]["steps"] != ranks[1]["steps"]
@@ -181,7 +181,7 @@ def test_nothing_is_communicated_while_ranks_decode(ranks):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_error_on_one_rank_ends_all(tmp_path, strategy):
     new_data(tmp_path).prepare_data()
-    first, second = run_ranks(fail_on_rank_one, tmp_path, strategy, limit_seconds=30)
+    first, second = run_ranks(fail_on_rank_one, tmp_path, strategy)
     assert first == "RuntimeError: decoding in validation failed on other ranks: {1: 'OSError: disk gone'}"
     assert second == "OSError: disk gone"
 

@@ -95,10 +95,10 @@ def with_nan(root, strategy, on_divergence):
 
 def test_a_nan_on_one_rank_stops_both_naming_it_or_is_skipped_by_both(tmp_path):
     make_data(tmp_path).prepare_data()
-    first, second = run_ranks(with_nan, tmp_path, "fsdp2", "stop", limit_seconds=60)
+    first, second = run_ranks(with_nan, tmp_path, "fsdp2", "stop")
     assert first == second
     assert "at step 2 with exits [4] on, rank 1 micro-batch 0;" in first["message"]
-    first, second = run_ranks(with_nan, tmp_path, "fsdp2", "skip", limit_seconds=60)
+    first, second = run_ranks(with_nan, tmp_path, "fsdp2", "skip")
     assert first["steps"] == second["steps"] == STEPS
     assert same_weights(first, second)
     assert first["metrics"]["train/skipped_steps"] == second["metrics"]["train/skipped_steps"] == 1
@@ -112,7 +112,7 @@ def with_damage(root, strategy):
 def test_a_gradient_that_is_damaged_on_one_rank_stops_both_naming_it(tmp_path, strategy):
     """Under DDP nothing is exchanged any more then: the other replica's gradient is fine."""
     make_data(tmp_path).prepare_data()
-    first, second = run_ranks(with_damage, tmp_path, strategy, limit_seconds=60)
+    first, second = run_ranks(with_damage, tmp_path, strategy)
     assert first["message"].split(" at step 2 ")[1] == second["message"].split(" at step 2 ")[1]
     assert "in model.model.embed_tokens.weight on rank 1;" in first["message"]
 
@@ -126,7 +126,7 @@ def with_fused_sgd(root):
 
 def test_an_optimizer_that_cannot_take_shards_is_told_from_a_bug(tmp_path):
     make_data(tmp_path).prepare_data()
-    for of_rank in run_ranks(with_fused_sgd, tmp_path, limit_seconds=60):
+    for of_rank in run_ranks(with_fused_sgd, tmp_path):
         assert of_rank["message"].startswith("aten._fused_sgd_.default does not work on sharded weights")
         assert "--model.optimizer.init_args.fused false" in of_rank["message"]
 
@@ -148,7 +148,7 @@ def test_a_slow_rank_is_waited_for_and_changes_nothing(tmp_path):
 
 def test_a_rank_that_is_waited_for_too_long_ends_the_run_with_what_to_do(tmp_path):
     make_data(tmp_path).prepare_data()
-    first, _ = run_ranks(with_slow_rank, tmp_path, "ddp", 1, True, limit_seconds=60)
+    first, _ = run_ranks(with_slow_rank, tmp_path, "ddp", 1, True)
     assert "rank 0 waited for another rank" in first["message"]
     assert "timeout" in first["message"]
 
@@ -165,7 +165,7 @@ def with_few_documents(root, strategy, documents, data, limit_val_batches=1.0):
 def test_fewer_held_out_rows_than_ranks_are_refused_on_both_ranks(tmp_path):
     write_corpus(tmp_path / "corpus_of_12")
     data = {"validation_rows": 1}
-    for said in run_ranks(with_few_documents, tmp_path, "ddp", 12, data, limit_seconds=60):
+    for said in run_ranks(with_few_documents, tmp_path, "ddp", 12, data):
         assert "held-out rows (1) are fewer than devices (2); raise validation_rows" in said["message"]
 
 
@@ -173,6 +173,6 @@ def test_a_corpus_of_fewer_documents_than_ranks_feeds_both(tmp_path):
     """Its one document is in one rank's part of the stream alone."""
     write_corpus(tmp_path / "corpus_of_1", files=1)
     data = {"validation_share": 0.01}
-    first, second = run_ranks(with_few_documents, tmp_path, "ddp", 1, data, 0, limit_seconds=60)
+    first, second = run_ranks(with_few_documents, tmp_path, "ddp", 1, data, 0)
     assert first["steps"] == second["steps"] == STEPS, (first, second)
     assert same_weights(first, second)

@@ -224,5 +224,5 @@ def end_at_once(later):
 def test_a_second_signal_ends_at_once_unless_it_is_the_first_passed_on(later, status):
     child = mp.get_context("fork").Process(target=end_at_once, args=(later,))
     child.start()
-    child.join(timeout=20)
+    child.join(timeout=120)
     assert child.exitcode == status

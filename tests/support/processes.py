@@ -27,7 +27,7 @@ def _child(
     results.put((rank, function(*args)))
 
 
-def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, limit_seconds: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, limit_seconds: float = 240) -> list[Any]:
     """`function(*args)` in each of `world_size` processes that Lightning takes for ranks; results by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -74,6 +74,6 @@ def test_what_is_no_file_is_written_into(tmp_path: Path) -> None:
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
     reader.start()
     write_whole(pipe, "new")
-    reader.join(timeout=20)
+    reader.join(timeout=120)
     assert read == ["new"]
     assert pipe.is_fifo()

@@ -68,7 +68,7 @@ def test_killed_at_any_moment_of_the_replacement_the_old_or_the_new_one_stands(t
         settings = {"directory": directory, "keep_previous": keep_previous, "kill_at": kill_at}
         child = mp.get_context("fork").Process(target=replace, args=(path,), kwargs=settings)
         child.start()
-        child.join(timeout=20)
+        child.join(timeout=120)
         found = read(find_checkpoint(path))
         assert found in ("old", "new")
         seen += [found, "all"] if child.exitcode == 0 else [found]
@@ -124,7 +124,7 @@ def test_killed_within_a_single_file_the_one_before_stands(tmp_path):
     AtomicCheckpointIO().save_checkpoint(content(torch.ones(1000)), path)
     child = mp.get_context("fork").Process(target=die_within_the_file, args=(path,))
     child.start()
-    child.join(timeout=20)
+    child.join(timeout=120)
     assert child.exitcode == -signal.SIGKILL
     assert partial_path(path).stat().st_size > 1000
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["w"], torch.ones(1000))

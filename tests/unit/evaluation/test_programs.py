@@ -2,7 +2,7 @@
 
 import errno
 import os
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +11,19 @@ from app.errors import ConfigError
 from app.evaluation import programs
 from app.evaluation.programs import ProgramLimits, ProgramRunner
 
-SHORT = ProgramLimits(wall_seconds=1.0, cpu_seconds=5, memory_mib=256, folder_mib=8, processes=8, output_bytes=1000)
+SMALL = ProgramLimits(memory_mib=256, folder_mib=8, processes=8)
+SHORT = replace(SMALL, wall_seconds=1.0, output_bytes=1000)  # for programs without an end: others may need longer
 
 
 @pytest.fixture(scope="module")
 def runner() -> ProgramRunner:
-    return ProgramRunner(ProgramLimits(memory_mib=256, folder_mib=8, processes=8))
+    return ProgramRunner(SMALL)
 
 
-@pytest.fixture(scope="module")
-def hasty(runner: ProgramRunner) -> ProgramRunner:
-    return ProgramRunner(SHORT)
+@pytest.fixture
+def hasty(runner: ProgramRunner, monkeypatch: pytest.MonkeyPatch) -> ProgramRunner:
+    monkeypatch.setattr(runner, "limits", SHORT)
+    return runner
 
 
 def _isolated(runner: ProgramRunner) -> ProgramRunner:
@@ -72,19 +74,20 @@ def test_a_program_that_ends_before_its_end_has_failed(runner: ProgramRunner, pr
     ids=["endless loop", "sleep", "giant output"],
 )
 def test_what_does_not_end_is_ended(hasty: ProgramRunner, program: str) -> None:
-    started = time.monotonic()
     result = hasty.run(program)
     assert result.outcome == "timed out"
     assert len(result.output) <= SHORT.output_bytes
-    assert time.monotonic() - started < 20
 
 
 def test_a_fork_bomb_is_defused(hasty: ProgramRunner) -> None:
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     # The kernel holds every user but root to the number of processes; root's are ended when there are too many.
     assert _isolated(hasty).run(bomb).outcome in {"failed", "timed out"}
+
+
+def test_more_processes_than_allowed_are_refused(runner: ProgramRunner) -> None:
     many = "import os, time\nfor _ in range(100):\n    if os.fork() == 0:\n        time.sleep(60)"
-    assert hasty.run(many).outcome == "failed"
+    assert _isolated(runner).run(many).outcome == "failed"
 
 
 def test_an_endless_loop_is_ended_by_its_time_on_the_cpu() -> None:
@@ -139,11 +142,12 @@ def test_without_namespaces_a_warning_says_what_is_open(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(programs, "_NAMESPACES", ("no-such-command",))
-    runner = ProgramRunner(SHORT)
+    runner = ProgramRunner(SMALL)
     assert not runner.is_isolated
     assert "without namespaces" in caplog.text
     assert "no-such-command" in caplog.text
     assert runner.run("assert True").outcome == "passed"
+    runner.limits = SHORT
     assert runner.run("while True:\n    print('x' * 10_000)").outcome == "timed out"
 
 
@@ -153,13 +157,13 @@ def test_root_of_a_container_that_has_no_user_nobody_runs_programs_as_itself(mon
 
     monkeypatch.setattr(programs.os, "geteuid", lambda: 0)
     monkeypatch.setattr(programs.os, "chown", refused)
-    assert ProgramRunner(SHORT).run("assert True").outcome == "passed"
+    assert ProgramRunner(SMALL).run("assert True").outcome == "passed"
 
 
 def test_a_machine_that_runs_no_program_is_an_error_and_no_failed_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs.sys, "executable", "/no/such/python")
     with pytest.raises(ConfigError, match=r"allow_running_programs: got .*No such file"):
-        ProgramRunner(SHORT)
+        ProgramRunner(SMALL)
 
 
 def _read(path: Path) -> str:

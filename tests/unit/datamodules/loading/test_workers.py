@@ -53,7 +53,7 @@ def test_its_parent_ends_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, _ = next(rows)
     [process] = rows._workers  # type: ignore[attr-defined]
     os.kill(worker, signal.SIGTERM)
-    process.join(timeout=20)
+    process.join(timeout=120)
     assert process.exitcode == 0
 
 

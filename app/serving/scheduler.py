@@ -106,7 +106,8 @@ class Scheduler:
                 raise ClosingError
             if len(self._queue) + len(jobs) > self.max_waiting:
                 self.counts.jobs["refused"] += len(jobs)
-                raise BusyError(math.ceil(self._batch_seconds * (1 + len(self._queue) // self._batch_size)))
+                batches = math.ceil(len(jobs) / self._batch_size)  # that will make room for as many
+                raise BusyError(math.ceil(self._batch_seconds * batches))
             self._queue.extend(jobs)
             self._changed.notify_all()
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]  # the c
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 DRAFTS = {"strategy": "self_speculative", "exit_layer": 2, "num_draft_tokens": 3, "fall_back": False}
-KEY, WAITING, MOST, CONTEXT, BODY = "a secret", 40, 200, 512, 20_000
+KEY, WAITING, MOST, CONTEXT, BODY = "a secret", 40, 80, 512, 20_000
 PROMPTS = [f"{word} {number}" for number in range(10) for word in ("the end of", "x =", "def", "Grüße aus", "café")]
 
 
@@ -113,11 +113,12 @@ def test_both_endpoints_answer_as_generate_does_streamed_or_not(client, alone):
 MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
 
 
+@pytest.mark.timeout(900)
 def test_of_fifty_clients_some_of_whom_leave_each_gets_its_own_text_and_memory_stays_flat(server, client, alone):
-    expected = {prompt: alone(prompt, max_new_tokens=40).text for prompt in PROMPTS}
+    expected = {prompt: alone(prompt, max_new_tokens=24).text for prompt in PROMPTS}
 
     def ask(number):
-        asked = {"model": "tiny", "prompt": PROMPTS[number], "max_tokens": 40, "temperature": 0}
+        asked = {"model": "tiny", "prompt": PROMPTS[number], "max_tokens": 24, "temperature": 0}
         if number % 3:
             return client.completions.create(**asked).choices[0].text
         with client.completions.create(stream=True, **asked | {"max_tokens": MOST}) as stream:
@@ -135,7 +136,7 @@ def test_of_fifty_clients_some_of_whom_leave_each_gets_its_own_text_and_memory_s
             elif number % 6 == 0:
                 assert expected[PROMPTS[number]].startswith(text)
             else:
-                assert text.startswith(expected[PROMPTS[number]])
+                assert text.startswith(expected[PROMPTS[number]].rstrip("\N{REPLACEMENT CHARACTER}"))
         memory.append(figures(server)["process_resident_memory_bytes"])
     assert memory[2] - memory[1] < 20e6
     while (after := figures(server))["layerskip_waiting"] + after["layerskip_running"]:
@@ -204,6 +205,20 @@ def test_more_than_can_wait_is_refused_until_there_is_room(server):
         with pytest.raises(openai.RateLimitError) as refused:
             bare.completions.create(**asked)
         assert int(refused.value.response.headers["retry-after"]) >= 1
+
+
+def test_a_client_that_leaves_before_its_whole_answer_takes_its_prompt_along(server):
+    def cancelled():
+        return figures(server).get('layerskip_prompts_total{outcome="cancelled"}', 0)
+
+    before, body = cancelled(), json.dumps({"prompt": "x", "max_tokens": MOST})
+    for _ in range(6):  # some run, others wait
+        connection = HTTPConnection("127.0.0.1", server[1], timeout=60)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        connection.request("POST", "/v1/completions", body, headers)
+        connection.close()
+    while cancelled() < before + 6:
+        time.sleep(0.1)
 
 
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(server, directory, monkeypatch, capsys):

@@ -23,6 +23,14 @@ from app.errors import CheckpointError
 
 METADATA_FILE = ".metadata"  # torch writes it after all shards
 
+
+def _memory_format(kind: Any, name: str) -> Any:
+    """Stands for getattr, by which the first releases of Python 3.11, such as Debian's, pickle a member of an Enum."""
+    if kind is not _ALLOWED_NAMES[metadata.__name__, "_MEM_FORMAT_ENCODING"]:
+        raise pickle.UnpicklingError("builtins.getattr does not describe weights")
+    return kind[name]
+
+
 _ALLOWED_NAMES: dict[tuple[str, str], Any] = {  # what the pickle may name; dtypes are allowed beside them
     **{
         (metadata.__name__, name): getattr(metadata, name)
@@ -38,6 +46,7 @@ _ALLOWED_NAMES: dict[tuple[str, str], Any] = {  # what the pickle may name; dtyp
         )
     },
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    ("builtins", "getattr"): _memory_format,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     # The path that the checkpoint was written to, on whatever system; it is never opened.

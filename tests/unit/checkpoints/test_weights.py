@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -237,6 +238,30 @@ def test_names_outside_the_table_are_refused(tmp_path: Path, reference: str) -> 
         (tmp_path / ".metadata").write_bytes(pickled)
         with pytest.raises(CheckpointError, match="does not describe weights"):
             read_metadata(tmp_path / ".metadata")
+
+
+class _ByName:
+    """Pickled as an attribute of `owner`, as the first releases of Python 3.11 pickle members of an Enum."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self._attribute = (owner, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self._attribute
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        (_ByName(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT"), "not the metadata of a distributed checkpoint"),
+        (_ByName(_MEM_FORMAT_ENCODING, "__class__"), "holds more than descriptions of weights"),
+        (_ByName(torch.Size, "__class__"), "getattr does not describe weights"),
+    ],
+)
+def test_of_attributes_a_memory_format_alone_is_read(tmp_path: Path, attribute: _ByName, message: str) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(attribute))
+    with pytest.raises(CheckpointError, match=message):
+        read_metadata(tmp_path / ".metadata")
 
 
 def _frames(reference: str) -> bytes:

@@ -157,7 +157,8 @@ def _check_static(strategy: Strategy, settings: DecodingSettings) -> None:
         "a processor of scores": settings.sampling.processor is not None,
     }
     if found := [name for name, is_given in refused.items() if is_given]:
-        raise ConfigError("engine", got="static", allowed=f"dynamic with {' and '.join(found)}")
+        fix = "n_gram_match 0 drafts without n-grams" if "n_gram_match" in found else ""
+        raise ConfigError("engine", got="static", allowed=f"dynamic with {' and '.join(found)}", fix=fix)
 
 
 def check_request(

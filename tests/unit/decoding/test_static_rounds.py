@@ -166,7 +166,7 @@ def test_a_cuda_device_replays_what_the_second_call_recorded(monkeypatch: pytest
     ("strategy", "settings", "named"),
     [
         ("layer_skip", {"skipped_layers": (1,)}, "strategy layer_skip"),
-        ("self_speculative", {"n_gram_match": 2}, "n_gram_match"),
+        ("self_speculative", {"n_gram_match": 2}, "n_gram_match; n_gram_match 0 drafts without"),
         ("self_speculative", {"sampling": SamplingSettings(processor=lambda _, scores: scores)}, "a processor"),
     ],
 )

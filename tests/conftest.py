@@ -17,13 +17,18 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    torch.set_num_threads(1)  # tiny products gain nothing from threads, which wait for one another on a busy machine
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills it (torch.utils.deterministic)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads, and on a busy machine the threads wait for one another."""
-    num_threads = torch.get_num_threads()
+def one_thread() -> None:
+    """Whatever an earlier test chose."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_ranks_are_left() -> Iterator[None]:
+    """What follows a test that leaves its process group behind would run as a rank of it, and wait for the others."""
     yield
-    torch.set_num_threads(num_threads)
+    assert not torch.distributed.is_initialized()

@@ -70,6 +70,8 @@ def steps(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer.fit(module, train_dataloaders=DataLoader(data, batch_size=rows), val_dataloaders=DataLoader(data[:1]))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # FSDP2's, which would make ranks of all that follows
         seconds = (clock.ended[-1] - clock.ended[_WARM_STEPS - 1]) / (num_steps - _WARM_STEPS)
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         yield {

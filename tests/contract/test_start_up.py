@@ -52,6 +52,7 @@ MISTAKES = [
     (["generate", "--model", "absent.gguf", "--prompt", "x"], "model: got 'absent.gguf', allowed a Hugging Face"),
     (["tune", "--prompts", "absent.jsonl"], "prompts: absent.jsonl cannot be read: No such file"),
     (["generate", "--prompt", "x"], "model: required, but not given"),
+    (["generate", "--config", "FOLDER/list.yaml"], "config: got '- 1', allowed YAML of the form 'option: value'"),
     (["fitt"], "verb: got 'fitt', allowed fit | "),
     (["fit", "--help"], FIT_HELP),
     (["--help"], "generate"),
@@ -101,7 +102,9 @@ def test_help_completion_and_mistakes_that_show_at_once_are_answered_without_tor
     help_texts.keep_help("generate", GENERATE_HELP)
     (tmp_path / "run").mkdir()
     completed = json.loads(json.dumps(COMPLETED).replace("FOLDER", str(tmp_path)))
-    asked = json.dumps(([command for command, _ in MISTAKES], [*completed], str(tmp_path / "answer")))
+    (tmp_path / "list.yaml").write_text("- 1")
+    commands = json.loads(json.dumps([command for command, _ in MISTAKES]).replace("FOLDER", str(tmp_path)))
+    asked = json.dumps((commands, [*completed], str(tmp_path / "answer")))
     done = subprocess.run([sys.executable, "-c", SCRIPT, asked], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said, offered = json.loads(done.stdout)

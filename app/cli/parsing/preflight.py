@@ -95,18 +95,21 @@ def _paths(value: str) -> list[str]:
     raise ConfigError("config", got=value, allowed=f"fewer than {_MOST_VALUES:,} values", fix=fix)
 
 
-def _read_config(value: str) -> Any:
+def _read_config(value: str) -> Mapping[str, Any]:
     load = get_loader("yaml")
     try:
         try:
-            return load(Path(value).read_text("utf-8"))
+            text = Path(value).read_text("utf-8")
         except OSError as error:
             if isinstance(inline := load(value), Mapping):
                 return inline
             allowed = f"a YAML file ({(error.strerror or 'not a path').lower()})"
             raise ConfigError("config", got=value, allowed=allowed) from error
+        if isinstance(content := load(text), Mapping):
+            return content
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(one_line(f"Problems parsing config: {error}")) from error
+    raise UserError(one_line(f"Unexpected config: {text}"))
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

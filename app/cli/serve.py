@@ -4,15 +4,15 @@ import importlib.util
 import logging
 import os
 import socket
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from app.cli.parsing.verb_parser import call_verb
-from app.decoding.settings import DraftPolicyName
-from app.decoding.strategies import Strategy
 from app.errors import ConfigError, check_range
 from app.generation.loaded_model import Device, Dtype, load_decoder
-from app.generation.options import GenerationOptions
+from app.generation.options import DraftOptions, GenerationOptions
 from app.generation.request import Request, chosen_settings
 
 _log = logging.getLogger(__name__)
@@ -35,15 +35,7 @@ def serve(
     device: Device = "auto",
     threads: int | None = None,
     draft_vocabulary: str | None = None,
-    strategy: Strategy | None = None,
-    exit_layer: int | None = None,
-    num_draft_tokens: int | None = None,
-    draft_model: str | None = None,
-    skipped_layers: list[int] | None = None,
-    draft_policy: DraftPolicyName = "fixed",
-    n_gram_match: int | None = None,
-    n_gram_max_drafts: int | None = None,
-    fall_back: bool = True,
+    **options: Any,
 ) -> None:
     """Serve a model over HTTP, in the form of OpenAI's API, for development and small deployments.
 
@@ -65,16 +57,7 @@ def serve(
         threads: Number of CPU threads; by default torch's own choice.
         draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
             for the whole vocabulary. By default, draft_vocabulary.json beside the model.
-        strategy: How to decode. By default, what layerskip tune stored with the model, else self_speculative.
-        exit_layer: Number of blocks that early_exit runs and that self_speculative drafts with. By default, what
-            layerskip tune stored, else a quarter of the blocks.
-        num_draft_tokens: Largest number of tokens drafted in a round. By default, what layerskip tune stored, else 3.
-        draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
-        skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
-        draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), or none (off).
-        n_gram_match: Draft what followed the latest tokens where at least so many of them occurred before; 0 is off.
-        n_gram_max_drafts: Largest number of tokens of such a draft. By default, what layerskip tune stored, or 8.
-        fall_back: Stop drafting for the rest of a text when drafting slows it down.
+        options: See DraftOptions.
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         got = f"no package {missing[0]}"
@@ -84,17 +67,7 @@ def serve(
     from app.serving.scheduler import Scheduler
     from app.serving.server import run_server
 
-    options = GenerationOptions(
-        strategy=strategy,
-        exit_layer=exit_layer,
-        num_draft_tokens=num_draft_tokens,
-        draft_model=draft_model,
-        skipped_layers=skipped_layers,
-        draft_policy=draft_policy,
-        n_gram_match=n_gram_match,
-        n_gram_max_drafts=n_gram_max_drafts,
-        fall_back=fall_back,
-    )
+    drafting = DraftOptions(**options)
     limits = {"batch_size": batch_size, "max_waiting": max_waiting}
     limits |= {"max_new_tokens": max_new_tokens, "max_body_bytes": max_body_bytes}
     for name, limit in limits.items():
@@ -103,7 +76,7 @@ def serve(
     with _bind(host, port) as bound:
         loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
         # Costs that were tuned at batch size 1 say when a sampled text stops drafting, which its neighbours must not.
-        chosen, settings = chosen_settings(loaded, options, batch_size=1)
+        chosen, settings = chosen_settings(loaded, GenerationOptions(**asdict(drafting)), batch_size=1)
         label = Request(loaded=loaded, texts=(), tokens=(), strategy=chosen, settings=settings, seed=0).label
         name = served_name or Path(model).name
         offer = Offer(

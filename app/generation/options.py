@@ -11,11 +11,10 @@ from app.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """How prompts are continued.
+class DraftOptions:
+    """How tokens are drafted, whatever is asked for.
 
     Args:
-        chat: Put the prompt into the tokenizer's chat template, as the user's message.
         strategy: How to decode. By default, what layerskip tune stored with the model, else self_speculative.
         exit_layer: Number of blocks that early_exit runs and that self_speculative drafts with. By default, what
             layerskip tune stored, else a quarter of the blocks.
@@ -28,6 +27,25 @@ class GenerationOptions:
             stored, else off, or 3 with strategy n_gram.
         n_gram_max_drafts: Largest number of tokens of such a draft. By default, what layerskip tune stored, or 8.
         fall_back: Stop drafting for the rest of a text when drafting slows it down.
+    """
+
+    strategy: Strategy | None = None
+    exit_layer: int | None = None
+    num_draft_tokens: int | None = None
+    draft_model: str | None = None
+    skipped_layers: list[int] | None = None
+    draft_policy: DraftPolicyName = "fixed"
+    n_gram_match: int | None = None
+    n_gram_max_drafts: int | None = None
+    fall_back: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(DraftOptions):
+    """How prompts are continued; first of all, how tokens are drafted for them (DraftOptions).
+
+    Args:
+        chat: Put the prompt into the tokenizer's chat template, as the user's message.
         engine: Look at every draft before the next one (dynamic), or run a round as one fixed sequence of kernels, a
             graph on a CUDA device (static). static has neither n-grams nor a repetition penalty.
         max_new_tokens: Largest number of new tokens for each prompt.
@@ -44,15 +62,6 @@ class GenerationOptions:
     """
 
     chat: bool = False
-    strategy: Strategy | None = None
-    exit_layer: int | None = None
-    num_draft_tokens: int | None = None
-    draft_model: str | None = None
-    skipped_layers: list[int] | None = None
-    draft_policy: DraftPolicyName = "fixed"
-    n_gram_match: int | None = None
-    n_gram_max_drafts: int | None = None
-    fall_back: bool = True
     engine: Engine = "dynamic"
     max_new_tokens: int = 128
     stop: list[str] | None = None

@@ -1,7 +1,4 @@
-"""The data-parallel ranks: those that read rows of their own. Tensor-parallel ranks share their rows.
-
-Tested by tests/distributed/test_meshes.py and tests/unit/training/test_token_mean.py.
-"""
+"""The data-parallel ranks, which read rows of their own. Tested by tests/unit/training/test_token_mean.py."""
 
 from typing import Any, NamedTuple
 

@@ -1,7 +1,4 @@
-"""Errors that a user can mend, with messages of one form: field, got, allowed, fix.
-
-Tested by tests/contract/test_command_line.py and tests/unit/cli/test_messages.py.
-"""
+"""Errors that a user can mend, in one form: field, got, allowed, fix. Tested by tests/contract/test_command_line.py."""
 
 import os
 import textwrap

@@ -1,7 +1,4 @@
-"""The text that git keeps instead of a large file until `git lfs pull` fetches it.
-
-Tested by tests/unit/datamodules/readers/test_whole_files.py and tests/unit/model_files/test_open.py.
-"""
+"""The text that git-lfs keeps instead of a large file. Tested by tests/unit/model_files/test_open.py."""
 
 from pathlib import Path
 

@@ -1,7 +1,4 @@
-"""What callbacks that decode in validation share: when they measure, with which weights, and on which ranks.
-
-Tested by tests/unit/callbacks/test_self_speculative_validation.py and tests/distributed/test_validation_decoding.py.
-"""
+"""What callbacks that decode in validation share. Tested by tests/distributed/test_validation_decoding.py."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

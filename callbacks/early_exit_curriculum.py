@@ -1,7 +1,4 @@
-"""Carry the exits that are on and their weights (arXiv 2404.16710 section 4.1.2) from the step to the module.
-
-Tested by tests/unit/callbacks/test_curricula.py.
-"""
+"""Set exits and weights by the step (arXiv 2404.16710 section 4.1.2). Tested by test_curricula.py."""
 
 from collections.abc import Sequence
 from typing import get_args

@@ -1,7 +1,4 @@
-"""Log how good every exit is at every validation, as scalars and one figure.
-
-Tested by tests/integration/test_monitors.py.
-"""
+"""Log how good every exit is at every validation. Tested by tests/integration/test_monitors.py."""
 
 from collections.abc import Sequence
 from typing import Any

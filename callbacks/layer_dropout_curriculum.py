@@ -1,7 +1,4 @@
-"""Carry p(l, t) of layer dropout (arXiv 2404.16710 section 4.1.1) from the optimizer step to the module.
-
-Tested by tests/unit/callbacks/test_curricula.py.
-"""
+"""Set p(l, t) by the step (arXiv 2404.16710 section 4.1.1). Tested by test_curricula.py."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 

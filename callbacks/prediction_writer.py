@@ -1,7 +1,4 @@
-"""Write what `layerskip predict` finds: one JSON line for each row, with its mean loss at every exit.
-
-Tested by tests/integration/test_monitors.py.
-"""
+"""Write each row's loss at every exit, for `layerskip predict`. Tested by tests/integration/test_monitors.py."""
 
 import json
 import logging

@@ -1,7 +1,4 @@
-"""End a run that is told to stop: finish its step, save, say how to go on, and queue it again under SLURM.
-
-Tested by tests/integration/test_preemption.py.
-"""
+"""End a run that is told to stop, so that it can go on. Tested by tests/integration/test_preemption.py."""
 
 import logging
 import os

@@ -1,7 +1,4 @@
-"""Choose what the loggers of a run show, and let runs be compared by their settings.
-
-Tested by tests/integration/test_run_logs.py.
-"""
+"""Choose what the loggers show, and tell them the settings. Tested by tests/integration/test_run_logs.py."""
 
 import re
 from collections.abc import Collection

@@ -1,7 +1,4 @@
-"""Score every exit on tasks, such as multiple choice and perplexity, in validation and test.
-
-Tested by tests/unit/callbacks/test_task_evaluation.py.
-"""
+"""Score every exit on tasks, such as multiple choice and perplexity, in validation and test."""
 
 import hashlib
 import json

@@ -1,7 +1,4 @@
-"""What TensorBoard is told beside scalars: charts with several lines, settings to compare runs by, figures, texts.
-
-Tested by tests/integration/test_run_logs.py.
-"""
+"""Charts, settings, figures and texts for TensorBoard. Tested by tests/integration/test_run_logs.py."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Log tokens a second, model FLOPs utilisation, block computations saved by layer dropout, and peak memory.
-
-Tested by tests/integration/test_monitors.py.
-"""
+"""Log speed, FLOPs utilisation, blocks saved and memory. Tested by tests/integration/test_monitors.py."""
 
 import time
 from dataclasses import dataclass

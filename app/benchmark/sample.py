@@ -1,7 +1,4 @@
-"""Show what self-speculative decoding wrote: which tokens were drafted, and what the full model made of them.
-
-Tested by tests/unit/benchmark/test_sample.py.
-"""
+"""Show what self-speculative decoding wrote: which tokens were drafted, and what the full model made of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple

@@ -1,7 +1,4 @@
-"""Lightning's plugin for checkpoints: single files are written whole or not at all, and all that is read is verified.
-
-Tested by tests/unit/checkpoints/test_atomic.py and tests/distributed/test_checkpoints.py.
-"""
+"""Lightning's plugin for checkpoints: whole or absent when written, verified when read. Tested by test_atomic.py."""
 
 import logging
 import os

@@ -1,7 +1,4 @@
-"""Compares single entries of a checkpoint with what they must be, and refuses by name those that do not fit.
-
-Tested by tests/integration/test_edited_checkpoints.py.
-"""
+"""Compares entries of a checkpoint with what they must be. Tested by tests/integration/test_edited_checkpoints.py."""
 
 import math
 import textwrap

@@ -1,7 +1,4 @@
-"""Which settings a resumed run may change, and what follows from those that it changes.
-
-Tested by tests/contract/test_resume.py and tests/unit/checkpoints/test_may_resume.py.
-"""
+"""Which settings a resumed run may change, and what follows. Tested by tests/contract/test_resume.py."""
 
 import logging
 import textwrap

@@ -1,7 +1,4 @@
-"""What a checkpoint tells about the run that wrote it, for model cards and plots.
-
-Tested by tests/unit/export/test_model_card.py and tests/contract/test_export.py.
-"""
+"""What a checkpoint tells about its run, for model cards and plots. Tested by tests/unit/export/test_model_card.py."""
 
 import re
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""The strategy that writes and reads checkpoint directories of shards, if wanted while training goes on.
-
-Tested by tests/distributed/test_checkpoints.py.
-"""
+"""Writes and reads checkpoint directories of shards. Tested by tests/distributed/test_checkpoints.py."""
 
 import io
 import logging

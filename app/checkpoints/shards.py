@@ -1,7 +1,4 @@
-"""Tensors in a directory of torch.distributed.checkpoint, read one by one; nothing in its pickle is run.
-
-Tested by tests/unit/checkpoints/test_weights.py and tests/integration/test_malicious_files.py.
-"""
+"""Tensors in a directory of shards, whose pickle runs nothing. Tested by tests/integration/test_malicious_files.py."""
 
 import math
 import pickle

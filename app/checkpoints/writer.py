@@ -1,7 +1,4 @@
-"""torch's writer of distributed checkpoints, made to leave a complete directory or none, with checksums.
-
-Tested by tests/distributed/test_checkpoints.py.
-"""
+"""Lets torch's writer of shards leave all or nothing. Tested by tests/distributed/test_checkpoints.py."""
 
 import io
 import os

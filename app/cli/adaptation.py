@@ -1,7 +1,4 @@
-"""The steps of `layerskip adapt`: each is a verb in a process of its own, and runs once.
-
-Tested by tests/contract/test_adapt.py.
-"""
+"""The steps of `layerskip adapt`, each a verb in a process of its own. Tested by tests/contract/test_adapt.py."""
 
 import csv
 import json

@@ -1,7 +1,4 @@
-"""Verbs that take the options of `layerskip fit` and some of their own, and stop where training would begin.
-
-Tested by tests/contract/test_data.py and test_plan.py.
-"""
+"""Verbs that take the options of `fit` and end before training. Tested by tests/contract/test_data.py, test_plan.py."""
 
 import sys
 from collections.abc import Callable, Sequence

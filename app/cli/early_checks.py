@@ -1,7 +1,4 @@
-"""Refuses a config for what can be told before a run writes anything: Lightning opens the log files first.
-
-Tested by tests/contract/test_command_line.py.
-"""
+"""Refuses a config before Lightning opens the log files. Tested by tests/contract/test_command_line.py."""
 
 import os
 from contextlib import suppress

@@ -1,7 +1,4 @@
-"""What transformers says of a config is held back while a verb may still refuse it: a refusal is one message.
-
-Tested by tests/contract/test_command_line.py.
-"""
+"""Holds transformers' warnings while a verb may be refused. Tested by tests/contract/test_command_line.py."""
 
 import logging
 from collections.abc import Iterator

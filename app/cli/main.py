@@ -1,7 +1,4 @@
-"""The verbs of `layerskip`. An error that the user can mend is one message on stderr and exit status 2.
-
-Tested by tests/contract/test_command_line.py and test_start_up.py.
-"""
+"""The verbs of `layerskip`, their errors and exit statuses. Tested by tests/contract/test_command_line.py."""
 
 import atexit
 import importlib

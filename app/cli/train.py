@@ -1,7 +1,4 @@
-"""`layerskip fit | validate | test | predict`: LightningCLI over module, datamodule, curricula and callbacks.
-
-Tested by tests/contract/test_command_line.py and test_resume.py.
-"""
+"""`layerskip fit | validate | test | predict`, by LightningCLI. Tested by tests/contract/test_command_line.py."""
 
 import logging
 import sys

@@ -1,7 +1,4 @@
-"""Runs a text through all blocks once and shows the states at every exit.
-
-Tested by tests/unit/lens/test_token_grid.py and tests/unit/tuning/test_layer_agreement.py.
-"""
+"""Runs a text through all blocks once, for the states at every exit. Tested by tests/unit/lens/test_token_grid.py."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -1,7 +1,4 @@
-"""Checks from a configuration alone that its model can be built and run, and that its head only multiplies.
-
-Tested by tests/contract/test_command_line.py, and the table of heads by tests/unit/spans/test_architectures.py.
-"""
+"""Checks from a configuration that its model can be built and run. Tested by tests/contract/test_command_line.py."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,4 @@
-"""Which model an exported exit is the first blocks of: a file beside it, compared where both are used together.
-
-Tested by tests/contract/test_export.py.
-"""
+"""The file beside an exported exit that tells whose blocks it is. Tested by tests/contract/test_export.py."""
 
 import json
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""How a stored model generates: `generation_config.json` read, checked and made fit to be saved.
-
-Tested by tests/unit/model_files/test_open.py and tests/unit/export/test_directory.py.
-"""
+"""Reads, checks and saves `generation_config.json`. Tested by tests/unit/model_files/test_open.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Obeys what a GGUF file states and transformers passes over, or refuses it by name.
-
-Tested by tests/unit/model_files/test_gguf.py.
-"""
+"""Obeys what a GGUF file states and transformers passes over, or refuses it. Tested by test_gguf.py."""
 
 from __future__ import annotations
 

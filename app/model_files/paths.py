@@ -1,7 +1,4 @@
-"""Checks paths of models by their looks, so that a mistyped one is refused before torch and transformers are loaded.
-
-Tested by tests/unit/model_files/test_open.py.
-"""
+"""Refuses paths that cannot be models before torch is loaded. Tested by tests/unit/model_files/test_open.py."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""What a report is made of. The templates say how each kind of block looks.
-
-Tested by tests/unit/reports/test_report.py.
-"""
+"""What a report is made of; the templates say how it looks. Tested by tests/unit/reports/test_report.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

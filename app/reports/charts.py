@@ -1,7 +1,6 @@
 """Line charts as SVG, whose colors the page sets, so that they follow light and dark mode.
 
 matplotlib chooses the ticks. Its own SVG has fixed colors, and glyphs as paths, which no screen reader can read.
-Tested by tests/unit/reports/test_charts.py.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""How fast drafts make decoding: in validation, in benchmarks, and as `tune` found it.
-
-Tested by tests/unit/reports/test_report.py.
-"""
+"""How fast decoding is: in validation, benchmarks and `tune`. Tested by tests/unit/reports/test_report.py."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields

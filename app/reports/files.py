@@ -1,7 +1,4 @@
-"""What sections that show files of figures have in common: who has a file, and what to say where there is none.
-
-Tested by tests/unit/reports/test_report.py.
-"""
+"""What sections of a report that show files have in common. Tested by tests/unit/reports/test_report.py."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,7 +1,4 @@
-"""Files of figures that the other verbs write. What a file is shows in what it holds, not in its name.
-
-Tested by tests/unit/reports/test_measurements.py.
-"""
+"""Files of figures that the other verbs write. What a file is shows in what it holds, not in its name."""
 
 import json
 import shlex

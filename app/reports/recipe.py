@@ -1,7 +1,4 @@
-"""How the runs were made: what matters most, where they differ, and their whole configs.
-
-Tested by tests/unit/reports/test_report.py.
-"""
+"""How the runs were made, where they differ, and their configs. Tested by tests/unit/reports/test_report.py."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,4 @@
-"""A report as one HTML page, or as Markdown with its pictures beside it.
-
-Tested by tests/unit/reports/test_report.py and tests/unit/reports/test_page.py.
-"""
+"""A report as one HTML page, or as Markdown with pictures. Tested by tests/unit/reports/test_page.py."""
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup

@@ -1,7 +1,4 @@
-"""A report: its sections, from runs and from files of figures.
-
-Tested by tests/unit/reports/test_report.py.
-"""
+"""A report: its sections, from runs and from files of figures. Tested by tests/unit/reports/test_report.py."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,4 @@
-"""A run, read from its folder: config, logs, checkpoint, and what was measured of its model.
-
-Tested by tests/unit/reports/test_run_folder.py.
-"""
+"""A run, read from its folder: config, logs, checkpoint, and what was measured of its model."""
 
 import os
 import shlex

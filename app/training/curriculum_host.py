@@ -1,7 +1,4 @@
-"""What callbacks may set in a module that trains, and ask of it: the hosts of app.protocols, but for decoding.
-
-Tested also by tests/unit/callbacks/test_curricula.py and tests/distributed/test_agreement.py.
-"""
+"""What callbacks may set in a module that trains, and ask of it. Tested by test_curricula.py, test_agreement.py."""
 
 import inspect
 import math

@@ -1,7 +1,4 @@
-"""How large the gradient of each block is: whether early blocks learn beside the later ones.
-
-Tested by tests/unit/training/test_module.py and, on several ranks, tests/distributed/test_meshes.py.
-"""
+"""How large the gradient of each block is. Tested by tests/unit/training/test_module.py."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,4 @@
-"""Learning rates as pure functions of the optimizer step, or by torch's classes; and which parameters decay.
-
-Tested by tests/unit/training/test_module.py.
-"""
+"""Learning rates by optimizer step, and which parameters decay. Tested by tests/unit/training/test_module.py."""
 
 import logging
 import math

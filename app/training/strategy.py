@@ -1,7 +1,4 @@
-"""FSDP2, HSDP and tensor parallelism in one strategy: all devices in a mesh of copies, shards and parts of a block.
-
-Tested by tests/distributed/test_meshes.py and tests/distributed/test_precisions.py.
-"""
+"""FSDP2, HSDP and tensor parallelism in one strategy. Tested by tests/distributed/test_meshes.py."""
 
 from typing import Any, Literal
 

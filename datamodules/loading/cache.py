@@ -1,7 +1,4 @@
-"""Files that are made once and kept between runs, each with a checksum.
-
-Tested by tests/unit/datamodules/loading/test_tokenizers.py and tests/unit/datamodules/topv2_rows/test_store.py.
-"""
+"""Files that are made once and kept, with checksums. Tested by tests/unit/datamodules/topv2_rows/test_store.py."""
 
 import logging
 import tempfile

@@ -1,7 +1,4 @@
-"""What a model will see: some batches of the training stream counted by source, and one row of them as text.
-
-Tested by tests/contract/test_data.py.
-"""
+"""Batches of the training stream, counted by source and shown as text. Tested by tests/contract/test_data.py."""
 
 import json
 import time

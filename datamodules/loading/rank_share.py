@@ -1,7 +1,4 @@
-"""The rows that a rank takes: of each optimizer step's micro-batches, and of the held-out rows.
-
-Tested by tests/unit/datamodules/loading/test_length_buckets.py and tests/unit/datamodules/test_topv2.py.
-"""
+"""The rows that a rank takes. Tested by tests/unit/datamodules/loading/test_length_buckets.py."""
 
 import math
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""The records that every reader gives, what it promises about them, and what can be wrong with bytes and texts.
-
-Tested by tests/unit/datamodules/readers/test_opening.py, test_line_files.py, test_whole_files.py and test_hub.py.
-"""
+"""The records that readers give, and what can be wrong with them. Tested by test_opening.py, test_line_files.py."""
 
 import gzip
 import io

@@ -1,7 +1,4 @@
-"""Parsers of verbs: the options are the arguments of a function or class, and an error is one line.
-
-Tested by tests/contract/test_generate_mistakes.py.
-"""
+"""Parsers whose options are a function's arguments. Tested by tests/contract/test_generate_mistakes.py."""
 
 import sys
 from collections.abc import Callable, Mapping

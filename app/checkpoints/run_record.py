@@ -14,6 +14,7 @@ from app.errors import CheckpointError
 RUN_CONFIG_KEY = "run_config"
 GENERATION_CONFIG_KEY = "generation_config"
 
+_CACHED_STATES = "CachedStatesDataModule"  # entry of the datamodule of that name
 _GROUPS = {"model", "data", "trainer", "layer_dropout", "early_exit", "seed_everything"}  # of a config of `fit`
 _HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 
@@ -106,9 +107,18 @@ class RunRecord:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens trained on, without padding; None if they were not counted."""
-        counts = [source.tokens for source in self.sources]
-        return sum(count for count in counts if count is not None) if counts else None
+        """Tokens trained on, without padding; None if they were not counted.
+
+        A stream counts its tokens. Rows of cached states are full unless they were packed by documents, so that steps,
+        rows of a step and the length of a row tell their number.
+        """
+        if counts := [source.tokens for source in self.sources]:
+            return sum(count for count in counts if count is not None)
+        cached = self.metadata.get(_CACHED_STATES) or {}
+        match self.data_settings.get("corpus"):
+            case {"init_args": {"seq_len": int(length), "packing": "split"}} if cached:
+                return self.steps * int(cached["batches_per_step"]) * int(cached["batch_size"]) * length
+        return None
 
     @property
     def exits(self) -> tuple[int, Scores] | None:

@@ -14,8 +14,15 @@ from app.tables import Table
 from app.words import counted
 
 History = Mapping[int, Mapping[int, ExitScore]]  # step, or tokens trained on -> exit_layer -> score
+CurveMetric = Literal["agreement", "acceptance"]
+_CURVE_TITLES: dict[CurveMetric, str] = {
+    "agreement": "agreement with the full model's first choice (%)",
+    "acceptance": "chance that a sampled draft is accepted, 1 - TV (%)",
+}
 _STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 MOST_RUNS = len(_STYLES)
+_MARKERS = "osD^vPX*"  # of runs, beside their colors
+MOST_COLORED_RUNS = len(_MARKERS)
 _MOST_EXITS = 6
 _CARD = (4.0, 3.2)  # inches: TensorBoard shows pictures about 350 pixels wide
 
@@ -121,7 +128,7 @@ def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
             _line(agreement_axes, points, linestyle=style, color=colors[layer])
         points = [(tokens, scores[full[label]].loss) for tokens, scores in curve.items() if full[label] in scores]
         _line(loss_axes, points, linestyle=style, color="black", label=label)
-    agreement_axes.set(title="Early exits", ylabel="agreement with the full model's first choice (%)", ylim=(0, 100))
+    agreement_axes.set(title="Early exits", ylabel=_CURVE_TITLES["agreement"], ylim=(0, 100))
     loss_axes.set(title="Full model", ylabel="held-out loss (nats a token)")
     for axes in (agreement_axes, loss_axes):
         axes.set(xlabel="tokens trained on (thousands)", xlim=(0, None))
@@ -131,6 +138,29 @@ def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
     by_run = [Line2D([], [], color="black", linestyle=style, label=label) for label, style in styles]
     handles = [*by_run, *by_exit]
     figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
+    return figure
+
+
+def early_exits_figure(runs: Mapping[str, History], *, metric: CurveMetric) -> Figure:
+    """Draw one metric of the early exits alone over tokens trained on: each run has a color, each exit a line style.
+
+    `runs` gives the scores of early exits for each label, at most MOST_COLORED_RUNS. Of each run at most MOST_RUNS
+    exits are drawn, at even distances.
+    """
+    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    looks = zip(mpl.color_sequences["tab10"], _MARKERS, strict=False)
+    for (label, curve), (color, marker) in zip(runs.items(), looks, strict=False):
+        exits = sorted({layer for scores in curve.values() for layer in scores})
+        for row, style in zip(reversed(_spread(len(exits), most=MOST_RUNS)), _STYLES, strict=False):
+            layer = exits[row]
+            points = [
+                (tokens, 100 * getattr(scores[layer], metric)) for tokens, scores in curve.items() if layer in scores
+            ]
+            _line(axes, points, linestyle=style, color=color, marker=marker, label=f"{label}, exit {layer}")
+    axes.set(xlabel="tokens trained on (thousands)", ylabel=_CURVE_TITLES[metric], xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.legend(frameon=False, ncols=2, loc="outside lower center")
     return figure
 
 
@@ -156,4 +186,4 @@ def scaling_figure(runs: Mapping[str, History], *, exit_layer: int) -> Figure:
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], **style: object) -> None:
     tokens, values = zip(*sorted(points), strict=True) if points else ((), ())
-    axes.plot([count / 1000 for count in tokens], values, marker="o", markersize=4, **style)  # type: ignore[arg-type]
+    axes.plot([count / 1000 for count in tokens], values, **{"marker": "o", "markersize": 4, **style})  # type: ignore[arg-type]

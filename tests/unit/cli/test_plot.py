@@ -1,8 +1,12 @@
 import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
+from matplotlib.figure import Figure
 
 from app.cli.plot import run
 from app.errors import CheckpointError, ConfigError, DataError
@@ -99,6 +103,65 @@ def test_curves_are_drawn_over_the_tokens_of_the_run(tmp_path: Path, monkeypatch
     assert output.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="exit_layer: got 4, allowed an early exit that a measured: 1, 2, 3"):
         _plot(monkeypatch, "--checkpoints", f"a={tmp_path}/run.ckpt", "--output", str(output), "--exit_layer", "4")
+    monkeypatch.setattr("app.cli.plot.early_exits_figure", lambda runs, metric: drawn.update(runs, metric=metric))
+    monkeypatch.setattr("app.cli.plot.write_figure", lambda path, figure: None)
+    five = [f"{index}={tmp_path}/run.ckpt" for index in range(5)]
+    with pytest.raises(ConfigError, match=r"checkpoints: got 5, allowed 1\.\.4"):  # as many as line styles
+        _plot(monkeypatch, "--checkpoints", *five, "--output", str(output))
+    _plot(monkeypatch, "--checkpoints", *five, "--output", str(output), "--metric", "acceptance")
+    assert drawn["metric"] == "acceptance"
+    assert set(drawn["4"][2 * 4 * 24]) == {1, 2, 3}  # without the full model
+
+
+@pytest.fixture
+def exit_blocks_run(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A checkpoint of exit blocks at exits 1 and 2 of a deeper model, as far as a plot reads it."""
+    config = {name: {} for name in ("model", "data", "trainer", "layer_dropout", "early_exit", "seed_everything")}
+    config["model"] = {"pretrained": "x"}
+    config["data"] = {"init_args": {"corpus": {"init_args": {"seq_len": 256, "packing": "split"}}}}
+    history = {step: {1: (3.0, step / 1000, 1.0, math.nan), 2: (2.0, step / 500, 1.0, 0.25)} for step in (100, 200)}
+    metadata = {
+        "global_step": 400,
+        "run_config": yaml.safe_dump(config),
+        "exit_blocks": {1: [5], 2: [5]},
+        "CachedStatesDataModule": {"batch_size": 4, "batches_per_step": 2},
+        "callbacks": {"ExitQualityMonitor": {"history": history}},
+    }
+    monkeypatch.setattr("app.cli.plot.is_trained_weights", lambda path: True)
+    monkeypatch.setattr("app.cli.plot.open_trained_weights", lambda path: SimpleNamespace(metadata=metadata))
+    return "ours=blocks.ckpt"
+
+
+def test_runs_of_exit_blocks_are_drawn_by_their_agreement_over_tokens(
+    exit_blocks_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("app.cli.plot.write_figure", lambda path, figure: drawn.append(figure))
+    given = ["--output", str(tmp_path / "curves.png"), "--checkpoints", exit_blocks_run]
+    _plot(monkeypatch, *given)
+    (axes,) = drawn[0].axes
+    tokens = [100 * 4 * 2 * 256 / 1000, 200 * 4 * 2 * 256 / 1000]
+    assert [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] == [
+        ("ours, exit 2", tokens, pytest.approx([20.0, 40.0])),
+        ("ours, exit 1", tokens, pytest.approx([10.0, 20.0])),
+    ]
+    with pytest.raises(ConfigError, match="exit_layer: got 1, allowed none with runs of exit blocks"):
+        _plot(monkeypatch, *given, "--exit_layer", "1")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--results", "a=b", "--metric", "agreement"],
+        ["--checkpoints", "a=b", "--metric", "exact_match"],
+        ["--checkpoints", "a=b", "--metric", "agreement", "--exit_layer", "1"],
+    ],
+)
+def test_a_metric_of_another_picture_is_refused(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"metric: got .* agreement \| acceptance with checkpoints"):
+        _plot(monkeypatch, *given, "--output", str(tmp_path / "curves.png"))
 
 
 def test_a_checkpoint_without_measurements_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +183,9 @@ def test_one_kind_of_picture_at_a_time(given: list[str], tmp_path: Path, monkeyp
         _plot(monkeypatch, *given, "--output", str(tmp_path / "curves.png"))
 
 
-def test_more_runs_than_line_styles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"checkpoints: got 5, allowed 1\.\.4"):
-        _plot(monkeypatch, "--checkpoints", *[f"{i}=x" for i in range(5)], "--output", str(tmp_path / "curves.png"))
+def test_more_runs_than_colors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoints: got 9, allowed 1\.\.8"):
+        _plot(monkeypatch, "--checkpoints", *[f"{i}=x" for i in range(9)], "--output", str(tmp_path / "curves.png"))
 
 
 def test_every_early_exit_is_a_line_of_the_runs_style_and_the_full_model_is_beside_them() -> None:

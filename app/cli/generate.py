@@ -12,6 +12,7 @@ from textwrap import shorten
 from threading import Event
 from typing import Any
 
+from app.cli.parsing.several import SEVERAL_AT_A_TIME, SEVERAL_TIMES
 from app.cli.parsing.verb_parser import JSON_FLAG, call_verb
 from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, styled_console, styled_writer
 from app.decoding.engine import DecodingInterrupted, OnStep
@@ -28,7 +29,7 @@ _log = logging.getLogger(__name__)
 def generate(
     *,
     model: str,
-    prompt: str | None = None,
+    prompt: list[str] | None = None,
     prompts: str | None = None,
     batch_size: int = 1,
     dtype: Dtype = "auto",
@@ -43,7 +44,7 @@ def generate(
     Args:
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
         prompts: JSON lines file of prompts to continue instead; each line is an object with a string "prompt".
-        batch_size: Number of prompts of the file that are decoded together.
+        batch_size: Number of prompts that are decoded together.
         dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
             Lossless decoding is exact in float32.
         device: Device to decode on; auto takes a GPU if there is one.
@@ -57,12 +58,12 @@ def generate(
     chosen = GenerationOptions(**options)
     check_range("batch_size", batch_size, low=1)
     texts = given_texts(prompt, prompts)
-    if prompts is None and batch_size > 1:
+    if len(texts) == 1 and prompts is None and batch_size > 1:
         _log.warning("batch_size=%d has no effect on a single prompt", batch_size)
     loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
     location = "prompt" if prompts is None else f"{prompts}: prompt"
     request = Request.of(loaded, texts, chosen, location=location, batch_size=batch_size)
-    _run(request, batch_size=batch_size, live=prompts is None, json=json)
+    _run(request, batch_size=batch_size, live=prompts is None and len(texts) == 1, json=json)
 
 
 @contextmanager
@@ -124,8 +125,8 @@ def _run(request: Request, *, batch_size: int, live: bool, json: bool) -> None:
 _STOP_HELP = "One or several texts, any of which ends the output. The output includes that text."
 _BY_HAND: dict[str, dict[str, Any]] = {
     # These texts are taken as they are. As types of a signature, "null" and "#include" would be read as nothing.
-    "prompt": {"type": str, "help": "Text to continue."},
-    "stop": {"type": str, "nargs": "+", "help": _STOP_HELP},
+    "prompt": SEVERAL_TIMES | {"help": "Text to continue; given several times, several texts."},
+    "stop": SEVERAL_AT_A_TIME | {"help": _STOP_HELP},
     "json": JSON_FLAG | {"help": "Print one JSON object for each prompt instead of text."},
 }
 run = partial(call_verb, generate, by_hand=_BY_HAND)

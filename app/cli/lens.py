@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from app.benchmark.report import environment
+from app.cli.parsing.several import SEVERAL_TIMES
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_choice, check_exits, check_output_file, check_range
@@ -31,7 +32,7 @@ def lens(
     *,
     model: list[str],
     output: str,
-    prompt: str | None = None,
+    prompt: list[str] | None = None,
     prompts: str | None = None,
     limit: int = 16,
     max_new_tokens: int = 60,
@@ -81,7 +82,8 @@ def lens(
             _log.warning("%s, since %s rounds; --dtype float32 does not", what, each.dtype)
     told = lens_as_json(lenses, texts, tokens, loaded[0].tokenizer, exit_layers=exit_layers)
     told["environment"] = environment(device=loaded[0].decoder.device, dtype=loaded[0].model.dtype)
-    told["settings"] = {"max_new_tokens": max_new_tokens, "prompts": prompts}
+    of_file = {"prompts": prompts, "limit": None if prompts is None else limit}
+    told["settings"] = of_file | {"max_new_tokens": max_new_tokens, "exit_layers": exit_layers}
     _write(path, told)
     print_table(needed_table(lenses, texts))
     print(f"{suffix[1:]}: {path}")
@@ -102,7 +104,7 @@ _MODEL_HELP = (
     " blocks and the same tokenizer are compared."
 )
 _BY_HAND = {
-    "model": {"type": str, "action": "append", "required": True, "help": _MODEL_HELP},
-    "prompt": {"type": str, "help": "Text to continue."},
+    "model": SEVERAL_TIMES | {"required": True, "help": _MODEL_HELP},
+    "prompt": SEVERAL_TIMES | {"help": "Text to continue; given several times, several texts."},
 }
 run = partial(call_verb, lens, by_hand=_BY_HAND)

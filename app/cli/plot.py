@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, is_trained_weights, open_trained_weights
+from app.cli.parsing.several import SEVERAL_AT_A_TIME
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import CheckpointError, ConfigError, check_output_file
 from app.exits.quality import ExitScore
@@ -150,5 +151,5 @@ _HELP = {
     ),
 }
 run = partial(
-    call_verb, plot, by_hand={name: {"type": str, "nargs": "+", "help": text} for name, text in _HELP.items()}
+    call_verb, plot, by_hand={name: SEVERAL_AT_A_TIME | {"help": text} for name, text in _HELP.items()}
 )

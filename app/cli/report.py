@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from app.cli.parsing.several import SEVERAL_AT_A_TIME
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError, check_output_file
 from app.reports.render import as_html, as_markdown
@@ -39,6 +40,6 @@ _HELP = {
 run = partial(
     call_verb,
     report,
-    by_hand={"files": {"type": str, "nargs": "+", "help": _HELP["files"]}},
+    by_hand={"files": SEVERAL_AT_A_TIME | {"help": _HELP["files"]}},
     positional={"run_dirs": {"type": str, "nargs": "+", "help": _HELP["run_dirs"]}},
 )

@@ -40,15 +40,16 @@ def read_prompts(path: str, *, limit: int | None = None) -> list[str]:
     return prompts
 
 
-def given_texts(prompt: str | None, prompts: str | None, *, limit: int | None = None) -> list[str]:
-    """Return the prompt, or those of the file `prompts`; ConfigError unless exactly one of the two is given."""
+def given_texts(prompt: Sequence[str] | None, prompts: str | None, *, limit: int | None = None) -> list[str]:
+    """Return each `prompt`, or those of the file `prompts`; ConfigError unless exactly one of the two is given."""
     if prompt is not None and prompts is not None:
         raise ConfigError("prompts", got=prompts, allowed="either prompt or prompts, not both")
     if prompts is not None:
         return read_prompts(prompts, limit=limit)
-    if not prompt:
-        raise ConfigError("prompt", got=prompt, allowed="at least one character", fix="or prompts, a file of them")
-    return [prompt]
+    if not prompt or not all(prompt):
+        got = None if prompt is None else ""
+        raise ConfigError("prompt", got=got, allowed="at least one character", fix="or prompts, a file of them")
+    return [*prompt]
 
 
 def _prompt(line: bytes, *, location: str) -> str:

@@ -54,12 +54,12 @@ class MeasuredFile:
         options = {name: value for name, value in self.settings.items() if name not in _NOT_OPTIONS}
         if self.kind == "evaluation":
             options["tasks"] = [f"{task}={path}" if path else task for task, path in options["tasks"].items()]
-        if self.kind == "lens" and not options.get("prompts"):
-            options["prompt"] = self.content["prompts"][0]["prompt"]
         where = self.content.get("environment") or {}
         options |= {name: where[name] for name in ("dtype", "threads") if name in where}
         words = ["layerskip", _VERBS.get(self.kind, self.kind)]
         words += [word for model in self.models for word in ("--model", model)]
+        if self.kind == "lens" and not options.get("prompts"):
+            words += [word for each in self.content["prompts"] for word in ("--prompt", each["prompt"])]
         for name, value in options.items():
             words += [] if value in (None, [], {}) else [f"--{name}", _written(value)]
         return shlex.join([*words, "--json"] if self.kind == "tune" else [*words, "--output", str(self.file)])

@@ -229,6 +229,18 @@ def test_texts_are_taken_as_they_are_written(generate_json, tmp_path):
     assert generate_json("--config", file, prompt=None)[0]["prompt"] == "null"
 
 
+def test_every_prompt_and_every_stop_that_is_given_counts(generate, generate_json):
+    texts, options = ["one", "another"], ["--strategy", "autoregressive", "--stop", "a", "--stop", "e", "i"]
+    alone = [generate_json(*options, prompt=text)[0] for text in texts]
+    both = generate_json(*options, "--prompt", texts[1], prompt=texts[0])
+    assert [each["tokens"] for each in both] == [each["tokens"] for each in alone]
+    assert [each["tokens"] for each in alone] == [
+        generate_json("--strategy", "autoregressive", "--stop", "a", "e", "i", prompt=text)[0]["tokens"]
+        for text in texts
+    ]
+    assert "[2/2] another" in generate("--prompt", texts[1], prompt=texts[0]).out
+
+
 def test_code_by_a_llama_tokenizer_that_ends_texts_itself_is_indented_and_ends(generate, generate_json, tmp_path):
     """Its prompt begins with `<s>` and has no `</s>`; its text keeps the space that decoding it alone would drop."""
     tokenizer = llama(add_eos_token=True)

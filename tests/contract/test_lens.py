@@ -60,7 +60,8 @@ def test_two_models_are_compared_and_every_figure_is_in_the_json(here, lens):
         assert told["models"][index]["tokens_rounded_otherwise"] == 0
     assert "Layers needed of 4, by 14 and 14 tokens" in said.out
     assert "json: lens.json" in said.out
-    assert told["settings"] == {"max_new_tokens": 7, "prompts": "prompts.jsonl"}
+    settings = {"prompts": "prompts.jsonl", "limit": 16, "max_new_tokens": 7, "exit_layers": None}
+    assert told["settings"] == settings
 
 
 def test_a_page_and_a_picture_show_the_exits_that_are_asked_for(here, lens):
@@ -78,6 +79,16 @@ def test_a_page_and_a_picture_show_the_exits_that_are_asked_for(here, lens):
     assert whole["prompts"][0]["prompt"] == "null"
 
 
+def test_every_prompt_that_is_given_is_looked_at(here, lens):
+    (here / "options.yaml").write_text("model: absent\nprompt: [first, 'null']\nmax_new_tokens: 2\n")
+    given = ["--config", "options.yaml", "--model", "plain", "--output", "several.json"]
+    for more, prompts in ([], ["first", "null"]), (["--prompt", "x", "--prompt", "y"], ["x", "y"]):
+        lens(*given, *more)
+        told = json.loads((here / "several.json").read_text())
+        assert [prompt["prompt"] for prompt in told["prompts"]] == prompts
+        assert [model["name"] for model in told["models"]] == ["plain"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -85,7 +96,7 @@ def test_a_page_and_a_picture_show_the_exits_that_are_asked_for(here, lens):
         (["--output", "absent/x.png"], "output: got 'absent/x.png', allowed a .png file in a folder that exists"),
         (["--prompt", ""], "prompt: got '', allowed at least one character; or prompts, a file of them"),
         (["--prompts", "prompts.jsonl"], "prompts: got 'prompts.jsonl', allowed either prompt or prompts, not both"),
-        (["--prompt", "word " * 99], "prompt: got '495 tokens', allowed 1 to 95 tokens"),
+        (["--prompt", "word " * 99], "prompt 2: got '495 tokens', allowed 1 to 95 tokens"),
         (["--exit_layers", "[1, 5]"], "exit_layers: got [1, 5], allowed one or several of 1..4; 4 is the full model"),
         (["--exit_layers", "[]"], "exit_layers: got [], allowed one or several of 1..4"),
         (["--max_new_tokens", "0"], "max_new_tokens: got 0, allowed [1, inf)"),

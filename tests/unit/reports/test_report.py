@@ -76,7 +76,7 @@ def test_scores_on_tasks_and_layers_needed_are_shown_with_their_commands(runs: l
     ) in text
     assert "m 2 1.50 of 2 1.25 of 2" in text
     assert "layer 2 five six layer 1 five seven" in text
-    assert f"layerskip lens --model {runs[0]}/last.ckpt --max_new_tokens 2 --prompt 'say it' --dtype float32" in text
+    assert f"layerskip lens --model {runs[0]}/last.ckpt --prompt 'say it' --max_new_tokens 2 --dtype float32" in text
     assert "No evaluation on tasks of baseline. To make it" in text
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from app.checkpoints.entries import SavedEntry
+from app.checkpoints.integrity import saved_step
 from app.errors import ConfigError, check_early_exits, check_range
 from app.model.parallel import unsharded
 from app.protocols import DecodingHost, EndOwner, ExitableDecoder, TokenizerOwner
@@ -118,8 +120,13 @@ class DecodingValidation(EveryNthValidation):
 
 
 def step_of(trainer: Trainer) -> int | None:
-    """Return the optimizer steps of the weights that a fit measures; None outside of fits, where Lightning says 0."""
-    return trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None
+    """Return the optimizer steps behind the weights that are measured; None if no run is known to have trained them.
+
+    Outside of fits, where Lightning says 0, these are the steps of the checkpoint.
+    """
+    if trainer.state.fn == TrainerFn.FITTING:
+        return trainer.global_step
+    return trainer.global_step or None if trainer.ckpt_path is None else saved_step(Path(trainer.ckpt_path))
 
 
 def datamodule_of(trainer: Trainer) -> object:

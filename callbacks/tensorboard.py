@@ -12,6 +12,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from app import metric_names
 from app.tables import Table
+from callbacks.decoding_validation import step_of
 
 EVENT_FILES = "events.out.tfevents.*"  # names of the files that TensorBoard writes
 
@@ -60,13 +61,13 @@ def tensorboards(trainer: Trainer) -> Iterator[TensorBoardLogger]:
 def write_table(trainer: Trainer, tag: str, table: Table) -> None:
     """Show a table in TensorBoard, if the run logs there."""
     for logger in tensorboards(trainer):
-        logger.experiment.add_text(tag, table.as_markdown(), trainer.global_step)
+        logger.experiment.add_text(tag, table.as_markdown(), step_of(trainer))
 
 
 def write_figure(trainer: Trainer, tag: str, draw: Callable[[], Figure]) -> None:
     """Show the figure that `draw` makes in TensorBoard, if the run logs there."""
     for logger in tensorboards(trainer):
-        logger.experiment.add_figure(tag, draw(), trainer.global_step)
+        logger.experiment.add_figure(tag, draw(), step_of(trainer))
 
 
 def arrange(logger: TensorBoardLogger, settings: Mapping[str, Setting], compared: Sequence[str]) -> None:

@@ -318,8 +318,10 @@ def test_the_saved_config_is_complete_and_validates_the_best_checkpoint(run, mon
     assert "Self-speculative against autoregressive decoding" in out
     # TensorBoard would cut the curves of the fit where a later file of its folder goes back to an earlier step.
     assert sorted(run.glob("events.out.tfevents.*")) == events
-    steps = {point.step for point in EventAccumulator(str(run / "validate")).Reload().Scalars("val/loss")}
-    assert steps == {torch.load(best, weights_only=True)["global_step"] - 1}
+    logged, step = EventAccumulator(str(run / "validate")).Reload(), torch.load(best, weights_only=True)["global_step"]
+    assert {point.step for point in logged.Scalars("val/loss")} == {step - 1}
+    assert {point.step for tag in logged.Tags()["tensors"] for point in logged.Tensors(tag)} == {step}
+    assert {point.step for tag in logged.Tags()["images"] for point in logged.Images(tag)} == {step}
 
 
 @pytest.mark.parametrize("verb", ["test", "predict"])

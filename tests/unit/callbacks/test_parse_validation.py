@@ -156,7 +156,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path)
     assert torch.equal(*generators)
 
 
-def test_weights_from_a_checkpoint_are_named_by_it_since_the_trainer_forgets_their_step(tmp_path: Path) -> None:
+def test_weights_from_a_checkpoint_are_named_by_it_and_their_step_is_its(tmp_path: Path) -> None:
     trainer, data = _trainer(tmp_path, None, max_steps=2), _Examples()
     trainer.fit(_module(), datamodule=data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
@@ -164,7 +164,7 @@ def test_weights_from_a_checkpoint_are_named_by_it_since_the_trainer_forgets_the
         _module(), datamodule=data, ckpt_path=tmp_path / "run.ckpt", weights_only=False, verbose=False
     )
     document = json.loads((tmp_path / "parse_test.json").read_text())
-    assert (document["step"], document["checkpoint"]) == (None, str(tmp_path / "run.ckpt"))
+    assert (document["step"], document["checkpoint"]) == (2, str(tmp_path / "run.ckpt"))
 
 
 def test_table_scalars_and_file_go_to_the_loggers_folder(tmp_path: Path) -> None:

@@ -150,6 +150,4 @@ _HELP = {
         " eight runs."
     ),
 }
-run = partial(
-    call_verb, plot, by_hand={name: SEVERAL_AT_A_TIME | {"help": text} for name, text in _HELP.items()}
-)
+run = partial(call_verb, plot, by_hand={name: SEVERAL_AT_A_TIME | {"help": text} for name, text in _HELP.items()})

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from app.benchmark.alternation import ratio
 from app.evaluation.records import Decoded, Record, Strategy
 from app.evaluation.task import ChoiceTask, Task, TextTask
+from app.exits.score_table import score_table, task_name
 from app.intervals import share_interval, student_t
-from app.tables import Table, with_interval
+from app.tables import Table
 
 _ALL = ""  # the group of all examples of a task
 
@@ -169,59 +170,12 @@ def shown(results: Sequence[Result], tasks: Mapping[str, Task]) -> list[Result]:
 
 def column(result: Result) -> str:
     """The name of a result's column."""
-    return f"{result.task}/{result.group}" if result.group else result.task
+    return task_name(result.task, result.group)
 
 
 def exits_table(results: Sequence[Result], tasks: Mapping[str, Task], *, num_layers: int, title: str) -> Table:
-    """A row for each exit, a column for each task: score and 95 % interval; the last row is that of guessing.
-
-    What the full model checks has a row of its own beside that of the exit that drafts for it.
-    """
-    kept = shown(results, tasks)
-    ways = sorted({_way(each) for each in kept})
-    names = list(dict.fromkeys(column(each) for each in kept))
-    first = {name: next(each for each in kept if column(each) == name) for name in names}
-    found = {(column(each), *_way(each)): each for each in kept}
-    rows = []
-    for way in ways:
-        own = [found.get((name, *way)) for name in names]
-        label = way_label([each for each in own if each is not None], num_layers=num_layers)
-        rows.append((label, *map(_score, own)))
-    if any(each.chance is not None for each in kept):
-        chances = (first[name].chance for name in names)
-        rows.append(("guessing", *("-" if chance is None else f"{100 * chance:.1f}" for chance in chances)))
-    headers = (f"{name}\n{_title(first[name])}" for name in names)
-    return Table(f"{title}: score (95 % interval)", ("exit", *headers), rows)
-
-
-def _way(result: Result) -> tuple[int, bool]:
-    """By which rows are told apart and ordered: the exit, and whether it only drafts."""
-    return result.exit_layer, result.strategy == "self_speculative"
-
-
-def way_label(results: Sequence[Result], *, num_layers: int) -> str:
-    """What a row is of, such as "exit 6, self-speculative (lossless, 1.8x)" in two lines.
-
-    Its results share the exit, and all of them or none only draft from it.
-    """
-    strategies, exit_layer = {each.strategy for each in results}, results[0].exit_layer
-    if "self_speculative" in strategies:
-        speedups = sorted({f"{each.speedup:.1f}x" for each in results if each.speedup is not None})
-        range_ = " to ".join(dict.fromkeys((speedups[0], speedups[-1]))) if speedups else "speed unknown"
-        return f"exit {exit_layer}, self-speculative\n(lossless, {range_})"
-    if exit_layer == num_layers:
-        return f"exit {exit_layer}, full model"
-    return f"exit {exit_layer}" + (", early exit\n(lossy)" if "early_exit" in strategies else "")
-
-
-def _title(result: Result) -> str:
-    return f"{result.metric}{'' if result.metric == 'perplexity' else ', %'}\nn = {result.num_examples}"
-
-
-def _score(result: Result | None) -> str:
-    if result is None:
-        return "-"
-    return with_interval(result.score, result.low, result.high, is_share=result.metric != "perplexity")
+    """What is shown of the results, an exit a row."""
+    return score_table(as_json(shown(results, tasks)), title=title, num_layers=num_layers)
 
 
 def as_csv(results: Sequence[Result]) -> str:

@@ -6,12 +6,13 @@ from math import log
 from shlex import quote
 from typing import Any
 
+from app.exits.score_table import score_table, task_name
 from app.reports.blocks import Block, Charts, Section, Sheet
 from app.reports.charts import Chart, Line
 from app.reports.files import missing, named_files, of_files
 from app.reports.measurements import MeasuredFile
 from app.reports.run_folder import Run
-from app.tables import Table, with_interval
+from app.tables import Table
 
 _MOST_TOKENS, _MOST_LAYERS = 10, 9  # of the excerpt
 
@@ -45,45 +46,15 @@ def _main(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [result for result in results if not result["group"] or result["metric"] == "perplexity"]
 
 
-def _column(result: Mapping[str, Any]) -> str:
-    task = f"{result['task']}/{result['group']}" if result["group"] else str(result["task"])
-    return f"{task}\n{result['metric']}"
-
-
 def _scores(name: str, measured: MeasuredFile) -> list[Block]:
-    results = _main(measured.content["results"])
-    columns = list(dict.fromkeys(map(_column, results)))
-    ways = sorted({(result["exit_layer"], result["strategy"]) for result in results})
-    found = {(_column(result), result["exit_layer"], result["strategy"]): result for result in results}
-    rows: list[tuple[str, ...]] = [
-        (f"exit {layer}, {strategy}", *(_score(found.get((column, layer, strategy))) for column in columns))
-        for layer, strategy in ways
-    ]
-    notes = " ".join(f"Note: {note}." for note in measured.content.get("notes") or ())
-    lossy = (
-        "early_exit is lossy; self_speculative writes the full model's text."
-        if any(strategy == "early_exit" for _, strategy in ways)
-        else ""
-    )
-    by_callback = f"By callbacks.TaskEvaluation, checkpoint {measured.content.get('checkpoint')}."
-    counts = ", ".join(f"{task} {each['scored']}" for task, each in measured.content["rows"].items())
-    source = f"From {measured.file}. Score and 95 % interval; rows scored: {counts}. {lossy} {notes}"
-    command = measured.command()
-    return [
-        Sheet(
-            table=Table(f"Score of every exit, {name}", ("exit", *columns), rows),
-            source=source if command else f"{source} {by_callback}",
-            command=command,
-        )
-    ]
-
-
-def _score(result: Mapping[str, Any] | None) -> str:
-    if result is None:
-        return "-"
-    is_share = result["metric"] != "perplexity"
-    text = with_interval(result["score"], result.get("low"), result.get("high"), is_share=is_share)
-    return f"{text} %" if is_share else text
+    content, command = measured.content, measured.command()
+    counts = ", ".join(f"{task} {each['scored']}" for task, each in content["rows"].items())
+    notes = " ".join(f"Note: {note}." for note in content.get("notes") or ())
+    source = f"From {measured.file}. Rows scored: {counts}. {notes}"
+    if not command:
+        source += f" By callbacks.TaskEvaluation, checkpoint {content.get('checkpoint')}."
+    table = score_table(_main(content["results"]), title=f"Every exit, {name}")
+    return [Sheet(table=table, source=source, command=command)]
 
 
 def _drawn(result: Mapping[str, Any]) -> float:
@@ -97,7 +68,7 @@ def _task_charts(files: Sequence[tuple[str, MeasuredFile]]) -> list[Chart]:
     metrics: dict[str, str] = {}
     for idx, (name, measured) in enumerate(files):
         for result in _main(measured.content["results"]):
-            task = _column(result).partition("\n")[0]
+            task = task_name(result["task"], result["group"])
             if (
                 result["metric"] != metrics.setdefault(task, result["metric"])
                 or result["strategy"] == "self_speculative"

@@ -68,8 +68,8 @@ def test_scores_on_tasks_and_layers_needed_are_shown_with_their_commands(runs: l
     write_evaluation(folder / "evaluation.json", model="m")
     write_lens(folder / "lens.json", model=f"{runs[0]}/last.ckpt")
     text = _text(as_html(make_report(runs)))
-    assert "exit 2, likelihood 25.0 (15..35) % - exit 4, likelihood 50.0 (40..60) % 12.50 From" in text
-    assert "rows scored: boolq 8, wiki 3. Note: wiki: 1 row skipped." in text
+    assert "exit 2 25.0 (15..35) - exit 4 50.0 (40..60) 12.50 guessing 50.0 - From" in text
+    assert "Rows scored: boolq 8, wiki 3. Note: wiki: 1 row skipped." in text
     assert (
         "layerskip evaluate --model m --tasks '[boolq=my rows.jsonl, wiki]' --limit 8 --dtype float32 --threads 2"
         f" --output {folder}/evaluation.json"

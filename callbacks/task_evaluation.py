@@ -131,7 +131,6 @@ class TaskEvaluation(EveryNthValidation):
         write_results(output, records, tasks=TASKS, title=title, about=about)
 
     def _score(self, trainer: Trainer, pl_module: LightningModule, output: Path) -> list[Record]:
-        """Score this rank's examples."""
         datamodule = datamodule_of(trainer)
         assert isinstance(datamodule, TokenizerOwner)  # checked in setup
         own = slice(trainer.global_rank, None, trainer.world_size)

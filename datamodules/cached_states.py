@@ -102,7 +102,6 @@ class CachedStatesDataModule(RowDataModule):
         return self._corpus.source_names
 
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
-        """Return prompts of the corpus, the same at every call."""
         return self._corpus.validation_prompts(count, length)
 
     @property

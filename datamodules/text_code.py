@@ -118,7 +118,6 @@ class TextCodeDataModule(RowDataModule):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """Names of the sources, which `batch["source"]` indexes."""
         return tuple(source.name for source in self._sources)
 
     @property

@@ -106,12 +106,10 @@ class TOPv2DataModule(RowDataModule):
 
     @property
     def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerFast
-        """The tokenizer of the data; asking for it before `setup` prepares the data."""
         return self._store.tokenizer
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The domains, which `batch["source"]` indexes."""
         return self._content.domains
 
     @property
@@ -137,7 +135,6 @@ class TOPv2DataModule(RowDataModule):
         return text_of(self.tokenizer, written).strip()
 
     def prepare_data(self) -> None:
-        """Fill the cache, in one process of each node."""
         open_store(self._content, cache_dir=self._cache_dir)
 
     def setup(self, stage: str) -> None:
@@ -156,7 +153,6 @@ class TOPv2DataModule(RowDataModule):
         return self._held_out_loader("eval")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Do as `val_dataloader`, with the test split."""
         return self._held_out_loader("test")
 
     predict_dataloader = test_dataloader

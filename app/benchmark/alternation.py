@@ -77,7 +77,6 @@ class RoundCounts:
 
     @staticmethod
     def total(parts: Sequence["RoundCounts"]) -> "RoundCounts":
-        """Add up the counts of all parts."""
         names = [field.name for field in fields(RoundCounts)]
         return RoundCounts(**{name: sum(getattr(part, name) for part in parts) for name in names})
 
@@ -121,7 +120,6 @@ class Measurement:
 
     @property
     def results(self) -> list[DecodingResult]:
-        """The result of each prompt in the first repeat."""
         return [result for repeats in self.runs for result in repeats[0]]
 
     @property

@@ -42,17 +42,14 @@ class DecodingCosts:
 
     @property
     def in_blocks(self) -> dict[str, Any]:
-        """Every cost that is measured in blocks, by its name."""
         return {name: value for name, value in vars(self).items() if name != "block_seconds"}
 
     def cost_model(self, *, num_layers: int, exit_layer: int, num_exit_blocks: float = 0.0) -> CostModel:
-        """Return the cost model of self-speculative decoding from this exit, with A = `num_exit_blocks`."""
         return CostModel.self_speculative(
             num_layers=num_layers, exit_layer=exit_layer, num_exit_blocks=num_exit_blocks, **self.in_blocks
         )
 
     def of_exit(self, decoder: ExitableDecoder, exit_layer: int) -> CostModel:
-        """Return the cost model of self-speculative decoding from this exit of `decoder`."""
         own = decoder.exit_block_size(exit_layer) / decoder.block_size
         return self.cost_model(num_layers=decoder.num_layers, exit_layer=exit_layer, num_exit_blocks=own)
 

@@ -147,7 +147,6 @@ def _measure_gaps(
 
 
 def _spacing(magnitude: float, dtype: torch.dtype) -> float:
-    """Return the distance between neighbouring numbers of this magnitude."""
     info = torch.finfo(dtype)
     return float(info.eps * 2.0 ** floor(log2(max(magnitude, info.tiny))))
 

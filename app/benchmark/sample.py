@@ -125,6 +125,5 @@ def drawable(text: str, font: FontProperties) -> str:
 
 
 def _code(text: str) -> str:
-    """Mark text as code in Markdown, on one line of a table."""
     shown = text.replace("\n", "⏎").replace("`", "'").replace("|", r"\|")
     return f"`{shown}`" if shown.strip() else f"`{shown}` ({counted(len(shown), 'space')})" if shown else ""

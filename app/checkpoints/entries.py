@@ -31,11 +31,9 @@ class SavedEntry:
         return SavedEntry(self.value[key] if is_there else MISSING, *self.keys, key, path=self._path)
 
     def holding(self, value: object) -> "SavedEntry":
-        """Return this entry with another value."""
         return SavedEntry(value, *self.keys, path=self._path)
 
     def refuse(self, allowed: str) -> NoReturn:
-        """Raise the CheckpointError."""
         found = f"damaged or foreign, {'.'.join(map(str, self.keys))}: got {shown(self.value)}, allowed {allowed}"
         raise CheckpointError.unusable(self._path or "to load", found)
 

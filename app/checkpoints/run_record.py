@@ -87,7 +87,6 @@ class RunRecord:
 
     @property
     def data_settings(self) -> Mapping[str, Any]:
-        """The settings of the datamodule."""
         return (self.config["data"].get("init_args") or {}) if self.config else {}
 
     @property
@@ -122,12 +121,10 @@ class RunRecord:
 
     @property
     def exits(self) -> tuple[int, Scores] | None:
-        """The step and the scores of the latest measurement, if there is one."""
         return max(self.history.items(), default=None, key=lambda measured: measured[0])
 
     @property
     def history(self) -> Mapping[int, Scores]:
-        """The scores of every measurement, by step."""
         history = (self.metadata.get("callbacks") or {}).get("ExitQualityMonitor", {}).get("history") or {}
         return {
             step: {exit_layer: tuple(score) for exit_layer, score in sorted(scores.items())}

@@ -70,7 +70,6 @@ class Shards:
                 self.shapes[key.removeprefix(prefix)] = entry.size, entry.properties.dtype
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor."""
         shape, dtype = self.shapes[name]
         whole = torch.empty(shape, dtype=dtype)
         self.read_into({name: whole})

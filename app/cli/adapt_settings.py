@@ -42,7 +42,6 @@ class AdaptSettings:
 
     @property
     def has_corpus(self) -> bool:
-        """Whether there is a corpus to read, or else prompts alone."""
         return names_corpus(self.corpus, self.corpus_kind)
 
 

@@ -150,7 +150,6 @@ class Adaptation:
         return results
 
     def result(self, results: Sequence[Mapping[str, Any]], *, minutes: float) -> Table:
-        """One table of what was gained, and what it took."""
         best = max(results, key=lambda each: each["speedup"], default=None)
         without = max((each["speedup"] for each in results if not each["drafted_by_n_gram"]), default=None)
         low, high = (best and best["speedup_interval"]) or (0.0, 0.0)
@@ -267,7 +266,6 @@ class Adaptation:
         write_whole(mark, json.dumps({"seconds": perf_counter() - started}))
 
     def _made(self, name: str, make: Callable[[], str]) -> Path:
-        """A file of the folder, which is made if it is not there."""
         if not (file := self.folder / name).exists():
             write_whole(file, make())
         return file
@@ -279,7 +277,6 @@ def _dtype() -> str:
 
 
 def _equal_weights(model: str, other: str) -> bool:
-    """Whether two models have the same weights, bit for bit."""
     before, after = (map_pretrained(path).state_dict() for path in (model, other))
     return before.keys() == after.keys() and all(
         before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in before

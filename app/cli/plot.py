@@ -114,7 +114,6 @@ def _scaling_figure(runs: dict[str, History], exit_layer: int) -> Figure:
 
 
 def _read(field: str, given: list[str], read: Callable[[Path], _T]) -> dict[str, _T]:
-    """Read the file of each label."""
     runs: dict[str, _T] = {}
     for named in given:
         label, equals, file = named.partition("=")

@@ -210,7 +210,6 @@ class LayerSkipCLI(LightningCLI):
             check_before(latest, given, fit=self.subcommand == "fit")
 
     def plain_config(self) -> dict[str, Any]:
-        """Return the parsed config of the verb, as nested dicts and lists."""
         plain: dict[str, Any] = self.config[self.config.subcommand].as_dict()
         return plain
 

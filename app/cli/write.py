@@ -108,7 +108,6 @@ def _openings(source: Source, count: int, length: int, *, held_out_share: float,
 
 
 def _cut(pieces: Sequence[str], loaded: LoadedModel, length: int) -> list[str]:
-    """Return the first tokens of each piece, as text."""
     tokenizer = loaded.tokenizer
     ids = (encode(tokenizer, piece)[:length] for piece in pieces)
     return [text for each in ids if (text := tokenizer.decode(each, skip_special_tokens=True)).strip()]

@@ -36,12 +36,10 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel, path: str | None = None) -> "Weights":
-        """Return the weights of a model, which was loaded from `path`."""
         state, path = model.state_dict(), path or f"the weights of a {type(model).__name__}"
         return cls({name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}, state.__getitem__, path)
 
     def with_others(self, state: Mapping[str, Tensor]) -> "Weights":
-        """Return these weights and those of `state`, whose names are different."""
         others = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
         read = lambda name: state[name] if name in state else self.read(name)  # noqa: E731
         return self._replace(shapes={**self.shapes, **others}, read=read)

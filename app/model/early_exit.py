@@ -171,7 +171,6 @@ class EarlyExitModel:
 
     @property
     def num_layers(self) -> int:
-        """L, the number of blocks."""
         return len(self._decoder.layers)
 
     @property

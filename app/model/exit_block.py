@@ -81,7 +81,6 @@ class ExitBlock(nn.Module):
 
     @property
     def size(self) -> int:
-        """Parameters of the blocks and of the affine map, if there is one."""
         norm = self.decoder.norm
         parts = [*self.decoder.layers, *([norm.linear] if isinstance(norm, AffineNorm) else [])]
         return sum(parameter.numel() for part in parts for parameter in part.parameters())

@@ -81,7 +81,6 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unsplit(module: nn.Module) -> Iterator[None]:
-    """Give every tensor-parallel rank the whole parameters."""
     split_here = [submodule for submodule in module.modules() if isinstance(submodule, LocalParameters)]
     before = [dict(submodule.named_parameters(recurse=False)) for submodule in split_here]
     whole: dict[DTensor, nn.Parameter] = {}  # tied parameters are gathered once

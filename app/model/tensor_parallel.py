@@ -37,7 +37,6 @@ class Ranks:
         return whole.to_local(grad_placements=[Partial()])
 
     def add_up(self, part: Tensor) -> Tensor:
-        """Sum over the ranks."""
         parts = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
         return parts.redistribute(placements=[Replicate()]).to_local()
 
@@ -49,7 +48,6 @@ class LocalParameters(nn.Module):
     gradients: Placement | None  # placement of the parameters' gradients; None means that of the parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module with its local parts in place of its parameters."""
         own: dict[str, Any] = self._parameters
         split = {name: value for name, value in own.items() if isinstance(value, DTensor)}
         gradients = None if self.gradients is None else [self.gradients]
@@ -65,7 +63,6 @@ class SplitByInputs(LocalParameters):
     """Mixin over a linear layer that holds the weights of a part of its inputs."""
 
     def __call__(self, hidden: Tensor) -> Any:
-        """Sum the ranks' outputs."""
         if not self.ranks.on:
             return super().__call__(hidden)
         bias, self._parameters["bias"] = self._parameters["bias"], None  # so that only the sum gets it
@@ -82,7 +79,6 @@ class SplitInside(nn.Module):
     ranks: Ranks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Spread the hidden states, which are the first argument."""
         if self.ranks.on and args:
             args = (self.ranks.spread(args[0]), *args[1:])
         elif self.ranks.on:

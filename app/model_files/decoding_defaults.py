@@ -60,7 +60,6 @@ class Conditions:
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, batch_size: int = 1) -> Conditions:
-        """The conditions of decoding with this model in this process."""
         return cls(
             dtype=dtype_name(model.dtype),
             device_type=model.device.type,

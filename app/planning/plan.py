@@ -93,7 +93,6 @@ class Plan:
 
     @property
     def departures(self) -> list[Departure]:
-        """The paper's rules that the recipe breaks."""
         return find_departures(self.recipe)
 
     def fits_with(self, *, checkpointing: bool) -> bool | None:

@@ -75,7 +75,6 @@ class Recipe:
 
     @cached_property
     def exits_by_step(self) -> tuple[int, ...]:
-        """How many exits are on, at steps that represent all steps."""
         every = max(1, (self.max_steps or 1) // _GRADUAL_SAMPLES)
         periods = {"rotational": range(self.rotation_interval), "gradual": range(0, self.max_steps or 1, every)}
         return tuple(self._num_exits(step) for step in periods.get(self.curriculum, range(1)))

@@ -90,7 +90,6 @@ class MicroBatchCosts:
 
     @property
     def recomputed_bytes(self) -> int:
-        """The bytes of the block that is computed again in the backward."""
         return max(kept + copy for kept, copy in zip(self.block_bytes, self.copy_bytes, strict=True))
 
 
@@ -165,7 +164,6 @@ def refused_where_values_decide(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _kind(model: PreTrainedModel, block: nn.Module, idx: int) -> tuple[Any, ...]:
-    """Tell what blocks of the same cost have in common."""
     types = getattr(model.config.get_text_config(), "layer_types", None)
     return tuple(parameter.shape for parameter in block.parameters()), types and types[idx]
 

@@ -150,7 +150,6 @@ def _thinned(points: Series) -> Mapping[float, float]:
 
 
 def _legend(lines: Sequence[Line], y: float) -> list[tuple[float, float, str, str]]:
-    """Place the names of the lines in rows."""
     placed, x = [], float(_LEFT)
     for line in lines:
         width = _SWATCH + _LETTER * len(line.label) + 12

@@ -135,7 +135,6 @@ def _tune(name: str, measured: MeasuredFile) -> list[Block]:
 
 
 def _parses(name: str, measured: MeasuredFile) -> list[Block]:
-    """The file that callbacks.ParseValidation writes."""
     rows: list[tuple[str, ...]] = [
         (
             record["strategy"],
@@ -158,7 +157,6 @@ _BLOCKS: dict[Kind, Shown] = {"benchmark": _benchmark, "tune": _tune, "parses": 
 
 
 def _make(kind: Kind, run: Run) -> str:
-    """The commands that make a file in the folder of a run."""
     folder, model, layers = quote(str(run.folder)), quote(str(run.model)), run.num_layers or 8
     prompts = f"{folder}/prompts.jsonl"
     first = f"layerskip data --config {folder}/config.yaml --prompts {prompts}\n"

@@ -37,7 +37,6 @@ def layers(runs: Sequence[Run], others: Sequence[MeasuredFile]) -> Section:
 
 
 def _slug(text: str) -> str:
-    """A text as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text)
 
 

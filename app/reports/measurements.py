@@ -42,7 +42,6 @@ class MeasuredFile:
 
     @property
     def models(self) -> list[str]:
-        """The models that it is of, as they were named to the command."""
         if self.kind == "lens":
             return [str(model["path"]) for model in self.content["models"]]
         return [str(self.settings["model"])] if "model" in self.settings else []
@@ -86,7 +85,6 @@ def read_measurement(file: Path) -> MeasuredFile:
 
 
 def _written(value: Any) -> str:
-    """A value as the command line takes it."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

@@ -87,7 +87,6 @@ def environment(runs: Sequence[Run]) -> Section:
 
 
 def _sheet(title: str, what: str, rows: Mapping[str, Sequence[str]], runs: Sequence[Run]) -> Sheet:
-    """A table with a row for each figure that any run has, and a column for each run."""
     shown = [(name, *cells) for name, cells in rows.items() if {*cells} - {"-"}]
     marked = {idx for idx, (_, *cells) in enumerate(shown) if len({*cells}) > 1}
     several = what == "setting" and len(runs) > 1
@@ -250,7 +249,6 @@ def _device(where: Mapping[str, Any]) -> str:
 
 
 def _versions(settings: Mapping[str, Any]) -> list[str]:
-    """The versions that the logs of a run tell, where they do."""
     names = ("torch", "transformers", "layerskip-lightning", "python")
     return [f"{name} {settings[name]}" for name in names if name in settings]
 

@@ -52,21 +52,17 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command that makes this run again."""
         return shlex.join(["layerskip", "fit", "--config", str(self.folder / "config.yaml")])
 
     @property
     def model(self) -> Path:
-        """The checkpoint to measure."""
         return self.folder / "checkpoints" / "last.ckpt" if self.checkpoint is None else self.checkpoint.file
 
     def owns(self, measured: MeasuredFile) -> bool:
-        """Whether a file is about a model that lies in this folder."""
         return any(Path(model).resolve().is_relative_to(self.folder.resolve()) for model in measured.models)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that were taken, as far as is known."""
         return max(self.scalars.last_step, 0 if self.checkpoint is None else self.checkpoint.record.steps)
 
     @property
@@ -77,7 +73,6 @@ class Run:
 
     @property
     def state(self) -> str:
-        """Whether the run is finished, in words."""
         if self.is_going_on:
             return f"going on: step {self.steps:,}{f' of {self.max_steps:,}' if self.max_steps else ''}"
         if self.max_steps and self.steps < self.max_steps:

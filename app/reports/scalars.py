@@ -49,7 +49,6 @@ class Scalars:
         return dict(sorted(self.series.get(name, {}).items()))
 
     def by_exit(self, name: str) -> dict[int, Series]:
-        """The points of a metric of exits, by exit."""
         found = ((_EXIT.fullmatch(key), key) for key in self._below(name))
         return dict(sorted((int(match[1]), self.of(f"{name}/{key}")) for match, key in found if match))
 
@@ -63,7 +62,6 @@ class Scalars:
 
     @property
     def last_step(self) -> int:
-        """The last step that anything was logged of."""
         return max((step for points in self.series.values() for step in points), default=0)
 
     def _of_table(self, name: str) -> dict[tuple[int, int], float]:

@@ -135,7 +135,6 @@ def _compared(runs: Sequence[Run]) -> Sheet:
 
 
 def _course(run: Run, idx: int, title: str, unit: str, figure: Callable[[ExitScore], float]) -> Chart:
-    """A chart of exits over steps."""
     styles = some_exits(
         sorted({layer for scores in run.history.values() for layer in scores}), num_layers=run.num_layers or 0
     )

@@ -58,7 +58,6 @@ class TextStream:
         self._shown = len(self._text())  # characters of the window's text that belong to the prompt or were returned
 
     def push(self, token: int) -> str:
-        """The text that is settled with this token."""
         if (piece := self._piece(token)) is None:
             return ""
         self._window = [*self._window, token]

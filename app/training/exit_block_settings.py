@@ -47,7 +47,6 @@ class ExitBlockSettings:
 
     @property
     def affine(self) -> frozenset[int]:
-        """The exits that have an affine map."""
         return frozenset(self.exits) if self.start == "affine" else frozenset()
 
     def sources(self, num_layers: int) -> dict[int, list[int]]:

@@ -58,7 +58,6 @@ class ExitBlockSteps(EvaluationSteps):
 
     @property
     def has_exit_blocks(self) -> bool:
-        """Whether exit blocks are trained, made or still to be made."""
         return self._exit_settings is not None
 
     @property

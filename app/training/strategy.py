@@ -74,7 +74,6 @@ class MeshStrategy(ShardedCheckpoints):
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """The dtype that parameters are gathered in, if it is not their own."""
         plugin = self.precision_plugin
         return plugin.compute_dtype if isinstance(plugin, ShardPrecision) else None
 

@@ -33,7 +33,6 @@ class TokenMeanStep:
         self._grad_norm: Tensor = torch.zeros(())
 
     def clear(self) -> None:
-        """Forget a step that was left unfinished."""
         self._micro_batches = []
         self._exit_weights = None
 

@@ -174,7 +174,6 @@ class RowDataModule(LightningDataModule, ABC):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the order of training rows depends on."""
         own = {_MICRO_BATCHES: self._share.micro_batches, _TOKENIZER: fingerprint(self.tokenizer)}
         return {**self._order(), **own}
 

@@ -102,7 +102,6 @@ class Encoder:
         self.before, self.end = around(tokenizer).before, int(tokenizer.eos_token_id)
 
     def __call__(self, documents: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Return the token ids [tokens] of each document."""
         return [np.fromiter((*self.before, *ids, self.end), dtype=np.int32) for ids in self.inside(documents)]
 
     def inside(self, texts: Sequence[str]) -> Iterator[list[int]]:

@@ -67,7 +67,6 @@ class Groups:
         self._first = np.append(np.minimum(first, len(costs) - num_chunks + number), len(costs))
 
     def units(self, chunk: int) -> list[int]:
-        """Return the indices of the units that make up `chunk`, at least one."""
         return [int(unit) for unit in self.order[self._first[chunk] : self._first[chunk + 1]]]
 
 

@@ -86,7 +86,6 @@ class Source:
 
     @property
     def relative_weight(self) -> float:
-        """The weight, 1.0 where none is given."""
         return 1.0 if self.weight is None else self.weight
 
     @property
@@ -97,7 +96,6 @@ class Source:
 
     @property
     def pattern(self) -> str:
-        """The glob, by default that of the kind."""
         return self.glob or KINDS[self.kind].glob
 
     @property

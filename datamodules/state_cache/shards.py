@@ -56,7 +56,6 @@ class RowLayout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row on disk."""
         states = self.num_states * self.width * self.dtype.itemsize
         return self.seq_len * (states + 3 * _TOKEN_BYTES) + _TOKEN_BYTES
 
@@ -129,7 +128,6 @@ class StateCache:
         return found
 
     def write_shard(self, name: str, rows: Mapping[str, Tensor]) -> None:
-        """Write a shard, and then the index."""
         content = save(dict(rows))
         write_whole(self.folder / name, content)
         self.shards[name] = Shard(len(rows["states"]), Checksum(len(content), zlib.crc32(content)))

@@ -52,7 +52,6 @@ class StreamSettings(RowSettings):
             raise ConfigError("validation_share", got=self.validation_share, allowed="(0, 1)")
 
     def generator(self, *key: int) -> np.random.Generator:
-        """Make a generator of its own for each key."""
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
 

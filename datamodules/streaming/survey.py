@@ -100,7 +100,6 @@ class SurveyedCorpus:
 
     @cached_property
     def tokenizer(self) -> Any:  # transformers.PreTrainedTokenizerFast
-        """The tokenizer given, or one trained on the sources."""
         if self._settings.tokenizer is not None:
             return load_tokenizer(self._settings.tokenizer)
         sample = [text for survey in self._surveys for text in survey.training]

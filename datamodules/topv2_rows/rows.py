@@ -65,7 +65,6 @@ class ExampleRows:
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row, without padding."""
         return np.asarray([sum(self.examples.lengths[index] for index in row) for row in self.rows])
 
     def __len__(self) -> int:

@@ -148,7 +148,6 @@ def _no_class(got: str, text: str, base: str | None) -> str:
 
 
 def _subclasses(base: str) -> Iterator[type]:
-    """Yield all subclasses, imported so far, of the class at this path."""
     pending = [_class_at(base)]
     while pending:
         if isinstance(cls := pending.pop(), type):

@@ -8,14 +8,9 @@ _SECONDS_A_LINE = 30.0
 
 
 class Pace:
-    """Judges by the work that is done how long the rest will take.
+    """Judges by the work that is done how long the rest will take; `seconds` is the time that it took.
 
-    Args:
-        work: All that is to be done, in any unit.
-        seconds_between: Shortest time between two answers.
-
-    Attributes:
-        seconds: Time from the beginning to the latest work that was done.
+    `work` is all that is to be done, in any unit, and `seconds_between` the shortest time between two answers.
     """
 
     def __init__(self, work: float, *, seconds_between: float) -> None:
@@ -37,12 +32,7 @@ class Pace:
 class ProgressLog:
     """Logs, every half minute and at the end, what is done of the work, how fast that went, and the time left.
 
-    Args:
-        log: Where the lines go.
-        what: What the lines begin with.
-        total: The whole work, in `unit`.
-        unit: Plural of what the work is counted in.
-        done: What an earlier process did of it.
+    Each line begins with `what`. `total` is the whole work in `unit`, a plural; `done` is what an earlier process did.
     """
 
     def __init__(self, log: logging.Logger, what: str, *, total: int, unit: str, done: int = 0) -> None:

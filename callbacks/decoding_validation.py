@@ -145,9 +145,7 @@ def lent_decoder(pl_module: LightningModule) -> Iterator[ExitableDecoder]:
 def on_all_ranks(trainer: Trainer, measure: Callable[[], Part]) -> list[Part]:
     """Measure on every rank; return the results by rank. All ranks wait for one another.
 
-    Raises:
-        Exception: What `measure` raised on this rank.
-        RuntimeError: It raised on other ranks alone; the message names them.
+    What `measure` raises on a rank is raised there, and RuntimeError, naming the rank, on the others.
     """
     failure: Exception | None = None
     own: tuple[Part | None, str] = None, ""

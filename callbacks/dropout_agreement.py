@@ -36,9 +36,6 @@ class DropoutAgreementCheck(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two checks, >= 1; all micro-batches of such a step are checked.
-
-    Raises:
-        ConfigError: On a value out of range, or a module that does not show its work.
     """
 
     def __init__(self, *, every_n_steps: int = 1) -> None:

@@ -73,12 +73,8 @@ def write_figure(trainer: Trainer, tag: str, draw: Callable[[], Figure]) -> None
 def arrange(logger: TensorBoardLogger, settings: Mapping[str, Setting], compared: Sequence[str]) -> None:
     """Write the charts of the tab Custom Scalars, and the run's line in the tab HParams, once in a folder.
 
-    They go into the event file of the run: TensorBoard would show a file in a folder of its own as another run.
-
-    Args:
-        logger: Its folder may have event files of the run before it was resumed.
-        settings: The columns of the run's line.
-        compared: Tags whose latest values the line shows beside the settings.
+    They go into the event file of the run, which may be a resumed one: TensorBoard would show a file in a folder of
+    its own as another run. The line shows `settings`, and the latest values of the tags in `compared`.
     """
     if _holds_settings(Path(logger.log_dir)):
         return

@@ -118,9 +118,8 @@ class CachedStatesDataModule(RowDataModule):
     def prepare_data(self) -> None:
         """Fill the cache or what is missing of it, after checks of all that it was made from and of every shard.
 
-        Raises:
-            ConfigError: The cache in `cache_dir` was made from something else, or its disk has too little room.
-            DataError: Its index is damaged, or the corpus has no rows.
+        ConfigError if the cache in `cache_dir` was made from something else, or its disk has too little room; DataError
+        if its index is damaged, or the corpus has no rows.
         """
         tokenizer = self.tokenizer
         check_tokenizer_of(self._pretrained, tokenizer, got=f"one of {len(tokenizer)} tokens")

@@ -190,15 +190,11 @@ def alternate(
     All batches are decoded once before any is decoded again, so that a time limit does not favour the first of them.
 
     Args:
-        contenders: At least one; each warms up before anything counts. Budgets are at least 2, since the first token
-            costs no decode time.
+        contenders: At least one; each warms up before anything counts. Budgets are at least 2.
         batches: At least one, each of at least one prompt; used in this order.
         time_limit_seconds: No batch is started after this; the first is always measured. A repeat that was not
             finished does not count, unless it is the only one.
         on_batch: Called with the number of batches that are done, those of all repeats together.
-
-    Returns:
-        A measurement for each contender.
     """
     started = perf_counter()
     for each in contenders:

@@ -127,13 +127,9 @@ def run_benchmark(
 ) -> Benchmark:
     """Let every contender decode every prompt in turn, and measure the costs of steps on this machine meanwhile.
 
-    Args:
-        subject: The model, in eval mode.
-        prompts: Token ids, at least one prompt; in this order they are cut into batches.
-        on_batch: Called with the number of batches that are done, those of all repeats together.
-
-    Raises:
-        ConfigError: Something asked for cannot be done with this model; nothing was decoded.
+    The model is in eval mode. `prompts` are token ids, cut into batches in this order, and `on_batch` is called with
+    the number of batches that are done, of all repeats together. ConfigError, before anything was decoded, if
+    something asked for cannot be done with this model.
     """
     if not prompts:
         raise ConfigError("prompts", got=[], allowed="at least one")
@@ -167,10 +163,8 @@ def build_contenders(
 ) -> list[Contender]:
     """Autoregressive decoding, then each strategy asked for with all its exits and draft lengths; nothing is run.
 
-    The drafting policies of self_speculative go by `costs`, or by parameter counts where these are None.
-
-    Raises:
-        ConfigError: A strategy lacks an option, or an option is out of this model's range.
+    The drafting policies of self_speculative go by `costs`, or by parameter counts where these are None. ConfigError if
+    a strategy lacks an option, or an option is out of this model's range.
     """
     strategies: list[BenchmarkStrategy] = ["autoregressive", *settings.strategies]
     contenders = []

@@ -57,10 +57,7 @@ class DecodingComparison(RoundCounts):
 
 
 def pool_comparisons(parts: Sequence[Sequence[DecodingComparison]]) -> list[DecodingComparison]:
-    """Return the comparisons of all prompts, from those of disjoint parts of them with the same settings.
-
-    A part is for instance what one rank measured. It is empty, and counts for nothing, if that was no prompt.
-    """
+    """The comparisons of all prompts, from those of disjoint parts of them, such as ranks; a part may be empty."""
     return [
         replace(
             same[0],
@@ -84,7 +81,7 @@ def compare_decoding(
     eos_token_ids: Sequence[int],
     time_limit_seconds: float,
 ) -> list[DecodingComparison]:
-    """Decode greedily, prompt by prompt, autoregressively and with every (exit, drafts) setting in turn.
+    """Decode greedily, prompt by prompt, autoregressively and with every (exit, drafts) setting, exits outermost.
 
     Args:
         decoder: The model, in eval mode.
@@ -93,9 +90,6 @@ def compare_decoding(
         max_new_tokens: Budget of each output, at least 2: the first token costs no decode time.
         eos_token_ids: End an output early; with none, every prompt is decoded to the full length.
         time_limit_seconds: No prompt is started after this; the first is always measured.
-
-    Returns:
-        One comparison for each setting, exits outermost.
     """
     if not prompts:
         raise ConfigError("prompts", got="0 prompts", allowed="at least one")

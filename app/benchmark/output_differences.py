@@ -76,11 +76,8 @@ def find_output_differences(
 ) -> list[OutputDifferences]:
     """Compare the outputs of each measurement with those of the first, and warn of what rounding does not explain.
 
-    The model decodes a batch in which something differs once more.
-
-    Args:
-        batches: The prompts as they were decoded; batches after the last that was measured do not count.
-        measurements: Autoregressive decoding first, then other ways to decode the same batches.
+    The model decodes a batch in which something differs once more. `batches` are the prompts as they were decoded;
+    those after the last that was measured do not count. The first measurement is of autoregressive decoding.
     """
     baseline = measurements[0]
     forks = [list(_forks(decoder.num_layers, batches, baseline, measurement)) for measurement in measurements]

@@ -101,10 +101,10 @@ def benchmark_tables(results: Sequence[BenchmarkResult], *, title: str) -> list[
 
 
 def speed_table(results: Sequence[BenchmarkResult], *, title: str) -> Table:
-    """Tell how fast each strategy was.
+    """Tell how fast each strategy was, by the median repeat of each batch.
 
-    The speedup takes the median repeat of each batch. Beside it stands its 95 % interval over batches like these, or,
-    for a single batch, which has no interval, the lowest and the highest repeat.
+    Beside the speedup stands its 95 % interval over batches like these, or, for a single batch, the lowest and the
+    highest repeat.
     """
     spread, name = [result.speedup_interval for result in results], "95 %\ninterval"
     if not any(spread):

@@ -35,10 +35,7 @@ class Piece(NamedTuple):
 def pieces(prompt: Sequence[int], result: DecodingResult, decode: Callable[[list[int]], str]) -> list[Piece]:
     """Tell the origin of each part of a text, in order; rejected drafts stand before the token that replaced them.
 
-    Args:
-        prompt: Token ids.
-        result: Of this prompt, decoded alone.
-        decode: Turns token ids into text.
+    `result` is of this prompt, decoded alone.
     """
     tokens = list(prompt)
     found = [Piece(decode(tokens), "prompt")]

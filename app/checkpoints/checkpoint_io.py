@@ -23,10 +23,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Streams single-file checkpoints to the disk, and loads nothing but tensors and plain values.
 
     Lightning's own plugin buffers a file in memory and writes it through the temporary folder. If that is on another
-    disk, its last step is a copy, and a full disk then leaves half a file under the final name.
-
-    Args:
-        use_previous: Where a checkpoint is damaged, load the previous one if it was kept, and warn of it.
+    disk, its last step is a copy, and a full disk then leaves half a file under the final name. With `use_previous`,
+    the previous checkpoint is taken, with a warning, where one is damaged.
     """
 
     def __init__(self, *, use_previous: bool = False) -> None:
@@ -72,8 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a single file, or a directory as if it were one; all ranks together.
 
-        Raises:
-            CheckpointError: It is missing, truncated, damaged or foreign, or holds anything but plain values.
+        CheckpointError if it is missing, damaged or foreign, or holds anything but plain values.
         """
         checked = self.verified(Path(path))
         return read_whole(checked) if checked.is_dir() else read_file(checked, map_location=map_location)
@@ -81,10 +78,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def verified(self, path: Path) -> Path:
         """The checkpoint to read, after its bytes were compared with their checksums: `path`, or the previous one.
 
-        All ranks must call it together: they share the reading and get the same answer.
-
-        Raises:
-            CheckpointError: It is missing or damaged, and there is no previous one or that is not wanted.
+        All ranks call it together: they share the reading and get the same answer. CheckpointError if it is missing or
+        damaged, and there is no previous one or that is not wanted.
         """
         path = find_checkpoint(path)
         if (error := damage(path)) is None:

@@ -46,8 +46,7 @@ def read_file(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> d
 def read_directory(path: Path) -> tuple[dict[str, Any], Shards]:
     """The content of a directory without its tensors, and these, not read yet.
 
-    Raises:
-        CheckpointError: It is incomplete or damaged, or layerskip did not write its optimizer states.
+    CheckpointError if it is incomplete or damaged, or layerskip did not write its optimizer states.
     """
     content, shards = read_plain(path), Shards(path, prefix="")
     if OPTIMIZER_STATES not in content:
@@ -95,8 +94,7 @@ def made_whole(
 ) -> dict[str, Any]:
     """The content of a directory as that of a single file, with the tensor `read(key)` for each of the shards' keys.
 
-    Raises:
-        CheckpointError: No weights are in the shards, or the optimizer states do not fit their own parameters.
+    CheckpointError if no weights are in the shards, or the optimizer states do not fit their own parameters.
     """
     prefix = f"{STATE_DICT}."
     weights = {key.removeprefix(prefix): read(key) for key in keys if key.startswith(prefix)}

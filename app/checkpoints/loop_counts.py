@@ -48,10 +48,7 @@ def count_micro_batches(fit_loop: dict[str, Any], *, saved: int | None, given: i
     Lightning takes a step when the number of micro-batches is a multiple of `accumulate_grad_batches`. A run that goes
     on with the same global batch on another number of devices would otherwise take its next step too early or too late.
     With `saved` None the counts of the epoch must tell. They do not before its first step, nor after its last one,
-    which may have had fewer micro-batches. Counts that are right already stay as they are.
-
-    Raises:
-        CheckpointError: The checkpoint was saved within a step.
+    which may have had fewer micro-batches. CheckpointError if the checkpoint was saved within a step.
     """
     batches, steps = fit_loop[_BATCHES], fit_loop[_OPTIMIZATION]["optimizer"]["step"]
     if saved is None:

@@ -48,13 +48,10 @@ _SHAPING = (  # the settings of a model that its weights depend on
 
 
 def check_before(path: Path, given: GivenConfig, *, fit: bool) -> None:
-    """Compare the configs, before a trainer opens files for a run that is then refused.
+    """Compare the configs, before a trainer opens files for a run that is refused by ConfigError or CheckpointError.
 
     A checkpoint that cannot be read is not refused here: whoever reads all of it compares its checksums, and may take
     the previous one. With `fit` False the run takes only the weights and the data.
-
-    Raises:
-        ConfigError, CheckpointError: Naming the setting that differs.
     """
     try:
         content = read_plain(path, mmap=True)
@@ -70,10 +67,7 @@ def check_resume(checkpoint: dict[str, Any], module: Resumable) -> None:
     Args:
         checkpoint: The content of a single file; tensors without memory will do. A strategy that restores the tensors
             itself asks before it does so, and then Lightning asks again with a content that lacks them.
-        module: When Lightning loads weights, not changed yet.
-
-    Raises:
-        ConfigError, CheckpointError: Naming what does not fit, and what to do.
+        module: When Lightning loads weights, not changed yet. ConfigError and CheckpointError name what does not fit.
     """
     trainer, given = module.trainer, module.given_config
     assert trainer.state.fn is not None

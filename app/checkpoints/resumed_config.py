@@ -58,13 +58,8 @@ class GivenConfig:
     def compare(self, checkpoint: Mapping[str, Any], *, fit: bool) -> int | None:
         """Refuse to resume another run. The config of the same run is compared only once.
 
-        With `fit` False only the weights and the data are taken. Of the checkpoint, its small values are enough.
-
-        Returns:
-            The micro-batches of an optimizer step of the saved run; None if the checkpoint holds no config.
-
-        Raises:
-            ConfigError, CheckpointError: Naming what differs, and how to insist.
+        With `fit` False only the weights and the data are taken. ConfigError and CheckpointError name what differs, and
+        how to insist. Returns the saved run's micro-batches of an optimizer step; None if the checkpoint has no config.
         """
         saved = saved_config(checkpoint)
         if saved is None:
@@ -102,10 +97,7 @@ def changes_optimizer(allow_changes: Sequence[str]) -> bool:
 
 
 def check_names(names: Sequence[str], *configs: Config) -> None:
-    """Raise ConfigError unless each of `names`, given as --allow_changes, is a setting that a user may insist on.
-
-    A name below a group of settings must be in one of the configs.
-    """
+    """Raise ConfigError unless each of --allow_changes is a setting that a user may insist on, or a part of one."""
     known = [name for config in configs for name in _flat(config)]
     for name in names:
         below = any(_is_within(name, group) for group in _SAME) and any(_is_within(key, name) for key in known)
@@ -117,9 +109,7 @@ def check_names(names: Sequence[str], *configs: Config) -> None:
 def refuse_changes(saved: Config, given: Config, *, allowed: Sequence[str]) -> None:
     """Compare the settings that make a run what it is.
 
-    Raises:
-        ConfigError: A setting differs that must not, or a name in `allowed` is none that may.
-        CheckpointError: Settings differ on which the user may insist.
+    ConfigError for one that must not differ, or a name in `allowed` that may not; CheckpointError for those that may.
     """
     check_names(allowed, saved, given)
     before, now = _flat(saved), _flat(given)

@@ -23,10 +23,7 @@ _held: dict[Path, int] = {}  # open descriptors by file: closing one would relea
 def hold(folder: Path) -> None:
     """Let no run of another process write to a folder, made if need be, until `release` or the end of this process.
 
-    On a file system without locks, this warns and goes on.
-
-    Raises:
-        CheckpointError: Another run writes there; it names that run's process and host.
+    CheckpointError names the process and host of a run that writes there. A file system without locks gives a warning.
     """
     file = folder.absolute() / LOCK_FILE
     if file in _held:
@@ -76,10 +73,7 @@ def release() -> None:
 
 
 def lock(descriptor: int, folder: Path, *, wait: bool = False) -> bool:
-    """Lock an open file of a folder; False if another process holds it and this one is not to wait.
-
-    On a file system without locks, this warns and counts as locked.
-    """
+    """Lock an open file; False if another process holds it and this one is not to wait. A disk may have no locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

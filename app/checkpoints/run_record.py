@@ -38,11 +38,7 @@ class RunRecord:
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, Any]) -> "RunRecord":
-        """The record of checkpoint `path`, whose config is in it, or beside the folder it was written to.
-
-        Raises:
-            CheckpointError: The config is damaged.
-        """
+        """The record of checkpoint `path`, with the config in it or beside its folder; CheckpointError if damaged."""
         file = path.resolve().parent.parent / "config.yaml"
         try:
             if RUN_CONFIG_KEY in metadata:

@@ -55,8 +55,7 @@ _ALLOWED_NAMES: dict[tuple[str, str], Any] = {  # what the pickle may name; dtyp
 class Shards:
     """The tensors whose keys begin with `prefix`, which is cut off their names; `shapes` has shape and dtype of each.
 
-    Raises:
-        CheckpointError: A part is missing, damaged or truncated, or the metadata is not just metadata.
+    CheckpointError if a part is missing, damaged or truncated, or the metadata is not just metadata.
     """
 
     def __init__(self, directory: Path, *, prefix: str) -> None:

@@ -61,12 +61,9 @@ class Resumable(Protocol):
 def check_states(checkpoint: Mapping[str, Any], module: Any) -> None:
     """Compare everything that will be read from a checkpoint with what will take it.
 
-    Args:
-        checkpoint: The content of a single file. The values of tensors without memory (meta) are not compared.
-        module: A `Resumable` when Lightning loads weights, not changed yet.
-
-    Raises:
-        CheckpointError: Naming the first entry that does not fit, what it is and what is allowed.
+    `checkpoint` is the content of a single file, of which tensors without memory (meta) are not compared by value, and
+    `module` a `Resumable` when Lightning loads weights, not changed yet. CheckpointError names the first entry that
+    does not fit, what it is and what is allowed.
     """
     trainer, fn = module.trainer, module.trainer.state.fn
     saved = SavedEntry(checkpoint, path=trainer.ckpt_path)
@@ -235,10 +232,7 @@ def _check_schedule(saved: SavedEntry, scheduler: LRScheduler, *, step: int) -> 
 
 
 def check_optimizer_settings(checkpoint: Mapping[str, Any], module: Resumable) -> None:
-    """Refuse optimizer settings other than the configured ones, and rates other than the schedule's.
-
-    `check_states` must have passed. Raises CheckpointError naming the first setting.
-    """
+    """Raise CheckpointError for optimizer settings that are not as configured, or rates that are not the schedule's."""
     saved = SavedEntry(checkpoint, path=module.trainer.ckpt_path)
     live = module.optimizer_over(module.trained)
     fresh, scheduler = live["optimizer"].param_groups, live["lr_scheduler"]["scheduler"]

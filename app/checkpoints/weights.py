@@ -77,8 +77,7 @@ def is_trained_weights(path: str | Path) -> bool:
 def open_trained_weights(path: str | Path) -> TrainedWeights:
     """Open a checkpoint that `layerskip fit` wrote. Call `integrity.check_bytes` before its weights are read.
 
-    Raises:
-        CheckpointError: It is damaged, incomplete or foreign, or holds anything but tensors and plain values.
+    CheckpointError if it is damaged, incomplete or foreign, or holds anything but tensors and plain values.
     """
     path = Path(path)
     content = read_plain(path, mmap=True)
@@ -130,13 +129,9 @@ def open_shards(path: Path) -> Shards:
 
 
 def read_plain(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """What Lightning wrote to a single file, or to a directory beside its shards; nothing in it is run.
+    """What Lightning wrote to a file, or to a directory beside its shards, as by `torch.load`; nothing in it is run.
 
-    Args:
-        map_location: As of `torch.load`, and so is `mmap`.
-
-    Raises:
-        CheckpointError: It is missing, truncated or damaged, or holds anything but tensors and plain values.
+    CheckpointError if it is missing, truncated or damaged, or holds anything but tensors and plain values.
     """
     if path.is_dir():
         path = existing_part(path, CONTENT_FILE)

@@ -65,8 +65,7 @@ class Adaptation:
     def begin(cls, model: str, output_dir: str, folder: Path, settings: AdaptSettings) -> "Adaptation":
         """Check the model and the settings, and go on in a folder that the same command began.
 
-        Raises:
-            ConfigError: Exit or blocks are out of the model's range, or the folder is of another command.
+        ConfigError if exit or blocks are out of the model's range, or the folder is of another command.
         """
         num_layers = load_config(model, field="model").get_text_config().num_hidden_layers
         exit_layer = max(1, round(num_layers / 15)) if settings.exit_layer is None else settings.exit_layer

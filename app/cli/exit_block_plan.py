@@ -49,11 +49,7 @@ class CachePlan(NamedTuple):
 
 
 def plan_cache(states: Any, config: PreTrainedConfig) -> CachePlan:
-    """Return the cache that the arguments of a CachedStatesDataModule ask for, of a model of this config.
-
-    Raises:
-        ConfigError: An exit is none of the model's, or a number is out of its range.
-    """
+    """The cache that a CachedStatesDataModule's arguments ask for; ConfigError if one is out of this model's range."""
     corpus, text = states["corpus"]["init_args"], config.get_text_config()
     exits = some_exits(states["exit_layers"], field="data.exit_layers")
     check_early_exits(exits, num_layers=text.num_hidden_layers, instead="", field="data.exit_layers")
@@ -97,15 +93,10 @@ def refuse_without_weights(config: Namespace, *, layout: Layout) -> None:
 
 
 def distillation_of(exit_blocks: Mapping[str, Any], config: PreTrainedConfig, *, states: Any) -> Distillation:
-    """Return what is planned for `model.exit_blocks`.
+    """Return what is planned for `model.exit_blocks`, the fields of ExitBlockSettings.
 
-    Args:
-        exit_blocks: The fields of ExitBlockSettings.
-        config: The model's.
-        states: Arguments of the CachedStatesDataModule that gives the states; None if the frozen model does.
-
-    Raises:
-        ConfigError, DataError: An exit is none of the model's, or the draft vocabulary cannot be read.
+    `states` are the arguments of the CachedStatesDataModule, None if the frozen model gives the states. ConfigError or
+    DataError if an exit is none of the model's, or the draft vocabulary cannot be read.
     """
     settings, text = ExitBlockSettings(**exit_blocks), config.get_text_config()
     num_ids = None

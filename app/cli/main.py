@@ -50,11 +50,10 @@ _WITH_OPTIONS_OF_FIT = ("fit", "validate", "test", "predict", "data", "plan")
 
 
 def main() -> int:
-    """Run the verb on the process's command line.
+    """Run the verb on the process's command line, and return the exit status.
 
-    Returns:
-        The exit status: 0; 2 after an error that the user can mend; 130 after Ctrl-C; 141 if the reader of stdout has
-        gone. Any other error is a bug of ours and raises.
+    It is 0, or 2 after an error that the user can mend, 130 after Ctrl-C, and 141 if the reader of stdout has gone. Any
+    other error is a bug of ours and raises.
     """
     args = sys.argv[1:] = with_installed(sys.argv[1:])
     complete(VERBS, lambda verb: _options_in(map(_help, _texts_of(verb))), lambda verb: takes_folders(_help(verb)))

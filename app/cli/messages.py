@@ -86,8 +86,8 @@ def user_message(error: BaseException) -> str | None:
 def locate(error: Exception, config: Any) -> LocatedError:
     """Write the field of a ConfigError as its path: that of the only value in `config` that it can mean.
 
-    A field with dots is the end of a path, in which `init_args` may be left out. The error comes from a constructor,
-    which knows the name of its own argument only. jsonargparse may have wrapped it.
+    The error comes from a constructor, which knows the name of its own argument only, and jsonargparse may have wrapped
+    it. A field with dots is the end of a path, in which `init_args` may be left out.
     """
     raised_from = list(causes(error))
     cause = next((each for each in raised_from if isinstance(each, ConfigError)), None)

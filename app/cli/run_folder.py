@@ -91,7 +91,7 @@ def _given_config(pl_module: LightningModule) -> GivenConfig:
 
 
 def go_on_in_latest_version(trainer: Trainer) -> None:
-    """Let loggers that would begin a new version of their folder take the latest version that has a `last.ckpt`.
+    """Let loggers that would begin a new version take the latest one that has a `last.ckpt`.
 
     This must come before the trainer is asked for its `log_dir`.
     """

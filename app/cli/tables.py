@@ -14,8 +14,7 @@ _BORDER = 3  # characters that each column takes beside its text
 def print_table(table: Table) -> None:
     """Draw the table on stdout, no wider than the terminal, or 120 characters where stdout is no terminal.
 
-    To fit, headers are broken between words and long cells anywhere. A table that is still too wide is drawn as it is,
-    so that no figure is lost.
+    To fit, headers are broken between words and long cells anywhere; a table that is still too wide loses no figure.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
     cells = [

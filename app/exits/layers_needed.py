@@ -10,11 +10,7 @@ from typing import Any
 
 
 def saturation_layer(matches: Sequence[bool]) -> int:
-    """Return the first exit, counted from 1, from which on every exit chooses the token.
-
-    Args:
-        matches: Whether each exit below the full model chooses the token; one fewer than there are blocks.
-    """
+    """Return the first exit, from 1, from which on every exit chooses the token; `matches` has exits 1..L - 1."""
     last_miss = max((exit_layer for exit_layer, match in enumerate(matches, start=1) if not match), default=0)
     return last_miss + 1
 
@@ -26,13 +22,7 @@ def first_hit(matches: Sequence[bool]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LayersNeeded:
-    """Saturation layer and first hit of each of some tokens, at least one.
-
-    Attributes:
-        num_layers: L.
-        saturation: Saturation layer of each token, 1..L.
-        hits: First hit of each token, 1..L, never above its saturation layer.
-    """
+    """Saturation layer and first hit of each of some tokens, at least one; both in 1..L, no hit above saturation."""
 
     num_layers: int
     saturation: tuple[int, ...]

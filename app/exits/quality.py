@@ -88,7 +88,6 @@ class ExitQuality(Metric):
 
         Args:
             hidden_by_exit: exit_layer -> normed hidden states [B, T, D], the full model's among them.
-            labels_BT: Targets, IGNORE_INDEX where there is none.
             head: The LM head, from [N, D] to [N, V].
             draft_ids_V: The V' token ids that drafts are chosen from; None for all. Agreement and acceptance are then
                 those of such drafts, and KL is that given that the token is one of them.

@@ -28,10 +28,7 @@ _CARD = (4.0, 3.2)  # inches: TensorBoard shows pictures about 350 pixels wide
 
 
 def exit_table(history: History, *, num_layers: int, speedups: Mapping[int, float] | None = None) -> Table:
-    """Held-out loss of every exit at the first and the last measurement, which may be one, and its latest figures.
-
-    `speedups` has those predicted for early exits, where they are known.
-    """
+    """Held-out loss of every exit at the first and the last measurement, its latest figures, and known `speedups`."""
     (first_step, first), (last_step, last) = min(history.items()), max(history.items())
     scores = dict(sorted(last.items()))
     title, latest = "Exits on held-out tokens", "loss"
@@ -51,10 +48,7 @@ def exit_table(history: History, *, num_layers: int, speedups: Mapping[int, floa
 
 
 def gap_figure(history: History) -> Figure:
-    """Draw a heat map of how much more loss each exit has than the full model, over training steps.
-
-    The full model is the deepest exit. The picture is as small as TensorBoard shows it.
-    """
+    """Draw a heat map of how much more loss each exit has than the deepest, the full model, over training steps."""
     steps = sorted(history)
     exits = sorted({layer for scores in history.values() for layer in scores})
     gaps = [[_gap(history[step], layer) for step in steps] for layer in exits]
@@ -165,10 +159,7 @@ def early_exits_figure(runs: Mapping[str, History], *, metric: CurveMetric) -> F
 
 
 def scaling_figure(runs: Mapping[str, History], *, exit_layer: int) -> Figure:
-    """Draw the perplexity of one exit, and the full model's, over tokens trained on (the paper's Fig. 11).
-
-    `runs` gives the curve for each label, at most MOST_RUNS; each has measured the exit.
-    """
+    """Draw the perplexity of an exit, and the full model's, over tokens (the paper's Fig. 11), of at most MOST_RUNS."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for (label, curve), style in zip(runs.items(), _STYLES, strict=False):

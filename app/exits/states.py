@@ -18,12 +18,9 @@ def positions_per_chunk(vocab_size: int, *, num_exits: int = 1) -> int:
 
 
 class ExitState(NamedTuple):
-    """The pre-norm states [1, T, D] of T tokens at an exit.
+    """The pre-norm states [1, T, D] of T tokens at an exit, 1..num_layers.
 
-    Attributes:
-        exit_layer: Blocks of the model that were run, 1..num_layers.
-        hidden_1TD: What leaves block `exit_layer` - 1.
-        exit_1TD: What leaves the blocks that the exit has of its own; `hidden_1TD` itself where it has none.
+    They are those that leave block E - 1, and those that leave the exit's own blocks: the same where it has none.
     """
 
     exit_layer: int

@@ -24,12 +24,9 @@ A LoRA adapter for {base}, trained with layer dropout and early-exit loss: `Peft
 
 
 def check_adapter_dir(adapter_dir: str, metadata: Mapping[str, Any], *, beside: Path) -> Path:
-    """Return the absolute path of the directory, or a ConfigError if there are no adapters or it cannot be written.
+    """The absolute path of the directory, apart from `beside`, that of the merged model.
 
-    Args:
-        adapter_dir: As the user gave it.
-        metadata: That of the checkpoint; empty for another model.
-        beside: The directory of the merged model.
+    ConfigError if it is not, or cannot be written, or the checkpoint's `metadata` tells of no adapters.
     """
     field = "adapter_dir"
     if LORA_KEY not in metadata:
@@ -46,15 +43,9 @@ def write_adapter(
 ) -> None:
     """Write adapter_config.json, adapter_model.safetensors and README.md, as peft loads them, or nothing.
 
-    Args:
-        model: The merged model, which may be on the meta device.
-        weights: Its weights. The norms are written if they were trained.
-        metadata: That of the checkpoint, with LORA_KEY and ADAPTERS_KEY.
-        directory: Output of `check_adapter_dir`.
-        base: Name of the model that the adapters are for.
-
-    Raises:
-        CheckpointError: The directory cannot be written.
+    `weights` are those of the merged `model`; its norms are written if they were trained. `metadata` is the
+    checkpoint's, with LORA_KEY and ADAPTERS_KEY, and `base` names the model that the adapters are for. CheckpointError
+    if the directory cannot be written.
     """
     from peft import LoraConfig
 

@@ -37,12 +37,8 @@ def chosen_defaults(
     Args:
         model: The model that is exported, which may be on the meta device.
         weights: Its weights. What was measured on other weights is left out.
-        given: The user's setting `generation_defaults`: a directory or a file.
+        given: The user's setting `generation_defaults`, a directory or file; ConfigError if it does not fit the model.
         replaced: The directory that is written, which may hold an earlier export.
-
-    Raises:
-        ConfigError: The given defaults do not fit this model, or there are none.
-        CheckpointError: A generation_config.json is damaged.
     """
     if given is not None:
         if (defaults := _stored_defaults(model, Path(given), field="generation_defaults")) is None:
@@ -73,16 +69,11 @@ def chosen_vocabulary(
 ) -> list[int] | None:
     """Find the draft vocabulary for a model: as given, else beside the model, else in the directory that is written.
 
-    Args:
-        model: The model that is exported, which may be on the meta device.
-        tokenizer: The model's, or None.
-        weights: Its weights. What was counted for other weights is left out.
-        given: The user's setting `draft_vocabulary`: a file.
-        source: Where the model comes from, if its draft vocabulary may stand there.
-        replaced: The directory that is written, which may hold an earlier export.
+    Other arguments are those of `chosen_defaults`.
 
-    Raises:
-        DataError: The file is damaged, or is not for a model like this.
+    Args:
+        given: The user's setting `draft_vocabulary`: a file; DataError if it is damaged, or not for a model like this.
+        source: Where the model comes from, if its draft vocabulary may stand there.
     """
     file = Path(given or Path(source or replaced) / DRAFT_VOCABULARY_FILE)
     if given is None and (source is None or not file.is_file()):

@@ -81,18 +81,13 @@ def write_pretrained(
     """Write configurations, safetensors, tokenizer and README.md, byte for byte as `save_pretrained` would, or nothing.
 
     At most one file of weights is in memory at a time, beside what `weights` itself holds. If the generation config
-    has no end of text, that of the tokenizer is written.
+    has no end of text, that of the tokenizer is written. Returns the number of files of weights.
 
     Args:
         model: The model, which may be on the meta device where `weights` are given.
-        tokenizer: The model's tokenizer; None writes none.
         directory: Output of `check_output_dir`.
         weights: The tensors to write; by default those of `model`.
-        settings: The user's choices.
         beside: Contents of further files, by name.
-
-    Returns:
-        Number of files of weights.
 
     Raises:
         CheckpointError: The directory cannot be written, `weights` are not those of the model or not finite, or its

@@ -15,20 +15,10 @@ from app.spans.decoder import SUPPORTED_MODEL_TYPES
 def first_blocks(
     model: PreTrainedModel, weights: Weights, exits: StoredExitBlocks | None, *, exit_layer: int
 ) -> tuple[PreTrainedModel, Weights, bytes]:
-    """Return the model of the first blocks, and of the exit's own where it has any, its weights, and whose it is.
+    """The model of the first blocks and the exit's own, its weights, and the content of EXIT_ORIGIN_FILE: whose it is.
 
-    The last is the content of EXIT_ORIGIN_FILE.
-
-    What `layerskip tune` chose for the whole model is left out of its generation config.
-
-    Args:
-        model: The whole model, which may be on the meta device.
-        weights: The whole model's weights.
-        exits: The exit blocks that come with it.
-        exit_layer: E, the number of blocks that run before the exit.
-
-    Raises:
-        ConfigError: There is no such exit, it has an affine map, or the model is of a type whose exits are not known.
+    The whole model may be on the meta device. What `layerskip tune` chose for it is left out of the generation config.
+    ConfigError if there is no such exit, it has an affine map, or the model is of a type whose exits are not known.
     """
     check_choice("model_type", model.config.model_type, SUPPORTED_MODEL_TYPES)
     if exits is not None and exit_layer in affine_exits(exits.state):

@@ -103,10 +103,9 @@ def model_card(
     dtype: str,
     card: CardSettings,
 ) -> str:
-    """Write the text of README.md, which begins with its front matter.
+    """Write the text of README.md, front matter included; the model may be on the meta device.
 
-    The model may be on the meta device. `record` is None where no run here trained it, `decoding` where it was not
-    tuned; `dtype` names the type of its weights.
+    `record` is None where no run here trained it, `decoding` where it was not tuned.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     methods = _methods(record.config) if record is not None and record.config else []

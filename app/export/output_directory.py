@@ -1,9 +1,7 @@
-"""Writes a directory as a whole or not at all, and replaces nothing but what an export wrote.
+"""Writes a directory as a whole or not at all, and replaces nothing but exports. Tested by test_directory.py.
 
 The last line of an export's README.md is a comment that lists the export's files and signs the text above it. It shows
 that a directory is an export, and whether a person added or edited a file.
-
-Tested by tests/unit/export/test_directory.py.
 """
 
 import hashlib
@@ -26,10 +24,9 @@ _SIGNATURE = re.compile(r"\n<!-- layerskip export: (\{.*\}) -->\n\Z")
 
 
 def check_output_dir(output_dir: str, *, overwrite: bool = False, field: str = "output_dir") -> Path:
-    """Return the absolute path of a directory that is new, empty, or an export that nobody changed.
+    """The absolute path of a directory that is new, empty, or an export that nobody changed; else ConfigError.
 
     With `overwrite` it may be any directory of files with a config.json among them, all of which will be replaced.
-    Anything else is a ConfigError that names `field`.
     """
     directory = Path(output_dir).resolve()
     _put_back(directory)
@@ -80,10 +77,10 @@ def _digest(text: str) -> str:
 
 @contextmanager
 def whole_or_absent(directory: Path, *, readme: str) -> Iterator[Path]:
-    """Return a folder to write files into, which gets README.md and replaces the directory when the block ends well.
+    """A folder to write files into, which gets README.md and replaces the directory when the block ends well.
 
-    It becomes whole or absent as a checkpoint does (`app.checkpoints.atomic`), and the next export removes what a
-    killed process leaves beside it. An error of the disk is a CheckpointError.
+    It becomes whole or absent as a checkpoint does; the next export removes what a killed process leaves beside it.
+    CheckpointError for an error of the disk.
     """
     partial = partial_path(directory)
     try:

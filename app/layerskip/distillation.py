@@ -48,13 +48,8 @@ def divergence_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss [N] in nats, and its gradient [N, V] with respect to the exit's logits, in closed form.
 
-    With s = 1/2 sign(q - p) the gradient of KL is q - p, that of TV q (s - sum q s).
-
-    Args:
-        kind: A key of KL_SHARES.
-        draft_NV: The exit's logits, at least one row.
-        full_NV: The full model's, of the same dtype.
-        gradient_NV: Where to write the gradient; may be `draft_NV`. None takes new memory.
+    With s = 1/2 sign(q - p) the gradient of KL is q - p, that of TV q (s - sum q s). Both logits are of the same dtype,
+    of at least one row. The gradient is written to `gradient_NV`, which may be `draft_NV`; None takes new memory.
     """
     gradient_NV = torch.empty_like(draft_NV) if gradient_NV is None else gradient_NV
     losses = []

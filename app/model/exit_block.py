@@ -109,13 +109,9 @@ class ExitBlock(nn.Module):
 
 
 def source_layers(num_layers: int, *, exit_layer: int, num_blocks: int, start: ExitBlockStart) -> list[int]:
-    """Which of the model's blocks the A blocks of an exit begin as.
+    """Which of the model's blocks the A = `num_blocks` blocks of exit E begin as.
 
-    Args:
-        num_layers: L.
-        exit_layer: E, 1..L - 1.
-        num_blocks: A, at least 0.
-        start: `exit` and `affine` copy blocks E .. E + A - 1, which would run next; `last` the last A blocks.
+    `exit` and `affine` copy blocks E .. E + A - 1, which would run next; `last` copies the last A blocks.
     """
     check_early_exit("exit_layer", exit_layer, num_layers=num_layers)
     check_range("num_blocks", num_blocks, low=0, high=num_layers - exit_layer)
@@ -131,10 +127,7 @@ def affine_exits(names: Iterable[str]) -> set[int]:
 def exit_blocks_of(
     model: PreTrainedModel, sources: Mapping[int, Sequence[int]], *, affine: Container[int] = ()
 ) -> nn.ModuleDict:
-    """The exit blocks of a model by exit layer (as a string), given the source layers of each.
-
-    Those of the exits in `affine` have an affine map.
-    """
+    """The exit blocks of a model by exit layer (a string), given each one's source layers; `affine` ones have a map."""
     if not sources:
         raise ConfigError("exit_blocks", got={}, allowed="at least one exit")
     return nn.ModuleDict(

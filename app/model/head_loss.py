@@ -76,7 +76,6 @@ def token_losses(
 
     Args:
         hidden: Normed hidden states [N, D] of each exit.
-        weight_VD: Weight of the head.
         labels_N: Classes, the same for all exits; -100 gives a loss of 0.
         dtype: Type of the products; all else is float32, or float64 for float64.
         weights: Weight of each exit; the gradients with respect to each of `hidden` and then to `weight_VD` follow.

@@ -75,14 +75,7 @@ def refused_strategy(name: str) -> ConfigError:
 def add_adapters(model: PreTrainedModel, settings: LoraSettings, *, seed: int, without_memory: bool = False) -> None:
     """Freeze a model and give its blocks adapters, in place, whose random weights depend on `seed` and the shapes.
 
-    Args:
-        model: A causal LM with its weights.
-        settings: Which projections get what.
-        seed: Seed of the random initialisation.
-        without_memory: Make the adapters on the meta device.
-
-    Raises:
-        ConfigError: The blocks have no such projections.
+    With `without_memory` the adapters are on the meta device. ConfigError if the blocks have no such projections.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds, of those who use it
 
@@ -128,15 +121,9 @@ def merged_shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, 
 
 
 def merged_weight(weights: Mapping[str, Tensor], name: str, *, scale: float) -> Tensor:
-    """A weight of the plain model that computes what one with adapters does; one without an adapter as it is.
+    """A weight of the plain model, by a name in `merged_shapes`: W + scale B A, summed in float32 at least, typed as W.
 
-    Args:
-        weights: The weights of a model with adapters, by name.
-        name: A key of `merged_shapes`.
-        scale: LoraSettings.scale.
-
-    Returns:
-        W + scale B A, summed in float32 at least, in the dtype of W.
+    `weights` are those of the model with adapters, by name. One without an adapter is returned as it is.
     """
     owner, _, kind = name.rpartition(".")
     if (base := weights.get(f"{owner}.base_layer.{kind}")) is None:

@@ -25,16 +25,15 @@ def parallelize(
 ) -> None:
     """Split the blocks of a model over a mesh, then shard all parameters, in place; the model may have no memory yet.
 
-    A block is gathered when it runs, all other parameters for a whole step. FSDP's root is the module whose methods
-    are the steps, not the model in it: a step calls parts of the model, and only what runs inside the root's forward
-    finds the embedding, the final norm and the head gathered.
+    A block is gathered when it runs, all other parameters for a whole step. FSDP's root is the LightningModule, whose
+    methods are the steps: a step calls parts of the model, and only what runs inside the root's forward finds the
+    embedding, the final norm and the head gathered.
 
     Args:
-        module: The LightningModule that holds the model.
         model: A Llama-shaped causal LM; ConfigError if its blocks cannot be split over the tensor-parallel ranks.
         mesh: A mesh with the dimension `data_parallel`, and maybe `tensor_parallel` and `replicate`.
-        compute_dtype: Type that parameters are gathered and computed in; shards keep theirs, and gradients are summed
-            over ranks in float32. None computes in the type of the shards.
+        compute_dtype: Type that parameters are gathered and computed in, None for their own; gradients are summed over
+            ranks in float32.
     """
     names = mesh.mesh_dim_names or ()
     if TENSOR_PARALLEL in names and mesh[TENSOR_PARALLEL].size() > 1:

@@ -15,26 +15,17 @@ _CHUNK = 2**22  # values that are converted at a time
 
 
 def weights_hash(state: Mapping[str, Tensor], *, exit_layer: int) -> str:
-    """The hash of a single exit E; see `weights_hashes`."""
+    """The hash of a single exit; see `weights_hashes`."""
     return weights_hashes(state, [exit_layer])[exit_layer]
 
 
 def weights_hashes(state: Mapping[str, Tensor], exit_layers: Collection[int]) -> dict[int, str]:
-    """Hash, for each exit E, of all that the states leaving block E - 1, the final norm and the head depend on.
+    """SHA-256, for each exit E, of all that the states leaving block E - 1, the final norm and the head depend on.
 
-    Each weight is read once. A hash covers names, shapes and values of all weights but those of blocks E and later.
+    A hash covers names, shapes and values of all weights but those of blocks E and later; each weight is read once.
     Values count as bfloat16, so that the type a file keeps them in does not matter. A head that equals the embeddings
-    counts as tied, present or not.
-
-    Args:
-        state: Weights by Hugging Face name, as of `PreTrainedModel.state_dict`; on any device.
-        exit_layers: Each E, at least 1.
-
-    Returns:
-        Exit layer -> SHA-256, as 64 hexadecimal digits.
-
-    Raises:
-        ConfigError: There is no block E - 1 in `state`.
+    counts as tied, present or not. `state` has the weights by Hugging Face name, as of `PreTrainedModel.state_dict`.
+    ConfigError if there is no block E - 1 in it.
     """
     layer_of = {name: int(found[1]) if (found := _BLOCK.search(name)) else None for name in state}
     for exit_layer in exit_layers:

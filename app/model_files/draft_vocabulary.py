@@ -36,10 +36,7 @@ def usual_size(vocab_size: int, ends: Sequence[int]) -> int:
 
 
 def ranked(counts: Mapping[int, int], *, vocab_size: int, ends: Sequence[int]) -> list[int]:
-    """Rank all V token ids by their counts in texts, after `ends`; of equally frequent ones the lower id is first.
-
-    Count texts like those that are to be drafted, best the model's own.
-    """
+    """Rank all V token ids by their counts in texts, after `ends`; of equally frequent ones the lower id is first."""
     others = [token for token in range(vocab_size) if token not in ends]
     others.sort(key=lambda token: -counts.get(token, 0))
     return [*ends, *others]
@@ -64,10 +61,8 @@ def read_draft_vocabulary(file: Path, *, vocab_size: int, ends: Sequence[int]) -
     """The ids in a file: JSON of ours, a JSON list, or the token map of SGLang, a .pt file with a list or tensor.
 
     They come in the file's order, but for `ends`, which come first: so each prefix of at least these is a vocabulary.
-
-    Raises:
-        DataError: The file cannot be read, holds something else, or ids outside the model's vocabulary or twice, or
-            lacks one of the ids that end a text.
+    DataError if the file cannot be read, or holds something else, ids twice or outside the model's vocabulary, or lacks
+    one of the ids that end a text.
     """
     try:
         stored = torch.load(file, weights_only=True) if file.suffix == ".pt" else json.loads(file.read_text("utf-8"))

@@ -47,13 +47,9 @@ class StoredExitBlocks(NamedTuple):
 
 
 def stored_exit_blocks(path: str | Path) -> StoredExitBlocks | None:
-    """The exit blocks that come with a model, or None.
+    """The exit blocks that come with a model directory or a checkpoint of ours; None for anything else.
 
-    Args:
-        path: A model directory or a checkpoint of ours; anything else has none.
-
-    Raises:
-        CheckpointError: Their file is damaged, or their weights are not finite.
+    CheckpointError if their file is damaged, or their weights are not finite.
     """
     file = Path(path) / EXIT_BLOCKS_FILE
     if is_trained_weights(path):
@@ -87,14 +83,10 @@ def _read(file: Path) -> StoredExitBlocks:
 
 
 def load_exit_blocks(path: str, model: PreTrainedModel) -> dict[int, ExitBlock]:
-    """The exit blocks that come with a model, by exit layer, in its type, on its device and in eval mode; {} for none.
+    """The exit blocks that came with `model`, loaded from `path`, by exit layer; {} for none.
 
-    Args:
-        path: What the model was loaded from.
-        model: The model, from whose blocks they take their classes.
-
-    Raises:
-        CheckpointError: They are damaged, or were trained for another model.
+    They take their classes from its blocks, and its type, device, and eval mode. CheckpointError if they are damaged,
+    or were trained for another model.
     """
     if (stored := stored_exit_blocks(path)) is None:
         return {}

@@ -21,13 +21,10 @@ def exit_origin_file(state: Mapping[str, Tensor], *, exit_layer: int) -> bytes:
 
 
 def check_exit_origin(path: str, target: PreTrainedModel, *, field: str) -> None:
-    """Refuse a draft model that was exported as the first blocks of another model than `target`.
+    """Raise ConfigError for a draft model that was exported as the first blocks of another model than `target`.
 
     Any other model passes. In float16 nothing is compared, since its values need not be those that were hashed.
-
-    Raises:
-        ConfigError: The first blocks, embeddings, final norm or head of the target are not those of its origin.
-        CheckpointError: The file beside the draft model is damaged.
+    CheckpointError if the file beside the draft model is damaged.
     """
     file = Path(path) / EXIT_ORIGIN_FILE
     if not file.is_file() or target.dtype == torch.float16:

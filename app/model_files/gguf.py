@@ -66,9 +66,8 @@ def read_gguf_origin(path: Path) -> GgufOrigin:
 def read_gguf_config(path: Path, *, field: str) -> PreTrainedConfig:
     """The architecture, from the file's metadata and, for rope scaling, a tensor.
 
-    Raises:
-        ConfigError: The packages that read GGUF are not installed, or the file states what no model here can do.
-        CheckpointError: The file is truncated, damaged, or of an architecture that transformers cannot read.
+    ConfigError if the packages for GGUF are missing, or the file states what no model here can do; CheckpointError if
+    the file is damaged, or of an architecture that transformers cannot read.
     """
     if not (is_gguf_available() and is_accelerate_available()):
         allowed = "a .gguf file only where the packages gguf and accelerate are installed"
@@ -100,9 +99,7 @@ def read_gguf_weights(
 ) -> PreTrainedModel:
     """The model with its weights unpacked to `dtype`, or to float32 for None.
 
-    Raises:
-        CheckpointError: The file is truncated or damaged, or weights are missing.
-        ConfigError: The file has weights that the model has not.
+    CheckpointError if the file is damaged, or weights are missing; ConfigError if it has some that the model has not.
     """
     from gguf import GGUFReader
 

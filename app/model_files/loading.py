@@ -64,11 +64,9 @@ def fill_model(
 ) -> PreTrainedModel:
     """The causal LM of `config` with stored weights, whose names may be those of older versions of transformers.
 
-    The weights get `dtype`, or for None the type of the first one, and with `own` memory of their own.
-
-    Raises:
-        ConfigError: transformers cannot build such a model; the message names `field`.
-        CheckpointError: Weights are damaged, missing, of another shape, not plain numbers, or of no block of the model.
+    The weights get `dtype`, or for None the type of the first one, and with `own` memory of their own. ConfigError,
+    naming `field`, if transformers cannot build such a model; CheckpointError for weights that are damaged, missing, of
+    another shape, not plain numbers, or of no block of the model.
     """
     plain = [kind for kind in stored.dtypes.values() if isinstance(kind, torch.dtype)]
     tables: set[str] = set()

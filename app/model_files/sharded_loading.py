@@ -1,9 +1,7 @@
-"""Fills a model that was built without memory and spread over ranks, so that no rank ever holds it whole.
+"""Fills a model that is spread over ranks, none of which ever holds it whole. Tested by test_sharded_loading.py.
 
 Every rank makes or maps one whole tensor at a time and keeps its part of it; a checkpoint of shards is read by parts.
 So a rank needs memory for its shards and one tensor, and nothing goes over the network.
-
-Tested by tests/distributed/test_sharded_loading.py.
 """
 
 from collections.abc import Callable, Iterator

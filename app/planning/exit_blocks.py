@@ -75,12 +75,9 @@ def plan_exit_blocks(
     autocast: torch.dtype | None,
     machine: Machine,
 ) -> Plan:
-    """Find out what the training of exit blocks takes, without weights, data or accelerator.
+    """Find out what the training of exit blocks takes; each device holds the whole frozen model.
 
-    Arguments are those of `app.planning.plan.plan_training`. Each device holds the whole frozen model.
-
-    Raises:
-        ConfigError: The model cannot be built or exit early, or its shapes depend on values.
+    Other arguments, and errors, are those of `app.planning.plan.plan_training`.
     """
     model, blocks, mode = fake_exit_blocks(config, learns, dtype=dtype)
     optimizer = ask_optimizer(configure, blocks.parameters())

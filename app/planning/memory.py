@@ -82,10 +82,7 @@ class Memory:
 
 
 def ask_optimizer(configure: Callable[[nn.Module], Optimizer], parameters: Iterable[Tensor]) -> OptimizerFacts:
-    """Let the optimizer take a step on a small stand-in for each shape of parameter, and see what it keeps.
-
-    `configure` makes the optimizer for a module.
-    """
+    """Let the optimizer that `configure` makes step on small stand-ins for the parameters, and see what it keeps."""
     shapes = {tuple(parameter.shape): parameter.dtype for parameter in parameters}
     small = {
         shape: nn.Parameter(torch.rand([min(side, _SIDE) for side in shape]).to(dtype))
@@ -126,10 +123,7 @@ def plan_memory(
     *,
     gathered: torch.dtype | None = None,
 ) -> Memory:
-    """Add up what one device holds; only shapes and dtypes of `model` are read.
-
-    FSDP2 gathers weights in the dtype `gathered`, by default in their own.
-    """
+    """Add up what one device holds; FSDP2 gathers weights in the dtype `gathered`, by default in their own."""
     parameters = list(model.parameters())
     numels = [layout.local_numel(parameter) for parameter in parameters]
     weights = sum(numel * parameter.dtype.itemsize for numel, parameter in zip(numels, parameters, strict=True))

@@ -123,10 +123,7 @@ def plan_training(
 
     `configure` makes the run's optimizer for a module; the recipe's learning rate and `small_weights` are read off it.
     `dtype` is that of the weights, and `autocast` that of the products, where it is another. With `lora` the model is
-    frozen and its adapters are trained.
-
-    Raises:
-        ConfigError: The model cannot be built or exit early, or its shapes depend on values.
+    frozen and its adapters are trained. ConfigError if it cannot be built or exit early, or shapes depend on values.
     """
     model, mode = build_fake(config, dtype=dtype, lora=lora)
     optimizer = ask_optimizer(configure, [each for each in model.parameters() if each.requires_grad])

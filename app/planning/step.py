@@ -96,10 +96,7 @@ class MicroBatchCosts:
 def build_fake(
     config: PreTrainedConfig, *, dtype: torch.dtype, lora: LoraSettings | None = None
 ) -> tuple[PreTrainedModel, FakeTensorMode]:
-    """Return the model that `config` describes, made of fake tensors, and the mode these live in.
-
-    With `lora` it is frozen and has adapters.
-    """
+    """The model that `config` describes, made of fake tensors, and their mode; with `lora` it is frozen and adapted."""
     mode = FakeTensorMode()
     with mode:
         model = build_model(config, seed=0)
@@ -118,10 +115,8 @@ def build_fake(
 def measure_micro_batch(model: PreTrainedModel, mode: FakeTensorMode, micro: Micro) -> MicroBatchCosts:
     """Run the step of `LayerSkipModule` on the fake tensors of `build_fake`; the classes of the blocks are swapped.
 
-    Rows are taken to hold several documents each, so that attention has a mask, and no block to be dropped.
-
-    Raises:
-        ConfigError: The architecture cannot be run so, for instance because shapes depend on values.
+    Rows are taken to hold several documents each, so that attention has a mask, and no block to be dropped. ConfigError
+    if the architecture cannot be run so, for instance because shapes depend on values.
     """
     network, blocks = EarlyExitModel(model), model.get_decoder().layers
     kinds = [_kind(model, block, idx) for idx, block in enumerate(blocks)]

@@ -65,11 +65,7 @@ class MeasuredFile:
 
 
 def read_measurement(file: Path) -> MeasuredFile:
-    """Read a file of figures.
-
-    Raises:
-        NotOursError: It cannot be read, is cut off, or is none that layerskip writes.
-    """
+    """Read a file of figures; NotOursError if it cannot be read, is cut off, or is none that layerskip writes."""
     try:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:

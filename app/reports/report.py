@@ -17,11 +17,7 @@ from app.reports.training import curves, exits
 
 
 def make_report(run_dirs: Sequence[str], files: Sequence[str] = ()) -> Report:
-    """Read runs, and files of figures beside them, and put together what there is.
-
-    Raises:
-        ConfigError: A folder is not that of a run, or a file is none of ours.
-    """
+    """Read runs and files of figures, and put together what there is; ConfigError for a folder or file of others."""
     runs, others = _with_files(read_runs(run_dirs), files)
     sections = [
         summary(runs),

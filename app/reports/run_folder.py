@@ -113,8 +113,7 @@ class Run:
 def read_runs(given: Sequence[str]) -> list[Run]:
     """Read the runs that a user named: each the folder of a run, or LABEL=FOLDER.
 
-    Raises:
-        ConfigError: A folder without logs or that cannot be read, one that is named twice, or too many.
+    ConfigError for a folder without logs or that cannot be read, one that is named twice, or too many.
     """
     if not 1 <= len(given) <= MOST_RUNS:
         raise ConfigError("run_dirs", got=len(given), allowed=f"1..{MOST_RUNS} folders")

@@ -89,11 +89,7 @@ def has_logs(folder: Path) -> bool:
 
 
 def read_scalars(folder: Path) -> Scalars:
-    """Read all points. Of a file that is cut off or damaged, what comes before that is kept, and a note tells of it.
-
-    Raises:
-        OSError: A file cannot be read.
-    """
+    """Read all points, or raise OSError. What comes before the damage in a file is kept, and a note tells of it."""
     scalars = Scalars()
     for file in sorted(folder.glob(_EVENTS)):  # their names begin with the time they were opened
         _read_events(file, scalars)

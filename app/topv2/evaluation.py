@@ -78,9 +78,7 @@ def evaluate_parses(
     """Decode `examples` at every exit in batches, `speed_examples` self-speculatively one by one, and score them all.
 
     The decoder is in eval mode, `answer` gives the text of new token ids, and the metric of each way takes its answers.
-
-    Returns:
-        The speed of each self-speculative way; empty where none was measured.
+    Returns the speed of each self-speculative way; empty where none was measured.
     """
     timed = _decode(decoder, plan.timed, speed_examples, plan, batch_size=1)
     measured = timed | _decode(decoder, plan.exits, examples, plan, batch_size=plan.batch_size)

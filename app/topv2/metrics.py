@@ -45,13 +45,10 @@ def judge(answer: str, right: Node, *, target_format: TargetFormat) -> ParseHits
 
 
 class ParseExactMatch(Metric):
-    """Exact match of answers with their references, summed over batches and ranks.
+    """Exact match of answers in `target_format` with their references, by group, summed over batches and ranks.
 
-    Texts are compared as trees, which are equal exactly where the whitespace-normalised texts of parses are.
-
-    Args:
-        groups: What scores are told apart by, the same on every rank.
-        target_format: How answers and references are written.
+    Texts are compared as trees, which are equal exactly where the whitespace-normalised texts of parses are. `groups`
+    are the same on every rank.
     """
 
     counts_G4: Tensor

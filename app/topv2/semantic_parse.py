@@ -62,11 +62,7 @@ def normalise(text: str) -> str:
 
 
 def read_parse(text: str) -> Node:
-    """Read a bracketed parse, whatever its whitespace.
-
-    Raises:
-        ParseError: It is no tree whose root is an intent. The message counts words and brackets from 1.
-    """
+    """Read a bracketed parse, whatever its whitespace; ParseError, which counts words from 1, if it is none."""
     open_nodes: list[tuple[str, list[Node | str]]] = []
     root: Node | None = None
     for number, word in enumerate(normalise(text).split(), start=1):

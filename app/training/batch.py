@@ -63,10 +63,8 @@ def completed(given: GivenBatch) -> GivenBatch:
 def check_batch(given: Any, *, config: PreTrainedConfig, num_sources: int, num_states: int = 0) -> None:
     """Check one batch that a datamodule gives, for a model of this config; waits for the device.
 
-    `num_states` is S of a module that reads states, 0 of others.
-
-    Raises:
-        ConfigError: It is not a GivenBatch, or its labels are not shifted.
+    `num_states` is S of a module that reads states, 0 of others. ConfigError if it is not a GivenBatch, or its labels
+    are not shifted.
     """
     names = [name for name in GivenBatch.__annotations__ if name != "states"]
     if not isinstance(given, Mapping) or not {"input_ids", "labels"} <= given.keys():

@@ -80,8 +80,7 @@ class CurriculumHost(LightningModule):
     def set_exit_weights(self, weights: Mapping[int, float], *, distil: bool = False) -> None:
         """Use these exits and weights, and for early exits KL if `distil`, from the next micro-batch on.
 
-        Raises:
-            ConfigError: An exit is not one of the model's, or the weights are negative or do not sum to 1.
+        ConfigError if an exit is not one of the model's, or the weights are negative or do not sum to 1.
         """
         for exit_layer, weight in weights.items():
             check_range("set_exit_weights", exit_layer, low=1, high=self.num_layers, fix="exits count blocks run")
@@ -109,8 +108,7 @@ class CurriculumHost(LightningModule):
     def curricula_now(self) -> tuple[Dropout, Exits]:
         """Layer dropout and exits of the micro-batch that begins.
 
-        Raises:
-            ConfigError: Two callbacks have set the same, or several devices would train without the full model.
+        ConfigError if two callbacks have set the same, or several devices would train without the full model.
         """
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         dropout, exits = self._dropout.start_micro_batch(callbacks), self._exits.start_micro_batch(callbacks)
@@ -122,13 +120,10 @@ class CurriculumHost(LightningModule):
         return dropout, exits
 
     def draw_kept(self, batch_size: int, batch_idx: int, *, seed: int) -> KeptSamples | None:
-        """Draw the samples that each block keeps in a micro-batch, and show its work to those who watch.
+        """Draw the samples that each block keeps, on the CPU, and show the work to those who watch; None if all are.
 
         Ranks that share weights call this together: whatever rows each has, all must know which blocks no rank needs,
         so they agree on the largest micro-batch among them. So do ranks whose work is watched, at any rates.
-
-        Returns:
-            The samples, on the CPU; None if none can be dropped.
         """
         trainer, rates, watchers = self.trainer, self.dropout_rates, self._work_watchers
         (rank, num_replicas), largest, kept = data_ranks(trainer), batch_size, None

@@ -41,10 +41,7 @@ class StepTotals(NamedTuple):
 class DivergenceGuard:
     """Decides about steps that are not finite, and counts those skipped: `skipped_steps` of the whole run.
 
-    `stop` raises DivergenceError at the first such step. `skip` raises it when `max_skipped_steps`, >= 1, were skipped.
-
-    Raises:
-        ConfigError: A value is out of range.
+    `stop` raises DivergenceError at the first such step, `skip` when `max_skipped_steps`, >= 1, were skipped.
     """
 
     def __init__(self, on_divergence: OnDivergence, max_skipped_steps: int) -> None:
@@ -60,9 +57,7 @@ class DivergenceGuard:
         """Whether this step is to be taken, the same on all ranks. If not, the optimizer's gradients are dropped.
 
         `grad_norm` is that of this rank's gradient, which fp16 loss scaling still scales under a fused optimizer.
-
-        Raises:
-            DivergenceError: The step is not finite, and the policy is to stop or has skipped often enough.
+        DivergenceError if the step is not finite, and the policy is to stop or has skipped often enough.
         """
         trainer = module.trainer
         losses_finite = all(map(math.isfinite, totals.exit_losses.values()))

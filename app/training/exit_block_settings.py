@@ -24,9 +24,6 @@ class ExitBlockSettings:
             map of SGLang). The loss then is that given that the token is one of them, and the head, most of a step's
             work in small models, has only their rows; validation scores drafts from these ids. By default all;
             cross_entropy knows no other.
-
-    Raises:
-        ConfigError: There is no exit, or a setting is unknown.
     """
 
     exits: dict[int, int]

@@ -32,12 +32,7 @@ from app.training.exit_block_settings import ExitBlockSettings
 
 
 class ExitBlockSteps(EvaluationSteps):
-    """Trains and measures the exit blocks of a frozen model where it has any; `exit_blocks` is None where it has none.
-
-    Args:
-        config: The model's configuration.
-        settings: None leaves the module as it is without exit blocks.
-    """
+    """Trains and measures the exit blocks of a frozen model; without `settings`, `exit_blocks` is None."""
 
     model: PreTrainedModel | None  # None until Lightning asks for it
 

@@ -120,11 +120,8 @@ class LayerSkipModule(ExitBlockSteps):
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> Self:  # type: ignore[override]
         """A module with the weights of a run, on the CPU, to evaluate or to train anew; a `Trainer` resumes a run.
 
-        Lightning's own method would need the arguments of the run. `settings` are arguments of this class other than
-        `config` and `pretrained`.
-
-        Raises:
-            ConfigError, CheckpointError: There is no such checkpoint, or it is damaged.
+        `settings` are arguments of this class other than `config` and `pretrained`; Lightning's own method needs all of
+        the run. ConfigError or CheckpointError if there is no such checkpoint, or it is damaged.
         """
         module = cls(pretrained=str(checkpoint_path), **settings)
         module.configure_model()
@@ -202,8 +199,7 @@ class LayerSkipModule(ExitBlockSteps):
     def optimizer_over(self, model: nn.Module) -> dict[str, Any]:
         """The optimizer and its schedule over the weights of any model, for instance a stand-in that checks them.
 
-        Raises:
-            ConfigError: The optimizer or schedule does not take its settings, or the schedule needs an end.
+        ConfigError if the optimizer or schedule does not take its settings, or the schedule needs an end.
         """
         try:
             optimizer = self._optimizer(parameter_groups(model))

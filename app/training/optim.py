@@ -43,11 +43,7 @@ def lr_factor(step: int, *, kind: LRSchedule, warmup_steps: int, total_steps: in
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The settings of LayerSkipModule for the learning rate; `scheduler`, a class, replaces the other three.
-
-    Raises:
-        ConfigError: A setting is out of range.
-    """
+    """The settings of LayerSkipModule for the learning rate; `scheduler`, a class, replaces the other three."""
 
     kind: LRSchedule
     warmup_steps: int
@@ -81,8 +77,7 @@ class LearningRate:
 def scheduler_of_class(optimizer: Optimizer, make: LRSchedulerClass, *, max_steps: int) -> LRScheduler:
     """A scheduler class with its settings, for an optimizer in a run of `max_steps`, -1 if unbounded.
 
-    Raises:
-        ConfigError: The class does not take its settings, waits for a metric, or ends before the run does.
+    ConfigError if the class does not take its settings, waits for a metric, or ends before the run does.
     """
     try:
         scheduler = make(optimizer)

@@ -106,11 +106,7 @@ def mesh_sizes(
     data_parallel: Literal["auto"] | int = "auto",
     tensor_parallel: Literal["auto"] | int = 1,
 ) -> tuple[int, int, int]:
-    """The sizes of MeshStrategy's mesh: copies, shards and tensor-parallel ranks.
-
-    Raises:
-        ConfigError: They do not multiply to `world_size`, the number of devices.
-    """
+    """The sizes of the mesh: copies, shards, parts; ConfigError unless their product is `world_size` devices."""
     copies = num_nodes if replicate == "auto" else replicate
     parts = 1 if tensor_parallel == "auto" else tensor_parallel
     for field, size in (("replicate_size", copies), ("tensor_parallel_size", parts)):

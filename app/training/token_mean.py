@@ -39,8 +39,7 @@ class TokenMeanStep:
     def add(self, loss: EarlyExitLoss, exit_weights: Mapping[int, float]) -> Tensor:
         """Add a micro-batch; returns the scalar, not normalised, from which its backward starts.
 
-        Raises:
-            ConfigError: Exits or weights differ from those of the step's first micro-batch, so that there is no mean.
+        ConfigError if exits or weights differ from those of the step's first micro-batch, so that there is no mean.
         """
         if self._exit_weights not in (None, exit_weights):
             got = f"{self._exit_weights}, then {exit_weights} in the same optimizer step"
@@ -55,10 +54,8 @@ class TokenMeanStep:
     ) -> None:
         """Divide by the label tokens of all ranks, and log; called in Lightning's on_before_optimizer_step.
 
-        The norms of the gradients of `blocks` are logged beside the whole one's.
-
-        Raises:
-            DivergenceError: An exit's loss or the gradient is not finite; it has not reached the weights.
+        The norms of the gradients of `blocks` are logged beside the whole one's. DivergenceError if an exit's loss or
+        the gradient is not finite; it has not reached the weights.
         """
         trainer, exit_weights = module.trainer, self._exit_weights
         assert exit_weights is not None  # a step has a micro-batch
@@ -107,8 +104,7 @@ class TokenMeanStep:
     ) -> None:
         """Clip by the known norm. Lightning would refuse a fused optimizer here, even if no gradient is scaled.
 
-        Raises:
-            ConfigError: With a fused optimizer under fp16 loss scaling, which unscales after the clipping.
+        ConfigError for a fused optimizer under fp16 loss scaling, which unscales after the clipping.
         """
         if gradient_scaler(module.trainer) is not None:
             if clip_val and getattr(optimizer, "_step_supports_amp_scaling", False):

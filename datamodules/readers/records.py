@@ -95,10 +95,7 @@ def is_compressed(name: str) -> bool:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed if its name says so; several compressed streams in one file are joined.
-
-    Opening and reading raise READ_ERRORS: the file is missing, unreadable or damaged.
-    """
+    """The bytes of a file, decompressed if its name says so; READ_ERRORS if it is missing, unreadable or damaged."""
     codec = _CODECS.get(path.suffix)
     with path.open("rb", buffering=_BLOCK_BYTES if codec is None else 0) as raw:
         refuse_pointer(raw)

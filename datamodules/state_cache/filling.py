@@ -34,7 +34,7 @@ class FrozenModel:
 
     @torch.inference_mode()
     def states(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
-        """[B, T, S, D], on the CPU: for each exit E the state leaving block E - 1, then the state after the final norm.
+        """[B, T, S, D], on the CPU: for each exit E the state leaving block E - 1, then the one after the final norm.
 
         Position ids restart at 0 with each document, and attention does not cross a restart.
         """
@@ -46,11 +46,7 @@ class FrozenModel:
 
 
 class CacheFiller:
-    """Make those shards of a cache that are `missing`: rows of each, by its name.
-
-    Raises:
-        ConfigError: The disk has no room for them.
-    """
+    """Make those shards of a cache that are `missing`: rows of each, by name; ConfigError if the disk has no room."""
 
     def __init__(self, cache: StateCache, layout: RowLayout, missing: Mapping[str, int]) -> None:
         self._cache, self._layout, self._missing = cache, layout, missing

@@ -6,14 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 def options_in_order(
     args: Sequence[str], takes_value: Callable[[str], object]
 ) -> Iterator[tuple[list[str], str, str | None]]:
-    """Yield each option with its words and its value, and each other word as if it were an option without a value.
+    """Yield the words of each option as they stand in `args`, its name, and its value, or None if it has none.
 
-    Args:
-        args: What stands on a command line, with values as in `--option=value` or `--option value`.
-        takes_value: Tells of the name of an option, dashes included, whether the next word is its value.
-
-    Yields:
-        The words as they stand there, the option's name, and its value, or None if it has none.
+    Each other word counts as an option without a value. `takes_value` tells of the name of an option, dashes included,
+    whether the next word is its value.
     """
     remaining = iter(args)
     for arg in remaining:

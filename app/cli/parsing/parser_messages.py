@@ -41,10 +41,7 @@ _KEYS_OF_OTHERS = {
 
 
 def one_line(text: str, *, options: Collection[str] = ()) -> str:
-    """Return the message in one line; a message that no rule knows keeps its words.
-
-    Of `options`, the names of the parser's options, those like a misspelt one are suggested.
-    """
+    """Return the message in one line; one that no rule knows keeps its words. Near names of `options` are suggested."""
     given = text.rpartition("Given value:")[2]
     text = _DENIED.sub(lambda found: found[0] if found[1] in given else "", _TENSOR.sub("]\n", text))
     path = ".".join(dict.fromkeys(_KEY.findall(text)))

@@ -50,10 +50,10 @@ def call_verb(
     by_hand: Mapping[str, dict[str, Any]] | None = None,
     positional: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Call the function of a verb with the options on the command line, which follow the verb.
+    """Call the function of a verb with the options on the command line, which follow the verb, as its arguments.
 
-    The arguments of the function are the options. `by_hand` has settings of `add_argument` for those options that the
-    function's signature does not describe well; `positional` has those of arguments that are no options.
+    `by_hand` has settings of `add_argument` for those that the signature does not describe well, `positional` of those
+    that are no options.
     """
     parser = parser_of(verb, verb.__name__, by_hand or {}, positional or {})
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")

@@ -17,7 +17,7 @@ from app.benchmark.result import benchmark_results
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import check_output_file
-from app.generation.loaded_model import Device, Dtype, load_decoder, load_draft_decoder
+from app.generation.loaded_model import DraftLoadOptions, load_draft_decoder
 from app.generation.prompts import encode_prompts, read_prompts
 from app.words import counted
 
@@ -32,10 +32,7 @@ def benchmark(
     draft_model: str | None = None,
     ignore_eos: bool = False,
     limit: int | None = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: int | None = None,
-    draft_vocabulary: str | None = None,
+    loading: DraftLoadOptions,
     **options: Any,
 ) -> None:
     """Decode the same prompts greedily in each of several ways, transformers' own included, and compare them.
@@ -47,19 +44,14 @@ def benchmark(
         draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
         ignore_eos: Decode every prompt to max_new_tokens.
         limit: Use this many prompts from the start of the file.
-        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
-            Lossless decoding is exact in float32.
-        device: Device to decode on; auto takes a GPU if there is one.
-        threads: Number of CPU threads; by default torch's own choice.
-        draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
-            for the whole vocabulary. By default, draft_vocabulary.json beside the model.
+        loading: See DraftLoadOptions.
         options: See BenchmarkSettings.
     """
     transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
     file = check_output_file(output, suffix=".json")
     settings = BenchmarkSettings(eos_token_ids=(), **options)
     texts = read_prompts(prompts, limit=limit)
-    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
+    loaded = loading.load(model)
     if not ignore_eos:
         settings = replace(settings, eos_token_ids=loaded.eos_token_ids)
     draft_decoder = load_draft_decoder(draft_model, loaded, strategies=settings.strategies)

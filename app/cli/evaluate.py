@@ -16,7 +16,7 @@ from app.evaluation.output import notes, write_results
 from app.evaluation.records import EvaluatedModel, EvaluationSettings
 from app.evaluation.results import exits_table
 from app.evaluation.tasks import TASKS
-from app.generation.loaded_model import Device, Dtype, LoadedModel, load_decoder
+from app.generation.loaded_model import LoadedModel, LoadOptions
 from app.model.weights_hash import weights_hash
 from app.model_files.exit_blocks import stored_exit_blocks
 from app.words import dtype_name
@@ -29,9 +29,7 @@ def evaluate(
     model: str,
     tasks: list[str],
     output: str,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: int | None = None,
+    loading: LoadOptions,
     **options: Any,
 ) -> None:
     """Score every exit of a model on tasks: multiple choice, perplexity of texts, and what it generates.
@@ -40,14 +38,12 @@ def evaluate(
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
         output: JSON file to write; beside it are written a table (.csv), a figure (.png), and each example as it is
             done (.examples.jsonl), from which the same command goes on after it was stopped.
-        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
-        device: Device to run on; auto takes a GPU if there is one.
-        threads: Number of CPU threads; by default torch's own choice.
+        loading: See LoadOptions.
         options: See EvaluationSettings.
     """
     file = check_output_file(output, suffix=".json")
     settings, chosen = EvaluationSettings(**options), chosen_tasks(tasks)
-    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary="none")
+    loaded = loading.load(model, draft_vocabulary="none")
     subject = EvaluatedModel(loaded.decoder, loaded.tokenizer, loaded.eos_token_ids)
     work = prepare(chosen, settings, tokenizer=loaded.tokenizer, max_length=loaded.decoder.max_length)
     identity = settings_document(

@@ -18,7 +18,7 @@ from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, style
 from app.decoding.engine import DecodingInterrupted, OnStep
 from app.decoding.result import DecodingResult, Step
 from app.errors import check_range
-from app.generation.loaded_model import Device, Dtype, load_decoder
+from app.generation.loaded_model import DraftLoadOptions
 from app.generation.options import GenerationOptions
 from app.generation.prompts import given_texts
 from app.generation.request import Request
@@ -32,10 +32,7 @@ def generate(
     prompt: list[str] | None = None,
     prompts: str | None = None,
     batch_size: int = 1,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: int | None = None,
-    draft_vocabulary: str | None = None,
+    loading: DraftLoadOptions,
     json: bool = False,
     **options: Any,
 ) -> None:
@@ -45,12 +42,7 @@ def generate(
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
         prompts: JSON lines file of prompts to continue instead; each line is an object with a string "prompt".
         batch_size: Number of prompts that are decoded together.
-        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
-            Lossless decoding is exact in float32.
-        device: Device to decode on; auto takes a GPU if there is one.
-        threads: Number of CPU threads; by default torch's own choice.
-        draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
-            for the whole vocabulary. By default, draft_vocabulary.json beside the model.
+        loading: See DraftLoadOptions.
         options: See GenerationOptions.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -60,7 +52,7 @@ def generate(
     texts = given_texts(prompt, prompts)
     if len(texts) == 1 and prompts is None and batch_size > 1:
         _log.warning("batch_size=%d has no effect on a single prompt", batch_size)
-    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
+    loaded = loading.load(model)
     location = "prompt" if prompts is None else f"{prompts}: prompt"
     request = Request.of(loaded, texts, chosen, location=location, batch_size=batch_size)
     _run(request, batch_size=batch_size, live=prompts is None and len(texts) == 1, json=json)

@@ -13,7 +13,7 @@ from app.cli.parsing.several import SEVERAL_TIMES
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_choice, check_exits, check_output_file, check_range
-from app.generation.loaded_model import Device, Dtype, load_decoder
+from app.generation.loaded_model import LoadOptions
 from app.generation.prompts import encode_prompts, given_texts
 from app.lens.figure import lens_figure
 from app.lens.lens import check_comparable, look
@@ -37,9 +37,7 @@ def lens(
     limit: int = 16,
     max_new_tokens: int = 60,
     exit_layers: list[int] | None = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: int | None = None,
+    loading: LoadOptions,
 ) -> None:
     """Show what every layer would have said at each token that a model generates, and how many layers it needed.
 
@@ -53,9 +51,7 @@ def lens(
         limit: Use this many prompts from the start of the file.
         max_new_tokens: Most tokens that are generated for each prompt.
         exit_layers: Exits to show, from 1 to the number of blocks, by default all. All are counted.
-        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
-        device: Device to run on; auto takes a GPU if there is one.
-        threads: Number of CPU threads; by default torch's own choice.
+        loading: See LoadOptions.
     """
     check_choice("output", suffix := Path(output).suffix, _OUTPUTS)
     path = check_output_file(output, suffix=suffix)
@@ -63,7 +59,7 @@ def lens(
     if not 1 <= len(model) <= 2:
         raise ConfigError("model", got=model, allowed="one model, or two to compare")
     texts = given_texts(prompt, prompts, limit=limit)
-    loaded = [load_decoder(each, dtype=dtype, device=device, threads=threads) for each in model]
+    loaded = [loading.load(each) for each in model]
     for second in loaded[1:]:
         check_comparable(loaded[0], second, got=model[1])
     if exit_layers is not None:

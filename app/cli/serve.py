@@ -11,7 +11,7 @@ from typing import Any
 
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError, check_range
-from app.generation.loaded_model import Device, Dtype, load_decoder
+from app.generation.loaded_model import DraftLoadOptions
 from app.generation.options import DraftOptions, GenerationOptions
 from app.generation.request import Request, chosen_settings
 
@@ -31,10 +31,7 @@ def serve(
     max_waiting: int = 64,
     max_new_tokens: int = 1024,
     max_body_bytes: int = 1_000_000,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: int | None = None,
-    draft_vocabulary: str | None = None,
+    loading: DraftLoadOptions,
     **options: Any,
 ) -> None:
     """Serve a model over HTTP, in the form of OpenAI's API, for development and small deployments.
@@ -51,12 +48,7 @@ def serve(
         max_waiting: Largest number of prompts that wait; more are refused with status 429.
         max_new_tokens: Largest number of new tokens that a request may ask for.
         max_body_bytes: Largest size of a request's body, in bytes.
-        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
-            Lossless decoding is exact in float32.
-        device: Device to decode on; auto takes a GPU if there is one.
-        threads: Number of CPU threads; by default torch's own choice.
-        draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
-            for the whole vocabulary. By default, draft_vocabulary.json beside the model.
+        loading: See DraftLoadOptions.
         options: See DraftOptions.
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
@@ -74,7 +66,7 @@ def serve(
         check_range(name, limit, low=1)
     key = os.environ.get(_KEY) or None
     with _bind(host, port) as bound:
-        loaded = load_decoder(model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary)
+        loaded = loading.load(model)
         # Costs that were tuned at batch size 1 say when a sampled text stops drafting, which its neighbours must not.
         chosen, settings = chosen_settings(loaded, GenerationOptions(**asdict(drafting)), batch_size=1)
         label = Request(loaded=loaded, texts=(), tokens=(), strategy=chosen, settings=settings, seed=0).label

@@ -14,7 +14,7 @@ from app.benchmark.report import environment
 from app.cli.parsing.verb_parser import JSON_FLAG, call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError
-from app.generation.loaded_model import Device, Dtype, load_decoder
+from app.generation.loaded_model import LoadOptions
 from app.generation.prompts import encode_prompts, read_prompts
 from app.model_files.decoding_defaults import Conditions, write_decoding_defaults
 from app.model_files.draft_vocabulary import write_draft_vocabulary
@@ -29,9 +29,7 @@ def tune(
     model: str,
     prompts: str,
     limit: int = 16,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: int | None = None,
+    loading: LoadOptions,
     draft_vocabulary: str | None = None,
     store: bool = True,
     json: bool = False,
@@ -44,10 +42,7 @@ def tune(
         prompts: JSON lines file; each line is an object with a string "prompt". Take texts like those that the model
             will continue.
         limit: Use this many prompts from the start of the file.
-        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it. What
-            is fastest depends on it.
-        device: Device to decode on; auto takes a GPU if there is one.
-        threads: Number of CPU threads; by default torch's own choice.
+        loading: See LoadOptions.
         draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
             for the whole vocabulary. By default, draft_vocabulary.json beside the model. Drafts are considered from
             the whole list, from its first half and quarter, and from all token ids.
@@ -57,9 +52,7 @@ def tune(
     """
     settings = TuningSettings(eos_token_ids=(), **options)
     texts = read_prompts(prompts, limit=limit)
-    loaded = load_decoder(
-        model, dtype=dtype, device=device, threads=threads, draft_vocabulary=draft_vocabulary, as_tuned=False
-    )
+    loaded = loading.load(model, draft_vocabulary=draft_vocabulary, as_tuned=False)
     directory = _storable(model) if store else None
     tokens = encode_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length)
     with torch.inference_mode():

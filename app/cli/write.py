@@ -10,7 +10,7 @@ from typing import Any
 from app.cli.adapt_settings import check_prompts_or_corpus, names_corpus
 from app.cli.parsing.verb_parser import call_verb
 from app.errors import DataError, check_range
-from app.generation.loaded_model import Device, Dtype, LoadedModel, load_decoder
+from app.generation.loaded_model import LoadedModel, LoadOptions
 from app.generation.options import GenerationOptions
 from app.generation.own_text import OwnText
 from app.generation.prompts import read_prompts
@@ -37,9 +37,7 @@ def write(
     temperatures: list[float] = [0.0, 0.7],  # noqa: B006  # it is not changed, and the help shows it
     batch_size: int = 8,
     time_limit_seconds: float = float("inf"),
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: int | None = None,
+    loading: LoadOptions,
     **options: Any,
 ) -> None:
     """Let a model continue prompts, and write the texts as JSON lines to train on, resumably.
@@ -61,9 +59,7 @@ def write(
         temperatures: Each prompt is continued once at each of them; 0 is greedy.
         batch_size: Number of prompts that are decoded together.
         time_limit_seconds: No batch is begun after this.
-        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
-        device: Device to decode on; auto takes a GPU if there is one.
-        threads: Number of CPU threads; by default torch's own choice.
+        loading: See LoadOptions.
         options: See GenerationOptions.
     """
     check_range("num_prompts", num_prompts, low=1)
@@ -79,7 +75,7 @@ def write(
     else:
         source = Source(kind=corpus_kind, path=corpus, glob=glob, name="corpus")
         documents = _openings(source, num_prompts, prompt_length, held_out_share=held_out_share, seed=chosen.seed)
-    loaded = load_decoder(model, dtype=dtype, device=device, threads=threads)
+    loaded = loading.load(model)
     texts = documents if prompts is not None else _cut(documents, loaded, prompt_length)
     own = OwnText(texts=texts, options=chosen, temperatures=temperatures, batch_size=batch_size)
     count = own.write(loaded, Path(output), time_limit_seconds=time_limit_seconds)

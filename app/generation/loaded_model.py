@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -52,6 +53,38 @@ class LoadedModel(NamedTuple):
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every token id that ends a text: those of the generation config, else the tokenizer's."""
         return end_token_ids(self.model.generation_config, self.tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded, as the user says it to each verb that runs one.
+
+    Args:
+        dtype: Type of the weights. auto keeps the checkpoint's, or takes float32 on a CPU that would emulate it.
+            Lossless decoding is exact in float32.
+        device: Device to run on; auto takes a GPU if there is one.
+        threads: Number of CPU threads; by default torch's own choice.
+    """
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    threads: int | None = None
+
+    def load(self, model: str, **settings: Any) -> LoadedModel:
+        """Load `model`; `settings` are further arguments of `load_decoder`, which names the errors."""
+        return load_decoder(model, **asdict(self), **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftLoadOptions(LoadOptions):
+    """How a model is loaded that may draft.
+
+    Args:
+        draft_vocabulary: File of the token ids that drafts are chosen from, of ours or a token map of SGLang; "none"
+            for the whole vocabulary. By default, draft_vocabulary.json beside the model.
+    """
+
+    draft_vocabulary: str | None = None
 
 
 def load_decoder(

@@ -194,7 +194,7 @@ def test_ctrl_c_before_decoding_ends_with_status_130_too(generate, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("app.cli.generate.load_decoder", interrupted)
+    monkeypatch.setattr("app.generation.loaded_model.load_decoder", interrupted)
     assert generate(status=130).err == "interrupted\n"
 
 

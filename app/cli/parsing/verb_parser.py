@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from inspect import signature
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -52,13 +54,15 @@ def call_verb(
 ) -> None:
     """Call the function of a verb with the options on the command line, which follow the verb, as its arguments.
 
-    `by_hand` has settings of `add_argument` for those that the signature does not describe well, `positional` of those
-    that are no options.
+    An argument whose type is a dataclass stands for the fields of that. `by_hand` has settings of `add_argument` for
+    those that the signature does not describe well, `positional` of those that are no options.
     """
     parser = parser_of(verb, verb.__name__, by_hand or {}, positional or {})
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
     options = parser.parse_args(sys.argv[2:]).as_dict()
     options.pop("config")
+    for name, kind in _shared_options(verb).items():
+        options[name] = kind(**{field.name: options.pop(field.name) for field in fields(kind)})
     verb(**options)
 
 
@@ -73,5 +77,14 @@ def parser_of(
     for name, settings in {**positional, **{f"--{name}": settings for name, settings in by_hand.items()}}.items():
         parser.add_argument(name, **settings)
     add = parser.add_class_arguments if isinstance(kind, type) else parser.add_function_arguments
-    add(kind, as_group=False, skip={*by_hand, *positional})
+    shared = _shared_options(kind)
+    add(kind, as_group=False, skip={*by_hand, *positional, *shared})
+    for options in shared.values():
+        parser.add_class_arguments(options, as_group=False)
     return parser
+
+
+def _shared_options(kind: Callable[..., Any]) -> dict[str, type[Any]]:
+    """Return the arguments that stand for options of several verbs, each with the dataclass whose fields these are."""
+    types = {name: parameter.annotation for name, parameter in signature(kind).parameters.items()}
+    return {name: each for name, each in types.items() if isinstance(each, type) and is_dataclass(each)}

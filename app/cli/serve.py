@@ -7,13 +7,17 @@ import socket
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.cli.parsing.verb_parser import call_verb
+from app.decoding.strategies import Strategy
 from app.errors import ConfigError, check_range
 from app.generation.loaded_model import DraftLoadOptions
 from app.generation.options import DraftOptions, GenerationOptions
 from app.generation.request import Request, chosen_settings
+
+if TYPE_CHECKING:
+    from app.serving.offer import Offer
 
 _log = logging.getLogger(__name__)
 _KEY = "LAYERSKIP_API_KEY"
@@ -51,40 +55,48 @@ def serve(
         loading: See DraftLoadOptions.
         options: See DraftOptions.
     """
-    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
-        got = f"no package {missing[0]}"
-        raise ConfigError("serve", got=got, allowed="the extra serve", fix='pip install "layerskip-lightning[serve]"')
+    _check_packages()
     from app.serving.application import application  # these load the packages of the extra
     from app.serving.offer import Offer
     from app.serving.scheduler import Scheduler
     from app.serving.server import run_server
 
     drafting = DraftOptions(**options)
-    limits = {"batch_size": batch_size, "max_waiting": max_waiting}
-    limits |= {"max_new_tokens": max_new_tokens, "max_body_bytes": max_body_bytes}
-    for name, limit in limits.items():
-        check_range(name, limit, low=1)
-    key = os.environ.get(_KEY) or None
+    check_range("batch_size", batch_size, low=1)
+    check_range("max_waiting", max_waiting, low=1)
+    check_range("max_new_tokens", max_new_tokens, low=1)
+    check_range("max_body_bytes", max_body_bytes, low=1)
     with _bind(host, port) as bound:
         loaded = loading.load(model)
         # Costs that were tuned at batch size 1 say when a sampled text stops drafting, which its neighbours must not.
-        chosen, settings = chosen_settings(loaded, GenerationOptions(**asdict(drafting)), batch_size=1)
-        label = Request(loaded=loaded, texts=(), tokens=(), strategy=chosen, settings=settings, seed=0).label
-        name = served_name or Path(model).name
+        strategy, settings = chosen_settings(loaded, GenerationOptions(**asdict(drafting)), batch_size=1)
         offer = Offer(
-            name=name,
+            name=served_name or Path(model).name,
             loaded=loaded,
             settings=settings,
             max_new_tokens=max_new_tokens,
             max_body_bytes=max_body_bytes,
-            key=key,
+            key=os.environ.get(_KEY) or None,
         )
-        scheduler = Scheduler(loaded.decoder, chosen, batch_size=batch_size, max_waiting=max_waiting)
-        if key is None and not host.startswith(_LOOPBACK):
-            _log.warning("whoever reaches %s can use this server: set %s to ask for a key", host, _KEY)
-        address = f"[{host}]" if ":" in host else host
-        _log.info("serving %s at http://%s:%d/v1: %s", name, address, bound.getsockname()[1], label)
+        scheduler = Scheduler(loaded.decoder, strategy, batch_size=batch_size, max_waiting=max_waiting)
+        _announce(offer, strategy, host=host, port=bound.getsockname()[1])
         run_server(application(offer, scheduler), scheduler, bound)
+
+
+def _check_packages() -> None:
+    """Raise ConfigError where a package of the extra is absent."""
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        got = f"no package {missing[0]}"
+        raise ConfigError("serve", got=got, allowed="the extra serve", fix='pip install "layerskip-lightning[serve]"')
+
+
+def _announce(offer: "Offer", strategy: Strategy, *, host: str, port: int) -> None:
+    """Log where the server is and how it decodes, and warn where strangers may use it."""
+    if offer.key is None and not host.startswith(_LOOPBACK):
+        _log.warning("whoever reaches %s can use this server: set %s to ask for a key", host, _KEY)
+    request = Request(loaded=offer.loaded, texts=(), tokens=(), strategy=strategy, settings=offer.settings, seed=0)
+    address = f"[{host}]" if ":" in host else host
+    _log.info("serving %s at http://%s:%d/v1: %s", offer.name, address, port, request.label)
 
 
 def _bind(host: str, port: int) -> socket.socket:

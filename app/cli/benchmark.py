@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from app.benchmark.benchmark import BenchmarkSettings, Subject, run_benchmark
+from app.benchmark.benchmark import Benchmark, BenchmarkSettings, Subject, run_benchmark
 from app.benchmark.decoding_costs import costs_line
 from app.benchmark.figure import benchmark_figure
 from app.benchmark.report import benchmark_tables, environment, report_document, write_report
@@ -17,7 +17,7 @@ from app.benchmark.result import benchmark_results
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import check_output_file
-from app.generation.loaded_model import DraftLoadOptions, load_draft_decoder
+from app.generation.loaded_model import DraftLoadOptions, LoadedModel, load_draft_decoder
 from app.generation.prompts import encode_prompts, read_prompts
 from app.words import counted
 
@@ -61,17 +61,27 @@ def benchmark(
     measured = run_benchmark(
         subject, tokens, settings, on_batch=lambda done: _log.info("batch %d of %d", done, num_batches)
     )
+    asked = {"model": model, "prompts": prompts, "limit": limit, "draft_model": draft_model, "ignore_eos": ignore_eos}
+    _report(file, measured, loaded, asked | asdict(settings), num_prompts=len(tokens))
 
+
+def _report(
+    file: Path, measured: Benchmark, loaded: LoadedModel, settings: dict[str, Any], *, num_prompts: int
+) -> None:
+    """Write the report and its figure, and print what they say."""
     results = benchmark_results(measured, loaded.decoder)
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
-    asked = {"model": model, "prompts": prompts, "limit": limit, "draft_model": draft_model, "ignore_eos": ignore_eos}
-    chosen = asked | asdict(settings)
-    num_layers = loaded.decoder.num_layers
-    document = report_document(results, costs=measured.costs, environment=where, settings=chosen, num_layers=num_layers)
+    document = report_document(
+        results,
+        costs=measured.costs,
+        environment=where,
+        settings=settings,
+        num_layers=loaded.decoder.num_layers,
+    )
     title = (
-        f"{Path(model).name}: {counted(len(tokens), 'prompt')} of {Path(prompts).name}, at most"
-        f" {settings.max_new_tokens} new tokens each, {where['dtype']}, batch size {settings.batch_size},"
-        f" median of {settings.repeats}"
+        f"{Path(settings['model']).name}: {counted(num_prompts, 'prompt')} of {Path(settings['prompts']).name}, at most"
+        f" {settings['max_new_tokens']} new tokens each, {where['dtype']}, batch size {settings['batch_size']},"
+        f" median of {settings['repeats']}"
     )
     figure = write_report(document, benchmark_figure(results, title=title), file)
     for table in benchmark_tables(results, title=title):

@@ -109,27 +109,8 @@ def measure_decoding_costs(
     }
     own = [exit_layer for exit_layer, number in num_exit_blocks.items() if number]
     exits = own[:2] or sorted({max(1, num_layers // 8), max(1, num_layers // 4)})  # where drafts are worth it
-    lengths = (max_positions - 1) // 2, max_positions - 1
-    settings = [(1, 0), (num_layers, 0), *product(exits, lengths)]
-    timer = _Timer(decoder, prompts_BT.tolist(), clock)
-    timed: dict[Setting, list[float]] = {setting: [] for setting in settings}
-    drafted: dict[int, list[float]] = {exit_layer: [] for exit_layer in exits}
-    passes: list[list[float]] = []
-    for repeat in range(repeats + 1):
-        rounds = {setting: timer.rounds(*setting) for setting in settings}
-        drafts = {exit_layer: timer.drafts(exit_layer) for exit_layer in exits}
-        passed = timer.passes(max_positions)
-        if repeat:  # the first one warms up
-            passes.append(passed)
-            for exit_layer, seconds in drafts.items():
-                drafted[exit_layer] += seconds
-            for setting, seconds in rounds.items():
-                timed[setting] += seconds
     return fit_decoding_costs(
-        {exit_layer: median(samples) for (exit_layer, drafts), samples in timed.items() if not drafts},
-        dict(enumerate(map(median, zip(*passes, strict=True)), start=1)),
-        {exit_layer: median(samples) for exit_layer, samples in drafted.items()},
-        {setting: median(samples) for setting, samples in timed.items() if setting[1]},
+        *_medians(_Timer(decoder, prompts_BT.tolist(), clock), exits, max_positions=max_positions, repeats=repeats),
         head_by_size=decoder.head_size / decoder.block_size,
         draft_share=decoder.draft_head_size / decoder.head_size,
         num_exit_blocks=num_exit_blocks,
@@ -223,6 +204,7 @@ class _Timer:
 
     def __init__(self, decoder: ExitableDecoder, prompts: list[list[int]], clock: Clock) -> None:
         self._decoder, self._prompts, self._clock = decoder, prompts, clock
+        self.num_layers = decoder.num_layers
 
     def rounds(self, exit_layer: int, num_draft_tokens: int) -> list[float]:
         """Time each round after the prompt's pass in which the whole batch took part, in seconds.
@@ -278,3 +260,33 @@ class _Timer:
             seconds.append(self._clock() - started)
             model.settle(lengths)
         return seconds
+
+
+def _medians(
+    timer: _Timer, exits: Sequence[int], *, max_positions: int, repeats: int
+) -> tuple[dict[int, float], dict[int, float], dict[int, float], dict[Setting, float]]:
+    """Return the median seconds of steps, passes, drafts and rounds, as `fit_decoding_costs` takes them.
+
+    Each repeat times everything once, so that a machine that becomes slower does so for all alike.
+    """
+    steps = [(1, 0), (timer.num_layers, 0)]
+    rounds = [*product(exits, ((max_positions - 1) // 2, max_positions - 1))]
+    timed: dict[Setting, list[float]] = {setting: [] for setting in (*steps, *rounds)}
+    drafted: dict[int, list[float]] = {exit_layer: [] for exit_layer in exits}
+    passed: list[list[float]] = []
+    for repeat in range(repeats + 1):
+        for setting, samples in timed.items():
+            samples += timer.rounds(*setting)
+        for exit_layer, samples in drafted.items():
+            samples += timer.drafts(exit_layer)
+        passed.append(timer.passes(max_positions))
+        if repeat == 0:  # it warms up
+            for samples in (*timed.values(), *drafted.values()):
+                samples.clear()
+            passed.clear()
+    return (
+        {exit_layer: median(timed[exit_layer, drafts]) for exit_layer, drafts in steps},
+        dict(enumerate(map(median, zip(*passed, strict=True)), start=1)),
+        {exit_layer: median(samples) for exit_layer, samples in drafted.items()},
+        {setting: median(timed[setting]) for setting in rounds},
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from app.model.lora import LoraSettings, adapters_of
 from app.planning.memory import Layout, Memory, ask_optimizer, plan_memory
 from app.planning.recipe import Departure, Recipe, find_departures
-from app.planning.step import Micro, build_fake, measure_micro_batch
+from app.planning.step import Micro, MicroBatchCosts, build_fake, measure_micro_batch
 from app.words import dtype_name
 
 RESERVE = 0.1  # share of a device for its context, the network's buffers, and gaps between tensors
@@ -107,6 +107,26 @@ class Change(NamedTuple):
     peak: int
 
 
+class _MicroBatchFlops(NamedTuple):
+    """FLOPs of a micro-batch on one device, by what is counted."""
+
+    plain: float  # neither exits nor dropout
+    undropped: float  # the recipe's exits without its dropout
+    mean: float  # both
+    recomputed: float  # what activation checkpointing computes again
+
+    @classmethod
+    def of(cls, recipe: Recipe, costs: MicroBatchCosts, *, frozen: bool) -> Self:
+        whole = [1.0] * recipe.num_layers
+        passes = 2 if frozen else 3  # of the cost of a forward, in forward and backward; frozen weights save one
+        return cls(
+            plain=costs.flops(num_exits=1, kept_shares=whole),
+            undropped=costs.flops(num_exits=recipe.mean_exits, kept_shares=whole),
+            mean=costs.flops(num_exits=recipe.mean_exits, kept_shares=[1 - rate for rate in recipe.mean_dropout_rates]),
+            recomputed=sum(costs.block_flops) / passes,
+        )
+
+
 def plan_training(
     config: PreTrainedConfig,
     recipe: Recipe,
@@ -140,12 +160,8 @@ def plan_training(
     costs = measure_micro_batch(running, mode, micro)
     memory = plan_memory(model, costs, optimizer, layout, gathered=gathered)
     whole = plan_memory(model, costs, optimizer, Layout())
-    undropped = [1.0] * recipe.num_layers
-    plain, with_exits = (costs.flops(num_exits=exits, kept_shares=undropped) for exits in (1, recipe.mean_exits))
-    step = costs.flops(num_exits=recipe.mean_exits, kept_shares=[1 - rate for rate in recipe.mean_dropout_rates])
-    passes = 3 if lora is None else 2  # of the cost of a forward, in forward and backward; frozen weights save one
-    recomputation_cost = sum(costs.block_flops) / passes / plain
-    step_flops = step * recipe.accumulate * recipe.world_size
+    flops = _MicroBatchFlops.of(recipe, costs, frozen=lora is not None)
+    step_flops = flops.mean * recipe.accumulate * recipe.world_size
     return Plan(
         recipe=recipe,
         layout=layout,
@@ -156,15 +172,15 @@ def plan_training(
         fits=machine.has_room_for(memory.peak),
         fits_checkpointed=machine.has_room_for(memory.peak_checkpointed),
         step_flops=step_flops,
-        dropout_saving=1 - step / with_exits,
-        exits_cost=with_exits / plain - 1,
-        recomputation_cost=recomputation_cost,
+        dropout_saving=1 - flops.mean / flops.undropped,
+        exits_cost=flops.undropped / flops.plain - 1,
+        recomputation_cost=flops.recomputed / flops.plain,
         checkpointing=checkpointing,
         checkpoint_bytes=whole.weights + whole.optimizer_states,
         export_bytes=whole.weights
         - sum(adapter.nbytes for adapter in adapters_of(dict(model.named_parameters())).values()),
         seconds_per_step=machine.seconds(
-            step_flops * (1 + checkpointing * recomputation_cost), world_size=recipe.world_size
+            step_flops * (1 + checkpointing * flops.recomputed / flops.plain), world_size=recipe.world_size
         ),
     )
 

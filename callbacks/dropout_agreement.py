@@ -19,12 +19,11 @@ from app.protocols import MicroBatchWork, WorkHost
 
 
 class _RankWork(NamedTuple):
-    """What one rank is about to compute; ranks with the same `data_rank` share rows."""
+    """What one rank is about to compute, by names for messages, the most telling first."""
 
-    step: int
-    micro_batch: int
-    data_rank: int
-    work: MicroBatchWork
+    data_rank: int  # the same on ranks that share rows
+    alike: dict[str, object]  # what must be the same on all ranks
+    of_rows: dict[str, object]  # what must be the same on ranks that share rows
 
 
 class DropoutAgreementCheck(Callback):
@@ -54,10 +53,9 @@ class DropoutAgreementCheck(Callback):
     def _check(self, trainer: Trainer, pl_module: LightningModule, work: MicroBatchWork) -> None:
         if trainer.world_size == 1 or trainer.global_step % self.every_n_steps:
             return
-        own = _RankWork(trainer.global_step, self._micro_batch, data_ranks(trainer).rank, work)
-        alike = _hash((own.step, own.micro_batch, work.dropout_rates, work.exit_weights, work.most_kept))
-        alike_on_same_rows = _hash((work.batch_size, work.kept_samples))
-        hashes = torch.tensor([alike, alike_on_same_rows, own.data_rank], device=pl_module.device)
+        step = f"step {trainer.global_step}, micro-batch {self._micro_batch}"
+        own = _rank_work(work, data_rank=data_ranks(trainer).rank, step=step)
+        hashes = torch.tensor([_hash(own.alike), _hash(own.of_rows), own.data_rank], device=pl_module.device)
         gathered = [torch.empty_like(hashes) for _ in range(trainer.world_size)]
         dist.all_gather(gathered, hashes)
         for_all, of_rows, by_data_rank = zip(*(of_rank.tolist() for of_rank in gathered), strict=True)
@@ -67,10 +65,20 @@ class DropoutAgreementCheck(Callback):
         by_rank: list[_RankWork] = [own] * trainer.world_size
         dist.all_gather_object(by_rank, own)  # all ranks have compared the same hashes, so all of them are here
         raise DisagreementError(
-            f"ranks were about to compute different things at step {own.step}, micro-batch {own.micro_batch}:"
-            f" {next(_differences(by_rank))}; no forward was run. Give all nodes the same config, seed, code and"
-            " package versions"
+            f"ranks were about to compute different things at {step}: {next(_differences(by_rank))}; no forward was"
+            " run. Give all nodes the same config, seed, code and package versions"
         )
+
+
+def _rank_work(work: MicroBatchWork, *, data_rank: int, step: str) -> _RankWork:
+    blocks = range(len(work.dropout_rates))
+    alike: dict[str, object] = {"step and micro-batch": step, "exits and weights": work.exit_weights}
+    alike |= {f"block {block}: rate": work.dropout_rates[block] for block in blocks}
+    alike |= {f"block {block}: samples kept": work.most_kept and work.most_kept[block] for block in blocks}
+    of_rows: dict[str, object] = {"samples in the batch": work.batch_size}
+    for block, samples in enumerate(work.kept_samples or ()):
+        of_rows[f"block {block}: which samples are kept of the same rows"] = samples
+    return _RankWork(data_rank, alike, of_rows)
 
 
 def _hash(value: object) -> int:
@@ -80,23 +88,14 @@ def _hash(value: object) -> int:
 
 def _differences(by_rank: list[_RankWork]) -> Iterator[str]:
     """Return what differs, and what each rank has, the most telling first."""
-    yield from _differing("step and micro-batch", {rank: (w.step, w.micro_batch) for rank, w in enumerate(by_rank)})
-    yield from _differing("exits and weights", {rank: w.work.exit_weights for rank, w in enumerate(by_rank)})
-    blocks = range(min(len(w.work.dropout_rates) for w in by_rank))
-    for block in blocks:
-        yield from _differing(f"block {block}: rate", {r: w.work.dropout_rates[block] for r, w in enumerate(by_rank)})
-    for block in blocks:
-        most = {rank: w.work.most_kept and w.work.most_kept[block] for rank, w in enumerate(by_rank)}
-        yield from _differing(f"block {block}: samples kept", most)
-    for data_rank in sorted({w.data_rank for w in by_rank}):
-        alike = {rank: w.work for rank, w in enumerate(by_rank) if w.data_rank == data_rank}
-        yield from _differing("samples in the batch", {rank: work.batch_size for rank, work in alike.items()})
-        for block in range(len(next(iter(alike.values())).kept_samples or ())):
-            kept = {rank: work.kept_samples and work.kept_samples[block] for rank, work in alike.items()}
-            yield from _differing(f"block {block}: which samples are kept of the same rows", kept)
+    yield from _differing({rank: work.alike for rank, work in enumerate(by_rank)})
+    for data_rank in sorted({work.data_rank for work in by_rank}):
+        yield from _differing({rank: work.of_rows for rank, work in enumerate(by_rank) if work.data_rank == data_rank})
     yield "number of blocks"
 
 
-def _differing(what: str, values: Mapping[int, object]) -> Iterator[str]:
-    if len({repr(value) for value in values.values()}) > 1:
-        yield f"{what}: " + ", ".join(f"{value} on rank {rank}" for rank, value in values.items())
+def _differing(by_rank: Mapping[int, Mapping[str, object]]) -> Iterator[str]:
+    for name in next(iter(by_rank.values())):
+        values = {rank: own[name] for rank, own in by_rank.items() if name in own}
+        if len({repr(value) for value in values.values()}) > 1:
+            yield f"{name}: " + ", ".join(f"{value} on rank {rank}" for rank, value in values.items())

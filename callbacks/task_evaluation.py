@@ -19,7 +19,7 @@ from app.evaluation.evaluate import Work, chosen_tasks, evaluate, prepare, setti
 from app.evaluation.figure import evaluation_figure
 from app.evaluation.journal import Journal
 from app.evaluation.output import notes, write_results
-from app.evaluation.records import EvaluatedModel, EvaluationSettings, OnLong, Record
+from app.evaluation.records import EvaluatedModel, EvaluationSettings, Record
 from app.evaluation.results import Result, column, exits_table, results_of, shown
 from app.evaluation.tasks import TASKS
 from app.model.weights_hash import weights_hash
@@ -44,46 +44,13 @@ class TaskEvaluation(EveryNthValidation):
     Args:
         tasks: NAME for a task's dataset on the hub, or NAME=PATH for a local file or folder.
         every_n_validations: Score at every n-th validation of a fit, at least 1; `validate` and `test` always do.
-        exit_layers: Exits to measure, each 1..num_layers, which is the full model; by default every quarter of the
-            depth.
-        limit: Take so many rows of each task, at least 1.
-        num_shots: Worked examples before each question instead of each task's own number.
-        batch_size: Examples that are run together, at least 1.
-        on_long: What to do with a prompt that is longer than the model's context.
-        max_new_tokens: Most tokens of a generated answer instead of each task's own number, at least 2.
-        window: Tokens of a window of text in which perplexity is measured, at least 2.
-        num_draft_tokens: Draft length of self-speculative decoding in generation tasks; 0 leaves it out.
-        allow_running_programs: Run the programs that the model writes.
+        settings: See EvaluationSettings.
     """
 
-    def __init__(
-        self,
-        *,
-        tasks: list[str],
-        every_n_validations: int = 1,
-        exit_layers: list[int] | None = None,
-        limit: int | None = None,
-        num_shots: int | None = None,
-        batch_size: int = 8,
-        on_long: OnLong = "truncate_left",
-        max_new_tokens: int | None = None,
-        window: int | None = None,
-        num_draft_tokens: int = 4,
-        allow_running_programs: bool = False,
-    ) -> None:
+    def __init__(self, *, tasks: list[str], every_n_validations: int = 1, **settings: Any) -> None:
         super().__init__(every_n_validations=every_n_validations)
         self.tasks = chosen_tasks(tasks)
-        self.settings = EvaluationSettings(
-            exit_layers=exit_layers,
-            limit=limit,
-            num_shots=num_shots,
-            batch_size=batch_size,
-            on_long=on_long,
-            max_new_tokens=max_new_tokens,
-            window=window,
-            num_draft_tokens=num_draft_tokens,
-            allow_running_programs=allow_running_programs,
-        )
+        self.settings = EvaluationSettings(**settings)
         self._num_layers, self._work = 0, list[Work]()
         self._table: Table | None = None
 

@@ -11,6 +11,8 @@ from app.decoding.cost_model import CostModel, tokens_per_round
 from app.intervals import Interval
 from app.protocols import ExitableDecoder
 
+_COUNTS = ("rounds", "drafted", "accepted", "drafted_by_n_gram", "accepted_by_n_gram")  # of RoundCounts
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult(OutputDifferences):
@@ -102,11 +104,7 @@ def _result(
         prediction_error_from_rounds=_error(from_rounds, speedup),
         seconds_prefill=measurement.seconds_prefill,
         num_tokens=sum(result.num_tokens for result in measurement.results),
-        rounds=counts.rounds,
-        drafted=counts.drafted,
-        accepted=counts.accepted,
-        drafted_by_n_gram=counts.drafted_by_n_gram,
-        accepted_by_n_gram=counts.accepted_by_n_gram,
+        **{name: getattr(counts, name) for name in _COUNTS},
         reached_by_position=reached,
         accepted_by_position=accepted,
         acceptance_by_position=[ratio(*pair) for pair in zip(accepted, reached, strict=True)],

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,8 @@ def _purge(logger: TensorBoardLogger, step: int) -> None:
     first_void = max(0, step - 1)
     logger.experiment.flush()
     kept: dict[tuple[str, int], tuple[Event, Any]] = {}  # the later one of a point that was logged twice
-    for event, value in _values(Path(logger.log_dir)):
+    files = sorted(Path(logger.log_dir).glob(EVENT_FILES))  # their names begin with the time they were opened
+    for event, value in chain.from_iterable(map(points, files)):
         if event.step == step - 1 or (event.step == step and not value.HasField("simple_value")):
             kept[value.tag, event.step] = event, value
     writer = logger.experiment.file_writer
@@ -195,11 +197,6 @@ def _purge(logger: TensorBoardLogger, step: int) -> None:
     for event, value in kept.values():
         again = Event(step=event.step, wall_time=event.wall_time, summary=Summary(value=[value]))
         writer.event_writer.add_event(again)
-
-
-def _values(folder: Path) -> Iterator[tuple[Any, Any]]:
-    for file in sorted(folder.glob(EVENT_FILES)):  # their names begin with the time they were opened
-        yield from points(file)
 
 
 def _drop_rows(file: Path, step: int) -> None:

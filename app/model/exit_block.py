@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from app.errors import ConfigError, check_early_exit, check_range
 
 ExitBlockStart = Literal["exit", "last", "affine"]
-BY_LAYER = ("layer_types", "no_rope_layers")  # settings of a configuration that have an entry for each block
+_BY_LAYER = ("layer_types", "no_rope_layers")  # settings of a configuration that have an entry for each block
 _LINEAR = ".decoder.norm.linear."  # in the names of weights of an exit block with an affine map
 
 
@@ -64,11 +64,7 @@ class ExitBlock(nn.Module):
         for layer in source_layers:
             check_range("source_layers", layer, low=0, high=num_layers - 1)
         self.exit_layer, self.source_layers = exit_layer, tuple(source_layers)
-        config = copy.deepcopy(decoder.config)
-        config.num_hidden_layers = len(source_layers)
-        for name in BY_LAYER:
-            if (by_layer := getattr(config, name, None)) is not None:
-                setattr(config, name, [by_layer[layer] for layer in source_layers])
+        config = config_of_blocks(decoder.config, source_layers)
         with torch.device("meta"):
             self.decoder: Any = type(decoder)(config)
         self.decoder.embed_tokens = None  # states enter it, never tokens
@@ -106,6 +102,16 @@ class ExitBlock(nn.Module):
         out = self.decoder(inputs_embeds=hidden_BTD, position_ids=position_ids_BT, attention_mask=None, use_cache=False)
         normed_BTD: Tensor = out.last_hidden_state
         return normed_BTD
+
+
+def config_of_blocks(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """The configuration of a model that is made of these blocks of another, in this order."""
+    own = copy.deepcopy(config)
+    own.num_hidden_layers = len(layers)
+    for name in _BY_LAYER:
+        if (by_layer := getattr(own, name, None)) is not None:
+            setattr(own, name, [by_layer[layer] for layer in layers])
+    return own
 
 
 def source_layers(num_layers: int, *, exit_layer: int, num_blocks: int, start: ExitBlockStart) -> list[int]:

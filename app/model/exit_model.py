@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from app.errors import check_early_exit
 from app.model.config_check import build_without_memory
-from app.model.exit_block import BY_LAYER, ExitBlock
+from app.model.exit_block import ExitBlock, config_of_blocks
 
 
 def exit_model(model: PreTrainedModel, exit_layer: int, block: ExitBlock | None = None) -> PreTrainedModel:
@@ -30,12 +30,7 @@ def exit_model(model: PreTrainedModel, exit_layer: int, block: ExitBlock | None 
     decoder: Any = model.get_decoder()
     check_early_exit("exit_layer", exit_layer, num_layers=len(decoder.layers))
     sources = [*range(exit_layer), *(() if block is None else block.source_layers)]
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(sources)
-    for name in BY_LAYER:
-        if (by_layer := getattr(config, name, None)) is not None:
-            setattr(config, name, [by_layer[layer] for layer in sources])
-    first: PreTrainedModel = build_without_memory(config, dtype=model.dtype)
+    first: PreTrainedModel = build_without_memory(config_of_blocks(model.config, sources), dtype=model.dtype)
     own: Any = first.get_decoder()
     own.embed_tokens, own.rotary_emb, own.norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
     own.layers = nn.ModuleList(decoder.layers[:exit_layer])

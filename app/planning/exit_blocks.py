@@ -42,26 +42,10 @@ class Distillation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationCosts:
-    """FLOPs and bytes of one micro-batch, the weights apart."""
+class DistillationCosts(MicroBatchCosts):
+    """FLOPs and bytes of a micro-batch that computes no block again; `base_flops` are those of exit blocks and head."""
 
     pass_flops: int  # one pass of the frozen model, without its head
-    own_flops: int  # exit blocks and head, forward and backward
-    live_bytes: int  # what is alive when the loss begins
-    peak_bytes: int  # what the loss adds to that, or the pass of the frozen model before it
-
-    def as_micro_batch(self) -> MicroBatchCosts:
-        """The same as costs of a model without blocks that could be computed again."""
-        return MicroBatchCosts(
-            block_flops=(0,),
-            base_flops=self.own_flops,
-            exit_flops=0,
-            block_bytes=(0,),
-            copy_bytes=(0,),
-            base_bytes=self.live_bytes,
-            exit_loss_bytes=self.peak_bytes,
-            block_input_bytes=0,
-        )
 
 
 def plan_exit_blocks(
@@ -91,10 +75,10 @@ def plan_exit_blocks(
     )
     costs = measure_distillation(model, blocks, mode, micro, learns)
     model.add_module("exit_blocks", blocks)
-    memory = plan_memory(model, costs.as_micro_batch(), optimizer, layout)
+    memory = plan_memory(model, costs, optimizer, layout)
     micro_batches = recipe.accumulate * recipe.world_size
     pass_flops = 0 if learns.cached else costs.pass_flops * micro_batches
-    step_flops = float(pass_flops + costs.own_flops * micro_batches)
+    step_flops = float(pass_flops + costs.base_flops * micro_batches)
     own = [*blocks.parameters()]
     return Plan(
         recipe=recipe,
@@ -104,12 +88,7 @@ def plan_exit_blocks(
         parameters=count_parameters(model),
         memory=memory,
         fits=machine.has_room_for(memory.peak),
-        fits_checkpointed=None,
         step_flops=step_flops,
-        dropout_saving=0.0,
-        exits_cost=0.0,
-        recomputation_cost=0.0,
-        checkpointing=False,
         checkpoint_bytes=memory.weights + memory.optimizer_states,
         export_bytes=memory.weights,
         seconds_per_step=machine.seconds(step_flops, world_size=recipe.world_size),
@@ -203,7 +182,7 @@ def _measure(
     gradients = (num_labels - run_labels) * len(exits) * width * hidden[exits[0]].element_size()
     return DistillationCosts(
         pass_flops=in_pass,
-        own_flops=forward + in_loss * num_labels // run_labels + backward,
-        live_bytes=before,
-        peak_bytes=peak - before + gradients,
+        base_flops=forward + in_loss * num_labels // run_labels + backward,
+        base_bytes=before,
+        exit_loss_bytes=peak - before + gradients,
     )

@@ -69,12 +69,14 @@ class Plan:
     parameters: Parameters
     memory: Memory  # bytes on one device
     fits: bool | None  # see Machine.has_room_for
-    fits_checkpointed: bool | None  # `fits` with activation checkpointing
+    fits_checkpointed: bool | None = None  # `fits` with activation checkpointing
     step_flops: float  # FLOPs of the mean step on all devices, without recomputation
-    dropout_saving: float  # share of the FLOPs of a step with its exits that layer dropout saves
-    exits_cost: float  # FLOPs of the early exits over those of a step with neither exits nor dropout
-    recomputation_cost: float  # FLOPs of activation checkpointing over the same; they count for the time if it is on
-    checkpointing: bool
+    dropout_saving: float = 0.0  # share of the FLOPs of a step with its exits that layer dropout saves
+    exits_cost: float = 0.0  # FLOPs of the early exits over those of a step with neither exits nor dropout
+    recomputation_cost: float = (
+        0.0  # FLOPs of activation checkpointing over the same; they count for the time if it is on
+    )
+    checkpointing: bool = False
     checkpoint_bytes: int  # weights and optimizer states
     export_bytes: int  # weights alone, into which adapters are merged
     seconds_per_step: float | None  # at the machine's utilisation

@@ -64,14 +64,16 @@ class Micro:
 class MicroBatchCosts:
     """FLOPs of forward and backward, and bytes, of one micro-batch that drops no block."""
 
-    block_flops: tuple[int, ...]  # FLOPs of each block
+    block_flops: tuple[int, ...] = (0,)  # FLOPs of each block
     base_flops: int  # FLOPs of everything else with the full model's exit alone
-    exit_flops: int  # FLOPs of each further exit
-    block_bytes: tuple[int, ...]  # what each block keeps for the backward, without `copy_bytes`
-    copy_bytes: tuple[int, ...]  # each block's weights in the dtype of autocast, which the backward keeps as well
+    exit_flops: int = 0  # FLOPs of each further exit
+    block_bytes: tuple[int, ...] = (0,)  # what each block keeps for the backward, without `copy_bytes`
+    copy_bytes: tuple[int, ...] = (
+        0,
+    )  # each block's weights in the dtype of autocast, which the backward keeps as well
     base_bytes: int  # what is kept outside the blocks when the loss begins
     exit_loss_bytes: int  # what the loss adds to that at its peak
-    block_input_bytes: int  # what remains of a block under activation checkpointing
+    block_input_bytes: int = 0  # what remains of a block under activation checkpointing
 
     def flops(self, *, num_exits: float, kept_shares: Sequence[float]) -> float:
         """Count the FLOPs with `num_exits` exits, where block l runs on `kept_shares[l]` of the rows."""

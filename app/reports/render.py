@@ -1,10 +1,12 @@
 """A report as one HTML page, or as Markdown with pictures. Tested by tests/unit/reports/test_page.py."""
 
+from functools import partial
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from app.reports.blocks import Charts, Report
-from app.reports.charts import Chart, Drawing, draw
+from app.reports.charts import Chart, draw
 
 _TEMPLATES = Environment(
     loader=PackageLoader("app.reports", "templates"),
@@ -17,7 +19,7 @@ _TEMPLATES = Environment(
 
 def as_html(report: Report) -> str:
     """The page. It loads nothing from anywhere."""
-    return _TEMPLATES.get_template("report.html.jinja").render(report=report, svg=_svg)
+    return _TEMPLATES.get_template("report.html.jinja").render(report=report, svg=partial(_svg, alone=False))
 
 
 def as_markdown(report: Report, *, stem: str) -> dict[str, str]:
@@ -31,19 +33,12 @@ def as_markdown(report: Report, *, stem: str) -> dict[str, str]:
     ]
     files = {chart.name: f"{stem}-{chart.name}.svg" for chart in charts}
     text = _TEMPLATES.get_template("report.md.jinja").render(report=report, files=files, cell=_markdown_cell)
-    return {f"{stem}.md": text} | {files[chart.name]: _standalone(chart) for chart in charts}
+    return {f"{stem}.md": text} | {files[chart.name]: str(_svg(chart, alone=True)) for chart in charts}
 
 
-def _svg(chart: Chart) -> Markup:
-    return _drawn(draw(chart), alone=False)
-
-
-def _standalone(chart: Chart) -> str:
-    return str(_drawn(draw(chart), alone=True))
-
-
-def _drawn(drawing: Drawing, *, alone: bool) -> Markup:
-    return Markup(_TEMPLATES.get_template("chart.svg.jinja").render(drawing=drawing, alone=alone))  # noqa: S704  # escaped
+def _svg(chart: Chart, *, alone: bool) -> Markup:
+    template = _TEMPLATES.get_template("chart.svg.jinja")
+    return Markup(template.render(drawing=draw(chart), alone=alone))  # noqa: S704  # escaped
 
 
 def _markdown_cell(text: object) -> str:

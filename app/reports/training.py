@@ -1,10 +1,9 @@
 """Curves of training and of exits, and each run's table of exits. Tested by tests/unit/reports/test_report.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 
-from app.exits.quality import ExitScore
 from app.exits.report import exit_table
 from app.metric_names import TOKENS_PER_SECOND, TRAIN_EXIT_LOSS, TRAIN_LOSS, VAL_LOSS
 from app.reports.blocks import Block, Charts, Missing, Section, Sheet
@@ -14,6 +13,7 @@ from app.reports.scalars import Series
 from app.tables import Table, cell
 
 _NATS = "nats a token"
+_UNITS = {"loss": _NATS, "agreement": "agreement"}  # of figures of ExitScore
 
 
 def curves(runs: Sequence[Run]) -> Section:
@@ -38,17 +38,15 @@ def exits(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = []
     if measured:
         charts = [
-            _over_exits(measured, "Held-out loss of each exit", _NATS, lambda score: score.loss),
-            _over_exits(measured, "Agreement with the full model", "agreement", lambda score: score.agreement),
+            _over_exits(measured, "Held-out loss of each exit", "loss"),
+            _over_exits(measured, "Agreement with the full model", "agreement"),
         ]
         several = [(idx, run) for idx, run in measured if len(run.history) > 1]
-        courses = [_course(run, idx, "Held-out loss of exits", _NATS, lambda score: score.loss) for idx, run in several]
+        courses = [_course(run, idx, "Held-out loss of exits", "loss") for idx, run in several]
         ends = [value for chart in courses for line in chart.lines for value in line.points.values() if isfinite(value)]
         shared = (min(ends), max(ends)) if ends else ()
         charts += [replace(chart, also_in_range=shared) for chart in courses]
-        charts += [
-            _course(run, idx, "Agreement of exits", "agreement", lambda score: score.agreement) for idx, run in several
-        ]
+        charts += [_course(run, idx, "Agreement of exits", "agreement") for idx, run in several]
         blocks.append(Charts(charts=charts))
         if len(measured) > 1:
             blocks.append(_compared([run for _, run in measured]))
@@ -93,20 +91,18 @@ def _training_exits(run: Run, *, name: str) -> Chart | None:
     return Chart(name=name, title=title, x_label="training step", y_label=_NATS, lines=lines, source=source)
 
 
-def _over_exits(
-    measured: Sequence[tuple[int, Run]], title: str, unit: str, figure: Callable[[ExitScore], float]
-) -> Chart:
+def _over_exits(measured: Sequence[tuple[int, Run]], title: str, figure: str) -> Chart:
     lines = []
     for idx, run in measured:
         latest = run.history[max(run.history)]
-        lines.append(run_line(run, idx, {layer: figure(score) for layer, score in sorted(latest.items())}))
+        lines.append(run_line(run, idx, {layer: getattr(score, figure) for layer, score in sorted(latest.items())}))
     return Chart(
-        name=f"exits-{'agreement' if unit == 'agreement' else 'loss'}",
+        name=f"exits-{figure}",
         title=title,
         x_label="exit layer (blocks run)",
-        y_label=unit,
+        y_label=_UNITS[figure],
         lines=lines,
-        in_percent=unit == "agreement",
+        in_percent=figure == "agreement",
         source="Held-out rows at " + ", ".join(f"step {max(run.history):,} of {run.name}" for _, run in measured),
     )
 
@@ -134,27 +130,27 @@ def _compared(runs: Sequence[Run]) -> Sheet:
     )
 
 
-def _course(run: Run, idx: int, title: str, unit: str, figure: Callable[[ExitScore], float]) -> Chart:
+def _course(run: Run, idx: int, title: str, figure: str) -> Chart:
     styles = some_exits(
         sorted({layer for scores in run.history.values() for layer in scores}), num_layers=run.num_layers or 0
     )
-    if unit == "agreement":
+    if figure == "agreement":
         styles = {layer: style for layer, style in styles.items() if style != "full"}  # always 100 %
     lines = [
         Line(
             _exit_name(layer, style),
             style,
-            {step: figure(scores[layer]) for step, scores in run.history.items() if layer in scores},
+            {step: getattr(scores[layer], figure) for step, scores in run.history.items() if layer in scores},
         )
         for layer, style in styles.items()
     ]
     return Chart(
-        name=f"course-{'agreement' if unit == 'agreement' else 'loss'}-{idx + 1}",
+        name=f"course-{figure}-{idx + 1}",
         title=f"{title}, {run.name}",
         x_label="training step",
-        y_label=unit,
+        y_label=_UNITS[figure],
         lines=lines,
-        in_percent=unit == "agreement",
+        in_percent=figure == "agreement",
         source=f"Held-out rows, in {_where(run)}",
     )
 

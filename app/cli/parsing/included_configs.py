@@ -23,11 +23,11 @@ _INSTALLED = Path(__file__).parents[3]  # the folder of the packages, and of `co
 
 def with_installed(args: Sequence[str]) -> list[str]:
     """Take `configs/...` among the arguments from the installation where the working directory has no such file."""
-    return [str(_INSTALLED / arg) if _is_installed_only(arg) else arg for arg in args]
-
-
-def _is_installed_only(arg: str) -> bool:
-    return arg.startswith("configs/") and not Path(arg).exists() and (_INSTALLED / arg).is_file()
+    installed = (_INSTALLED / arg for arg in args)
+    return [
+        str(file) if arg.startswith("configs/") and not Path(arg).exists() and file.is_file() else arg
+        for arg, file in zip(args, installed, strict=True)
+    ]
 
 
 def with_included(args: Sequence[str]) -> list[str]:

@@ -69,14 +69,14 @@ def test_a_step_takes_what_is_planned(tmp_path, monkeypatch, loss, cached, autoc
     learns = Distillation(sources=step.module.exit_sources, loss=loss, cached=cached)
     costs = measured(learns, autocast=autocast)
     pass_flops = costs.pass_flops if cached is None else 0
-    assert costs.own_flops + pass_flops == pytest.approx(step.flops(), rel=0.001)
+    assert costs.base_flops + pass_flops == pytest.approx(step.flops(), rel=0.001)
     _, peak = live_and_peak(step)
-    assert costs.live_bytes + costs.peak_bytes == pytest.approx(peak, rel=0.05)
-    assert costs.live_bytes < 0.9 * peak
+    assert costs.base_bytes + costs.exit_loss_bytes == pytest.approx(peak, rel=0.05)
+    assert costs.base_bytes < 0.9 * peak
     monkeypatch.setattr(exit_blocks, "_MOST_LOGITS", VOCABULARY * ROWS * LENGTH // 2)
     half = measured(learns, autocast=autocast)  # of the tokens went through the loss
-    assert half.own_flops == costs.own_flops
-    assert half.live_bytes + half.peak_bytes == pytest.approx(costs.live_bytes + costs.peak_bytes, rel=0.02)
+    assert half.base_flops == costs.base_flops
+    assert half.base_bytes + half.exit_loss_bytes == pytest.approx(costs.base_bytes + costs.exit_loss_bytes, rel=0.02)
 
 
 def test_frozen_weights_have_neither_gradients_nor_states_and_few_ids_make_a_small_head():

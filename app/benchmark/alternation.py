@@ -183,6 +183,7 @@ def alternate(
     *,
     repeats: int,
     time_limit_seconds: float = float("inf"),
+    fewest: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Measurement]:
     """Let the contenders decode every batch in turn, beginning each time with the next of them, and repeat that.
@@ -192,8 +193,9 @@ def alternate(
     Args:
         contenders: At least one; each warms up before anything counts. Budgets are at least 2.
         batches: At least one, each of at least one prompt; used in this order.
-        time_limit_seconds: No batch is started after this; the first is always measured. A repeat that was not
-            finished does not count, unless it is the only one.
+        time_limit_seconds: No batch is started after this but the first ones. A repeat that was not finished does not
+            count, unless it is the only one.
+        fewest: Number of batches, at least 1, that are measured in any case.
         on_batch: Called with the number of batches that are done, those of all repeats together.
     """
     started = perf_counter()
@@ -208,7 +210,7 @@ def alternate(
             runs[index][batch].append(contender.decode(batches[batch], contender.settings))
         if on_batch is not None:
             on_batch(done)
-        if perf_counter() - started > time_limit_seconds:
+        if perf_counter() - started > time_limit_seconds and done >= fewest:
             break
     whole = max(1, done // len(batches))
     kept = ([of_batch[:whole] for of_batch in own if of_batch] for own in runs)

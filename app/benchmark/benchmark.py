@@ -35,6 +35,7 @@ _OPTIONS = {"exit_layer": "exit_layers", "draft_decoder": "draft_model"}
 _MIN_POSITIONS = 3  # fewest positions of a pass to which costs can be fitted
 # Costs are measured before the first batch and this many times more, because machines change their speed.
 _COST_MOMENTS, _COST_REPEATS = 4, 2
+_FEWEST_BATCHES = 4  # decoded whatever the time limit is: an interval over fewer says nothing
 
 
 class Subject(NamedTuple):
@@ -67,6 +68,8 @@ class BenchmarkSettings:
         eos_token_ids: Ids that end a sequence; with none, every prompt is decoded to max_new_tokens.
         batch_size: Number of prompts decoded together, at least 1.
         repeats: How often each prompt is decoded in each way, at least 1; the median counts.
+        time_limit_seconds: No batch of prompts is begun after this time, at least 0, but for the first four. All are
+            decoded once before any is decoded again, and a repeat of some of them does not count. By default, no limit.
     """
 
     strategies: tuple[BenchmarkStrategy, ...]
@@ -82,6 +85,7 @@ class BenchmarkSettings:
     eos_token_ids: tuple[int, ...] = ()
     batch_size: int = 1
     repeats: int = 3
+    time_limit_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.strategies:
@@ -91,6 +95,8 @@ class BenchmarkSettings:
         check_range("max_new_tokens", self.max_new_tokens, low=2, fix="the first token costs no decode time")
         check_range("batch_size", self.batch_size, low=1)
         check_range("repeats", self.repeats, low=1)
+        if self.time_limit_seconds is not None:
+            check_range("time_limit_seconds", self.time_limit_seconds, low=0.0)
         if self.batch_size > 1 and "transformers_early_exit" in self.strategies:
             allowed = "1 with strategy transformers_early_exit"
             fix = "transformers drafts for one prompt at a time"
@@ -150,6 +156,8 @@ def run_benchmark(
             build_contenders(subject, settings, costs[0] and costs[0].model),
             batches,
             repeats=settings.repeats,
+            time_limit_seconds=float("inf") if settings.time_limit_seconds is None else settings.time_limit_seconds,
+            fewest=_FEWEST_BATCHES,
             on_batch=after,
         )
         differences = find_output_differences(

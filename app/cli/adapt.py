@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from app.cli.adapt_settings import AdaptSettings
@@ -24,14 +23,14 @@ def adapt(*, model: str, output_dir: str, work_dir: str | None = None, **options
         work_dir: Folder for everything on the way; by default output_dir with .work behind it.
         options: See AdaptSettings.
     """
-    started, settings = perf_counter(), AdaptSettings(**options)
+    settings = AdaptSettings(**options)
     folder = Path(work_dir or f"{output_dir.rstrip('/')}.work")
     adaptation = Adaptation.begin(model, output_dir, folder, settings)
     adaptation.write_own_text()
     adaptation.train()
     adaptation.export()
     adaptation.tune()
-    print_table(adaptation.result(adaptation.measure(), minutes=(perf_counter() - started) / 60))
+    print_table(adaptation.result(adaptation.measure()))
 
 
 run = partial(call_verb, adapt)

@@ -15,7 +15,8 @@ class AdaptSettings:
         corpus_kind: How the corpus is read; see datamodules/README.md. stdlib_code and stdlib_text need no corpus.
         glob: Pattern of the corpus's files.
         prompts: JSON lines file of prompts instead of a corpus; a quarter of them are held out.
-        hours: Time to spend, roughly.
+        hours: Time to spend, over all calls of the same command. Where a step takes longer than its share, those after
+            it get less, but at least half of theirs.
         exit_layer: Blocks that run before the exit's own; by default a fifteenth of the model's, at least 1.
         num_exit_blocks: Blocks of the exit's own.
         own_share: Share of training tokens that the model writes itself; the rest is the corpus.

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from app import metric_names
+from app.cli.adapt_clock import AdaptClock, in_minutes
 from app.cli.adapt_settings import AdaptSettings
 from app.errors import ConfigError, UserError, check_early_exit, check_range
 from app.generation.prompts import read_prompts
@@ -41,8 +41,6 @@ from datamodules import Source, TextCodeDataModule
 
 _log = logging.getLogger(__name__)
 
-# Shares of the hours. Caching, exporting and measuring the machine take what is left.
-_WRITING, _TRAINING, _TUNING = 0.3, 0.45, 0.1
 _HELD_OUT = 32  # prompts that are not trained on: half to tune with, half to measure with
 _PROMPT_LENGTH = 48
 _MOST_PROMPTS = 100_000  # more than can be continued in the time
@@ -89,7 +87,7 @@ class Adaptation:
             name: value for name in ("corpus", "corpus_kind", "glob") if (value := getattr(given, name)) is not None
         }
         options: dict[str, object] = where if given.has_corpus else {"prompts": learn}
-        limits = {"num_prompts": _MOST_PROMPTS, "time_limit_seconds": _WRITING * given.hours * 3600}
+        limits = {"num_prompts": _MOST_PROMPTS, "time_limit_seconds": self._clock.time_for("write")}
         lengths = {"prompt_length": _PROMPT_LENGTH, "max_new_tokens": given.max_new_tokens, "batch_size": 16}
         base = {"model": self.model, "output": self._own_text, "dtype": _dtype()}
         self._run("write", "write", {**base, **options, **limits, **lengths})
@@ -130,8 +128,8 @@ class Adaptation:
 
     def tune(self) -> None:
         """Find the fastest drafts, and store them with the model."""
-        seconds = _TUNING * self.settings.hours * 3600
-        self._run("tune", "tune", {"prompts": self._prompts[1], "time_limit_seconds": seconds, **self._measuring})
+        limit = {"time_limit_seconds": self._clock.time_for("tune")}
+        self._run("tune", "tune", {"prompts": self._prompts[1], **limit, **self._measuring})
 
     def measure(self) -> list[dict[str, Any]]:
         """Benchmark what tune chose on prompts that nothing was chosen by; [] if that was to draft nothing."""
@@ -144,18 +142,18 @@ class Adaptation:
             chosen["n_gram_max_drafts"] = str(most)
         file = self.folder / "benchmark.json"
         options = {"prompts": self._prompts[2], "output": file, "strategies": json.dumps([strategy])}
-        self._run("benchmark", "benchmark", {**options, **chosen, **self._measuring})
+        limit = {"time_limit_seconds": self._clock.time_for("benchmark")}
+        self._run("benchmark", "benchmark", {**options, **limit, **chosen, **self._measuring})
         results: list[dict[str, Any]] = json.loads(file.read_text())["results"]
         return results
 
-    def result(self, results: Sequence[Mapping[str, Any]], *, minutes: float) -> Table:
+    def result(self, results: Sequence[Mapping[str, Any]]) -> Table:
         best = max(results, key=lambda each: each["speedup"], default=None)
         without = max((each["speedup"] for each in results if not each["drafted_by_n_gram"]), default=None)
         low, high = (best and best["speedup_interval"]) or (0.0, 0.0)
         advice = "no: decode autoregressively, or adapt for longer or on more text like yours"
-        marks = sorted(self.folder.glob("*.done"), key=lambda mark: mark.stat().st_mtime)
-        took = ", ".join(f"{mark.stem} {json.loads(mark.read_text())['seconds'] / 60:.0f}" for mark in marks)
-        rows = {"speedup on held-out prompts": "none: tune found nothing faster"}
+        took = self._clock.took()
+        rows = {"speedup on held-out prompts": "not measured: tune stored no drafts, and says above why"}
         if best is not None:
             rows = {
                 "speedup on held-out prompts": f"{best['speedup']:.2f}x, 95 % interval {low:.2f} to {high:.2f}x",
@@ -166,12 +164,17 @@ class Adaptation:
         rows |= {
             "the full model is bit-identical": "yes" if _equal_weights(self.model, self.output_dir) else "NO",
             "it pays": "yes" if low > 1.0 else advice,
-            "minutes": took,
+            "minutes": ", ".join(f"{step} {in_minutes(seconds)}" for step, seconds in took.items()),
         }
-        title = f"{self.output_dir}: adapted in {minutes:.0f} minutes"
+        asked = in_minutes(self._clock.seconds)
+        title = f"{self.output_dir}: adapted in {in_minutes(sum(took.values()))} minutes; {asked} were asked for"
         return Table.of_columns(title, {"what": list(rows), "measured": list(rows.values())})
 
     # -- what the steps share ----------------------------------------------------------------------------------------
+
+    @property
+    def _clock(self) -> AdaptClock:
+        return AdaptClock(self.folder, 3600 * self.settings.hours)
 
     @property
     def _own_text(self) -> Path:
@@ -247,22 +250,20 @@ class Adaptation:
             median(float(row[name]) for row in rows if row.get(name))
             for name in (metric_names.TOKENS_PER_SECOND, metric_names.TRAIN_LABEL_TOKENS)
         )
-        by_time = _TRAINING * self.settings.hours * 3600 * speed
+        by_time = self._clock.time_for("train") * speed
         return max(1, int(min(by_time, _MOST_EPOCHS * num_tokens) / tokens_a_step))
 
     def _run(self, name: str, verb: str, options: Mapping[str, object]) -> None:
         """Run another verb in a process of its own, unless it ended well before."""
-        mark = self.folder / f"{name}.done"
-        if mark.exists():
+        if self._clock.is_done(name):
             _log.info("adapt: %s is done", name)
             return
         _log.info("adapt: %s", name)
-        started = perf_counter()
         words = [part for option, value in options.items() for part in (f"--{option}", str(value))]
-        status = subprocess.run([sys.executable, "-m", "app", verb, *words], check=False).returncode  # noqa: S603
-        if status:
-            raise UserError(f"adapt: {name} ended with status {status}; the same command goes on from there")
-        write_whole(mark, json.dumps({"seconds": perf_counter() - started}))
+        with self._clock.timed(name):
+            status = subprocess.run([sys.executable, "-m", "app", verb, *words], check=False).returncode  # noqa: S603
+            if status:
+                raise UserError(f"adapt: {name} ended with status {status}; the same command goes on from there")
 
     def _made(self, name: str, make: Callable[[], str]) -> Path:
         if not (file := self.folder / name).exists():

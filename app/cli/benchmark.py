@@ -62,12 +62,10 @@ def benchmark(
         subject, tokens, settings, on_batch=lambda done: _log.info("batch %d of %d", done, num_batches)
     )
     asked = {"model": model, "prompts": prompts, "limit": limit, "draft_model": draft_model, "ignore_eos": ignore_eos}
-    _report(file, measured, loaded, asked | asdict(settings), num_prompts=len(tokens))
+    _report(file, measured, loaded, asked | asdict(settings))
 
 
-def _report(
-    file: Path, measured: Benchmark, loaded: LoadedModel, settings: dict[str, Any], *, num_prompts: int
-) -> None:
+def _report(file: Path, measured: Benchmark, loaded: LoadedModel, settings: dict[str, Any]) -> None:
     """Write the report and its figure, and print what they say."""
     results = benchmark_results(measured, loaded.decoder)
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
@@ -79,9 +77,9 @@ def _report(
         num_layers=loaded.decoder.num_layers,
     )
     title = (
-        f"{Path(settings['model']).name}: {counted(num_prompts, 'prompt')} of {Path(settings['prompts']).name}, at most"
-        f" {settings['max_new_tokens']} new tokens each, {where['dtype']}, batch size {settings['batch_size']},"
-        f" median of {settings['repeats']}"
+        f"{Path(settings['model']).name}: {counted(results[0].num_prompts, 'prompt')} of"
+        f" {Path(settings['prompts']).name}, at most {settings['max_new_tokens']} new tokens each, {where['dtype']},"
+        f" batch size {settings['batch_size']}, median of {len(measured.measurements[0].runs[0])}"
     )
     figure = write_report(document, benchmark_figure(results, title=title), file)
     for table in benchmark_tables(results, title=title):

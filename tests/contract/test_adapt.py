@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from app.cli.adapt_clock import _SHARES
 from app.cli.adapt_settings import AdaptSettings
 from app.cli.adaptation import Adaptation, _equal_weights
 from app.errors import ConfigError
@@ -56,8 +57,10 @@ def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(
     status, said = adapt(*options)
     assert status == 2
     assert "adapt: cache ended with status 2; the same command goes on from there" in said.err
-    for name, less in (("_PROBE_STEPS", 2), ("_MOST_EPOCHS", 1), ("_TUNING", 0.02)):
+    for name, less in (("_PROBE_STEPS", 2), ("_MOST_EPOCHS", 1)):
         monkeypatch.setattr(f"app.cli.adaptation.{name}", less)
+    for step in ("tune", "benchmark"):
+        monkeypatch.setitem(_SHARES, step, 0.02)
     status, said = adapt(*options, "--exit_layer", "2")
     assert status == 2
     assert "exit_layer: got 2, allowed 1 in work_dir out.work" in said.err
@@ -65,6 +68,8 @@ def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(
     status, said = adapt(*options)
     assert status == 0, said.err
     assert (folder / "out.work" / "own.jsonl").read_bytes() == written
+    assert "out: adapted in " in said.out
+    assert " minutes; 0.6 were asked for" in " ".join(said.out.split())
     assert any("the full model is bit-identical" in line and " yes " in line for line in said.out.splitlines())
     before, after = (load_pretrained(str(folder / name), dtype=None) for name in ("model", "out"))
     assert after.dtype == torch.bfloat16

@@ -181,6 +181,7 @@ MISTAKES = [
     (["--max_new_tokens", "1"], "max_new_tokens: got 1"),
     (["--limit", "0"], "limit: got 0"),
     (["--repeats", "0"], "repeats: got 0"),
+    (["--time_limit_seconds", "-1"], "time_limit_seconds: got -1"),
     (["--threads", "0"], "threads: got 0"),
     (["--device", "tpu"], "device: got tpu, allowed auto | cpu | cuda"),
     (["--dtype", "int8"], "dtype: got int8, allowed"),

@@ -51,13 +51,15 @@ def test_no_batch_is_started_after_the_time_limit_but_the_first_is_measured(monk
     ticks, done = itertools.count(), list[int]()
     monkeypatch.setattr(alternation, "perf_counter", lambda: float(next(ticks)))  # one second a batch
 
-    def measure(limit: float, repeats: int = 1) -> list[Measurement]:
+    def measure(limit: float, repeats: int = 1, fewest: int = 1) -> list[Measurement]:
         contenders = [_contender(name, [], budget=2) for name in "ab"]
         batches = [[[1]], [[2]], [[3]]]
-        return alternate(contenders, batches, repeats=repeats, time_limit_seconds=limit, on_batch=done.append)
+        limits = {"time_limit_seconds": limit, "fewest": fewest}
+        return alternate(contenders, batches, repeats=repeats, on_batch=done.append, **limits)
 
     assert [[len(each.runs) for each in measure(limit)] for limit in (0.0, 1.5, 9.0)] == [[1, 1], [2, 2], [3, 3]]
     assert done == [1, 1, 2, 1, 2, 3]
+    assert [len(each.runs) for each in measure(0.0, fewest=2)] == [2, 2]
     # All prompts are seen before any is seen again, and a repeat of some of them does not count.
     assert [[len(of_batch) for of_batch in each.runs] for each in measure(4.5, repeats=3)] == [[1, 1, 1]] * 2
     assert [[len(of_batch) for of_batch in each.runs] for each in measure(5.5, repeats=3)] == [[2, 2, 2]] * 2

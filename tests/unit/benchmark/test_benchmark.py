@@ -172,6 +172,14 @@ def test_prompts_are_cut_into_batches_in_their_order_and_all_give_the_same_token
         assert [result.tokens for result in measurement.results] == expected
 
 
+def test_a_time_limit_leaves_out_prompts_but_for_the_first_four(subject: Subject) -> None:
+    for limit, expected in ((0.0, 4), (3600.0, 6), (None, 6)):
+        settings = _settings("autoregressive", max_new_tokens=2, time_limit_seconds=limit)
+        measured = run_benchmark(subject, PROMPTS + PROMPTS[:2], settings)
+        assert [len(each.results) for each in measured.measurements] == [expected]
+        assert [each.num_prompts for each in measured.differences] == [expected]
+
+
 def test_costs_are_fitted_to_the_batches_and_drafts_asked_for(subject: Subject, costs: list[dict[str, Any]]) -> None:
     settings = _settings("self_speculative", **SPECULATIVE | {"num_draft_tokens": (3, 9), "batch_size": 3})
     assert run_benchmark(subject, PROMPTS, settings).costs == (COSTS, COSTS)

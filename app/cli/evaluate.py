@@ -9,12 +9,14 @@ from app.benchmark.report import environment
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import check_output_file
-from app.evaluation.evaluate import chosen_tasks, prepare, settings_document
+from app.evaluation.confident_exits import ConfidentExit, check_thresholds, confident_exits
+from app.evaluation.evaluate import chosen_tasks, exits_of, prepare, settings_document
 from app.evaluation.evaluate import evaluate as score
 from app.evaluation.journal import Journal
-from app.evaluation.output import notes, write_results
+from app.evaluation.output import notes, write_confident_exits, write_results
 from app.evaluation.records import EvaluatedModel, EvaluationSettings
 from app.evaluation.results import exits_table
+from app.evaluation.task import ChoiceTask
 from app.evaluation.tasks import TASKS
 from app.generation.loaded_model import LoadedModel, LoadOptions
 from app.model.weights_hash import weights_hash
@@ -30,6 +32,7 @@ def evaluate(
     tasks: list[str],
     output: str,
     loading: LoadOptions,
+    exit_thresholds: list[float] | None = None,
     **options: Any,
 ) -> None:
     """Score every exit of a model on tasks: multiple choice, perplexity of texts, and what it generates.
@@ -39,10 +42,16 @@ def evaluate(
         output: JSON file to write; beside it are written a table (.csv), a figure (.png), and each example as it is
             done (.examples.jsonl), from which the same command goes on after it was stopped.
         loading: See LoadOptions.
+        exit_thresholds: Also show what it would give and save to answer each question of multiple choice at the first
+            exit whose choice is likelier than a threshold, each in [0, 1). This is lossy. A table (.thresholds.csv) and
+            a figure (.thresholds.png) are written beside the output.
         options: See EvaluationSettings.
     """
     file = check_output_file(output, suffix=".json")
     settings, chosen = EvaluationSettings(**options), chosen_tasks(tasks)
+    thresholds = None if exit_thresholds is None else check_thresholds(exit_thresholds)
+    if thresholds and not any(isinstance(TASKS[name], ChoiceTask) for name in chosen):
+        _log.warning("exit_thresholds=%s has no effect without a task of multiple choice", exit_thresholds)
     loaded = loading.load(model, draft_vocabulary="none")
     subject = EvaluatedModel(loaded.decoder, loaded.tokenizer, loaded.eos_token_ids)
     work = prepare(chosen, settings, tokenizer=loaded.tokenizer, max_length=loaded.decoder.max_length)
@@ -59,9 +68,16 @@ def evaluate(
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
     title = f"{Path(model).name}, {where['dtype']}"
     asked = {"model": model, "tasks": chosen, "batch_size": settings.batch_size}
-    about = {"environment": where, "settings": asked | identity}
+    about: dict[str, Any] = {"environment": where, "settings": asked | identity}
+    confident: list[ConfidentExit] = []
+    if thresholds:
+        own_blocks = {layer: len(loaded.decoder.exit_span(layer)) for layer in exits_of(subject, settings)}
+        confident = confident_exits(work, journal.records, thresholds, own_blocks=own_blocks)
+        about["confident_exits"] = [each._asdict() for each in confident]
     results = write_results(file, records, tasks=TASKS, title=title, about=about)
     print_table(exits_table(results, TASKS, num_layers=loaded.decoder.num_layers, title=title))
+    if confident:
+        print_table(write_confident_exits(file, confident, title=title))
     for note in notes(records, results):
         print(f"note: {note}")
     print(f"results: {file}, table: {file.with_suffix('.csv')}, figure: {file.with_suffix('.png')}")

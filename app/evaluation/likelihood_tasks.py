@@ -81,19 +81,25 @@ def _answered(
 
 
 def accuracies(example: ChoiceExample, log_likelihoods: Sequence[float]) -> dict[str, float]:
-    """Whether the right choice is the likeliest, and whether it is so by bytes; among equals the first one counts.
+    """Whether the right choice is the likeliest, and whether it is so by bytes; among equals the first one counts."""
+    ranked = rankings(example, log_likelihoods)
+    return {name: float(likeliest(values) == example.answer) for name, values in ranked.items()}
+
+
+def rankings(example: ChoiceExample, log_likelihoods: Sequence[float]) -> dict[str, list[float]]:
+    """What each metric ranks the choices by: their log-likelihood in nats as a whole (acc), or by byte (acc_norm).
 
     A choice's bytes are those of its UTF-8 text without the space that parts it from the context. (This is acc and
     acc_bytes of lm-evaluation-harness, whose acc_norm divides by characters instead.)
     """
-    by_byte = [
-        value / len(choice.removeprefix(" ").encode())
-        for choice, value in zip(example.choices, log_likelihoods, strict=True)
-    ]
-    return {
-        name: float(max(range(len(values)), key=values.__getitem__) == example.answer)
-        for name, values in (("acc", log_likelihoods), ("acc_norm", by_byte))
-    }
+    sizes = [len(choice.removeprefix(" ").encode()) for choice in example.choices]
+    by_byte = [value / size for value, size in zip(log_likelihoods, sizes, strict=True)]
+    return {"acc": list(log_likelihoods), "acc_norm": by_byte}
+
+
+def likeliest(values: Sequence[float]) -> int:
+    """The index of the highest value; among equals the first one counts."""
+    return max(range(len(values)), key=values.__getitem__)
 
 
 def _check_finite(found_EM: Tensor, item: Item, exit_layers: Sequence[int]) -> None:

@@ -5,10 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.evaluation.confident_exits import ConfidentExit, confident_exits_table
+from app.evaluation.confident_exits_figure import confident_exits_figure
 from app.evaluation.figure import evaluation_figure
 from app.evaluation.records import Record
 from app.evaluation.results import Result, as_csv, as_json, count_rows, results_of, shown
 from app.evaluation.task import Task
+from app.tables import Table
 from app.whole_file import write_figure, write_whole
 from app.words import counted
 
@@ -37,6 +40,13 @@ def write_results(
     write_whole(output.with_suffix(".csv"), as_csv(results))
     write_figure(output.with_suffix(".png"), evaluation_figure(shown(results, tasks), title=title))
     return results
+
+
+def write_confident_exits(output: Path, found: Sequence[ConfidentExit], *, title: str) -> Table:
+    """Write a CSV file and a figure beside the JSON file, and return the table for people."""
+    write_whole(output.with_suffix(".thresholds.csv"), as_csv(found, ConfidentExit._fields))
+    write_figure(output.with_suffix(".thresholds.png"), confident_exits_figure(found, title=title))
+    return confident_exits_table(found, title=title)
 
 
 def notes(records: Iterable[Record], results: Iterable[Result]) -> list[str]:

@@ -178,11 +178,11 @@ def exits_table(results: Sequence[Result], tasks: Mapping[str, Task], *, num_lay
     return score_table(as_json(shown(results, tasks)), title=title, num_layers=num_layers)
 
 
-def as_csv(results: Sequence[Result]) -> str:
-    """One line for each task, group, exit and metric."""
+def as_csv(results: Iterable[tuple[Any, ...]], fields: Sequence[str] = Result._fields) -> str:
+    """One line for each result, such as a task, group, exit and metric, below the names of its fields."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Result._fields)
+    writer.writerow(fields)
     writer.writerows(results)
     return text.getvalue()
 

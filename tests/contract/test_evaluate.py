@@ -133,6 +133,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_as_if_it_had_not_been(monkey
         ({"extra": ["--window", "97"]}, "window: got 97, allowed 2..96, the model's context"),
         ({"extra": ["--on_long", "cut"]}, "on_long"),
         ({"extra": ["--limit", "0"]}, "limit: got 0, allowed [1, inf)"),
+        ({"extra": ["--exit_thresholds", "[0.5, 1.0]"]}, "exit_thresholds: got [0.5, 1.0], allowed one or several"),
         ({"extra": ["--output", "r.txt"]}, "output: got 'r.txt', allowed a .json file"),
         ({"tasks": "[humaneval=boolq.jsonl]"}, "allow_running_programs: got False, allowed true for humaneval"),
     ],
@@ -145,6 +146,24 @@ def test_what_cannot_be_done_is_said_before_anything_runs(monkeypatch, model, he
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert not list(here.glob("r.*"))
+
+
+def test_answers_at_confident_exits_have_files_of_their_own_and_run_nothing_again(monkeypatch, model, here, capsys):
+    assert _evaluate(monkeypatch, model, tasks="[boolq=boolq.jsonl]") == 0
+    monkeypatch.setattr(likelihood_tasks, "log_probabilities", None)  # all is known from the first run
+    assert _evaluate(monkeypatch, model, "--exit_thresholds", "[0.9, 0.5]", tasks="[boolq=boolq.jsonl]") == 0
+    assert "answers at the first exit that is sure enough (lossy)" in capsys.readouterr().out
+    found = json.loads((here / "r.json").read_text())["confident_exits"]
+    assert [(each["way"], each["exit_layer"], each["threshold"]) for each in found] == [
+        ("exit", 2, None), ("exit", 4, None), ("threshold", None, 0.5), ("threshold", None, 0.9),
+        ("held_out", None, None),
+    ]  # fmt: skip
+    with (here / "r.thresholds.csv").open() as file:
+        assert [row["mean_blocks"] for row in csv.DictReader(file)] == [str(each["mean_blocks"]) for each in found]
+    assert (here / "r.thresholds.png").stat().st_size > 1000
+    results = json.loads((here / "r.json").read_text())["results"]
+    (full,) = [each["score"] for each in results if each["exit_layer"] == 4 and each["metric"] == "acc"]
+    assert found[1]["score"] == full
 
 
 def test_prompts_that_are_cut_or_skipped_are_told(monkeypatch, model, here, capsys):

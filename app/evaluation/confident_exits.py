@@ -1,0 +1,212 @@
+"""What it would cost and save to answer each question at the first exit that is sure enough of its choice.
+
+This is lossy: what leaves early is not what the full model would have chosen. Every exit's answer is known from one
+pass, so that all thresholds are judged without running the model again. Tested by test_confident_exits.py.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from app.errors import ConfigError
+from app.evaluation.evaluate import Work
+from app.evaluation.likelihood_tasks import likeliest, rankings
+from app.evaluation.records import Record
+from app.evaluation.task import ChoiceExample, ChoiceTask
+from app.intervals import share_interval
+from app.tables import Table, cell, with_interval
+
+# exit: all questions are answered at one exit. threshold: each at the first exit that is surer than a threshold.
+# held_out: the same, with a threshold that was chosen on other questions than those it answers.
+Way = Literal["exit", "threshold", "held_out"]
+
+
+class ConfidentExit(NamedTuple):
+    """What one way to leave early gives on a task.
+
+    Attributes:
+        metric: The task's own, acc or acc_norm.
+        exit_layer: Of way exit.
+        threshold: Of way threshold.
+        score, low, high: Share of right answers, with its 95 % interval.
+        same_answer: Share of the questions that get the answer of the deepest exit that was measured.
+        mean_blocks: Blocks that a question runs through, those of exits included that have blocks of their own.
+        mean_heads: Exits at which the head scores a question's choices; each costs a pass of norm and head over them.
+    """
+
+    task: str
+    metric: str
+    way: Way
+    exit_layer: int | None
+    threshold: float | None
+    num_examples: int
+    score: float
+    low: float
+    high: float
+    same_answer: float
+    mean_blocks: float
+    mean_heads: float
+
+
+class Answer(NamedTuple):
+    """What an exit says to a question: its choice, the choice's probability among all, and whether it is right."""
+
+    choice: int
+    confidence: float
+    is_right: bool
+
+
+class _Left(NamedTuple):
+    """How one question was answered."""
+
+    is_right: bool
+    is_same: bool
+    blocks: int
+    heads: int
+
+
+class _Exits(NamedTuple):
+    """The exits that were measured, ascending, and how many blocks each has of its own."""
+
+    layers: tuple[int, ...]
+    own_blocks: tuple[int, ...]
+
+    def leave(self, answers: Sequence[Answer], threshold: float) -> _Left:
+        """Take the answer of the first exit that is surer than the threshold, or else of the last one."""
+        last = len(self.layers) - 1
+        at = next((index for index, each in enumerate(answers) if each.confidence > threshold), last)
+        blocks = self.layers[at] + sum(self.own_blocks[: at + 1])
+        return self._left(answers, at, blocks=blocks, heads=at + 1)
+
+    def only(self, answers: Sequence[Answer], at: int) -> _Left:
+        """Take the answer of one exit, and ask no other."""
+        return self._left(answers, at, blocks=self.layers[at] + self.own_blocks[at], heads=1)
+
+    def _left(self, answers: Sequence[Answer], at: int, *, blocks: int, heads: int) -> _Left:
+        return _Left(answers[at].is_right, answers[at].choice == answers[-1].choice, blocks, heads)
+
+
+def check_thresholds(thresholds: Sequence[float]) -> list[float]:
+    """The thresholds in ascending order, each once; ConfigError unless there is one, and all are from 0 to below 1."""
+    if not thresholds or not all(0 <= each < 1 for each in thresholds):
+        raise ConfigError("exit_thresholds", got=list(thresholds), allowed="one or several of [0, 1)")
+    return sorted(set(thresholds))
+
+
+def confident_exits(
+    work: Iterable[Work],
+    records: Mapping[tuple[str, int], Record],
+    thresholds: Sequence[float],
+    *,
+    own_blocks: Mapping[int, int],
+) -> list[ConfidentExit]:
+    """Judge every exit and threshold on each task of multiple choice.
+
+    Whoever takes the best of several thresholds on the questions it was chosen on overstates it. So the questions are
+    cut in two halves by chance, and each half is also answered with the lowest threshold at which the other half has
+    no fewer right answers than at the deepest exit (`held_out`).
+
+    Args:
+        work: The examples.
+        records: What was found out about them, by task and row.
+        thresholds: From `check_thresholds`.
+        own_blocks: By exit layer, how many blocks each measured exit has of its own.
+    """
+    exits = _Exits(*zip(*sorted(own_blocks.items()), strict=True))
+    found = []
+    for task, _, items in work:
+        if not isinstance(task, ChoiceTask):
+            continue
+        scored = [(item.example, records[task.name, item.row]) for item in items]
+        answers = [
+            answers_of(example, record, exits.layers, metric=task.metric)
+            for example, record in scored
+            if isinstance(example, ChoiceExample) and record.scores
+        ]
+        if answers:
+            found += _ways(task, answers, thresholds, exits)
+    return found
+
+
+def _ways(
+    task: ChoiceTask, answers: Sequence[Sequence[Answer]], thresholds: Sequence[float], exits: _Exits
+) -> list[ConfidentExit]:
+    def judged(
+        left: Sequence[_Left], way: Way, *, exit_layer: int | None = None, threshold: float | None = None
+    ) -> ConfidentExit:
+        right, same, blocks, heads = (math.fsum(each) / len(left) for each in zip(*left, strict=True))
+        low, high = share_interval(right, len(left))
+        settings = (task.name, task.metric, way, exit_layer, threshold, len(left))
+        return ConfidentExit(*settings, right, low, high, same, blocks, heads)
+
+    found = [
+        judged([exits.only(each, at) for each in answers], "exit", exit_layer=exit_layer)
+        for at, exit_layer in enumerate(exits.layers)
+    ]
+    found += [
+        judged([exits.leave(each, threshold) for each in answers], "threshold", threshold=threshold)
+        for threshold in thresholds
+    ]
+    if len(answers) > 1:
+        halves = _halves(answers)
+        chosen = [_lowest_without_loss(half, thresholds, exits) for half in reversed(halves)]
+        left = [exits.leave(each, own) for half, own in zip(halves, chosen, strict=True) for each in half]
+        found.append(judged(left, "held_out"))
+    return found
+
+
+def answers_of(
+    example: ChoiceExample, record: Record, exit_layers: Sequence[int], *, metric: str
+) -> tuple[Answer, ...]:
+    """The answer of each exit to one question.
+
+    The confidence is the softmax over the choices' log-likelihoods. Where the metric ranks them by byte, they are first
+    multiplied by the choices' mean number of bytes, which keeps their order and gives them the scale of whole choices.
+    """
+    size = math.fsum(len(choice.removeprefix(" ").encode()) for choice in example.choices) / len(example.choices)
+    found = []
+    for exit_layer in exit_layers:
+        values = rankings(example, record.detail["log_likelihoods"][str(exit_layer)])[metric]
+        choice, scale = likeliest(values), size if metric == "acc_norm" else 1.0
+        confidence = 1 / math.fsum(math.exp(scale * (value - values[choice])) for value in values)
+        found.append(Answer(choice, confidence, choice == example.answer))
+    return tuple(found)
+
+
+def _halves(answers: Sequence[Sequence[Answer]]) -> tuple[list[Sequence[Answer]], list[Sequence[Answer]]]:
+    """The questions in two halves drawn by chance, the same at every call."""
+    shuffled = list(answers)
+    random.Random(0).shuffle(shuffled)
+    return shuffled[::2], shuffled[1::2]
+
+
+def _lowest_without_loss(answers: Sequence[Sequence[Answer]], thresholds: Sequence[float], exits: _Exits) -> float:
+    """The lowest threshold with as many right answers as the deepest exit, or 1, which nothing is above."""
+    needed = sum(each[-1].is_right for each in answers)
+    good = (
+        threshold
+        for threshold in thresholds
+        if sum(exits.leave(each, threshold).is_right for each in answers) >= needed
+    )
+    return next(good, 1.0)
+
+
+def confident_exits_table(found: Sequence[ConfidentExit], *, title: str) -> Table:
+    """One row for each task and way."""
+    cells: dict[str, list[str]] = {
+        "task": [f"{each.task} ({each.metric}, n = {each.num_examples})" for each in found],
+        "leave": [way_label(each) for each in found],
+        "right, %": [with_interval(each.score, each.low, each.high, is_share=True) for each in found],
+        "answers of the\ndeepest exit, %": [cell(100 * each.same_answer, "{:.1f}") for each in found],
+        "blocks a\nquestion": [cell(each.mean_blocks, "{:.1f}") for each in found],
+        "heads a\nquestion": [cell(each.mean_heads, "{:.1f}") for each in found],
+    }
+    return Table.of_columns(f"{title}: answers at the first exit that is sure enough (lossy)", cells)
+
+
+def way_label(found: ConfidentExit) -> str:
+    """The way in a few words."""
+    if found.way == "exit":
+        return f"all at exit {found.exit_layer}"
+    return "threshold chosen on the other half" if found.threshold is None else f"surer than {found.threshold:g}"

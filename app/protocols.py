@@ -7,7 +7,7 @@ An `exit_layer` counts blocks RUN before unembedding: 1..num_layers; num_layers 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor, device
 
@@ -168,6 +168,9 @@ class DecoderCache(Protocol):
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
+
+    def join(self, other: Self) -> None:
+        """Take over the sequences of another cache of this decoder, as rows after one's own."""
 
 
 class StaticDecoderCache(DecoderCache, Protocol):

@@ -6,6 +6,7 @@ Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts +
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,9 +33,11 @@ class FullModel:
 
     Attributes:
         draft_ids: The token ids [V'] that the logits of drafts are of; None where these are all.
+        takes_rows: Whether further sequences can join between rounds, where all that is kept is in the cache.
     """
 
     draft_ids: Tensor | None = None
+    takes_rows = True
 
     def __init__(self, decoder: ExitableDecoder, batch_size: int, capacity: int, *, stop: int | None = None) -> None:
         self.decoder, self.stop = decoder, decoder.num_layers if stop is None else stop
@@ -77,6 +80,11 @@ class FullModel:
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only."""
         self.cache.keep_rows(rows)
+
+    def join(self, other: Self) -> None:
+        """Between rounds, take over the sequences of another one of one's kind, as rows after one's own."""
+        assert self.takes_rows
+        self.cache.join(other.cache)
 
 
 class EarlyExitDrafter(FullModel):
@@ -124,6 +132,7 @@ class EarlyExitDrafter(FullModel):
             run_exit_blocks(self.decoder, self._undrafted_BTD, exit_layer=self.exit_layer, cache=self.cache)
 
     def end_drafting(self) -> None:
+        self.takes_rows = self.takes_rows and not self._drafting_span  # blocks that run no more lack positions of a row
         self._drafting_span = range(0)
 
     def _run_all(self, tokens_BT: Tensor) -> Tensor:
@@ -178,9 +187,15 @@ class LayerSkipDrafter(FullModel):
         self._settled = [self._settled[row] for row in rows]
         super().keep_rows(rows)
 
+    def join(self, other: Self) -> None:
+        self._settled += other._settled
+        super().join(other)
+
 
 class DraftModelDrafter(FullModel):
     """A second, smaller model drafts (Leviathan et al. 2023): the classical scheme the paper compares with."""
+
+    takes_rows = False  # what the small model has not seen yet is kept beside its cache
 
     def __init__(self, decoder: ExitableDecoder, settings: DecodingSettings, batch_size: int, capacity: int) -> None:
         super().__init__(decoder, batch_size, capacity)

@@ -36,6 +36,15 @@ class DynamicRounds(NamedTuple):
         """Go on with these sequences only."""
         self.drafter.keep_rows(rows)
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether further sequences can join."""
+        return self.drafter.takes_rows
+
+    def join(self, other: "DynamicRounds") -> None:
+        """Between rounds, take over the sequences of another one of this strategy after its prefill."""
+        self.drafter.join(other.drafter)
+
     def end_drafting(self) -> None:
         """Drop what only drafts need, since none is to come any more."""
         self.drafter.end_drafting()

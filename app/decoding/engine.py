@@ -115,6 +115,10 @@ class Decoding:
                 )
             )
         self._started_at = perf_counter()
+        self._open: list[SequenceState] = []  # the rows of the next round
+        self._rounds: DynamicRounds | StaticRounds | None = None
+        self._joining: list[Decoding] = []
+        self._num_indices = len(self._rows)
 
     def _new_paces(self, costs: CostModel) -> tuple[Pace, Pace]:
         """Make the judges of the drafter's drafts and of n-grams: one and the same where only n-grams draft."""
@@ -124,28 +128,78 @@ class Decoding:
 
     def __iter__(self) -> Iterator[tuple[int, Step]]:
         """For each round and each prompt still in it, yield the prompt's index and what was settled."""
-        self._started_at = perf_counter()
-        for row in self._rows:
-            row.end_without_room()
-        if not (rows := [row for row in self._rows if row.stop_reason is None]):
-            return
-        capacity = max(len(row.prompt) + min(row.remaining, _RESERVE) for row in rows)
-        with torch.no_grad():
-            rounds = self._new_rounds(rows, capacity)
-            done = rounds.prefill(rows)
-        yield from _settle(rows, done)
-        while still := [i for i, row in enumerate(rows) if row.stop_reason is None]:
+        yield from self.begin()
+        while rows := self._rows_of_next_round():
+            assert self._rounds is not None
             with torch.no_grad():
-                if len(still) < len(rows):
-                    rounds.keep_rows(still)
-                    rows = [rows[i] for i in still]
-                done = rounds.round(rows)
+                done = self._rounds.round(rows)
             yield from _settle(rows, done)
             if self._settings.fall_back:
                 _watch(rows, done)
-                if all(row.pace.gave_up for row in rows):
-                    rounds.end_drafting()
-        rounds.end()
+                if all(row.pace.gave_up for row in rows) and not self._joining:
+                    self._rounds.end_drafting()
+        if self._rounds is not None:
+            self._rounds.end()
+            self._rounds = None
+
+    def begin(self) -> Iterator[tuple[int, Step]]:
+        """Run the prompts, and yield what that settles: the first part of an iteration, for a decoding that joins."""
+        self._started_at = perf_counter()
+        for row in self._rows:
+            row.end_without_room()
+        self._open = [row for row in self._rows if row.stop_reason is None]
+        if not self._open:
+            return
+        capacity = max(len(row.prompt) + min(row.remaining, _RESERVE) for row in self._open)
+        with torch.no_grad():
+            self._rounds = self._new_rounds(self._open, capacity)
+            done = self._rounds.prefill(self._open)
+        yield from _settle(self._open, done)
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether others can `join`, which static rounds and drafters that keep more than a cache do not allow."""
+        return self._rounds is not None and self._rounds.takes_rows
+
+    def join(self, other: "Decoding") -> range:
+        """Let another decoding's prompts run along from the next round on; each comes out as it would alone.
+
+        Call it while iterating, where `takes_prompts`. The other has gone through `begin`, and is of the same decoder,
+        strategy and settings, but for budgets and stop conditions. Its results are asked of it, by its own indices.
+
+        Returns:
+            The indices under which this decoding yields what is settled for them.
+        """
+        assert self.takes_prompts
+        indices = range(self._num_indices, self._num_indices + len(other._rows))
+        for row, index in zip(other._rows, indices, strict=True):
+            row.index = index
+        self._joining.append(other)
+        self._num_indices = indices.stop
+        return indices
+
+    def _rows_of_next_round(self) -> Sequence[SequenceState]:
+        """The rows that have not ended, with those of decodings that joined."""
+        self._drop_ended()
+        for other in self._joining:
+            other._drop_ended()
+            if self._open and other._open:
+                assert isinstance(self._rounds, DynamicRounds)
+                assert isinstance(other._rounds, DynamicRounds)
+                self._rounds.join(other._rounds)
+            elif other._open:
+                self._rounds = other._rounds
+            self._open += other._open
+        self._joining = []
+        return self._open
+
+    def _drop_ended(self) -> None:
+        still = [i for i, row in enumerate(self._open) if row.stop_reason is None]
+        if 0 < len(still) < len(self._open):
+            assert self._rounds is not None
+            with torch.no_grad():
+                self._rounds.keep_rows(still)
+        self._open = [self._open[i] for i in still]
 
     def _new_rounds(self, rows: Sequence[SequenceState], capacity: int) -> DynamicRounds | StaticRounds:
         new_drafter, settings, sampling = self._entry.new_drafter, self._settings, self._settings.sampling

@@ -28,6 +28,8 @@ class StaticRounds:
     and sequences of the latest request that came to its end.
     """
 
+    takes_rows = False  # the buffers are fixed for a request
+
     def __init__(
         self,
         decoder: ExitableDecoder,

@@ -3,15 +3,18 @@
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from threading import Condition, Thread
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
 from app.decoding.engine import Decoding
 from app.decoding.result import DecodingResult
+from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
 from app.protocols import ExitableDecoder
 from app.serving.job import Job
@@ -56,12 +59,22 @@ class Counts:
         self.rounds += result.rounds
 
 
+class _Seat(NamedTuple):
+    """A job that is decoded now: as which prompt of which decoding, and since when by `perf_counter`, in seconds."""
+
+    job: Job
+    decoding: Decoding
+    place: int
+    seated_at: float
+
+
 class Scheduler:
     """Decodes jobs in batches, in one thread of its own, in the order in which they came.
 
-    A prompt cannot join a batch that is running, so a batch is made of those that wait when the one before has ended:
-    the first of the queue, and those behind it that sample alike. Each accepts its own drafts, has its own budget,
-    stop strings and random stream, and leaves the batch when it ends, so its output is what it would be alone.
+    A batch begins with the first of the queue and those behind it that sample alike. While it runs and has room, those
+    that come to the head of the queue and sample alike join it between rounds; the first one that does not waits until
+    the batch has ended, so that none waits forever. Each accepts its own drafts, has its own budget, stop strings and
+    random stream, and leaves the batch when it ends, so its output is what it would be alone.
 
     Args:
         batch_size: Most jobs that are decoded together, at least 1.
@@ -75,7 +88,7 @@ class Scheduler:
         self._queue: deque[Job] = deque()
         self._running: list[Job] = []
         self._closing = False
-        self._batch_seconds = 1.0
+        self._job_seconds = 1.0
         self.counts = Counts()
         self._thread = Thread(target=self._work, name="decoding", daemon=True)
 
@@ -107,7 +120,7 @@ class Scheduler:
             if len(self._queue) + len(jobs) > self.max_waiting:
                 self.counts.jobs["refused"] += len(jobs)
                 batches = math.ceil(len(jobs) / self._batch_size)  # that will make room for as many
-                raise BusyError(math.ceil(self._batch_seconds * batches))
+                raise BusyError(math.ceil(self._job_seconds * batches))
             self._queue.extend(jobs)
             self._changed.notify_all()
 
@@ -144,48 +157,93 @@ class Scheduler:
                 if self._closing:
                     return []
                 self._changed.wait()
-            key = self._queue[0].batch_key
-            batch = [job for job in self._queue if job.batch_key == key][: self._batch_size]
-            self._queue = deque(job for job in self._queue if job not in batch)
+            batch = self._take(self._queue[0].batch_key, most=self._batch_size, from_head=False)
             self._running = batch
             return batch
 
-    def _run(self, batch: Sequence[Job]) -> None:
-        """Decode a batch. If it fails, those of it that have said nothing yet are decoded again, each alone."""
-        started_at = perf_counter()
+    def _take(self, key: DecodingSettings, *, most: int, from_head: bool) -> list[Job]:
+        """Take the first jobs with this key out of the queue; `from_head` takes none from behind one of another key."""
+        alike: Iterable[Job] = (job for job in self._queue if job.batch_key == key)
+        if from_head:
+            alike = takewhile(lambda job: job.batch_key == key, self._queue)
+        taken = list(islice(alike, most))
+        self._queue = deque(job for job in self._queue if job not in taken)
+        return taken
+
+    def _run(self, batch: list[Job]) -> None:
+        """Decode a batch. Those that join it are added to the list, and those that have ended are taken out of it."""
         try:
             self._decode(batch)
         except Exception as error:
-            _log.exception("%d requests could not be decoded together", len(batch))
-            again = [job for job in batch if len(batch) > 1 and job.can_begin_again]
-            for job in batch:
-                if job not in again and not job.is_over:
-                    self.counts.jobs["failed"] += 1
-                    job.fail(error)
-            for job in again:
-                job.begin()
-                self._run([job])
-        self._batch_seconds = max(1.0, perf_counter() - started_at)
+            self._decode_alone(batch, error)
 
-    def _decode(self, batch: Sequence[Job]) -> None:
+    def _decode_alone(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Decode jobs that failed together again, each alone, but for those that have said something: these fail."""
+        _log.exception("%d requests could not be decoded together", len(jobs))
+        again = [job for job in jobs if len(jobs) > 1 and job.can_begin_again]
+        for job in jobs:
+            if job not in again and not job.is_over:
+                self.counts.jobs["failed"] += 1
+                job.fail(error)
+        for job in again:
+            job.begin()
+            self._run([job])
+
+    def _decode(self, batch: list[Job]) -> None:
         self.counts.batch_sizes[len(batch)] += 1
-        decoding = Decoding(
-            self._decoder,
-            [job.tokens for job in batch],
-            strategy=self._strategy,
-            settings=batch[0].settings,
-            generators=[torch.Generator(self._decoder.device).manual_seed(job.seed) for job in batch],
-            ends=[job.ends for job in batch],
-        )
-        over = set[int]()
+        key, decoding = batch[0].batch_key, self._new_decoding(batch)
+        now = perf_counter()
+        seats = {index: _Seat(job, decoding, index, now) for index, job in enumerate(batch)}
         with torch.inference_mode():
             for index, step in decoding:
-                batch[index].take(step.tokens)
-                if (result := decoding.result(index)).stop_reason != "interrupted":
-                    over.add(index)
-                    self._finish(batch[index], result)
-        for index in {*range(len(batch))} - over:  # those that had no room for a token
-            self._finish(batch[index], decoding.result(index))
+                seats[index].job.take(step.tokens)
+                self._clear(seats, [index], batch)
+                while decoding.takes_prompts and (jobs := self._next_to_join(key, batch)):
+                    self._seat(jobs, decoding, seats, batch)
+        self._clear(seats, [*seats], batch)  # those that had no room for a token
+
+    def _next_to_join(self, key: DecodingSettings, batch: Sequence[Job]) -> list[Job]:
+        """Take what can join a batch that runs; nothing joins one that has come to its end."""
+        if not self._queue or not batch:
+            return []
+        with self._changed:
+            return self._take(key, most=self._batch_size - len(batch), from_head=True)
+
+    def _seat(self, jobs: list[Job], decoding: Decoding, seats: dict[int, _Seat], batch: list[Job]) -> None:
+        """Run the prompts of jobs, and let them join a decoding. If that fails, it goes on without them."""
+        started_at = perf_counter()
+        try:
+            own = self._new_decoding(jobs)
+            for index, step in own.begin():
+                jobs[index].take(step.tokens)
+        except Exception as error:
+            self._decode_alone(jobs, error)
+            return
+        indices = decoding.join(own)
+        for place, (index, job) in enumerate(zip(indices, jobs, strict=True)):
+            seats[index] = _Seat(job, own, place, started_at)
+        batch += jobs
+        self._clear(seats, indices, batch)
+
+    def _new_decoding(self, jobs: Sequence[Job]) -> Decoding:
+        return Decoding(
+            self._decoder,
+            [job.tokens for job in jobs],
+            strategy=self._strategy,
+            settings=jobs[0].settings,
+            generators=[torch.Generator(self._decoder.device).manual_seed(job.seed) for job in jobs],
+            ends=[job.ends for job in jobs],
+        )
+
+    def _clear(self, seats: dict[int, _Seat], indices: Sequence[int], batch: list[Job]) -> None:
+        """Tell the end of those at these indices that have ended, and forget them."""
+        for index in indices:
+            job, decoding, place, seated_at = seats[index]
+            if (result := decoding.result(place)).stop_reason != "interrupted":
+                del seats[index]
+                batch.remove(job)
+                self._job_seconds = max(1.0, perf_counter() - seated_at)
+                self._finish(job, result)
 
     def _finish(self, job: Job, result: DecodingResult) -> None:
         """Count before the end is told, so that whoever sees the end sees the counts."""

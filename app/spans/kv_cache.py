@@ -4,6 +4,7 @@ Shape legend: `B` sequences, `H` key/value heads, `T` new positions, `S` stored 
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -54,6 +55,23 @@ class KeyValueCache:
                 for new, old in zip(fresh, store, strict=True):
                     new[:, :stop] = old[:, :stop].index_select(0, index)
                 self._stores[layer_idx] = fresh
+
+    def join(self, other: Self) -> None:
+        """Take over the sequences of another cache, as rows after one's own; blocks that both lack stay empty."""
+        for layer_idx, stores in enumerate(zip(self._stores, other._stores, strict=True)):
+            parts = self._lengths[layer_idx], other._lengths[layer_idx]
+            self._lengths[layer_idx] = parts[0] + parts[1]
+            if stores == (None, None):
+                continue
+            filled = [store for store in stores if store is not None]
+            assert len(filled) == 2, "a block that only one of the caches has run"
+            _, capacity, heads, width = map(max, filled[0][0].shape, filled[1][0].shape)
+            shape, num_own = (sum(map(len, parts)), capacity, heads, width), len(parts[0])
+            fresh = _unwritten(shape, like=filled[0][0]), _unwritten(shape, like=filled[0][0])
+            for new, own, joining in zip(fresh, *filled, strict=True):
+                new[:num_own, : max(parts[0])] = own[:, : max(parts[0])]
+                new[num_own:, : max(parts[1])] = joining[:, : max(parts[1])]
+            self._stores[layer_idx] = fresh
 
     def next_positions(self, layer_idx: int, num_new: int, *, device: torch.device) -> Tensor:
         """The next `num_new` positions of each row in block `layer_idx` [B, T].

@@ -53,6 +53,13 @@ class FakeCache:
         self._lengths = [tuple(filled[row] for row in rows) for filled in self._lengths]
         self._stores = [store[list(rows)] for store in self._stores]
 
+    def join(self, other: "FakeCache") -> None:
+        self._lengths = [own + new for own, new in zip(self._lengths, other._lengths, strict=True)]
+        for layer_idx, (own, new) in enumerate(zip(self._stores, other._stores, strict=True)):
+            longest = max(own.shape[1], new.shape[1])
+            parts = [torch.cat((each, each.new_zeros(len(each), longest - each.shape[1], 2)), 1) for each in (own, new)]
+            self._stores[layer_idx] = torch.cat(parts)
+
 
 class FakeStaticCache(FakeCache):
     """The same with lengths on the device, which it may look at."""

@@ -156,6 +156,75 @@ def test_prompts_with_budgets_and_stops_of_their_own_come_out_as_alone(sampling:
     ]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "sampling", "joins_after"),
+    [
+        *((strategy, _SAMPLING, 4) for strategy in STRATEGIES if strategy != "draft_model"),
+        ("self_speculative", SamplingSettings(), 4),
+        ("self_speculative", SamplingSettings(), 100),  # when all others end in the same round
+    ],
+)
+def test_prompts_that_join_between_rounds_come_out_as_alone_and_so_do_the_others(
+    strategy: Any, sampling: SamplingSettings, joins_after: int
+) -> None:
+    decoder, prompts = decoder_with_exit_blocks("llama whose exits agree"), [prompt_of(length) for length in _LENGTHS]
+    changed = {"exit_layer": 1} if strategy in ("self_speculative", "early_exit") else {}
+    settings = _settings(strategy, sampling=sampling, **changed)
+    generators = _generators(settings, len(prompts)) or [None] * len(prompts)  # type: ignore[list-item]
+    parts = [
+        Decoding(
+            decoder,
+            [prompts[index] for index in part],
+            strategy=strategy,
+            settings=settings,
+            generators=None if sampling.greedy else [generators[index] for index in part],
+            ends=[Ends(0 if index == 3 else 20 if index else 6) for index in part],
+        )
+        for part in ([0, 4], [2, 3, 1])
+    ]
+    running, joining = parts
+    streamed: dict[int, list[int]] = {index: [] for index in range(5)}
+    has_joined = False
+    for count, (index, step) in enumerate(running):
+        streamed[index] += step.tokens
+        left = {running.result(each).stop_reason for each in (0, 1)}
+        if not has_joined and (count >= joins_after or "interrupted" not in left):
+            has_joined = True
+            for other, first in joining.begin():
+                streamed[2 + other] += first.tokens
+            assert list(running.join(joining)) == [2, 3, 4]
+    assert has_joined
+    found = [*running.results(), *joining.results()]
+    assert [result.tokens for result in found] == list(streamed.values())
+    for result, index in zip(found, [0, 4, 2, 3, 1], strict=True):
+        budget = 0 if index == 3 else 20 if index else 6
+        (generator,) = _generators(settings, index + 1)[index:] if not sampling.greedy else [None]  # type: ignore[index]
+        own = replace(settings, max_new_tokens=budget)
+        assert _told(result) == _told(
+            decode(decoder, prompts[index], strategy=strategy, settings=own, generator=generator)
+        )
+
+
+def test_no_prompt_joins_where_more_than_a_cache_is_kept() -> None:
+    decoder, own = decoder_named("llama whose exits agree"), decoder_with_exit_blocks("llama whose exits agree")
+    gave_up = {"fall_back": True, "max_new_tokens": 60}
+    for strategy, model, changed in (
+        ("draft_model", decoder, {}),
+        ("self_speculative", decoder, {"engine": "static"}),
+        ("self_speculative", own, gave_up),
+    ):
+        settings = _settings(strategy, **changed)
+        decoding = Decoding(model, [prompt_of(4)], strategy=strategy, settings=settings)  # type: ignore[arg-type]
+        assert not decoding.takes_prompts  # before it begins
+        taken = []
+        for _ in decoding:
+            for row in decoding._rows:
+                row.pace.gave_up = True
+            taken.append(decoding.takes_prompts)
+        assert taken[2:] == [False] * len(taken[2:])
+        assert len(taken) > 3
+
+
 def test_rows_without_a_budget_do_not_shift_the_others() -> None:
     decoder, prompts = decoder_named("llama whose exits agree"), [prompt_of(length) for length in (30, 4, 30, 9)]
     together, alone = _together_and_alone(decoder, prompts, "self_speculative", _settings("self_speculative"), 30)

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -26,15 +26,15 @@ from app.decoding.stopping import StopStrings
 from app.decoding.strategies import STRATEGIES, is_lossless
 from app.errors import ConfigError, UserError, check_choice
 from app.generation.defaults import choose_decoding
-from app.generation.loaded_model import load_decoder, load_draft_decoder
-from app.generation.options import GenerationOptions
+from app.generation.loaded_model import DraftLoadOptions, load_draft_decoder
+from app.generation.options import DraftOptions, GenerationOptions
 from app.generation.request import Request
 from app.model.exit_model import exit_model
 
 _NAME = "layerskip"
-_NUMBERS = ("exit_layer", "num_draft_tokens", "n_gram_match", "n_gram_max_drafts", "seed")
-_DECODING = ("strategy", *_NUMBERS, "draft_model", "skipped_layers", "draft_policy", "fall_back")
-_LOADING = ("dtype", "device", "draft_vocabulary")
+_NUMBERS = ("exit_layer", "num_draft_tokens", "n_gram_match", "n_gram_max_drafts", "seed", "threads")
+_DECODING = (*(field.name for field in fields(DraftOptions)), "engine", "seed")
+_LOADING = tuple(field.name for field in fields(DraftLoadOptions))
 _OF_HARNESS = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "softmax_dtype", "add_bos_token"),
     *("prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args"),
@@ -51,9 +51,9 @@ class LayerSkipLM(HFLM):  # type: ignore[misc]  # the extra is not always there 
     Args:
         pretrained: Hugging Face directory, hub id, .gguf file or Lightning checkpoint of a run.
         settings: `strategy` and the other options of `layerskip generate` that say how tokens are drafted, where the
-            strategy is early_exit if an `exit_layer` is given, else autoregressive; `dtype`, `device` and
-            `draft_vocabulary` of the same verb; and the settings of the harness's own class about batches, lengths and
-            tokens.
+            strategy is early_exit if an `exit_layer` is given, else autoregressive; its `engine`, `seed`, `dtype`,
+            `device`, `threads` and `draft_vocabulary`; and the settings of the harness's own class about batches,
+            lengths and tokens.
 
     Attributes:
         exit_layer: Number of blocks that likelihoods are measured on; the number of all for the full model.
@@ -69,15 +69,14 @@ class LayerSkipLM(HFLM):  # type: ignore[misc]  # the extra is not always there 
         known = ("pretrained", *_DECODING, *_LOADING, *_OF_HARNESS)
         if unknown := sorted(settings.keys() - {*known}):
             raise ConfigError("model_args", got=unknown[0], allowed=" | ".join(known))
+        for name in _NUMBERS:
+            if name in settings and type(settings[name]) is not int:
+                raise ConfigError(name, got=settings[name], allowed="an integer")
         options = _options({name: value for name, value in settings.items() if name in _DECODING})
-        device = settings.get("device")  # the harness's command line says cuda:0 or cuda on machines without a GPU, too
-        loaded = load_decoder(
-            pretrained,
-            dtype=settings.get("dtype") or "auto",
-            device="auto" if device in (None, "cuda", "cuda:0") else device,
-            draft_vocabulary=settings.get("draft_vocabulary"),
-            field="pretrained",
-        )
+        loading = {name: value for name, value in settings.items() if name in _LOADING and value is not None}
+        if loading.get("device") in ("cuda", "cuda:0"):  # the harness's command line says so without a GPU, too
+            del loading["device"]
+        loaded = DraftLoadOptions(**loading).load(pretrained, field="pretrained")
         batch_size = settings.get("batch_size", 1)
         strategy, chosen = choose_decoding(
             options.strategy,
@@ -152,10 +151,7 @@ def _unwarned() -> Iterator[None]:
 
 
 def _options(settings: dict[str, Any]) -> GenerationOptions:
-    """The options of decoding; ConfigError if one is of another type or has no effect on any score."""
-    for name in _NUMBERS:
-        if name in settings and type(settings[name]) is not int:
-            raise ConfigError(name, got=settings[name], allowed="an integer")
+    """The options of decoding; ConfigError if one has no effect on any score."""
     exit_layer = settings.get("exit_layer")
     strategy = settings.setdefault("strategy", "autoregressive" if exit_layer is None else "early_exit")
     check_choice("strategy", strategy, STRATEGIES)

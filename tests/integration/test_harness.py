@@ -156,6 +156,7 @@ def test_an_exit_scores_the_same_from_every_kind_of_file(directory, tmp_path):
         {"strategy": "self_speculative", "exit_layer": EXIT, "num_draft_tokens": 3, "fall_back": False},
         {"strategy": "self_speculative", "exit_layer": 1, "n_gram_match": 2, "batch_size": 1},
         {"strategy": "n_gram"},
+        {"strategy": "self_speculative", "exit_layer": EXIT, "engine": "static", "threads": 1},
     ],
 )
 def test_drafting_changes_no_score_and_no_text(tasks, directory, whole, drafting):
@@ -204,6 +205,8 @@ def test_the_entry_point_is_the_model_and_the_command_line_tells_of_a_mistake_in
         ({"pretrained": "absent"}, "pretrained: got 'absent', allowed a Hugging Face directory"),
         ({"exit_layers": 2}, "model_args: got 'exit_layers', allowed pretrained | strategy | exit_layer | "),
         ({"exit_layer": "two"}, "exit_layer: got 'two', allowed an integer"),
+        ({"threads": "two"}, "threads: got 'two', allowed an integer"),
+        ({"engine": "quick"}, "engine: got 'quick', allowed dynamic | static"),
         ({"exit_layer": 0}, r"exit_layer: got 0, allowed \[1, 4\]"),
         (
             {"exit_layer": 2, "strategy": "autoregressive"},

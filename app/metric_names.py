@@ -65,10 +65,7 @@ def decode_setting(name: str, exit_layer: int, num_draft_tokens: int) -> str:
 
 
 def parse_figure(name: str, stage: str, exit_layer: int, num_draft_tokens: int | None = None) -> str:
-    """A figure of generated semantic parses: of an exit; or of decoding timed with drafts from it, or with 0 drafts.
-
-    `stage` is validate or test.
-    """
+    """A figure of parses in stage validate or test: of an exit, or of timed decoding with so many drafts from it."""
     prefix = "test/parse" if stage == "test" else "parse"
     if num_draft_tokens is None:
         return of_exit(f"{prefix}/{name}", exit_layer)

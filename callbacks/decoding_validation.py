@@ -89,10 +89,7 @@ class EveryNthValidation(Callback):
 
 
 class DecodingValidation(EveryNthValidation):
-    """Decode at the end of every n-th validation; ranks share the work and stop at the time limit by themselves.
-
-    The subclasses describe the arguments.
-    """
+    """Decode at the end of every n-th validation; ranks share the work and stop at the time limit by themselves."""
 
     def __init__(
         self,

@@ -79,10 +79,7 @@ class RunLogs(Callback):
 
 
 def is_detail(name: str, num_layers: int, scored: Collection[int] = ()) -> bool:
-    """Tell whether a metric is left out of the loggers of a deep model.
-
-    `scored` are the exits whose quality is measured, in blocks run; none stands for all.
-    """
+    """Whether a deep model's loggers go without a metric; `scored` are the exits that are measured, none for all."""
     if num_layers <= _FEW_BLOCKS:
         return False
     if name in _DETAILS or name.startswith(_DETAILED_GROUPS):

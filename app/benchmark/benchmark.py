@@ -118,10 +118,7 @@ class Costs(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """Measurements, autoregressive decoding first, and how the outputs of each differ from it.
-
-    Costs are None where the engine drafted nothing.
-    """
+    """Measurements, autoregressive decoding first, how the others differ, and costs; None where nothing was drafted."""
 
     measurements: list[Measurement]
     costs: Costs | None

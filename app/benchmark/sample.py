@@ -33,10 +33,7 @@ class Piece(NamedTuple):
 
 
 def pieces(prompt: Sequence[int], result: DecodingResult, decode: Callable[[list[int]], str]) -> list[Piece]:
-    """Tell the origin of each part of a text, in order; rejected drafts stand before the token that replaced them.
-
-    `result` is of this prompt, decoded alone.
-    """
+    """Tell the origin of each part of a text decoded alone; rejected drafts stand before what replaced them."""
     tokens = list(prompt)
     found = [Piece(decode(tokens), "prompt")]
 

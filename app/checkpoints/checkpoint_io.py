@@ -68,10 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,  # noqa: ARG005
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        """Read a single file, or a directory as if it were one; all ranks together.
-
-        CheckpointError if it is missing, damaged or foreign, or holds anything but plain values.
-        """
+        """Read a file, or a directory as one, all ranks together; CheckpointError if missing, damaged or foreign."""
         checked = self.verified(Path(path))
         return read_whole(checked) if checked.is_dir() else read_file(checked, map_location=map_location)
 

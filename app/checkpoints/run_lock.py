@@ -73,7 +73,7 @@ def release() -> None:
 
 
 def lock(descriptor: int, folder: Path, *, wait: bool = False) -> bool:
-    """Lock an open file; False if another process holds it and this one is not to wait. A disk may have no locks."""
+    """Lock an open file, or warn that its disk has no locks; False if another process holds it, unless told to wait."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

@@ -78,10 +78,7 @@ def check_trainer_settings(trainer: Namespace, *, verb: str) -> None:
 
 
 def complete_data(config: Namespace) -> None:
-    """Name the model that is continued, its tokenizer and its exits where the data's settings leave them out.
-
-    The config is changed in place.
-    """
+    """Name in the config, in place, the continued model, its tokenizer and exits where the data's settings do not."""
     pretrained, corpus, states = config["model"]["pretrained"], _corpus_arguments(config), states_arguments(config)
     if states is not None:
         exits = (config["model"].get("exit_blocks") or {}).get("exits") or {}

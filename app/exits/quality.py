@@ -58,10 +58,7 @@ class ExitScore(NamedTuple):
 
 
 class ExitQuality(Metric):
-    """The figures of ExitScore for `exit_layers`, token-weighted over batches and ranks.
-
-    Exit `num_layers` is the full model, with which the others are compared.
-    """
+    """The figures of ExitScore for `exit_layers`, over batches and ranks; exit `num_layers` is the full model."""
 
     loss_sum_E: Tensor
     agreeing_E: Tensor

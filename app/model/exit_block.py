@@ -95,10 +95,7 @@ class ExitBlock(nn.Module):
         found.linear.bias.copy_(bias_D * per_gain_D)
 
     def forward(self, hidden_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
-        """States leaving block E - 1 -> normed states [B, T, D] for the head.
-
-        Position ids restart at 0 with each document, and attention does not cross a restart.
-        """
+        """States leaving block E - 1 -> normed states [B, T, D] for the head; position ids restart at each document."""
         out = self.decoder(inputs_embeds=hidden_BTD, position_ids=position_ids_BT, attention_mask=None, use_cache=False)
         normed_BTD: Tensor = out.last_hidden_state
         return normed_BTD

@@ -85,8 +85,8 @@ def _read(file: Path) -> StoredExitBlocks:
 def load_exit_blocks(path: str, model: PreTrainedModel) -> dict[int, ExitBlock]:
     """The exit blocks that came with `model`, loaded from `path`, by exit layer; {} for none.
 
-    They take their classes from its blocks, and its type, device, and eval mode. CheckpointError if they are damaged,
-    or were trained for another model.
+    They take their classes from its blocks, are of its type and on its device, and are in eval mode. CheckpointError if
+    they are damaged, or were trained for another model.
     """
     if (stored := stored_exit_blocks(path)) is None:
         return {}

@@ -98,7 +98,7 @@ class MicroBatchCosts:
 def build_fake(
     config: PreTrainedConfig, *, dtype: torch.dtype, lora: LoraSettings | None = None
 ) -> tuple[PreTrainedModel, FakeTensorMode]:
-    """The model that `config` describes, made of fake tensors, and their mode; with `lora` it is frozen and adapted."""
+    """The model that `config` describes, made of fake tensors, and their mode; `lora` freezes it and adds adapters."""
     mode = FakeTensorMode()
     with mode:
         model = build_model(config, seed=0)

@@ -17,7 +17,7 @@ from app.reports.training import curves, exits
 
 
 def make_report(run_dirs: Sequence[str], files: Sequence[str] = ()) -> Report:
-    """Read runs and files of figures, and put together what there is; ConfigError for a folder or file of others."""
+    """Read runs and files of figures, and put together what there is; ConfigError if a folder or file is not ours."""
     runs, others = _with_files(read_runs(run_dirs), files)
     sections = [
         summary(runs),

@@ -30,10 +30,7 @@ def prompt_text(tokenizer: Any, tokens: Iterable[int]) -> str:
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text that new tokens add to a prompt's.
-
-    It is not the text of the new tokens alone, since SentencePiece drops the space at the beginning of a text.
-    """
+    """The text that new tokens add to a prompt's; SentencePiece drops the first space of a text that stands alone."""
     return text_of(tokenizer, [*prompt, *tokens])[len(text_of(tokenizer, prompt)) :]
 
 

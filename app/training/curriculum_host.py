@@ -120,7 +120,7 @@ class CurriculumHost(LightningModule):
         return dropout, exits
 
     def draw_kept(self, batch_size: int, batch_idx: int, *, seed: int) -> KeptSamples | None:
-        """Draw the samples that each block keeps, on the CPU, and show the work to those who watch; None if all are.
+        """Draw the samples that each block keeps, on the CPU, and show the work to those who watch; None keeps all.
 
         Ranks that share weights call this together: whatever rows each has, all must know which blocks no rank needs,
         so they agree on the largest micro-batch among them. So do ranks whose work is watched, at any rates.

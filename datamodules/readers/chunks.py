@@ -51,10 +51,7 @@ class ByteRanges:
 
 
 class Groups:
-    """Chunks cut only between units (files or row groups), which are at least as many as chunks.
-
-    `costs` [num_units] int64 tell what reading each unit costs, in bytes.
-    """
+    """Chunks cut only between units (files, row groups), no fewer than chunks; `costs` [num_units] int64, in bytes."""
 
     def __init__(self, costs: np.ndarray, *, min_chunks: int) -> None:
         self.order = np.random.default_rng(0).permutation(len(costs))

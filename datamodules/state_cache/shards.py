@@ -163,10 +163,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 class CachedRows(Dataset[CachedRow]):
-    """Rows of shards, of each as many as `files` says.
-
-    Each process maps the shards that it reads: its memory holds the pages that the system keeps for files.
-    """
+    """Rows of shards, of each as many as `files` says; each process maps the shards that it reads."""
 
     def __init__(self, files: Mapping[Path, int], *, seq_len: int) -> None:
         self._files = [*files]

@@ -13,8 +13,9 @@ import threading
 import warnings
 from collections import ChainMap
 from collections.abc import Iterable
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
+from typing import TextIO
 
 from app.cli.held_warnings import warnings_held
 from app.cli.parsing.help_texts import complete, keep_help, kept_help, options_in, required_in, takes_folders
@@ -180,8 +181,18 @@ def _keep_compiled_code_private() -> None:
     os.environ[_COMPILED_CODE] = str(cache)
 
 
+class AboveBars(logging.StreamHandler[TextIO]):
+    """Writes above a progress bar, whose line the message would otherwise continue."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bars = sys.modules.get("tqdm")
+        # Without the lock, which a data worker that is killed would keep for ever.
+        with nullcontext() if bars is None else bars.tqdm.external_write_mode(file=self.stream, nolock=True):
+            super().emit(record)
+
+
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = AboveBars(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     for name in ("app", "callbacks", "datamodules"):  # Lightning sets up its own
         logger = logging.getLogger(name)

@@ -1,8 +1,12 @@
 """The bar counts micro-batches of the whole run, whatever a step takes and wherever the run was resumed."""
 
+import logging
+import sys
+
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from app.cli.main import AboveBars
 from callbacks import LastCheckpoint, LayerSkipProgressBar
 from tests.support.runs import make_data, make_module, make_trainer
 
@@ -72,6 +76,22 @@ def test_an_error_ends_the_line_of_the_bar(tmp_path, capsys):
         trainer.fit(make_module(), make_data(tmp_path))
     assert bar.train_progress_bar.disable  # closed: it draws nothing more
     assert capsys.readouterr().err.endswith("\n")
+
+
+class Speaking(LayerSkipProgressBar):
+    def on_train_batch_end(self, *given):
+        super().on_train_batch_end(*given)
+        handler = AboveBars(sys.stderr)
+        handler.emit(logging.LogRecord("app", logging.INFO, "", 0, "a word", None, None))
+
+
+def test_a_message_stands_on_a_line_of_its_own_above_the_bar(tmp_path, capsys):
+    speaking = Speaking(refresh_rate=1)
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[speaking], enable_progress_bar=True)
+    trainer.fit(make_module(), make_data(tmp_path))
+    before, after = capsys.readouterr().err.split("a word\n")
+    assert before.endswith(" \r")  # the bar is gone
+    assert after.startswith("\rEpoch 0: ")
 
 
 def test_every_epoch_has_a_total_of_its_own_and_the_last_is_as_long_as_steps_remain(tmp_path):

@@ -54,7 +54,10 @@ def notes(records: Iterable[Record], results: Iterable[Result]) -> list[str]:
     said = []
     for task, found in count_rows(records).items():
         if found.truncated:
-            said.append(f"{task}: {counted(found.truncated, 'prompt')} lost its beginning, to fit the model's context")
+            whose = "its" if found.truncated == 1 else "their"
+            said.append(
+                f"{task}: {counted(found.truncated, 'prompt')} lost {whose} beginning, to fit the model's context"
+            )
         if found.skipped:
             said.append(f"{task}: {counted(found.skipped, 'row')} skipped, longer than the model's context")
     differing: dict[str, str] = {}  # one note for all metrics of a task

@@ -5,8 +5,11 @@ from typing import Any
 
 from app.metric_names import DECODE_SPEEDUP, TOKENS_PER_SECOND, TRAIN_LOSS, VAL_LOSS
 from app.reports.blocks import Block, Folded, Prose, Section, Sheet
+from app.reports.files import named_files
+from app.reports.measurements import MeasuredFile
 from app.reports.run_folder import Run, when
 from app.tables import Table
+from app.words import counted
 
 _UNKNOWN = "?"
 
@@ -50,7 +53,7 @@ def recipe(runs: Sequence[Run]) -> Section:
     return Section(name="recipe", title="Recipe", blocks=blocks)
 
 
-def environment(runs: Sequence[Run]) -> Section:
+def environment(runs: Sequence[Run], others: Sequence[MeasuredFile]) -> Section:
     """Where and when the runs and the measurements were made, as far as they say."""
     rows: list[tuple[str, ...]] = [
         (
@@ -63,20 +66,19 @@ def environment(runs: Sequence[Run]) -> Section:
         )
         for run in runs
     ]
-    for run in runs:
-        for measured in run.measurements:
-            if isinstance(where := measured.content.get("environment"), Mapping):
-                versions = where.get("versions") or {}
-                rows.append(
-                    (
-                        f"{run.name}: {measured.file.name}",
-                        measured.kind,
-                        str(where.get("date", _UNKNOWN)).replace("T", " ").replace("+00:00", " UTC"),
-                        _device(where),
-                        str(where.get("dtype", _UNKNOWN)),
-                        ", ".join(f"{name} {version}" for name, version in versions.items()),
-                    )
+    for name, measured in named_files(runs, others):
+        if isinstance(where := measured.content.get("environment"), Mapping):
+            versions = where.get("versions") or {}
+            rows.append(
+                (
+                    name if measured in others else f"{name}: {measured.file.name}",
+                    measured.kind,
+                    str(where.get("date", _UNKNOWN)).replace("T", " ").replace("+00:00", " UTC"),
+                    _device(where),
+                    str(where.get("dtype", _UNKNOWN)),
+                    ", ".join(f"{name} {version}" for name, version in versions.items()),
                 )
+            )
     columns = ("of", "what", "when", "device", "precision", "versions")
     note = "Of a training, where it began; logs without the callback RunLogs do not tell it."
     return Section(
@@ -245,7 +247,8 @@ def _median_speed(run: Run) -> str:
 
 def _device(where: Mapping[str, Any]) -> str:
     threads = where.get("threads")
-    return f"{where.get('device', _UNKNOWN)}{'' if threads is None else f', {threads:g} threads'}"
+    device = str(where.get("device", _UNKNOWN))
+    return device if threads is None else f"{device}, {counted(int(threads), 'thread')}"
 
 
 def _versions(settings: Mapping[str, Any]) -> list[str]:

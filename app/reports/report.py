@@ -27,7 +27,7 @@ def make_report(run_dirs: Sequence[str], files: Sequence[str] = ()) -> Report:
         decoding(runs, others),
         tasks(runs, others),
         layers(runs, others),
-        environment(runs),
+        environment(runs, others),
     ]
     names = " · ".join(run.name for run in runs)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

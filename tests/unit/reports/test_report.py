@@ -60,7 +60,9 @@ def test_files_go_to_the_run_whose_model_they_measured(runs: list[str], tmp_path
     file = write_benchmark(tmp_path / "b.json", model=f"{runs[1]}/checkpoints/best.ckpt")
     assert "No benchmark of ours. To make it" in _text(as_html(make_report(runs, [str(file)])))
     write_benchmark(file, model="elsewhere")
-    assert f"Speed of every strategy, {file}" in _text(as_html(make_report(runs, [str(file)])))
+    text = _text(as_html(make_report(runs, [str(file)])))
+    assert f"Speed of every strategy, {file}" in text
+    assert f"{file} benchmark" in text  # of the environment
 
 
 def test_scores_on_tasks_and_layers_needed_are_shown_with_their_commands(runs: list[str], tmp_path: Path) -> None:

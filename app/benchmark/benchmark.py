@@ -58,7 +58,8 @@ class BenchmarkSettings:
         exit_layers: Exits for self_speculative, early_exit and transformers_early_exit.
         num_draft_tokens: Draft lengths; each is measured with each exit.
         skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
-        draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), or none (off).
+        draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), as many as pay from that of
+            the exits which is fastest so far (dynamic), or none (off); or a list of these, each of which is measured.
         n_gram_match: Each strategy that drafts is measured without n-grams and with each of these: fewest latest tokens
             that must have occurred before, so that what followed them is drafted. n_gram drafts nothing else.
         n_gram_max_drafts: Largest number of tokens of such a draft.
@@ -77,7 +78,7 @@ class BenchmarkSettings:
     exit_layers: tuple[int, ...] = ()
     num_draft_tokens: tuple[int, ...] = ()
     skipped_layers: tuple[int, ...] = ()
-    draft_policy: DraftPolicyName = "fixed"
+    draft_policy: DraftPolicyName | tuple[DraftPolicyName, ...] = "fixed"
     n_gram_match: tuple[int, ...] = ()
     n_gram_max_drafts: int = USUAL_N_GRAM_DRAFTS
     fall_back: bool = False
@@ -179,7 +180,9 @@ def build_contenders(
         matches = _values(strategy, "n_gram_match", settings.n_gram_match)
         if matches == [None] and _takes_n_grams(strategy):
             matches += dict.fromkeys(settings.n_gram_match)
-        for exit_layer, num_draft_tokens, n_gram_match in product(exits, drafts, matches):
+        policies = [settings.draft_policy] if isinstance(settings.draft_policy, str) else settings.draft_policy
+        whence = [each for each in product(policies, exits) if each[0] != "dynamic" or each[1] == exits[0]]
+        for (policy, exit_layer), num_draft_tokens, n_gram_match in product(whence, drafts, matches):
             model = None
             if costs is not None and strategy == "self_speculative" and exit_layer is not None:
                 model = costs.of_exit(subject.decoder, exit_layer)
@@ -190,7 +193,8 @@ def build_contenders(
                 num_draft_tokens=num_draft_tokens,
                 skipped_layers=settings.skipped_layers if "skipped_layers" in _needs(strategy) else None,
                 draft_decoder=subject.draft_decoder if "draft_decoder" in _needs(strategy) else None,
-                draft_policy="fixed" if num_draft_tokens is None else settings.draft_policy,
+                draft_policy="fixed" if num_draft_tokens is None else policy,
+                draft_exits=settings.exit_layers if policy == "dynamic" and exit_layer is not None else (),
                 n_gram_match=n_gram_match,
                 n_gram_max_drafts=settings.n_gram_max_drafts,
                 fall_back=settings.fall_back,

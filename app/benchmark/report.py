@@ -166,14 +166,15 @@ def n_gram_table(results: Sequence[BenchmarkResult]) -> Table:
 def _names(results: Sequence[BenchmarkResult]) -> dict[str, list[str]]:
     return {
         "strategy": [_name(result) for result in results],
-        "exit": [cell(result.exit_layer, "{}") for result in results],
+        "exit": ["\n".join(map(str, r.drafted_by_exit)) or cell(r.exit_layer, "{}") for r in results],
         "drafts": [cell(result.num_draft_tokens, "{}") for result in results],
     }
 
 
 def _name(result: BenchmarkResult) -> str:
-    """Name the strategy, its draft vocabulary and its n-grams in a line each, as tables have no room beside them."""
-    said = {"of {} ids": result.draft_vocabulary_size, "n-grams of {}": result.n_gram_match}
+    """Name strategy, policy, draft vocabulary and n-grams in a line each, as tables have no room beside them."""
+    policy = None if result.draft_policy == "fixed" else result.draft_policy
+    said = {"{}": policy, "of {} ids": result.draft_vocabulary_size, "n-grams of {}": result.n_gram_match}
     return ",\n".join([result.strategy, *(words.format(number) for words, number in said.items() if number)])
 
 

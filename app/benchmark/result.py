@@ -1,6 +1,7 @@
 """From measurements to the figures of a benchmark, and what the cost model would have said."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -25,6 +26,7 @@ class BenchmarkResult(OutputDifferences):
     exit_layer: int | None
     num_draft_tokens: int | None
     n_gram_match: int | None
+    draft_policy: str  # "fixed" also where nothing is drafted
     draft_vocabulary_size: int | None  # token ids that drafts are chosen from; None for all of them, or for no drafts
     # Over all prompts; the median repeat of each batch counts, as it does for `speedup`.
     tokens_per_second: float | None
@@ -53,6 +55,8 @@ class BenchmarkResult(OutputDifferences):
     accepted: int
     drafted_by_n_gram: int
     accepted_by_n_gram: int
+    drafted_by_exit: dict[int, int]  # those of `drafted` from each exit, where there were several to choose from
+    accepted_by_exit: dict[int, int]
     # For each position of a draft, the number of rounds that drafted that far with everything before it accepted.
     reached_by_position: list[int]
     accepted_by_position: list[int]
@@ -86,6 +90,7 @@ def _result(
         exit_layer=settings.exit_layer,
         num_draft_tokens=settings.num_draft_tokens,
         n_gram_match=settings.n_gram_match,
+        draft_policy=settings.draft_policy,
         draft_vocabulary_size=_vocabulary_size(measurement.contender.strategy, decoder),
         tokens_per_second=1.0 / seconds_per_token if seconds_per_token else None,
         seconds_per_token=seconds_per_token,
@@ -105,11 +110,20 @@ def _result(
         seconds_prefill=measurement.seconds_prefill,
         num_tokens=sum(result.num_tokens for result in measurement.results),
         **{name: getattr(counts, name) for name in _COUNTS},
+        drafted_by_exit=_sum_by_exit(result.drafted_by_exit for result in measurement.results),
+        accepted_by_exit=_sum_by_exit(result.accepted_by_exit for result in measurement.results),
         reached_by_position=reached,
         accepted_by_position=accepted,
         acceptance_by_position=[ratio(*pair) for pair in zip(accepted, reached, strict=True)],
         fell_back_share=fmean(result.fell_back_after is not None for result in measurement.results),
     )
+
+
+def _sum_by_exit(counts: Iterable[Mapping[int, int]]) -> dict[int, int]:
+    total = Counter[int]()
+    for each in counts:
+        total.update(each)
+    return dict(sorted(total.items()))
 
 
 def _vocabulary_size(strategy: str, decoder: ExitableDecoder) -> int | None:
@@ -129,8 +143,11 @@ def _speedup_over(everyone: Sequence[Measurement], strategy: str, measurement: M
 
 
 def round_costs(contender: Contender, costs: Costs | None, decoder: ExitableDecoder) -> CostModel | None:
-    """Return the cost model of a contender that drafts, with the measured costs; None where these are not known."""
-    if costs is None:
+    """Return the cost model of a contender that drafts, with the measured costs; None where these are not known.
+
+    Rounds whose exits change have no single one.
+    """
+    if costs is None or contender.settings.candidate_exits[1:]:
         return None
     settings = contender.settings
     if contender.strategy == "self_speculative" and settings.exit_layer is not None:

@@ -83,6 +83,15 @@ class CostModel:
             overhead=overhead + first_extra * plain,
         )
 
+    def from_exit(self, *, later_by: float, own_by: float) -> "CostModel":
+        """Costs with another exit, so many blocks later, which has so many more blocks of its own."""
+        return replace(
+            self,
+            draft_step=self.draft_step + later_by + own_by,
+            draft_tail=self.draft_tail + later_by,
+            verify=self.verify - later_by,
+        )
+
     def of_n_grams(self) -> "CostModel":
         """Costs of rounds whose drafts were found in the text: they cost nothing, and all blocks verify them."""
         return replace(self, draft_step=0.0, draft_tail=0.0, verify=self.plain_step)

@@ -98,6 +98,7 @@ class AdaptivePolicy(DraftPolicy):
 POLICIES: dict[DraftPolicyName, Callable[[int, CostModel], DraftPolicy]] = {
     "fixed": DraftPolicy,
     "adaptive": AdaptivePolicy,
+    "dynamic": AdaptivePolicy,  # from each exit; ExitChoice says from which
     "off": lambda _, costs: DraftPolicy(0, costs),
 }
 
@@ -111,6 +112,7 @@ class Pace:
 
     def __init__(self, costs: CostModel, *, by_clock: bool) -> None:
         self._costs, self._by_clock = costs, by_clock
+        # Cost by the cost model, tokens settled, and the times of drafting and verifying.
         self._rounds: deque[tuple[float, float, float, float]] = deque(maxlen=_WINDOW)
         self._plain: deque[tuple[int, float]] = deque(maxlen=_PROBES)  # (number of the round, seconds)
         self._seen = 0
@@ -123,7 +125,15 @@ class Pace:
         # One plain round shows that drafting clearly pays. Before it is given up, several are timed.
         return len(self._plain_seconds()) < (_PROBES if self._speedup() < _SUSPICION else 1)
 
-    def observe(self, *, drafted: float, settled: float, draft_seconds: float, verify_seconds: float) -> None:
+    def observe(
+        self,
+        *,
+        drafted: float,
+        settled: float,
+        draft_seconds: float,
+        verify_seconds: float,
+        costs: CostModel | None = None,
+    ) -> None:
         """Add a round.
 
         Args:
@@ -131,12 +141,14 @@ class Pace:
             settled: Tokens settled for each one that would have been settled without these drafts.
             draft_seconds: Time up to the last draft.
             verify_seconds: Time after it.
+            costs: The costs of this round, where they are not those of all.
         """
         self._seen += 1
         if not drafted:
             self._plain.append((self._seen, draft_seconds + verify_seconds))
         else:
-            self._rounds.append((drafted, settled, draft_seconds, verify_seconds))
+            cost = (costs or self._costs).round_cost(drafted)
+            self._rounds.append((cost, settled, draft_seconds, verify_seconds))
         if len(self._rounds) >= _MIN_ROUNDS and not self.gave_up:
             sure = not self._by_clock or len(self._plain_seconds()) >= _PROBES
             self.gave_up = (self._speedup() if sure else self._bound()) < 1.0
@@ -148,8 +160,8 @@ class Pace:
     def _speedup(self) -> float:
         """Speedup of the latest rounds over plain ones, or its upper bound while no plain round was timed."""
         if not self._by_clock:
-            drafted, settled, *_ = (fmean(column) for column in zip(*self._rounds, strict=True))
-            return self._costs.speedup(settled, drafted)
+            cost, settled, *_ = (fmean(column) for column in zip(*self._rounds, strict=True))
+            return settled * self._costs.plain_step / cost
         if not (plain := self._plain_seconds()):
             return self._bound()
         settled, draft_seconds, verify_seconds = self._undisturbed()

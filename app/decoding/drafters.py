@@ -59,8 +59,12 @@ class FullModel:
         hidden_BTD = self.decoder.run_blocks(self.decoder.embed(tokens_BT), start=0, stop=self.stop, cache=self.cache)
         return run_exit_blocks(self.decoder, hidden_BTD, exit_layer=self.stop, cache=self.cache)
 
-    def draft(self, tokens_B: Tensor) -> Tensor:
-        """Take one more token of each sequence; return the drafter's logits [B, V'] for the one after it."""
+    def draft(self, tokens_B: Tensor, exits: Sequence[int | None] = ()) -> Tensor:
+        """Take one more token of each sequence; return the drafter's logits [B, V'] for the one after it.
+
+        `exits` are those that each sequence wants this draft from, None where it drafts no more. They matter only to a
+        drafter that has several.
+        """
         raise NotImplementedError("a full model does not draft")
 
     def verify(self, tokens_BS: Tensor) -> Tensor:
@@ -105,7 +109,7 @@ class EarlyExitDrafter(FullModel):
         self._drafting_span = decoder.exit_span(self.exit_layer)
         self._undrafted_BTD: Tensor | None = None  # states of this round's positions that the exit's blocks lack
 
-    def draft(self, tokens_B: Tensor) -> Tensor:
+    def draft(self, tokens_B: Tensor, exits: Sequence[int | None] = ()) -> Tensor:
         self._exit_states.append(self._run_to_exit(tokens_B[:, None]))
         hidden_B1D = run_exit_blocks(self.decoder, self._exit_states[-1], exit_layer=self.exit_layer, cache=self.cache)
         return self.decoder.draft_logits(hidden_B1D, exit_layer=self.exit_layer)[:, 0]
@@ -165,7 +169,7 @@ class LayerSkipDrafter(FullModel):
         self._spans = [(start, stop) for start, stop in zip(starts, ends, strict=False) if start < stop]
         self._settled = [0] * batch_size  # positions of each sequence that the full model has run
 
-    def draft(self, tokens_B: Tensor) -> Tensor:
+    def draft(self, tokens_B: Tensor, exits: Sequence[int | None] = ()) -> Tensor:
         hidden_B1D = self.decoder.embed(tokens_B[:, None])
         for start, stop in self._spans:
             hidden_B1D = self.decoder.run_blocks(hidden_B1D, start=start, stop=stop, cache=self.cache)
@@ -212,7 +216,7 @@ class DraftModelDrafter(FullModel):
         self._draft_model.prefill(tokens_BT, lengths)
         return super().prefill(tokens_BT, lengths)
 
-    def draft(self, tokens_B: Tensor) -> Tensor:
+    def draft(self, tokens_B: Tensor, exits: Sequence[int | None] = ()) -> Tensor:
         assert self._draft_model is not None
         tokens_BT = torch.cat([*self._unseen, tokens_B[:, None]], dim=1)
         self._unseen = []

@@ -75,8 +75,10 @@ class DynamicRounds(NamedTuple):
         live = [limit > 0 for limit in limits]
         found_BS = self._latest_and_found(rows, drafts)
         columns = [found_BS[:, 0]]
+        exits: list[list[int]] = [[] for _ in rows]
         while any(live):
-            drafted = self.rule.draft(self.drafter.draft(columns[-1]), rows, drafts, live)
+            chosen = [row.choice.exit_layer if row.choice and on else None for row, on in zip(rows, live, strict=True)]
+            drafted = self.rule.draft(self.drafter.draft(columns[-1], chosen), rows, drafts, live)
             tokens_B = drafted.tokens_B
             if len(columns) < found_BS.shape[1]:
                 found_B = found_BS[:, len(columns)]
@@ -85,6 +87,8 @@ class DynamicRounds(NamedTuple):
             for i, row in enumerate(rows):
                 if live[i]:
                     drafts[i].append(drafted.tokens[i])
+                    if (exit_layer := chosen[i]) is not None:
+                        exits[i].append(exit_layer)
                     live[i] = (
                         len(drafts[i]) < limits[i]
                         and drafts[i][-1] not in row.settings.eos_token_ids  # nothing comes after the end
@@ -96,12 +100,12 @@ class DynamicRounds(NamedTuple):
         self.drafter.settle([row.length + 1 + kept for row, (kept, _) in zip(rows, outcomes, strict=True)])
         ended_at = self.clock()
         steps = [
-            Step([*proposed[:kept], token], kept, tuple(proposed[kept:]), found)
-            for proposed, found, (kept, token) in zip(drafts, by_n_gram, outcomes, strict=True)
+            Step([*proposed[:kept], token], kept, tuple(proposed[kept:]), found, tuple(drafted_from))
+            for proposed, found, drafted_from, (kept, token) in zip(drafts, by_n_gram, exits, outcomes, strict=True)
         ]
         for row, step in zip(rows, steps, strict=True):
             if not step.by_n_gram:
-                row.policy.observe(drafted=step.drafted, accepted=step.accepted)
+                row.learn(step, seconds=ended_at - started_at)
         return Round(steps, ended_at, drafted_at - started_at, ended_at - drafted_at)
 
     def _latest_and_found(self, rows: Sequence[SequenceState], found: Sequence[Sequence[int]]) -> Tensor:

@@ -3,7 +3,7 @@
 Shape legend: `B` sequences, `T` prompt tokens, `S` verified positions (drafts + 1).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -13,6 +13,7 @@ from app.decoding.acceptance import GreedyRule, SamplingRule
 from app.decoding.cost_model import CostModel
 from app.decoding.draft_policy import POLICIES, Pace
 from app.decoding.dynamic_rounds import DynamicRounds, Round, paces_of
+from app.decoding.exit_choice import ExitChoice
 from app.decoding.n_grams import NGramIndex
 from app.decoding.result import DecodingResult, Step
 from app.decoding.rows import SequenceState
@@ -96,19 +97,23 @@ class Decoding:
             costs = settings.costs or self._entry.costs(decoder, settings)
         policy = POLICIES[settings.draft_policy if self._entry.has_drafter else "off"]
         match = None if self._entry.costs is None else settings.n_gram_match
+        by_exit = _costs_by_exit(decoder, settings, costs) if settings.draft_policy == "dynamic" else {}
         # All rows share their clocks when greedy. When sampling, what a seed gives depends on no other row.
-        shared = self._new_paces(costs) if settings.sampling.greedy else None
+        shared = self._new_judges(costs, by_exit) if settings.sampling.greedy else None
         self._rows = []
         for index, prompt in enumerate(prompts):
-            pace, n_gram_pace = shared or self._new_paces(costs)
+            pace, n_gram_pace, choice = shared or self._new_judges(costs, by_exit)
+            most = settings.num_draft_tokens or 0
             self._rows.append(
                 SequenceState(
                     index=index,
                     prompt=list(prompt),
                     room=decoder.max_length - len(prompt),
                     settings=settings if ends is None else replace(settings, **ends[index]._asdict()),
-                    policy=policy(settings.num_draft_tokens or 0, costs),
+                    policy=policy(most, costs),
                     pace=pace,
+                    choice=choice,
+                    policy_by_exit={exit_layer: policy(most, own) for exit_layer, own in by_exit.items()},
                     n_grams=None if match is None else NGramIndex(prompt, match=match),
                     n_gram_pace=n_gram_pace,
                     generator=None if generators is None else generators[index],
@@ -120,11 +125,15 @@ class Decoding:
         self._joining: list[Decoding] = []
         self._num_indices = len(self._rows)
 
-    def _new_paces(self, costs: CostModel) -> tuple[Pace, Pace]:
-        """Make the judges of the drafter's drafts and of n-grams: one and the same where only n-grams draft."""
+    def _new_judges(self, costs: CostModel, by_exit: Mapping[int, CostModel]) -> tuple[Pace, Pace, ExitChoice | None]:
+        """Make the judges of the drafter's drafts, of n-grams and of exits.
+
+        The first two are one and the same where only n-grams draft.
+        """
         by_clock = self._settings.sampling.greedy
         of_n_grams = Pace(costs.of_n_grams(), by_clock=by_clock)
-        return (Pace(costs, by_clock=by_clock) if self._entry.has_drafter else of_n_grams), of_n_grams
+        of_drafter = Pace(costs, by_clock=by_clock) if self._entry.has_drafter else of_n_grams
+        return of_drafter, of_n_grams, ExitChoice(by_exit, by_clock=by_clock) if by_exit else None
 
     def __iter__(self) -> Iterator[tuple[int, Step]]:
         """For each round and each prompt still in it, yield the prompt's index and what was settled."""
@@ -230,6 +239,17 @@ class Decoding:
         return self._rows[index].result(started_at=self._started_at)
 
 
+def _costs_by_exit(decoder: ExitableDecoder, settings: DecodingSettings, costs: CostModel) -> dict[int, CostModel]:
+    """The costs of drafting from each exit that may draft, from those of `exit_layer`."""
+    first, size = settings.exit_layer or 0, decoder.exit_block_size(settings.exit_layer or 0)
+    return {
+        exit_layer: costs.from_exit(
+            later_by=exit_layer - first, own_by=(decoder.exit_block_size(exit_layer) - size) / decoder.block_size
+        )
+        for exit_layer in settings.candidate_exits
+    }
+
+
 def _settle(rows: Sequence[SequenceState], done: Round) -> Iterator[tuple[int, Step]]:
     """Let each row take its step just before the caller sees it, so that a caller who stops has seen all of them."""
     for row, step in zip(rows, done.steps, strict=True):
@@ -250,11 +270,13 @@ def _watch(rows: Sequence[SequenceState], done: Round) -> None:
             continue
         had_given_up = pace.gave_up
         without = sum(len(step.tokens) if by_drafter and step.by_n_gram else 1 for step in steps)
+        choice = own[0].choice if pace is own[0].pace else None
         pace.observe(
             drafted=sum(step.drafted for step in steps) / len(own),
             settled=sum(len(step.tokens) for step in steps) / without,
             draft_seconds=done.draft_seconds,
             verify_seconds=done.verify_seconds,
+            costs=None if choice is None else choice.costs,
         )
         if pace.gave_up and not had_given_up:
             for row in own:

@@ -1,5 +1,6 @@
 """What decoding hands back: a Step for every round while it runs, and one result for every prompt at the end."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ class Step(NamedTuple):
     accepted: int = 0  # how many of `tokens`, counted from the first, were drafted
     rejected: tuple[int, ...] = ()  # drafts that the full model did not keep
     by_n_gram: bool = False  # whether the drafts are what followed the latest tokens where they occurred before
+    exits: tuple[int, ...] = ()  # the exit that drafted each token, where there were several to choose from
 
     @property
     def drafted(self) -> int:
@@ -72,6 +74,17 @@ class DecodingResult:
     @property
     def accepted_by_n_gram(self) -> int:
         return sum(step.accepted for step in self.steps if step.by_n_gram)
+
+    @property
+    def drafted_by_exit(self) -> dict[int, int]:
+        """Those of `drafted` that each exit drafted, where there were several to choose from."""
+        return dict(sorted(Counter(exit_layer for step in self.steps for exit_layer in step.exits).items()))
+
+    @property
+    def accepted_by_exit(self) -> dict[int, int]:
+        """Those of `drafted_by_exit` that the full model kept."""
+        kept = Counter(exit_layer for step in self.steps for exit_layer in step.exits[: step.accepted])
+        return {exit_layer: kept[exit_layer] for exit_layer in self.drafted_by_exit}
 
     @property
     def tokens_per_second(self) -> float | None:

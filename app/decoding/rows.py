@@ -3,7 +3,7 @@
 Shape legend: `S` tokens so far.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from app.decoding.draft_policy import DraftPolicy, Pace
+from app.decoding.exit_choice import ExitChoice
 from app.decoding.n_grams import NGramIndex
 from app.decoding.result import DecodingResult, Step, StopReason
 from app.decoding.settings import USUAL_N_GRAM_DRAFTS, DecodingSettings
@@ -25,6 +26,8 @@ class SequenceState:
         room: Tokens that the model's context holds after the prompt.
         n_grams: The sequence as an index of what to draft from; None where n-grams do not draft.
         n_gram_pace: Judges their drafts, as `pace` judges the drafter's. Both are the same where only n-grams draft.
+        choice: Chooses the exit that drafts; None where there is no choice.
+        policy_by_exit: The policies of these exits, each of which becomes `policy` when its exit is chosen.
         generator: The sequence's own source of randomness, so that a batch changes nothing; None when greedy.
         context_S: Token ids on the device for processors of scores: the prompt and settled tokens they have seen.
     """
@@ -38,6 +41,8 @@ class SequenceState:
     n_grams: NGramIndex | None
     n_gram_pace: Pace
     generator: torch.Generator | None
+    choice: ExitChoice | None = None
+    policy_by_exit: Mapping[int, DraftPolicy] = field(default_factory=dict)
     context_S: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     tokens: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -66,8 +71,16 @@ class SequenceState:
         return drafted[: next(ends, None)]
 
     def draft_limit(self) -> int:
-        """Most tokens that the drafter should draft now: a round settles one more than it drafts."""
+        """Most tokens that the drafter should draft in the round that begins, which settles one more than it drafts."""
+        if self.choice is not None:
+            self.policy = self.policy_by_exit[self.choice.begin_round()]
         return 0 if self.pace.gave_up else min(self.policy.limit(), self.remaining - 1)
+
+    def learn(self, step: Step, *, seconds: float) -> None:
+        """Let policy and choice know how a round ended that the drafter drafted in, and how long it took."""
+        self.policy.observe(drafted=step.drafted, accepted=step.accepted)
+        if self.choice is not None and step.drafted:
+            self.choice.observe(drafted=step.drafted, settled=step.accepted + 1, seconds=seconds)
 
     def new_ids(self, drafted: Sequence[int]) -> list[int]:
         """What `context_S` lacks: the later tokens of prompt and output, then what was drafted."""
@@ -100,7 +113,8 @@ class SequenceState:
         self.last_token_at = at
         taken = step.tokens[: keep - before]
         rejected = step.rejected if len(taken) == len(step.tokens) else ()
-        return Step(taken, min(step.accepted, len(taken)), rejected, step.by_n_gram)
+        accepted = min(step.accepted, len(taken))
+        return Step(taken, accepted, rejected, step.by_n_gram, step.exits[: accepted + len(rejected)])
 
     def end_without_room(self) -> None:
         """End the sequence if the budget or the context is used up."""

@@ -11,8 +11,8 @@ from app.protocols import ExitableDecoder
 
 Engine = Literal["dynamic", "static"]
 ENGINES: tuple[Engine, ...] = ("dynamic", "static")
-DraftPolicyName = Literal["fixed", "adaptive", "off"]
-DRAFT_POLICY_NAMES: tuple[DraftPolicyName, ...] = ("fixed", "adaptive", "off")
+DraftPolicyName = Literal["fixed", "adaptive", "dynamic", "off"]
+DRAFT_POLICY_NAMES: tuple[DraftPolicyName, ...] = ("fixed", "adaptive", "dynamic", "off")
 USUAL_N_GRAM_DRAFTS = 8
 
 # Called with the prompt, the new tokens so far, and how many of them are new since the last call. Returns how many
@@ -40,7 +40,9 @@ class DecodingSettings:
         num_draft_tokens: Most tokens drafted in a round, at least 1, for the strategies that draft.
         skipped_layers: Blocks that layer_skip leaves out of its drafts, each 0..num_layers-1.
         draft_decoder: The model that drafts for draft_model; it has the same token ids.
-        draft_policy: How many of `num_draft_tokens` to draft: all, as many as pay, or none.
+        draft_policy: How many of `num_draft_tokens` to draft: all, as many as pay, as many as pay from the exit that is
+            fastest so far (dynamic), or none.
+        draft_exits: Exits that dynamic may draft from instead of `exit_layer`, with which it begins.
         engine: Whether each draft is looked at on the host before the next one (dynamic), or a whole round is a fixed
             sequence of kernels, which is captured as a graph on a CUDA device (static).
         fall_back: Whether drafting stops for the rest of a request that it slows down.
@@ -60,11 +62,18 @@ class DecodingSettings:
     skipped_layers: tuple[int, ...] | None = None
     draft_decoder: ExitableDecoder | None = None
     draft_policy: DraftPolicyName = "fixed"
+    draft_exits: tuple[int, ...] = ()
     engine: Engine = "dynamic"
     fall_back: bool = False
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None
     costs: CostModel | None = None
+
+    @property
+    def candidate_exits(self) -> tuple[int, ...]:
+        """The exits that may draft, in the order in which they are tried; empty where no exit does."""
+        others = self.draft_exits if self.draft_policy == "dynamic" else ()
+        return () if self.exit_layer is None else tuple(dict.fromkeys((self.exit_layer, *others)))
 
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, low=0)

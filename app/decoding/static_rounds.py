@@ -100,7 +100,7 @@ class StaticRounds:
             asked = step.drafted - (step.drafted == limit or last in row.settings.eos_token_ids)
             for confidence in outcome[place][self._most : self._most + asked]:
                 row.policy.goes_on(confidence)
-            row.policy.observe(drafted=step.drafted, accepted=step.accepted)
+            row.learn(step, seconds=ended_at - started_at)
         return Round(steps, ended_at, 0.0, ended_at - started_at)
 
     def keep_rows(self, rows: Sequence[int]) -> None:

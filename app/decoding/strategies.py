@@ -8,6 +8,7 @@ import torch
 
 from app.decoding.cost_model import CostModel
 from app.decoding.drafters import DraftModelDrafter, EarlyExitDrafter, FullModel, LayerSkipDrafter
+from app.decoding.mixed_exits import MixedExitDrafter
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError, check_range
 from app.protocols import ExitableDecoder
@@ -56,6 +57,13 @@ def _self_speculative_costs(decoder: ExitableDecoder, settings: DecodingSettings
     )
 
 
+def _new_exit_drafter(
+    decoder: ExitableDecoder, settings: DecodingSettings, batch_size: int, capacity: int
+) -> EarlyExitDrafter | MixedExitDrafter:
+    drafter = MixedExitDrafter if settings.draft_policy == "dynamic" else EarlyExitDrafter
+    return drafter(decoder, settings, batch_size, capacity)
+
+
 def _draft_model_costs(decoder: ExitableDecoder, settings: DecodingSettings) -> CostModel:
     small = settings.draft_decoder
     assert small is not None
@@ -85,7 +93,7 @@ STRATEGIES: dict[Strategy, StrategyEntry] = {
         lossless=False,
     ),
     "self_speculative": StrategyEntry(
-        frozenset({"exit_layer", "num_draft_tokens"}), EarlyExitDrafter, _self_speculative_costs
+        frozenset({"exit_layer", "num_draft_tokens"}), _new_exit_drafter, _self_speculative_costs
     ),
     "draft_model": StrategyEntry(
         frozenset({"draft_decoder", "num_draft_tokens"}), DraftModelDrafter, _draft_model_costs
@@ -128,10 +136,18 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
     can_be_off = entry.costs is not None and settings.draft_policy == "off"
     if settings.draft_policy != "fixed" and not entry.has_drafter and not can_be_off:
         _log.warning("draft_policy=%s has no effect with strategy %s", settings.draft_policy, strategy)
+    if settings.draft_policy == "dynamic" and entry.has_drafter and "exit_layer" not in needs:
+        fix = "it has no exits to choose from"
+        raise ConfigError("draft_policy", got="dynamic", allowed=f"fixed | adaptive | off with {strategy}", fix=fix)
+    if settings.draft_exits and (settings.draft_policy != "dynamic" or strategy != "self_speculative"):
+        said = f"strategy {strategy}" if strategy != "self_speculative" else f"draft_policy {settings.draft_policy}"
+        _log.warning("draft_exits=%s has no effect with %s", list(settings.draft_exits), said)
     if "exit_layer" in needs and settings.exit_layer is not None:
         highest = num_layers - 1 if strategy == "self_speculative" else num_layers
         fix = f"{num_layers} is the full model: use strategy autoregressive"
         check_range("exit_layer", settings.exit_layer, low=1, high=highest, fix=fix)
+        for exit_layer in settings.candidate_exits[1:]:
+            check_range("draft_exits", exit_layer, low=1, high=highest, fix=fix)
     if "skipped_layers" in needs and settings.skipped_layers is not None:
         wrong = [layer for layer in settings.skipped_layers if not 0 <= layer < num_layers]
         if wrong or not 0 < len(set(settings.skipped_layers)) < num_layers:
@@ -154,6 +170,7 @@ def _check_static(strategy: Strategy, settings: DecodingSettings) -> None:
     refused = {
         f"strategy {strategy}": strategy not in ("autoregressive", "early_exit", "self_speculative"),
         "n_gram_match": settings.n_gram_match is not None,
+        "draft_policy dynamic": settings.draft_policy == "dynamic",
         "a processor of scores": settings.sampling.processor is not None,
     }
     if found := [name for name, is_given in refused.items() if is_given]:

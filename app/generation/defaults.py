@@ -66,6 +66,12 @@ def choose_decoding(
         said.append(_say("num_draft_tokens", num_draft_tokens, tuned=bool(known)))
     same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)
     settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    if settings.draft_policy == "dynamic" and "exit_layer" in needs and not settings.draft_exits:
+        assert exit_layer is not None
+        others = loaded.decoder.own_exits if len(loaded.decoder.own_exits) > 1 else (exit_layer // 2, 2 * exit_layer)
+        others = tuple(each for each in others if 0 < each < num_layers and each != exit_layer)
+        settings = replace(settings, draft_exits=others)
+        said.append(_say("draft_exits", list(others), tuned=False))
     settings = _with_n_grams(settings, tuned if same else None, said, usual="n_gram_match" in needs, may_draft=n_grams)
     _check(strategy, settings, loaded.decoder)
     if said:

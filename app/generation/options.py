@@ -21,7 +21,10 @@ class DraftOptions:
         num_draft_tokens: Largest number of tokens drafted in a round. By default, what layerskip tune stored, else 3.
         draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
         skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
-        draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), or none (off).
+        draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), as many as pay from the exit
+            that is fastest so far (dynamic), or none (off).
+        draft_exits: Exits that dynamic chooses among beside exit_layer. By default, the exits with blocks of their own,
+            else half and twice exit_layer.
         n_gram_match: Draft what followed the latest tokens where at least so many of them occurred before, in prompt or
             output; elsewhere the strategy drafts, unless it is n_gram. 0 is off. By default, what layerskip tune
             stored, else off, or 3 with strategy n_gram.
@@ -35,6 +38,7 @@ class DraftOptions:
     draft_model: str | None = None
     skipped_layers: list[int] | None = None
     draft_policy: DraftPolicyName = "fixed"
+    draft_exits: list[int] | None = None
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None
     fall_back: bool = True
@@ -90,6 +94,7 @@ class GenerationOptions(DraftOptions):
             num_draft_tokens=self.num_draft_tokens,
             skipped_layers=None if self.skipped_layers is None else tuple(self.skipped_layers),
             draft_policy=self.draft_policy,
+            draft_exits=tuple(self.draft_exits or ()),
             n_gram_match=self.n_gram_match or None,
             n_gram_max_drafts=self.n_gram_max_drafts,
             fall_back=self.fall_back,

@@ -34,6 +34,7 @@ _PRINTED = (
     *("text", "tokens", "num_tokens", "seconds_prefill", "seconds_decode", "tokens_per_second", "acceptance_rate"),
     *("mean_tokens_per_round", "rounds", "drafted", "accepted", "prompt", "stop_reason", "strategy", "lossless"),
     *("exit_layer", "num_draft_tokens", "fell_back_after", "n_gram_match", "drafted_by_n_gram", "accepted_by_n_gram"),
+    *("drafted_by_exit", "accepted_by_exit"),
 )
 
 
@@ -116,7 +117,8 @@ class Request:
         needs, num_layers = STRATEGIES[self.strategy].needs, self.loaded.decoder.num_layers
         parts: list[str] = [self.strategy]
         if "exit_layer" in needs:
-            parts.append(f"exit {self.settings.exit_layer} of {num_layers}")
+            exits = self.settings.candidate_exits
+            parts.append(f"{'exits' if exits[1:] else 'exit'} {' | '.join(map(str, exits))} of {num_layers}")
         if "num_draft_tokens" in needs:
             parts.append(f"up to {self.settings.num_draft_tokens} drafts")
         if self._n_gram_match is not None:

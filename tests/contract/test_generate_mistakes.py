@@ -54,7 +54,7 @@ MISTAKES = {
     ),
     "no list": (["--skipped_layers", "a"], "skipped_layers: got a, allowed list[int]"),
     "no numbers": (["--skipped_layers", "[1, a]"], "skipped_layers: got a, allowed int"),
-    "policy": (["--draft_policy", "some"], "draft_policy: got some, allowed fixed | adaptive | off"),
+    "policy": (["--draft_policy", "some"], "draft_policy: got some, allowed fixed | adaptive | dynamic | off"),
     "n-grams off": (["--strategy", "n_gram", "--n_gram_match", "0"], "n_gram_match: got 0, allowed at least 1, with"),
     "n-grams below off": (["--n_gram_match", "-1"], "n_gram_match: got -1, allowed [0, inf); 0 is off"),
     "empty n-gram drafts": (["--n_gram_max_drafts", "0"], "n_gram_max_drafts: got 0, allowed [1, inf)"),

@@ -111,6 +111,7 @@ REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ),
     (("self_speculative",), SPECULATIVE | {"num_draft_tokens": (2, 0)}, "num_draft_tokens: got 0"),
     (("self_speculative",), SPECULATIVE | {"draft_policy": "some"}, "draft_policy: got 'some'"),
+    (("layer_skip",), SPECULATIVE | {"skipped_layers": (1,), "draft_policy": "dynamic"}, "draft_policy: got 'dynamic'"),
     (("layer_skip",), {"num_draft_tokens": (3,), "skipped_layers": (4,)}, "skipped_layers: got"),
     (("n_gram",), {}, r"n_gram_match: got \[\], allowed at least one, with strategy n_gram"),
     (("n_gram",), {"n_gram_match": (0,)}, "n_gram_match: got 0"),
@@ -235,6 +236,14 @@ def test_measured_costs_policy_and_falling_back_reach_the_engine(
     assert settings["costs"] == asdict(COSTS.cost_model(num_layers=4, exit_layer=2))
     assert (settings["draft_policy"], settings["fall_back"], settings["eos_token_ids"]) == ("adaptive", True, (5,))
     assert (plain_settings["draft_policy"], plain_settings["costs"]) == ("fixed", None)
+
+
+def test_each_policy_is_measured_with_every_exit_and_dynamic_with_all_of_them_together(subject: Subject) -> None:
+    options = SPECULATIVE | {"exit_layers": (2, 1), "draft_policy": ("fixed", "dynamic")}
+    everyone = build_contenders(subject._replace(draft_decoder=None), _settings("self_speculative", **options))
+    own = [each.settings for each in everyone if each.strategy == "self_speculative"]
+    found = [(settings.draft_policy, settings.candidate_exits) for settings in own]
+    assert found == [("fixed", (2,)), ("fixed", (1,)), ("dynamic", (2, 1))]
 
 
 def test_a_model_too_small_to_fit_costs_to_is_still_benchmarked() -> None:

@@ -127,6 +127,19 @@ def test_times_are_split_at_the_first_token() -> None:
         ([1], "self_speculative", {"exit_layer": 4}, r"exit_layer: got 4, allowed \[1, 3\]; 4 is the full model"),
         ([1], "self_speculative", {"exit_layer": 0}, "exit_layer: got 0"),
         ([1], "self_speculative", {"exit_layer": None}, "exit_layer: got None"),
+        (
+            [1],
+            "self_speculative",
+            {"draft_policy": "dynamic", "draft_exits": (4,)},
+            "draft_exits: got 4, allowed .1, 3.",
+        ),
+        (
+            [1],
+            "self_speculative",
+            {"draft_policy": "dynamic", "engine": "static"},
+            "allowed dynamic with draft_policy dynamic",
+        ),
+        ([1], "layer_skip", {"draft_policy": "dynamic"}, "draft_policy: got dynamic, allowed fixed | adaptive | off"),
         ([1], "self_speculative", {"num_draft_tokens": 0}, "num_draft_tokens: got 0"),
         ([1], "self_speculative", {"n_gram_match": 0}, "n_gram_match: got 0.*leave it out"),
         ([1], "n_gram", {"n_gram_match": None}, "n_gram_match: got None, allowed a value, with strategy n_gram"),
@@ -153,8 +166,10 @@ def test_a_setting_the_strategy_does_not_use_warns(caplog: pytest.LogCaptureFixt
         result = _decode(counting_decoder(), [1], "autoregressive", exit_layer=2, num_draft_tokens=4, n_gram_match=2)
         _decode(counting_decoder(), [1], n_gram_match=2)
         _decode(counting_decoder(), [1], "n_gram", draft_policy="off")
+        _decode(counting_decoder(), [1], draft_exits=(2,))
     assert "exit_layer=2 has no effect with strategy autoregressive" in caplog.text
     assert "num_draft_tokens=4 has no effect with strategy autoregressive" in caplog.text
     assert "n_gram_match=2 has no effect with strategy autoregressive" in caplog.text
-    assert len(caplog.records) == 3
+    assert "draft_exits=[2] has no effect with draft_policy fixed" in caplog.text
+    assert len(caplog.records) == 4
     assert (result.num_tokens, result.drafted) == (12, 0)

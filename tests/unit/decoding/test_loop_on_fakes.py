@@ -48,6 +48,8 @@ def _cases(draw: st.DrawFn, *, sampled: bool = False) -> _Case:
         }
     if strategy == "self_speculative":
         chosen["exit_layer"] = draw(st.integers(1, 3))
+        if draw(st.booleans()):
+            chosen |= {"draft_policy": "dynamic", "draft_exits": tuple(draw(st.sets(st.integers(1, 3))))}
     if strategy == "layer_skip":
         chosen["skipped_layers"] = tuple(draw(st.sets(st.integers(0, 3), min_size=1, max_size=3)))
     token = st.integers(0, _VOCAB - 1)

@@ -37,6 +37,12 @@ _CUTS: dict[str, dict[str, Any]] = {
 _WAYS: dict[str, dict[str, Any]] = {
     "self_speculative": {"exit_layer": 1, "num_draft_tokens": 2},
     "self_speculative, adaptive": {"exit_layer": 1, "num_draft_tokens": 3, "draft_policy": "adaptive"},
+    "self_speculative, dynamic": {
+        "exit_layer": 1,
+        "num_draft_tokens": 3,
+        "draft_policy": "dynamic",
+        "draft_exits": (3,),
+    },
     "self_speculative, some tokens never drafted": {"exit_layer": 1, "num_draft_tokens": 2},
     "self_speculative, static": {"exit_layer": 1, "num_draft_tokens": 2, "engine": "static"},
     "self_speculative, static, adaptive, some tokens never drafted": {
@@ -107,7 +113,7 @@ def _check_kinds(way: str, cut: str, results: list[DecodingResult]) -> None:
     for by_n_gram in {way == "n_gram", "gram" in way}:
         kinds = {(s.drafted, s.accepted) for result in results for s in result.steps if s.by_n_gram == by_n_gram}
         assert ({(2, 0)} if by_n_gram and "processor" in cut else {(2, 0), (2, 1), (2, 2)}) <= kinds
-    first = {"n_gram": {0, 2}}.get(way, {1, 2} if "adaptive" in way else {2})
+    first = {"n_gram": {0, 2}}.get(way, {1, 2} if "adaptive" in way or "dynamic" in way else {2})
     assert {result.steps[0].drafted for result in results} == first
 
 
@@ -127,6 +133,7 @@ def test_20000_samples_follow_the_full_models_distribution(way: str, cut: str) -
     [
         ("self_speculative", "a processor of the context"),
         ("self_speculative, adaptive", "temperature"),
+        ("self_speculative, dynamic", "temperature"),
         ("self_speculative, some tokens never drafted", "a processor of the context"),
         ("draft_model", "temperature"),
         ("layer_skip", "top-k, top-p and min-p"),

@@ -88,6 +88,8 @@ class StaticProgram:
         tokens_BS, given_BG, ends_BN = self._tokens_BS[rows], self.given_BG[rows], self.ends_BN[rows]
         start_B, outcome_BO = self.cache.lengths_B[rows], self.outcome_BO[rows]
         limit_B, chances_BK = given_BG[:, _LIMIT], given_BG[:, _CHANCES:]
+        goes_on_B = limit_B >= 0
+        start_B *= goes_on_B  # a row that has ended begins anew, or it would go on into the memory of the next row
         live_B, chance_B, drafted_B = limit_B > 0, torch.ones_like(limit_B), torch.zeros_like(start_B)
         for i in range(num_drafts):
             # A row that no longer drafts is computed on, and what it drafts is not counted.
@@ -106,7 +108,6 @@ class StaticProgram:
         kept_B, token_B, finite_B = self.rule.verify(logits_BSV, drafts_BT, drafted_B, start_B)
         outcome_BO[:, :num_drafts] = drafts_BT
         outcome_BO[:, -4:] = torch.stack((drafted_B, kept_B, token_B, finite_B), dim=1)
-        goes_on_B = limit_B >= 0
         tokens_BS[:, 0] = token_B.where(goes_on_B, tokens_BS[:, 0])
         start_B += (kept_B + 1) * goes_on_B
 

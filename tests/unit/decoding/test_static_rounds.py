@@ -13,7 +13,7 @@ from torch import Tensor
 
 from app.decoding.engine import Decoding
 from app.decoding.sampling import SamplingSettings
-from app.decoding.settings import DecodingSettings, Engine
+from app.decoding.settings import ENGINES, DecodingSettings, Ends, Engine
 from app.decoding.static_program import FixedSequence, StaticProgram
 from app.decoding.strategies import STRATEGIES
 from app.errors import ConfigError
@@ -90,6 +90,23 @@ def test_nothing_that_a_round_reads_or_writes_moves_until_the_text_outgrows_it(m
     assert len(set(places)) == len({capacity for capacity, *_ in places}) == 3  # 32, 64 and 128 positions
     dynamic = _decoding("dynamic", prompts=3, max_new_tokens=80).finish()
     assert [result.tokens for result in static] == [result.tokens for result in dynamic]
+
+
+def test_a_row_that_ended_near_the_end_of_its_buffer_writes_to_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.decoding.engine._RESERVE", 8)
+    decoder, prompts = decoder_with_exit_blocks(_NAME), [prompt_of(length) for length in (18, 8, 9, 10)]
+    decoder.limit = CONTEXT
+    ends = [
+        Ends(40, lambda prompt, tokens, _: len(tokens) if len(prompt) + len(tokens) >= 30 else None),
+        *[Ends(20)] * 3,
+    ]
+    results = {}
+    for engine in ENGINES:
+        settings = DecodingSettings(max_new_tokens=40, exit_layer=1, num_draft_tokens=3, engine=engine)
+        decoding = Decoding(decoder, prompts, strategy="self_speculative", settings=settings, ends=ends)
+        results[engine] = [result.tokens for result in decoding.finish()]
+    assert results["static"] == results["dynamic"]
+    assert len(results["static"][0]) < 16  # it ended in buffers of 32 positions, long before the others
 
 
 @pytest.mark.parametrize("sampling", [SamplingSettings(), SamplingSettings(temperature=0.8)])

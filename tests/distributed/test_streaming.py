@@ -29,8 +29,9 @@ def fit(config, name, options=(), kill_at=STEPS):
         return cli(patched, "fit", *arguments)
 
 
+@pytest.mark.slow  # test_kill.py kills one process by default, test_ddp.py resumes two ranks
 @pytest.mark.distributed
-@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launched", [False, True])
 def test_two_killed_ranks_resume_to_the_losses_of_two_that_nobody_killed(tmp_path, launched):
     config = write_config(tmp_path, write_sources(tmp_path), max_steps=STEPS, checkpoint_every=SAVED_AT)
     with pytest.raises(pytest.fail.Exception, match="crashed"):

@@ -92,7 +92,8 @@ def run_with_and_without(root, strategy):
     return result
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
+# Under DDP nothing is gathered to decode, and an error on one rank ends all there by default, too.
+@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def ranks(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     new_data(root).prepare_data()

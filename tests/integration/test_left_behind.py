@@ -9,6 +9,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from app.cli import main
 from tests.support.stream_runs import write_config, write_sources
 
@@ -32,6 +34,7 @@ def test_compiled_code_is_private_without_a_home_too_and_goes_with_the_process(t
     assert not folder.exists()
 
 
+@pytest.mark.slow  # the command in a process of its own
 def test_nothing_is_left_at_home_in_the_temporary_folder_or_where_the_command_was_given(tmp_path):
     work, home, elsewhere = (tmp_path / name for name in ("work", "home", "elsewhere"))
     for folder in (work, home, elsewhere):

@@ -89,6 +89,10 @@ def test_every_prompt_that_is_given_is_looked_at(here, lens):
         assert [model["name"] for model in told["models"]] == ["plain"]
 
 
+def test_its_help_names_types_in_words(lens):
+    assert "at 0x" not in lens("--help").out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

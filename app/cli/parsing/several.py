@@ -27,10 +27,15 @@ class Collect(argparse.Action):
         setattr(namespace, self.dest, _OnCommandLine([*kept, *(values or ())]))
 
 
-def _one_or_several(value: object) -> list[str]:
+class _Texts:
     """The texts of one mention of the option: a text on the command line, a text or a list of them in a config file."""
-    return list(map(str, value)) if isinstance(value, list) else [str(value)]
+
+    def __call__(self, value: object) -> list[str]:
+        return list(map(str, value)) if isinstance(value, list) else [str(value)]
+
+    def __repr__(self) -> str:
+        return "str"  # what a help text names
 
 
-SEVERAL_TIMES: dict[str, Any] = {"type": _one_or_several, "action": Collect}  # one text each time
+SEVERAL_TIMES: dict[str, Any] = {"type": _Texts(), "action": Collect}  # one text each time
 SEVERAL_AT_A_TIME: dict[str, Any] = {"type": str, "action": Collect, "nargs": "+"}

@@ -14,24 +14,40 @@ def test_the_other_way_round_gives_the_same_product(positions: int, with_bias: b
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(48, 32, generator=generator), torch.randn(1, positions, 32, generator=generator)
     bias = torch.randn(48, generator=generator) if with_bias else None
-    torch.testing.assert_close(swapped_product(inputs, weight, bias), F.linear(inputs, weight, bias))
+    for laid_out in (inputs, inputs.transpose(1, 2).contiguous().transpose(1, 2)):
+        product = swapped_product(laid_out, weight, bias)
+        torch.testing.assert_close(product, F.linear(inputs, weight, bias))
+        assert product.is_contiguous()  # the next product is slower with columns one after the other
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "positions", "swapped"),
+    ("shape", "dtype", "positions", "threads", "swapped"),
     [
-        ((1024, 512), torch.float32, 1, True),
-        ((1024, 512), torch.float32, 4, True),
-        ((1024, 512), torch.float32, 5, False),
-        ((512, 1024), torch.float32, 2, False),
-        ((512, 256), torch.float32, 2, False),
-        ((1024, 512), torch.bfloat16, 2, False),
+        ((1024, 512), torch.float32, 1, 1, True),
+        ((512, 512), torch.float32, 4, 1, True),
+        ((1024, 512), torch.float32, 6, 1, True),
+        ((512, 1024), torch.float32, 6, 2, False),
+        ((1024, 512), torch.float32, 7, 2, False),
+        ((512, 1024), torch.float32, 3, 1, True),
+        ((512, 1024), torch.float32, 4, 1, False),
+        ((512, 1024), torch.float32, 4, 2, True),
+        ((512, 2048), torch.float32, 1, 1, False),
+        ((512, 2048), torch.float32, 1, 2, True),
+        ((512, 2048), torch.float32, 2, 1, True),
+        ((512, 256), torch.float32, 2, 2, False),
+        ((1024, 512), torch.bfloat16, 2, 1, False),
     ],
 )
-def test_few_positions_of_large_wide_float32_weights_are_swapped(
-    shape: tuple[int, int], dtype: torch.dtype, positions: int, swapped: bool, monkeypatch: pytest.MonkeyPatch
+def test_few_positions_of_large_float32_weights_are_swapped_where_that_is_faster(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    positions: int,
+    threads: int,
+    swapped: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[int] = []
     monkeypatch.setattr(products, "swapped_product", lambda inputs, *_: taken.append(1) or inputs)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     Product(torch.zeros(shape, dtype=dtype), None)(torch.zeros(1, positions, shape[1], dtype=dtype))
     assert bool(taken) == swapped

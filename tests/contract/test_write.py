@@ -49,16 +49,22 @@ def test_no_batch_is_begun_after_the_time_limit(write):
     assert len(write(*options)[1]) == 6
 
 
-@pytest.mark.parametrize("cut", [0, 1, 200, 10_000])  # bytes that a killed process did not write
-def test_an_interrupted_call_goes_on_to_the_same_file(write, cut):
+@pytest.mark.parametrize(
+    ("lines", "more"),
+    [(6, 0), (5, -1), (3, 9), (0, 0)],
+    ids=["whole", "last line end", "within a batch", "empty"],
+)
+def test_an_interrupted_call_goes_on_to_the_same_file(write, lines, more):
+    """A killed process had written whole lines, and some bytes after them."""
     options = ["--prompts", write.prompts, "--temperatures", "[0.9, 0]", "--batch_size", "2"]
     write(*options)
     whole = write.output.read_bytes()
-    write.output.write_bytes(whole[: max(0, len(whole) - cut)])
+    written = whole.splitlines(keepends=True)
+    write.output.write_bytes(b"".join(written[:lines]) + b"".join(written[lines:])[:more])
     status, _, said = write(*options)
     assert (status, write.output.read_bytes()) == (0, whole)
-    assert ("going on" in said) == (cut < len(whole))
-    assert (": 6 of 6 texts, " in said) == (cut > 0)
+    assert ("going on" in said) == (lines > 0)
+    assert (": 6 of 6 texts, " in said) == (lines < 6)
 
 
 def test_a_file_of_another_command_is_refused_and_left(write):

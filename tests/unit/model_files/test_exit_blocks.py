@@ -76,23 +76,25 @@ def test_a_file_beside_another_model_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "metadata",
+    ("metadata", "told"),
     [
-        {"layerskip_exit_blocks": "2"},
-        {"layerskip_exit_blocks": None},
-        {"source_layers": "[3]"},
-        {"source_layers": "{}"},
-        {"source_layers": '{"1": [9]}'},
-        {"source_layers": '{"x": [1]}'},
-        {"source_layers": '{"1": [3]}'},
-        {"source_layers": None},
-        {"weights_hashes": "{"},
-        {},
+        ({"layerskip_exit_blocks": "2"}, "its format is '2', and 1 is known"),
+        ({"layerskip_exit_blocks": None}, "its format is None, and 1 is known"),
+        ({"source_layers": "[3]"}, "damaged"),
+        ({"source_layers": "{}"}, "not of this architecture"),
+        ({"source_layers": '{"1": [9]}'}, "not of this architecture"),
+        ({"source_layers": '{"x": [1]}'}, "damaged"),
+        ({"source_layers": '{"1": [3]}'}, "not of this architecture"),
+        ({"source_layers": None}, "damaged"),
+        ({"weights_hashes": "{"}, "damaged"),
+        ({}, "are not those that exit 1 was trained for"),
     ],
 )
-def test_metadata_that_say_something_else_are_refused(directory: Path, metadata: dict[str, str | None]) -> None:
+def test_metadata_that_say_something_else_are_refused(
+    directory: Path, metadata: dict[str, str | None], told: str
+) -> None:
     rewrite(directory, **metadata)
-    with pytest.raises(CheckpointError, match=EXIT_BLOCKS_FILE):
+    with pytest.raises(CheckpointError, match=told):
         load_exit_blocks(str(directory), tiny_llama(vocab_size=len(byte_level())))
 
 

@@ -1,5 +1,7 @@
 """Words of messages and reports. Tested by tests/unit/tuning/test_result.py and tests/unit/benchmark/test_report.py."""
 
+from pathlib import Path
+
 
 def counted(number: int, noun: str) -> str:
     """A number of things whose plural ends in s: `1 prompt`, `1200 prompts`."""
@@ -14,3 +16,9 @@ def counted_of(number: int, whole: int, noun: str) -> str:
 def dtype_name(dtype: object) -> str:
     """`bfloat16` for `torch.bfloat16`, as configs and `--dtype` write it."""
     return str(dtype).removeprefix("torch.")
+
+
+def model_name(path: str) -> str:
+    """The last part of a model's path, with the name of the run before it if the model is a checkpoint of a run."""
+    parts = Path(path).parts
+    return f"{parts[-3]}/{parts[-1]}" if len(parts) > 2 and parts[-2] == "checkpoints" else Path(path).name

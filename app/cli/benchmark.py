@@ -19,7 +19,7 @@ from app.cli.tables import print_table
 from app.errors import check_output_file
 from app.generation.loaded_model import DraftLoadOptions, LoadedModel, load_draft_decoder
 from app.generation.prompts import encode_prompts, read_prompts
-from app.words import counted
+from app.words import counted, model_name
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _report(file: Path, measured: Benchmark, loaded: LoadedModel, settings: dict
         num_layers=loaded.decoder.num_layers,
     )
     title = (
-        f"{Path(settings['model']).name}: {counted(results[0].num_prompts, 'prompt')} of"
+        f"{model_name(settings['model'])}: {counted(results[0].num_prompts, 'prompt')} of"
         f" {Path(settings['prompts']).name}, at most {settings['max_new_tokens']} new tokens each, {where['dtype']},"
         f" batch size {settings['batch_size']}, median of {len(measured.measurements[0].runs[0])}"
     )

@@ -2,7 +2,6 @@
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from app.benchmark.report import environment
@@ -21,7 +20,7 @@ from app.evaluation.tasks import TASKS
 from app.generation.loaded_model import LoadedModel, LoadOptions
 from app.model.weights_hash import weights_hash
 from app.model_files.exit_blocks import stored_exit_blocks
-from app.words import dtype_name
+from app.words import dtype_name, model_name
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def evaluate(
             raise
     records = [journal.records[each.task.name, item.row] for each in work for item in each.items]
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
-    title = f"{Path(model).name}, {where['dtype']}"
+    title = f"{model_name(model)}, {where['dtype']}"
     asked = {"model": model, "tasks": chosen, "batch_size": settings.batch_size}
     about: dict[str, Any] = {"environment": where, "settings": asked | identity}
     confident: list[ConfidentExit] = []

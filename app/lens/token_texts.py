@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from app.text.text_stream import REPLACEMENT, continuation, is_byte
+from app.words import model_name
 
 _SPACES = {
     " ": "\N{OPEN BOX}",
@@ -35,10 +36,10 @@ def token_texts(tokenizer: Any, before: Sequence[int], ids: Iterable[int]) -> di
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Return a name for each model: the last part of its path, or of two paths the parts in which they differ."""
+    """Return a name for each model: that of its path, or of two paths the parts in which they differ."""
     parts = [Path(path).parts or (path,) for path in paths]
     if len(set(parts)) == 1:
-        return [parts[0][-1] + " again" * number for number in range(len(parts))]
+        return [(model_name(paths[0]) or paths[0]) + " again" * number for number in range(len(parts))]
     rests = [own[_shared(parts) :] or own[-1:] for own in parts]
     behind = _shared([rest[::-1] for rest in rests])
     return ["/".join(rest[: len(rest) - behind] or rest) for rest in rests]

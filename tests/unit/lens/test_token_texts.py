@@ -30,6 +30,8 @@ def test_a_lone_byte_has_no_text_and_is_shown_as_its_entry(make, entry):
     ("paths", "names"),
     [
         (["runs/a/last.ckpt"], ["last.ckpt"]),
+        (["runs/a/checkpoints/last.ckpt"], ["a/last.ckpt"]),
+        (["checkpoints/last.ckpt"], ["last.ckpt"]),
         (["runs/a/c/last.ckpt", "runs/b/c/last.ckpt"], ["a", "b"]),
         (["smollm2", "adapted"], ["smollm2", "adapted"]),
         (["m", "m"], ["m", "m again"]),

@@ -50,11 +50,15 @@ class ConfidentExit(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What an exit says to a question: its choice, the choice's probability among all, and whether it is right."""
+    """What an exit says to a question: what the metric ranks the choices by, which is highest, and which is right."""
 
+    values: tuple[float, ...]
     choice: int
-    confidence: float
-    is_right: bool
+    right: int
+
+    def confidence(self, temperature: float) -> float:
+        """The probability of its choice among all, by the softmax of the values over the temperature."""
+        return 1 / math.fsum(math.exp((value - self.values[self.choice]) / temperature) for value in self.values)
 
 
 class _Left(NamedTuple):
@@ -72,10 +76,14 @@ class _Exits(NamedTuple):
     layers: tuple[int, ...]
     own_blocks: tuple[int, ...]
 
-    def leave(self, answers: Sequence[Answer], threshold: float) -> _Left:
+    def leave(self, answers: Sequence[Answer], threshold: float, temperatures: Sequence[float]) -> _Left:
         """Take the answer of the first exit that is surer than the threshold, or else of the last one."""
-        last = len(self.layers) - 1
-        at = next((index for index, each in enumerate(answers) if each.confidence > threshold), last)
+        sure = (
+            index
+            for index, (answer, temperature) in enumerate(zip(answers, temperatures, strict=True))
+            if answer.confidence(temperature) > threshold
+        )
+        at = next(sure, len(self.layers) - 1)
         blocks = self.layers[at] + sum(self.own_blocks[: at + 1])
         return self._left(answers, at, blocks=blocks, heads=at + 1)
 
@@ -84,7 +92,8 @@ class _Exits(NamedTuple):
         return self._left(answers, at, blocks=self.layers[at] + self.own_blocks[at], heads=1)
 
     def _left(self, answers: Sequence[Answer], at: int, *, blocks: int, heads: int) -> _Left:
-        return _Left(answers[at].is_right, answers[at].choice == answers[-1].choice, blocks, heads)
+        choice = answers[at].choice
+        return _Left(choice == answers[at].right, choice == answers[-1].choice, blocks, heads)
 
 
 def check_thresholds(thresholds: Sequence[float]) -> list[float]:
@@ -103,9 +112,11 @@ def confident_exits(
 ) -> list[ConfidentExit]:
     """Judge every exit and threshold on each task of multiple choice.
 
-    Whoever takes the best of several thresholds on the questions it was chosen on overstates it. So the questions are
-    cut in two halves by chance, and each half is also answered with the lowest threshold at which the other half has
-    no fewer right answers than at the deepest exit (`held_out`).
+    An exit that was not trained as one is surer than it is right, and each exit by another scale. So confidence is that
+    of the choices' scores over a temperature of the exit (`temperature_of`). Whoever fits it, or takes the best of
+    several thresholds, on the very questions that are judged overstates what is gained. So the questions are cut in two
+    halves by chance, and each is judged with the temperatures of the other one. In way `held_out` it also has the other
+    one's threshold: the lowest with which that half has no fewer right answers than at the deepest exit.
 
     Args:
         work: The examples.
@@ -144,34 +155,58 @@ def _ways(
         judged([exits.only(each, at) for each in answers], "exit", exit_layer=exit_layer)
         for at, exit_layer in enumerate(exits.layers)
     ]
-    found += [
-        judged([exits.leave(each, threshold) for each in answers], "threshold", threshold=threshold)
-        for threshold in thresholds
+    if len(answers) < 2:
+        return found
+    halves = _halves(answers)
+    tuned = [[temperature_of(of_exit) for of_exit in zip(*half, strict=True)] for half in halves]
+    chosen = [_lowest_without_loss(half, thresholds, exits, own) for half, own in zip(halves, tuned, strict=True)]
+    for threshold in thresholds:
+        left = [
+            exits.leave(each, threshold, other)
+            for half, other in zip(halves, reversed(tuned), strict=True)
+            for each in half
+        ]
+        found.append(judged(left, "threshold", threshold=threshold))
+    left = [
+        exits.leave(each, threshold, other)
+        for half, threshold, other in zip(halves, reversed(chosen), reversed(tuned), strict=True)
+        for each in half
     ]
-    if len(answers) > 1:
-        halves = _halves(answers)
-        chosen = [_lowest_without_loss(half, thresholds, exits) for half in reversed(halves)]
-        left = [exits.leave(each, own) for half, own in zip(halves, chosen, strict=True) for each in half]
-        found.append(judged(left, "held_out"))
-    return found
+    return [*found, judged(left, "held_out")]
 
 
 def answers_of(
     example: ChoiceExample, record: Record, exit_layers: Sequence[int], *, metric: str
 ) -> tuple[Answer, ...]:
-    """The answer of each exit to one question.
-
-    The confidence is the softmax over the choices' log-likelihoods. Where the metric ranks them by byte, they are first
-    multiplied by the choices' mean number of bytes, which keeps their order and gives them the scale of whole choices.
-    """
-    size = math.fsum(len(choice.removeprefix(" ").encode()) for choice in example.choices) / len(example.choices)
+    """The answer of each exit to one question."""
     found = []
     for exit_layer in exit_layers:
         values = rankings(example, record.detail["log_likelihoods"][str(exit_layer)])[metric]
-        choice, scale = likeliest(values), size if metric == "acc_norm" else 1.0
-        confidence = 1 / math.fsum(math.exp(scale * (value - values[choice])) for value in values)
-        found.append(Answer(choice, confidence, choice == example.answer))
+        found.append(Answer(tuple(values), likeliest(values), example.answer))
     return tuple(found)
+
+
+def temperature_of(answers: Sequence[Answer]) -> float:
+    """The temperature, from 1e-4 to 1e4, at which the softmax gives the right choices the highest likelihood.
+
+    The slope of the loss over the inverse of the temperature rises with it, so its zero is found by halving.
+    Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 4.2.
+    """
+    low, high = -4.0, 4.0  # of the inverse's decimal logarithm
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _slope(answers, 10**middle) > 0 else (middle, high)
+    return float(10 ** -((low + high) / 2))
+
+
+def _slope(answers: Sequence[Answer], inverse: float) -> float:
+    """The slope of the cross entropy of the right choices over the inverse of the temperature."""
+    slopes = []
+    for answer in answers:
+        weights = [math.exp(inverse * (value - answer.values[answer.choice])) for value in answer.values]
+        mean = math.fsum(weight * value for weight, value in zip(weights, answer.values, strict=True))
+        slopes.append(mean / math.fsum(weights) - answer.values[answer.right])
+    return math.fsum(slopes)
 
 
 def _halves(answers: Sequence[Sequence[Answer]]) -> tuple[list[Sequence[Answer]], list[Sequence[Answer]]]:
@@ -181,13 +216,15 @@ def _halves(answers: Sequence[Sequence[Answer]]) -> tuple[list[Sequence[Answer]]
     return shuffled[::2], shuffled[1::2]
 
 
-def _lowest_without_loss(answers: Sequence[Sequence[Answer]], thresholds: Sequence[float], exits: _Exits) -> float:
+def _lowest_without_loss(
+    answers: Sequence[Sequence[Answer]], thresholds: Sequence[float], exits: _Exits, temperatures: Sequence[float]
+) -> float:
     """The lowest threshold with as many right answers as the deepest exit, or 1, which nothing is above."""
-    needed = sum(each[-1].is_right for each in answers)
+    needed = sum(each[-1].choice == each[-1].right for each in answers)
     good = (
         threshold
         for threshold in thresholds
-        if sum(exits.leave(each, threshold).is_right for each in answers) >= needed
+        if sum(exits.leave(each, threshold, temperatures).is_right for each in answers) >= needed
     )
     return next(good, 1.0)
 

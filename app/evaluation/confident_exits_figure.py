@@ -47,13 +47,26 @@ def _panel(axes: Axes, found: Sequence[ConfidentExit]) -> None:
         points = [each.mean_blocks for each in own], [100 * each.score for each in own]
         axes.plot(*points, label=label, **style)  # type: ignore[arg-type]
         if way == "threshold":
-            for x, y, each in zip(*points, own, strict=True):
-                axes.annotate(
-                    f"{each.threshold:g}", (x, y), xytext=(0, 6), textcoords="offset points", fontsize="small"
-                )
+            _name_thresholds(axes, own)
     deepest = [each for each in found if each.way == "exit"][-1]
     bounds = (100 * deepest.low, 100 * deepest.high)
     axes.axhspan(*bounds, color="tab:gray", alpha=0.12, linewidth=0, label="95 % interval of the deepest exit")
     axes.set_title(f"{deepest.task}, n = {deepest.num_examples}", fontsize="medium")
     axes.set(xlabel="blocks a question runs through (mean)", ylabel=f"right answers ({deepest.metric}), %")
     axes.grid(alpha=0.3)
+
+
+def _name_thresholds(axes: Axes, found: Sequence[ConfidentExit]) -> None:
+    """Write each threshold at its point, unless that is so close to a named one that the names would collide."""
+    width, height = axes.dataLim.width, axes.dataLim.height
+    named: list[ConfidentExit] = []
+    for each in found:
+        near = (
+            abs(each.mean_blocks - other.mean_blocks) < 0.06 * width
+            and abs(100 * (each.score - other.score)) < 0.06 * height
+            for other in named
+        )
+        if not any(near):
+            named.append(each)
+            at = each.mean_blocks, 100 * each.score
+            axes.annotate(f"{each.threshold:g}", at, xytext=(0, 6), textcoords="offset points", fontsize="small")

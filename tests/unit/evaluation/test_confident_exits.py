@@ -5,7 +5,13 @@ import math
 import pytest
 
 from app.errors import ConfigError
-from app.evaluation.confident_exits import check_thresholds, confident_exits, confident_exits_table
+from app.evaluation.confident_exits import (
+    Answer,
+    check_thresholds,
+    confident_exits,
+    confident_exits_table,
+    temperature_of,
+)
 from app.evaluation.confident_exits_figure import confident_exits_figure
 from app.evaluation.evaluate import Work
 from app.evaluation.records import Record, Score
@@ -31,6 +37,12 @@ def _work(name, *rows):
     return Work(TASKS[name], None, items), records
 
 
+@pytest.fixture
+def taken_as_they_are(monkeypatch):
+    """The temperature of every exit is 1."""
+    monkeypatch.setattr("app.evaluation.confident_exits.temperature_of", lambda _: 1.0)
+
+
 def _found(*rows, thresholds, name="boolq"):
     work, records = _work(name, *rows)
     return confident_exits([work], records, thresholds, own_blocks=OWN_BLOCKS)
@@ -44,6 +56,7 @@ def _of(found, way, **settings):
 ROWS = [(0.9, 0.2, 0.8), (0.3, 0.7, 0.6), (0.05, 0.5, 0.9), (0.6, 0.4, 0.3)]
 
 
+@pytest.mark.usefixtures("taken_as_they_are")
 def test_each_question_leaves_at_the_first_exit_that_is_surer_than_the_threshold():
     found = _found(*ROWS, thresholds=[0.65, 0.8])
     low, high = (_of(found, "threshold", threshold=each) for each in (0.65, 0.8))
@@ -60,20 +73,33 @@ def test_each_question_leaves_at_the_first_exit_that_is_surer_than_the_threshold
     assert (full.score, full.same_answer, full.mean_blocks, full.mean_heads) == (0.75, 1.0, 6, 1)
 
 
-def test_confidence_of_a_metric_by_bytes_has_the_scale_of_whole_choices():
-    # "no" has two bytes and "yes" three: log 0.2 / 2 and log 0.8 / 3, times 2.5, less a constant by byte.
-    values = [2.5 * (math.log(0.2) - 3) / 2, 2.5 * (math.log(0.8) - 3) / 3]
+@pytest.mark.usefixtures("taken_as_they_are")
+def test_confidence_is_by_what_the_metric_ranks():
+    values = [(math.log(0.2) - 3) / 2, (math.log(0.8) - 3) / 3]  # "no" has two bytes and "yes" three
     yes = 1 / (1 + math.exp(values[0] - values[1]))
-    below, above = (_found((0.8, 0.5, 0.5), thresholds=[yes + step], name="piqa") for step in (-1e-6, 1e-6))
+    rows = [(0.8, 0.5, 0.5)] * 2
+    below, above = (_found(*rows, thresholds=[yes + step], name="piqa") for step in (-1e-6, 1e-6))
     assert _of(below, "threshold").mean_heads == 1
     assert _of(above, "threshold").mean_heads == 3
 
 
+def test_the_temperature_makes_an_exit_as_sure_as_it_is_right():
+    # Of two choices that differ by 6 nats, the likelier one is right 3 times in 4.
+    answers = [Answer((0.0, 6.0), 1, right) for right in (1, 1, 1, 0)]
+    temperature = temperature_of(answers)
+    assert temperature == pytest.approx(6 / math.log(3))
+    assert answers[0].confidence(temperature) == pytest.approx(0.75)
+    wrong = [Answer((0.0, 6.0), 1, right) for right in (1, 0, 0, 0)]
+    assert wrong[0].confidence(temperature_of(wrong)) == pytest.approx(0.5, abs=1e-3)  # no better than a guess
+    always = [Answer((0.0, 0.01), 1, 1)] * 3
+    assert always[0].confidence(temperature_of(always)) == pytest.approx(1.0)
+
+
+@pytest.mark.usefixtures("taken_as_they_are")
 def test_a_threshold_is_chosen_on_one_half_and_judged_on_the_other():
     # At exit 2 the odd kind is surely wrong; whoever chooses on all rows sees that 0.95 loses nothing.
     rows = [(0.97, 0.5, 0.9)] * 20 + [(0.08, 0.5, 0.9)] * 20
-    found = _found(*rows, thresholds=[0.5, 0.95])
-    held_out = _of(found, "held_out")
+    held_out = _of(_found(*rows, thresholds=[0.5, 0.95]), "held_out")
     assert (held_out.score, held_out.num_examples) == (1.0, 40)
     assert held_out.mean_blocks == (20 * 3 + 20 * 7) / 40
     never = _found(*[(0.001, 0.5, 0.9)] * 8, thresholds=[0.5, 0.95])  # no threshold is good: the full model answers
@@ -83,6 +109,17 @@ def test_a_threshold_is_chosen_on_one_half_and_judged_on_the_other():
     assert unlucky.score == 0.5
 
 
+def test_temperatures_are_those_of_the_other_half():
+    # The first row's exit 2 is right, so with its temperature the second row leaves there, and is wrong.
+    right, wrong = (0.9, 0.5, 0.9), (0.1, 0.5, 0.9)
+    threshold = _of(_found(right, wrong, thresholds=[0.9]), "threshold")
+    assert threshold.score == 0.5
+    assert threshold.mean_blocks == (7 + 3) / 2  # and with the second row's, the first one does not
+    alone = _found(right, thresholds=[0.9])
+    assert [each.way for each in alone] == ["exit"] * 3
+
+
+@pytest.mark.usefixtures("taken_as_they_are")
 def test_table_and_figure_show_every_way():
     found = _found(*ROWS, thresholds=[0.65]) + _found(*ROWS, thresholds=[0.65], name="piqa")
     table = confident_exits_table(found, title="t")

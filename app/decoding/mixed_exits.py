@@ -33,6 +33,7 @@ class MixedExitDrafter(FullModel):
             for exit_layer in settings.candidate_exits
             if decoder.exit_span(exit_layer)
         }
+        self.takes_rows = not self._own  # they keep states of a row's past
         self._frontier = Frontier(decoder, self.cache, watched=self._own)
         self._num_fed = 0  # positions of this round
 

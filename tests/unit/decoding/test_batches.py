@@ -159,6 +159,7 @@ def test_prompts_with_budgets_and_stops_of_their_own_come_out_as_alone(sampling:
 @pytest.mark.parametrize(
     ("strategy", "sampling", "joins_after"),
     [
+        ("dynamic exits", _SAMPLING, 4),
         *((strategy, _SAMPLING, 4) for strategy in STRATEGIES if strategy != "draft_model"),
         ("self_speculative", SamplingSettings(), 4),
         ("self_speculative", SamplingSettings(), 100),  # when all others end in the same round
@@ -168,7 +169,10 @@ def test_prompts_that_join_between_rounds_come_out_as_alone_and_so_do_the_others
     strategy: Any, sampling: SamplingSettings, joins_after: int
 ) -> None:
     decoder, prompts = decoder_with_exit_blocks("llama whose exits agree"), [prompt_of(length) for length in _LENGTHS]
-    changed = {"exit_layer": 1} if strategy in ("self_speculative", "early_exit") else {}
+    changed: dict[str, Any] = {"exit_layer": 1} if strategy in ("self_speculative", "early_exit") else {}
+    if strategy == "dynamic exits":
+        decoder, strategy = decoder_named("llama whose exits agree"), "self_speculative"
+        changed = {"draft_policy": "dynamic", "draft_exits": (2,)}
     settings = _settings(strategy, sampling=sampling, **changed)
     generators = _generators(settings, len(prompts)) or [None] * len(prompts)  # type: ignore[list-item]
     parts = [
@@ -212,6 +216,7 @@ def test_no_prompt_joins_where_more_than_a_cache_is_kept() -> None:
         ("draft_model", decoder, {}),
         ("self_speculative", decoder, {"engine": "static"}),
         ("self_speculative", own, gave_up),
+        ("self_speculative", own, {"draft_policy": "dynamic", "draft_exits": (2,)}),
     ):
         settings = _settings(strategy, **changed)
         decoding = Decoding(model, [prompt_of(4)], strategy=strategy, settings=settings)  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ def _result(
 ) -> BenchmarkResult:
     everyone, counts, settings = benchmark.measurements, measurement.counts, measurement.contender.settings
     costs = round_costs(measurement.contender, benchmark.costs, decoder)
-    has_fixed_drafts = settings.draft_policy == "fixed" and not settings.fall_back and settings.n_gram_match is None
+    has_fixed_drafts = settings.policy == "fixed" and not settings.fall_back and settings.n_gram_match is None
     predicted = _predict(measurement, costs) if has_fixed_drafts else None
     from_rounds = None if costs is None else counts.predicted_speedup(costs)
     seconds_per_token = measurement.seconds_per_token()
@@ -90,7 +90,7 @@ def _result(
         exit_layer=settings.exit_layer,
         num_draft_tokens=settings.num_draft_tokens,
         n_gram_match=settings.n_gram_match,
-        draft_policy=settings.draft_policy,
+        draft_policy=settings.policy,
         draft_vocabulary_size=_vocabulary_size(measurement.contender.strategy, decoder),
         tokens_per_second=1.0 / seconds_per_token if seconds_per_token else None,
         seconds_per_token=seconds_per_token,

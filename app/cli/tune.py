@@ -2,6 +2,7 @@
 
 import json as json_module
 import os
+import shlex
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -75,8 +76,13 @@ def tune(
         chosen: dict[str, object] = {"strategy": tuning.defaults.strategy, **tuning.defaults.settings}
         if token_ids is not None and size == loaded.decoder.vocab_size:
             chosen["draft_vocabulary"] = "none"
-        flags = " ".join(f"--{name} {value}" for name, value in chosen.items())
+        flags = " ".join(f"--{name} {_as_argument(value)}" for name, value in chosen.items())
         print(f"by hand: layerskip generate --model {model} {flags}")
+
+
+def _as_argument(value: object) -> str:
+    """Write a value as a shell takes it."""
+    return shlex.quote(str(list(value))) if isinstance(value, tuple) else str(value)
 
 
 def _print(tuning: Tuning) -> None:

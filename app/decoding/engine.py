@@ -95,7 +95,7 @@ class Decoding:
         costs = _NO_DRAFTS
         if self._entry.costs is not None:
             costs = settings.costs or self._entry.costs(decoder, settings)
-        policy = POLICIES[settings.draft_policy if self._entry.has_drafter else "off"]
+        policy = POLICIES[settings.policy if self._entry.has_drafter else "off"]
         match = None if self._entry.costs is None else settings.n_gram_match
         by_exit = _costs_by_exit(decoder, settings, costs) if settings.draft_policy == "dynamic" else {}
         # All rows share their clocks when greedy. When sampling, what a seed gives depends on no other row.

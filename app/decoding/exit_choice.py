@@ -6,9 +6,9 @@ from math import log, sqrt
 
 from app.decoding.cost_model import CostModel
 
-_FIRST_ROUNDS = 2  # of each exit, before any is preferred
+_FIRST_ROUNDS = 4  # of each exit, before any is preferred
 _MEMORY = 128  # rounds after which what an exit did counts for little (1/e)
-_CURIOSITY = 0.1  # share by which an exit that was hardly tried is taken to be faster than it showed
+_CURIOSITY = 0.3  # share by which an exit that was hardly tried is taken to be faster than it showed
 _HICCUP = 3.0  # times an exit's mean; what a round takes beyond that is the machine's doing
 
 

@@ -40,8 +40,8 @@ class DecodingSettings:
         num_draft_tokens: Most tokens drafted in a round, at least 1, for the strategies that draft.
         skipped_layers: Blocks that layer_skip leaves out of its drafts, each 0..num_layers-1.
         draft_decoder: The model that drafts for draft_model; it has the same token ids.
-        draft_policy: How many of `num_draft_tokens` to draft: all, as many as pay, as many as pay from the exit that is
-            fastest so far (dynamic), or none.
+        draft_policy: How many of `num_draft_tokens` to draft: all (None too), as many as pay, as many as pay from the
+            exit that is fastest so far (dynamic), or none.
         draft_exits: Exits that dynamic may draft from instead of `exit_layer`, with which it begins.
         engine: Whether each draft is looked at on the host before the next one (dynamic), or a whole round is a fixed
             sequence of kernels, which is captured as a graph on a CUDA device (static).
@@ -61,13 +61,18 @@ class DecodingSettings:
     num_draft_tokens: int | None = None
     skipped_layers: tuple[int, ...] | None = None
     draft_decoder: ExitableDecoder | None = None
-    draft_policy: DraftPolicyName = "fixed"
+    draft_policy: DraftPolicyName | None = None
     draft_exits: tuple[int, ...] = ()
     engine: Engine = "dynamic"
     fall_back: bool = False
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None
     costs: CostModel | None = None
+
+    @property
+    def policy(self) -> DraftPolicyName:
+        """The draft policy that decides."""
+        return self.draft_policy or "fixed"
 
     @property
     def candidate_exits(self) -> tuple[int, ...]:
@@ -77,7 +82,7 @@ class DecodingSettings:
 
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, low=0)
-        check_choice("draft_policy", self.draft_policy, DRAFT_POLICY_NAMES)
+        check_choice("draft_policy", self.policy, DRAFT_POLICY_NAMES)
         check_choice("engine", self.engine, ENGINES)
         if self.num_draft_tokens is not None:
             fix = "to draft nothing use strategy autoregressive"

@@ -134,13 +134,13 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
     if settings.engine == "static":
         _check_static(strategy, settings)
     can_be_off = entry.costs is not None and settings.draft_policy == "off"
-    if settings.draft_policy != "fixed" and not entry.has_drafter and not can_be_off:
-        _log.warning("draft_policy=%s has no effect with strategy %s", settings.draft_policy, strategy)
+    if settings.policy != "fixed" and not entry.has_drafter and not can_be_off:
+        _log.warning("draft_policy=%s has no effect with strategy %s", settings.policy, strategy)
     if settings.draft_policy == "dynamic" and entry.has_drafter and "exit_layer" not in needs:
         fix = "it has no exits to choose from"
         raise ConfigError("draft_policy", got="dynamic", allowed=f"fixed | adaptive | off with {strategy}", fix=fix)
     if settings.draft_exits and (settings.draft_policy != "dynamic" or strategy != "self_speculative"):
-        said = f"strategy {strategy}" if strategy != "self_speculative" else f"draft_policy {settings.draft_policy}"
+        said = f"strategy {strategy}" if strategy != "self_speculative" else f"draft_policy {settings.policy}"
         _log.warning("draft_exits=%s has no effect with %s", list(settings.draft_exits), said)
     if "exit_layer" in needs and settings.exit_layer is not None:
         highest = num_layers - 1 if strategy == "self_speculative" else num_layers

@@ -66,12 +66,7 @@ def choose_decoding(
         said.append(_say("num_draft_tokens", num_draft_tokens, tuned=bool(known)))
     same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)
     settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
-    if settings.draft_policy == "dynamic" and "exit_layer" in needs and not settings.draft_exits:
-        assert exit_layer is not None
-        others = loaded.decoder.own_exits if len(loaded.decoder.own_exits) > 1 else (exit_layer // 2, 2 * exit_layer)
-        others = tuple(each for each in others if 0 < each < num_layers and each != exit_layer)
-        settings = replace(settings, draft_exits=others)
-        said.append(_say("draft_exits", list(others), tuned=False))
+    settings = _with_policy(settings, tuned if same else None, said, loaded)
     settings = _with_n_grams(settings, tuned if same else None, said, usual="n_gram_match" in needs, may_draft=n_grams)
     _check(strategy, settings, loaded.decoder)
     if said:
@@ -79,6 +74,29 @@ def choose_decoding(
     if strategy in ("self_speculative", "n_gram") and not elsewhere:
         settings = replace(settings, costs=_costs(tuned, loaded.decoder, exit_layer))
     return strategy, settings
+
+
+def _with_policy(
+    settings: DecodingSettings, tuned: DecodingDefaults | None, said: list[str], loaded: LoadedModel
+) -> DecodingSettings:
+    """Fill in what is None of draft policy and exits, and add to `said` what was chosen.
+
+    Args:
+        tuned: What was tuned for this strategy and exit.
+    """
+    policy, exit_layer, exits = settings.draft_policy, settings.exit_layer, settings.draft_exits
+    if policy is None and tuned is not None and tuned.draft_policy != "fixed":
+        policy = tuned.draft_policy
+        if policy == "dynamic" and settings.engine == "static":  # which has one exit a request
+            policy = "adaptive"
+        said.append(_say("draft_policy", policy, tuned=policy == tuned.draft_policy))
+    if policy == "dynamic" and exit_layer is not None and not exits:
+        known = tuned.draft_exits if tuned is not None else ()
+        num_layers, own = loaded.decoder.num_layers, loaded.decoder.own_exits
+        usual = own if len(own) > 1 else (exit_layer // 2, 2 * exit_layer)
+        exits = known or tuple(each for each in usual if 0 < each < num_layers and each != exit_layer)
+        said.append(_say("draft_exits", list(exits), tuned=bool(known)))
+    return replace(settings, draft_policy=policy, draft_exits=exits)
 
 
 def _with_n_grams(
@@ -131,7 +149,13 @@ def _origin(tuned: DecodingDefaults | None, strategy: Strategy, settings: Decodi
     if tuned.strategy == "autoregressive":
         return "layerskip tune found no setting that is faster than autoregressive"
     setting = " and ".join(f"{name} {value}" for name, value in tuned.settings.items())
-    own = {name: getattr(settings, name) for name in SETTING_NAMES if getattr(settings, name) is not None}
+    own: dict[str, Any] = {
+        name: getattr(settings, name) for name in SETTING_NAMES if getattr(settings, name) is not None
+    }
+    if settings.policy != "fixed":
+        own |= {"draft_policy": settings.policy}
+    if settings.policy == "dynamic":
+        own |= {"draft_exits": settings.draft_exits}
     if (tuned.strategy, tuned.settings) != (strategy, own):
         return f"layerskip tune chose otherwise: {tuned.strategy} with {setting}"
     if tuned.measured_speedup is None:

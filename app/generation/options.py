@@ -22,9 +22,10 @@ class DraftOptions:
         draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
         skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
         draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), as many as pay from the exit
-            that is fastest so far (dynamic), or none (off).
-        draft_exits: Exits that dynamic chooses among beside exit_layer. By default, the exits with blocks of their own,
-            else half and twice exit_layer.
+            that is fastest so far (dynamic), or none (off). By default, what layerskip tune stored for the exit, else
+            fixed.
+        draft_exits: Exits that dynamic chooses among beside exit_layer. By default, what layerskip tune stored, or the
+            exits with blocks of their own, else half and twice exit_layer.
         n_gram_match: Draft what followed the latest tokens where at least so many of them occurred before, in prompt or
             output; elsewhere the strategy drafts, unless it is n_gram. 0 is off. By default, what layerskip tune
             stored, else off, or 3 with strategy n_gram.
@@ -37,7 +38,7 @@ class DraftOptions:
     num_draft_tokens: int | None = None
     draft_model: str | None = None
     skipped_layers: list[int] | None = None
-    draft_policy: DraftPolicyName = "fixed"
+    draft_policy: DraftPolicyName | None = None
     draft_exits: list[int] | None = None
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DEFAULTS_FIELD = "layerskip"  # of a generation config
 _EARLY_EXIT, _NUM_TOKENS, _SCHEDULE = "assistant_early_exit", "num_assistant_tokens", "num_assistant_tokens_schedule"
 DefaultStrategy = Literal["self_speculative", "n_gram", "autoregressive"]
+TunedPolicy = Literal["fixed", "adaptive", "dynamic"]
+_POLICIES: tuple[TunedPolicy, ...] = ("fixed", "adaptive", "dynamic")
 SETTING_NAMES = ("exit_layer", "num_draft_tokens", "n_gram_match", "n_gram_max_drafts")
 _NEEDED: dict[DefaultStrategy, tuple[str, ...]] = {
     "self_speculative": ("exit_layer", "num_draft_tokens"),
@@ -97,6 +99,8 @@ class DecodingDefaults:
     # Tokens that must have occurred before, at least 1; None where n-grams do not draft.
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None  # most tokens of a draft of n-grams, at least 1; None for the usual number
+    draft_policy: TunedPolicy = "fixed"  # how many of `num_draft_tokens` are drafted, and from which exit
+    draft_exits: tuple[int, ...] = ()  # exits that policy dynamic chooses among beside `exit_layer`; else empty
     # Number of token ids that an exit's drafts are chosen from: the first ones of the model's draft vocabulary, or V
     # for all token ids. None takes the draft vocabulary as it is, if there is one.
     draft_vocabulary_size: int | None = None
@@ -118,6 +122,15 @@ class DecodingDefaults:
             if not (may_be_given if is_number else value is None and not is_needed):
                 allowed = ["an integer, at least 1"] * may_be_given + ["null"] * (not is_needed)
                 raise ConfigError(name, got=value, allowed=f"{' or '.join(allowed)}, with strategy {self.strategy}")
+        check_choice("draft_policy", self.draft_policy, _POLICIES if self.strategy == "self_speculative" else ["fixed"])
+        others = self.draft_exits
+        if not isinstance(others, tuple):
+            raise ConfigError("draft_exits", got=others, allowed="a list of exits")
+        if not all(type(each) is int and each >= 1 for each in others) or bool(others) != (
+            self.draft_policy == "dynamic"
+        ):
+            said = f"{'a list of exits' if self.draft_policy == 'dynamic' else '[]'}, with {self.draft_policy}"
+            raise ConfigError("draft_exits", got=list(others), allowed=said)
         size, drafts = self.draft_vocabulary_size, self.strategy == "self_speculative"
         if size is not None and not (drafts and type(size) is int and size >= 1):
             said = "an integer, at least 1, or null" if drafts else f"null, with strategy {self.strategy}"
@@ -129,9 +142,11 @@ class DecodingDefaults:
             check_range(name, value or 0.0, low=0.0, high=sys.float_info.max)
 
     @property
-    def settings(self) -> dict[str, int]:
-        """What the strategy drafts with, by name."""
-        return {name: value for name in SETTING_NAMES if (value := getattr(self, name)) is not None}
+    def settings(self) -> dict[str, Any]:
+        """What the strategy drafts with, by name; a policy only where it is not fixed."""
+        policy = {"draft_policy": self.draft_policy} if self.draft_policy != "fixed" else {}
+        exits = {"draft_exits": self.draft_exits} if self.draft_exits else {}
+        return {name: value for name in SETTING_NAMES if (value := getattr(self, name)) is not None} | policy | exits
 
 
 def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:
@@ -154,6 +169,8 @@ def parse_decoding_defaults(stored: object, config: PreTrainedConfig) -> Decodin
             if last == 0:
                 raise ConfigError("strategy", got=defaults.strategy, allowed="autoregressive, for a model of one block")
             check_range("exit_layer", defaults.exit_layer, low=1, high=last)
+            for exit_layer in defaults.draft_exits:
+                check_range("draft_exits", exit_layer, low=1, high=last)
         check_range("draft_vocabulary_size", defaults.draft_vocabulary_size or 1, low=1, high=text.vocab_size)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error.field}", got=error.got, allowed=error.allowed, fix=fix) from error
@@ -164,6 +181,8 @@ def _arguments(stored: Mapping[str, Any], kind: type[DecodingDefaults | Conditio
     names = sorted(field.name for field in fields(kind))
     if unknown := sorted(map(str, stored.keys() - set(names))):
         raise ConfigError(unknown[0], got=stored[unknown[0]], allowed=f"one of {', '.join(names)}")
+    if isinstance(exits := stored.get("draft_exits"), list):
+        stored = {**stored, "draft_exits": tuple(exits)}
     conditions = stored.get("conditions")
     if conditions is None:
         return dict(stored)
@@ -182,7 +201,8 @@ def write_decoding_defaults(directory: Path, defaults: DecodingDefaults) -> Path
     content = read_generation_config(directory)
     content.pop(DERIVED, None)
     if defaults.strategy == "self_speculative":
-        content |= {_EARLY_EXIT: defaults.exit_layer, _NUM_TOKENS: defaults.num_draft_tokens, _SCHEDULE: "constant"}
+        schedule = "constant" if defaults.draft_policy == "fixed" else "heuristic_transient"
+        content |= {_EARLY_EXIT: defaults.exit_layer, _NUM_TOKENS: defaults.num_draft_tokens, _SCHEDULE: schedule}
     elif content.pop(_EARLY_EXIT, None) is not None:
         content.pop(_NUM_TOKENS, None)
         content.pop(_SCHEDULE, None)

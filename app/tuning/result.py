@@ -172,15 +172,19 @@ def setting_in_words(prediction: Prediction) -> str:
     if prediction.exit_layer is None or prediction.num_draft_tokens is None:
         return by_n_gram[0]
     size, drafts = prediction.draft_vocabulary_size, counted(prediction.num_draft_tokens, "draft")
+    drafts = drafts if prediction.draft_policy == "fixed" else f"up to {drafts}"
     drafts += "" if size is None else f" of {size} ids"
-    return f"exit {prediction.exit_layer} with {' and '.join([drafts, *by_n_gram])}"
+    exits = [prediction.exit_layer, *prediction.draft_exits]
+    return f"exit {' or '.join(map(str, exits))} with {' and '.join([drafts, *by_n_gram])}"
 
 
 def _run_again(run: Verification) -> str:
     low, high = run.speedup_range
+    fixed = run.prediction.draft_policy == "fixed"
+    predicted = f" (predicted {run.prediction.speedup:.3f}x)" if fixed else ""
     return (
         f"{setting_in_words(run.prediction)} {'confirmed' if run.holds else 'not confirmed'}, measured"
-        f" {run.speedup:.3f}x (predicted {run.prediction.speedup:.3f}x) when run again on {run.prompts_in_words},"
+        f" {run.speedup:.3f}x{predicted} when run again on {run.prompts_in_words},"
         f" 95 % interval {interval_in_words(run.interval)}, whole repeats {low:.3f} to {high:.3f}x"
     )
 
@@ -228,13 +232,15 @@ def verifications_table(tuning: Tuning) -> Table:
     return Table.of_columns(
         "Run in turn with autoregressive decoding",
         {
-            "exit": [cell(run.prediction.exit_layer, "{}") for run in runs],
-            "drafts": [cell(run.prediction.num_draft_tokens, "{}") for run in runs],
+            "exit": [_exits_cell(run.prediction) for run in runs],
+            "drafts": [_drafts_cell(run.prediction) for run in runs],
             "of\nids": [cell(run.prediction.draft_vocabulary_size, "{}") for run in runs],
             "n-gram,\nat most": [_n_grams_cell(run.prediction) for run in runs],
             "acceptance": [cell(run.acceptance_rate, "{:.1%}") for run in runs],
             "tokens\na round": [f"{run.mean_tokens_per_round:.2f}" for run in runs],
-            "predicted": [f"{run.prediction.speedup:.2f}x" for run in runs],
+            "predicted": [
+                f"{run.prediction.speedup:.2f}x" if run.prediction.draft_policy == "fixed" else "-" for run in runs
+            ],
             "measured\n(medians)": [f"{run.speedup:.2f}x" for run in runs],
             "95 %\ninterval": [interval_in_words(run.interval) for run in runs],
             "of whole\nrepeats": [interval_in_words(run.speedup_range) for run in runs],
@@ -243,6 +249,17 @@ def verifications_table(tuning: Tuning) -> Table:
             "turn": turns,
         },
     )
+
+
+def _exits_cell(prediction: Prediction) -> str:
+    """Write for instance "3" or "3, 2, 4", the exits of policy dynamic."""
+    exits = [] if prediction.exit_layer is None else [prediction.exit_layer, *prediction.draft_exits]
+    return ", ".join(map(str, exits)) or "-"
+
+
+def _drafts_cell(prediction: Prediction) -> str:
+    """Write for instance "3", or "to 8" where a draft ends as soon as it no longer pays."""
+    return cell(prediction.num_draft_tokens, "{}" if prediction.draft_policy == "fixed" else "to {}")
 
 
 def _n_grams_cell(prediction: Prediction) -> str:

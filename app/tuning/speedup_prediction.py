@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 from app.benchmark.decoding_costs import DecodingCosts
 from app.decoding.cost_model import CostModel
 from app.decoding.settings import USUAL_N_GRAM_DRAFTS
-from app.model_files.decoding_defaults import SETTING_NAMES, DefaultStrategy
+from app.model_files.decoding_defaults import SETTING_NAMES, DefaultStrategy, TunedPolicy
 from app.tuning.found_drafts import FoundDraft
 from app.tuning.layer_agreement import LayerAgreement
 
+_LONGEST_ADAPTIVE = 8  # most tokens of a draft that ends where it no longer pays
+_MOST_EXITS = 3  # that policy dynamic chooses among
 _HOPELESS = 0.8  # share of the best prediction; what is predicted to be slower is not run
 
 
@@ -30,6 +32,10 @@ class Prediction:
     n_gram_match: int | None = None  # fewest equal tokens after which n-grams draft; None where they do not
     n_gram_max_drafts: int | None = None  # most tokens that they draft in a round
     draft_vocabulary_size: int | None = None  # ids that the exit's drafts are chosen from; None where these are all
+    # How many of `num_draft_tokens` are drafted, and from which exit. Unless fixed, what follows is that of the best
+    # fixed length.
+    draft_policy: TunedPolicy = "fixed"
+    draft_exits: tuple[int, ...] = ()  # exits that policy dynamic chooses among beside `exit_layer`
     acceptance_rate: float | None  # accepted / drafted; None where nothing could be drafted
     mean_tokens_per_round: float  # tokens settled by a round
     speedup: float  # over autoregressive decoding, by the cost model
@@ -41,7 +47,7 @@ class Prediction:
     @property
     def settings(self) -> dict[str, Any]:
         """Return the engine's settings, by name."""
-        return {name: getattr(self, name) for name in SETTING_NAMES}
+        return {name: getattr(self, name) for name in (*SETTING_NAMES, "draft_policy", "draft_exits")}
 
 
 class NGrams(NamedTuple):
@@ -146,6 +152,26 @@ def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers:
     elif all(prediction.n_gram_match is None for prediction in chosen):
         chosen += [prediction for prediction in ranked if prediction.n_gram_match is not None][:1]
     return sorted(chosen, key=lambda prediction: -prediction.speedup)
+
+
+def with_policies(chosen: Sequence[Prediction], predictions: Sequence[Prediction], *, longest: int) -> list[Prediction]:
+    """Add to the settings that are run drafts that end where they no longer pay, from the best exit and from several.
+
+    The best two or three exits are those of the fastest predictions with the same n-grams and draft vocabulary. Lengths
+    that change are not predicted: as a rule the best of them is not far from the best fixed one.
+    """
+    fixed = max((each for each in chosen if each.exit_layer is not None), key=lambda each: each.speedup, default=None)
+    if fixed is None:
+        return [*chosen]
+    best: dict[int, float] = {}
+    for each in predictions:
+        alike = (each.n_gram_match, each.draft_vocabulary_size) == (fixed.n_gram_match, fixed.draft_vocabulary_size)
+        if alike and each.exit_layer is not None and each.speedup >= _HOPELESS * fixed.speedup:
+            best[each.exit_layer] = max(each.speedup, best.get(each.exit_layer, 0.0))
+    others = [exit_layer for exit_layer in sorted(best, key=lambda one: -best[one]) if exit_layer != fixed.exit_layer]
+    adaptive = replace(fixed, draft_policy="adaptive", num_draft_tokens=min(longest, _LONGEST_ADAPTIVE))
+    dynamic = replace(adaptive, draft_policy="dynamic", draft_exits=tuple(others[: _MOST_EXITS - 1]))
+    return [*chosen, *([adaptive] if longest > 1 else []), *([dynamic] if others else [])]
 
 
 def _near(one: Prediction, other: Prediction, *, reach: int) -> bool:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import NamedTuple
 
 from app.benchmark.alternation import (
     CONFIRMING_REPEATS,
@@ -22,7 +23,7 @@ from app.model_files.decoding_defaults import Conditions
 from app.protocols import ExitableDecoder
 from app.tuning.layer_agreement import LayerAgreement, measure_layer_agreement
 from app.tuning.result import Tuning, Verification, setting_in_words
-from app.tuning.speedup_prediction import Prediction, choose_diverse, predict
+from app.tuning.speedup_prediction import Prediction, choose_diverse, costs_with, predict, with_policies
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class TuningSettings:
             tokens, at least 1, that must have occurred before. [] leaves n-grams out.
         n_gram_max_drafts: Most tokens that n-grams draft in a round: one of these numbers, each at least 1.
         num_verified: Number of settings that are run, those with the best predictions, at least 1. One more is run
-            where all of them have n-grams, or none has.
+            where all of them have n-grams, or none has, and two more whose drafts end where they no longer pay: from
+            the best exit (draft_policy adaptive), and from the best two or three (dynamic).
         repeats: How often each of them decodes each prompt, at least 1; the median counts. The fastest is then run five
             more times. It is only stored if it beats autoregressive decoding in each of these, and by the 95 % interval
             over at least 4 prompts and 200 tokens.
@@ -87,6 +89,15 @@ class TuningSettings:
         check_range("time_limit_seconds", self.time_limit_seconds, low=0.0)
 
 
+class _Means(NamedTuple):
+    """What is known of the model by the time that settings are run: by which drafts end where they no longer pay."""
+
+    agreement: LayerAgreement
+    costs: DecodingCosts  # of drafts that are chosen from all ids
+    draft_heads: Mapping[int, float]  # V' below V -> H_d of such a draft vocabulary
+    vocabularies: Vocabularies
+
+
 def tune(
     decoder: ExitableDecoder, prompts: Prompts, settings: TuningSettings, *, conditions: Conditions | None = None
 ) -> Tuning:
@@ -125,19 +136,21 @@ def _tune(
         draft_heads=draft_heads,
     )
     chosen = choose_diverse(predictions, settings.num_verified, num_layers=decoder.num_layers)
+    chosen = with_policies(chosen, predictions, longest=settings.longest_draft)
+    means = _Means(agreement, costs, draft_heads, vocabularies)
     _log.info("verifying %s", ", ".join(map(setting_in_words, chosen)))
     # The model was not yet run on the other prompts. Their outputs may end at once, but a choice needs more prompts
     # than a prediction does.
     seen, unseen = prompts[: len(agreement.outputs)], prompts[len(agreement.outputs) :]
     lively = [prompt for prompt, output in zip(seen, agreement.outputs, strict=True) if len(output) > 1] + [*unseen]
     share = replace(settings, time_limit_seconds=_FOR_VERIFICATION * settings.time_limit_seconds)
-    verifications = _verify(decoder, lively, chosen, share, vocabularies)
+    verifications = _verify(decoder, lively, chosen, share, means)
     return Tuning(
         agreement=agreement,
         costs=costs,
         predictions=predictions,
         verifications=verifications,
-        confirmations=_confirm(decoder, lively, verifications, settings, vocabularies),
+        confirmations=_confirm(decoder, lively, verifications, settings, means),
         limited_by="max_draft_tokens" if settings.longest_draft == settings.max_draft_tokens else "max_new_tokens",
         conditions=conditions,
         draft_heads=draft_heads,
@@ -203,7 +216,7 @@ def _confirm(
     prompts: Prompts,
     verifications: Sequence[Verification],
     settings: TuningSettings,
-    vocabularies: Vocabularies,
+    means: _Means,
 ) -> list[Verification]:
     """Run the fastest settings that reached 1 again, alone against autoregressive decoding, until one holds."""
     time_limit = _FOR_CONFIRMATION * settings.time_limit_seconds
@@ -213,7 +226,7 @@ def _confirm(
         if run.speedup < 1.0:
             break
         _log.info("confirming %s", setting_in_words(run.prediction))
-        confirmations += _verify(decoder, prompts, [run.prediction], again, vocabularies)
+        confirmations += _verify(decoder, prompts, [run.prediction], again, means)
         if confirmations[-1].holds:
             break
     return confirmations
@@ -224,11 +237,11 @@ def _verify(
     prompts: Prompts,
     chosen: Sequence[Prediction],
     settings: TuningSettings,
-    vocabularies: Vocabularies,
+    means: _Means,
 ) -> list[Verification]:
     """Run the chosen settings and autoregressive decoding in turn, prompt by prompt, as long as `settings` says."""
     plain, batches = settings.plain, [[prompt] for prompt in prompts]
-    drafting = [_contender(decoder, each, plain, vocabularies) for each in chosen]
+    drafting = [_contender(decoder, each, plain, means) for each in chosen]
     measured = alternate(
         [engine_contender(decoder, "autoregressive", plain), *drafting],
         batches,
@@ -243,15 +256,15 @@ def _verify(
     ]
 
 
-def _contender(
-    decoder: ExitableDecoder, prediction: Prediction, plain: DecodingSettings, vocabularies: Vocabularies
-) -> Contender:
+def _contender(decoder: ExitableDecoder, prediction: Prediction, plain: DecodingSettings, means: _Means) -> Contender:
     """Let the engine decode as predicted, with the draft vocabulary of that, which is put in place before each time."""
-    contender = engine_contender(decoder, prediction.strategy, replace(plain, **prediction.settings))
     size = prediction.draft_vocabulary_size
+    costs = means.agreement.cost_model(costs_with(size, means.costs, means.draft_heads), prediction.exit_layer)
+    settings = replace(plain, **prediction.settings, costs=costs)
+    contender = engine_contender(decoder, prediction.strategy, settings)
 
     def decode(prompts: Prompts, settings: DecodingSettings) -> Sequence[DecodingResult]:
-        decoder.use_draft_vocabulary(None if size is None else vocabularies[size])
+        decoder.use_draft_vocabulary(None if size is None else means.vocabularies[size])
         return contender.decode(prompts, settings)
 
     return replace(contender, decode=decode)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from app.checkpoints.weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
+from app.decoding.cost_model import CostModel
 from app.generation.loaded_model import load_decoder
 from app.model_files.decoding_defaults import Conditions, read_decoding_defaults
 from app.text.tokenizer_files import tokenizer_to_files
@@ -90,7 +91,7 @@ def test_the_choice_is_printed_with_its_reasons_and_stored_with_the_model(here, 
     assert stored.exit_layer in (1, 2)
     where = f"exit {stored.exit_layer} with {stored.num_draft_tokens} draft"
     assert f"decision: self_speculative, {where}" in out
-    assert "the fastest of 2 settings run" in out
+    assert re.search("the fastest of [34] settings run", out)  # one or two of them with drafts of changing length
     assert "confirmed, measured 1.500x" in out
     assert " again │" in out
     assert max(map(len, out[: out.index("costs:")].splitlines())) <= 120
@@ -167,7 +168,7 @@ def test_json_is_one_object_on_stdout_and_progress_goes_to_stderr(here, monkeypa
     assert {entry["best"]["exit_layer"] for entry in report["exits"][:2]} == {1, 2}
     assert all(run["identical_to_autoregressive"] == 1.0 for run in report["verified"])
     assert all(run["differences"]["num_differing"] == 0 for run in report["verified"])
-    assert 1 <= len(report["verified"]) <= 2
+    assert 1 <= len(report["verified"]) <= 2 + 2  # and two with drafts of changing length
     assert len(report["confirmed"]) <= 2
     assert report["conditions"]["dtype"] == "float32"
     assert report["environment"]["dtype"] == "float32"
@@ -272,19 +273,11 @@ def test_a_lead_that_is_gone_when_run_again_is_neither_stored_nor_hidden(here, m
     assert json.loads((here / "model/generation_config.json").read_text())["layerskip"]["strategy"] == "autoregressive"
 
 
+# Drafts cost nothing, and every one of them gains.
+CHEAP = CostModel(plain_step=1.0, draft_step=0.0, draft_tail=0.0, verify=1.0, extra_token=0.0)
+
+
 def test_a_best_draft_length_at_the_edge_is_told_with_what_to_do(here, monkeypatch, capsys):
-    monkeypatch.setattr(tuning.DecodingCosts, "cost_model", lambda *_, **__: Cheap())
+    monkeypatch.setattr(tuning.DecodingCosts, "cost_model", lambda *_, **__: CHEAP)
     assert _tune(monkeypatch, "model") == 0
     assert "the most that was looked at: raise --max_draft_tokens" in capsys.readouterr().out
-
-
-class Cheap:
-    """Drafts cost nothing, and every one of them gains."""
-
-    plain_step = 1.0
-
-    def speedup(self, tokens_per_round, num_draft_tokens):
-        return 1.0 + num_draft_tokens
-
-    def round_cost(self, num_draft_tokens):
-        return 1.0

@@ -24,12 +24,12 @@ def test_another_exit_has_the_costs_of_the_blocks_that_it_runs() -> None:
     assert {each.plain_step for each in _BY_EXIT.values()} == {10.0}
 
 
-def test_each_exit_is_tried_twice_then_the_one_with_most_tokens_for_its_time() -> None:
+def test_each_exit_is_tried_four_times_then_the_one_with_most_tokens_for_its_time() -> None:
     choice = ExitChoice(_BY_EXIT, by_clock=True)
     chosen = _rounds(choice, 200, settled={1: 2, 2: 2, 4: 3}, seconds={1: 1.0, 2: 1.0, 4: 1.2})
-    assert sorted(chosen[:6]) == [1, 1, 2, 2, 4, 4]
+    assert sorted(chosen[:12]) == [1] * 4 + [2] * 4 + [4] * 4
     assert chosen[0] == 2
-    assert chosen[6:].count(4) > 150
+    assert chosen[12:].count(4) > 130
     for other in (1, 2):
         assert chosen[-100:].count(other) >= 1  # from time to time
 

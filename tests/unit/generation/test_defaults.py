@@ -82,6 +82,23 @@ def test_under_other_conditions_exit_and_drafts_are_still_taken_but_not_the_cost
     assert f"; it was tuned for {said_of_both}" in said
 
 
+def test_the_tuned_policy_is_taken_with_its_exit_and_another_where_that_cannot_be(choose):
+    tuned = replace(TUNED, draft_policy="dynamic", draft_exits=(2, 6))
+    _, settings, said = choose(tuned=tuned)
+    assert (settings.policy, settings.candidate_exits) == ("dynamic", (3, 2, 6))
+    assert f"speedup of 1.25 with {SETTING} and draft_policy dynamic and draft_exits (2, 6)" in said
+    _, settings, said = choose(tuned=tuned, exit_layer=4)
+    assert (settings.policy, settings.candidate_exits) == ("fixed", (4,))
+    _, settings, said = choose(tuned=tuned, draft_policy="fixed")
+    assert (settings.policy, settings.candidate_exits) == ("fixed", (3,))
+    assert "layerskip tune chose otherwise" in said
+    _, settings, said = choose(tuned=tuned, engine="static")
+    assert settings.policy == "adaptive"
+    _, settings, said = choose(tuned=None, draft_policy="dynamic")  # a quarter of eight blocks, half and twice as many
+    assert settings.candidate_exits == (2, 1, 4)
+    assert "draft_exits [1, 4] (untuned)" in said
+
+
 def test_a_batch_is_another_condition(choose):
     _, settings, said = choose(batch_size=4)
     assert settings.costs is None

@@ -62,8 +62,14 @@ def _load(directory: Path) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize(
     "defaults",
-    [_DRAFTING, replace(_DRAFTING, n_gram_match=2, n_gram_max_drafts=5, draft_vocabulary_size=9), _N_GRAM, _PLAIN],
-    ids=["exit", "both", "n-grams", "plain"],
+    [
+        _DRAFTING,
+        replace(_DRAFTING, n_gram_match=2, n_gram_max_drafts=5, draft_vocabulary_size=9),
+        replace(_DRAFTING, draft_policy="dynamic", draft_exits=(1, 3)),
+        _N_GRAM,
+        _PLAIN,
+    ],
+    ids=["exit", "both", "exits", "n-grams", "plain"],
 )
 def test_what_is_written_is_read_back_from_the_loaded_model_and_from_what_that_saves(
     directory: Path, tmp_path: Path, defaults: DecodingDefaults
@@ -156,6 +162,12 @@ def test_a_failed_write_leaves_the_old_file(directory: Path, monkeypatch: pytest
             "n_gram_match: got 0, allowed an integer, at least 1 or null, with",
         ),
         ({"strategy": "n_gram", "n_gram_match": 1, "draft_vocabulary_size": 9}, "size: got 9, allowed null, with"),
+        (_STORED | {"draft_policy": "off"}, "layerskip.draft_policy: got 'off', allowed fixed | adaptive | dynamic"),
+        (_STORED | {"draft_policy": "dynamic"}, "layerskip.draft_exits: got [], allowed a list of exits, with dynamic"),
+        (_STORED | {"draft_exits": [2]}, "layerskip.draft_exits: got [2], allowed [], with fixed"),
+        (_STORED | {"draft_policy": "dynamic", "draft_exits": [4]}, "layerskip.draft_exits: got 4, allowed [1, 3]"),
+        (_STORED | {"draft_policy": "dynamic", "draft_exits": 2}, "layerskip.draft_exits: got 2"),
+        ({"strategy": "n_gram", "n_gram_match": 1, "draft_policy": "adaptive"}, "layerskip.draft_policy: got 'adap"),
         (_STORED | {"draft_vocabulary_size": True}, "draft_vocabulary_size: got True, allowed an integer, at least 1"),
         (_STORED | {"draft_vocabulary_size": 0}, "draft_vocabulary_size: got 0, allowed an integer, at least 1"),
         (_STORED | {"draft_vocabulary_size": 10**6}, "draft_vocabulary_size: got 1000000, allowed [1, "),

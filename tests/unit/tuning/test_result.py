@@ -77,6 +77,25 @@ def test_n_grams_are_recommended_alone_or_beside_an_exit_and_named() -> None:
     assert exits_table(by_themselves).rows[0][-1] == "3.00x"
 
 
+def test_exits_that_change_are_recommended_with_their_policy_and_named() -> None:
+    tuning, setting = (
+        make_tuning(1.2, 1.4),
+        replace(make_prediction(1, 8, 3.0), draft_policy="dynamic", draft_exits=(3,)),
+    )
+    chosen = make_run(setting, 1.5)
+    tuning = replace(tuning, verifications=[*tuning.verifications, chosen], confirmations=[chosen])
+    assert tuning.defaults.settings == {
+        "exit_layer": 1, "num_draft_tokens": 8, "draft_policy": "dynamic", "draft_exits": (3,)
+    }  # fmt: skip
+    said = "exit 1 or 3 with up to 8 drafts"
+    assert tuning.reason.startswith(
+        f"self_speculative, {said}: the fastest of 3 settings run; {said} confirmed, measured"
+    )
+    assert "predicted" not in tuning.reason  # since changing lengths are not
+    row = dict(zip(verifications_table(tuning).columns, verifications_table(tuning).rows[2], strict=True))
+    assert (row["exit"], row["drafts"], row["predicted"]) == ("1, 3", "to 8", "-")
+
+
 @pytest.mark.parametrize(("size", "stored", "draft_head"), [(None, 64, 1.5), (16, 16, 0.5)])
 def test_the_draft_vocabulary_is_recommended_with_the_exit_and_has_costs_of_its_own(
     size: int | None, stored: int, draft_head: float

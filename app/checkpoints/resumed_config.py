@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
 from app.checkpoints.run_record import RUN_CONFIG_KEY
+from app.config_tree import walk
 from app.errors import CheckpointError, ConfigError
 
 _log = logging.getLogger(__name__)
@@ -213,12 +214,9 @@ def take_optimizer_settings(trainer: Trainer) -> None:
             group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
 
 
-def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
+def _flat(config: Config) -> dict[str, Any]:
     """The settings by their whole names."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+    return {name: value for name, value in walk(config, into_lists=False) if not isinstance(value, Mapping)}
 
 
 def _is_within(name: str, group: str) -> bool:

@@ -12,8 +12,8 @@ from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.contents import read_whole
 from app.checkpoints.integrity import check_bytes, check_finite
 from app.checkpoints.weights import OPTIMIZER_STATES, STATE_DICT
-from app.cli.parsing.preflight import walk
 from app.cli.parsing.verb_parser import call_verb
+from app.config_tree import walk
 from app.errors import ConfigError
 from app.model.process_memory import give_back_freed
 

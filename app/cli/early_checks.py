@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from app.cli.parsing.preflight import walk
+from app.config_tree import walk
 from app.errors import ConfigError, check_range
 from app.model.config_check import check_runs
 from app.model.early_exit import EarlyExitModel

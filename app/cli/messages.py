@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from app.cli.parsing.preflight import walk
+from app.config_tree import walk
 from app.errors import ConfigError, UserError, causes
 
 _LIGHTNINGS = "MisconfigurationException"  # by name, since the verbs that decode do not load Lightning

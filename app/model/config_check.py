@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from app.config_tree import walk
 from app.errors import ConfigError, check_range
 
 _MOST_BLOCKS, _MOST = 10_000, 2**31 - 1
@@ -52,7 +53,7 @@ def check_sizes(config: PreTrainedConfig) -> None:
         if type(window) is not int:
             raise ConfigError("sliding_window", got=window, allowed="an integer or null")
         check_range("sliding_window", window, low=1)
-    for name, value in _walk(config.to_dict()):
+    for name, value in _settings(config):
         if name in _NUMBERS and isinstance(value, int | float):
             low, high = _NUMBERS[name]
             check_range(name, value, low=low, high=high)
@@ -84,7 +85,7 @@ def refused_as_config(config: PreTrainedConfig) -> Iterator[None]:
         yield
     except Exception as error:  # constructors of any architecture raise anything
         if isinstance(error, KeyError):
-            for name, value in _walk(config.to_dict()):
+            for name, value in _settings(config):
                 if [value] == list(error.args):
                     allowed = " | ".join(_TABLES[name]) if name in _TABLES else "a name that transformers knows"
                     raise ConfigError(name, got=value, allowed=allowed) from error
@@ -112,8 +113,6 @@ def check_runs(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _walk(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        yield name, value
-        if isinstance(value, Mapping):
-            yield from _walk(value)
+def _settings(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+    """Yield every setting by its own name, those within others too."""
+    return ((path.rpartition(".")[2], value) for path, value in walk(config.to_dict(), into_lists=False))

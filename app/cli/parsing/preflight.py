@@ -4,7 +4,7 @@ It refuses only what is certainly wrong; the parsers find the rest. Tested by te
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from app.checkpoints.atomic import find_checkpoint, previous_checkpoint
 from app.cli.parsing.command_words import options_in_order
 from app.cli.parsing.included_configs import with_included
 from app.cli.parsing.parser_messages import one_line
+from app.config_tree import walk
 from app.errors import ConfigError, UserError
 from app.generation.prompts import read_prompts
 from app.model_files.paths import check_exists
@@ -110,15 +111,6 @@ def _read_config(value: str) -> Mapping[str, Any]:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(one_line(f"Problems parsing config: {error}")) from error
     raise UserError(one_line(f"Unexpected config: {text}"))
-
-
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value in nested dicts and lists with its path, which begins with `path`."""
-    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        below = f"{path}.{key}" if path else str(key)
-        yield below, value
-        yield from walk(value, below)
 
 
 def _is_unknown(name: str, options: Collection[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from app.benchmark.alternation import Contender, Measurement, ratio
@@ -26,7 +26,7 @@ class BenchmarkResult(OutputDifferences):
     exit_layer: int | None
     num_draft_tokens: int | None
     n_gram_match: int | None
-    draft_policy: str  # "fixed" also where nothing is drafted
+    draft_policy: str = "fixed"  # also where nothing is drafted, and in files of versions that did not note it
     draft_vocabulary_size: int | None  # token ids that drafts are chosen from; None for all of them, or for no drafts
     # Over all prompts; the median repeat of each batch counts, as it does for `speedup`.
     tokens_per_second: float | None
@@ -55,8 +55,9 @@ class BenchmarkResult(OutputDifferences):
     accepted: int
     drafted_by_n_gram: int
     accepted_by_n_gram: int
-    drafted_by_exit: dict[int, int]  # those of `drafted` from each exit, where there were several to choose from
-    accepted_by_exit: dict[int, int]
+    # Those of `drafted` from each exit, where there were several to choose from.
+    drafted_by_exit: dict[int, int] = field(default_factory=dict)
+    accepted_by_exit: dict[int, int] = field(default_factory=dict)
     # For each position of a draft, the number of rounds that drafted that far with everything before it accepted.
     reached_by_position: list[int]
     accepted_by_position: list[int]

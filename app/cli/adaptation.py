@@ -138,8 +138,8 @@ class Adaptation:
             return []
         names = zip(SETTING_NAMES, ("exit_layers", "num_draft_tokens", "n_gram_match"), strict=False)
         chosen = {option: json.dumps([tuned[name]]) for name, option in names if tuned.get(name) is not None}
-        chosen["draft_policy"] = tuned["draft_policy"]
-        if exits := tuned["draft_exits"]:
+        chosen["draft_policy"] = tuned.get("draft_policy", "fixed")
+        if exits := tuned.get("draft_exits"):
             chosen["exit_layers"] = json.dumps([tuned["exit_layer"], *exits])
         if (most := tuned.get("n_gram_max_drafts")) is not None:
             chosen["n_gram_max_drafts"] = str(most)

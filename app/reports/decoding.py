@@ -5,6 +5,7 @@ from dataclasses import fields
 from functools import partial
 from math import log
 from shlex import quote
+from typing import Any
 
 from app.benchmark.report import benchmark_tables
 from app.benchmark.result import BenchmarkResult
@@ -75,13 +76,16 @@ def _benchmark(name: str, measured: MeasuredFile) -> list[Block]:
     ]
     command, source = measured.command(), f"From {measured.file}."
     blocks: list[Block] = []
-    groups: dict[tuple[str, int | None], dict[tuple[int, int], float]] = {}
+    groups: dict[tuple[str, str, int | None], dict[tuple[int, int], float]] = {}
     for result in results:
+        if result.draft_policy == "dynamic":  # which has no exit of its own
+            continue
         if result.exit_layer is not None and result.num_draft_tokens is not None and result.speedup is not None:
-            grid = groups.setdefault((result.strategy, result.n_gram_match), {})
+            grid = groups.setdefault((result.strategy, result.draft_policy, result.n_gram_match), {})
             grid[result.exit_layer, result.num_draft_tokens] = result.speedup
-    for (strategy, match), grid in groups.items():
-        title = f"Speedup of {strategy}{f' with n-grams of {match}' if match else ''}, {name}"
+    for (strategy, policy, match), grid in groups.items():
+        said = "" if policy == "fixed" else f", {policy}"
+        title = f"Speedup of {strategy}{said}{f' with n-grams of {match}' if match else ''}, {name}"
         blocks.append(heat_map(title, grid, style="{:.2f}x", source=source, command=command, neutral=1.0))
     tables = benchmark_tables(results, title=f"Speed of every strategy, {name}")
     notes = " ".join(f"Note: {note}." for note in measured.content.get("notes", ()))
@@ -94,8 +98,8 @@ def _tune(name: str, measured: MeasuredFile) -> list[Block]:
     runs = [(run, "second run") for run in content["confirmed"]] + [(run, "first run") for run in content["verified"]]
     rows: list[tuple[str, ...]] = [
         (
-            str(run["prediction"]["exit_layer"] or "n-grams"),
-            cell(run["prediction"]["num_draft_tokens"], "{}"),
+            ", ".join(map(str, exits)) if (exits := _exits(run["prediction"])) else "n-grams",
+            cell(run["prediction"]["num_draft_tokens"], "{}" if _is_fixed(run["prediction"]) else "up to {}"),
             cell(run["prediction"].get("n_gram_match"), "{}"),
             cell(run["prediction"]["speedup"], "{:.2f}x"),
             f"{run['speedup']:.2f}x",
@@ -132,6 +136,16 @@ def _tune(name: str, measured: MeasuredFile) -> list[Block]:
         Sheet(table=table, source=f"{source} {decision}", command=command),
         Sheet(table=layers, source=source, command=command),
     ]
+
+
+def _exits(prediction: Mapping[str, Any]) -> list[int]:
+    """Return the exits that a setting of tune drafts from; none where n-grams alone draft."""
+    exit_layer = prediction["exit_layer"]
+    return [] if exit_layer is None else [exit_layer, *prediction.get("draft_exits", ())]
+
+
+def _is_fixed(prediction: Mapping[str, Any]) -> bool:
+    return bool(prediction.get("draft_policy", "fixed") == "fixed")
 
 
 def _parses(name: str, measured: MeasuredFile) -> list[Block]:

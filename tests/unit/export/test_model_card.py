@@ -235,6 +235,10 @@ def test_how_to_decode_is_what_tune_found():
     tuned = section(card_of(decoding=TUNED), "How to decode with it")
     assert "drafts of 5 tokens from exit 3, measured on bfloat16 on cpu with 2 threads: 1.46x." in tuned
     assert "do_sample=False, assistant_early_exit=3)" in tuned
+    changing = replace(TUNED, draft_policy="dynamic", draft_exits=(1, 2))
+    assert "chose drafts of up to 5 tokens from exit 3 or 1 or 2, measured" in section(
+        card_of(decoding=changing), "How to decode with it"
+    )
     both = section(card_of(decoding=replace(TUNED, n_gram_match=2)), "How to decode with it")
     assert "chose drafts of what followed the latest 2 tokens before, else of 5 tokens from exit 3, measured on" in both
     found = section(card_of(decoding=DecodingDefaults(strategy="n_gram", n_gram_match=2)), "How to decode with it")

@@ -18,8 +18,12 @@ def test_what_tune_found_is_shown_with_its_command(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     prediction = {"exit_layer": 3, "num_draft_tokens": 4, "n_gram_match": None, "speedup": 1.5}
     run = {"prediction": prediction, "speedup": 1.25, "interval": [1.1, 1.4], "acceptance_rate": 0.5}
+    changing = {"draft_policy": "dynamic", "draft_exits": [5, 2]}
     found = {
-        "verified": [run | {"identical_to_autoregressive": 1.0}],
+        "verified": [
+            run | {"identical_to_autoregressive": 1.0},
+            run | {"identical_to_autoregressive": 1.0, "prediction": prediction | changing},
+        ],
         "confirmed": [],
         "exits": [{"exit_layer": 3, "agreement": 0.75}],
         "reason": "it is fastest",
@@ -35,4 +39,5 @@ def test_what_tune_found_is_shown_with_its_command(tmp_path: Path) -> None:
     page = as_html(make_report([str(folder)]))
     cells = ("4", "-", "1.50x", "1.25x", "1.10..1.40x", "50.0%", "100%", "first run")
     assert "\n".join(f"<td>{cell}</td>" for cell in cells if cell != "-") in page.replace("<td>-</td>\n", "")
+    assert ">3, 5, 2</th>\n<td>up to 4</td>" in page
     assert "Decision: it is fastest." in page

@@ -1,4 +1,7 @@
-"""The file beside an exported exit that tells whose blocks it is. Tested by tests/contract/test_export.py."""
+"""The file beside an exported exit that tells whose blocks it is.
+
+Tested by tests/unit/model_files/test_exit_origin.py.
+"""
 
 import json
 from collections.abc import Mapping

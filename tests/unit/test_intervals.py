@@ -20,5 +20,9 @@ def test_a_share_has_wilsons_interval(right, count, interval):
     assert mirrored == pytest.approx((1 - interval[1], 1 - interval[0]), abs=5e-5)
 
 
+def test_no_share_is_below_nothing_or_above_everything():
+    assert all(0.0 <= end <= 1.0 for count in range(1, 99) for share in (0, 1) for end in share_interval(share, count))
+
+
 def test_students_t_counts_values_from_two_on():
     assert [student_t(count) for count in (2, 3, 20, 10_000)] == [12.71, 4.30, 2.09, 2.09]

@@ -135,6 +135,7 @@ def test_20000_samples_follow_the_full_models_distribution(way: str, cut: str) -
         ("self_speculative, adaptive", "temperature"),
         ("self_speculative, dynamic", "temperature"),
         ("self_speculative, some tokens never drafted", "a processor of the context"),
+        ("self_speculative, some tokens never drafted", "temperature"),
         ("draft_model", "temperature"),
         ("layer_skip", "top-k, top-p and min-p"),
         ("self_speculative, static", "top-k, top-p and min-p"),

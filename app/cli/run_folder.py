@@ -20,7 +20,6 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
@@ -49,12 +48,6 @@ class SaveFitConfig(SaveConfigCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pass
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Lightning would log what it evaluates at step 0, whatever the checkpoint's.
-        if trainer.state.fn != TrainerFn.FITTING and isinstance(step := checkpoint.get("global_step"), int):
-            trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, step - 1)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

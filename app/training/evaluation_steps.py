@@ -4,6 +4,7 @@ Shape legend: `B` sequences, `T` tokens, `D` model width, `V` vocabulary. Tested
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig
 from typing_extensions import override
 
 from app import metric_names
+from app.checkpoints.integrity import saved_step
 from app.exits.quality import GroupedTokenLoss
 from app.layerskip.early_exit_loss import IGNORE_INDEX
 from app.model.early_exit import EarlyExitModel
@@ -73,9 +75,20 @@ class EvaluationSteps(CurriculumHost):
 
     @override
     def on_validation_start(self) -> None:
-        # Log at the latest step, also if a resumed run begins with this validation.
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._log_at_step_of_checkpoint()
+        elif not self.trainer.sanity_checking:
+            # Log at the latest step, also if a resumed run begins with this validation.
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = self._logged_step
+
+    @override
+    def on_test_start(self) -> None:
+        self._log_at_step_of_checkpoint()
+
+    def _log_at_step_of_checkpoint(self) -> None:
+        """Log where the run did that wrote the weights; Lightning would do so at step 0."""
+        if (path := self.trainer.ckpt_path) is not None and (step := saved_step(Path(path))) is not None:
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, step - 1)
 
     def validation_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
         """Measure the full model's loss by source; returns hidden states and labels for exit monitors."""

@@ -9,15 +9,15 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from app.benchmark.benchmark import Benchmark, BenchmarkSettings, Subject, run_benchmark
+from app.benchmark.benchmark import BENCHMARK_STRATEGIES, Benchmark, BenchmarkSettings, Subject, run_benchmark
 from app.benchmark.decoding_costs import costs_line
 from app.benchmark.figure import benchmark_figure
 from app.benchmark.report import benchmark_tables, environment, report_document, write_report
 from app.benchmark.result import benchmark_results
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
-from app.errors import check_output_file
-from app.generation.loaded_model import DraftLoadOptions, LoadedModel, load_draft_decoder
+from app.errors import ConfigError, check_output_file
+from app.generation.loaded_model import DecodeLoadOptions, LoadedModel, load_draft_decoder
 from app.generation.prompts import encode_prompts, read_prompts
 from app.words import counted, model_name
 
@@ -32,7 +32,7 @@ def benchmark(
     draft_model: str | None = None,
     ignore_eos: bool = False,
     limit: int | None = None,
-    loading: DraftLoadOptions,
+    loading: DecodeLoadOptions,
     **options: Any,
 ) -> None:
     """Decode the same prompts greedily in each of several ways, transformers' own included, and compare them.
@@ -44,12 +44,15 @@ def benchmark(
         draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
         ignore_eos: Decode every prompt to max_new_tokens.
         limit: Use this many prompts from the start of the file.
-        loading: See DraftLoadOptions.
+        loading: See DecodeLoadOptions.
         options: See BenchmarkSettings.
     """
     transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
     file = check_output_file(output, suffix=".json")
     settings = BenchmarkSettings(eos_token_ids=(), **options)
+    theirs = [name for name in settings.strategies if BENCHMARK_STRATEGIES[name] != name]
+    if theirs and loading.quantization != "none":
+        raise ConfigError("quantization", got=loading.quantization, allowed=f"none with strategy {theirs[0]}")
     texts = read_prompts(prompts, limit=limit)
     loaded = loading.load(model)
     if not ignore_eos:
@@ -69,6 +72,8 @@ def _report(file: Path, measured: Benchmark, loaded: LoadedModel, settings: dict
     """Write the report and its figure, and print what they say."""
     results = benchmark_results(measured, loaded.decoder)
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
+    if (quantization := loaded.decoder.quantization) != "none":
+        where["dtype"] = f"{quantization} weights in {where['dtype']}"
     document = report_document(
         results,
         costs=measured.costs,

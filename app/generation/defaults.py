@@ -39,7 +39,10 @@ def choose_decoding(
         ConfigError: Exit, drafts or skipped layers do not fit the model; then nothing is logged.
     """
     tuned = read_decoding_defaults(loaded.model)
-    elsewhere = _elsewhere(tuned, Conditions.of(loaded.model, batch_size=batch_size), loaded.decoder)
+    here = Conditions.of(loaded.model, batch_size=batch_size)
+    if (quantization := loaded.decoder.quantization) != "none":
+        here = replace(here, dtype=f"{quantization} weights in {here.dtype}")
+    elsewhere = _elsewhere(tuned, here, loaded.decoder)
     num_layers, said = loaded.decoder.num_layers, list[str]()
     of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
     if strategy is None and num_layers == 1:  # the engine warns of an exit or drafts that have no effect

@@ -14,9 +14,11 @@ import torch
 from app.decoding.strategies import STRATEGIES
 from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu.precision import avoid_emulation
+from app.model.cpu.quantized import QUANTIZATIONS, Quantization, round_weights
 from app.protocols import ExitableDecoder
 from app.text.text_tokens import end_token_ids
 from app.text.tokenizer_files import check_same_tokens
+from app.words import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,6 +89,18 @@ class DraftLoadOptions(LoadOptions):
     draft_vocabulary: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeLoadOptions(DraftLoadOptions):
+    """How a model is loaded that only decodes.
+
+    Args:
+        quantization: Decode with weights of 8 bits (int8), or of 4 with a scale for every 32 (int4), which is faster on
+            a CPU in bfloat16 and loses accuracy. Drafts and the model that checks them have the same weights.
+    """
+
+    quantization: Quantization = "none"
+
+
 def load_decoder(
     model: str,
     *,
@@ -94,6 +108,7 @@ def load_decoder(
     device: str,
     threads: int | None = None,
     draft_vocabulary: str | None = None,
+    quantization: Quantization = "none",
     as_tuned: bool = True,
     field: str = "model",
 ) -> LoadedModel:
@@ -107,6 +122,8 @@ def load_decoder(
         threads: Number of CPU threads that torch uses from now on, at least 1; None leaves torch's own choice.
         draft_vocabulary: File of the token ids that drafts are chosen from; "none" for all. By default, the file beside
             the model, if there is one.
+        quantization: Number type to whose values all weights of linear layers are rounded, and which few positions are
+            multiplied with.
         as_tuned: Take of the file beside the model only the first ids, as many as `layerskip tune` stored with it.
         field: Names the setting that `model` comes from in an error.
 
@@ -116,6 +133,7 @@ def load_decoder(
     """
     check_choice("dtype", dtype, DTYPES)
     check_choice("device", device, _DEVICES)
+    check_choice("quantization", quantization, QUANTIZATIONS)
     if threads is not None:
         check_range("threads", threads, low=1, high=max(_MOST_THREADS, os.cpu_count() or 1))
         torch.set_num_threads(threads)
@@ -133,10 +151,15 @@ def load_decoder(
     weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype], field=field)
     weights.to(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))
     avoid_emulation(weights, field=field, chosen=dtype != "auto")
+    if quantization != "none":
+        _check_can_quantize(weights, quantization)
     exit_blocks = load_exit_blocks(model, weights)
+    if quantization != "none":
+        round_weights([weights, *exit_blocks.values()], quantization)
     join_projections(weights)
     join_projections(weights, [layer for block in exit_blocks.values() for layer in block.decoder.layers])
-    loaded = LoadedModel(weights, tokenizer, SpanDecoder(weights, exit_blocks=exit_blocks), dtype)
+    decoder = SpanDecoder(weights, exit_blocks=exit_blocks, quantization=quantization)
+    loaded = LoadedModel(weights, tokenizer, decoder, dtype)
     file = Path(model) / DRAFT_VOCABULARY_FILE if draft_vocabulary is None else Path(draft_vocabulary)
     if draft_vocabulary != "none" and (draft_vocabulary is not None or file.is_file()):
         vocab_size, ends = loaded.decoder.vocab_size, loaded.eos_token_ids
@@ -146,6 +169,19 @@ def load_decoder(
         is_whole = tuned is not None and size == vocab_size
         loaded.decoder.use_draft_vocabulary(None if is_whole else first_ids(token_ids, size, ends=ends))
     return loaded
+
+
+def _check_can_quantize(model: PreTrainedModel, quantization: Quantization) -> None:
+    from app.spans.functional_block import FUNCTIONAL_MODEL_TYPES, is_functional
+
+    if model.device.type != "cpu":
+        raise ConfigError("quantization", got=f"{quantization} on {model.device.type}", allowed="none, or device cpu")
+    if not is_functional(model):
+        got, allowed = f"{quantization} of {model.config.model_type}", " | ".join(sorted(FUNCTIONAL_MODEL_TYPES))
+        raise ConfigError("quantization", got=got, allowed=f"none, or a model of {allowed}")
+    if model.dtype != torch.bfloat16:
+        got, fix = f"{quantization} in {dtype_name(model.dtype)}", "the kernels are slow in other types"
+        raise ConfigError("quantization", got=got, allowed="none, or dtype bfloat16", fix=fix)
 
 
 def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Sequence[str]) -> ExitableDecoder | None:

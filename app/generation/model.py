@@ -12,22 +12,26 @@ from app.errors import ConfigError, check_range
 from app.generation.loaded_model import Device, Dtype, LoadedModel, load_decoder
 from app.generation.options import GenerationOptions
 from app.generation.request import Generation, Request
+from app.model.cpu.quantized import Quantization
 from app.text.text_stream import TextStream
 
 
-def load(path: str | Path, *, dtype: Dtype = "auto", device: Device = "auto") -> "Model":
+def load(
+    path: str | Path, *, dtype: Dtype = "auto", device: Device = "auto", quantization: Quantization = "none"
+) -> "Model":
     """Load a model to continue prompts with.
 
     Args:
         path: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
         dtype: Type of the weights; auto keeps that of the file, but takes float32 on a CPU that would emulate it.
         device: auto takes a GPU if there is one.
+        quantization: Weights of 8 or 4 bits to decode with, on a CPU in bfloat16.
 
     Raises:
         ConfigError: There is no such model or device, or the model cannot exit early.
         CheckpointError: A file is damaged or incomplete.
     """
-    return Model(load_decoder(str(path), dtype=dtype, device=device, field="path"))
+    return Model(load_decoder(str(path), dtype=dtype, device=device, quantization=quantization, field="path"))
 
 
 class Model:

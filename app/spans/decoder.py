@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu.products import Product
+from app.model.cpu.quantized import Quantization
 from app.model.exit_block import AffineNorm, ExitBlock
 from app.protocols import DecoderCache
 from app.spans.attention_masks import attention_mask, causal_mask, needs_no_mask, position_mask
@@ -46,7 +47,8 @@ class SpanDecoder:
 
     It changes neither weights, modes nor gradients. Run it in eval mode and under `torch.no_grad`. The layers of most
     types run as functions of their weights (`functional_block`), the others as modules; so do all if `functional` is
-    False, to which tests compare. A model that would not give its own logits in spans is a ConfigError.
+    False, to which tests compare. A `quantization` is of these functions and of the heads, those of exits and drafts
+    among them, whose weights are such already. A model that would not give its own logits in spans is a ConfigError.
 
     Blocks of exits are numbered from `num_layers` on, in the order of the exits.
     """
@@ -57,6 +59,7 @@ class SpanDecoder:
         *,
         exit_blocks: Mapping[int, ExitBlock] | None = None,
         functional: bool = True,
+        quantization: Quantization = "none",
     ) -> None:
         config, head = model.config, model.get_output_embeddings()
         check_choice("model_type", config.model_type, SUPPORTED_MODEL_TYPES)
@@ -69,7 +72,7 @@ class SpanDecoder:
         if decoder.rotary_emb.rope_type not in _FIXED_ROPES:
             raise ConfigError("rope_type", got=decoder.rotary_emb.rope_type, allowed=" | ".join(_FIXED_ROPES))
         self._model, self._decoder = model, decoder
-        self._head = Product(head.weight, head.bias)
+        self.quantization, self._head = quantization, Product(head.weight, head.bias, quantization)
         self._layers = list(decoder.layers)  # slicing a ModuleList builds a new module: 50 us a call
         self._windows = _sliding_windows(config)
         self._norms, self._exit_spans = {self.num_layers: decoder.norm}, dict[int, range]()
@@ -83,7 +86,10 @@ class SpanDecoder:
             self._norms[exit_layer] = block.decoder.norm
         self._blocks: list[FunctionalBlock] = []
         if functional and is_functional(model):
-            self._blocks = [FunctionalBlock(layer, config, layer_idx=i) for i, layer in enumerate(self._layers)]
+            self._blocks = [
+                FunctionalBlock(layer, config, layer_idx=i, quantization=quantization)
+                for i, layer in enumerate(self._layers)
+            ]
         self._query_groups = config.num_attention_heads // config.num_key_value_heads
         self._tables = RotaryTables(decoder.rotary_emb, max_length=self.max_length)
         self.kept_program: Any = None
@@ -171,9 +177,9 @@ class SpanDecoder:
             check_range("draft_vocabulary", token, low=0, high=self.vocab_size - 1, fix="use the model's own tokenizer")
         self._draft_vocabulary = tuple(token_ids)
         # Of equal logits the lowest id counts, as in the whole vocabulary.
-        self._draft_ids = torch.tensor(sorted(token_ids), device=self.device)
-        weight, bias = self._head.weight.detach(), self._head.bias
-        self._draft_head = Product(weight[self._draft_ids], None if bias is None else bias.detach()[self._draft_ids])
+        ids = self._draft_ids = torch.tensor(sorted(token_ids), device=self.device)
+        weight, bias = self._head.weight.detach()[ids], self._head.bias
+        self._draft_head = Product(weight, None if bias is None else bias.detach()[ids], self.quantization)
 
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> KeyValueCache:
         """An empty cache of `capacity` positions a sequence, which may grow; ConfigError in training mode."""

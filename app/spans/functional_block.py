@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from app.model.cpu.products import Product
+from app.model.cpu.quantized import Quantization
 from app.spans.kv_cache import KeyValueCache
 
 # Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))). Biases, norms of queries
@@ -42,7 +43,9 @@ class Sight(NamedTuple):
 class FunctionalBlock:
     """A view on the weights of a layer that `is_functional`; it is valid while the parameters keep their memory."""
 
-    def __init__(self, layer: Any, config: PretrainedConfig, *, layer_idx: int) -> None:
+    def __init__(
+        self, layer: Any, config: PretrainedConfig, *, layer_idx: int, quantization: Quantization = "none"
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._layer_idx = layer_idx
         self._head_width = attention.head_dim
@@ -53,10 +56,10 @@ class FunctionalBlock:
         self._attention_norm, self._mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self._query_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
         self._key_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
-        self._qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._output = Product(attention.o_proj.weight, attention.o_proj.bias)
-        self._gate_up = Projections(mlp.gate_proj, mlp.up_proj)
-        self._down = Product(mlp.down_proj.weight, mlp.down_proj.bias)
+        self._qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj, quantization=quantization)
+        self._output = Product(attention.o_proj.weight, attention.o_proj.bias, quantization)
+        self._gate_up = Projections(mlp.gate_proj, mlp.up_proj, quantization=quantization)
+        self._down = Product(mlp.down_proj.weight, mlp.down_proj.bias, quantization)
         self._activation: Callable[[Tensor], Tensor] = F.silu if config.hidden_act == "silu" else mlp.act_fn
 
     def __call__(self, hidden_BTD: Tensor, *, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
@@ -131,12 +134,13 @@ def _split(heads_BTHK: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]
 class Projections:
     """Linear layers of one input, which are one product where `join_projections` has joined their weights."""
 
-    def __init__(self, *layers: nn.Linear) -> None:
+    def __init__(self, *layers: nn.Linear, quantization: Quantization) -> None:
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         weight = _side_by_side(weights)
         bias = None if biases[0] is None else _side_by_side(biases)
         joined = weight is not None and (biases[0] is None or bias is not None)
-        self._products = [Product(weight, bias)] if joined and weight is not None else [*map(Product, weights, biases)]
+        parts = [(weight, bias)] if joined and weight is not None else zip(weights, biases, strict=True)
+        self._products = [Product(*part, quantization) for part in parts]
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The outputs of all layers in one tensor [..., sum of sizes]."""

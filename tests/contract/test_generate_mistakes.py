@@ -27,6 +27,8 @@ MISTAKES = {
     "exit 99": (["--exit_layer", "99"], "exit_layer: got 99, allowed [1, 3]"),
     "lossy exit 99": (["--strategy", "early_exit", "--exit_layer", "99"], "exit_layer: got 99, allowed [1, 4]"),
     "drafts": (["--num_draft_tokens", "0"], "num_draft_tokens: got 0, allowed [1, inf)"),
+    "bits of float32": (["--quantization", "int4"], "quantization: got 'int4 in float32', allowed none, or dtype bf"),
+    "bits of none": (["--quantization", "int2"], "quantization: got int2, allowed none | int8 | int4"),
     "threads": (["--threads", "100000"], "threads: got 100000, allowed [1, "),
     "budget": (["--max_new_tokens", "-1"], "max_new_tokens: got -1, allowed [0, inf)"),
     "temperature": (["--temperature", "-1"], "temperature: got -1.0, allowed [0.0, inf)"),

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from app.model.cpu.quantized import Quantization, QuantizedWeight
+
 _LEAST_ELEMENTS = 2**18  # of a weight; smaller ones stay in the processor's cache
 # Positions -> most inputs of a weight with which one thread is faster this way. With more positions none is.
 _MOST_INPUTS = {1: 1536, 2: math.inf, 3: math.inf, 4: 768, 5: 768, 6: 768}
@@ -24,14 +26,21 @@ _FASTER_IN_THREADS = (1, 4)  # positions with which two threads are faster whate
 
 
 class Product:
-    """x -> x W^T + b for one weight [O, I] and bias [O] or None; shapes, dtype and device decide which way is taken."""
+    """x -> x W^T + b for one weight [O, I] and bias [O] or None; shapes, dtype and device decide which way is taken.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    With a `quantization`, to which the weight has been rounded, few positions take a copy of it in fewer bits.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, quantization: Quantization = "none") -> None:
         self.weight, self.bias = weight, bias
+        self._quantized = None if quantization == "none" else QuantizedWeight(weight.detach(), quantization)
         self._large = weight.numel() >= _LEAST_ELEMENTS
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """[B, T, I] -> [B, T, O]."""
+        if self._quantized is not None and self._quantized.takes(inputs):
+            outputs = self._quantized(inputs)
+            return outputs if self.bias is None else outputs + self.bias
         if self._large and inputs.device.type == "cpu" and inputs.dtype == torch.float32:
             positions = inputs.shape[0] * inputs.shape[1]
             in_threads = positions in _FASTER_IN_THREADS and torch.get_num_threads() > 1

@@ -124,12 +124,14 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
         raise ConfigError(field, got=value, allowed=" | ".join(names))
 
 
-def check_output_file(path: str, *, suffix: str) -> Path:
+def check_output_file(path: str, *, suffix: str = "") -> Path:
     """The file that a verb is to write; ConfigError if it cannot be written, which is said before anything runs."""
     file = Path(path)
-    if file.suffix != suffix or file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+    fits = not suffix or file.suffix == suffix
+    if not fits or file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         fix = "" if file.parent.exists() else f"make {file.parent}"
-        allowed = f"a {suffix} file in a folder that exists and can be written to"
+        kind = f"{suffix} file" if suffix else "file"
+        allowed = f"a {kind} in a folder that exists and can be written to"
         raise ConfigError("output", got=path, allowed=allowed, fix=fix)
     return file
 

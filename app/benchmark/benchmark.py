@@ -93,6 +93,8 @@ class BenchmarkSettings:
             raise ConfigError("strategies", got=[], allowed=f"at least one of {' | '.join(BENCHMARK_STRATEGIES)}")
         for strategy in self.strategies:
             check_choice("strategies", strategy, BENCHMARK_STRATEGIES)
+        if not self.draft_policy:
+            raise ConfigError("draft_policy", got=[], allowed="at least one")
         check_range("max_new_tokens", self.max_new_tokens, low=2, fix="the first token costs no decode time")
         check_range("batch_size", self.batch_size, low=1)
         check_range("repeats", self.repeats, low=1)

@@ -4,12 +4,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from app.cli.adapt_settings import check_prompts_or_corpus, names_corpus
 from app.cli.parsing.verb_parser import call_verb
-from app.errors import DataError, check_range
+from app.errors import ConfigError, DataError, check_output_file, check_range
 from app.generation.loaded_model import LoadedModel, LoadOptions
 from app.generation.options import GenerationOptions
 from app.generation.own_text import OwnText
@@ -62,6 +61,9 @@ def write(
         loading: See LoadOptions.
         options: See GenerationOptions.
     """
+    file = check_output_file(output)
+    if file.exists() and not file.is_file():
+        raise ConfigError("output", got=output, allowed="a file, which a second call can go on with")
     check_range("num_prompts", num_prompts, low=1)
     check_range("prompt_length", prompt_length, low=1)
     check_prompts_or_corpus(prompts, has_corpus=names_corpus(corpus, corpus_kind))
@@ -78,7 +80,7 @@ def write(
     loaded = loading.load(model)
     texts = documents if prompts is not None else _cut(documents, loaded, prompt_length)
     own = OwnText(texts=texts, options=chosen, temperatures=temperatures, batch_size=batch_size)
-    count = own.write(loaded, Path(output), time_limit_seconds=time_limit_seconds)
+    count = own.write(loaded, file, time_limit_seconds=time_limit_seconds)
     print(f"{output}: {counted(count, 'token')} written now")
 
 

@@ -18,6 +18,7 @@ from app.evaluation.records import Decoded, Record, Score
 
 _log = logging.getLogger(__name__)
 
+_BEGINNING = b'{"'  # of each line
 _SECONDS_TO_DISK = 1.0  # a killed process loses nothing, and a machine without power this much
 
 
@@ -78,6 +79,8 @@ class Journal:
         self._file.seek(0)
         lines = self._file.read().split(b"\n")
         if half := lines.pop():  # a whole line ends in a line break
+            if not _BEGINNING.startswith(half[: len(_BEGINNING)]):
+                raise self._damaged(len(lines) + 1, ValueError("it is no object"))
             whole = sum(len(line) + 1 for line in lines)
             self._file.truncate(whole)
             _log.warning("%s: its last line was half-written (%d bytes), and is dropped", self._path, len(half))

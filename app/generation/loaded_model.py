@@ -161,7 +161,7 @@ def load_decoder(
     decoder = SpanDecoder(weights, exit_blocks=exit_blocks, quantization=quantization)
     loaded = LoadedModel(weights, tokenizer, decoder, dtype)
     file = Path(model) / DRAFT_VOCABULARY_FILE if draft_vocabulary is None else Path(draft_vocabulary)
-    if draft_vocabulary != "none" and (draft_vocabulary is not None or file.is_file()):
+    if draft_vocabulary != "none" and (draft_vocabulary is not None or os.path.lexists(file)):
         vocab_size, ends = loaded.decoder.vocab_size, loaded.eos_token_ids
         token_ids = read_draft_vocabulary(file, vocab_size=vocab_size, ends=ends)
         tuned = read_decoding_defaults(weights) if as_tuned and draft_vocabulary is None else None

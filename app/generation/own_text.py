@@ -3,6 +3,7 @@
 Tested by tests/contract/test_write.py.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import BinaryIO
 
 from app.errors import ConfigError, check_range
 from app.generation.loaded_model import LoadedModel
@@ -19,6 +21,8 @@ from app.model.weights_hash import weights_hash
 from app.progress_log import ProgressLog
 
 _log = logging.getLogger(__name__)
+
+_BEGINNING = b'{"text": "'  # of each line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,6 @@ class OwnText:
             ConfigError: The file holds something else, or a prompt or an option does not fit the model.
         """
         mark, batches = self._mark(loaded), self._batches()
-        done = self._keep_whole_lines(output, [self.texts[row] for rows, _ in batches for row in rows], mark)
         total, tokens, before = len(self.texts) * len(self.temperatures), 0, 0
         requests = {
             temperature: Request.of(
@@ -65,8 +68,10 @@ class OwnText:
             )
             for temperature in self.temperatures
         }
-        started, progress = perf_counter(), ProgressLog(_log, str(output), total=total, unit="texts", done=done)
-        with output.open("a", encoding="utf-8") as file:
+        with output.open("a+b") as file:
+            _lock(file, output)
+            done = self._keep_whole_lines(file, output, [self.texts[row] for rows, _ in batches for row in rows], mark)
+            started, progress = perf_counter(), ProgressLog(_log, str(output), total=total, unit="texts", done=done)
             for rows, temperature in batches:
                 before += len(rows)
                 if before <= done:
@@ -76,7 +81,7 @@ class OwnText:
                 lacking = made[len(rows) - (before - done) :]
                 for each in lacking:
                     line = {"text": each.prompt + each.text, "prompt": each.prompt, "temperature": temperature}
-                    file.write(json.dumps(line | {"of": mark}) + "\n")
+                    file.write(json.dumps(line | {"of": mark}).encode() + b"\n")
                 file.flush()
                 done, new = before, sum(each.num_tokens for each in lacking)
                 tokens += new
@@ -99,11 +104,12 @@ class OwnText:
         told = own, loaded.model.dtype, asdict(self.options), [*self.temperatures], self.batch_size
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
-    def _keep_whole_lines(self, output: Path, expected: Sequence[str], mark: str) -> int:
+    def _keep_whole_lines(self, file: BinaryIO, output: Path, expected: Sequence[str], mark: str) -> int:
         """Cut off what follows the last whole line of an earlier call; return how many lines are kept."""
-        if not output.exists():
-            return 0
-        lines = output.read_bytes().split(b"\n")[:-1]
+        file.seek(0)
+        *lines, half = file.read().split(b"\n")
+        if not _BEGINNING.startswith(half[: len(_BEGINNING)]):
+            lines.append(half)  # which is not ours
         for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
@@ -114,8 +120,16 @@ class OwnText:
                 allowed = "a new file, or one that the same command began"
                 fix = f"line {number + 1} is of another model, prompt or option: name another file, or remove this one"
                 raise ConfigError("output", got=str(output), allowed=allowed, fix=fix)
-        with output.open("r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in lines))
+        file.truncate(sum(len(line) + 1 for line in lines))
         if lines:
             _log.info("%s: %d of %d texts are there; going on", output, len(lines), len(expected))
         return len(lines)
+
+
+def _lock(file: BinaryIO, output: Path) -> None:
+    """Let no other process write the file until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        allowed = "a file that no other process is writing"
+        raise ConfigError("output", got=str(output), allowed=allowed) from error

@@ -5,6 +5,7 @@ blocks its own began as, and the hash of all that it was trained on (`app.model.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +58,7 @@ def stored_exit_blocks(path: str | Path) -> StoredExitBlocks | None:
         if EXIT_BLOCKS_KEY not in metadata:
             return None
         stored = StoredExitBlocks(metadata.get(EXIT_BLOCKS_PREFIX, {}), metadata[EXIT_BLOCKS_KEY], None)
-    elif file.is_file():
+    elif os.path.lexists(file):  # a link to nothing is a fault, and no absence
         stored = _read(file)
     else:
         return None

@@ -4,6 +4,7 @@ Tested by tests/unit/model_files/test_exit_origin.py.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def check_exit_origin(path: str, target: PreTrainedModel, *, field: str) -> None
     CheckpointError if the file beside the draft model is damaged.
     """
     file = Path(path) / EXIT_ORIGIN_FILE
-    if not file.is_file() or target.dtype == torch.float16:
+    if not os.path.lexists(file) or target.dtype == torch.float16:
         return
     try:
         told = json.loads(file.read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def stored_generation_config(directory: Path, config: PreTrainedConfig) -> Gener
     file = directory / GENERATION_CONFIG_NAME
     try:
         with quiet_transformers():
-            if file.exists():
+            if os.path.lexists(file):  # a link to nothing is a fault, and no absence
                 read_generation_config(directory)  # transformers passes over a damaged file
                 generation = GenerationConfig.from_pretrained(directory)
             else:
@@ -94,7 +95,7 @@ def trained_generation_config(trained: TrainedWeights) -> GenerationConfig:
 def read_generation_config(directory: Path) -> dict[str, Any]:
     """The fields of `generation_config.json`, or those that config.json implies; CheckpointError for a damaged file."""
     file = directory / GENERATION_CONFIG_NAME
-    if not file.exists():
+    if not os.path.lexists(file):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         return GenerationConfig.from_model_config(config).to_diff_dict()  # type: ignore[no-any-return]
     try:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -262,3 +263,12 @@ def test_code_by_a_llama_tokenizer_that_ends_texts_itself_is_indented_and_ends(g
     assert generate("--exit_layer", 2, **options).out == "    return x\n"
     (stopped,) = generate_json("--exit_layer", 2, "--stop", "    r", **options)
     assert (stopped["text"], stopped["stop_reason"]) == ("    re", "stop")
+
+
+def test_prompts_from_a_pipe_are_read_once(generate_json):
+    reading, writing = os.pipe()
+    os.write(writing, b'{"prompt": "the"}\n{"prompt": "end"}\n')
+    os.close(writing)
+    results = generate_json("--prompts", f"/dev/fd/{reading}", "--max_new_tokens", "2", prompt=None)
+    os.close(reading)
+    assert [result["prompt"] for result in results] == ["the", "end"]

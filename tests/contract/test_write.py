@@ -1,5 +1,6 @@
 """`layerskip write`: a model's own text, to train on."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def test_a_file_of_another_command_is_refused_and_left(write):
         assert "output: got" in said
         assert "line 1 is of another model, prompt or option" in said
         assert write.output.read_bytes() == before
+    write.output.write_text('"notes without a line break"')
+    assert write("--prompts", write.prompts)[:2] == (2, ["notes without a line break"])
 
 
 def test_prompts_of_a_corpus_begin_at_lines_of_documents_that_are_not_held_out(write, tmp_path):
@@ -116,3 +119,19 @@ def test_mistakes_are_one_message(write, options, said):
     status, lines, message = write(*(write.prompts if option == "FILE" else option for option in options))
     assert (status, lines) == (2, [])
     assert said in message
+
+
+def test_an_output_that_cannot_be_gone_on_with_is_refused_before_the_model_is_read(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("app.generation.loaded_model.load_decoder", lambda *_, **__: pytest.fail("the model was read"))
+    for output in (tmp_path, tmp_path / "no folder" / "own.jsonl", "/dev/null"):
+        status, _, said = write("--prompts", write.prompts, "--output", str(output))
+        assert status == 2
+        assert f"error: output: got '{output}', allowed a file" in said
+
+
+def test_a_file_that_another_process_writes_is_refused_and_left(write):
+    with write.output.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        status, lines, said = write("--prompts", write.prompts)
+    assert (status, lines) == (2, [])
+    assert f"output: got '{write.output}', allowed a file that no other process is writing" in said

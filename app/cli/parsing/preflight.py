@@ -4,6 +4,7 @@ It refuses only what is certainly wrong; the parsers find the rest. Tested by te
 """
 
 import re
+import stat
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -57,9 +58,9 @@ def check_arguments(
     given = [(option.lstrip("-"), value) for _, option, value in words if option.startswith("--") or option == "-c"]
     for option, value in given:
         names = [option.rstrip("+")]
-        if option in ("config", "c") and value is not None:
+        if option in ("config", "c") and value is not None and not _is_read_once(value):
             names = ["config", *(_APPENDED.sub("", path) for path in _paths(value))]
-        elif option == "prompts" and value is not None and not of_fit:  # `data` writes this file
+        elif option == "prompts" and value is not None and not of_fit and not _is_read_once(value):  # `data` writes it
             read_prompts(value, limit=1)
         elif option == "ckpt_path" and value not in (None, "null") and of_fit:  # `export` has messages of its own
             check_checkpoint_path(str(value), use_previous=("fall_back_to_previous", "true") in given)
@@ -84,6 +85,15 @@ def check_checkpoint_path(path: str, *, use_previous: bool) -> None:
         fix = f"the previous checkpoint is {kept} ({USE_PREVIOUS} takes it)"
     allowed = "an existing checkpoint; last; or auto: last if there is one, else none"
     raise ConfigError("ckpt_path", got=path, allowed=allowed, fix=fix)
+
+
+def _is_read_once(path: str) -> bool:
+    """Tell whether it is a pipe or a device, such as `<(command)` of a shell, whose lines would be lost to the verb."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _paths(value: str) -> list[str]:

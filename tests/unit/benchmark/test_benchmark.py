@@ -111,6 +111,7 @@ REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ),
     (("self_speculative",), SPECULATIVE | {"num_draft_tokens": (2, 0)}, "num_draft_tokens: got 0"),
     (("self_speculative",), SPECULATIVE | {"draft_policy": "some"}, "draft_policy: got 'some'"),
+    (("self_speculative",), SPECULATIVE | {"draft_policy": ()}, r"draft_policy: got \[\], allowed at least one"),
     (("layer_skip",), SPECULATIVE | {"skipped_layers": (1,), "draft_policy": "dynamic"}, "draft_policy: got 'dynamic'"),
     (("layer_skip",), {"num_draft_tokens": (3,), "skipped_layers": (4,)}, "skipped_layers: got"),
     (("n_gram",), {}, r"n_gram_match: got \[\], allowed at least one, with strategy n_gram"),

@@ -64,7 +64,14 @@ def test_a_file_that_another_process_writes_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "line"),
-    [(1, "3"), (1, "{}"), (2, "{"), (2, json.dumps({"task": "boolq"})), (3, json.dumps({"scores": [], "x": 1}))],
+    [
+        (1, "3"),
+        (1, "{}"),
+        (5, "notes"),
+        (2, "{"),
+        (2, json.dumps({"task": "boolq"})),
+        (3, json.dumps({"scores": [], "x": 1})),
+    ],
 )
 def test_a_damaged_line_is_named(tmp_path, number, line):
     path = _written(tmp_path / "j")

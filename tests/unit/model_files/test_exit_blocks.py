@@ -104,6 +104,11 @@ def test_damaged_bytes_and_weights_that_are_not_finite_are_refused(directory: Pa
     file.write_bytes(whole[:-7])
     with pytest.raises(CheckpointError, match="damaged"):
         load_exit_blocks(str(directory), model)
+    file.unlink()
+    file.symlink_to("gone")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_exit_blocks(str(directory), model)
+    file.unlink()
     blocks = exit_blocks_of(model, SOURCES)
     torch.nn.init.constant_(blocks["2"].decoder.norm.weight, torch.nan)
     file.write_bytes(StoredExitBlocks(blocks.state_dict(), SOURCES, None).as_file(model.state_dict()))

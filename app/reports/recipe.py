@@ -177,7 +177,9 @@ def _optimizer(config: Mapping[str, Any], _: Run) -> str:
 def _trainer(config: Mapping[str, Any], _: Run) -> str:
     own = config["trainer"]
     strategy = own["strategy"]["class_path"] if isinstance(own.get("strategy"), Mapping) else own.get("strategy")
-    return f"{own.get('num_nodes', 1)} x {own.get('devices')} {own.get('accelerator')}, strategy {strategy}"
+    said = {"devices": own.get("devices"), "accelerator": own.get("accelerator"), "strategy": strategy}
+    chosen = (f"{name} {setting or 'auto'}" for name, setting in said.items())
+    return ", ".join([counted(int(own.get("num_nodes") or 1), "node"), *chosen])
 
 
 _MAIN = {

@@ -36,7 +36,7 @@ from app.model_files.open import load_config, map_pretrained, open_tokenizer
 from app.tables import Table
 from app.text.text_tokens import end_token_ids
 from app.whole_file import write_whole
-from app.words import dtype_name
+from app.words import counted, dtype_name
 from datamodules import Source, TextCodeDataModule
 
 _log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ _HELD_OUT = 32  # prompts that are not trained on: half to tune with, half to me
 _PROMPT_LENGTH = 48
 _MOST_PROMPTS = 100_000  # more than can be continued in the time
 _PROBE_STEPS = 8
+_FEW_STEPS = 100  # an exit block that learned for less drafts next to nothing
 _MOST_EPOCHS = 8  # passes over the cache; beyond, an exit block learns the text by heart
 _LEAST_GAIN = 0.1  # of a draft's cost that a smaller head must save
 
@@ -114,6 +115,9 @@ class Adaptation:
         quiet = {"trainer.limit_val_batches": 0, "trainer.num_sanity_val_steps": 0, "trainer.log_every_n_steps": 1}
         self._run("cache", "fit", {**common, **probe, **quiet, "logs.all_metrics": True})
         steps = int(self._made("steps.txt", lambda: str(self._steps(num_tokens))).read_text())
+        if steps < _FEW_STEPS:
+            told = self.settings.hours, counted(steps, "step"), _FEW_STEPS
+            _log.warning("hours: %g leave time or text for %s of training; an exit block takes %d and more", *told)
         every = {"trainer.max_steps": steps, "trainer.val_check_interval": max(1, steps // 8)}
         named = {"trainer.logger.init_args.save_dir": self.folder, "trainer.logger.init_args.name": "run"}
         self._run("train", "fit", {**common, **every, **named})

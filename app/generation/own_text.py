@@ -71,7 +71,10 @@ class OwnText:
         with output.open("a+b") as file:
             _lock(file, output)
             done = self._keep_whole_lines(file, output, [self.texts[row] for rows, _ in batches for row in rows], mark)
-            started, progress = perf_counter(), ProgressLog(_log, str(output), total=total, unit="texts", done=done)
+            progress = ProgressLog(
+                _log, str(output), total=total, unit="texts", done=done, limit_seconds=time_limit_seconds
+            )
+            started = perf_counter()
             for rows, temperature in batches:
                 before += len(rows)
                 if before <= done:

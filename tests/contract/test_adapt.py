@@ -50,7 +50,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(adapt, folder, monkeypatch):
+def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(adapt, folder, monkeypatch, caplog):
     options = ["--corpus", "corpus", "--exit_layer", "1"]
     monkeypatch.setattr("callbacks.run_logs._FEW_BLOCKS", 0)  # details are left out of the logs of deep models
     monkeypatch.setattr("app.cli.adaptation._PROBE_STEPS", "none")
@@ -68,6 +68,7 @@ def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(
     status, said = adapt(*options)
     assert status == 0, said.err
     assert (folder / "out.work" / "own.jsonl").read_bytes() == written
+    assert any(message.startswith("hours: 0.01 leave time or text for ") for message in caplog.messages)
     assert "out: adapted in " in said.out
     assert " minutes; 0.6 were asked for" in " ".join(said.out.split())
     assert any("the full model is bit-identical" in line and " yes " in line for line in said.out.splitlines())

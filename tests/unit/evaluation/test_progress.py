@@ -1,5 +1,7 @@
 """The time that is left is judged by whole batches, whose examples are done all at once."""
 
+import logging
+
 import pytest
 
 from app import progress_log
@@ -23,4 +25,21 @@ def test_the_time_left_counts_whole_batches(monkeypatch: pytest.MonkeyPatch) -> 
         "gsm8k: 5 of 10 examples, 50 s left",
         "gsm8k: 9 of 10 examples, 10 s left",
         "gsm8k: 10 of 10 examples, 0 s left",
+    ]
+
+
+def test_work_that_is_given_up_takes_no_longer_than_its_limit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress_log, "perf_counter", lambda: now[0])
+    log = progress_log.ProgressLog(logging.getLogger("x"), "own", total=1000, unit="texts", limit_seconds=90.0)
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            now[0] += 40.0
+            log.add(1, num_tokens=80)
+    assert [record.getMessage() for record in caplog.records] == [
+        "own: 1 of 1,000 texts, 2 tokens/s, 50 s left",
+        "own: 2 of 1,000 texts, 2 tokens/s, 10 s left",
+        "own: 3 of 1,000 texts, 2 tokens/s, 0 s left",
     ]

@@ -120,7 +120,8 @@ def no_trace_if_refused(trainer: Trainer) -> Iterator[None]:
                 if next(points(file), None) is None:
                     file.unlink()
                     if file.parent != folder:
-                        file.parent.rmdir()
+                        with suppress(OSError):  # it holds an earlier evaluation
+                            file.parent.rmdir()
             if folder in made and [path.name for path in folder.glob("*")] == [_HPARAMS]:
                 (folder / _HPARAMS).unlink()
         for above in made:

@@ -249,6 +249,17 @@ def test_a_resume_that_is_refused_leaves_the_folder_of_the_run_as_it_was(folder,
     assert sorted((folder / "half").rglob("*")) == before
 
 
+def test_an_evaluation_that_is_refused_is_told_why_beside_an_earlier_one(folder, monkeypatch, capsys, poisoned):
+    earlier = folder / "half" / "validate" / "events.out.tfevents.1.earlier"
+    earlier.parent.mkdir()
+    earlier.touch()
+    named = ["--trainer.logger.init_args.name", "half", "--ckpt_path", str(poisoned[0])]
+    assert cli(monkeypatch, "validate", "--config", str(folder / "config.yaml"), *named) == 2
+    assert "NaN or infinity" in capsys.readouterr().err
+    assert [*earlier.parent.iterdir()] == [earlier]
+    shutil.rmtree(earlier.parent)
+
+
 def test_validate_of_another_tokenizers_size_is_refused_by_that(folder, monkeypatch, capsys):
     options = ["--trainer.limit_val_batches=1", "--data.init_args.vocab_size=280", "--ckpt_path"]
     checkpoint = str(folder / "half" / "checkpoints" / "last.ckpt")

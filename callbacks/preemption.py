@@ -107,8 +107,8 @@ class Preemption(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
-            step = trainer.global_step
-            _log.warning("interrupted after step %d; --ckpt_path last goes on from the last checkpoint", step)
+            resume = "go on from the last checkpoint, if there is one, with --ckpt_path auto"
+            _log.warning("interrupted after step %d; %s", trainer.global_step, resume)
 
 
 def _save_last(trainer: Trainer) -> str | None:

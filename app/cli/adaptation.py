@@ -19,7 +19,9 @@ import torch
 from app import metric_names
 from app.cli.adapt_clock import AdaptClock, in_minutes
 from app.cli.adapt_settings import AdaptSettings
+from app.cli.parsing.included_configs import with_installed
 from app.errors import ConfigError, UserError, check_early_exit, check_range
+from app.export.output_directory import check_output_dir
 from app.generation.prompts import read_prompts
 from app.model.cpu.precision import training_precision
 from app.model_files.decoding_defaults import DEFAULTS_FIELD, SETTING_NAMES
@@ -64,7 +66,8 @@ class Adaptation:
     def begin(cls, model: str, output_dir: str, folder: Path, settings: AdaptSettings) -> "Adaptation":
         """Check the model and the settings, and go on in a folder that the same command began.
 
-        ConfigError if exit or blocks are out of the model's range, or the folder is of another command.
+        ConfigError if exit or blocks are out of the model's range, or the folder is of another command. A mistake that
+        shows before the first step binds no folder.
         """
         num_layers = load_config(model, field="model").get_text_config().num_hidden_layers
         exit_layer = max(1, round(num_layers / 15)) if settings.exit_layer is None else settings.exit_layer
@@ -73,12 +76,22 @@ class Adaptation:
         told = {"model": model, "output_dir": output_dir, **asdict(settings), "exit_layer": exit_layer}
         del told["hours"]
         own = cls(model=model, output_dir=output_dir, folder=folder, settings=settings, exit_layer=exit_layer)
+        if not (folder / "adapt.json").exists():
+            own._check()
         folder.mkdir(parents=True, exist_ok=True)
         begun = json.loads(own._made("adapt.json", lambda: json.dumps(told)).read_text())
         if other := [name for name, value in told.items() if begun.get(name) != value]:
             allowed = f"{begun.get(other[0])!r} in work_dir {folder}"
             raise ConfigError(other[0], got=told[other[0]], allowed=allowed, fix="name another work_dir, or remove it")
         return own
+
+    def _check(self) -> None:
+        """Raise an error for what a later step, perhaps after hours, would refuse."""
+        if not Path(*with_installed([self.settings.recipe])).is_file():
+            raise ConfigError("recipe", got=self.settings.recipe, allowed="a config file of layerskip fit")
+        check_output_dir(self.output_dir)
+        map_pretrained(self.model)
+        self._split_prompts  # noqa: B018  # it reads the corpus or the prompts
 
     def write_own_text(self) -> None:
         """Let the model continue prompts, or beginnings of lines of the corpus, greedily and sampled."""
@@ -218,12 +231,13 @@ class Adaptation:
         names = [f"{use}_prompts.jsonl" for use in ("learn", "tune", "test")]
         files = [self.folder / name for name in names]
         if not all(file.exists() for file in files):
-            learn, held_out = self._split_prompts()
+            learn, held_out = self._split_prompts
             half = len(held_out) // 2
             for file, texts in zip(files, (learn, held_out[:half], held_out[half:]), strict=True):
                 write_whole(file, "".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         return files[0], files[1], files[2]
 
+    @cached_property
     def _split_prompts(self) -> tuple[list[str], list[str]]:
         if (given := self.settings.prompts) is not None:
             texts = read_prompts(given)

@@ -29,6 +29,8 @@ def check_output_dir(output_dir: str, *, overwrite: bool = False, field: str = "
     With `overwrite` it may be any directory of files with a config.json among them, all of which will be replaced.
     """
     directory = Path(output_dir).resolve()
+    if directory == directory.parent:
+        raise ConfigError(field, got=output_dir, allowed="a directory below the root of the file system")
     _put_back(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return directory

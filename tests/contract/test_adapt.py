@@ -87,6 +87,11 @@ def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(
         (["--corpus", "corpus", "--exit_layer", "4"], "exit_layer: got 4, allowed [1, 3]"),
         (["--corpus", "corpus", "--model", "shallow"], "exit_layer: got 1, allowed none in a model of one block"),
         (["--corpus", "corpus", "--hours", "0"], "hours: got 0"),
+        (["--corpus", "nowhere"], "no folder or file 'nowhere'"),
+        (["--prompts", "prompts.jsonl"], "prompts: got '1 prompts', allowed at least 8"),
+        (["--corpus", "corpus", "--output_dir", "model"], "output_dir: got 'model', allowed a directory that is new"),
+        (["--corpus", "corpus", "--output_dir", "/"], "output_dir: got '/', allowed a directory below the root"),
+        (["--corpus", "corpus", "--recipe", "none.yaml"], "recipe: got 'none.yaml', allowed a config file"),
     ],
 )
 def test_mistakes_are_one_message_before_any_work(adapt, folder, options, told):
@@ -94,7 +99,7 @@ def test_mistakes_are_one_message_before_any_work(adapt, folder, options, told):
     status, said = adapt(*options)
     assert status == 2
     assert told in said.err
-    assert not (folder / "out.work").exists()
+    assert not [*folder.glob("*.work")]
 
 
 def test_a_quarter_of_given_prompts_is_held_out_in_halves(folder):
@@ -107,4 +112,4 @@ def test_a_quarter_of_given_prompts_is_held_out_in_halves(folder):
         assert (learn, tune, test) == (texts[:9], texts[9:10], texts[10:])
     few = AdaptSettings(prompts=str(write_prompts(folder / "few.jsonl", texts[:7])))
     with pytest.raises(ConfigError, match="at least 8"):
-        Adaptation.begin(str(folder / "model"), "out", folder / "work2", few)._split_prompts()
+        Adaptation.begin(str(folder / "model"), "out", folder / "work2", few)

@@ -16,7 +16,7 @@ from tests.bench import data_memory, data_targets, gpu, soak, targets, training_
 from tests.bench.decoding_targets import TARGETS, Winners, winners
 from tests.bench.results import run_measurement, target_result
 from tests.bench.training_steps import StepSettings, our_steps, recipe_steps
-from tests.support.runs import cli, curricula, make_data, make_module, make_trainer, write_corpus
+from tests.support.runs import cli, curricula, make_data, make_module, make_trainer, measure_costs_once, write_corpus
 from tests.support.saved_models import save_model, write_prompts
 from tests.support.tiny_models import tiny_config
 
@@ -78,6 +78,7 @@ def test_what_won_is_measured_again_and_only_that_is_reported(tmp_path: Path, mo
     monkeypatch.setattr(targets, "measure_data_targets", lambda folder, config: {})
     monkeypatch.setattr(targets, "measure_training_targets", dict)
     monkeypatch.setattr(targets, "run_verb", run)
+    measure_costs_once(monkeypatch)
     targets.measure_targets(trained_model="trained")
     sweep, again = commands
     grid, confirmed = (

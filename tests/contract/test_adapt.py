@@ -10,7 +10,7 @@ from app.errors import ConfigError
 from app.generation.loaded_model import load_decoder
 from app.generation.prompts import read_prompts
 from app.model_files.open import load_pretrained
-from tests.support.runs import TINY_EXIT_BLOCKS, adapt_here, cli
+from tests.support.runs import TINY_EXIT_BLOCKS, adapt_here, cli, measure_costs_once
 from tests.support.saved_models import save_model, write_prompts
 
 
@@ -19,6 +19,7 @@ def adapt(folder, monkeypatch, capfd):
     """Runs the verb, whose own verbs run in this process, too; gives its status and what was said."""
 
     adapt_here(monkeypatch)
+    measure_costs_once(monkeypatch)
     monkeypatch.chdir(folder)
 
     def run(*options, recipe="recipe.yaml"):

@@ -7,7 +7,7 @@ import torch
 
 from app.decoding import acceptance
 from app.spans.decoder import SpanDecoder
-from tests.support.runs import cli
+from tests.support.runs import cli, measure_costs_once
 from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level
 
@@ -34,6 +34,8 @@ def root(tmp_path_factory):
 @pytest.fixture
 def benchmark(root, tmp_path, monkeypatch, capsys):
     """Run the verb in the folder of models; its report, and its streams."""
+
+    measure_costs_once(monkeypatch)
 
     def run(*options, status=0):
         monkeypatch.chdir(root)

@@ -19,7 +19,7 @@ from app.evaluation.task import TextTask
 from app.evaluation.tasks import TASKS
 from app.model_files.open import build_model
 from datamodules.loading.tokenizers import train_byte_level_bpe
-from tests.support.runs import Built, cli, write_corpus
+from tests.support.runs import Built, cli, measure_costs_once, write_corpus
 from tests.support.tiny_models import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -126,8 +126,7 @@ def test_layerskip_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, ca
     (tmp_path / "my_prompts.jsonl").write_text('{"prompt": "def add"}\n{"prompt": "for x in"}\n')
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "tiny-quickstart.yaml").write_text(yaml.safe_dump(TINY_QUICKSTART))
-    for module, times in (("benchmark.benchmark", "_COST_MOMENTS"), ("tuning.tune", "_COST_REPEATS")):
-        monkeypatch.setattr(f"app.{module}.{times}", 1)
+    measure_costs_once(monkeypatch)
     # `make quickstart` comes first in the README; the commands after it use what it leaves.
     assert cli(monkeypatch, "fit", "--config", "configs/quickstart.yaml", "--config", "tiny-quickstart.yaml") == 0
     ran = 0

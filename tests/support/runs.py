@@ -164,3 +164,13 @@ def adapt_here(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, cli(monkeypatch, *command[3:]))
 
     monkeypatch.setattr("app.cli.adaptation.subprocess", SimpleNamespace(run=run))
+
+
+def measure_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `benchmark` and `tune` measure the costs of decoding seldom, which is most of their work on tiny models."""
+    for times in (
+        "benchmark.benchmark._COST_MOMENTS",
+        "benchmark.benchmark._COST_REPEATS",
+        "tuning.tune._COST_REPEATS",
+    ):
+        monkeypatch.setattr(f"app.{times}", 1)

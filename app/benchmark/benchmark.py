@@ -66,6 +66,7 @@ class BenchmarkSettings:
         fall_back: Let our strategies stop drafting for a prompt that drafting slows down.
         engine: Let our strategies look at every draft before the next one (dynamic), or make a round one fixed sequence
             of kernels, a graph on a CUDA device (static).
+        compile_rounds: Compile static rounds by torch's inductor.
         eos_token_ids: Ids that end a sequence; with none, every prompt is decoded to max_new_tokens.
         batch_size: Number of prompts decoded together, at least 1.
         repeats: How often each prompt is decoded in each way, at least 1; the median counts.
@@ -83,6 +84,7 @@ class BenchmarkSettings:
     n_gram_max_drafts: int = USUAL_N_GRAM_DRAFTS
     fall_back: bool = False
     engine: Engine = "dynamic"
+    compile_rounds: bool = False
     eos_token_ids: tuple[int, ...] = ()
     batch_size: int = 1
     repeats: int = 3
@@ -200,7 +202,8 @@ def build_contenders(
                 n_gram_match=n_gram_match,
                 n_gram_max_drafts=settings.n_gram_max_drafts,
                 fall_back=settings.fall_back,
-                engine=settings.engine if BENCHMARK_STRATEGIES[strategy] == strategy else "dynamic",
+                engine=settings.engine if (own := BENCHMARK_STRATEGIES[strategy] == strategy) else "dynamic",
+                compile_rounds=settings.compile_rounds and (own or settings.engine == "dynamic"),
                 costs=model,
             )
             contenders.append(_contender(subject, strategy, one))

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from app.decoding.cost_model import CostModel
 from app.decoding.sampling import SamplingSettings
-from app.errors import check_choice, check_range
+from app.errors import ConfigError, check_choice, check_range
 from app.protocols import ExitableDecoder
 
 Engine = Literal["dynamic", "static"]
@@ -45,6 +45,7 @@ class DecodingSettings:
         draft_exits: Exits that dynamic may draft from instead of `exit_layer`, with which it begins.
         engine: Whether each draft is looked at on the host before the next one (dynamic), or a whole round is a fixed
             sequence of kernels, which is captured as a graph on a CUDA device (static).
+        compile_rounds: Whether static rounds are compiled by torch's inductor, each number of drafts at its first use.
         fall_back: Whether drafting stops for the rest of a request that it slows down.
         n_gram_match: Draft what followed the latest tokens where at least so many of them, at least 1, occurred before,
             and let the strategy draft elsewhere. None does not; strategies that never draft have no use for it.
@@ -64,6 +65,7 @@ class DecodingSettings:
     draft_policy: DraftPolicyName | None = None
     draft_exits: tuple[int, ...] = ()
     engine: Engine = "dynamic"
+    compile_rounds: bool = False
     fall_back: bool = False
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None
@@ -84,6 +86,8 @@ class DecodingSettings:
         check_range("max_new_tokens", self.max_new_tokens, low=0)
         check_choice("draft_policy", self.policy, DRAFT_POLICY_NAMES)
         check_choice("engine", self.engine, ENGINES)
+        if self.compile_rounds and self.engine != "static":
+            raise ConfigError("compile_rounds", got=True, allowed="false with engine dynamic", fix="give engine static")
         if self.num_draft_tokens is not None:
             fix = "to draft nothing use strategy autoregressive"
             check_range("num_draft_tokens", self.num_draft_tokens, low=1, fix=fix)

@@ -3,13 +3,14 @@
 Shape legend: `B` sequences, `T` drafted tokens, `S` = T + 1 verified positions, `D` most drafts, `V` vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from app.decoding.draft_policy import CONFIDENCE_BINS
 from app.decoding.drafters import FullModel
+from app.decoding.fixed_sequence import FixedSequence
 from app.decoding.static_rules import StaticGreedyRule, StaticSamplingRule
 from app.protocols import StaticDecoderCache
 
@@ -36,10 +37,11 @@ class StaticProgram:
         *,
         most_drafts: int,
         most_ends: int,
+        compiled: bool = False,
     ) -> None:
         batch, device = len(cache.lengths_B), cache.lengths_B.device
         self.drafter, self.cache, self.rule, self._most = drafter, cache, rule, most_drafts
-        self.num_rows = batch
+        self.num_rows, self._compiled = batch, compiled
         self._tokens_BS = torch.zeros(batch, most_drafts + 1, dtype=torch.long, device=device)
         self.given_BG = torch.zeros(batch, _CHANCES + CONFIDENCE_BINS, dtype=torch.float64, device=device)
         self.outcome_BO = torch.zeros(batch, 2 * most_drafts + 4, dtype=torch.float64, device=device)
@@ -62,7 +64,8 @@ class StaticProgram:
         """Draft so many tokens at most, verify and settle them; return the outcome."""
         key = self.num_rows, num_drafts
         if key not in self._sequences:
-            self._sequences[key] = FixedSequence(lambda: self._round(num_drafts), self.cache.lengths_B.device)
+            device = self.cache.lengths_B.device
+            self._sequences[key] = FixedSequence(lambda: self._round(num_drafts), device, compiled=self._compiled)
         self._sequences[key]()
         return self.outcome_BO[: self.num_rows]
 
@@ -110,28 +113,3 @@ class StaticProgram:
         outcome_BO[:, -4:] = torch.stack((drafted_B, kept_B, token_B, finite_B), dim=1)
         tokens_BS[:, 0] = token_B.where(goes_on_B, tokens_BS[:, 0])
         start_B += (kept_B + 1) * goes_on_B
-
-
-class FixedSequence:
-    """Runs a function without arguments, which does the same to the same memory at each call.
-
-    On a CUDA device the second call records it as a graph, which that call and all later ones replay: the host starts
-    one graph instead of each kernel. The first call runs the function itself, since libraries set themselves up then.
-    On other devices all calls do.
-    """
-
-    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
-        self._function, self._captures = function, device.type == "cuda"
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._has_run = False
-
-    def __call__(self) -> None:
-        if self._captures and self._graph is None and self._has_run:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._function()
-        if self._graph is None:
-            self._function()
-        else:
-            self._graph.replay()
-        self._has_run = True

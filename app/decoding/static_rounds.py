@@ -48,7 +48,14 @@ class StaticRounds:
         ends = [row.settings.eos_token_ids for row in rows] + [()] * (batch - len(rows))
         width = max(1, *map(len, ends))
         self._kind = (
-            *(new_drafter, settings.exit_layer, self._most, settings.sampling, self._wants_confidence),
+            *(
+                new_drafter,
+                settings.exit_layer,
+                self._most,
+                settings.sampling,
+                self._wants_confidence,
+                settings.compile_rounds,
+            ),
             *(batch, _power_of_two(capacity + self._most + 1), width, torch.is_inference_mode_enabled()),
         )
         kept, decoder.kept_program = decoder.kept_program, None  # it serves one request at a time
@@ -71,7 +78,8 @@ class StaticRounds:
         else:
             seeds_B = torch.zeros_like(cache.lengths_B)
             rule = StaticSamplingRule(settings.sampling, drafter.draft_ids, seeds_B, self._decoder.vocab_size)
-        return StaticProgram(drafter, cache, rule, most_drafts=self._most, most_ends=width)
+        sizes = {"most_drafts": self._most, "most_ends": width}
+        return StaticProgram(drafter, cache, rule, **sizes, compiled=settings.compile_rounds)
 
     def prefill(self, rows: Sequence[SequenceState]) -> Round:
         """Run all prompts through the model, padded to one length; each yields its first new token."""

@@ -8,6 +8,7 @@ import torch
 
 from app.decoding.cost_model import CostModel
 from app.decoding.drafters import DraftModelDrafter, EarlyExitDrafter, FullModel, LayerSkipDrafter
+from app.decoding.fixed_sequence import check_compiler
 from app.decoding.mixed_exits import MixedExitDrafter
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError, check_range
@@ -133,6 +134,8 @@ def check_settings(strategy: Strategy, settings: DecodingSettings, decoder: Exit
             _log.warning("%s%s has no effect with strategy %s", name, shown, strategy)
     if settings.engine == "static":
         _check_static(strategy, settings)
+    if settings.compile_rounds:
+        check_compiler(decoder.device)
     can_be_off = entry.costs is not None and settings.draft_policy == "off"
     if settings.policy != "fixed" and not entry.has_drafter and not can_be_off:
         _log.warning("draft_policy=%s has no effect with strategy %s", settings.policy, strategy)

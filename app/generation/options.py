@@ -53,6 +53,8 @@ class GenerationOptions(DraftOptions):
         chat: Put the prompt into the tokenizer's chat template, as the user's message.
         engine: Look at every draft before the next one (dynamic), or run a round as one fixed sequence of kernels, a
             graph on a CUDA device (static). static has neither n-grams nor a repetition penalty.
+        compile_rounds: Compile static rounds by torch's inductor. The first use of each number of drafts and of prompts
+            then takes minutes.
         max_new_tokens: Largest number of new tokens for each prompt.
         stop: Texts, any of which ends the output. The output includes that text and the whole of its last token.
         temperature: Temperature of the sampling; 0 is greedy.
@@ -68,6 +70,7 @@ class GenerationOptions(DraftOptions):
 
     chat: bool = False
     engine: Engine = "dynamic"
+    compile_rounds: bool = False
     max_new_tokens: int = 128
     stop: list[str] | None = None
     temperature: float = 0.0
@@ -100,6 +103,7 @@ class GenerationOptions(DraftOptions):
             n_gram_max_drafts=self.n_gram_max_drafts,
             fall_back=self.fall_back,
             engine=self.engine,
+            compile_rounds=self.compile_rounds,
             sampling=SamplingSettings(
                 temperature=self.temperature,
                 top_k=self.top_k,

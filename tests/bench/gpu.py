@@ -29,13 +29,14 @@ _GIB_NEEDED = {
 }  # of a device's memory: weights in bfloat16, buffers, a second set of keys
 
 
-def write_gpu_results(*, seconds: float = 480.0, output: str = "build/gpu.json") -> None:
+def write_gpu_results(*, seconds: float = 480.0, compile_rounds: bool = False, output: str = "build/gpu.json") -> None:
     """Check decoding on this device, then time decoding and training steps, and write it all down.
 
     Without a GPU tiny models run, to show that the script does; their times say nothing.
 
     Args:
         seconds: Time after which nothing new is begun.
+        compile_rounds: Also time compiled static rounds of the smallest model, which take minutes to compile.
         output: The JSON object to write.
     """
     check_range("seconds", seconds, low=1.0)
@@ -48,7 +49,7 @@ def write_gpu_results(*, seconds: float = 480.0, output: str = "build/gpu.json")
         "read_gb_per_second": gpu_decoding.read_bandwidth(device) / 1e9,
     }
     with tempfile.TemporaryDirectory() as folder:
-        for part, measure in _parts(device, Path(folder)).items():
+        for part, measure in _parts(device, Path(folder), with_compiled=compile_rounds).items():
             written[part] = []
             try:
                 for line in measure():
@@ -78,7 +79,7 @@ def write_gpu_results(*, seconds: float = 480.0, output: str = "build/gpu.json")
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def _parts(device: torch.device, folder: Path) -> Mapping[str, Callable[[], Iterator[Line]]]:
+def _parts(device: torch.device, folder: Path, *, with_compiled: bool) -> Mapping[str, Callable[[], Iterator[Line]]]:
     """What is measured, in this order: first whether it is right."""
     if device.type == "cpu":
         shapes, request = gpu_decoding.TINY, Request(num_prompts=3, prompt_length=8, new_tokens=40)
@@ -93,8 +94,10 @@ def _parts(device: torch.device, folder: Path) -> Mapping[str, Callable[[], Iter
     parts: dict[str, Callable[[], Iterator[Line]]] = {
         "correctness": partial(gpu_decoding.correctness, checked, request, device=device)
     }
-    for name, shape in shapes.items():
-        parts[f"decoding {name}"] = partial(gpu_decoding.speeds, name, shape, request, device=device)
+    for index, (name, shape) in enumerate(shapes.items()):
+        compiled = with_compiled and index == 0
+        measure = partial(gpu_decoding.speeds, name, shape, request, device=device, with_compiled=compiled)
+        parts[f"decoding {name}"] = measure
     parts["training"] = partial(
         gpu_training.steps, trained, rows=rows, seq_len=seq_len, num_steps=num_steps, device=device, folder=folder
     )

@@ -115,14 +115,17 @@ def correctness(shape: Shape, request: Request, *, device: torch.device) -> Iter
                 }
 
 
-def speeds(name: str, shape: Shape, request: Request, *, device: torch.device) -> Iterator[Line]:
+def speeds(
+    name: str, shape: Shape, request: Request, *, device: torch.device, with_compiled: bool = False
+) -> Iterator[Line]:
     """Time one prompt in each way, in bfloat16, with drafts planted; tokens a second without first and last rounds."""
     model = build(shape, device=device, dtype=torch.bfloat16, planted=True)
     decoder = PlantedDecoder(model)
     prompts = replace(request, num_prompts=1).prompts(decoder.vocab_size)
     bound = _bytes_read(model) / read_bandwidth(device)
-    own = [("autoregressive", engine, 1.0) for engine in ENGINES]
-    own += [("self_speculative", engine, rate) for rate in (0.6, 0.8, 1.0) for engine in ENGINES]
+    engines = [*ENGINES, *(["static, compiled"] if with_compiled else [])]
+    own = [("autoregressive", engine, 1.0) for engine in engines]
+    own += [("self_speculative", engine, rate) for rate in (0.6, 0.8, 1.0) for engine in engines]
     for strategy, engine, rate in own:
         decoder.acceptance.fill_(rate)
         arrivals: list[tuple[float, int]] = []
@@ -155,8 +158,10 @@ def _decode(
     arrivals: list[tuple[float, int]] | None = None,
 ) -> Any:
     drafting: dict[str, Any] = {"exit_layer": shape.exit_layer, "num_draft_tokens": shape.num_draft_tokens}
+    drafting = drafting if strategy == "self_speculative" else {}
+    engine, _, compiled = engine.partition(", ")
     settings = DecodingSettings(
-        max_new_tokens=request.new_tokens, engine=engine, **drafting if strategy == "self_speculative" else {}
+        max_new_tokens=request.new_tokens, engine=engine, compile_rounds=compiled == "compiled", **drafting
     )
     on_step: Callable[..., None] | None = None
     if arrivals is not None:

@@ -173,7 +173,7 @@ def test_a_part_that_fails_on_a_gpu_leaves_the_others_their_time_and_fails_at_th
         raise torch.OutOfMemoryError("too much\nof it")
 
     parts = {"correctness": full, "training": lambda: iter([{"way": "plain"}])}
-    monkeypatch.setattr(gpu, "_parts", lambda *_: parts)
+    monkeypatch.setattr(gpu, "_parts", lambda *_, **__: parts)
     with pytest.raises(SystemExit, match="failed: correctness"):
         gpu.write_gpu_results(output=str(tmp_path / "gpu.json"))
     measured = json.loads((tmp_path / "gpu.json").read_text())

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from app.decoding.engine import Decoding
+from app.decoding.fixed_sequence import FixedSequence
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import ENGINES, DecodingSettings, Ends, Engine
-from app.decoding.static_program import FixedSequence, StaticProgram
+from app.decoding.static_program import StaticProgram
 from app.decoding.strategies import STRATEGIES
 from app.errors import ConfigError
 from tests.support.decoding import decode
@@ -177,6 +178,40 @@ def test_a_cuda_device_replays_what_the_second_call_recorded(monkeypatch: pytest
     for _ in range(3):
         sequence()
     assert log == ["run", "recording", "run", "replayed", "replayed"]
+    log.clear()
+    monkeypatch.setattr("torch.compile", lambda function, **_: lambda: (log.append("compiled"), function()))
+    sequence = FixedSequence(lambda: log.append("run"), torch.device("cuda"), compiled=True)
+    for _ in range(4):
+        sequence()
+    assert log == [*["compiled", "run"] * 2, "recording", "compiled", "run", "replayed", "replayed"]
+
+
+def test_compiled_rounds_are_traced_as_one_and_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"num_draft_tokens": 1, "max_new_tokens": 6}
+    decoder_with_exit_blocks(_NAME).use_draft_vocabulary(None)  # forgets what other tests left
+    expected = _decoding("static", **given).finish()[0].tokens
+    compiled: list[Callable[[], None]] = []
+
+    def traced(function: Callable[[], None], *, dynamic: bool) -> Any:
+        compiled.append(function)
+        return real(function, dynamic=dynamic, fullgraph=True, backend="eager")
+
+    real = torch.compile
+    monkeypatch.setattr("torch.compile", traced)
+    assert _decoding("static", compile_rounds=True, **given).finish()[0].tokens == expected
+    assert len(compiled) == 2  # a draft of one token, and the last round, which drafts none
+
+
+def test_compiling_needs_static_rounds_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match="compile_rounds: got True, allowed false with engine dynamic; give engine static"
+    ):
+        _decoding("dynamic", compile_rounds=True)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(
+        ConfigError, match=r"compile_rounds: got True, allowed false without a C\+\+ compiler \(g\+\+ \| "
+    ):
+        _decoding("static", compile_rounds=True)
 
 
 @pytest.mark.parametrize(

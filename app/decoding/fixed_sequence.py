@@ -1,0 +1,54 @@
+"""Runs the same kernels again and again: as they are, compiled, and as a graph on a CUDA device.
+
+Tested by tests/unit/decoding/test_static_rounds.py.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from app.errors import ConfigError
+
+_COMPILERS = ("g++", "clang++", "c++")  # any of which inductor takes on a processor
+
+
+class FixedSequence:
+    """Runs a function without arguments, which does the same to the same memory at each call.
+
+    On a CUDA device a later call records it as a graph, which that call and all after it replay: the host starts one
+    graph instead of each kernel. Before, the function itself runs, since libraries set themselves up then, and a
+    compiled one is compiled, once more where its first call has changed what it looks at. On other devices all calls
+    run it. Inductor's own graphs (mode reduce-overhead) are not used: they leave out what writes to its inputs, as a
+    round does to keys and values.
+    """
+
+    def __init__(self, function: Callable[[], None], device: torch.device, *, compiled: bool = False) -> None:
+        self._function = torch.compile(function, dynamic=False) if compiled else function
+        self._captures = device.type == "cuda"
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._calls_before = 2 if compiled else 1
+
+    def __call__(self) -> None:
+        if self._captures and self._graph is None and not self._calls_before:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._function()
+        if self._graph is None:
+            self._function()
+        else:
+            self._graph.replay()
+        self._calls_before = max(0, self._calls_before - 1)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ConfigError unless there is what inductor needs on this device: a C++ compiler on a CPU, or triton."""
+    if device.type == "cuda":
+        found, needed = importlib.util.find_spec("triton") is not None, "the package triton"
+    else:
+        names = (os.environ.get("CXX"), *_COMPILERS)
+        found, needed = any(name and shutil.which(name) for name in names), f"a C++ compiler ({' | '.join(_COMPILERS)})"
+    if not found:
+        raise ConfigError("compile_rounds", got=True, allowed=f"false without {needed}")

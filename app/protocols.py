@@ -116,6 +116,8 @@ class FrozenModelHost(Protocol):
 
     @property
     def has_exit_blocks(self) -> bool: ...
+    @property
+    def exit_sources(self) -> Mapping[int, Sequence[int]]: ...  # exits that have blocks -> those they began as
 
 
 class DraftSize(NamedTuple):

@@ -12,7 +12,7 @@ from app.errors import ConfigError, check_exits
 from app.exits.predicted_speedup import predicted_speedup
 from app.exits.quality import ExitQuality, ExitScore
 from app.exits.report import exit_figure, exit_table, gap_figure
-from app.protocols import DraftHost, ExitMonitorHost
+from app.protocols import DraftHost, ExitMonitorHost, FrozenModelHost
 from app.tables import Table
 from callbacks.tensorboard import write_figure
 
@@ -24,7 +24,8 @@ class ExitQualityMonitor(Callback):
     which validates all rows before the first step, the history begins with what a pretrained model's exits know.
 
     Args:
-        exit_layers: Exits to score, in blocks run; by default all of them. Each costs one unembedding.
+        exit_layers: Exits to score, in blocks run; by default all of them, or where exits have blocks of their own,
+            these and the full model. Each costs one unembedding.
 
     Raises:
         ConfigError: If an exit is not one of the model's.
@@ -43,6 +44,8 @@ class ExitQualityMonitor(Callback):
             raise ConfigError("model", got=type(pl_module).__name__, allowed="a protocols.ExitMonitorHost")
         num_layers = self._num_layers = pl_module.num_layers
         exit_layers: Sequence[int] = self._wanted or range(1, num_layers + 1)
+        if not self._wanted and isinstance(pl_module, FrozenModelHost) and pl_module.has_exit_blocks:
+            exit_layers = [*pl_module.exit_sources, num_layers]
         check_exits(exit_layers, num_layers=num_layers)
         pl_module.monitor_exits(exit_layers)
         self._quality = ExitQuality(exit_layers, num_layers=num_layers).to(pl_module.device)

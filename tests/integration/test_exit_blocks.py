@@ -332,7 +332,7 @@ def test_the_commands_train_and_measure_exit_blocks_and_refuse_what_does_not_go_
     monkeypatch.chdir(tmp_path)
     corpus = {"code": {"kind": "files", "path": str(root / "corpus")}}
     data = {"sources": corpus, "seq_len": 24, "batch_size": 4, "validation_share": 0.2, "validation_rows": 8}
-    monitor = {"class_path": "callbacks.ExitQualityMonitor", "init_args": {"exit_layers": [3, 4]}}
+    monitor = {"class_path": "callbacks.ExitQualityMonitor"}  # by default of the exits that have blocks
     saver = {"class_path": "callbacks.LastCheckpoint", "init_args": {"every_n_train_steps": 2}}
     logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "x", "version": ""}}
     trainer = {
@@ -361,7 +361,8 @@ def test_the_commands_train_and_measure_exit_blocks_and_refuse_what_does_not_go_
         assert message in capsys.readouterr().err
         assert not Path("runs").exists()
     assert cli(monkeypatch, *fit) == 0
-    assert " 3 " in capsys.readouterr().out
+    measured = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert measured == ["3", "4 (full)"]
     assert cli(monkeypatch, "validate", "--config", "runs/x/config.yaml", "--ckpt_path", "last") == 0
     capsys.readouterr()
     resume = ["fit", "--config", "runs/x/config.yaml", "--ckpt_path", "last"]

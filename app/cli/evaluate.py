@@ -7,7 +7,7 @@ from typing import Any
 from app.benchmark.report import environment
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
-from app.errors import check_output_file
+from app.errors import DataError, check_output_file
 from app.evaluation.confident_exits import ConfidentExit, check_thresholds, confident_exits
 from app.evaluation.evaluate import chosen_tasks, exits_of, prepare, settings_document
 from app.evaluation.evaluate import evaluate as score
@@ -64,6 +64,9 @@ def evaluate(
             _log.info("%d examples are done: the same command goes on from there", len(journal.records))
             raise
     records = [journal.records[each.task.name, item.row] for each in work for item in each.items]
+    if not any(record.scores for record in records):
+        fix = "on_long=truncate_left leaves out the beginnings of longer ones"
+        raise DataError(f"tasks: no row fits the model's context of {loaded.decoder.max_length} tokens; {fix}")
     where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
     title = f"{model_name(model)}, {where['dtype']}"
     asked = {"model": model, "tasks": chosen, "batch_size": settings.batch_size}

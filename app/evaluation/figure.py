@@ -29,6 +29,8 @@ def evaluation_figure(results: Sequence[Result], *, title: str) -> Figure:
     panels = [panel for panel in (shares, texts) if panel]
     figure = Figure(figsize=(7.0 * max(1, len(panels)), 5.2), layout="constrained")
     figure.suptitle(title, fontsize="medium")
+    if not panels:  # no row was short enough for the model
+        return figure
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _lines(axes, panel)
         axes.set_xlabel("exit layer (blocks run; the last is the full model)")

@@ -176,3 +176,7 @@ def test_prompts_that_are_cut_or_skipped_are_told(monkeypatch, model, here, caps
     assert "note: boolq: 1 row skipped, longer than the model's context" in capsys.readouterr().out
     assert _evaluate(monkeypatch, model, "--on_long", "error", "--output", "e.json", tasks="[boolq=boolq.jsonl]") == 2
     assert "boolq.jsonl, row 7: got a prompt of" in capsys.readouterr().err
+    (here / "boolq.jsonl").write_text(json.dumps(long) + "\n")
+    assert _evaluate(monkeypatch, model, "--on_long", "skip", "--output", "n.json", tasks="[boolq=boolq.jsonl]") == 2
+    assert "tasks: no row fits the model's context of" in capsys.readouterr().err
+    assert not (here / "n.json").exists()

@@ -112,6 +112,13 @@ def test_two_ranks_share_the_rows_and_find_what_one_process_finds(tmp_path, call
     assert two["results"] == one["results"]
 
 
+def test_rows_that_are_all_too_long_end_nothing(tmp_path):
+    (tmp_path / "boolq.jsonl").write_text(json.dumps(ROWS[0] | {"passage": "word " * 99}) + "\n")
+    callback = TaskEvaluation(tasks=[f"boolq={tmp_path / 'boolq.jsonl'}"], on_long="skip")
+    assert _trainer(tmp_path, callback).test(_module(), datamodule=_Data(), verbose=False) == [{}]
+    assert json.loads((tmp_path / "run" / "tasks_test.json").read_text())["rows"]["boolq"]["skipped"] == 1
+
+
 def test_what_cannot_be_measured_is_refused_before_anything_runs(tmp_path, callback):
     trainer = SimpleNamespace(datamodule=_Data())
     with pytest.raises(ConfigError, match="model: got 'LightningModule', allowed a module with exitable_decoder"):

@@ -184,8 +184,10 @@ def _keep_compiled_code_private() -> None:
 class AboveBars(logging.StreamHandler[TextIO]):
     """Writes above a progress bar, whose line the message would otherwise continue."""
 
+    _process = os.getpid()  # data workers have copies of its bars, which stand still
+
     def emit(self, record: logging.LogRecord) -> None:
-        bars = sys.modules.get("tqdm")
+        bars = sys.modules.get("tqdm") if os.getpid() == self._process else None
         # Without the lock, which a data worker that is killed would keep for ever.
         with nullcontext() if bars is None else bars.tqdm.external_write_mode(file=self.stream, nolock=True):
             super().emit(record)

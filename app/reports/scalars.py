@@ -97,6 +97,8 @@ def read_scalars(folder: Path) -> Scalars:
         _read_csv(file, scalars)
     if (file := folder / _SETTINGS).is_file():
         _read_settings(file, scalars)
+    if not scalars.series:
+        scalars.notes.append(f"no measurement could be read from {', '.join(scalars.files)}")
     for name, points in sorted(scalars.series.items()):
         if bad := sorted(step for step, value in points.items() if not math.isfinite(value)):
             many = f" and {len(bad) - 1} more" if len(bad) > 1 else ""

@@ -112,3 +112,10 @@ def test_a_config_that_is_damaged_or_missing_is_told(tmp_path: Path) -> None:
     (folder / "config.yaml").unlink()
     (run,) = read_runs([str(folder)])
     assert "config.yaml is missing" in run.notes[0]
+
+
+def test_logs_without_a_measurement_are_told(tmp_path: Path) -> None:
+    (folder := tmp_path / "run").mkdir()
+    (folder / "metrics.csv").write_bytes(b"\x89PNG")
+    (run,) = read_runs([str(folder)])
+    assert run.notes[0] == "no measurement could be read from metrics.csv"

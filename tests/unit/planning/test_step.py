@@ -1,5 +1,6 @@
 """What a plan says of a step, against the real module's real step."""
 
+from dataclasses import fields
 from resource import RUSAGE_SELF, getrusage
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from transformers import MistralConfig, MixtralConfig, Qwen3Config
 
 from app.errors import ConfigError
 from app.model.cpu import attention
-from app.planning.step import FLOP_FORMULAS, Micro, build_fake, measure_micro_batch
+from app.planning.step import FLOP_FORMULAS, Micro, MicroBatchCosts, build_fake, measure_micro_batch
 from app.training.module import LayerSkipModule
 from tests.support.tiny_models import tiny_config
 
@@ -173,6 +174,12 @@ def test_memory_with_checkpointed_blocks_is_what_a_real_step_takes_then(dtype, a
     running = max(costs.recomputed_bytes, costs.exit_loss_bytes + sum(costs.copy_bytes))
     assert costs.checkpointed_bytes + running == pytest.approx(peak, rel=0.15)
     assert costs.activation_bytes + costs.exit_loss_bytes > 1.5 * peak
+
+
+def test_a_block_that_is_computed_again_brings_the_copies_of_its_weights():
+    counts = dict.fromkeys([field.name for field in fields(MicroBatchCosts)], 0)
+    costs = MicroBatchCosts(**(counts | {"block_bytes": (30, 50), "copy_bytes": (40, 1)}))
+    assert costs.recomputed_bytes == 70
 
 
 def test_an_architecture_that_cannot_run_without_values_is_refused():

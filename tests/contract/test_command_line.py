@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections import Counter
 from io import StringIO
 from pathlib import Path
@@ -274,7 +275,15 @@ def started():
 
 
 @pytest.fixture(scope="module")
-def run(config, started):
+def elsewhere(tmp_path_factory):
+    """Where the command of the run is given, and the temporary folder."""
+    # Data workers hand tensors over through sockets in the latter, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory() as temporary:
+        yield tmp_path_factory.mktemp("here"), Path(temporary)
+
+
+@pytest.fixture(scope="module")
+def run(config, started, elsewhere):
     """A finished run, by the real command; without the progress bar that the config lists, as cluster jobs are."""
 
     def counted(name, function):
@@ -293,6 +302,8 @@ def run(config, started):
             (training_parser, "with_included"),
         ):
             patch.setattr(owner, name, counted(name, getattr(owner, name)))
+        patch.chdir(elsewhere[0])
+        patch.setattr(tempfile, "tempdir", str(elsewhere[1]))
         assert cli(patch, "fit", "--config", str(config), "--trainer.enable_progress_bar", "false") == 0
     return config.parent / "run"
 
@@ -306,6 +317,10 @@ def test_a_second_fit_does_not_overwrite_the_first(config, run, monkeypatch, cap
 
 def test_a_start_makes_one_parser_and_reads_and_writes_the_settings_once(run, started):
     assert started == {"add_method_arguments": 1, "with_included": 1, "dump": 1}
+
+
+def test_fit_leaves_nothing_where_it_was_given_or_in_the_temporary_folder(run, elsewhere):
+    assert [path for folder in elsewhere for path in folder.iterdir()] == []
 
 
 def test_fit_leaves_config_checkpoints_and_events(run, capsys):

@@ -34,7 +34,7 @@ def test_compiled_code_is_private_without_a_home_too_and_goes_with_the_process(t
     assert not folder.exists()
 
 
-@pytest.mark.slow  # the command in a process of its own
+@pytest.mark.slow  # test_command_line.py looks at the latter two by default; home is a process's own
 def test_nothing_is_left_at_home_in_the_temporary_folder_or_where_the_command_was_given(tmp_path):
     work, home, elsewhere = (tmp_path / name for name in ("work", "home", "elsewhere"))
     for folder in (work, home, elsewhere):

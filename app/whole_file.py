@@ -16,7 +16,8 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     A link stays; its target is replaced and keeps its mode. A pipe or a device is written to directly.
 
     Raises:
-        OSError: It cannot be written; the file before is unchanged, and nothing is left beside it.
+        OSError: It cannot be written. The file before is unchanged, and nothing is left beside it, which also holds
+            after Ctrl-C. The error names the file.
     """
     path, data = path.resolve(), content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
@@ -31,8 +32,10 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
         if path.exists():
             shutil.copymode(path, partial)
         partial.replace(path)
-    except OSError:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # which a full disk does not name
         raise
 
 

@@ -42,9 +42,15 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_beside_it(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as disk:
         disk.setattr("app.whole_file.os.fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=rf"No space left.*{tmp_path}"):
+            WRITERS[name](file)
+        disk.setattr("app.whole_file.os.fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
             WRITERS[name](file)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file.json": "the one before"}
     WRITERS[name](file)

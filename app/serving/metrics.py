@@ -48,8 +48,14 @@ class Metrics:
         for name in ("prompt_tokens", "completion_tokens", "drafted", "accepted", "rounds"):
             text = f"Sum of {name} over all prompts that have ended"
             yield CounterMetricFamily(f"layerskip_{name}", text, value=getattr(counts, name))
+        yield CounterMetricFamily("layerskip_joined", "Prompts that joined a batch that ran", value=counts.joined)
         yield _by("layerskip_prompts", "Prompts that have ended or were refused", "outcome", counts.jobs.copy())
-        yield _by("layerskip_batches", "Batches that were decoded", "size", counts.batch_sizes.copy())
+        yield _by(
+            "layerskip_batches",
+            "Batches that have ended, by the most prompts at once",
+            "size",
+            counts.batch_sizes.copy(),
+        )
 
     def page(self) -> bytes:
         """All figures in Prometheus' text format."""

@@ -41,11 +41,13 @@ class Counts:
     Attributes:
         jobs: By outcome: eos, stop, max_new_tokens and context_length as in app.decoding.result, cancelled, failed,
             and refused, of a full queue.
-        batch_sizes: How many batches of each size were decoded.
+        batch_sizes: How many batches have ended that decoded so many jobs at once, at most.
+        joined: Jobs that joined a batch while it ran.
     """
 
     jobs: Counter[str] = field(default_factory=Counter)
     batch_sizes: Counter[int] = field(default_factory=Counter)
+    joined: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     drafted: int = 0
@@ -190,17 +192,21 @@ class Scheduler:
             self._run([job])
 
     def _decode(self, batch: list[Job]) -> None:
-        self.counts.batch_sizes[len(batch)] += 1
         key, decoding = batch[0].batch_key, self._new_decoding(batch)
         now = perf_counter()
         seats = {index: _Seat(job, decoding, index, now) for index, job in enumerate(batch)}
-        with torch.inference_mode():
-            for index, step in decoding:
-                seats[index].job.take(step.tokens)
-                self._clear(seats, [index], batch)
-                while decoding.takes_prompts and (jobs := self._next_to_join(key, batch)):
-                    self._seat(jobs, decoding, seats, batch)
-        self._clear(seats, [*seats], batch)  # those that had no room for a token
+        most = len(batch)
+        try:
+            with torch.inference_mode():
+                for index, step in decoding:
+                    seats[index].job.take(step.tokens)
+                    self._clear(seats, [index], batch)
+                    while decoding.takes_prompts and (jobs := self._next_to_join(key, batch)):
+                        self._seat(jobs, decoding, seats, batch)
+                        most = max(most, len(batch))
+            self._clear(seats, [*seats], batch)  # those that had no room for a token
+        finally:
+            self.counts.batch_sizes[most] += 1
 
     def _next_to_join(self, key: DecodingSettings, batch: Sequence[Job]) -> list[Job]:
         """Take what can join a batch that runs; nothing joins one that has come to its end."""
@@ -223,6 +229,7 @@ class Scheduler:
         for place, (index, job) in enumerate(zip(indices, jobs, strict=True)):
             seats[index] = _Seat(job, own, place, started_at)
         batch += jobs
+        self.counts.joined += len(jobs)
         self._clear(seats, indices, batch)
 
     def _new_decoding(self, jobs: Sequence[Job]) -> Decoding:

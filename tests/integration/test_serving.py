@@ -144,7 +144,8 @@ def test_of_fifty_clients_some_of_whom_leave_each_gets_its_own_text_and_memory_s
     told = {name: after[name] - before.get(name, 0) for name in after if name.startswith("layerskip_prompts_total")}
     assert told['layerskip_prompts_total{outcome="cancelled"}'] >= 3
     assert sum(told.values()) - told.get('layerskip_prompts_total{outcome="refused"}', 0) == 150
-    assert after['layerskip_batches_total{size="4"}'] > 10
+    assert after['layerskip_batches_total{size="4"}'] >= 1
+    assert after["layerskip_joined_total"] > 50
 
 
 def test_what_is_not_offered_is_refused_by_name_and_nothing_fails(server, client):

@@ -1,6 +1,7 @@
 """Jobs through the queue and the thread that decodes, on a tiny model and without HTTP."""
 
 from dataclasses import replace
+from threading import Event
 
 import pytest
 
@@ -81,6 +82,7 @@ def test_jobs_that_wait_are_decoded_together_and_each_comes_out_as_alone(schedul
     scheduler.start()
     scheduler.close()
     assert scheduler.counts.batch_sizes == {3: 2}  # those that sample alike; the last one takes the first free seat
+    assert scheduler.counts.joined == 1
     assert text_of(greedy[0]) == alone(PROMPTS[0], max_new_tokens=12).text
     assert text_of(greedy[1]) == alone(PROMPTS[1], max_new_tokens=5).text
     assert text_of(greedy[2]) == free[: free.find(stop)]
@@ -90,6 +92,42 @@ def test_jobs_that_wait_are_decoded_together_and_each_comes_out_as_alone(schedul
     assert len(greedy[0].events) > 2  # piece by piece
     assert scheduler.counts.completion_tokens == sum(each.events[-1].result.num_tokens for each in greedy + sampled)
     assert scheduler.counts.jobs.total() == 7
+
+
+def test_a_short_job_joins_a_long_one_and_one_that_fails_as_it_joins_takes_no_other_down(
+    scheduler, job, alone, monkeypatch, caplog
+):
+    first, bad, short, order = job(PROMPTS[0], budget=60), job(PROMPTS[2]), job(PROMPTS[1], budget=4), []
+
+    class Failing(Decoding):
+        def begin(self):
+            if bad.tokens in [row.prompt for row in self._rows]:
+                raise NotFiniteError("the model's logits are not finite")
+            return super().begin()
+
+    monkeypatch.setattr("app.serving.scheduler.Decoding", Failing)
+    is_over = Event()
+    for each in (first, short):
+
+        def note(event, tell=each.listen, each=each):
+            tell(event)
+            order.append((each, event))
+            if len(order) == 1:
+                scheduler.submit([bad, short])
+            if each is first and isinstance(event, Finished):
+                is_over.set()
+
+        each.listen = note
+    scheduler.submit([first])
+    scheduler.start()
+    assert is_over.wait(120)
+    scheduler.close()
+    ended = [each for each, event in order if isinstance(event, Finished)]
+    assert ended == [short, first]
+    assert text_of(first) == alone(PROMPTS[0], max_new_tokens=60).text
+    assert text_of(short) == alone(PROMPTS[1], max_new_tokens=4).text
+    assert isinstance(bad.events[-1], Failed)
+    assert scheduler.counts.jobs == {"failed": 1, "max_new_tokens": 2}
 
 
 def test_a_full_queue_refuses_all_prompts_of_a_request_or_none(scheduler, job):

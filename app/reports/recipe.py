@@ -148,11 +148,9 @@ def _lora(config: Mapping[str, Any], _: Run) -> str:
 def _data(config: Mapping[str, Any], _: Run) -> str:
     own = config["data"].get("init_args") or {}
     sources = own.get("sources") or {}
-    total = sum(source.get("weight", 1.0) for source in sources.values()) or 1.0
-    mix = ", ".join(
-        f"{source.get('weight', 1.0) / total:.0%} {name} ({source.get('kind', _UNKNOWN)})"
-        for name, source in sources.items()
-    )
+    weights = {name: source.get("weight") or 1.0 for name, source in sources.items()}  # null is 1.0
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    mix = ", ".join(f"{shares[name]:.0%} {name} ({source.get('kind', _UNKNOWN)})" for name, source in sources.items())
     return mix or str(config["data"].get("class_path", _UNKNOWN)).rpartition(".")[2]
 
 

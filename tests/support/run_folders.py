@@ -27,7 +27,11 @@ def config(**changes: Any) -> dict[str, Any]:
         },
         "data": {
             "class_path": "datamodules.TextCodeDataModule",
-            "init_args": {"sources": {"code": {"kind": "files", "weight": 3}}, "batch_size": 8, "seq_len": 32},
+            "init_args": {
+                "sources": {"code": {"kind": "files", "weight": 3}, "more": {"kind": "lines", "weight": None}},
+                "batch_size": 8,
+                "seq_len": 32,
+            },
         },
         "layer_dropout": {"max_dropout_rate": 0.5, "depth_scale": "linear", "time_scale": "constant"},
         "early_exit": {

@@ -31,6 +31,7 @@ def test_the_page_has_the_values_of_the_logs_and_the_settings_of_the_config(runs
     text = _text(page)
     assert f"{logged(40)['train/loss']:.4g} at step 40 {logged(40, shift=0.2)['train/loss']:.4g} at step 40" in text
     assert "rotational (R = 3), scale 0.7, uniform weights, kl off" in text
+    assert "75% code (files), 25% more (lines)" in text
     assert "1 node, devices auto, accelerator auto, strategy auto" in text
     assert "early_exit.curriculum rotational none layer_dropout.max_dropout_rate 0.5 0.0 " in text
     assert "trainer.logger" not in text.split("differ", 1)[1].split("Whole config")[0]

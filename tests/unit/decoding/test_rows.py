@@ -9,6 +9,7 @@ from torch import Tensor
 
 from app.decoding import acceptance
 from app.decoding.engine import decode_batch
+from app.decoding.result import Step
 from app.decoding.rows import SequenceState, contexts
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
@@ -100,3 +101,23 @@ def test_a_processor_free_decode_keeps_no_ids(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(acceptance, "contexts", lambda *_, **__: pytest.fail("ids were sent to the device"))
     settings = DecodingSettings(max_new_tokens=9, **_NEEDS["self_speculative"])
     assert decode(_decoder(""), [1], strategy="self_speculative", settings=settings).tokens == list(range(2, 11))
+
+
+def test_a_round_that_settles_two_ends_is_cut_at_the_first() -> None:
+    """Static rounds and n-grams draft beyond an end."""
+    unused: Any = None
+    row = SequenceState(
+        index=0,
+        prompt=[1],
+        room=50,
+        settings=DecodingSettings(max_new_tokens=20, eos_token_ids=(7, 8)),
+        policy=unused,
+        pace=unused,
+        n_grams=None,
+        n_gram_pace=unused,
+        generator=None,
+    )
+    row.settle(Step([3]), at=0.0)
+    taken = row.settle(Step([4, 7, 5, 8, 6], accepted=4), at=1.0)
+    assert (row.tokens, row.stop_reason) == ([3, 4, 7], "eos")
+    assert (taken.tokens, taken.accepted) == ([4, 7], 2)

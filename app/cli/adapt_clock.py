@@ -1,12 +1,15 @@
 """How `layerskip adapt` shares out its hours. Tested by tests/unit/cli/test_adapt_clock.py."""
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
+from app import metric_names
 from app.whole_file import write_whole
 
 # Shares of the hours, in the order of the steps. An export takes seconds.
@@ -71,3 +74,14 @@ class AdaptClock:
 def in_minutes(seconds: float) -> str:
     """Write a time in minutes, with a decimal below ten."""
     return f"{seconds / 60:.0f}" if seconds >= 595 else f"{seconds / 60:.1f}"
+
+
+def probed_speed(file: Path) -> tuple[float, float]:
+    """Return tokens a second and tokens a step, medians of what a short run logged into a file of CSVLogger."""
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    speed, tokens_a_step = (
+        median(float(row[name]) for row in rows if row.get(name))
+        for name in (metric_names.TOKENS_PER_SECOND, metric_names.TRAIN_LABEL_TOKENS)
+    )
+    return speed, tokens_a_step

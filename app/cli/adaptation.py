@@ -1,6 +1,5 @@
 """The steps of `layerskip adapt`, each a verb in a process of its own. Tested by tests/contract/test_adapt.py."""
 
-import csv
 import json
 import logging
 import math
@@ -11,13 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from app import metric_names
-from app.cli.adapt_clock import AdaptClock, in_minutes
+from app.cli.adapt_clock import AdaptClock, in_minutes, probed_speed
 from app.cli.adapt_settings import AdaptSettings
 from app.cli.parsing.included_configs import with_installed
 from app.errors import ConfigError, UserError, check_early_exit, check_range
@@ -89,6 +86,8 @@ class Adaptation:
         """Raise an error for what a later step, perhaps after hours, would refuse."""
         if not Path(*with_installed([self.settings.recipe])).is_file():
             raise ConfigError("recipe", got=self.settings.recipe, allowed="a config file of layerskip fit")
+        if Path(self.output_dir).resolve() == Path(self.model).resolve():
+            raise ConfigError("output_dir", got=self.output_dir, allowed="another directory than the model's")
         check_output_dir(self.output_dir)
         map_pretrained(self.model)
         self._split_prompts  # noqa: B018  # it reads the corpus or the prompts
@@ -265,12 +264,7 @@ class Adaptation:
 
     def _steps(self, num_tokens: int) -> int:
         """Optimizer steps that fit the time, at the speed of the probe, and the text."""
-        with (self.folder / "probe" / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        speed, tokens_a_step = (
-            median(float(row[name]) for row in rows if row.get(name))
-            for name in (metric_names.TOKENS_PER_SECOND, metric_names.TRAIN_LABEL_TOKENS)
-        )
+        speed, tokens_a_step = probed_speed(self.folder / "probe" / "metrics.csv")
         by_time = self._clock.time_for("train") * speed
         return max(1, int(min(by_time, _MOST_EPOCHS * num_tokens) / tokens_a_step))
 

@@ -90,7 +90,11 @@ def test_one_command_adapts_a_model_goes_on_where_it_was_and_leaves_the_weights(
         (["--corpus", "corpus", "--hours", "0"], "hours: got 0"),
         (["--corpus", "nowhere"], "no folder or file 'nowhere'"),
         (["--prompts", "prompts.jsonl"], "prompts: got '1 prompts', allowed at least 8"),
-        (["--corpus", "corpus", "--output_dir", "model"], "output_dir: got 'model', allowed a directory that is new"),
+        (
+            ["--corpus", "corpus", "--output_dir", "model/"],
+            "output_dir: got 'model/', allowed another directory than the model's",
+        ),
+        (["--corpus", "corpus", "--output_dir", "corpus"], "output_dir: got 'corpus', allowed a directory that is new"),
         (["--corpus", "corpus", "--output_dir", "/"], "output_dir: got '/', allowed a directory below the root"),
         (["--corpus", "corpus", "--recipe", "none.yaml"], "recipe: got 'none.yaml', allowed a config file"),
     ],

@@ -184,7 +184,9 @@ def build_contenders(
         matches = _values(strategy, "n_gram_match", settings.n_gram_match)
         if matches == [None] and _takes_n_grams(strategy):
             matches += dict.fromkeys(settings.n_gram_match)
-        policies = [settings.draft_policy] if isinstance(settings.draft_policy, str) else settings.draft_policy
+        given = [settings.draft_policy] if isinstance(settings.draft_policy, str) else settings.draft_policy
+        ours = BENCHMARK_STRATEGIES[strategy] == strategy and "num_draft_tokens" in _needs(strategy)
+        policies: Sequence[DraftPolicyName] = given if ours else ["fixed"]
         whence = [each for each in product(policies, exits) if each[0] != "dynamic" or each[1] == exits[0]]
         for (policy, exit_layer), num_draft_tokens, n_gram_match in product(whence, drafts, matches):
             model = None
@@ -197,7 +199,7 @@ def build_contenders(
                 num_draft_tokens=num_draft_tokens,
                 skipped_layers=settings.skipped_layers if "skipped_layers" in _needs(strategy) else None,
                 draft_decoder=subject.draft_decoder if "draft_decoder" in _needs(strategy) else None,
-                draft_policy="fixed" if num_draft_tokens is None else policy,
+                draft_policy=policy,
                 draft_exits=settings.exit_layers if policy == "dynamic" and exit_layer is not None else (),
                 n_gram_match=n_gram_match,
                 n_gram_max_drafts=settings.n_gram_max_drafts,

@@ -242,9 +242,8 @@ def test_measured_costs_policy_and_falling_back_reach_the_engine(
 def test_each_policy_is_measured_with_every_exit_and_dynamic_with_all_of_them_together(subject: Subject) -> None:
     options = SPECULATIVE | {"exit_layers": (2, 1), "draft_policy": ("fixed", "dynamic")}
     everyone = build_contenders(subject._replace(draft_decoder=None), _settings("self_speculative", **options))
-    own = [each.settings for each in everyone if each.strategy == "self_speculative"]
-    found = [(settings.draft_policy, settings.candidate_exits) for settings in own]
-    assert found == [("fixed", (2,)), ("fixed", (1,)), ("dynamic", (2, 1))]
+    found = [(each.settings.draft_policy, each.settings.candidate_exits) for each in everyone]
+    assert found == [("fixed", ()), ("fixed", (2,)), ("fixed", (1,)), ("dynamic", (2, 1))]
 
 
 def test_a_model_too_small_to_fit_costs_to_is_still_benchmarked() -> None:

@@ -63,8 +63,8 @@ def one_line(text: str, *, options: Collection[str] = ()) -> str:
         names = [rest if (rest := name.partition(".")[2]) in options else name for name in found[1].split(", ")]
         by = f" by {owners[-1]}" if owners else ""
         return f"{', '.join(f'{path}.{name}'.lstrip('.') for name in names)}: required{by}, but not given"
-    if text.startswith("'str' object does not support item assignment"):
-        return "stop: got one text, allowed a list of texts; write [text]"  # the only option that is a list of texts
+    if "'str' object does not support item assignment" in text:
+        return f"{path}: got one text, allowed a list of texts; write [text]"
     if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", text):
         return f"{path}: got {found[2]}, allowed the settings of a {found[1]}"
     if "unsupported operand type(s) for +: 'int' and 'str'" in text:  # PyYAML reads 3:1 as minutes and seconds

@@ -1,9 +1,13 @@
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+# An absent model might be one of the hub's, and asking it takes a machine without a network 20 seconds.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Examples of a busy machine take any time; the same at each run, so that a red one can be looked at.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)

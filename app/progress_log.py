@@ -7,7 +7,7 @@ from time import perf_counter
 _SECONDS_A_LINE = 30.0
 
 
-class Pace:
+class TimeLeft:
     """Judges by the work that is done how long the rest will take; `seconds` is the time that it took.
 
     `work` is all that is to be done, in any unit, and `seconds_between` the shortest time between two answers. Work
@@ -24,7 +24,7 @@ class Pace:
         self._done, self._left, self.seconds = self._done + work, self._left - work, perf_counter() - self._start
         return self._start + self.seconds - self._told >= self._between
 
-    def left(self) -> str:
+    def in_words(self) -> str:
         """Return the time that is left, in words; some work must be done."""
         self._told = self._start + self.seconds
         seconds = min(self.seconds / self._done * self._left, max(0.0, self._limit - self.seconds))
@@ -49,17 +49,17 @@ class ProgressLog:
         limit_seconds: float = math.inf,
     ) -> None:
         self._log, self._what, self._total, self._unit, self._done = log, what, total, unit, done
-        self._pace = Pace(total - done, seconds_between=_SECONDS_A_LINE, limit_seconds=limit_seconds)
+        self._time_left = TimeLeft(total - done, seconds_between=_SECONDS_A_LINE, limit_seconds=limit_seconds)
         self._num_tokens = 0
 
     def add(self, done: int, *, num_tokens: int) -> None:
         """Count more work that is done, at least one, and the tokens in it, in which the speed is told."""
         self._done += done
         self._num_tokens += num_tokens
-        if self._pace.add(done) or self._done >= self._total:
+        if self._time_left.add(done) or self._done >= self._total:
             so_far = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"
-            speed = f"{self._num_tokens / self._pace.seconds:,.0f} tokens/s"
-            self._log.info("%s, %s, %s", so_far, speed, self._pace.left())
+            speed = f"{self._num_tokens / self._time_left.seconds:,.0f} tokens/s"
+            self._log.info("%s, %s, %s", so_far, speed, self._time_left.in_words())
 
 
 def _in_words(seconds: float) -> str:

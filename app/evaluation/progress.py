@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from app.evaluation.records import Record
 from app.evaluation.rows import Item
 from app.evaluation.task import AnswerExample, ChoiceExample, TextExample
-from app.progress_log import Pace
+from app.progress_log import TimeLeft
 
 _SECONDS_BETWEEN = 5.0
 _CHARACTERS_A_TOKEN = 4
@@ -32,17 +32,17 @@ class Progress:
         self._counts = {task: sum((task, item.row) in finished for item in own) for task, own in items.items()}
         self._new = dict.fromkeys(items, 0)
         left = sum(size for key, size in self._sizes.items() if key not in finished)
-        self._pace = Pace(left, seconds_between=_SECONDS_BETWEEN)
+        self._time_left = TimeLeft(left, seconds_between=_SECONDS_BETWEEN)
 
     def count(self, record: Record) -> None:
         """Count an example that is done."""
         self._counts[record.task] += 1
         self._new[record.task] += 1
         at_end = self._counts[record.task] == self._totals[record.task]
-        is_time = self._pace.add(self._sizes[record.task, record.row])
+        is_time = self._time_left.add(self._sizes[record.task, record.row])
         if self._say is not None and (at_end or (is_time and self._new[record.task] % self._batch_size == 0)):
             count = f"{self._counts[record.task]} of {self._totals[record.task]}"
-            self._say(f"{record.task}: {count} examples, {self._pace.left()}")
+            self._say(f"{record.task}: {count} examples, {self._time_left.in_words()}")
 
 
 def _size(item: Item) -> float:

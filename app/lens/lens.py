@@ -15,7 +15,7 @@ from app.errors import ConfigError
 from app.exits.layers_needed import LayersNeeded
 from app.generation.loaded_model import LoadedModel
 from app.lens.token_grid import TokenGrid, read_token_grid
-from app.progress_log import Pace
+from app.progress_log import TimeLeft
 from app.text.tokenizer_files import check_same_tokens
 from app.words import counted_of
 
@@ -59,15 +59,15 @@ def look(loaded: LoadedModel, prompts: Sequence[list[int]], *, name: str, path: 
         prompts: Token ids of at least one prompt, which leave room for a token in the model's context.
         max_new_tokens: Most generated tokens of a prompt, at least 1. Fewer where the text or the context ends.
     """
-    decoder, pace = loaded.decoder, Pace(len(prompts), seconds_between=_LOG_SECONDS)
+    decoder, time_left = loaded.decoder, TimeLeft(len(prompts), seconds_between=_LOG_SECONDS)
     settings = DecodingSettings(max_new_tokens=max_new_tokens, eos_token_ids=loaded.eos_token_ids)
     grids = list[TokenGrid]()
     for prompt in prompts:
         (result,) = decode_batch(decoder, [prompt], strategy="autoregressive", settings=settings)
         grids.append(read_token_grid(decoder, prompt, result.tokens))
-        if pace.add(1) and len(grids) < len(prompts):
-            _log.info("%s: %s, %s", name, counted_of(len(grids), len(prompts), "prompt"), pace.left())
-    return Lens(name=name, path=path, dtype=loaded.model.dtype, grids=tuple(grids), seconds=pace.seconds)
+        if time_left.add(1) and len(grids) < len(prompts):
+            _log.info("%s: %s, %s", name, counted_of(len(grids), len(prompts), "prompt"), time_left.in_words())
+    return Lens(name=name, path=path, dtype=loaded.model.dtype, grids=tuple(grids), seconds=time_left.seconds)
 
 
 def check_comparable(first: LoadedModel, second: LoadedModel, *, got: str) -> None:

@@ -122,8 +122,8 @@ def load_decoder(
         threads: Number of CPU threads that torch uses from now on, at least 1; None leaves torch's own choice.
         draft_vocabulary: File of the token ids that drafts are chosen from; "none" for all. By default, the file beside
             the model, if there is one.
-        quantization: Number type to whose values all weights of linear layers are rounded, and which few positions are
-            multiplied with.
+        quantization: Bits to which the weights of all linear layers are rounded. Few positions at a time are multiplied
+            with a copy of the weights in so many bits.
         as_tuned: Take of the file beside the model only the first ids, as many as `layerskip tune` stored with it.
         field: Names the setting that `model` comes from in an error.
 
@@ -141,8 +141,6 @@ def load_decoder(
     if device == "cuda" and not has_gpu:
         raise ConfigError("device", got=device, allowed="auto | cpu on this machine")
     # Importing transformers' models takes longer than all checks above.
-    from app.model_files.decoding_defaults import read_decoding_defaults
-    from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, first_ids, read_draft_vocabulary
     from app.model_files.exit_blocks import load_exit_blocks
     from app.model_files.open import load_for_decoding
     from app.spans.decoder import SpanDecoder
@@ -160,15 +158,25 @@ def load_decoder(
     join_projections(weights, [layer for block in exit_blocks.values() for layer in block.decoder.layers])
     decoder = SpanDecoder(weights, exit_blocks=exit_blocks, quantization=quantization)
     loaded = LoadedModel(weights, tokenizer, decoder, dtype)
-    file = Path(model) / DRAFT_VOCABULARY_FILE if draft_vocabulary is None else Path(draft_vocabulary)
-    if draft_vocabulary != "none" and (draft_vocabulary is not None or os.path.lexists(file)):
-        vocab_size, ends = loaded.decoder.vocab_size, loaded.eos_token_ids
-        token_ids = read_draft_vocabulary(file, vocab_size=vocab_size, ends=ends)
-        tuned = read_decoding_defaults(weights) if as_tuned and draft_vocabulary is None else None
-        size = len(token_ids) if tuned is None else tuned.draft_vocabulary_size or len(token_ids)
-        is_whole = tuned is not None and size == vocab_size
-        loaded.decoder.use_draft_vocabulary(None if is_whole else first_ids(token_ids, size, ends=ends))
+    if draft_vocabulary != "none":
+        _use_draft_vocabulary(loaded, model, draft_vocabulary, as_tuned=as_tuned)
     return loaded
+
+
+def _use_draft_vocabulary(loaded: LoadedModel, model: str, given: str | None, *, as_tuned: bool) -> None:
+    """Let drafts be chosen from the ids of the given file, or else of the one beside the model, if there is one."""
+    from app.model_files.decoding_defaults import read_decoding_defaults
+    from app.model_files.draft_vocabulary import DRAFT_VOCABULARY_FILE, first_ids, read_draft_vocabulary
+
+    file = Path(model) / DRAFT_VOCABULARY_FILE if given is None else Path(given)
+    if given is None and not os.path.lexists(file):
+        return
+    vocab_size, ends = loaded.decoder.vocab_size, loaded.eos_token_ids
+    token_ids = read_draft_vocabulary(file, vocab_size=vocab_size, ends=ends)
+    tuned = read_decoding_defaults(loaded.model) if as_tuned and given is None else None
+    size = len(token_ids) if tuned is None else tuned.draft_vocabulary_size or len(token_ids)
+    is_whole = tuned is not None and size == vocab_size
+    loaded.decoder.use_draft_vocabulary(None if is_whole else first_ids(token_ids, size, ends=ends))
 
 
 def _check_can_quantize(model: PreTrainedModel, quantization: Quantization) -> None:

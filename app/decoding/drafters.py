@@ -207,9 +207,8 @@ class DraftModelDrafter(FullModel):
         self._draft_model: FullModel | None = FullModel(settings.draft_decoder, batch_size, capacity)
         self._fed_BS: Tensor | None = None  # what the large model was fed in this round
         self._num_drafted = 0  # columns of it that the small model has seen
-        self._unseen: list[
-            Tensor
-        ] = []  # tokens [B, T] of rounds that it drafted nothing in, which the small model runs later
+        # Tokens [B, T] of rounds that it drafted nothing in, which the small model runs later.
+        self._unseen: list[Tensor] = []
 
     def prefill(self, tokens_BT: Tensor, lengths: Sequence[int]) -> Tensor:
         assert self._draft_model is not None

@@ -174,7 +174,7 @@ class Decoding:
         """Let another decoding's prompts run along from the next round on; each comes out as it would alone.
 
         Call it while iterating, where `takes_prompts`. The other has gone through `begin`, and is of the same decoder,
-        strategy and settings, but for budgets and stop conditions. Its results are asked of it, by its own indices.
+        strategy and settings, but for budgets and stop conditions. It goes on to give its own `results`.
 
         Returns:
             The indices under which this decoding yields what is settled for them.

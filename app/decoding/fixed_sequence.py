@@ -18,11 +18,11 @@ _COMPILERS = ("g++", "clang++", "c++")  # any of which inductor takes on a proce
 class FixedSequence:
     """Runs a function without arguments, which does the same to the same memory at each call.
 
-    On a CUDA device a later call records it as a graph, which that call and all after it replay: the host starts one
-    graph instead of each kernel. Before, the function itself runs, since libraries set themselves up then, and a
-    compiled one is compiled, once more where its first call has changed what it looks at. On other devices all calls
-    run it. Inductor's own graphs (mode reduce-overhead) are not used: they leave out what writes to its inputs, as a
-    round does to keys and values.
+    On a CUDA device the first call runs the function itself, since libraries set themselves up then. A compiled
+    function runs once more, since its first call may change what it looks at, so that torch compiles it again. The next
+    call records a graph, which that call and all later ones replay: the host starts one graph instead of each kernel.
+    On other devices every call runs the function. Inductor's own graphs (mode reduce-overhead) are not used: they leave
+    out what writes to its inputs, as a round does to keys and values.
     """
 
     def __init__(self, function: Callable[[], None], device: torch.device, *, compiled: bool = False) -> None:

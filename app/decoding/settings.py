@@ -50,8 +50,8 @@ class DecodingSettings:
         n_gram_match: Draft what followed the latest tokens where at least so many of them, at least 1, occurred before,
             and let the strategy draft elsewhere. None does not; strategies that never draft have no use for it.
         n_gram_max_drafts: Most tokens of such a draft, at least 1; None takes USUAL_N_GRAM_DRAFTS.
-        costs: What a round costs on this machine, for adaptive drafting and for falling back when sampling. By
-            default the decoder's parameter counts give an estimate.
+        costs: What a round costs on this machine: for the policies adaptive and dynamic, and for falling back when
+            sampling. By default the decoder's parameter counts give an estimate.
     """
 
     max_new_tokens: int

@@ -8,9 +8,8 @@ from typing import Any
 
 from app.tables import Table, with_interval
 
-ScoreEntry = Mapping[
-    str, Any
-]  # the fields of app.evaluation.results.Result; files of earlier runs may lack the later ones
+# The fields of app.evaluation.results.Result; files of earlier runs may lack the later ones.
+ScoreEntry = Mapping[str, Any]
 
 
 def score_table(results: Sequence[ScoreEntry], *, title: str, num_layers: int | None = None) -> Table:

@@ -73,9 +73,8 @@ class Plan:
     step_flops: float  # FLOPs of the mean step on all devices, without recomputation
     dropout_saving: float = 0.0  # share of the FLOPs of a step with its exits that layer dropout saves
     exits_cost: float = 0.0  # FLOPs of the early exits over those of a step with neither exits nor dropout
-    recomputation_cost: float = (
-        0.0  # FLOPs of activation checkpointing over the same; they count for the time if it is on
-    )
+    # FLOPs of activation checkpointing over the same; they count for the time if it is on.
+    recomputation_cost: float = 0.0
     checkpointing: bool = False
     checkpoint_bytes: int  # weights and optimizer states
     export_bytes: int  # weights alone, into which adapters are merged

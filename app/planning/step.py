@@ -68,9 +68,8 @@ class MicroBatchCosts:
     base_flops: int  # FLOPs of everything else with the full model's exit alone
     exit_flops: int = 0  # FLOPs of each further exit
     block_bytes: tuple[int, ...] = (0,)  # what each block keeps for the backward, without `copy_bytes`
-    copy_bytes: tuple[int, ...] = (
-        0,
-    )  # each block's weights in the dtype of autocast, which the backward keeps as well
+    # Each block's weights in the dtype of autocast, which the backward keeps as well.
+    copy_bytes: tuple[int, ...] = (0,)
     base_bytes: int  # what is kept outside the blocks when the loss begins
     exit_loss_bytes: int  # what the loss adds to that at its peak
     block_input_bytes: int = 0  # what remains of a block under activation checkpointing

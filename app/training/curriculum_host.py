@@ -112,9 +112,8 @@ class CurriculumHost(LightningModule):
         """
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         dropout, exits = self._dropout.start_micro_batch(callbacks), self._exits.start_micro_batch(callbacks)
-        if (
-            self.trainer.world_size > 1 and self.num_layers not in exits.weights
-        ):  # blocks above have no gradient to reduce
+        # Without the full model, the blocks above the highest exit have no gradient to reduce.
+        if self.trainer.world_size > 1 and self.num_layers not in exits.weights:
             allowed = f"the full model, exit {self.num_layers}, among them on more than one device"
             raise ConfigError("set_exit_weights", got=dict(exits.weights), allowed=allowed)
         return dropout, exits

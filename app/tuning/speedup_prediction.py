@@ -155,7 +155,7 @@ def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers:
 
 
 def with_policies(chosen: Sequence[Prediction], predictions: Sequence[Prediction], *, longest: int) -> list[Prediction]:
-    """Add to the settings that are run drafts that end where they no longer pay, from the best exit and from several.
+    """Add the policies `adaptive`, from the best exit, and `dynamic`, from several exits, to the settings that are run.
 
     The best two or three exits are those of the fastest predictions with the same n-grams and draft vocabulary. Lengths
     that change are not predicted: as a rule the best of them is not far from the best fixed one.

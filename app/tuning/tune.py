@@ -90,7 +90,7 @@ class TuningSettings:
 
 
 class _Means(NamedTuple):
-    """What is known of the model by the time that settings are run: by which drafts end where they no longer pay."""
+    """What is known of the model once settings are run. Policies end drafts by it where these no longer pay."""
 
     agreement: LayerAgreement
     costs: DecodingCosts  # of drafts that are chosen from all ids
@@ -257,7 +257,7 @@ def _verify(
 
 
 def _contender(decoder: ExitableDecoder, prediction: Prediction, plain: DecodingSettings, means: _Means) -> Contender:
-    """Let the engine decode as predicted, with the draft vocabulary of that, which is put in place before each time."""
+    """Let the engine decode as predicted; every call first gives the decoder the draft vocabulary of the prediction."""
     size = prediction.draft_vocabulary_size
     costs = means.agreement.cost_model(costs_with(size, means.costs, means.draft_heads), prediction.exit_layer)
     settings = replace(plain, **prediction.settings, costs=costs)

@@ -23,6 +23,7 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "int4")
 GROUP = 32  # weights that share a scale in 4 bits
 _MOST_POSITIONS = {"int8": 4, "int4": 16}  # up to which the kernels are faster than products in bfloat16
 _OUTPUTS_OF = 64  # the kernel of 4 bits takes so many outputs at a time
+_INPUTS_OF = 16  # the kernel of 8 bits takes so many inputs at a time, and reads beyond the last ones of other widths
 
 Multiply = Callable[[Tensor], Tensor]  # x [N, I] -> x W^T [N, O]
 
@@ -44,7 +45,15 @@ def in_8_bits(weight_OI: Tensor) -> _Packed:
     scale_O = (weight_OI.float().abs().amax(1) / 127).clamp(min=1e-12).to(weight_OI.dtype)
     integers_OI = (weight_OI.float() / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
     rounded_OI = (integers_OI.float() * scale_O.float()[:, None]).to(weight_OI.dtype)
-    return _Packed(rounded_OI, lambda inputs_NI: torch.ops.aten._weight_int8pack_mm(inputs_NI, integers_OI, scale_O))
+    spare = -weight_OI.shape[1] % _INPUTS_OF
+    padded_OI = F.pad(integers_OI, (0, spare)) if spare else integers_OI
+
+    def multiply(inputs_NI: Tensor) -> Tensor:
+        padded_NI = F.pad(inputs_NI, (0, spare)) if spare else inputs_NI
+        product: Tensor = torch.ops.aten._weight_int8pack_mm(padded_NI, padded_OI, scale_O)
+        return product
+
+    return _Packed(rounded_OI, multiply)
 
 
 def in_4_bits(weight_OI: Tensor) -> _Packed:

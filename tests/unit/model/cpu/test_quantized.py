@@ -31,6 +31,16 @@ def test_a_product_is_that_of_weights_rounded_to_levels_of_their_group(pack, qua
         assert torch.allclose(product(few), few @ rounded.T + 1, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [8, 33, 48])
+def test_rows_of_any_width_are_multiplied_in_8_bits(width):
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(61, width, generator=generator).bfloat16() for _ in range(2))
+    rounded, multiply = in_8_bits(weight)
+    torch.testing.assert_close(
+        multiply(inputs[:3]).float(), inputs[:3].float() @ rounded.float().T, atol=0.1, rtol=0.02
+    )
+
+
 def test_a_weight_of_zeros_stays_so_and_rows_that_no_group_divides_are_refused():
     for pack in (in_8_bits, in_4_bits):
         rounded, multiply = pack(torch.zeros(64, 64))

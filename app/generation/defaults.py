@@ -129,6 +129,8 @@ def _check(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDeco
     used: dict[str, Any] = {name: getattr(settings, name) for name in needs}
     if "draft_decoder" in needs:  # the caller loads the draft model later
         used["draft_decoder"] = decoder
+    if STRATEGIES[strategy].has_drafter:
+        used |= {"draft_policy": settings.draft_policy, "draft_exits": settings.candidate_exits[1:]}
     check_settings(strategy, DecodingSettings(max_new_tokens=settings.max_new_tokens, **used), decoder)
 
 

@@ -200,6 +200,8 @@ def test_a_model_that_was_not_tuned_or_gains_nothing_says_so(choose):
         ("early_exit", {"exit_layer": 9}, "exit_layer: got 9"),
         ("layer_skip", {}, "skipped_layers: got None"),
         ("layer_skip", {"skipped_layers": (8,)}, "skipped_layers: got"),
+        ("layer_skip", {"skipped_layers": (1,), "draft_policy": "dynamic"}, "draft_policy: got 'dynamic'"),
+        (None, {"draft_policy": "dynamic", "draft_exits": (99,)}, "draft_exits: got 99"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_said(choose, caplog, strategy, given, message):

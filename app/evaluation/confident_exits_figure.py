@@ -62,8 +62,8 @@ def _name_thresholds(axes: Axes, found: Sequence[ConfidentExit]) -> None:
     named: list[ConfidentExit] = []
     for each in found:
         near = (
-            abs(each.mean_blocks - other.mean_blocks) < 0.06 * width
-            and abs(100 * (each.score - other.score)) < 0.06 * height
+            abs(each.mean_blocks - other.mean_blocks) <= 0.06 * width
+            and abs(100 * (each.score - other.score)) <= 0.06 * height
             for other in named
         )
         if not any(near):

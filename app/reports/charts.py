@@ -16,7 +16,8 @@ from app.reports.scalars import Series
 MOST_EXITS = 6
 _MOST_POINTS = 300  # of a line; more are drawn as the means of so many intervals
 _FEW_POINTS = 16  # which are marked
-_WIDTH, _PLOT_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 230, 46, 14, 26, 40
+_WIDTH, _PLOT_HEIGHT, _LEFT, _TOP, _BOTTOM = 420, 230, 46, 26, 40
+_RIGHT = 24  # half of the longest label, 100,000, where a tick is at the end of the x axis
 _LEGEND_ROW, _SWATCH, _LETTER = 20, 30, 6.6
 
 

@@ -137,7 +137,10 @@ def _early_exit(config: Mapping[str, Any], _: Run) -> str:
 
 def _exit_blocks(config: Mapping[str, Any], _: Run) -> str:
     own = config["model"].get("exit_blocks")
-    return "-" if not own else f"{own['exits']} (exit: blocks), loss {own.get('loss')}, start {own.get('start')}"
+    if not own:
+        return "-"
+    blocks = ", ".join(f"{number} at exit {layer}" for layer, number in own["exits"].items())
+    return f"{blocks}, loss {own.get('loss')}, start {own.get('start')}"
 
 
 def _lora(config: Mapping[str, Any], _: Run) -> str:

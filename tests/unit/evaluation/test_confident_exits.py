@@ -132,6 +132,8 @@ def test_table_and_figure_show_every_way():
     assert [list(line.get_xdata()) for line in boolq.lines][:2] == [[3, 4, 6], [4.0]]
     assert [text.get_text() for text in boolq.texts] == ["0.65"]
     assert piqa.get_title() == "piqa, n = 4"
+    (flat,) = confident_exits_figure(_found((0.9, 0.9, 0.9), (0.9, 0.9, 0.9), thresholds=[0.1, 0.2]), title="t").axes
+    assert [text.get_text() for text in flat.texts] == ["0.1"]  # and no other at the same point
 
 
 @pytest.mark.parametrize("thresholds", [[], [1.0], [-0.1, 0.5], [float("nan")]])

@@ -176,6 +176,7 @@ def _make(kind: Kind, run: Run) -> str:
     first = f"layerskip data --config {folder}/config.yaml --prompts {prompts}\n"
     if kind == "tune":
         return f"{first}layerskip tune --model {model} --prompts {prompts} --json > {folder}/tune.json"
-    exits = sorted({max(1, layers // share) for share in (8, 6, 4)})
+    own = ((run.config.get("model") or {}).get("exit_blocks") or {}).get("exits")
+    exits = sorted({int(layer) for layer in own} if own else {max(1, layers // share) for share in (8, 6, 4)})
     grid = f"--strategies '[self_speculative]' --exit_layers '{exits}' --num_draft_tokens '[2, 4, 6]'"
     return f"{first}layerskip benchmark --model {model} --prompts {prompts} {grid} --output {folder}/benchmark.json"

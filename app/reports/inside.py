@@ -143,7 +143,8 @@ def _excerpt(name: str, measured: MeasuredFile) -> Sheet:
             strength = 0.25 + 0.75 * sure
             shades[number, column + 1] = strength if each == tokens[column] else -strength
     columns = ("", *(f"token {column + 1}" for column in range(len(tokens))))
-    said = f"First choices after the prompt {prompt['prompt']!r}; blue is what the model generated, orange is not."
+    of = f"First choices of {content['models'][0]['name']} after the prompt {prompt['prompt']!r}"
+    said = f"{of}; blue is what the model generated, orange is not."
     command = measured.command().replace(str(measured.file), str(measured.file.with_suffix(".html")))
     table = Table(f"What the layers say of the first {len(tokens)} tokens, {name}", columns, rows)
     return Sheet(table=table, source=f"{said} The whole, to look around in:", command=command, shades=shades)

@@ -58,6 +58,13 @@ def test_parts_that_are_missing_are_named_with_the_command_that_makes_them(runs:
     assert re.search(r"a chip, 4 threads 32-true \S+( \S+)?, torch 2\.9\.0", text)
 
 
+def test_exits_with_blocks_of_their_own_are_told_and_named_to_measure(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "own", model__exit_blocks={"exits": {"1": 2, "3": 1}, "loss": "kl", "start": "last"})
+    text = _text(as_html(make_report([str(run)])))
+    assert "2 at exit 1, 1 at exit 3, loss kl, start last" in text
+    assert "--strategies '[self_speculative]' --exit_layers '[1, 3]'" in text
+
+
 def test_files_go_to_the_run_whose_model_they_measured(runs: list[str], tmp_path: Path) -> None:
     file = write_benchmark(tmp_path / "b.json", model=f"{runs[1]}/checkpoints/best.ckpt")
     assert "No benchmark of ours. To make it" in _text(as_html(make_report(runs, [str(file)])))
@@ -80,6 +87,7 @@ def test_scores_on_tasks_and_layers_needed_are_shown_with_their_commands(runs: l
     ) in text
     assert "m 2 1.50 of 2 1.25 of 2" in text
     assert "layer 2 five six layer 1 five seven" in text
+    assert "First choices of m after the prompt 'say it'; blue is" in text
     assert f"layerskip lens --model {runs[0]}/last.ckpt --prompt 'say it' --max_new_tokens 2 --dtype float32" in text
     assert "No evaluation on tasks of baseline. To make it" in text
 

@@ -53,8 +53,7 @@ def write(
         glob: Pattern of the corpus's files.
         num_prompts: Prompts to take, at most.
         prompt_length: Tokens of a prompt from a corpus.
-        held_out_share: Share of the corpus's documents that are left out, those that a datamodule with this
-            validation_share holds out.
+        held_out_share: Share of the corpus's documents left out: those that a datamodule of this validation_share has.
         temperatures: Each prompt is continued once at each of them; 0 is greedy.
         batch_size: Number of prompts that are decoded together.
         time_limit_seconds: No batch is begun after this.

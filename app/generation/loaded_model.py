@@ -149,10 +149,9 @@ def load_decoder(
     weights, tokenizer = load_for_decoding(model, dtype=DTYPES[dtype], field=field)
     weights.to(torch.device("cuda" if has_gpu and device != "cpu" else "cpu"))
     avoid_emulation(weights, field=field, chosen=dtype != "auto")
-    if quantization != "none":
-        _check_can_quantize(weights, quantization)
     exit_blocks = load_exit_blocks(model, weights)
     if quantization != "none":
+        _check_can_quantize(weights, quantization)
         round_weights([weights, *exit_blocks.values()], quantization)
     join_projections(weights)
     join_projections(weights, [layer for block in exit_blocks.values() for layer in block.decoder.layers])

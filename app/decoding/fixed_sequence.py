@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,7 +27,10 @@ class FixedSequence:
     """
 
     def __init__(self, function: Callable[[], None], device: torch.device, *, compiled: bool = False) -> None:
-        self._function = torch.compile(function, dynamic=False) if compiled else function
+        self._function = function
+        if compiled:  # torch compiles eight versions of a function, and would count all sequences as one
+            settings: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True}  # torch's types lack one
+            self._function = torch.compile(function, **settings)
         self._captures = device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls_before = 2 if compiled else 1

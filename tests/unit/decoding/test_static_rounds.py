@@ -192,12 +192,13 @@ def test_compiled_rounds_are_traced_as_one_and_give_the_same(monkeypatch: pytest
     expected = _decoding("static", **given).finish()[0].tokens
     compiled: list[Callable[[], None]] = []
 
-    def traced(function: Callable[[], None], *, dynamic: bool) -> Any:
+    def traced(function: Callable[[], None], **settings: bool) -> Any:
         compiled.append(function)
-        return real(function, dynamic=dynamic, fullgraph=True, backend="eager")
+        return real(function, fullgraph=True, backend="eager", **settings)
 
     real = torch.compile
     monkeypatch.setattr("torch.compile", traced)
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)  # of each sequence: a further one is an error
     assert _decoding("static", compile_rounds=True, **given).finish()[0].tokens == expected
     assert len(compiled) == 2  # a draft of one token, and the last round, which drafts none
 

@@ -198,8 +198,8 @@ def test_compiled_rounds_are_traced_as_one_and_give_the_same(monkeypatch: pytest
 
     real = torch.compile
     monkeypatch.setattr("torch.compile", traced)
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)  # of each sequence: a further one is an error
-    assert _decoding("static", compile_rounds=True, **given).finish()[0].tokens == expected
+    with torch._dynamo.config.patch(recompile_limit=2):  # of each sequence: a further one is an error
+        assert _decoding("static", compile_rounds=True, **given).finish()[0].tokens == expected
     assert len(compiled) == 2  # a draft of one token, and the last round, which drafts none
 
 

@@ -8,7 +8,7 @@ from app.decoding.cost_model import CostModel
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import STRATEGIES, Strategy, check_settings
 from app.generation.loaded_model import LoadedModel
-from app.model_files.decoding_defaults import SETTING_NAMES, Conditions, DecodingDefaults, read_decoding_defaults
+from app.model_files.decoding_defaults import Conditions, DecodingDefaults, drafting_settings, read_decoding_defaults
 from app.protocols import ExitableDecoder
 
 _log = logging.getLogger(__name__)
@@ -154,14 +154,7 @@ def _origin(tuned: DecodingDefaults | None, strategy: Strategy, settings: Decodi
     if tuned.strategy == "autoregressive":
         return "layerskip tune found no setting that is faster than autoregressive"
     setting = " and ".join(f"{name} {value}" for name, value in tuned.settings.items())
-    own: dict[str, Any] = {
-        name: getattr(settings, name) for name in SETTING_NAMES if getattr(settings, name) is not None
-    }
-    if settings.policy != "fixed":
-        own |= {"draft_policy": settings.policy}
-    if settings.policy == "dynamic":
-        own |= {"draft_exits": settings.draft_exits}
-    if (tuned.strategy, tuned.settings) != (strategy, own):
+    if (tuned.strategy, tuned.settings) != (strategy, drafting_settings(settings)):
         return f"layerskip tune chose otherwise: {tuned.strategy} with {setting}"
     if tuned.measured_speedup is None:
         return "as stored with the model; layerskip tune measures what is fastest"

@@ -143,10 +143,18 @@ class DecodingDefaults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the strategy drafts with, by name; a policy only where it is not fixed."""
-        policy = {"draft_policy": self.draft_policy} if self.draft_policy != "fixed" else {}
-        exits = {"draft_exits": self.draft_exits} if self.draft_exits else {}
-        return {name: value for name in SETTING_NAMES if (value := getattr(self, name)) is not None} | policy | exits
+        """What the strategy drafts with, by name."""
+        return drafting_settings(self)
+
+
+def drafting_settings(given: Any) -> dict[str, Any]:
+    """What is not None of these defaults, or of a request's settings, by name; a policy only where it is not fixed."""
+    found = {name: value for name in SETTING_NAMES if (value := getattr(given, name)) is not None}
+    if given.draft_policy not in (None, "fixed"):
+        found["draft_policy"] = given.draft_policy
+    if given.draft_policy == "dynamic":
+        found["draft_exits"] = given.draft_exits
+    return found
 
 
 def read_decoding_defaults(model: PreTrainedModel) -> DecodingDefaults | None:

@@ -48,15 +48,16 @@ class StaticRounds:
         ends = [row.settings.eos_token_ids for row in rows] + [()] * (batch - len(rows))
         width = max(1, *map(len, ends))
         self._kind = (
-            *(
-                new_drafter,
-                settings.exit_layer,
-                self._most,
-                settings.sampling,
-                self._wants_confidence,
-                settings.compile_rounds,
-            ),
-            *(batch, _power_of_two(capacity + self._most + 1), width, torch.is_inference_mode_enabled()),
+            new_drafter,
+            settings.exit_layer,
+            self._most,
+            settings.sampling,
+            self._wants_confidence,
+            settings.compile_rounds,
+            batch,
+            _power_of_two(capacity + self._most + 1),
+            width,
+            torch.is_inference_mode_enabled(),
         )
         kept, decoder.kept_program = decoder.kept_program, None  # it serves one request at a time
         if kept is not None and kept[0] == self._kind:

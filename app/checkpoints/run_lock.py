@@ -17,6 +17,10 @@ from app.errors import CheckpointError
 _log = logging.getLogger(__name__)
 
 LOCK_FILE = ".fit.lock"
+OTHER_FOLDER = (
+    "give this run a folder of its own (--trainer.logger.init_args.name, or --trainer.default_root_dir where no logger"
+    " has one)"
+)
 _held: dict[Path, int] = {}  # open descriptors by file: closing one would release its lock
 
 
@@ -38,8 +42,7 @@ def hold(folder: Path) -> None:
                 return
             raise CheckpointError(
                 f"{folder}: another fit writes there, {owner or 'which has not said its name yet'}: wait for it or stop"
-                " it, or give this run another name (--trainer.logger.init_args.name). If there is no such process any"
-                f" more, remove {file}"
+                f" it, or {OTHER_FOLDER}. If there is no such process any more, remove {file}"
             )
         if _is_still(file, descriptor):
             break

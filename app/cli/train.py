@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -19,7 +20,7 @@ from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.may_resume import check_before
 from app.checkpoints.resumed_config import GivenConfig, check_names
 from app.checkpoints.run_folders import checkpoint_folders
-from app.checkpoints.run_lock import hold, release
+from app.checkpoints.run_lock import OTHER_FOLDER, hold, release
 from app.cli.early_checks import (
     check_numbers,
     check_tokenizer,
@@ -116,8 +117,7 @@ class LayerSkipCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.config.subcommand]["trainer"]
-        if settings["enable_progress_bar"] is False:
-            kwargs["callbacks"] = _without_progress_bar(settings["callbacks"])
+        kwargs["callbacks"] = _without_refused(settings)
         given = settings["plugins"] or []
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -189,7 +189,7 @@ class LayerSkipCLI(LightningCLI):
             how = "" if found else f" {USE_PREVIOUS}"
             raise CheckpointError(
                 f"{(found or kept)[0]} is the checkpoint of an earlier run that this one would overwrite: resume it"
-                f" with --ckpt_path last{how}, name this run with --trainer.logger.init_args.name, or remove its folder"
+                f" with --ckpt_path last{how}, remove its folder, or {OTHER_FOLDER}"
             )
         self._check_changes(found)
 
@@ -214,11 +214,16 @@ class LayerSkipCLI(LightningCLI):
         return plain
 
 
-def _without_progress_bar(callbacks: Any) -> Any:
-    from lightning.pytorch.callbacks import ProgressBar
-
-    given = callbacks if isinstance(callbacks, list) else [callbacks]
-    return [callback for callback in given if callback is not None and not isinstance(callback, ProgressBar)]
+def _without_refused(settings: Namespace) -> list[Callback]:
+    """Return the callbacks without those that Lightning refuses because what they show to or log to is switched off."""
+    refused: tuple[type[Callback], ...] = ()
+    if settings["enable_progress_bar"] is False:
+        refused += (ProgressBar,)
+    if settings["logger"] in (False, []):
+        refused += (LearningRateMonitor, DeviceStatsMonitor)
+    given = settings["callbacks"]
+    callbacks = given if isinstance(given, list) else [given]
+    return [callback for callback in callbacks if callback is not None and not isinstance(callback, refused)]
 
 
 def _latest(paths: Sequence[Path]) -> Path:

@@ -315,6 +315,20 @@ def test_a_second_fit_does_not_overwrite_the_first(config, run, monkeypatch, cap
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+def test_a_fit_without_a_logger_writes_to_the_root_folder_and_does_without_what_only_logs(
+    config, tmp_path, monkeypatch, capsys
+):
+    given = ["--config", str(config), "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    needy = [
+        f"--trainer.callbacks+=lightning.pytorch.callbacks.{each}"
+        for each in ("LearningRateMonitor", "DeviceStatsMonitor")
+    ]
+    assert cli(monkeypatch, "fit", *given, *needy, "--trainer.max_steps=1") == 0, capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
+    assert cli(monkeypatch, "fit", *given) == 2
+    assert "or --trainer.default_root_dir where no logger has one" in capsys.readouterr().err
+
+
 def test_a_start_makes_one_parser_and_reads_and_writes_the_settings_once(run, started):
     assert started == {"add_method_arguments": 1, "with_included": 1, "dump": 1}
 

@@ -1,15 +1,14 @@
 """Ways to decode, measured in turn on the same prompts in one process: the machine's noise falls on all alike."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product, zip_longest
 from statistics import fmean, median
 from time import perf_counter
 
 from app.benchmark.speedup_interval import PairedTimes, speedup_interval
-from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode_batch
-from app.decoding.result import DecodingResult
+from app.decoding.result import DecodingResult, RoundCounts, ratio
 from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
 from app.intervals import Interval
@@ -61,52 +60,6 @@ def drafting_contenders(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundCounts:
-    """Sums over prompts, so that those of disjoint parts add up; a ratio is None where its denominator is 0.
-
-    A round is a step after the prompt's own pass. That pass yields the first token of an output, which is not counted.
-    """
-
-    decoded: int  # new tokens after the first of each output
-    rounds: int
-    drafted: int  # tokens proposed in the rounds
-    accepted: int  # proposed tokens that the full model kept
-    rounds_by_n_gram: int = 0  # those of the rounds whose tokens were found in the text, and so on
-    drafted_by_n_gram: int = 0
-    accepted_by_n_gram: int = 0
-
-    @staticmethod
-    def total(parts: Sequence["RoundCounts"]) -> "RoundCounts":
-        names = [field.name for field in fields(RoundCounts)]
-        return RoundCounts(**{name: sum(getattr(part, name) for part in parts) for name in names})
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        return ratio(self.accepted, self.drafted)
-
-    @property
-    def mean_tokens_per_round(self) -> float | None:
-        return ratio(self.decoded, self.rounds)
-
-    def predicted_speedup(self, costs: CostModel) -> float | None:
-        """Predict the speedup over autoregressive decoding if these rounds cost what `costs` says."""
-        if not self.rounds:
-            return None
-        found, others = self.rounds_by_n_gram, self.rounds - self.rounds_by_n_gram
-        cost = others * costs.plain_step
-        if drafted := self.drafted - self.drafted_by_n_gram:
-            cost = others * costs.round_cost(drafted / others)
-        if found:
-            cost += found * costs.of_n_grams().round_cost(self.drafted_by_n_gram / found)
-        return self.decoded * costs.plain_step / cost
-
-
-def ratio(numerator: float, denominator: float) -> float | None:
-    """Divide, or return None where there is nothing to divide by."""
-    return numerator / denominator if denominator else None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """The results of a contender, and the figures that follow from them.
 
@@ -124,10 +77,7 @@ class Measurement:
 
     @property
     def counts(self) -> RoundCounts:
-        names = {field.name: field.name for field in fields(RoundCounts)} | {"decoded": "num_decoded"}
-        return RoundCounts(
-            **{name: sum(getattr(result, own) for result in self.results) for name, own in names.items()}
-        )
+        return RoundCounts.total(self.results)
 
     def seconds_by_batch(self, repeat: int | None = None) -> list[float]:
         """Decode time of each batch, which is that of its longest prompt: of one repeat, by default the median."""
@@ -136,7 +86,7 @@ class Measurement:
 
     def seconds_per_token(self, repeat: int | None = None) -> float | None:
         """Decode time over the tokens of all prompts: of one repeat, by default of each batch's median repeat."""
-        return ratio(sum(self.seconds_by_batch(repeat)), self.counts.decoded)
+        return ratio(sum(self.seconds_by_batch(repeat)), self.counts.num_decoded)
 
     @property
     def seconds_prefill(self) -> float:

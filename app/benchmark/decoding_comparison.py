@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from app.benchmark.alternation import Measurement, RoundCounts, alternate, drafting_contenders, ratio
+from app.benchmark.alternation import Measurement, alternate, drafting_contenders
 from app.benchmark.speedup_interval import PairedTimes, interval_in_words, speedup_interval
-from app.decoding.result import DecodingResult
+from app.decoding.result import DecodingResult, RoundCounts, ratio
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
 from app.intervals import Interval
@@ -40,7 +40,7 @@ class DecodingComparison(RoundCounts):
 
     @property
     def self_speculative_tokens_per_second(self) -> float | None:
-        return ratio(self.decoded, self.times.own)
+        return ratio(self.num_decoded, self.times.own)
 
     @property
     def speedup(self) -> float | None:
@@ -111,7 +111,7 @@ def compare_measurements(candidate: Measurement, baseline: Measurement, *, num_g
         num_draft_tokens=settings.num_draft_tokens,
         num_given=num_given,
         identical=sum(candidate.identical_to(baseline)),
-        baseline_decoded=baseline.counts.decoded,
+        baseline_decoded=baseline.counts.num_decoded,
         times=candidate.times_beside(baseline),
         outputs=tuple(candidate.results),
     )

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from app.benchmark.alternation import ratio
 from app.benchmark.benchmark import Costs
 from app.benchmark.result import BenchmarkResult
 from app.benchmark.speedup_interval import interval_in_words
+from app.decoding.result import ratio
 from app.decoding.strategies import is_lossless
 from app.tables import Table, cell
 from app.whole_file import write_figure, write_whole

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from app.benchmark.alternation import Contender, Measurement, ratio
+from app.benchmark.alternation import Contender, Measurement
 from app.benchmark.benchmark import Benchmark, Costs
 from app.benchmark.output_differences import OutputDifferences
 from app.decoding.cost_model import CostModel, tokens_per_round
+from app.decoding.result import ratio
 from app.intervals import Interval
 from app.protocols import ExitableDecoder
 

@@ -10,7 +10,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from transformers import PreTrainedTokenizerBase
 
-from app.decoding.result import DecodingResult, Step
+from app.decoding.result import DecodingResult, RoundCounts, Step
 from app.text.text_stream import TextStream
 from app.words import counted
 
@@ -118,8 +118,7 @@ def summary(batches: Sequence[Sequence[DecodingResult]]) -> str:
     """Write one line of statistics over all results. The results of a batch share their time."""
     results = [result for batch in batches for result in batch]
     stops = Counter(result.stop_reason for result in results)
-    drafted, rounds = sum(result.drafted for result in results), sum(result.rounds for result in results)
-    decoded = sum(result.num_decoded for result in results)
+    counts = RoundCounts.total(results)
     seconds = sum(max(result.seconds_decode for result in batch) for batch in batches)
     parts = [counted(sum(result.num_tokens for result in results), "token")]
     if len(results) > 1:
@@ -127,14 +126,13 @@ def summary(batches: Sequence[Sequence[DecodingResult]]) -> str:
     for reason, count in stops.most_common():
         end = reason if reason == "interrupted" else f"stopped by {reason}"
         parts.append(end if len(results) == 1 else f"{count} {end}")
-    if decoded:
-        parts.append(f"{decoded / seconds:.1f} tokens/s after the first")
-    if drafted:
-        parts.append(f"{sum(result.accepted for result in results) / drafted:.1%} of {drafted} drafted tokens accepted")
-        if found := sum(result.drafted_by_n_gram for result in results):
-            kept = sum(result.accepted_by_n_gram for result in results)
-            parts[-1] += f" (by n-grams {kept / found:.1%} of {found})"
-        parts.append(f"{decoded / rounds:.2f} tokens a round")
+    if counts.num_decoded:
+        parts.append(f"{counts.num_decoded / seconds:.1f} tokens/s after the first")
+    if counts.drafted:
+        parts.append(f"{counts.acceptance_rate:.1%} of {counts.drafted} drafted tokens accepted")
+        if found := counts.drafted_by_n_gram:
+            parts[-1] += f" (by n-grams {counts.accepted_by_n_gram / found:.1%} of {found})"
+        parts.append(f"{counts.mean_tokens_per_round:.2f} tokens a round")
     if gave_up := [result.fell_back_after for result in results if result.fell_back_after is not None]:
         where = f"after {gave_up[0]} tokens" if len(results) == 1 else f"for {len(gave_up)} prompts"
         parts.append(f"drafting did not pay and was given up {where}")

@@ -1,8 +1,11 @@
 """What decoding hands back: a Step for every round while it runs, and one result for every prompt at the end."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
+
+from app.decoding.cost_model import CostModel
 
 StopReason = Literal["eos", "stop", "max_new_tokens", "context_length", "interrupted"]
 
@@ -19,6 +22,11 @@ class Step(NamedTuple):
     @property
     def drafted(self) -> int:
         return self.accepted + len(self.rejected)
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """Divide, or return None where there is nothing to divide by."""
+    return numerator / denominator if denominator else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +101,11 @@ class DecodingResult:
 
     @property
     def acceptance_rate(self) -> float | None:
-        return self.accepted / self.drafted if self.drafted else None
+        return ratio(self.accepted, self.drafted)
 
     @property
     def mean_tokens_per_round(self) -> float | None:
-        return self.num_decoded / self.rounds if self.rounds else None
+        return ratio(self.num_decoded, self.rounds)
 
     @property
     def reached_by_position(self) -> list[int]:
@@ -110,3 +118,44 @@ class DecodingResult:
         """For each draft position of a round, how many rounds accepted the draft there."""
         longest = max((step.drafted for step in self.steps), default=0)
         return [sum(step.accepted > i for step in self.steps) for i in range(longest)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundCounts:
+    """Sums over prompts, so that those of disjoint parts add up; a ratio is None where its denominator is 0.
+
+    A round is a step after the prompt's own pass. That pass yields the first token of an output, which is not counted.
+    """
+
+    num_decoded: int  # new tokens after the first of each output
+    rounds: int
+    drafted: int  # tokens proposed in the rounds
+    accepted: int  # proposed tokens that the full model kept
+    rounds_by_n_gram: int = 0  # those of the rounds whose tokens were found in the text, and so on
+    drafted_by_n_gram: int = 0
+    accepted_by_n_gram: int = 0
+
+    @staticmethod
+    def total(parts: Sequence["RoundCounts | DecodingResult"]) -> "RoundCounts":
+        names = [field.name for field in fields(RoundCounts)]
+        return RoundCounts(**{name: sum(getattr(part, name) for part in parts) for name in names})
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        return ratio(self.accepted, self.drafted)
+
+    @property
+    def mean_tokens_per_round(self) -> float | None:
+        return ratio(self.num_decoded, self.rounds)
+
+    def predicted_speedup(self, costs: CostModel) -> float | None:
+        """Predict the speedup over autoregressive decoding if these rounds cost what `costs` says."""
+        if not self.rounds:
+            return None
+        found, others = self.rounds_by_n_gram, self.rounds - self.rounds_by_n_gram
+        cost = others * costs.plain_step
+        if drafted := self.drafted - self.drafted_by_n_gram:
+            cost = others * costs.round_cost(drafted / others)
+        if found:
+            cost += found * costs.of_n_grams().round_cost(self.drafted_by_n_gram / found)
+        return self.num_decoded * costs.plain_step / cost

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from app.benchmark.alternation import ratio
+from app.decoding.result import ratio
 from app.evaluation.records import Decoded, Record, Strategy
 from app.evaluation.task import ChoiceTask, Task, TextTask
 from app.exits.score_table import score_table, task_name

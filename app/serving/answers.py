@@ -4,21 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.decoding.result import DecodingResult
+from app.decoding.result import DecodingResult, RoundCounts
 from app.serving.job import FinishReason
 
 
 def usage(num_prompt_tokens: int, results: Sequence[DecodingResult]) -> dict[str, Any]:
     """Tokens of a request, and in fields of our own how its drafts fared; these are null where there were none."""
-    new, rounds = sum(result.num_tokens for result in results), sum(result.rounds for result in results)
-    drafted, accepted = sum(result.drafted for result in results), sum(result.accepted for result in results)
-    decoded = sum(result.num_decoded for result in results)
+    new, counts = sum(result.num_tokens for result in results), RoundCounts.total(results)
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": new,
         "total_tokens": num_prompt_tokens + new,
-        "acceptance_rate": accepted / drafted if drafted else None,
-        "mean_tokens_per_round": decoded / rounds if rounds else None,
+        "acceptance_rate": counts.acceptance_rate,
+        "mean_tokens_per_round": counts.mean_tokens_per_round,
     }
 
 

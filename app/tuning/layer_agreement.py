@@ -14,10 +14,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from app.benchmark.alternation import RoundCounts
 from app.benchmark.decoding_costs import DecodingCosts
 from app.decoding.cost_model import CostModel
 from app.decoding.engine import decode_batch
+from app.decoding.result import RoundCounts
 from app.decoding.settings import DecodingSettings
 from app.exits.layers_needed import LayersNeeded
 from app.exits.states import positions_per_chunk, states_by_exit
@@ -60,7 +60,7 @@ def simulate_rounds(
         settled += kept + 1
     rounds, drafted, accepted = map(sum, zip(by_exit, by_n_gram, strict=True))
     return RoundCounts(
-        decoded=len(matches),
+        num_decoded=len(matches),
         rounds=rounds,
         drafted=drafted,
         accepted=accepted,

@@ -284,7 +284,7 @@ def _verification(
         mean_tokens_per_round=counts.mean_tokens_per_round,
         speedup=speedup,
         speedup_range=own.speedup_range(baseline),
-        num_tokens=counts.decoded,
+        num_tokens=counts.num_decoded,
         interval=own.speedup_interval(baseline),
         differences=differences,
     )

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from app.benchmark import alternation
-from app.benchmark.alternation import Contender, Measurement, Prompts, RoundCounts, alternate, engine_contender
+from app.benchmark.alternation import Contender, Measurement, Prompts, alternate, engine_contender
 from app.decoding.cost_model import CostModel
-from app.decoding.result import DecodingResult, Step
+from app.decoding.result import DecodingResult, RoundCounts, Step
 from app.decoding.settings import DecodingSettings
 from tests.support.fake_decoder import counting_decoder
 
@@ -89,7 +89,7 @@ def test_counts_are_pooled_over_prompts_and_draft_positions() -> None:
     first = _result([1, 2, 3, 4, 5], steps=(Step([2, 3, 4], 2, (9,)), Step([5], 0, (9,))))
     second = _result([1, 2], steps=(Step([2], 0, (8, 8)),))
     measured = _measurement([[first]], [[second]])
-    assert measured.counts == RoundCounts(decoded=5, rounds=3, drafted=6, accepted=2)
+    assert measured.counts == RoundCounts(num_decoded=5, rounds=3, drafted=6, accepted=2)
     assert measured.reached_by_position == [3, 1, 1]
     assert measured.accepted_by_position == [1, 1, 0]
     assert measured.counts.acceptance_rate == pytest.approx(2 / 6)
@@ -100,7 +100,7 @@ def test_rounds_of_n_grams_are_counted_apart_and_predicted_by_what_they_cost() -
     steps = (Step([2, 3, 4], 2, (9,)), Step([5, 6], 1, (9, 9, 9), True), Step([7], 0, (9,), True), Step([8]))
     measured = _measurement([[_result(range(1, 9), steps=steps)]])
     counts = RoundCounts(
-        decoded=7, rounds=4, drafted=8, accepted=3, rounds_by_n_gram=2, drafted_by_n_gram=5, accepted_by_n_gram=1
+        num_decoded=7, rounds=4, drafted=8, accepted=3, rounds_by_n_gram=2, drafted_by_n_gram=5, accepted_by_n_gram=1
     )
     assert measured.counts == counts
     costs = CostModel(plain_step=10, draft_step=2, draft_tail=3, verify=7, extra_token=0.1, overhead=0.5)

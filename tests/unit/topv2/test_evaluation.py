@@ -60,7 +60,7 @@ def test_drafts_are_compared_with_autoregressive_decoding_of_the_same_examples()
     assert speed is speeds[0] is not speeds[1]
     assert speed is not None
     assert (speed.num_prompts, speed.identical) == (2, 2)
-    assert speed.decoded == speed.baseline_decoded == 6
+    assert speed.num_decoded == speed.baseline_decoded == 6
     assert 0 < speed.accepted < speed.drafted
     assert results[FULL].speed is results[FIRST].speed is results[TIMED].speed is None
     assert results[FULL].scores.overall.num_examples == 3

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from app.benchmark.alternation import RoundCounts
-from app.decoding.result import DecodingResult
+from app.decoding.result import DecodingResult, RoundCounts
 from app.decoding.settings import DecodingSettings
 from app.model.exit_block import ExitBlock
 from app.spans.decoder import SpanDecoder
@@ -130,7 +129,7 @@ def test_simulated_rounds_are_those_of_the_engine_at_the_end_of_the_context() ->
 )
 def test_rounds_by_hand(matches: list[bool], drafts: int, budget: int | None, expected: tuple[int, ...]) -> None:
     counts = simulate_rounds(matches, drafts, budget=budget or len(matches) + 1)
-    assert (*_counts(counts), counts.decoded) == (*expected, len(matches))
+    assert (*_counts(counts), counts.num_decoded) == (*expected, len(matches))
 
 
 def test_agreement_is_the_share_of_equal_choices_by_the_plain_model() -> None:

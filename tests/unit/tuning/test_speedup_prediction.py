@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.benchmark.alternation import RoundCounts
+from app.decoding.result import RoundCounts
 from app.tuning.layer_agreement import LayerAgreement
 from app.tuning.speedup_prediction import choose_diverse, needed_agreement, predict, with_policies
 from tests.unit.tuning.made_up import COSTS, make_prediction
@@ -17,7 +17,7 @@ def test_a_prediction_is_tokens_per_round_over_the_cost_of_a_mean_round() -> Non
         budgets=[8],
         matches={exit_layer: [matches] for exit_layer in (1, 2, 3, 4)},
     )
-    assert agreement.count_rounds(3, 2) == RoundCounts(decoded=7, rounds=3, drafted=5, accepted=4)
+    assert agreement.count_rounds(3, 2) == RoundCounts(num_decoded=7, rounds=3, drafted=5, accepted=4)
     found = predict(agreement, COSTS, max_draft_tokens=2)
     assert [(p.exit_layer, p.num_draft_tokens) for p in found] == [(e, d) for e in (1, 2, 3) for d in (1, 2)]
     last = found[-1]
@@ -39,7 +39,7 @@ def test_with_n_grams_their_rounds_are_simulated_and_cost_as_all_blocks_verify()
     counts = agreement.count_rounds(1, 2, found)
     # Rounds: 2 drafts, none kept; 2 drafts, 1 kept (3, then 1); 2 3 1 found, cut to the room of 3, 2 kept and 4; 9.
     assert counts == RoundCounts(
-        decoded=7, rounds=4, drafted=7, accepted=3, rounds_by_n_gram=1, drafted_by_n_gram=3, accepted_by_n_gram=2
+        num_decoded=7, rounds=4, drafted=7, accepted=3, rounds_by_n_gram=1, drafted_by_n_gram=3, accepted_by_n_gram=2
     )
     predictions = predict(agreement, COSTS, max_draft_tokens=2, n_gram_match=(1, 1, 5))
     assert [(p.exit_layer, p.num_draft_tokens, p.n_gram_match) for p in predictions] == [

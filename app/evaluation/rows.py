@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 from app.errors import ConfigError, DataError, check_range, shortened
 from app.evaluation.task import AnswerExample, ChoiceExample, Example, Row, Task, TextTask
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval")}  # how files spell the name of a split
 _BETWEEN_SHOTS = "\n\n"
 
@@ -118,7 +118,8 @@ def _prefixes(task: Task, path: str | None, groups: set[str], *, num_shots: int,
 def _rows(task: Task, path: str | None, *, shots: bool) -> list[Row]:
     if path is None:
         return list(_hub_rows(task, shots=shots))
-    return [row for file in _files(task, Path(path), shots=shots) for row in read_file(file, task.csv_columns)]
+    read = (row for file in _files(task, Path(path), shots=shots) for row in read_file(file, task.csv_columns))
+    return [row for each in read for row in task.unfold(each)]
 
 
 def _files(task: Task, path: Path, *, shots: bool) -> list[Path]:
@@ -126,11 +127,13 @@ def _files(task: Task, path: Path, *, shots: bool) -> list[Path]:
     if not path.exists():
         raise DataError(f"task {task.name}: {path} does not exist; write NAME=PATH with a local file or folder")
     if path.is_file() and not shots:
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"task {task.name}: {path} is a {path.suffix!r} file, allowed {' | '.join(SUFFIXES)}")
+        if path.suffix not in task.suffixes:
+            raise DataError(f"task {task.name}: {path} is a {path.suffix!r} file, allowed {' | '.join(task.suffixes)}")
         return [path]
     folder = path.parent if path.is_file() else path
-    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file() and file != path)
+    files = sorted(
+        file for file in folder.rglob("*") if file.suffix in task.suffixes and file.is_file() and file != path
+    )
     split = task.hub and (task.hub.shots_split if shots else task.hub.split)
     named = [file for file in files if split and _bears(file.relative_to(folder), split)]
     if named or shots:
@@ -162,7 +165,7 @@ def read_file(file: Path, csv_columns: Sequence[str] = ()) -> Iterator[Row]:
             if not isinstance(values, dict):
                 raise DataError(f"{location}: got {type(values).__name__}, allowed an object with columns")
             yield Row(values, location, file.stem)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error, ElementTree.ParseError) as error:
         raise DataError(f"{file} cannot be read: {shortened(error)}") from error
 
 
@@ -179,8 +182,24 @@ def _values(file: Path, csv_columns: Sequence[str]) -> Iterable[Any]:
         case ".json":
             content = json.loads(file.read_text("utf-8-sig"))
             return content if isinstance(content, list) else [content]
+        case ".xml":
+            root = ElementTree.parse(file).getroot()  # noqa: S314 (expat bounds what entities may grow to)
+            return [{**item.attrib, **{part.tag: part.text for part in item}} for item in root]
         case _:
-            return _lines(file)
+            return _labelled(file, _lines(file))
+
+
+def _labelled(file: Path, rows: Iterator[Any]) -> Iterator[Any]:
+    """The rows with their labels where those are in a file of their own, as in PIQA: `valid-labels.lst`."""
+    beside = file.with_name(f"{file.stem}-labels.lst")
+    if not beside.exists():
+        yield from rows
+        return
+    of_file, labels = list(rows), beside.read_text("utf-8").split()
+    if len(labels) != len(of_file):
+        raise DataError(f"{beside}: got {len(labels)} labels, allowed {len(of_file)}: one for each row of {file.name}")
+    for values, label in zip(of_file, labels, strict=True):
+        yield {"label": label, **values} if isinstance(values, dict) else values
 
 
 def _lines(file: Path) -> Iterator[Any]:

@@ -5,13 +5,14 @@ running the model, scoring, tables and figures are shared. `app/README.md` shows
 Tested by tests/unit/evaluation/test_rows.py.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from app.errors import DataError
 
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")  # of the files that every task reads
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -140,14 +141,26 @@ class Row:
         return among.index(found)
 
     def labelled(self, choices: str, answer: str) -> tuple[tuple[str, ...], int]:
-        """Texts with labels, as `{"text": [...], "label": [...]}`, and the index of the one that is labelled right."""
+        """Texts with labels and the index of the one that is labelled right.
+
+        They are `{"text": [...], "label": [...]}`, or a list of objects with one `text` and `label` each.
+        """
         found = self.value(choices)
+        if isinstance(found, list) and all(isinstance(each, dict) for each in found):
+            found = {key: [each.get(key) for each in found] for key in ("text", "label")}
         texts, labels = (found.get(key) for key in ("text", "label")) if isinstance(found, dict) else (None, None)
         if not (isinstance(texts, list) and isinstance(labels, list) and 1 < len(texts) == len(labels)):
             raise self.wrong(choices, 'an object of two lists of equal length, "text" and "label"')
+        if not all(isinstance(text, str) for text in texts):
+            raise self.wrong(choices, "a text for each choice")
         if (right := self.text(answer).strip()) not in labels:
             raise self.wrong(answer, f"one of the labels {', '.join(map(str, labels))}")
-        return tuple(map(str, texts)), labels.index(right)
+        return tuple(texts), labels.index(right)
+
+    def unnested(self, column: str) -> "Row":
+        """The row with the columns of the object in `column` beside its own; the row itself if no object is there."""
+        found = self.values.get(column)
+        return replace(self, values={**self.values, **found}) if isinstance(found, dict) else self
 
     def wrong(self, column: str, allowed: str) -> DataError:
         """The error about what a column of this row holds."""
@@ -187,6 +200,8 @@ class _Task:
         name: How the command line and the results call it.
         hub: Where its rows come from unless a local file or folder is given.
         csv_columns: The columns of CSV files that have no header.
+        suffixes: The endings of the files that it reads.
+        unfold: The rows that a row of a file holds, where authors publish several questions as one.
         num_shots: How many worked examples stand before a question unless the user says otherwise.
         description: The text that stands before everything, given the row.
         group: What a row belongs to, such as a subject: worked examples are of the same group, a limit of rows takes as
@@ -196,6 +211,8 @@ class _Task:
     name: str
     hub: HubRows | None
     csv_columns: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = SUFFIXES
+    unfold: Callable[[Row], Iterable[Row]] = lambda row: (row,)
     num_shots: int = 0
     description: Callable[[Row], str] = field(default=lambda row: "")  # noqa: ARG005
     group: Callable[[Row], str] = field(default=lambda row: "")  # noqa: ARG005

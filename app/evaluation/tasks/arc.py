@@ -7,8 +7,10 @@ from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 
 
 def _example(row: Row) -> ChoiceExample:
+    row = row.unnested("question")  # in the authors' own files it is an object
     texts, answer = row.labelled("choices", "answerKey")
-    return ChoiceExample(f"Question: {row.text('question')}\nAnswer:", tuple(f" {text}" for text in texts), answer)
+    question = row.text("stem" if "stem" in row else "question")
+    return ChoiceExample(f"Question: {question}\nAnswer:", tuple(f" {text}" for text in texts), answer)
 
 
 def _task(name: str, config: str) -> ChoiceTask:

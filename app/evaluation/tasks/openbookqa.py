@@ -7,8 +7,10 @@ from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 
 
 def _example(row: Row) -> ChoiceExample:
+    row = row.unnested("question")  # in the authors' own files it is an object
     texts, answer = row.labelled("choices", "answerKey")
-    return ChoiceExample(row.text("question_stem"), tuple(f" {text}" for text in texts), answer)
+    question = row.text("stem" if "stem" in row else "question_stem")
+    return ChoiceExample(question, tuple(f" {text}" for text in texts), answer)
 
 
 OPENBOOKQA = ChoiceTask(

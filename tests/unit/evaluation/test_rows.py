@@ -59,6 +59,38 @@ def test_each_task_asks_as_other_harnesses_do(tmp_path, name, row, context, choi
     assert (item.example.context, item.example.choices, item.example.answer) == (context, choices, answer)
 
 
+STEM = {"stem": "Why?", "choices": [{"text": "p", "label": "A"}, {"text": "q", "label": "B"}]}
+SIQA = {"context": "Al fell.", "question": "How is Al?", "answerA": "a", "answerB": "b", "answerC": "c"}
+COPA = """<?xml version="1.0"?><!DOCTYPE copa-corpus SYSTEM "copa.dtd"><copa-corpus version="1.0">
+<item id="1" asks-for="cause" most-plausible-alternative="2"><p>It is wet.</p><a1>I left.</a1><a2>It rained.</a2></item>
+</copa-corpus>"""
+RACE = {"article": "A.", "questions": ["Who?", "Why?"], "options": [list("abcd")] * 2, "answers": ["A", "C"]}
+TRIVIA = {"Data": [{"Question": "Who?", "Answer": {"Value": "Al", "Aliases": ["Alan"]}}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "context", "choices", "answer"),
+    [
+        ("arc_easy", {"ARC-Easy-Test.jsonl": [{"question": STEM, "answerKey": "B"}]},
+         "Question: Why?\nAnswer:", (" p", " q"), 1),
+        ("openbookqa", {"Main/test.jsonl": [{"question": STEM, "answerKey": "B"}]}, "Why?", (" p", " q"), 1),
+        ("piqa", {"valid.jsonl": [{"goal": "To rest", "sol1": "sit", "sol2": "run"}], "valid-labels.lst": "1\n"},
+         "Question: To rest\nAnswer:", (" sit", " run"), 1),
+        ("siqa", {"dev.jsonl": [SIQA], "dev-labels.lst": "3\n"}, "Q: Al fell. How is Al?\nA:", (" a", " b", " c"), 2),
+        ("copa", {"copa-dev.xml": COPA, "copa-test.xml": COPA * 2},
+         "It is wet because", (" i left.", " it rained."), 1),
+        ("race", {"test/high/1.txt": json.dumps(RACE)},
+         "Article: A.\n\nQuestion: Why?\nAnswer:", (" a", " b", " c", " d"), 2),
+        ("triviaqa", {"web-dev.json": json.dumps(TRIVIA)},
+         "Question: Who?\nAnswer:", (" Al", " Alan"), ("\n", ".", ",")),
+    ],
+)  # fmt: skip
+def test_files_are_read_as_their_authors_publish_them(tmp_path, name, files, context, choices, answer):
+    _write(tmp_path, files)
+    *_, item = read_items(TASKS[name], str(tmp_path), num_shots=0)
+    assert item.example[:3] == (context, choices, answer)
+
+
 def test_winogrande_scores_the_end_of_the_sentence_after_each_name(tmp_path):
     row = {"sentence": "Al met Bo and _ smiled.", "option1": "Al", "option2": "Bo", "answer": "2"}
     _write(tmp_path, {"rows.jsonl": [row]})
@@ -148,6 +180,15 @@ def test_rows_of_the_hub_are_asked_for_by_dataset_config_and_split(monkeypatch):
          r"column 'choices': got .*, allowed an object of two lists"),
         ("arc_easy", "r.jsonl", [{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]},
                                   "answerKey": "C"}], r"column 'answerKey': got 'C', allowed one of the labels A, B"),
+        ("arc_easy", "r.jsonl", [{"question": "q", "choices": [{"text": 1, "label": "A"}] * 2, "answerKey": "A"}],
+         r"row 1, column 'choices': got .*, allowed a text for each choice"),
+        ("arc_easy", "r.jsonl", [{"question": {"stem": "q", "choices": ["a", "b"]}, "answerKey": "A"}],
+         r"column 'choices': got .*, allowed an object of two lists"),
+        ("copa", "r.xml", "<a><b></a>", r"r\.xml cannot be read: mismatched tag"),
+        ("race", "r.txt", "no", r"r\.txt, row 1: not JSON"),
+        ("race", "r.txt", "[1]", r"r\.txt, row 1: got list, allowed an object with columns"),
+        ("race", "r.txt", json.dumps(RACE | {"answers": ["A"]}), r"column 'questions': .*allowed a list as long"),
+        ("race", "r.txt", json.dumps(RACE | {"answers": ["A", "E"]}), r"row 1, question 2, column 'answer': got 'E'"),
         ("winogrande", "r.jsonl", [{"sentence": "no gap"}], r"column 'sentence': got 'no gap', allowed a sentence"),
         ("mmlu", "r.csv", "What?,w,x,y\n", r"r\.csv, row 1: got 4 columns, allowed 6: question, A, B, C, D, answer"),
         ("piqa", "r.jsonl", '{"goal": 1}\n{"go', r"r\.jsonl, line 2: not JSON"),
@@ -175,6 +216,9 @@ def test_what_cannot_be_had_is_refused(tmp_path):
         read_items(TASKS["piqa"], str(tmp_path / "alone"), num_shots=1)
     with pytest.raises(DataError, match="task text has no dataset of its own; write text=PATH"):
         read_items(TASKS["text"], None)
+    _write(tmp_path / "labels", {"valid.jsonl": [PIQA], "valid-labels.lst": "0\n1\n"})
+    with pytest.raises(DataError, match=r"valid-labels\.lst: got 2 labels, allowed 1: one for each row of valid\."):
+        read_items(TASKS["piqa"], str(tmp_path / "labels"))
 
 
 def test_a_limit_takes_as_many_of_each_group_from_all_over_it_and_a_higher_one_adds_to_them():

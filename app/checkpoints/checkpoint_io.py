@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from typing_extensions import override
 
 from app.checkpoints.atomic import find_checkpoint, partial_path, previous_checkpoint, publish, remove
 from app.checkpoints.contents import read_file, read_whole
@@ -32,7 +31,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._use_previous = use_previous
         self._resumed_from: Path | None = None
 
-    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a single file; the checkpoint at `path` survives a failure, which is a CheckpointError."""
         target = Path(path)
@@ -61,7 +59,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return False
         return bool((storage_options or {}).get(KEEP_PREVIOUS))
 
-    @override
     def load_checkpoint(
         self,
         path: str | Path,
@@ -98,11 +95,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         _log.warning("%s. Taking the previous checkpoint %s: %s", error, previous, lost)
         return previous
 
-    @override
     def remove_checkpoint(self, path: str | Path) -> None:
         remove(Path(path))
 
-    @override
     def teardown(self) -> None:
         """Give the folders of the run back, also if it failed."""
         release()

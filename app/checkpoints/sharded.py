@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
-from typing_extensions import override
 
 from app.checkpoints import contents
 from app.checkpoints.atomic import partial_path
@@ -63,7 +62,6 @@ class ShardedCheckpoints(ModelParallelStrategy):
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
-    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """For a directory, this rank's part of the weights, not copied; for a file, all weights, on rank 0."""
         if not self._in_directories:
@@ -71,7 +69,6 @@ class ShardedCheckpoints(ModelParallelStrategy):
         assert self.model is not None
         return get_model_state_dict(self.model)
 
-    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
         return state if self._in_directories else tree_map(self._whole_on_rank_0, state)
@@ -81,7 +78,6 @@ class ShardedCheckpoints(ModelParallelStrategy):
             value = value.full_tensor()
         return value.cpu() if isinstance(value, Tensor) and self.is_global_zero else value
 
-    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
@@ -153,7 +149,6 @@ class ShardedCheckpoints(ModelParallelStrategy):
                 f"cannot write checkpoint {self._saving_to}: {_reasons(error)}; earlier checkpoints are untouched"
             ) from _first_cause(error)
 
-    @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove a checkpoint, but not before the one that is being written is complete."""
         if self._saving is None:
@@ -161,12 +156,10 @@ class ShardedCheckpoints(ModelParallelStrategy):
         else:
             self._to_remove.append(Path(filepath))
 
-    @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         self._failed = True
 
-    @override
     def teardown(self) -> None:
         try:
             self.finish_saving()
@@ -180,7 +173,6 @@ class ShardedCheckpoints(ModelParallelStrategy):
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
-    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Restore weights and optimizer states from a directory or a single file; returns the rest of it."""
         self.finish_saving()

@@ -14,7 +14,6 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
-from typing_extensions import override
 
 from app.errors import CheckpointError
 
@@ -93,7 +92,6 @@ class ShardReader(filesystem.FileSystemReader):
         super().__init__(path)
         self._saved = read_metadata(existing_part(path, METADATA_FILE))
 
-    @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         return self._saved
 
@@ -127,7 +125,6 @@ def copy_own_part(target: Tensor, whole: Tensor) -> None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    @override
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
-from typing_extensions import override
 
 from app.checkpoints.atomic import flush, partial_path, publish
 from app.checkpoints.integrity import MANIFEST_FILE, Checksum, manifest
@@ -34,7 +33,6 @@ class CheckpointWriter(FileSystemWriter):
         self._target, self._content = path, content
         self._step, self._keep_previous = step, keep_previous
 
-    @override
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         written = _Written(super().write_data(plan, planner).wait())
         written.checksums = self._files.checksums
@@ -42,7 +40,6 @@ class CheckpointWriter(FileSystemWriter):
         done.set_result(written)
         return done
 
-    @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         folder = partial_path(self._target)
@@ -67,7 +64,6 @@ class _ChecksummingFiles(FileSystem):
     def __init__(self) -> None:
         self.checksums: dict[str, Checksum] = {}  # by file name
 
-    @override
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
         assert mode == "wb"  # a writer does not read
@@ -81,7 +77,6 @@ class _ChecksummingFile(io.BufferedWriter):
 
     checksum = Checksum(0, 0)
 
-    @override
     def write(self, data: Any) -> int:
         num_bytes, crc32 = self.checksum
         self.checksum = Checksum(num_bytes + memoryview(data).nbytes, zlib.crc32(data, crc32))

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from typing_extensions import override
-
 from app.cli.parsing.command_words import options_in_order
 from app.cli.parsing.verb_parser import JSON_FLAG, parser_of
 from app.cli.train import LayerSkipCLI, make_cli
@@ -24,7 +22,6 @@ class BesideFitCLI(LayerSkipCLI):
         self._verb, self._options = verb, options
         super().__init__(*args, **kwargs)
 
-    @override
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
         self._subcommand_parsers["fit"].prog = f"layerskip {self._verb}"  # named in errors

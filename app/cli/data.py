@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from typing_extensions import override
-
 from app.cli.beside_fit import BesideFitCLI, run_beside_fit
 from app.cli.early_checks import check_model, check_tokenizer
 from app.cli.messages import locate
@@ -55,7 +53,6 @@ class DataCLI(BesideFitCLI):
 
     _options: DataOptions
 
-    @override
     def _check_checkpoints(self) -> None:
         pass  # nothing is written, so an earlier run is safe
 

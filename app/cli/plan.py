@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from typing_extensions import override
 
 from app.cli.beside_fit import BesideFitCLI, run_beside_fit
 from app.cli.early_checks import states_arguments
@@ -94,7 +93,6 @@ class PlanCLI(BesideFitCLI):
 
     _options: PlanOptions
 
-    @override
     def before_instantiate_classes(self) -> None:
         # Notes what the config says of machines, data and model, and replaces it so that none of them is made.
         config = self.config[self.config.subcommand]

@@ -23,7 +23,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
-from typing_extensions import override
 
 from app.checkpoints.resumed_config import GivenConfig, changes_optimizer, take_optimizer_settings
 from app.checkpoints.run_folders import hold_run
@@ -45,11 +44,9 @@ class SaveFitConfig(SaveConfigCallback):
 
     _goes_on = False  # whether the run was resumed and has not begun a batch since
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pass
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hold_run(trainer)
         self._goes_on = trainer.ckpt_path is not None
@@ -63,17 +60,14 @@ class SaveFitConfig(SaveConfigCallback):
             Path(log_dir).mkdir(parents=True, exist_ok=True)
             write_whole(Path(log_dir, self.config_filename), _given_config(pl_module).text)
 
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._goes_on = False
 
-    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run may begin with a validation that the killed run has logged. It then replaces what was logged.
         if self._goes_on:
             _log_once(trainer)
 
-    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RUN_CONFIG_KEY] = _given_config(pl_module).text
 

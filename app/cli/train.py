@@ -12,7 +12,6 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from typing_extensions import override
 
 import datamodules  # noqa: F401  # makes its classes known to jsonargparse by their bare names
 from app.checkpoints.atomic import clear_leftovers, find_checkpoint, previous_checkpoint, restore_interrupted
@@ -54,7 +53,6 @@ _OWN_GROUPS = {
 class LayerSkipCLI(LightningCLI):
     """Lightning's command line, with groups of their own for the curricula: layer_dropout and early_exit."""
 
-    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for group, kind in _OWN_GROUPS.items():
             parser.add_lightning_class_args(kind, group)
@@ -90,7 +88,6 @@ class LayerSkipCLI(LightningCLI):
         if (ckpt_path := options.get("ckpt_path")) is not None:
             check_checkpoint_path(ckpt_path, use_previous=options["fall_back_to_previous"])
 
-    @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.config.subcommand]
         for group in ("trainer", "model", "layer_dropout", "early_exit"):
@@ -101,7 +98,6 @@ class LayerSkipCLI(LightningCLI):
         check_trainer_settings(config["trainer"], verb=self.config.subcommand)
         check_strategy(config["trainer"])
 
-    @override
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
@@ -114,7 +110,6 @@ class LayerSkipCLI(LightningCLI):
                 allowed, fix = "callbacks without a group of their own", f"set --{group}.KEY VALUE"
                 raise ConfigError("trainer.callbacks", got=kind.__name__, allowed=allowed, fix=fix)
 
-    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.config.subcommand]["trainer"]
         kwargs["callbacks"] = _without_refused(settings)

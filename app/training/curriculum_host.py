@@ -9,7 +9,6 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
-from typing_extensions import override
 
 from app.data_ranks import data_ranks
 from app.errors import ConfigError, check_range
@@ -99,7 +98,6 @@ class CurriculumHost(LightningModule):
     def watch_work(self, watcher: Callable[[MicroBatchWork], None]) -> None:
         self._work_watchers.append(watcher)
 
-    @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self._dropout.start_fit(self.trainer.callbacks)  # type: ignore[attr-defined]

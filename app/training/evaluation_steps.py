@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedConfig
-from typing_extensions import override
 
 from app import metric_names
 from app.checkpoints.integrity import saved_step
@@ -41,7 +40,6 @@ class EvaluationSteps(CurriculumHost):
     def leave_out_of_logs(self, is_left_out: Callable[[str], bool]) -> None:
         self._is_left_out = is_left_out
 
-    @override
     def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
         """Log a metric; keep it from the loggers if a callback said so, and do so only at the steps that they get."""
         if self._is_left_out(name):
@@ -50,7 +48,6 @@ class EvaluationSteps(CurriculumHost):
             args, settings = args[:1], settings | {"logger": False}  # `logger` is the second of them
         super().log(name, value, *args, **settings)
 
-    @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self._loops_checked.clear()
@@ -73,7 +70,6 @@ class EvaluationSteps(CurriculumHost):
             check_batch(given, config=self.config, num_sources=num_sources, num_states=self._num_states)
         return completed(given)
 
-    @override
     def on_validation_start(self) -> None:
         if self.trainer.state.fn != TrainerFn.FITTING:
             self._log_at_step_of_checkpoint()
@@ -81,7 +77,6 @@ class EvaluationSteps(CurriculumHost):
             # Log at the latest step, also if a resumed run begins with this validation.
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = self._logged_step
 
-    @override
     def on_test_start(self) -> None:
         self._log_at_step_of_checkpoint()
 
@@ -94,7 +89,6 @@ class EvaluationSteps(CurriculumHost):
         """Measure the full model's loss by source; returns hidden states and labels for exit monitors."""
         return self._evaluate(self._checked(given, "validate"))
 
-    @override
     def test_step(self, given: GivenBatch, batch_idx: int) -> dict[str, Any]:
         return self._evaluate(self._checked(given, "test"))
 
@@ -120,11 +114,9 @@ class EvaluationSteps(CurriculumHost):
         exits = {*self._monitored, self.num_layers}
         return self._network.hidden_by_exit(batch["input_ids"], batch["position_ids"], exits)
 
-    @override
     def on_validation_epoch_end(self) -> None:
         self._log_losses("val", metric_names.VAL_LOSS)
 
-    @override
     def on_test_epoch_end(self) -> None:
         self._log_losses("test", metric_names.TEST_LOSS)
 

@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from typing_extensions import override
 
 from app.errors import ConfigError
 from app.layerskip.distillation import divergence_loss
@@ -111,16 +110,13 @@ class ExitBlockSteps(EvaluationSteps):
     # -- curricula, which exit blocks do not have --------------------------------------------------------------------
 
     @property
-    @override
     def exit_weights(self) -> Mapping[int, float]:
         return dict.fromkeys(self._sources, 1 / len(self._sources)) if self._sources else super().exit_weights
 
-    @override
     def set_exit_weights(self, weights: Mapping[int, float], *, distil: bool = False) -> None:
         self.check_model_learns("early_exit.curriculum", got=dict(weights), allowed="none")
         super().set_exit_weights(weights, distil=distil)
 
-    @override
     def set_dropout_rates(self, rates: Sequence[float], *, rescale: bool = False) -> None:
         self.check_model_learns("layer_dropout.max_dropout_rate", got=max(rates, default=0.0), allowed="0")
         super().set_dropout_rates(rates, rescale=rescale)
@@ -133,7 +129,6 @@ class ExitBlockSteps(EvaluationSteps):
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if not self.has_exit_blocks:
@@ -150,7 +145,6 @@ class ExitBlockSteps(EvaluationSteps):
         self._state_layers = (*exit_layers, self.num_layers)
         self._num_states = len(self._state_layers) if self.has_exit_blocks else 0
 
-    @override
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self._start_is_due:  # before a validation looks at what is there at the start
@@ -189,14 +183,12 @@ class ExitBlockSteps(EvaluationSteps):
         self.model.train(trains)
         self.end_start()
 
-    @override
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.has_exit_blocks:  # what the model says is what it says in use; Lightning keeps modes from here on
             assert self.model is not None
             self.model.eval()
 
-    @override
     def _checked(self, given: GivenBatch, loop: str) -> GivenBatch:
         is_first = loop not in self._loops_checked
         batch = super()._checked(given, loop)
@@ -242,7 +234,6 @@ class ExitBlockSteps(EvaluationSteps):
         positions = batch["position_ids"]
         return {layer: block(states[layer], positions) for layer, block in self.own_blocks.items() if layer in states}
 
-    @override
     def _evaluation_hidden(self, batch: GivenBatch) -> dict[int, Tensor]:
         if not self.has_exit_blocks:
             return super()._evaluation_hidden(batch)

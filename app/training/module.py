@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from typing_extensions import override
 
 from app.checkpoints.loop_counts import end_with_step
 from app.checkpoints.may_resume import check_resume
@@ -136,7 +135,6 @@ class LayerSkipModule(ExitBlockSteps):
 
     # -- model ---------------------------------------------------------------------------------------------------
 
-    @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if (data := self._corpus) is None:
@@ -165,7 +163,6 @@ class LayerSkipModule(ExitBlockSteps):
         if spread:
             raise refused_strategy(type(self.trainer.strategy).__name__)
 
-    @override
     def configure_model(self) -> None:
         if self.model is not None:  # Lightning calls this once a stage
             return
@@ -192,7 +189,6 @@ class LayerSkipModule(ExitBlockSteps):
         if self.compile_blocks:
             compile_blocks(self.model)
 
-    @override
     def configure_optimizers(self) -> Any:
         return self.optimizer_over(self.trained)
 
@@ -211,14 +207,12 @@ class LayerSkipModule(ExitBlockSteps):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    @override
     def on_train_start(self) -> None:
         super().on_train_start()
         hold_run(self.trainer)
         self._step.clear()  # an earlier fit may have left a step unfinished
         self._logged_step = max(0, self.trainer.global_step - 1)  # for a validation that was due when a run was killed
 
-    @override
     def on_train_batch_start(self, batch: GivenBatch, batch_idx: int) -> None:
         # Lightning counts one too many when a run resumes behind its last validation.
         self._logged_step = self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
@@ -249,11 +243,9 @@ class LayerSkipModule(ExitBlockSteps):
             head = partial(head, teacher=Teacher(hidden[self.num_layers], losses))
         return self._step.add(early_exit_loss(hidden, labels[targets], exit_weights, head), exit_weights)
 
-    @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._step.finish(self, optimizer, blocks=self._network.blocks)
 
-    @override
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -262,14 +254,12 @@ class LayerSkipModule(ExitBlockSteps):
     ) -> None:
         self._step.clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    @override
     def teardown(self, stage: str) -> None:
         if stage == "fit":
             release()
 
     # -- checkpoints: one is enough to decode with, whatever callback saves it -----------------------------------
 
-    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         end_with_step(checkpoint["loops"]["fit_loop"], self.trainer)
         checkpoint[SKIPPED_STEPS_KEY] = self._step.guard.skipped_steps
@@ -284,7 +274,6 @@ class LayerSkipModule(ExitBlockSteps):
         if isinstance(datamodule, TokenizerOwner):
             checkpoint[TOKENIZER_KEY] = tokenizer_to_files(datamodule.tokenizer)
 
-    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_resume(checkpoint, self)
         self.end_start()

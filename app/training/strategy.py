@@ -5,7 +5,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.plugins import CheckpointIO, MixedPrecision, Precision
 from torch.distributed.device_mesh import init_device_mesh
-from typing_extensions import override
 
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.sharded import ShardedCheckpoints
@@ -53,7 +52,6 @@ class MeshStrategy(ShardedCheckpoints):
         }
 
     @property
-    @override
     def checkpoint_io(self) -> CheckpointIO:
         if self._checkpoint_io is None:  # set in __init__, it would forbid the trainer another plugin
             self._checkpoint_io = AtomicCheckpointIO()
@@ -64,7 +62,6 @@ class MeshStrategy(ShardedCheckpoints):
         self._checkpoint_io = io
 
     @property
-    @override
     def precision_plugin(self) -> Precision:
         return super().precision_plugin
 
@@ -78,14 +75,12 @@ class MeshStrategy(ShardedCheckpoints):
         return plugin.compute_dtype if isinstance(plugin, ShardPrecision) else None
 
     @property
-    @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         mesh = self.device_mesh  # tensor-parallel ranks have the same data-parallel rank, and so the same rows
         shards = mesh[DATA_PARALLEL].size()
         rank = mesh.get_local_rank(REPLICATE) * shards + mesh.get_local_rank(DATA_PARALLEL)
         return {"num_replicas": mesh[REPLICATE].size() * shards, "rank": rank}
 
-    @override
     def setup_environment(self) -> None:
         self._setup_distributed()
         sizes = mesh_sizes(self.world_size, num_nodes=self.num_nodes, **self._asked)

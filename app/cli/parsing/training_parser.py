@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from jsonargparse import set_dumper
 from lightning.pytorch.cli import LightningArgumentParser
-from typing_extensions import override
 
 from app.cli.parsing.allowed_classes import restrict_classes
 from app.cli.parsing.command_words import options_in_order
@@ -34,14 +33,12 @@ def _dump(data: Any) -> str:
 class TrainingParser(OneLineErrors, LightningArgumentParser):
     """Takes stacked configs, lets them name allowed classes only, and reports an error in one line."""
 
-    @override
     def add_method_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         added: list[str] = super().add_method_arguments(*args, **kwargs)
         if "ckpt_path" in added:  # Lightning's help does not know the values last and auto
             self._option_string_actions["--ckpt_path"].help = CHECKPOINT_HELP
         return added
 
-    @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         if "namespace" in kwargs:  # the parser of all verbs calls that of one, with the arguments that are made below
             return super().parse_args(*args, **kwargs)

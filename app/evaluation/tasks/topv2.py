@@ -1,8 +1,11 @@
 """TOPv2 (Chen et al. 2020): the semantic parse of an utterance, for models that were trained to write it.
 
 The prompt is that of `datamodules.TOPv2DataModule`; answers may be written as parses or in our JSON form. Figures are
-those of `callbacks.ParseValidation`.
+those of `callbacks.ParseValidation`, and `intent_match`: whether the first intent that the answer names is the right
+one, however the answer goes on. It is what classification by intent would get.
 """
+
+import re
 
 from app.evaluation.task import AnswerExample, GenerationTask, HubRows, Row
 from app.topv2.metrics import judge
@@ -22,8 +25,13 @@ def _example(row: Row) -> AnswerExample:
 
 def _score(text: str, example: AnswerExample) -> dict[str, float]:
     target_format: TargetFormat = "json" if text.lstrip().startswith("{") else "parse"
-    hits = judge(text.strip(), read_parse(example.references[0]), target_format=target_format)
-    return {name: float(hit) for name, hit in hits._asdict().items()}
+    right = read_parse(example.references[0])
+    hits = judge(text.strip(), right, target_format=target_format)
+    intent = re.search(r"IN:[A-Z0-9_]+", text)
+    return {
+        **{name: float(hit) for name, hit in hits._asdict().items()},
+        "intent_match": float(intent is not None and intent[0] == right.label),
+    }
 
 
 TOPV2 = GenerationTask(

@@ -79,11 +79,14 @@ def test_programs_pass_with_the_right_answer_alone(runner: ProgramRunner) -> Non
 def test_topv2_reads_answers_in_both_forms() -> None:
     task, example = _example("topv2", domain="weather", utterance="rain ?", semantic_parse="[IN:GET_WEATHER rain ? ]")
     assert example.solved == "rain ? => [IN:GET_WEATHER rain ? ]"
-    right = {"exact_match": 1.0, "frame_match": 1.0, "well_formed": 1.0}
+    right = {"exact_match": 1.0, "frame_match": 1.0, "well_formed": 1.0, "intent_match": 1.0}
     assert _score(task, " [IN:GET_WEATHER rain ?]", example) == right
     assert _score(task, ' {"IN:GET_WEATHER":"rain ?"}', example) == right
     assert _score(task, " [IN:GET_WEATHER ]", example) == right | {"exact_match": 0.0}
-    assert _score(task, " [IN:GET_WEATHER", example) == dict.fromkeys(right, 0.0)
+    wrong = dict.fromkeys(right, 0.0)
+    assert _score(task, " [IN:GET_WEATHER", example) == wrong | {"intent_match": 1.0}
+    assert _score(task, ' {"IN:GET_WEATHER_X":"IN:GET_WEATHER"}', example) == wrong | {"well_formed": 1.0}
+    assert _score(task, " rain", example) == wrong
 
 
 @pytest.mark.parametrize(

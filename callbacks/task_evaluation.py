@@ -87,7 +87,7 @@ class TaskEvaluation(EveryNthValidation):
         write_figure(trainer, f"tasks/{stage}", lambda: evaluation_figure(results, title=title))
         for note in notes(records, results):
             _log.warning("%s", note)
-        dtype = next(pl_module.parameters()).dtype
+        dtype = dtype_name(next(pl_module.parameters()).dtype)
         about = {
             "environment": environment(device=pl_module.device, dtype=dtype),
             "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),

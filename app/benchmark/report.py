@@ -19,14 +19,13 @@ from app.decoding.result import ratio
 from app.decoding.strategies import is_lossless
 from app.tables import Table, cell
 from app.whole_file import write_figure, write_whole
-from app.words import dtype_name
 
 _PACKAGES = ("torch", "transformers", "layerskip-lightning")
 
 
-def environment(*, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def environment(*, device: torch.device, dtype: str) -> dict[str, Any]:
     """Return the facts that make figures comparable: versions, hardware, dtype, threads, date."""
-    return machine(device) | {"dtype": dtype_name(dtype)}
+    return machine(device) | {"dtype": dtype}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from app.benchmark.result import benchmark_results
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_output_file
-from app.generation.loaded_model import DecodeLoadOptions, LoadedModel, load_draft_decoder
+from app.generation.loaded_model import DraftLoadOptions, LoadedModel, load_draft_decoder
 from app.generation.prompts import encode_prompts, read_prompts
 from app.words import counted, model_name
 
@@ -32,7 +32,7 @@ def benchmark(
     draft_model: str | None = None,
     ignore_eos: bool = False,
     limit: int | None = None,
-    loading: DecodeLoadOptions,
+    loading: DraftLoadOptions,
     **options: Any,
 ) -> None:
     """Decode the same prompts greedily in each of several ways, transformers' own included, and compare them.
@@ -44,7 +44,7 @@ def benchmark(
         draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
         ignore_eos: Decode every prompt to max_new_tokens.
         limit: Use this many prompts from the start of the file.
-        loading: See DecodeLoadOptions.
+        loading: See DraftLoadOptions.
         options: See BenchmarkSettings.
     """
     transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
@@ -71,9 +71,7 @@ def benchmark(
 def _report(file: Path, measured: Benchmark, loaded: LoadedModel, settings: dict[str, Any]) -> None:
     """Write the report and its figure, and print what they say."""
     results = benchmark_results(measured, loaded.decoder)
-    where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
-    if (quantization := loaded.decoder.quantization) != "none":
-        where["dtype"] = f"{quantization} weights in {where['dtype']}"
+    where = environment(device=loaded.decoder.device, dtype=loaded.weights_type)
     document = report_document(
         results,
         costs=measured.costs,

@@ -20,7 +20,7 @@ from app.evaluation.tasks import TASKS
 from app.generation.loaded_model import LoadedModel, LoadOptions
 from app.model.weights_hash import weights_hash
 from app.model_files.exit_blocks import stored_exit_blocks
-from app.words import dtype_name, model_name
+from app.words import model_name
 
 _log = logging.getLogger(__name__)
 
@@ -54,9 +54,7 @@ def evaluate(
     loaded = loading.load(model, draft_vocabulary="none")
     subject = EvaluatedModel(loaded.decoder, loaded.tokenizer, loaded.eos_token_ids)
     work = prepare(chosen, settings, tokenizer=loaded.tokenizer, max_length=loaded.decoder.max_length)
-    identity = settings_document(
-        subject, work, settings, weights=_hash(model, loaded), dtype=dtype_name(loaded.model.dtype)
-    )
+    identity = settings_document(subject, work, settings, weights=_hash(model, loaded), dtype=loaded.weights_type)
     with Journal(file.with_suffix(".examples.jsonl"), identity) as journal:
         try:
             score(subject, work, settings, done=[*journal.records], on_record=journal.add, say=_log.info)
@@ -67,7 +65,7 @@ def evaluate(
     if not any(record.scores for record in records):
         fix = "on_long=truncate_left leaves out the beginnings of longer ones"
         raise DataError(f"tasks: no row fits the model's context of {loaded.decoder.max_length} tokens; {fix}")
-    where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
+    where = environment(device=loaded.decoder.device, dtype=loaded.weights_type)
     title = f"{model_name(model)}, {where['dtype']}"
     asked = {"model": model, "tasks": chosen, "batch_size": settings.batch_size}
     about: dict[str, Any] = {"environment": where, "settings": asked | identity}

@@ -18,7 +18,7 @@ from app.cli.terminal import BatchPrinter, plain_writer, print_statistics, style
 from app.decoding.engine import DecodingInterrupted, OnStep
 from app.decoding.result import DecodingResult, Step
 from app.errors import check_range
-from app.generation.loaded_model import DecodeLoadOptions
+from app.generation.loaded_model import DraftLoadOptions
 from app.generation.options import GenerationOptions
 from app.generation.prompts import given_texts
 from app.generation.request import Request
@@ -32,7 +32,7 @@ def generate(
     prompt: list[str] | None = None,
     prompts: str | None = None,
     batch_size: int = 1,
-    loading: DecodeLoadOptions,
+    loading: DraftLoadOptions,
     json: bool = False,
     **options: Any,
 ) -> None:
@@ -42,7 +42,7 @@ def generate(
         model: Lightning checkpoint of a run, Hugging Face directory, hub id or .gguf file.
         prompts: JSON lines file of prompts to continue instead; each line is an object with a string "prompt".
         batch_size: Number of prompts that are decoded together.
-        loading: See DecodeLoadOptions.
+        loading: See DraftLoadOptions.
         options: See GenerationOptions.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):

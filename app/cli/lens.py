@@ -75,9 +75,10 @@ def lens(
     for each in lenses:
         if each.num_rounded:
             what = f"{each.name}: one pass over the text chose {counted(each.num_rounded, 'token')} otherwise"
-            _log.warning("%s, since %s rounds; --dtype float32 does not", what, each.dtype)
+            fix = "; --dtype float32 does not" if loading.quantization == "none" else ""
+            _log.warning("%s, since %s rounds%s", what, each.dtype, fix)
     told = lens_as_json(lenses, texts, tokens, loaded[0].tokenizer, exit_layers=exit_layers)
-    told["environment"] = environment(device=loaded[0].decoder.device, dtype=loaded[0].model.dtype)
+    told["environment"] = environment(device=loaded[0].decoder.device, dtype=loaded[0].weights_type)
     of_file = {"prompts": prompts, "limit": None if prompts is None else limit}
     told["settings"] = of_file | {"max_new_tokens": max_new_tokens, "exit_layers": exit_layers}
     _write(path, told)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from app.cli.parsing.verb_parser import call_verb
 from app.decoding.strategies import Strategy
 from app.errors import ConfigError, check_range
-from app.generation.loaded_model import DecodeLoadOptions
+from app.generation.loaded_model import DraftLoadOptions
 from app.generation.options import DraftOptions, GenerationOptions
 from app.generation.request import Request, chosen_settings
 
@@ -35,7 +35,7 @@ def serve(
     max_waiting: int = 64,
     max_new_tokens: int = 1024,
     max_body_bytes: int = 1_000_000,
-    loading: DecodeLoadOptions,
+    loading: DraftLoadOptions,
     **options: Any,
 ) -> None:
     """Serve a model over HTTP, in the form of OpenAI's API, for development and small deployments.
@@ -52,7 +52,7 @@ def serve(
         max_waiting: Largest number of prompts that wait; more are refused with status 429.
         max_new_tokens: Largest number of new tokens that a request may ask for.
         max_body_bytes: Largest size of a request's body, in bytes.
-        loading: See DecodeLoadOptions.
+        loading: See DraftLoadOptions.
         options: See DraftOptions.
     """
     _check_packages()

@@ -15,9 +15,10 @@ from app.benchmark.report import environment
 from app.cli.parsing.verb_parser import JSON_FLAG, call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError
+from app.generation.defaults import conditions_of
 from app.generation.loaded_model import LoadOptions
 from app.generation.prompts import encode_prompts, read_prompts
-from app.model_files.decoding_defaults import Conditions, write_decoding_defaults
+from app.model_files.decoding_defaults import write_decoding_defaults
 from app.model_files.draft_vocabulary import write_draft_vocabulary
 from app.model_files.generation_config import read_generation_config
 from app.tuning.result import Tuning, exits_table, tuning_as_json, verifications_table
@@ -58,7 +59,7 @@ def tune(
     tokens = encode_prompts(texts, loaded.tokenizer, max_length=loaded.decoder.max_length)
     with torch.inference_mode():
         settings = replace(settings, eos_token_ids=loaded.eos_token_ids)
-        tuning = tune_decoder(loaded.decoder, tokens, settings, conditions=Conditions.of(loaded.model))
+        tuning = tune_decoder(loaded.decoder, tokens, settings, conditions=conditions_of(loaded))
     if not json:  # before it is stored, since a full disk must not cost the answer
         _print(tuning)
     size, token_ids, file = tuning.defaults.draft_vocabulary_size, loaded.decoder.draft_vocabulary, None
@@ -67,7 +68,7 @@ def tune(
             write_draft_vocabulary(directory, token_ids)
         file = write_decoding_defaults(directory, tuning.defaults)
     if json:
-        where = environment(device=loaded.decoder.device, dtype=loaded.model.dtype)
+        where = environment(device=loaded.decoder.device, dtype=loaded.weights_type)
         asked = {"model": model, "prompts": prompts, "limit": limit, "draft_vocabulary": draft_vocabulary}
         said = {"stored": file and str(file), "environment": where, "settings": asked | asdict(settings)}
         print(json_module.dumps(tuning_as_json(tuning) | said))

@@ -52,8 +52,8 @@ class LayerSkipLM(HFLM):  # type: ignore[misc]  # the extra is not always there 
         pretrained: Hugging Face directory, hub id, .gguf file or Lightning checkpoint of a run.
         settings: `strategy` and the other options of `layerskip generate` that say how tokens are drafted, where the
             strategy is early_exit if an `exit_layer` is given, else autoregressive; its `engine`, `seed`, `dtype`,
-            `device`, `threads` and `draft_vocabulary`; and the settings of the harness's own class about batches,
-            lengths and tokens.
+            `device`, `threads`, `quantization` and `draft_vocabulary`; and the settings of the harness's own class
+            about batches, lengths and tokens.
 
     Attributes:
         exit_layer: Number of blocks that likelihoods are measured on; the number of all for the full model.

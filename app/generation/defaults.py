@@ -39,10 +39,7 @@ def choose_decoding(
         ConfigError: Exit, drafts or skipped layers do not fit the model; then nothing is logged.
     """
     tuned = read_decoding_defaults(loaded.model)
-    here = Conditions.of(loaded.model, batch_size=batch_size)
-    if (quantization := loaded.decoder.quantization) != "none":
-        here = replace(here, dtype=f"{quantization} weights in {here.dtype}")
-    elsewhere = _elsewhere(tuned, here, loaded.decoder)
+    elsewhere = _elsewhere(tuned, conditions_of(loaded, batch_size=batch_size), loaded.decoder)
     num_layers, said = loaded.decoder.num_layers, list[str]()
     of_drafts = settings.exit_layer is not None or settings.num_draft_tokens is not None
     if strategy is None and num_layers == 1:  # the engine warns of an exit or drafts that have no effect
@@ -77,6 +74,11 @@ def choose_decoding(
     if strategy in ("self_speculative", "n_gram") and not elsewhere:
         settings = replace(settings, costs=_costs(tuned, loaded.decoder, exit_layer))
     return strategy, settings
+
+
+def conditions_of(loaded: LoadedModel, *, batch_size: int = 1) -> Conditions:
+    """What a measurement of this model on this machine is made under."""
+    return replace(Conditions.of(loaded.model, batch_size=batch_size), dtype=loaded.weights_type)
 
 
 def _with_policy(

@@ -56,6 +56,12 @@ class LoadedModel(NamedTuple):
         """Every token id that ends a text: those of the generation config, else the tokenizer's."""
         return end_token_ids(self.model.generation_config, self.tokenizer)
 
+    @property
+    def weights_type(self) -> str:
+        """The type of the weights in words, for instance "bfloat16", or "int4 weights in bfloat16"."""
+        name, quantization = dtype_name(self.model.dtype), self.decoder.quantization
+        return name if quantization == "none" else f"{quantization} weights in {name}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
@@ -66,11 +72,15 @@ class LoadOptions:
             Lossless decoding is exact in float32.
         device: Device to run on; auto takes a GPU if there is one.
         threads: Number of CPU threads; by default torch's own choice.
+        quantization: Run the model with weights of 8 bits (int8), or of 4 with a scale for every 32 (int4): less
+            accurate, and faster to decode on a CPU in bfloat16. Drafts and the model that checks them have the same
+            weights.
     """
 
     dtype: Dtype = "auto"
     device: Device = "auto"
     threads: int | None = None
+    quantization: Quantization = "none"
 
     def load(self, model: str, **settings: Any) -> LoadedModel:
         """Load `model`; `settings` are further arguments of `load_decoder`, which names the errors."""
@@ -87,18 +97,6 @@ class DraftLoadOptions(LoadOptions):
     """
 
     draft_vocabulary: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeLoadOptions(DraftLoadOptions):
-    """How a model is loaded that only decodes.
-
-    Args:
-        quantization: Decode with weights of 8 bits (int8), or of 4 with a scale for every 32 (int4), which is faster on
-            a CPU in bfloat16 and loses accuracy. Drafts and the model that checks them have the same weights.
-    """
-
-    quantization: Quantization = "none"
 
 
 def load_decoder(

@@ -7,8 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
@@ -30,14 +28,14 @@ class Lens:
     Attributes:
         name: Tells it from the other model of a page.
         path: What it was loaded from.
-        dtype: Type of its weights.
+        dtype: Type of its weights, in words.
         grids: One for each prompt, at least one.
         seconds: Time of generation and of looking, all prompts together.
     """
 
     name: str
     path: str
-    dtype: torch.dtype
+    dtype: str
     grids: tuple[TokenGrid, ...]
     seconds: float
 
@@ -67,7 +65,7 @@ def look(loaded: LoadedModel, prompts: Sequence[list[int]], *, name: str, path: 
         grids.append(read_token_grid(decoder, prompt, result.tokens))
         if time_left.add(1) and len(grids) < len(prompts):
             _log.info("%s: %s, %s", name, counted_of(len(grids), len(prompts), "prompt"), time_left.in_words())
-    return Lens(name=name, path=path, dtype=loaded.model.dtype, grids=tuple(grids), seconds=time_left.seconds)
+    return Lens(name=name, path=path, dtype=loaded.weights_type, grids=tuple(grids), seconds=time_left.seconds)
 
 
 def check_comparable(first: LoadedModel, second: LoadedModel, *, got: str) -> None:

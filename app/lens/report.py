@@ -11,7 +11,6 @@ from app.lens.token_grid import GridRow, TokenGrid
 from app.lens.token_texts import token_texts, visible
 from app.tables import Table
 from app.text.text_stream import continuation
-from app.words import dtype_name
 
 _MEANS = ("mean_saturation_layer", "mean_first_hit")
 _SHOWN_PROMPT = 32  # characters of a prompt in the table
@@ -65,7 +64,7 @@ def lens_as_json(
         {
             "name": lens.name,
             "path": lens.path,
-            "dtype": dtype_name(lens.dtype),
+            "dtype": lens.dtype,
             "num_layers": lens.needed.num_layers,
             "rows": [
                 {

@@ -44,7 +44,7 @@ def write_gpu_results(*, seconds: float = 480.0, compile_rounds: bool = False, o
     device = torch.device("cuda" if has_gpu else "cpu")
     ends_at, failed = perf_counter() + seconds, list[str]()
     written: dict[str, Any] = {
-        "environment": environment(device=device, dtype=torch.bfloat16),
+        "environment": environment(device=device, dtype="bfloat16"),
         "device": torch.cuda.get_device_name() if has_gpu else "cpu: nothing here is a result",
         "read_gb_per_second": gpu_decoding.read_bandwidth(device) / 1e9,
     }

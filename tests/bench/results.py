@@ -41,7 +41,7 @@ def run_measurement(measure: Callable[..., None], *, module: str) -> None:
 def target_result(value: float, threshold: float, command: str, *, at_most: bool) -> dict[str, Any]:
     """The record of a target, which passes if `value` is at most, or at least, `threshold`."""
     passed = value <= threshold if at_most else value >= threshold
-    here = environment(device=torch.device("cpu"), dtype=torch.float32)
+    here = environment(device=torch.device("cpu"), dtype="float32")
     return {"value": value, "target": threshold, "passed": passed, "command": command, "environment": here}
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from app.evaluation import likelihood_tasks
 from app.evaluation.journal import Journal
+from app.model.cpu.quantized import round_weights
 from tests.support.runs import cli
 from tests.support.saved_models import save_model
 from tests.support.tokenizers import byte_level
@@ -57,16 +58,34 @@ def test_every_exit_and_task_is_in_all_files(monkeypatch, model, here, capsys):
         assert len([*csv.DictReader(file)]) == len(found)
     assert (here / "r.png").stat().st_size > 1000
 
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), byte_level()
-    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer((here / "emma.txt").read_text())["input_ids"]]])
-    losses = []
+    plain = AutoModelForCausalLM.from_pretrained(model).eval()
+    assert found["text", 4, "perplexity"]["score"] == pytest.approx(_perplexity(plain, here / "emma.txt"), rel=1e-4)
+
+
+def _perplexity(plain, file):
+    """The perplexity of a text by transformers, in windows of 24 tokens."""
+    tokenizer, losses = byte_level(), []
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(file.read_text())["input_ids"]]])
     for start in range(0, ids.shape[1] - 1, 24):
         window = ids[:, start : start + 25]
         with torch.no_grad():
-            logs = plain(window).logits[0, :-1].log_softmax(-1)
+            logs = plain(window).logits[0, :-1].float().log_softmax(-1)
         losses += (-logs.gather(1, window[0, 1:, None])[:, 0]).tolist()
-    expected = torch.tensor(losses).mean().exp().item()
-    assert found["text", 4, "perplexity"]["score"] == pytest.approx(expected, rel=1e-4)
+    return torch.tensor(losses).mean().exp().item()
+
+
+def test_scores_of_rounded_weights_are_theirs(monkeypatch, here, capsys):
+    model = str(save_model(here / "model", init_scale=15.0))  # so that rounding shows
+    rounded = ["--quantization", "int4", "--dtype", "bfloat16"]
+    assert _evaluate(monkeypatch, model, *rounded, tasks="[text=emma.txt]") == 0
+    document = json.loads((here / "r.json").read_text())
+    assert document["environment"]["dtype"] == document["settings"]["dtype"] == "int4 weights in bfloat16"
+    (own,) = (each["score"] for each in document["results"] if each["exit_layer"] == 4)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    unrounded = _perplexity(plain, here / "emma.txt")
+    round_weights([plain], "int4")
+    assert own == pytest.approx(_perplexity(plain, here / "emma.txt"), rel=0.05)
+    assert own != pytest.approx(unrounded, rel=0.1)
 
 
 def _killed(arguments):

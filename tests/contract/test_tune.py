@@ -105,6 +105,20 @@ def test_the_choice_is_printed_with_its_reasons_and_stored_with_the_model(here, 
     assert "costs: a block takes" in out
 
 
+def test_rounded_weights_are_tuned_as_such_and_generate_tells_where_others_are_used(here, monkeypatch, capsys, speedup):
+    speedup(1.7, again=1.5)
+    rounded = ["--quantization", "int8", "--dtype", "bfloat16"]
+    assert _tune(monkeypatch, "model", *rounded) == 0
+    stored = read_decoding_defaults(AutoModelForCausalLM.from_pretrained("model"))
+    assert stored.conditions.dtype == "int8 weights in bfloat16"
+    asked = ["--model", "model", "--prompt", "the end", "--max_new_tokens", "2"]
+    for given, differs in ((rounded, False), (rounded[2:], True)):
+        capsys.readouterr()
+        assert cli(monkeypatch, "generate", *asked, *given) == 0
+        said = "it was tuned for int8 weights in bfloat16 on cpu"
+        assert (said in capsys.readouterr().err) is differs
+
+
 def test_n_grams_are_run_beside_what_has_none_and_stored(here, monkeypatch, capsys, speedup):
     speedup(1.7, again=1.5)
     assert _tune(monkeypatch, "model", "--n_gram_match", "[1]") == 0

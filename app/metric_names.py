@@ -36,6 +36,8 @@ DECODE_SS_TOKENS_PER_SECOND = "decode/self_speculative_tokens_per_second"
 DECODE_SPEEDUP = "decode/speedup"
 DECODE_IDENTICAL_SHARE = "decode/identical_share"
 
+DRAFTED = "_self_speculative"  # ends the name of a task's figure that is the full model's with drafts from the exit
+
 DATA_PADDING_SHARE = "throughput/padding_share"
 
 
@@ -75,5 +77,4 @@ def parse_figure(name: str, stage: str, exit_layer: int, num_draft_tokens: int |
 
 def task_score(stage: str, column: str, metric: str, exit_layer: int, *, drafts: bool = False) -> str:
     """A score of a task of evaluation at an exit, or of the full model with drafts from it; `stage` is val or test."""
-    verified = "_self_speculative" if drafts else ""
-    return of_exit(f"{stage}/task/{column}/{metric}{verified}", exit_layer)
+    return of_exit(f"{stage}/task/{column}/{metric}{DRAFTED if drafts else ''}", exit_layer)

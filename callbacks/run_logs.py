@@ -14,7 +14,7 @@ from app.data_ranks import data_ranks
 from app.protocols import ArchitectureOwner, FrozenModelHost, LogHost
 from callbacks.early_exit_curriculum import EarlyExitCurriculum
 from callbacks.layer_dropout_curriculum import LayerDropoutCurriculum
-from callbacks.tensorboard import Setting, arrange, tensorboards
+from callbacks.tensorboard import SCORE, Setting, arrange, score_charts, tensorboards, write_charts
 
 _FEW_BLOCKS = 8  # a model of so many blocks shows everything
 _SHOWN_DEPTHS = 4
@@ -45,7 +45,7 @@ class RunLogs(Callback):
     figure by depth the four depths that are nearest to a quarter, half, three quarters and all of the blocks (of those
     that ExitQualityMonitor scores), and no metric that follows from another. Where it scores four exits or fewer, they
     get all of these. What is left out stays in tables, figures and trainer.callback_metrics, of training at the steps
-    that are logged. What a callback monitors is never left out.
+    that are logged. What a callback monitors is never left out, nor scores of tasks and parses.
 
     Args:
         all_metrics: Leave nothing out.
@@ -53,6 +53,7 @@ class RunLogs(Callback):
 
     def __init__(self, *, all_metrics: bool = False) -> None:
         self.all_metrics = all_metrics
+        self._charts: dict[str, list[str]] | None = None  # those of scores that the board has; None before it has any
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, LogHost) or self.all_metrics:
@@ -76,6 +77,17 @@ class RunLogs(Callback):
                 logger.log_hyperparams(settings)
         for board in tensorboards(trainer):
             arrange(board, settings, _compared(pl_module))
+        self._charts = self._charts or {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        charts = score_charts(trainer.callback_metrics)
+        if trainer.sanity_checking or charts == self._charts:
+            return
+        self._charts = charts
+        for board in tensorboards(trainer):
+            write_charts(board, charts)
+
+    on_test_end = on_validation_end
 
 
 def is_detail(name: str, num_layers: int, scored: Collection[int] = ()) -> bool:
@@ -86,9 +98,9 @@ def is_detail(name: str, num_layers: int, scored: Collection[int] = ()) -> bool:
         return True
     if not (found := _BY_DEPTH.fullmatch(name)):
         return name.startswith("decode/") and "_drafts_" in name
+    if SCORE.fullmatch(name):
+        return False  # who asked for it chose its exits
     kind, depth = found[1], int(found[2])
-    if kind.startswith("parse/") or kind.startswith("test/parse/"):
-        return False
     is_always_one = depth == num_layers and kind.endswith(_ALWAYS_ONE)
     are_few = 0 < len(scored) <= _SHOWN_DEPTHS
     is_of_few = are_few and kind.startswith(("val/", "test/"))

@@ -1,6 +1,7 @@
 """Charts, settings, figures and texts for TensorBoard. Tested by tests/integration/test_run_logs.py."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ EVENT_FILES = "events.out.tfevents.*"  # names of the files that TensorBoard wri
 Setting = str | float | bool
 
 _SETTINGS_TAG = "_hparams_/session_start_info"
+_STAGE = "(val|test)"
+SCORE = re.compile(r"(?:(?:val|test)/)?((?:task|parse)/.+)/exit_\d+")  # of a task, or of parses, at an exit
 # Category -> chart -> patterns of the tags that it shows as lines. A pattern matches from the start of a tag.
-_LAYOUT = {
+_LAYOUT: dict[str, dict[str, list[str]]] = {
     "1 Exits on held-out tokens": {
-        "loss by exit (nats a token)": [f"val/{metric_names.EXIT_LOSS}/", f"{metric_names.VAL_LOSS}$"],
-        "agreement with the full model by exit": [f"val/{metric_names.EXIT_AGREEMENT}/"],
-        "1 - TV to the full model by exit": [f"val/{metric_names.EXIT_ACCEPTANCE}/"],
+        "loss by exit (nats a token)": [f"{_STAGE}/{metric_names.EXIT_LOSS}/", f"{_STAGE}/loss$"],
+        "agreement with the full model by exit": [f"{_STAGE}/{metric_names.EXIT_AGREEMENT}/"],
+        "1 - TV to the full model by exit": [f"{_STAGE}/{metric_names.EXIT_ACCEPTANCE}/"],
     },
     "2 Self-speculative decoding": {
         "acceptance, tokens a round, speedup": [
@@ -39,7 +42,7 @@ _LAYOUT = {
             f"{metric_names.TRAIN_EXIT_LOSS}/",
         ],
         "dropout rate by depth": [f"{metric_names.DROPOUT_RATE}/"],
-        "gradient norm by depth": [f"{metric_names.GRADIENT_NORM}/"],
+        "gradient norm by depth": [f"{metric_names.GRADIENT_NORM}/block_"],
     },
     "4 Throughput": {
         "tokens a second": [f"{metric_names.TOKENS_PER_SECOND}$"],
@@ -78,17 +81,29 @@ def arrange(logger: TensorBoardLogger, settings: Mapping[str, Setting], compared
     """
     if _holds_settings(Path(logger.log_dir)):
         return
+    write_charts(logger, {})
     writer: Any = logger.experiment
-    writer.add_custom_scalars(
-        {
-            category: {chart: ["Multiline", tags] for chart, tags in charts.items()}
-            for category, charts in _LAYOUT.items()
-        }
-    )
     experiment, start, end = hparams(dict(settings), dict.fromkeys(compared, 0.0))  # type: ignore[no-untyped-call]
     for summary in (experiment, start, end):
         writer.file_writer.add_summary(summary)
     writer.flush()
+
+
+def score_charts(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return a chart for each figure of tasks and parses among the logged metrics, with a line for each exit."""
+    figures = sorted({match[1].removesuffix(metric_names.DRAFTED) for match in map(SCORE.fullmatch, names) if match})
+    return {figure: [f"({_STAGE}/)?{re.escape(figure)}({metric_names.DRAFTED})?/exit_"] for figure in figures}
+
+
+def write_charts(logger: TensorBoardLogger, scores: Mapping[str, list[str]]) -> None:
+    """Write the charts of the tab Custom Scalars, those of `score_charts` among them. The latest ones are shown."""
+    layout = _LAYOUT | ({"5 Scores of tasks and parses, by exit": scores} if scores else {})
+    logger.experiment.add_custom_scalars(
+        {
+            category: {chart: ["Multiline", tags] for chart, tags in charts.items()}
+            for category, charts in layout.items()
+        }
+    )
 
 
 def points(file: Path) -> Iterator[tuple[Any, Any]]:

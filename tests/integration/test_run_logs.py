@@ -110,6 +110,13 @@ def test_few_scored_exits_show_all_their_figures():
         assert (is_detail(name, 30, few), is_detail(name, 30, many)) == (False, True)
 
 
+def test_scores_of_tasks_and_parses_are_shown_at_all_their_exits():
+    for stage in ("val", "test"):
+        assert not is_detail(metric_names.task_score(stage, "boolq", "acc", 5), 24)
+        assert not is_detail(metric_names.task_score(stage, "gsm8k", "exact_match", 5, drafts=True), 24)
+    assert not is_detail(metric_names.parse_figure("exact_match", "test", 5), 24)
+
+
 def test_charts_and_settings_are_in_the_runs_own_event_files_once_also_after_a_resume(run):
     root, _ = run
     files = sorted((root / "board").glob(EVENT_FILES))

@@ -1,6 +1,7 @@
 """TaskEvaluation gives in validate and test what `layerskip evaluate` gives, and fits go on undisturbed."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,15 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from app.errors import ConfigError
 from app.evaluation.evaluate import chosen_tasks, evaluate, prepare
 from app.evaluation.records import EvaluatedModel, EvaluationSettings
 from app.evaluation.results import results_of
 from app.spans.decoder import SpanDecoder
-from callbacks import TaskEvaluation
+from callbacks import RunLogs, TaskEvaluation
+from callbacks.tensorboard import EVENT_FILES, points
 from tests.support.decoding_modules import DecodingModule, quiet_trainer, random_rows
 from tests.support.processes import run_ranks
 from tests.support.tokenizers import byte_level
@@ -47,8 +50,15 @@ def _trainer(folder, *callbacks, **settings):
     return quiet_trainer(folder, *callbacks, logger=logger, log_every_n_steps=1, **settings)
 
 
+def _charts(folder):
+    """The charts of the tab Custom Scalars, each with the patterns of its tags."""
+    layouts = [v for file in folder.glob(EVENT_FILES) for _, v in points(file) if v.tag == "custom_scalars__config__"]
+    layout = Layout.FromString(layouts[-1].tensor.string_val[0])
+    return {chart.title: chart.multiline.tag for category in layout.category for chart in category.chart}
+
+
 def test_test_writes_scores_table_and_figure_and_goes_on_where_it_was_stopped(tmp_path, callback, monkeypatch):
-    module, trainer = _module(), _trainer(tmp_path, callback)
+    module, trainer = _module(), _trainer(tmp_path, callback, RunLogs())
     (metrics,) = trainer.test(module, datamodule=_Data(), verbose=False)
     records = []
     settings = EvaluationSettings(exit_layers=[2, 4])
@@ -68,6 +78,9 @@ def test_test_writes_scores_table_and_figure_and_goes_on_where_it_was_stopped(tm
     logged = EventAccumulator(str(tmp_path / "run")).Reload().Tags()
     assert logged["images"] == ["tasks/test"]
     assert "tasks/test/text_summary" in logged["tensors"]
+    charts = _charts(tmp_path / "run")
+    assert all(re.match(charts["task/boolq/acc"][0], tag) for tag in metrics)
+    assert "loss by exit (nats a token)" in charts
     assert [row[0] for row in callback.report().rows] == ["exit 2", "exit 4, full model", "guessing"]
 
     def fails(*args):
@@ -79,7 +92,7 @@ def test_test_writes_scores_table_and_figure_and_goes_on_where_it_was_stopped(tm
 
 def test_a_fit_scores_every_second_validation_and_trains_the_same_with_and_without(tmp_path, callback):
     weights = []
-    for callbacks in ([callback], []):
+    for callbacks in ([callback, RunLogs()], []):
         module, trainer = _module(), _trainer(tmp_path, *callbacks, max_epochs=3, num_sanity_val_steps=1)
         trainer.fit(module, datamodule=_Data())
         weights.append(module.model.state_dict())
@@ -87,6 +100,7 @@ def test_a_fit_scores_every_second_validation_and_trains_the_same_with_and_witho
             assert "val/task/boolq/acc/exit_02" in trainer.callback_metrics
             assert json.loads((tmp_path / "run" / "tasks_validate.json").read_text())["step"] == 4  # of 6
             assert not [*(tmp_path / "run").glob("*.examples.jsonl")]
+            assert {"dropout rate by depth", "task/boolq/acc"} <= set(_charts(tmp_path / "run"))
     assert all(torch.equal(one, two) for one, two in zip(*(each.values() for each in weights), strict=True))
     assert callback.state_dict() == {"validations": 3}
 

@@ -50,7 +50,8 @@ class LastCheckpoint(ModelCheckpoint):
         self._last_global_step_saved = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > 0:
+        tries = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it from another class
+        if trainer.global_step > 0 and not tries:  # which is to leave nothing behind
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:

@@ -180,7 +180,8 @@ class LayerSkipCLI(LightningCLI):
             ckpt_path = options["ckpt_path"] = LAST if found or self.subcommand != "fit" else None
         if ckpt_path == LAST and not found:
             raise CheckpointError(f"ckpt_path: got 'last', but there is no last.ckpt in {', '.join(map(str, folders))}")
-        if self.subcommand == "fit" and ckpt_path is None and (found or kept):
+        writes = self.subcommand == "fit" and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if writes and ckpt_path is None and (found or kept):
             how = "" if found else f" {USE_PREVIOUS}"
             raise CheckpointError(
                 f"{(found or kept)[0]} is the checkpoint of an earlier run that this one would overwrite: resume it"

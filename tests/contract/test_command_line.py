@@ -329,6 +329,18 @@ def test_a_fit_without_a_logger_writes_to_the_root_folder_and_does_without_what_
     assert "or --trainer.default_root_dir where no logger has one" in capsys.readouterr().err
 
 
+def test_a_fast_dev_run_leaves_what_it_finds_and_nothing_else(config, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where checkpoints go without a logger, and Lightning takes it out
+    earlier = tmp_path / "checkpoints" / "last.ckpt"
+    earlier.parent.mkdir()
+    earlier.write_bytes(b"of another run")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert cli(monkeypatch, "fit", "--config", str(config), "--trainer.fast_dev_run", "true") == 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [earlier]
+    assert earlier.read_bytes() == b"of another run"
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
 def test_a_start_makes_one_parser_and_reads_and_writes_the_settings_once(run, started):
     assert started == {"add_method_arguments": 1, "with_included": 1, "dump": 1}
 

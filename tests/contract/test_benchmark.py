@@ -8,7 +8,7 @@ import torch
 from app.decoding import acceptance
 from app.spans.decoder import SpanDecoder
 from tests.support.runs import cli, measure_costs_once
-from tests.support.tiny_models import tiny_llama
+from tests.support.saved_models import save_model, write_prompts
 from tests.support.tokenizers import byte_level
 
 TEXTS = ["the end of", "naïve café", "then more", "def f(x):\n    return"]
@@ -25,9 +25,8 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmark")
     for name, settings in (("model", {"num_layers": 3}), ("small", {"num_layers": 1, "seed": 1}), ("other", {})):
         tokenizer = byte_level(vocab_size=310 if name == "other" else 330)
-        tokenizer.save_pretrained(root / name)
-        tiny_llama(vocab_size=len(tokenizer), tied=False, max_length=64, **settings).save_pretrained(root / name)
-    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+        save_model(root / name, tokenizer=tokenizer, max_length=64, **settings)
+    write_prompts(root / "prompts.jsonl", TEXTS)
     return root
 
 

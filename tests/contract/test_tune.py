@@ -17,6 +17,7 @@ from app.text.tokenizer_files import tokenizer_to_files
 from app.tuning import result as tuning_result
 from app.tuning import tune as tuning
 from tests.support.runs import cli
+from tests.support.saved_models import write_prompts
 from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level
 
@@ -35,7 +36,7 @@ def root(tmp_path_factory):
     weights = {STATE_DICT_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
     files = tokenizer_to_files(tokenizer)
     torch.save({HF_CONFIG_KEY: model.config.to_dict(), TOKENIZER_KEY: files, "state_dict": weights}, root / "run.ckpt")
-    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    write_prompts(root / "prompts.jsonl", TEXTS)
     return root
 
 

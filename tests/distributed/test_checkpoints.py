@@ -146,13 +146,6 @@ class SaveInBackground(Callback):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    make_data(root).prepare_data()
-    return root
-
-
-@pytest.fixture(scope="module")
 def runs(root):
     """Losses of every run, by rank."""
     return run_ranks(resume_everywhere, root)

@@ -11,7 +11,6 @@ from app.errors import ConfigError
 from app.training.strategy import MeshStrategy, mesh_sizes
 from tests.support.mesh_runs import assert_equal, train
 from tests.support.processes import run_ranks
-from tests.support.runs import make_data
 
 
 class Mesh(NamedTuple):
@@ -35,13 +34,6 @@ HSDP = Mesh(4, settings={"replicate_size": 2})
 TENSOR_PARALLEL = Mesh(1, parts=2, settings={"tensor_parallel_size": 2})
 BOTH = Mesh(2, parts=2, settings={"tensor_parallel_size": 2, "data_parallel_size": 2})
 COPIES = Mesh(2, parts=2, settings={"tensor_parallel_size": 2, "replicate_size": 2})
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs")
-    make_data(path).prepare_data()
-    return path
 
 
 @cache

@@ -8,7 +8,7 @@ from app.model_files.open import build_model
 from app.training.strategy import MeshStrategy
 from tests.support.mesh_runs import train
 from tests.support.processes import run_ranks
-from tests.support.runs import NUM_LAYERS, make_data
+from tests.support.runs import NUM_LAYERS
 from tests.support.tiny_models import tiny_config
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -52,13 +52,6 @@ def run(root, precision, mesh):
 
 
 MESHES = {"fsdp2": {}, "tensor parallel": {"tensor_parallel_size": 2}}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs")
-    make_data(path).prepare_data()
-    return path
 
 
 @pytest.fixture(scope="module")

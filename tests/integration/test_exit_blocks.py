@@ -20,7 +20,7 @@ from app.training.module import LayerSkipModule
 from callbacks import EarlyExitCurriculum, ExitQualityMonitor, LayerDropoutCurriculum, ThroughputMonitor
 from datamodules import CachedStatesDataModule, TextCodeDataModule
 from tests.integration.test_resume import StopAfter
-from tests.support.runs import Recorder, cli, make_data, make_module, make_trainer
+from tests.support.runs import Recorder, cli, make_data, make_module, make_trainer, write_trained
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXITS = {1: 1, 2: 0}
@@ -29,11 +29,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a corpus and the checkpoint of a small model that knows it."""
-    root = tmp_path_factory.mktemp("exit_blocks")
-    saver = ModelCheckpoint(dirpath=root, filename="model")
-    make_trainer(root, max_steps=80, callbacks=[saver]).fit(make_module(), datamodule=make_data(root))
-    return root
+    return write_trained(tmp_path_factory.mktemp("exit_blocks"), max_steps=80)
 
 
 def make_exit_blocks(root, *, exits=None, lr=1e-2, **settings: Any) -> LayerSkipModule:

@@ -22,7 +22,7 @@ from app.training.module import LayerSkipModule
 from callbacks import ThroughputMonitor
 from tests.integration.test_resume import StopAfter
 from tests.support.decoding import decode
-from tests.support.runs import Recorder, cli, curricula, make_data, make_module, make_trainer
+from tests.support.runs import Recorder, cli, curricula, make_data, make_module, make_trainer, write_trained
 from tests.unit.spans.test_architectures import ARCHITECTURES, TOKENS, make_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -32,11 +32,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a corpus and the checkpoint of a small model that has begun to know it."""
-    root = tmp_path_factory.mktemp("lora")
-    saver = ModelCheckpoint(dirpath=root, filename="model")
-    make_trainer(root, max_steps=10, callbacks=[saver]).fit(make_module(), datamodule=make_data(root))
-    return root
+    return write_trained(tmp_path_factory.mktemp("lora"), max_steps=10)
 
 
 def make_lora(root, *, r=4, alpha=16, target_modules=None, train_norms=False, **settings) -> LayerSkipModule:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.cli.main import main
@@ -113,6 +114,13 @@ def make_trainer(root: Path, *, max_steps: int, callbacks: list[Callback], **set
         "plugins": [AtomicCheckpointIO()],
     }
     return Trainer(default_root_dir=root, max_steps=max_steps, callbacks=callbacks, **(defaults | settings))
+
+
+def write_trained(root: Path, *, max_steps: int) -> Path:
+    """A folder with a corpus and `model.ckpt`, the checkpoint of a small model that was trained on it so long."""
+    saver = ModelCheckpoint(dirpath=root, filename="model")
+    make_trainer(root, max_steps=max_steps, callbacks=[saver]).fit(make_module(), datamodule=make_data(root))
+    return root
 
 
 class Built(LayerSkipCLI):

@@ -5,10 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader
 
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError, DataError
@@ -16,9 +14,10 @@ from app.protocols import GenerationExample
 from app.spans.decoder import SpanDecoder
 from callbacks.parse_validation import ParseValidation
 from tests.support.decoding import decode
-from tests.support.decoding_modules import DecodingModule, quiet_trainer, random_rows
+from tests.support.decoding_modules import DecodingModule, RandomRows, quiet_trainer, train_with_and_without
 
-NUM_LAYERS, MAX_NEW_TOKENS = 3, 4
+MAX_NEW_TOKENS = 4
+SIZES = {"num_layers": 3, "attention_dropout": 0.2}
 
 
 def _text(tokens: Sequence[int]) -> str:
@@ -26,7 +25,7 @@ def _text(tokens: Sequence[int]) -> str:
     return f"[IN:A {' '.join(map(str, tokens))} ]"
 
 
-class _Examples(LightningDataModule):
+class _Examples(RandomRows):
     """Half of the references are what the untrained model says, so that its exact match is 50 %."""
 
     tokenizer = SimpleNamespace(eos_token_id=None)
@@ -52,18 +51,9 @@ class _Examples(LightningDataModule):
     def answer(self, tokens: Sequence[int]) -> str:
         return _text(tokens)
 
-    def train_dataloader(self) -> DataLoader[torch.Tensor]:
-        return random_rows(12, vocab_size=61)
-
-    def val_dataloader(self) -> DataLoader[torch.Tensor]:
-        return self.train_dataloader()
-
-    def test_dataloader(self) -> DataLoader[torch.Tensor]:
-        return self.train_dataloader()
-
 
 def _module() -> DecodingModule:
-    return DecodingModule(num_layers=NUM_LAYERS, attention_dropout=0.2)
+    return DecodingModule(**SIZES)
 
 
 def _callback(**overrides: Any) -> ParseValidation:
@@ -141,19 +131,10 @@ def test_the_time_limit_leaves_the_first_batch(tmp_path: Path) -> None:
 
 
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path) -> None:
-    weights, generators = [], []
     data = _Examples()
-    for callback in (None, _callback()):
-        torch.manual_seed(5)
-        module = _module()
-        _trainer(tmp_path, callback).fit(module, datamodule=data)
-        weights.append(module.state_dict())
-        generators.append(torch.get_rng_state())
-        assert module.modes_seen == [True] * 6
+    train_with_and_without(tmp_path, _callback(), data, **SIZES)
     assert data.stages == ["validate"] * 3  # of the second run
     assert json.loads((tmp_path / "parse_validate.json").read_text())["step"] == 6
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert torch.equal(*generators)
 
 
 def test_weights_from_a_checkpoint_are_named_by_it_and_their_step_is_its(tmp_path: Path) -> None:

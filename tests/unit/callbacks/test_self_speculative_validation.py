@@ -2,34 +2,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader
 
 from app import metric_names
 from app.benchmark.decoding_comparison import DecodingComparison, compare_decoding
 from app.errors import ConfigError
 from callbacks.self_speculative_validation import SelfSpeculativeValidation
-from tests.support.decoding_modules import DecodingModule, quiet_trainer, random_rows
+from tests.support.decoding_modules import DecodingModule, RandomRows, quiet_trainer, train_with_and_without
 from tests.support.runs import make_module
 
+SIZES = {"num_layers": 3, "attention_dropout": 0.2}
 
-class _Prompts(LightningDataModule):
+
+class _Prompts(RandomRows):
     def validation_prompts(self, count: int, length: int) -> list[list[int]]:
         return [[(7 * i + j) % 61 for j in range(length)] for i in range(count)]
 
-    def train_dataloader(self) -> DataLoader[torch.Tensor]:
-        return random_rows(12, vocab_size=61)
-
-    def val_dataloader(self) -> DataLoader[torch.Tensor]:
-        return self.train_dataloader()
-
-    test_dataloader = val_dataloader
-
 
 def _module() -> DecodingModule:
-    return DecodingModule(num_layers=3, attention_dropout=0.2)
+    return DecodingModule(**SIZES)
 
 
 def _callback(**overrides: object) -> SelfSpeculativeValidation:
@@ -63,16 +55,7 @@ def test_every_setting_and_the_fastest_are_logged_and_reported(tmp_path: Path) -
 
 
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path) -> None:
-    weights, generators = [], []
-    for callback in (None, _callback()):
-        torch.manual_seed(5)
-        module = _module()
-        _trainer(tmp_path, callback).fit(module, datamodule=_Prompts())
-        weights.append(module.state_dict())
-        generators.append(torch.get_rng_state())
-        assert module.modes_seen == [True] * 6
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert torch.equal(*generators)
+    train_with_and_without(tmp_path, _callback(), _Prompts(), **SIZES)
 
 
 def test_every_submodule_gets_its_own_mode_back(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from app.model import head_loss
 from app.planning import exit_blocks
@@ -15,37 +14,27 @@ from app.training.exit_block_settings import ExitBlockSettings
 from app.training.module import LayerSkipModule
 from app.training.optim import parameter_groups
 from tests.support.tiny_models import tiny_llama
-from tests.unit.planning.test_step import LENGTH, ROWS, live_and_peak
+from tests.unit.planning.test_step import LENGTH, ROWS, RealStep, live_and_peak
 
 EXITS = {1: 2, 2: 0}
 WIDTH, VOCABULARY = 64, 1500
 
 
-class RealStep:
-    """The module's own loss of exit blocks, on rows of two documents each."""
+class ExitBlockStep(RealStep):
+    """The module's own loss of exit blocks."""
 
     def __init__(self, folder, *, loss, cached, autocast):
         tiny_llama(num_layers=4, hidden_size=WIDTH, vocab_size=VOCABULARY).save_pretrained(folder)
-        self.module = LayerSkipModule(pretrained=str(folder), exit_blocks=ExitBlockSettings(EXITS, loss=loss))
-        self.module.configure_model()
+        module = LayerSkipModule(pretrained=str(folder), exit_blocks=ExitBlockSettings(EXITS, loss=loss))
+        super().__init__(module, vocab_size=VOCABULARY, autocast=autocast)
         self.module.model.eval()
         self.cached = cached
-        self.autocast = torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None)
-        tokens = torch.randint(VOCABULARY, (2, ROWS, LENGTH))
-        positions = torch.arange(LENGTH // 2).repeat(2).expand(ROWS, LENGTH).contiguous()
-        self.batch = {"input_ids": tokens[0], "labels": tokens[1], "position_ids": positions}
 
-    def forward(self):
-        with self.autocast:
-            states = {}
-            if self.cached is not None:  # made here, since they are part of what a step holds
-                states = {"states": torch.zeros(ROWS, LENGTH, len(EXITS) + 1, WIDTH, dtype=self.cached)}
-            return self.module.exit_block_loss(self.batch | states).weighted_sum
-
-    def flops(self):
-        with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
-            self.forward().backward()
-        return counter.get_total_flops()
+    def loss(self):
+        states = {}
+        if self.cached is not None:  # made here, since they are part of what a step holds
+            states = {"states": torch.zeros(ROWS, LENGTH, len(EXITS) + 1, WIDTH, dtype=self.cached)}
+        return self.module.exit_block_loss(self.batch | states).weighted_sum
 
 
 def measured(learns, **settings):
@@ -65,11 +54,11 @@ def measured(learns, **settings):
 def test_a_step_takes_what_is_planned(tmp_path, monkeypatch, loss, cached, autocast):
     """By torch's counter and the allocator; the issue of plans allows 20 %."""
     monkeypatch.setattr(head_loss, "_MIN_LOGITS", 1)  # several chunks
-    step = RealStep(tmp_path, loss=loss, cached=cached, autocast=autocast)
+    step = ExitBlockStep(tmp_path, loss=loss, cached=cached, autocast=autocast)
     learns = Distillation(sources=step.module.exit_sources, loss=loss, cached=cached)
     costs = measured(learns, autocast=autocast)
     pass_flops = costs.pass_flops if cached is None else 0
-    assert costs.base_flops + pass_flops == pytest.approx(step.flops(), rel=0.001)
+    assert costs.base_flops + pass_flops == pytest.approx(step.flops(custom_mapping=FLOP_FORMULAS), rel=0.001)
     _, peak = live_and_peak(step)
     assert costs.base_bytes + costs.exit_loss_bytes == pytest.approx(peak, rel=0.05)
     assert costs.base_bytes < 0.9 * peak

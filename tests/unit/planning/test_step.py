@@ -45,11 +45,31 @@ def predicted(config, *, num_exits, dtype=torch.float32, autocast=None, rows=ROW
 
 
 class RealStep:
-    """The module's own training step, on rows of two documents each."""
+    """A step of a module on rows of two documents each; a subclass says what of it."""
+
+    def __init__(self, module, *, vocab_size, autocast=None):
+        self.module = module
+        self.module.configure_model()
+        tokens = torch.randint(vocab_size, (2, ROWS, LENGTH))
+        positions = torch.arange(LENGTH // 2).repeat(2).expand(ROWS, LENGTH).contiguous()
+        self.batch = {"input_ids": tokens[0], "labels": tokens[1], "position_ids": positions}
+        self.autocast = torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None)
+
+    def forward(self):
+        with self.autocast:
+            return self.loss()
+
+    def flops(self, **settings):
+        with FlopCounterMode(display=False, **settings) as counter:
+            self.forward().backward()
+        return counter.get_total_flops()
+
+
+class TrainingStep(RealStep):
+    """The module's own training step."""
 
     def __init__(self, config, exits, *, dtype=torch.float32, autocast=None, max_dropout_rate=0.0):
-        self.module = LayerSkipModule(config=config)
-        self.module.configure_model()
+        super().__init__(LayerSkipModule(config=config), vocab_size=config.vocab_size, autocast=autocast)
         self.module.model.to(dtype)
         self.module.trainer = SimpleNamespace(
             accumulate_grad_batches=1,
@@ -62,19 +82,9 @@ class RealStep:
         self.module.set_exit_weights(dict.fromkeys(exits, 1 / len(exits)))
         rates = [max_dropout_rate * idx / (LAYERS - 1) for idx in range(LAYERS)]
         self.module.set_dropout_rates(rates)
-        tokens = torch.randint(config.vocab_size, (2, ROWS, LENGTH))
-        positions = torch.arange(LENGTH // 2).repeat(2).expand(ROWS, LENGTH).contiguous()
-        self.batch = {"input_ids": tokens[0], "labels": tokens[1], "position_ids": positions}
-        self.autocast = torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None)
 
-    def forward(self):
-        with self.autocast:
-            return self.module.training_step(self.batch, 0)
-
-    def flops(self, **settings):
-        with FlopCounterMode(display=False, **settings) as counter:
-            self.forward().backward()
-        return counter.get_total_flops()
+    def loss(self):
+        return self.module.training_step(self.batch, 0)
 
     def kept_shares(self):
         return [1 - share for share in self.module.dropped_shares]
@@ -87,7 +97,7 @@ class RealStep:
 def test_flops_are_those_of_a_real_step(kind, exits):
     config = config_of(kind)
     costs = predicted(config, num_exits=len(exits))
-    real = RealStep(config, exits).flops(custom_mapping=FLOP_FORMULAS)
+    real = TrainingStep(config, exits).flops(custom_mapping=FLOP_FORMULAS)
     assert costs.flops(num_exits=len(exits), kept_shares=[1.0] * LAYERS) == pytest.approx(real, rel=0.001)
     if len(exits) > 1:
         assert costs.flops(num_exits=len(exits) - 1, kept_shares=[1.0] * LAYERS) < 0.95 * real
@@ -98,13 +108,13 @@ def test_flops_are_what_torchs_counter_says_by_itself():
     config = config_of()
     costs = predicted(config, num_exits=2, autocast=torch.bfloat16)
     with sdpa_kernel(SDPBackend.MATH):
-        real = RealStep(config, (2, LAYERS), autocast=torch.bfloat16).flops()
+        real = TrainingStep(config, (2, LAYERS), autocast=torch.bfloat16).flops()
     assert costs.flops(num_exits=2, kept_shares=[1.0] * LAYERS) == pytest.approx(real, rel=0.05)
 
 
 def test_dropped_samples_save_their_share_of_a_blocks_flops():
     config = config_of()
-    step = RealStep(config, (2, LAYERS), max_dropout_rate=0.9)
+    step = TrainingStep(config, (2, LAYERS), max_dropout_rate=0.9)
     real = step.flops(custom_mapping=FLOP_FORMULAS)
     assert len(set(step.kept_shares())) > 1
     costs = predicted(config, num_exits=2)
@@ -152,7 +162,7 @@ def test_memory_is_what_a_real_step_takes(kind, dtype, autocast):
     """By the allocator and by what autograd keeps; the issue allows 20 %."""
     config = config_of(kind)
     costs = predicted(config, num_exits=2, dtype=dtype, autocast=autocast)
-    step = RealStep(config, (2, LAYERS), dtype=dtype, autocast=autocast)
+    step = TrainingStep(config, (2, LAYERS), dtype=dtype, autocast=autocast)
     forward = costs.activation_bytes + sum(costs.copy_bytes)
     live, peak = live_and_peak(step)
     assert forward == pytest.approx(saved_for_backward(step), rel=0.03)
@@ -168,7 +178,7 @@ def test_memory_is_what_a_real_step_takes(kind, dtype, autocast):
 def test_memory_with_checkpointed_blocks_is_what_a_real_step_takes_then(dtype, autocast, vocab_size):
     config = config_of(vocab_size=vocab_size)
     costs = predicted(config, num_exits=2, dtype=dtype, autocast=autocast)
-    step = RealStep(config, (2, LAYERS), dtype=dtype, autocast=autocast)
+    step = TrainingStep(config, (2, LAYERS), dtype=dtype, autocast=autocast)
     step.module.model.activation_checkpointing_enable()
     _, peak = live_and_peak(step)
     running = max(costs.recomputed_bytes, costs.exit_loss_bytes + sum(costs.copy_bytes))

@@ -38,6 +38,7 @@ class Failed(NamedTuple):
 
 
 Event = Piece | Finished | Failed
+BatchKey = tuple[DecodingSettings, "Job | None"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -50,6 +51,7 @@ class Job:
         stop: Texts, any of which ends the output and is left out of it.
         seed: Seed of the job's own random stream.
         listen: Called in the scheduler's thread with each piece and then once with the end; it must not block.
+        alone: Whether the job shares no batch, since one that it was in could not be decoded.
         cancelled: Set by whoever no longer wants the job; the job ends without a further event.
     """
 
@@ -59,6 +61,7 @@ class Job:
     listen: Callable[[Event], None]
     tokenizer: PreTrainedTokenizerBase
     stop: tuple[str, ...] = ()
+    alone: bool = False
     cancelled: bool = False
     ended: bool = False
     _told: bool = False
@@ -69,9 +72,9 @@ class Job:
         self.begin()
 
     @property
-    def batch_key(self) -> DecodingSettings:
+    def batch_key(self) -> BatchKey:
         """What jobs of one batch have in common."""
-        return replace(self.settings, max_new_tokens=0, stop=None)
+        return replace(self.settings, max_new_tokens=0, stop=None), self if self.alone else None
 
     @property
     def ends(self) -> Ends:

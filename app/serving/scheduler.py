@@ -14,10 +14,9 @@ import torch
 
 from app.decoding.engine import Decoding
 from app.decoding.result import DecodingResult
-from app.decoding.settings import DecodingSettings
 from app.decoding.strategies import Strategy
 from app.protocols import ExitableDecoder
-from app.serving.job import Job
+from app.serving.job import BatchKey, Job
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +162,7 @@ class Scheduler:
             self._running = batch
             return batch
 
-    def _take(self, key: DecodingSettings, *, most: int, from_head: bool) -> list[Job]:
+    def _take(self, key: BatchKey, *, most: int, from_head: bool) -> list[Job]:
         """Take the first jobs with this key out of the queue; `from_head` takes none from behind one of another key."""
         alike: Iterable[Job] = (job for job in self._queue if job.batch_key == key)
         if from_head:
@@ -177,19 +176,23 @@ class Scheduler:
         try:
             self._decode(batch)
         except Exception as error:
-            self._decode_alone(batch, error)
+            again = self._after_failure(batch, error)
+            with self._changed:
+                for job in again:
+                    job.alone = True
+                self._queue.extendleft(reversed(again))
 
-    def _decode_alone(self, jobs: Sequence[Job], error: Exception) -> None:
-        """Decode jobs that failed together again, each alone, but for those that have said something: these fail."""
+    def _after_failure(self, jobs: Sequence[Job], error: Exception) -> list[Job]:
+        """Return those of several jobs that can be tried again one by one; those that have said something fail."""
         _log.exception("%d requests could not be decoded together", len(jobs))
         again = [job for job in jobs if len(jobs) > 1 and job.can_begin_again]
         for job in jobs:
-            if job not in again and not job.is_over:
+            if job in again:
+                job.begin()
+            elif not job.is_over:
                 self.counts.jobs["failed"] += 1
                 job.fail(error)
-        for job in again:
-            job.begin()
-            self._run([job])
+        return again
 
     def _decode(self, batch: list[Job]) -> None:
         key, decoding = batch[0].batch_key, self._new_decoding(batch)
@@ -208,7 +211,7 @@ class Scheduler:
         finally:
             self.counts.batch_sizes[most] += 1
 
-    def _next_to_join(self, key: DecodingSettings, batch: Sequence[Job]) -> list[Job]:
+    def _next_to_join(self, key: BatchKey, batch: Sequence[Job]) -> list[Job]:
         """Take what can join a batch that runs; nothing joins one that has come to its end."""
         if not self._queue or not batch:
             return []
@@ -216,14 +219,15 @@ class Scheduler:
             return self._take(key, most=self._batch_size - len(batch), from_head=True)
 
     def _seat(self, jobs: list[Job], decoding: Decoding, seats: dict[int, _Seat], batch: list[Job]) -> None:
-        """Run the prompts of jobs, and let them join a decoding. If that fails, it goes on without them."""
+        """Run the prompts of jobs, and let them join a decoding. If several fail together, each is tried by itself."""
         started_at = perf_counter()
         try:
             own = self._new_decoding(jobs)
             for index, step in own.begin():
                 jobs[index].take(step.tokens)
         except Exception as error:
-            self._decode_alone(jobs, error)
+            for job in self._after_failure(jobs, error):
+                self._seat([job], decoding, seats, batch)
             return
         indices = decoding.join(own)
         for place, (index, job) in enumerate(zip(indices, jobs, strict=True)):

@@ -97,7 +97,7 @@ def test_jobs_that_wait_are_decoded_together_and_each_comes_out_as_alone(schedul
 def test_a_short_job_joins_a_long_one_and_one_that_fails_as_it_joins_takes_no_other_down(
     scheduler, job, alone, monkeypatch, caplog
 ):
-    first, bad, short, order = job(PROMPTS[0], budget=60), job(PROMPTS[2]), job(PROMPTS[1], budget=4), []
+    first, bad, short, order = job(PROMPTS[0], budget=60), job(PROMPTS[2]), job(PROMPTS[1], budget=20), []
 
     class Failing(Decoding):
         def begin(self):
@@ -124,8 +124,12 @@ def test_a_short_job_joins_a_long_one_and_one_that_fails_as_it_joins_takes_no_ot
     scheduler.close()
     ended = [each for each, event in order if isinstance(event, Finished)]
     assert ended == [short, first]
+    tellers = [each for each, _ in order]
+    own = [at for at, each in enumerate(tellers) if each is short]
+    assert first in tellers[own[0] : own[-1]]  # which goes on while the one that was to join with a bad one is decoded
+    assert scheduler.counts.joined == 1
     assert text_of(first) == alone(PROMPTS[0], max_new_tokens=60).text
-    assert text_of(short) == alone(PROMPTS[1], max_new_tokens=4).text
+    assert text_of(short) == alone(PROMPTS[1], max_new_tokens=20).text
     assert isinstance(bad.events[-1], Failed)
     assert scheduler.counts.jobs == {"failed": 1, "max_new_tokens": 2}
 
@@ -172,7 +176,7 @@ def test_what_was_taken_is_finished_when_the_scheduler_closes_and_nothing_more_i
 def test_a_prompt_that_cannot_be_decoded_takes_no_other_down_that_has_said_nothing(
     scheduler, job, alone, monkeypatch, caplog, fails_at
 ):
-    bad, good = job(PROMPTS[0]), job(PROMPTS[1])
+    bad, good, other, late = (job(prompt) for prompt in PROMPTS)
 
     class Failing(Decoding):
         def __init__(self, decoder, prompts, **settings):
@@ -186,12 +190,14 @@ def test_a_prompt_that_cannot_be_decoded_takes_no_other_down_that_has_said_nothi
                 yield step
 
     monkeypatch.setattr("app.serving.scheduler.Decoding", Failing)
-    scheduler.submit([bad, good])
+    scheduler.submit([bad, good, other, late])
     scheduler.start()
     scheduler.close()
     assert isinstance(bad.events[-1], Failed)
     if fails_at == "the first round":
         assert text_of(good) == alone(PROMPTS[1], max_new_tokens=12).text
+        assert scheduler.counts.batch_sizes == {3: 1, 1: 4}  # none joins one that is tried alone
+        assert scheduler.counts.joined == 0
     else:
         assert isinstance(good.events[-1], Failed)  # its beginning was shown, and must not be shown again
     assert "could not be decoded together" in caplog.text

@@ -59,13 +59,14 @@ class BenchmarkSettings:
         num_draft_tokens: Draft lengths; each is measured with each exit.
         skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
         draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), as many as pay from that of
-            the exits which is fastest so far (dynamic), or none (off); or a list of these, each of which is measured.
+            the exits which is fastest so far (dynamic, whatever the engine is called), or none (off); or a list of
+            these, each of which is measured.
         n_gram_match: Each strategy that drafts is measured without n-grams and with each of these: fewest latest tokens
             that must have occurred before, so that what followed them is drafted. n_gram drafts nothing else.
         n_gram_max_drafts: Largest number of tokens of such a draft.
         fall_back: Let our strategies stop drafting for a prompt that drafting slows down.
-        engine: Let our strategies look at every draft before the next one (dynamic), or make a round one fixed sequence
-            of kernels, a graph on a CUDA device (static).
+        engine: Let our strategies look at every draft before the next one (dynamic, which is not the draft policy of
+            that name), or make a round one fixed sequence of kernels, a graph on a CUDA device (static).
         compile_rounds: Compile static rounds by torch's inductor.
         eos_token_ids: Ids that end a sequence; with none, every prompt is decoded to max_new_tokens.
         batch_size: Number of prompts decoded together, at least 1.

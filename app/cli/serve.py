@@ -102,6 +102,8 @@ def _announce(offer: "Offer", strategy: Strategy, *, host: str, port: int) -> No
 def _bind(host: str, port: int) -> socket.socket:
     """A socket that is bound but does not listen yet, so that nobody waits while the model is loaded."""
     check_range("port", port, low=0, high=2**16 - 1)
+    if not host:
+        raise ConfigError("host", got=host, allowed="an address of this machine", fix="0.0.0.0 stands for all of them")
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -33,7 +33,7 @@ from app.model.exit_model import exit_model
 
 _NAME = "layerskip"
 _NUMBERS = ("exit_layer", "num_draft_tokens", "n_gram_match", "n_gram_max_drafts", "seed", "threads")
-_DECODING = (*(field.name for field in fields(DraftOptions)), "engine", "compile_rounds", "seed")
+_DECODING = (*(field.name for field in fields(DraftOptions)), "seed")
 _LOADING = tuple(field.name for field in fields(DraftLoadOptions))
 _OF_HARNESS = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "softmax_dtype", "add_bos_token"),

@@ -67,7 +67,9 @@ def choose_decoding(
     same = tuned is not None and (strategy, exit_layer) == (tuned.strategy, tuned.exit_layer)
     settings = replace(settings, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
     settings = _with_policy(settings, tuned if same else None, said, loaded)
-    settings = _with_n_grams(settings, tuned if same else None, said, usual="n_gram_match" in needs, may_draft=n_grams)
+    usual = "n_gram_match" in needs
+    n_grams = n_grams and (usual or settings.engine == "dynamic")  # static rounds have none
+    settings = _with_n_grams(settings, tuned if same else None, said, usual=usual, may_draft=n_grams)
     _check(strategy, settings, loaded.decoder)
     if said:
         _log.info("defaults: %s; %s%s", ", ".join(said), _origin(tuned, strategy, settings), elsewhere)

@@ -12,7 +12,7 @@ from app.errors import ConfigError, check_range
 
 @dataclass(frozen=True, kw_only=True)
 class DraftOptions:
-    """How tokens are drafted, whatever is asked for.
+    """How tokens are drafted and checked, whatever is asked for.
 
     Args:
         strategy: How to decode. By default, what layerskip tune stored with the model, else self_speculative.
@@ -22,8 +22,8 @@ class DraftOptions:
         draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
         skipped_layers: Indices, from 0, of the blocks that strategy layer_skip leaves out when it drafts.
         draft_policy: Draft num_draft_tokens each round (fixed), as many as pay (adaptive), as many as pay from the exit
-            that is fastest so far (dynamic), or none (off). By default, what layerskip tune stored for the exit, else
-            fixed.
+            that is fastest so far (dynamic, whatever the engine is called), or none (off). By default, what layerskip
+            tune stored for the exit, else fixed.
         draft_exits: Exits that dynamic chooses among beside exit_layer. By default, what layerskip tune stored, or the
             exits with blocks of their own, else half and twice exit_layer.
         n_gram_match: Draft what followed the latest tokens where at least so many of them occurred before, in prompt or
@@ -31,6 +31,11 @@ class DraftOptions:
             stored, else off, or 3 with strategy n_gram.
         n_gram_max_drafts: Largest number of tokens of such a draft. By default, what layerskip tune stored, or 8.
         fall_back: Stop drafting for the rest of a text when drafting slows it down.
+        engine: Look at every draft before the next one (dynamic, which is not the draft policy of that name), or run a
+            round as one fixed sequence of kernels, a graph on a CUDA device (static). static has neither n-grams nor a
+            repetition penalty, nor draft_policy dynamic.
+        compile_rounds: Compile static rounds by torch's inductor. The first use of each number of drafts and of prompts
+            then takes minutes.
     """
 
     strategy: Strategy | None = None
@@ -43,18 +48,16 @@ class DraftOptions:
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None
     fall_back: bool = True
+    engine: Engine = "dynamic"
+    compile_rounds: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(DraftOptions):
-    """How prompts are continued; first of all, how tokens are drafted for them (DraftOptions).
+    """How prompts are continued; first of all, how tokens are drafted and checked for them (DraftOptions).
 
     Args:
         chat: Put the prompt into the tokenizer's chat template, as the user's message.
-        engine: Look at every draft before the next one (dynamic), or run a round as one fixed sequence of kernels, a
-            graph on a CUDA device (static). static has neither n-grams nor a repetition penalty.
-        compile_rounds: Compile static rounds by torch's inductor. The first use of each number of drafts and of prompts
-            then takes minutes.
         max_new_tokens: Largest number of new tokens for each prompt.
         stop: Texts, any of which ends the output. The output includes that text and the whole of its last token.
         temperature: Temperature of the sampling; 0 is greedy.
@@ -69,8 +72,6 @@ class GenerationOptions(DraftOptions):
     """
 
     chat: bool = False
-    engine: Engine = "dynamic"
-    compile_rounds: bool = False
     max_new_tokens: int = 128
     stop: list[str] | None = None
     temperature: float = 0.0

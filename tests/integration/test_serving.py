@@ -222,10 +222,12 @@ def test_a_client_that_leaves_before_its_whole_answer_takes_its_prompt_along(ser
         time.sleep(0.1)
 
 
-def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(server, directory, monkeypatch, capsys):
+def test_an_address_that_cannot_be_had_is_told_before_the_model_is_loaded(server, directory, monkeypatch, capsys):
     assert cli(monkeypatch, "serve", "--model", str(directory), "--port", str(server[1])) == 2
     told = capsys.readouterr().err
     assert f"port: got '127.0.0.1:{server[1]}', allowed an address of this machine and a port that is free" in told
+    assert cli(monkeypatch, "serve", "--model", str(directory), "--host", "", "--engine", "static") == 2
+    assert "host: got '', allowed an address of this machine; 0.0.0.0 stands for all" in capsys.readouterr().err
 
 
 def test_a_signal_ends_the_server_when_it_has_finished_what_it_took(server, client, alone):

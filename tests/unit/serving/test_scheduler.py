@@ -134,6 +134,18 @@ def test_a_short_job_joins_a_long_one_and_one_that_fails_as_it_joins_takes_no_ot
     assert scheduler.counts.jobs == {"failed": 1, "max_new_tokens": 2}
 
 
+def test_static_rounds_serve_what_dynamic_ones_do_and_nothing_joins_them(scheduler, job, alone):
+    jobs = [job(prompt, budget=budget) for prompt, budget in zip(PROMPTS, (9, 3, 12, 6), strict=True)]
+    for each in jobs:
+        each.settings = replace(each.settings, engine="static")
+    scheduler.submit(jobs)
+    scheduler.start()
+    scheduler.close()
+    assert scheduler.counts.batch_sizes == {3: 1, 1: 1}
+    for prompt, each in zip(PROMPTS, jobs, strict=True):
+        assert text_of(each) == alone(prompt, max_new_tokens=each.settings.max_new_tokens).text
+
+
 def test_a_full_queue_refuses_all_prompts_of_a_request_or_none(scheduler, job):
     scheduler.submit([job("x") for _ in range(7)])
     with pytest.raises(BusyError) as refused:

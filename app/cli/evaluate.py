@@ -8,7 +8,7 @@ from app.benchmark.report import environment
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import DataError, check_output_file
-from app.evaluation.confident_exits import ConfidentExit, check_thresholds, confident_exits
+from app.evaluation.confident_exits import check_thresholds, confident_exits
 from app.evaluation.evaluate import chosen_tasks, exits_of, prepare, settings_document
 from app.evaluation.evaluate import evaluate as score
 from app.evaluation.journal import Journal
@@ -17,6 +17,7 @@ from app.evaluation.records import EvaluatedModel, EvaluationSettings
 from app.evaluation.results import exits_table
 from app.evaluation.task import ChoiceTask
 from app.evaluation.tasks import TASKS
+from app.exits.confident_exit import ConfidentExit
 from app.generation.loaded_model import LoadedModel, LoadOptions
 from app.model.weights_hash import weights_hash
 from app.model_files.exit_blocks import stored_exit_blocks
@@ -67,7 +68,7 @@ def evaluate(
         raise DataError(f"tasks: no row fits the model's context of {loaded.decoder.max_length} tokens; {fix}")
     where = environment(device=loaded.decoder.device, dtype=loaded.weights_type)
     title = f"{model_name(model)}, {where['dtype']}"
-    asked = {"model": model, "tasks": chosen, "batch_size": settings.batch_size}
+    asked = {"model": model, "tasks": chosen, "batch_size": settings.batch_size, "exit_thresholds": thresholds}
     about: dict[str, Any] = {"environment": where, "settings": asked | identity}
     confident: list[ConfidentExit] = []
     if thresholds:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from app.evaluation.confident_exits import ConfidentExit, Way
+from app.exits.confident_exit import ConfidentExit, Way
 
 _STYLES: dict[Way, tuple[str, dict[str, object]]] = {
     "exit": ("every question at one exit", {"color": "tab:gray", "marker": "s", "linestyle": "--"}),

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from app.evaluation.confident_exits import ConfidentExit, confident_exits_table
 from app.evaluation.confident_exits_figure import confident_exits_figure
 from app.evaluation.figure import evaluation_figure
 from app.evaluation.records import Record
 from app.evaluation.results import Result, as_csv, as_json, count_rows, results_of, shown
 from app.evaluation.task import Task
+from app.exits.confident_exit import ConfidentExit, confident_exits_table
 from app.tables import Table
 from app.whole_file import write_figure, write_whole
 from app.words import counted

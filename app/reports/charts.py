@@ -21,13 +21,16 @@ _RIGHT = 24  # half of the longest label, 100,000, where a tick is at the end of
 _LEGEND_ROW, _SWATCH, _LETTER = 20, 30, 6.6
 
 
+Points = Series | Mapping[float, float]
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of a chart. `style` is a class of the style sheet: run-0, run-1 ...; exit-0, exit-1 ...; or full."""
 
     label: str
     style: str
-    points: Series
+    points: Points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ def _ticks(values: Sequence[float], *, integer: bool = False) -> list[float]:
     return [float(tick) for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=integer).tick_values(low, high)]
 
 
-def _thinned(points: Series) -> Mapping[float, float]:
+def _thinned(points: Points) -> Mapping[float, float]:
     """The points, or the means of even intervals of them where they are many."""
     if len(points) <= _MOST_POINTS:
         return {float(x): y for x, y in points.items()}

@@ -1,11 +1,13 @@
 """What every exit knows and says: scores on tasks, and layers needed. Tested by tests/unit/reports/test_report.py."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import log
 from shlex import quote
 from typing import Any
 
+from app.exits.confident_exit import ConfidentExit, Way, confident_exits_table
 from app.exits.score_table import score_table, task_name
 from app.reports.blocks import Block, Charts, Section, Sheet
 from app.reports.charts import Chart, Line
@@ -14,14 +16,27 @@ from app.reports.measurements import MeasuredFile
 from app.reports.run_folder import Run
 from app.tables import Table
 
+Curves = Mapping[tuple[str, str], Mapping[int, float]]  # task, metric -> exit layer -> what is drawn
+_WAYS: dict[Way, tuple[str, str]] = {
+    "exit": ("every question at one exit", "run-5"),
+    "threshold": ("at the first exit surer than a threshold", "run-0"),
+    "held_out": ("threshold chosen on the other half", "run-1"),
+}
 _MOST_TOKENS, _MOST_LAYERS = 10, 9  # of the excerpt
 
 
 def tasks(runs: Sequence[Run], others: Sequence[MeasuredFile]) -> Section:
-    """Scores over exits: a chart for each task with all runs, and a table for each file."""
-    files = [(name, own) for name, own in named_files(runs, others) if own.kind == "evaluation"]
-    blocks: list[Block] = of_files(runs, others, {"evaluation": _scores})
-    if charts := _task_charts(files) if len(blocks) == len(files) else []:
+    """Scores over exits: a chart for each task with all runs, and tables for each file."""
+    curves: list[tuple[str, Curves]] = []
+    several = Counter(name for name, measured in named_files(runs, others) if measured.kind == "evaluation")
+
+    def shown(name: str, measured: MeasuredFile) -> list[Block]:
+        curve, blocks = _curves(measured), [*_scores(name, measured), *_confident_exits(name, measured)]
+        curves.append((f"{name}, {measured.file.name}" if several[name] > 1 else name, curve))
+        return blocks
+
+    blocks = of_files(runs, others, {"evaluation": shown})
+    if charts := _task_charts(curves):
         blocks.insert(0, Charts(charts=charts))
     command = "layerskip evaluate --model {} --tasks '[boolq=FILE, gsm8k=FILE]' --output {}/evaluation.json".format
     blocks += missing("evaluation", runs, others, lambda run: command(quote(str(run.model)), quote(str(run.folder))))
@@ -61,33 +76,63 @@ def _drawn(result: Mapping[str, Any]) -> float:
     return log(result["score"]) if result["metric"] == "perplexity" else float(result["score"])
 
 
-def _task_charts(files: Sequence[tuple[str, MeasuredFile]]) -> list[Chart]:
-    """One chart for each task: the first of its metrics over exits, a line for each file."""
-    drawn: dict[str, dict[int, Line]] = {}
-    metrics: dict[str, str] = {}
-    for idx, (name, measured) in enumerate(files):
-        for result in _main(measured.content["results"]):
-            task = task_name(result["task"], result["group"])
-            if (
-                result["metric"] != metrics.setdefault(task, result["metric"])
-                or result["strategy"] == "self_speculative"
-            ):
-                continue
-            line = drawn.setdefault(task, {}).setdefault(idx, Line(name, f"run-{idx % 6}", {}))
-            drawn[task][idx] = Line(name, line.style, dict(line.points) | {result["exit_layer"]: _drawn(result)})
+def _curves(measured: MeasuredFile) -> Curves:
+    """The first metric of each task, over exits that answer alone."""
+    curves: dict[str, tuple[str, dict[int, float]]] = {}
+    for result in _main(measured.content["results"]):
+        task = task_name(result["task"], result["group"])
+        metric, points = curves.setdefault(task, (result["metric"], {}))
+        if result["metric"] == metric and result["strategy"] != "self_speculative":
+            points[result["exit_layer"]] = _drawn(result)
+    return {(task, metric): dict(sorted(points.items())) for task, (metric, points) in curves.items()}
+
+
+def _task_charts(curves: Sequence[tuple[str, Curves]]) -> list[Chart]:
+    """One chart for each task and metric over exits, a line for each file."""
     return [
         Chart(
             name=_slug(f"task-{task}"),
             title=f"{task}, by exit",
             x_label="exit layer (blocks run)",
-            y_label="loss (nats a token)" if metrics[task] == "perplexity" else metrics[task],
-            lines=[Line(line.label, line.style, dict(sorted(line.points.items()))) for line in lines.values()],
-            in_percent=metrics[task] != "perplexity",
+            y_label="loss (nats a token)" if metric == "perplexity" else metric,
+            lines=lines,
+            in_percent=metric != "perplexity",
             source="From the files below",
         )
-        for task, lines in drawn.items()
-        if max(len(line.points) for line in lines.values()) > 1
+        for task, metric in dict.fromkeys(key for _, own in curves for key in own)
+        if (lines := _lines(curves, (task, metric))) and max(len(line.points) for line in lines) > 1
     ]
+
+
+def _lines(curves: Sequence[tuple[str, Curves]], key: tuple[str, str]) -> list[Line]:
+    return [Line(name, f"run-{idx % 6}", own[key]) for idx, (name, own) in enumerate(curves) if key in own]
+
+
+def _confident_exits(name: str, measured: MeasuredFile) -> list[Block]:
+    """What it gives and saves to answer at the first exit that is sure enough, where that was asked for."""
+    found = [ConfidentExit(**each) for each in measured.content.get("confident_exits") or ()]
+    if not found:
+        return []
+    table = confident_exits_table(found, title=name)
+    source = f"From {measured.file}. Lossy: what leaves early is not what the full model would have chosen."
+    deepest = {each.task: each for each in found if each.way == "exit"}
+    charts = [
+        Chart(
+            name=_slug(f"confident-{measured.file}-{task}"),
+            title=f"{task} at confident exits (lossy), {name}",
+            x_label="blocks a question runs through (mean)",
+            y_label=f"right answers ({full.metric}), %",
+            lines=[
+                Line(label, style, {each.mean_blocks: 100 * each.score for each in ways})
+                for way, (label, style) in _WAYS.items()
+                if (ways := [each for each in found if (each.task, each.way) == (task, way)])
+            ],
+            also_in_range=(100 * full.low, 100 * full.high),
+            source=f"The axis holds the 95 % interval of exit {full.exit_layer}; from the table below",
+        )
+        for task, full in deepest.items()
+    ]
+    return [Charts(charts=charts), Sheet(table=table, source=source, command=measured.command(), is_folded=True)]
 
 
 def _lens(name: str, measured: MeasuredFile) -> list[Block]:

@@ -135,6 +135,17 @@ def write_evaluation(file: Path, *, model: str) -> Path:
         "rows": {"boolq": {"scored": 8}, "wiki": {"scored": 3}},
         "notes": ["wiki: 1 row skipped"],
         "results": results,
+        "confident_exits": [
+            {"task": "boolq", "metric": "acc", "way": way, "exit_layer": layer, "threshold": threshold}
+            | {"num_examples": 8, "score": score, "low": score - 0.1, "high": score + 0.1, "same_answer": 0.75}
+            | {"mean_blocks": blocks, "mean_heads": 1.5}
+            for way, layer, threshold, score, blocks in (
+                ("exit", 2, None, 0.25, 2.0),
+                ("exit", 4, None, 0.5, 4.0),
+                ("threshold", None, 0.9, 0.375, 3.25),
+                ("held_out", None, None, 0.25, 2.5),
+            )
+        ],
     }
     file.write_text(json.dumps(document))
     return file

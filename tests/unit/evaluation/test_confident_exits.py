@@ -9,7 +9,6 @@ from app.evaluation.confident_exits import (
     Answer,
     check_thresholds,
     confident_exits,
-    confident_exits_table,
     temperature_of,
 )
 from app.evaluation.confident_exits_figure import confident_exits_figure
@@ -18,6 +17,7 @@ from app.evaluation.records import Record, Score
 from app.evaluation.rows import Item
 from app.evaluation.task import ChoiceExample
 from app.evaluation.tasks import TASKS
+from app.exits.confident_exit import confident_exits_table
 
 OWN_BLOCKS = {2: 1, 4: 0, 6: 0}  # exit 2 has a block of its own
 

@@ -85,6 +85,10 @@ def test_scores_on_tasks_and_layers_needed_are_shown_with_their_commands(runs: l
         "layerskip evaluate --model m --tasks '[boolq=my rows.jsonl, wiki]' --limit 8 --dtype float32 --threads 2"
         f" --output {folder}/evaluation.json"
     ) in text
+    assert "ours: answers at the first exit that is sure enough (lossy)" in text
+    assert "boolq (acc, n = 8) surer than 0.9 37.5 (28..48) 75.0 3.2 1.5" in text
+    assert "blocks a question runs through (mean). every question at one exit: 25 at 2, 50 at 4." in text
+    assert "at the first exit surer than a threshold: 37.5 at 3.25, 37.5 at 3.25." in text
     assert "m 2 1.50 of 2 1.25 of 2" in text
     assert "layer 2 five six layer 1 five seven" in text
     assert "First choices of m after the prompt 'say it'; blue is" in text
@@ -106,6 +110,23 @@ def test_a_file_that_is_not_ours_is_refused_if_it_was_named_and_told_if_not(
         assert message in note
     with pytest.raises(ConfigError, match=f"files: got .*x.json.*{message}"):
         make_report(runs, [str(file)])
+
+
+def test_lines_of_several_evaluations_of_a_run_are_told_apart(runs: list[str]) -> None:
+    for name in ("a.json", "b.json"):
+        write_evaluation(Path(runs[0], name), model="m")
+    assert "acc over exit layer (blocks run). ours, a.json: 25.0% at 2, 50.0% at 4. ours, b.json:" in _text(
+        as_html(make_report(runs))
+    )
+
+
+@pytest.mark.parametrize("lacking", ["score", "metric", "strategy"])
+def test_scores_that_another_version_wrote_otherwise_are_told(runs: list[str], lacking: str) -> None:
+    file = write_evaluation(Path(runs[0], "evaluation.json"), model="m")
+    document = json.loads(file.read_text())
+    del document["results"][0][lacking]
+    file.write_text(json.dumps(document))
+    assert "evaluation.json: its figures are not as this version writes them (KeyError" in as_html(make_report(runs))
 
 
 def test_figures_that_another_version_wrote_otherwise_are_told(runs: list[str]) -> None:

@@ -90,7 +90,9 @@ def test_costs_are_the_median_of_three_moments(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [{"context_length": 4 + 8, "max_positions": 4, "repeats": 3}] * 3
 
 
-def test_runs_of_a_real_model_come_out_as_simulated_and_lossless() -> None:
+def test_runs_of_a_real_model_come_out_as_simulated_and_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy machine measures costs by which n-grams may look hopeless, and are not run.
+    monkeypatch.setattr(tuning_module, "measure_decoding_costs", lambda *_, **__: COSTS)
     tuning = tune(_agreeing_decoder(), _PROMPTS, replace(_SETTINGS, n_gram_match=(1,)))
     exits = [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert [p.exit_layer for p in tuning.predictions] == [*exits, *exits, None, None, None]

@@ -1,12 +1,10 @@
 """`layerskip adapt`: make a finished model stop early without touching it. Tested by tests/contract/test_adapt.py."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from app.cli.adapt_settings import AdaptSettings
 from app.cli.adaptation import Adaptation
-from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 
 
@@ -31,6 +29,3 @@ def adapt(*, model: str, output_dir: str, work_dir: str | None = None, **options
     adaptation.export()
     adaptation.tune()
     print_table(adaptation.result(adaptation.measure()))
-
-
-run = partial(call_verb, adapt)

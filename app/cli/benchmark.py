@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import asdict, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from app.benchmark.decoding_costs import costs_line
 from app.benchmark.figure import benchmark_figure
 from app.benchmark.report import benchmark_tables, environment, report_document, write_report
 from app.benchmark.result import benchmark_results
-from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_output_file
 from app.generation.loaded_model import DraftLoadOptions, LoadedModel, load_draft_decoder
@@ -90,6 +88,3 @@ def _report(file: Path, measured: Benchmark, loaded: LoadedModel, settings: dict
     if measured.costs is not None:
         print(f"costs: {costs_line(measured.costs.model)}")
     print(*(f"note: {note}" for note in document["notes"]), f"report: {file}, figure: {figure}", sep="\n")
-
-
-run = partial(call_verb, benchmark)

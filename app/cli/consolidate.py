@@ -1,7 +1,6 @@
 """`layerskip consolidate`: a directory of shards as one file. Tested by tests/distributed/test_checkpoints.py."""
 
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ from app.checkpoints.checkpoint_io import AtomicCheckpointIO
 from app.checkpoints.contents import read_whole
 from app.checkpoints.integrity import check_bytes, check_finite
 from app.checkpoints.weights import OPTIMIZER_STATES, STATE_DICT
-from app.cli.parsing.verb_parser import call_verb
 from app.config_tree import walk
 from app.errors import ConfigError
 from app.model.process_memory import give_back_freed
@@ -59,6 +57,3 @@ def _mapped(tensor: Tensor, folder: Path) -> Tensor:
     copy.copy_(tensor.flatten())
     give_back_freed()  # else small objects made meanwhile keep two thirds of the memory that tensors leave
     return copy.view(tensor.shape)
-
-
-run = partial(call_verb, consolidate)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 from app.checkpoints.integrity import check_bytes
 from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import is_trained_weights, open_trained_weights
-from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError, check_choice
 from app.export.adapter import check_adapter_dir, write_adapter
 from app.export.carried_over import chosen_defaults, chosen_vocabulary, fitting_vocabulary, named
@@ -239,6 +237,3 @@ def _next_step(decoding: DecodingDefaults | None, directory: Path, *, model_type
     if decoding.conditions is None and decoding.measured_speedup is None:
         return f"decoding, as given: {named(decoding)}; layerskip tune --model {directory} measures what is fastest"
     return f"decoding, as layerskip tune chose: {named(decoding)}"
-
-
-run = partial(call_verb, export)

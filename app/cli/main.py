@@ -21,6 +21,7 @@ from app.cli.held_warnings import warnings_held
 from app.cli.parsing.help_texts import complete, keep_help, kept_help, options_in, required_in, takes_folders
 from app.cli.parsing.included_configs import with_installed
 from app.cli.parsing.preflight import check_arguments
+from app.cli.parsing.verb_parser import call_verb
 from app.errors import UserError
 from app.startup_signals import note_startup_signals
 
@@ -82,13 +83,13 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-    if (module := VERBS[args[0]][0]) != "app.cli.train":  # Lightning's trainer handles signals itself
+    if VERBS[verb][0] != "app.cli.train":  # Lightning's trainer handles signals itself
         # An exit, unlike the signal's own effect, removes half-written files.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    elif args[0] == "fit":
+    elif verb == "fit":
         note_startup_signals()
     try:
-        return _run(module)
+        return _run(verb)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -111,7 +112,7 @@ def _help(verb: str) -> str:
     for name, text in texts.items():
         sys.argv[1:] = [name, "--help"]
         with redirect_stdout(text), suppress(SystemExit):
-            _run(VERBS[name][0])
+            _run(name)
         keep_help(name, text.getvalue())
     if asked is not None:
         os.environ["_ARGCOMPLETE"] = asked
@@ -133,12 +134,13 @@ def _known_options(verb: str) -> set[str] | None:
     return {"allowed_classes", *_options_in(filter(None, texts))} if all(texts) else None
 
 
-def _run(module: str) -> int:
-    verb = importlib.import_module(module)  # this loads torch, so it comes after the cheap checks
+def _run(verb: str) -> int:
+    """Call `run` of the verb's module or, where its function says all of its options, that function."""
+    module = importlib.import_module(VERBS[verb][0])  # this loads torch, so it comes after the cheap checks
     before, threading.excepthook = threading.excepthook, _thread_ended
     try:
         with warnings_held():
-            verb.run()
+            module.run() if hasattr(module, "run") else call_verb(getattr(module, verb))
     except Exception as error:
         message = _user_message(error)
         if message is None:

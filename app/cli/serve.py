@@ -5,11 +5,9 @@ import logging
 import os
 import socket
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.cli.parsing.verb_parser import call_verb
 from app.decoding.strategies import Strategy
 from app.errors import ConfigError, check_range
 from app.generation.loaded_model import DraftLoadOptions
@@ -113,6 +111,3 @@ def _bind(host: str, port: int) -> socket.socket:
         got, allowed = f"{host}:{port}", "an address of this machine and a port that is free"
         raise ConfigError("port", got=got, allowed=allowed, fix=error.strerror or str(error)) from error
     return bound
-
-
-run = partial(call_verb, serve)

@@ -4,11 +4,9 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from app.checkpoints.weights import is_trained_weights
-from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
 from app.errors import ConfigError, DataError, check_range
 from app.model_files.decoding_defaults import DEFAULTS_FIELD, parse_decoding_defaults, write_decoding_defaults
@@ -98,6 +96,3 @@ def _texts(path: str, field: str) -> Iterator[str]:
         raise DataError(f"texts: {path} holds no text in the field {field!r}{why}")
     if bad:
         _log.warning("%s: %s skipped; %s: %s", path, counted(len(bad), "row"), bad[0].location, bad[0].reason)
-
-
-run = partial(call_verb, vocabulary)

@@ -3,11 +3,9 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from app.cli.adapt_settings import check_prompts_or_corpus, names_corpus
-from app.cli.parsing.verb_parser import call_verb
 from app.errors import ConfigError, DataError, check_output_file, check_range
 from app.generation.loaded_model import LoadedModel, LoadOptions
 from app.generation.options import GenerationOptions
@@ -108,6 +106,3 @@ def _cut(pieces: Sequence[str], loaded: LoadedModel, length: int) -> list[str]:
     tokenizer = loaded.tokenizer
     ids = (encode(tokenizer, piece)[:length] for piece in pieces)
     return [text for each in ids if (text := tokenizer.decode(each, skip_special_tokens=True)).strip()]
-
-
-run = partial(call_verb, write)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from app.errors import ConfigError, check_range
@@ -84,6 +84,10 @@ def check_end(trainer: Trainer) -> None:
     if isinstance(interval, float) and trainer.limit_val_batches:  # a share of an epoch
         allowed = "a number of batches: the stream of batches has no epochs"
         raise ConfigError("trainer.val_check_interval", got=interval, allowed=allowed)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging):  # it would average once, and hold the learning rate
+            allowed, fix = "what averages by steps: the stream of batches has no epochs", "EMAWeightAveraging does"
+            raise ConfigError("trainer.callbacks", got=type(callback).__name__, allowed=allowed, fix=fix)
 
 
 class CollatedRows(Protocol):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -95,6 +95,15 @@ def test_a_stream_may_be_validated_by_the_clock() -> None:
     check_end(Trainer(max_steps=1, val_check_interval="00:00:00:01", logger=False))
     with pytest.raises(ConfigError, match=r"got 0\.5, allowed a number of batches"):
         check_end(Trainer(max_steps=1, val_check_interval=0.5, logger=False))
+
+
+def test_weights_are_not_averaged_by_the_epochs_that_a_stream_has_not() -> None:
+    settings = {"max_steps": 1, "limit_val_batches": 0, "logger": False}
+    averaging = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+    with pytest.raises(ConfigError, match="got 'StochasticWeightAveraging', allowed what averages by steps"):
+        check_end(Trainer(callbacks=averaging, **settings))
+    check_end(Trainer(callbacks=averaging, limit_train_batches=4, **settings))  # four batches are an epoch
+    check_end(Trainer(callbacks=EMAWeightAveraging(), **settings))
 
 
 def test_a_dead_worker_is_told_as_such_whatever_its_death_broke_off(tmp_path) -> None:

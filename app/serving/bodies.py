@@ -4,6 +4,7 @@ A field that is null counts as not given. Fields of that API that change nothing
 may have this value only. Tested by tests/integration/test_serving.py.
 """
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -99,6 +100,9 @@ class ChatBody(Body):
     logprobs: Literal[False] = False
 
 
+_PARTS: dict[Any, type[_Strict]] = {"messages": Message, "content": TextPart, "stream_options": StreamOptions}
+_PYDANTIC = re.compile(r"^(Value error, |\w+ should (be|have) )| after validation.*$")  # words around what is allowed
+
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
@@ -112,14 +116,15 @@ def read_body(kind: type[AnyBody], raw: bytes) -> AnyBody:
         body: AnyBody = kind.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "body"
-        allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        field, got = ".".join(map(str, first["loc"])) or "body", first["input"]
+        got, allowed, fix = got if len(repr(got)) < 100 else shortened(got), _PYDANTIC.sub("", first["msg"]), ""
         match first["type"]:
+            case "json_invalid":
+                allowed, fix = "a JSON object", first["ctx"]["error"]
             case "extra_forbidden":
-                allowed = ", ".join(kind.model_fields)
-                raise ConfigError(field, got="a field that this server does not know", allowed=allowed) from error
+                owner = next((_PARTS[name] for name in reversed(first["loc"][:-1]) if name in _PARTS), kind)
+                got, allowed = "a field that this server does not know", ", ".join(owner.model_fields)
             case "missing":
-                raise ConfigError(field, got=None, allowed="a value, in every request") from error
-        got = first["input"]
-        raise ConfigError(field, got=got if len(repr(got)) < 100 else shortened(got), allowed=allowed) from error
+                got, allowed = None, "a value, in every request"
+        raise ConfigError(field, got=got, allowed=allowed, fix=fix) from error
     return body

@@ -186,6 +186,20 @@ def test_what_is_not_offered_is_refused_by_name_and_nothing_fails(server, client
         error = json.loads(text)["error"]
         assert error["param"] == field, (body, error)
         assert field is None or error["message"].startswith(f"{field}: got")
+    name = {**chat, "messages": [{"role": "user", "content": "x", "name": "x"}]}
+    part = {**chat, "messages": [{"role": "user", "content": [{"type": "text", "text": "x", "x": 1}]}]}
+    for path, raw, told in [
+        ("completions", json.dumps({**good, "stop": [""]}), "stop.0: got '', allowed at least 1 character"),
+        ("completions", "{", "got b'{', allowed a JSON object; EOF while parsing an object at line 1 column 1"),
+        ("chat/completions", json.dumps({**chat, "messages": []}), "messages: got [], allowed at least 1 item"),
+        (
+            "chat/completions",
+            json.dumps(name),
+            "messages.0.name: got 'a field that this server does not know', allowed role, content",
+        ),
+        ("chat/completions", json.dumps(part), "allowed type, text"),
+    ]:
+        assert json.loads(call(server, "POST", f"/v1/{path}", raw)[1])["error"]["message"].endswith(told)
     for raw in (b"", b"{", b'{"prompt": "\\ud800"}', b"[" * 10_000, b"\xff\xfe", b'{"prompt": NaN}'):
         assert call(server, "POST", "/v1/completions", raw)[0] == 400
     assert call(server, "POST", "/v1/completions", json.dumps(good), **{"Content-Type": "text/plain"})[0] == 415

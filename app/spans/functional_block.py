@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from app.model.cpu.products import Product
+from app.model.cpu.products import Product, in_fastest_layout
 from app.model.cpu.quantized import Quantization
 from app.spans.kv_cache import KeyValueCache
 
@@ -154,9 +154,9 @@ def _side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
     offset = first.storage_offset()
     for tensor in tensors:
         same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (same and tensor.is_contiguous() and tensor.storage_offset() == offset):
+        if not (same and tensor.stride() == first.stride() and tensor.storage_offset() == offset):
             return None
-        offset += tensor.numel()
+        offset += tensor.shape[0] * tensor.stride(0)
     rows = sum(tensor.shape[0] for tensor in tensors)
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
@@ -177,7 +177,7 @@ def join_projections(model: PreTrainedModel, layers: Iterable[Any] | None = None
                 parameters = [getattr(linear, name) for linear in group]
                 if parameters[0] is None:
                     continue
-                joined = torch.cat([parameter.data for parameter in parameters])
+                joined = in_fastest_layout(torch.cat([parameter.data for parameter in parameters]))
                 sizes = [parameter.shape[0] for parameter in parameters]
                 for parameter, part in zip(parameters, joined.split_with_sizes(sizes), strict=True):
                     parameter.data = part

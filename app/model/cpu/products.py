@@ -19,10 +19,23 @@ from torch import Tensor
 
 from app.model.cpu.quantized import Quantization, QuantizedWeight
 
-_LEAST_ELEMENTS = 2**18  # of a weight; smaller ones stay in the processor's cache
+_LEAST_ELEMENTS = 2**18  # of a weight; smaller ones may stay in the processor's cache, where swapping is slower
+_FEWEST_INPUTS = 128  # of a weight that is faster input by input
 # Positions -> most inputs of a weight with which one thread is faster this way. With more positions none is.
 _MOST_INPUTS = {1: 1536, 2: math.inf, 3: math.inf, 4: 768, 5: 768, 6: 768}
 _FASTER_IN_THREADS = (1, 4)  # positions with which two threads are faster whatever the inputs are
+
+
+def in_fastest_layout(weight: Tensor) -> Tensor:
+    """The same values of a weight [O, I], or bias [O], in the order in memory that few positions read fastest.
+
+    A small weight with more outputs than inputs is laid out input by input. From memory, `F.linear` then takes 0.5 to
+    0.9 times as long for one to eleven positions, and 0.7 to 1.2 times from the processor's cache (192 inputs, 576 and
+    1,024 outputs, one thread). With 64 inputs it took 1.6 times as long for one position from memory.
+    """
+    small = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() < _LEAST_ELEMENTS
+    by_inputs = small and weight.dim() == 2 and _FEWEST_INPUTS <= weight.shape[1] < weight.shape[0]
+    return weight.t().contiguous().t() if by_inputs else weight
 
 
 class Product:

@@ -13,6 +13,7 @@ from app.decoding.settings import DecodingSettings
 from app.errors import NotFiniteError
 from app.model.cpu import products
 from app.spans.decoder import SpanDecoder
+from app.spans.functional_block import Projections, join_projections
 from tests.support.decoding import decode
 from tests.support.slow_twins import greedy_by_recomputation
 from tests.unit.decoding.model_zoo import CONTEXT, NAMES, build, continuation, decoder_named, model_named, prompt_of
@@ -114,6 +115,21 @@ def test_projections_may_share_memory_in_any_order_and_without_their_biases(orde
             for index, part in zip(order, store.split([len(linears[i].weight) for i in order]), strict=True):
                 linears[index].weight.data = part
     assert _speculate(SpanDecoder(model), prompt_of(17)).tokens == continuation("qwen2 with biases", 17, _NUM_TOKENS)
+
+
+def test_joined_projections_are_one_product_with_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_FEWEST_INPUTS", 1)
+    model = copy.deepcopy(model_named("qwen2 with biases"))
+    attention = model.model.layers[0].self_attn
+    linears = attention.q_proj, attention.k_proj, attention.v_proj
+    inputs = torch.randn(1, 2, linears[0].in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = torch.cat([linear(inputs) for linear in linears], dim=-1)
+        join_projections(model)
+        projections = Projections(*linears, quantization="none")
+        (product,) = projections._products
+        torch.testing.assert_close(projections(inputs), apart)
+    assert product.weight.t().is_contiguous()  # small weights in float32 are laid out input by input
 
 
 def test_a_decoder_sees_weights_that_change_under_it() -> None:

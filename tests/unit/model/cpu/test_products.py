@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from app.model.cpu import products
-from app.model.cpu.products import Product, swapped_product
+from app.model.cpu.products import Product, in_fastest_layout, swapped_product
 
 
 @pytest.mark.parametrize("positions", [1, 2, 5])
@@ -51,3 +51,24 @@ def test_few_positions_of_large_float32_weights_are_swapped_where_that_is_faster
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     Product(torch.zeros(shape, dtype=dtype), None)(torch.zeros(1, positions, shape[1], dtype=dtype))
     assert bool(taken) == swapped
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "by_inputs"),
+    [
+        ((1024, 192), torch.float32, True),
+        ((192, 1024), torch.float32, False),
+        ((192, 192), torch.float32, False),
+        ((192, 64), torch.float32, False),
+        ((1024, 192), torch.bfloat16, False),
+        ((1024, 256), torch.float32, False),
+        ((1024,), torch.float32, False),
+    ],
+)
+def test_small_float32_weights_of_many_outputs_are_laid_out_input_by_input(
+    shape: tuple[int, ...], dtype: torch.dtype, by_inputs: bool
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    laid_out = in_fastest_layout(weight)
+    assert torch.equal(laid_out, weight)
+    assert laid_out.stride() == ((1, shape[0]) if by_inputs else weight.stride())

@@ -1,7 +1,7 @@
 """Draws scores over exits: shares with the chance of guessing, and perplexities. Tested by test_results.py."""
 
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Iterator, Sequence
+from itertools import cycle, pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -46,9 +46,19 @@ def evaluation_figure(results: Sequence[Result], *, title: str) -> Figure:
     return figure
 
 
+def _shifts(results: Sequence[Result]) -> Iterator[float]:
+    """How far each line stands beside its exits, in blocks: intervals at one place would cover one another."""
+    exits = sorted({each.exit_layer for each in results})
+    num_lines = len({(column(each), each.strategy == "self_speculative") for each in results})
+    closest = min((high - low for low, high in pairwise(exits)), default=1)
+    step = min(max(1, exits[-1] - exits[0]) / 80, closest / (2 * num_lines))
+    return (step * (index - (num_lines - 1) / 2) for index in range(num_lines))
+
+
 def _lines(axes: Axes, results: Sequence[Result]) -> None:
     colors = cycle(mpl.colormaps["tab10"].colors)  # type: ignore[attr-defined]
     handles = []
+    shifts = _shifts(results)
     for name, color, marker in zip(dict.fromkeys(map(column, results)), colors, cycle(_MARKERS), strict=False):
         own = [each for each in results if column(each) == name]
         scale = 1.0 if own[0].metric == "perplexity" else 100.0
@@ -59,7 +69,8 @@ def _lines(axes: Axes, results: Sequence[Result]) -> None:
             if line:
                 line.sort(key=lambda each: each.exit_layer)
                 dashed = {"linestyle": ":", "fillstyle": "none"} if drafts else {}
-                points = [each.exit_layer for each in line], [min(scale * each.score, _MOST) for each in line]
+                shift = next(shifts)
+                points = [each.exit_layer + shift for each in line], [min(scale * each.score, _MOST) for each in line]
                 bounds = [(each.score if bound is None else bound for bound in (each.low, each.high)) for each in line]
                 lows, highs = zip(*([min(scale * bound, _MOST) for bound in each] for each in bounds), strict=True)
                 errors = np.abs(np.array([lows, highs]) - points[1])

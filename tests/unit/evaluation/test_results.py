@@ -125,3 +125,6 @@ def test_files_hold_every_result_and_the_figure_every_line(tmp_path, monkeypatch
     lines = {line.get_linestyle(): line.get_ydata() for line in shares.lines if list(line.get_xdata()) == [0, 1]}
     assert [*lines["--"]] == [25.0, 25.0]  # the chance level
     assert len([each for each in shown(results, TASKS) if each.metric == "acc_norm"]) == 2
+    places = [place for bars in shares.containers for place in bars.lines[0].get_xdata()]
+    assert len({*places}) == len(places)  # no interval covers another
+    assert {round(place) for place in places} == {each.exit_layer for each in results}

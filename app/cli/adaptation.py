@@ -155,8 +155,8 @@ class Adaptation:
         names = zip(SETTING_NAMES, ("exit_layers", "num_draft_tokens", "n_gram_match"), strict=False)
         chosen = {option: json.dumps([tuned[name]]) for name, option in names if tuned.get(name) is not None}
         chosen["draft_policy"] = tuned.get("draft_policy", "fixed")
-        if exits := tuned.get("draft_exits"):
-            chosen["exit_layers"] = json.dumps([tuned["exit_layer"], *exits])
+        if chosen["draft_policy"] == "dynamic":
+            chosen["exit_layers"] = json.dumps([tuned["exit_layer"], *tuned["draft_exits"]])
         if (most := tuned.get("n_gram_max_drafts")) is not None:
             chosen["n_gram_max_drafts"] = str(most)
         file = self.folder / "benchmark.json"

@@ -100,7 +100,7 @@ class DecodingDefaults:
     n_gram_match: int | None = None
     n_gram_max_drafts: int | None = None  # most tokens of a draft of n-grams, at least 1; None for the usual number
     draft_policy: TunedPolicy = "fixed"  # how many of `num_draft_tokens` are drafted, and from which exit
-    draft_exits: tuple[int, ...] = ()  # exits that policy dynamic chooses among beside `exit_layer`; else empty
+    draft_exits: tuple[int, ...] = ()  # exits that policy dynamic chooses among beside `exit_layer`
     # Number of token ids that an exit's drafts are chosen from: the first ones of the model's draft vocabulary, or V
     # for all token ids. None takes the draft vocabulary as it is, if there is one.
     draft_vocabulary_size: int | None = None
@@ -126,12 +126,11 @@ class DecodingDefaults:
         others = self.draft_exits
         if not isinstance(others, tuple):
             raise ConfigError("draft_exits", got=others, allowed="a list of exits")
-        if not all(type(each) is int and each >= 1 for each in others) or bool(others) != (
-            self.draft_policy == "dynamic"
-        ):
-            said = f"{'a list of exits' if self.draft_policy == 'dynamic' else '[]'}, with {self.draft_policy}"
-            raise ConfigError("draft_exits", got=list(others), allowed=said)
         size, drafts = self.draft_vocabulary_size, self.strategy == "self_speculative"
+        is_list = all(type(each) is int and each >= 1 for each in others)
+        if not is_list or (others and not drafts) or (self.draft_policy == "dynamic" and not others):
+            said = f"a list of exits, with {self.draft_policy}" if drafts else f"[], with strategy {self.strategy}"
+            raise ConfigError("draft_exits", got=list(others), allowed=said)
         if size is not None and not (drafts and type(size) is int and size >= 1):
             said = "an integer, at least 1, or null" if drafts else f"null, with strategy {self.strategy}"
             raise ConfigError("draft_vocabulary_size", got=size, allowed=said)

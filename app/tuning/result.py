@@ -11,7 +11,7 @@ from app.intervals import Interval
 from app.model_files.decoding_defaults import Conditions, DecodingDefaults
 from app.tables import Table, cell
 from app.tuning.layer_agreement import LayerAgreement
-from app.tuning.speedup_prediction import Prediction, costs_with, needed_agreement
+from app.tuning.speedup_prediction import Prediction, costs_with, needed_agreement, other_exits
 from app.words import counted, counted_of
 
 # A speedup on less is not stored: a prompt or two may draft far better than others of their kind.
@@ -106,7 +106,7 @@ class Tuning:
 
     @property
     def defaults(self) -> DecodingDefaults:
-        """The recommendation: what was confirmed, or no drafts at all."""
+        """The recommendation: what was confirmed, with exits for policy dynamic whatever its own is, or no drafts."""
         whole_list = max(self.draft_heads, default=None)  # which is in use where no size is stored
         costs = costs_with(whole_list, self.costs, self.draft_heads)
         plain = DecodingDefaults(strategy="autoregressive", conditions=self.conditions, **costs.in_blocks)
@@ -120,7 +120,7 @@ class Tuning:
             measured_speedup=run.speedup,
             draft_head=self.costs_of(chosen).draft_head,
             draft_vocabulary_size=size,
-            **chosen.settings,
+            **chosen.settings | {"draft_exits": chosen.draft_exits or other_exits(chosen, self.predictions)},
         )
 
     def costs_of(self, prediction: Prediction) -> DecodingCosts:

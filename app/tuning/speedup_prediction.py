@@ -157,21 +157,37 @@ def choose_diverse(predictions: Sequence[Prediction], count: int, *, num_layers:
 def with_policies(chosen: Sequence[Prediction], predictions: Sequence[Prediction], *, longest: int) -> list[Prediction]:
     """Add the policies `adaptive`, from the best exit, and `dynamic`, from several exits, to the settings that are run.
 
-    The best two or three exits are those of the fastest predictions with the same n-grams and draft vocabulary. Lengths
-    that change are not predicted: as a rule the best of them is not far from the best fixed one.
+    Lengths that change are not predicted: as a rule the best of them is not far from the best fixed one.
     """
     fixed = max((each for each in chosen if each.exit_layer is not None), key=lambda each: each.speedup, default=None)
     if fixed is None:
         return [*chosen]
+    others = other_exits(fixed, predictions)
+    adaptive = replace(fixed, draft_policy="adaptive", num_draft_tokens=min(longest, _LONGEST_ADAPTIVE))
+    dynamic = replace(adaptive, draft_policy="dynamic", draft_exits=others)
+    return [*chosen, *([adaptive] if longest > 1 else []), *([dynamic] if others else [])]
+
+
+def other_exits(chosen: Prediction, predictions: Sequence[Prediction]) -> tuple[int, ...]:
+    """Return the exits, at most two, that policy `dynamic` chooses among beside that of a setting, the best first.
+
+    These are the exits of the fastest predictions with the same n-grams and draft vocabulary. Where one of two exits
+    runs less than twice as many blocks as the other, both are fast on the same texts and there is little to choose.
+    Such exits are taken only where there are no others.
+    """
+    if chosen.exit_layer is None:
+        return ()
     best: dict[int, float] = {}
     for each in predictions:
-        alike = (each.n_gram_match, each.draft_vocabulary_size) == (fixed.n_gram_match, fixed.draft_vocabulary_size)
-        if alike and each.exit_layer is not None and each.speedup >= _HOPELESS * fixed.speedup:
+        alike = (each.n_gram_match, each.draft_vocabulary_size) == (chosen.n_gram_match, chosen.draft_vocabulary_size)
+        if alike and each.exit_layer is not None and each.speedup >= _HOPELESS * chosen.speedup:
             best[each.exit_layer] = max(each.speedup, best.get(each.exit_layer, 0.0))
-    others = [exit_layer for exit_layer in sorted(best, key=lambda one: -best[one]) if exit_layer != fixed.exit_layer]
-    adaptive = replace(fixed, draft_policy="adaptive", num_draft_tokens=min(longest, _LONGEST_ADAPTIVE))
-    dynamic = replace(adaptive, draft_policy="dynamic", draft_exits=tuple(others[: _MOST_EXITS - 1]))
-    return [*chosen, *([adaptive] if longest > 1 else []), *([dynamic] if others else [])]
+    ranked = [exit_layer for exit_layer in sorted(best, key=lambda one: -best[one]) if exit_layer != chosen.exit_layer]
+    spread = [chosen.exit_layer]
+    for one in ranked:
+        if all(max(one, other) >= 2 * min(one, other) for other in spread):
+            spread.append(one)
+    return tuple((spread[1:] or ranked)[: _MOST_EXITS - 1])
 
 
 def _near(one: Prediction, other: Prediction, *, reach: int) -> bool:

@@ -94,6 +94,9 @@ def test_the_tuned_policy_is_taken_with_its_exit_and_another_where_that_cannot_b
     assert "layerskip tune chose otherwise" in said
     _, settings, said = choose(tuned=replace(tuned, n_gram_match=2), engine="static")
     assert (settings.policy, settings.n_gram_match) == ("adaptive", None)
+    _, settings, said = choose(tuned=replace(TUNED, draft_exits=(6, 1)), draft_policy="dynamic")
+    assert settings.candidate_exits == (3, 6, 1)
+    assert "draft_exits [6, 1] (tuned)" in said
     _, settings, said = choose(tuned=None, draft_policy="dynamic")  # a quarter of eight blocks, half and twice as many
     assert settings.candidate_exits == (2, 1, 4)
     assert "draft_exits [1, 4] (untuned)" in said

@@ -164,7 +164,7 @@ def test_a_failed_write_leaves_the_old_file(directory: Path, monkeypatch: pytest
         ({"strategy": "n_gram", "n_gram_match": 1, "draft_vocabulary_size": 9}, "size: got 9, allowed null, with"),
         (_STORED | {"draft_policy": "off"}, "layerskip.draft_policy: got 'off', allowed fixed | adaptive | dynamic"),
         (_STORED | {"draft_policy": "dynamic"}, "layerskip.draft_exits: got [], allowed a list of exits, with dynamic"),
-        (_STORED | {"draft_exits": [2]}, "layerskip.draft_exits: got [2], allowed [], with fixed"),
+        ({"strategy": "autoregressive", "draft_exits": [2]}, "draft_exits: got [2], allowed [], with strategy autoreg"),
         (_STORED | {"draft_policy": "dynamic", "draft_exits": [4]}, "layerskip.draft_exits: got 4, allowed [1, 3]"),
         (_STORED | {"draft_policy": "dynamic", "draft_exits": 2}, "layerskip.draft_exits: got 2"),
         ({"strategy": "n_gram", "n_gram_match": 1, "draft_policy": "adaptive"}, "layerskip.draft_policy: got 'adap"),

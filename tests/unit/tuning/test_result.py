@@ -77,6 +77,15 @@ def test_n_grams_are_recommended_alone_or_beside_an_exit_and_named() -> None:
     assert exits_table(by_themselves).rows[0][-1] == "3.00x"
 
 
+def test_other_exits_are_stored_for_whoever_asks_for_the_policy_that_takes_them() -> None:
+    tuning = make_tuning(1.2)
+    predictions = [make_prediction(1, 2, 4.0), make_prediction(2, 1, 3.9), make_prediction(3, 1, 3.8)]
+    chosen = make_run(predictions[0], 1.5)
+    defaults = replace(tuning, predictions=predictions, verifications=[chosen], confirmations=[chosen]).defaults
+    assert (defaults.draft_policy, defaults.draft_exits) == ("fixed", (2,))
+    assert "draft_exits" not in defaults.settings
+
+
 def test_exits_that_change_are_recommended_with_their_policy_and_named() -> None:
     tuning, setting = (
         make_tuning(1.2, 1.4),

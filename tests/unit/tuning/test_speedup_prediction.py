@@ -97,14 +97,16 @@ def test_neighbours_of_a_better_setting_are_chosen_last_and_hopeless_ones_never(
 def test_changing_lengths_are_run_from_the_best_exit_and_from_the_best_three() -> None:
     best = replace(make_prediction(3, 2, 1.5), draft_vocabulary_size=9)
     alike = [replace(make_prediction(e, d, s), draft_vocabulary_size=9) for e, d, s in (
-        (1, 1, 1.1), (2, 1, 1.2), (2, 4, 1.4), (4, 3, 1.3), (5, 3, 1.45)
+        (1, 1, 1.25), (2, 1, 1.2), (2, 4, 1.4), (4, 3, 1.3), (6, 3, 1.35), (7, 3, 1.34), (12, 1, 1.1)
     )]  # fmt: skip
-    predictions = [best, *alike, make_prediction(6, 3, 1.49)]  # the last has other drafts
+    predictions = [best, *alike, make_prediction(9, 3, 1.49)]  # the last has other drafts
     alone = replace(make_prediction(1, 1, 1.6), exit_layer=None, num_draft_tokens=None, n_gram_match=2)
     *chosen, adaptive, dynamic = with_policies([alone, best], predictions, longest=12)
     assert chosen == [alone, best]
     assert adaptive == replace(best, draft_policy="adaptive", num_draft_tokens=8)
-    assert dynamic == replace(adaptive, draft_policy="dynamic", draft_exits=(5, 2))
+    assert dynamic == replace(adaptive, draft_policy="dynamic", draft_exits=(6, 1))  # which are far apart
+    near = with_policies([best], [best, *alike[1:4]], longest=12)[-1]
+    assert near.draft_exits == (2, 4)  # where there are no others
     assert with_policies([alone], predictions, longest=12) == [alone]
     assert with_policies([best], [best], longest=1) == [best]
     assert [each.draft_policy for each in with_policies([best], [best], longest=2)] == ["fixed", "adaptive"]

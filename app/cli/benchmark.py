@@ -14,7 +14,7 @@ from app.benchmark.figure import benchmark_figure
 from app.benchmark.report import benchmark_tables, environment, report_document, write_report
 from app.benchmark.result import benchmark_results
 from app.cli.tables import print_table
-from app.errors import ConfigError, check_output_file
+from app.errors import ConfigError, check_new, check_output_file
 from app.generation.loaded_model import DraftLoadOptions, LoadedModel, load_draft_decoder
 from app.generation.prompts import encode_prompts, read_prompts
 from app.words import counted, model_name
@@ -30,6 +30,7 @@ def benchmark(
     draft_model: str | None = None,
     ignore_eos: bool = False,
     limit: int | None = None,
+    overwrite: bool = False,
     loading: DraftLoadOptions,
     **options: Any,
 ) -> None:
@@ -42,11 +43,14 @@ def benchmark(
         draft_model: Smaller model with the same tokenizer, which drafts for strategy draft_model.
         ignore_eos: Decode every prompt to max_new_tokens.
         limit: Use this many prompts from the start of the file.
+        overwrite: Replace files of these names.
         loading: See DraftLoadOptions.
         options: See BenchmarkSettings.
     """
     transformers_logging.set_verbosity_error()  # its generate warns of how its own early exit calls it
     file = check_output_file(output, suffix=".json")
+    if not overwrite:
+        check_new(output, (file, file.with_suffix(".png")))
     settings = BenchmarkSettings(eos_token_ids=(), **options)
     theirs = [name for name in settings.strategies if BENCHMARK_STRATEGIES[name] != name]
     if theirs and loading.quantization != "none":

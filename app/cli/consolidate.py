@@ -12,7 +12,7 @@ from app.checkpoints.contents import read_whole
 from app.checkpoints.integrity import check_bytes, check_finite
 from app.checkpoints.weights import OPTIMIZER_STATES, STATE_DICT
 from app.config_tree import walk
-from app.errors import ConfigError
+from app.errors import ConfigError, check_new
 from app.model.process_memory import give_back_freed
 
 _SMALL = 1 << 20  # bytes of a tensor that is not worth a file
@@ -34,8 +34,8 @@ def consolidate(*, ckpt_path: str, output: str, overwrite: bool = False) -> None
         raise ConfigError("ckpt_path", got=ckpt_path, allowed="a checkpoint directory; a single file is whole already")
     if target.is_dir() or target.suffix != ".ckpt":
         raise ConfigError("output", got=output, allowed="the name of a file that ends in .ckpt")
-    if target.exists() and not overwrite:
-        raise ConfigError("output", got=output, allowed="a new file", fix="--overwrite true replaces the one there is")
+    if not overwrite:
+        check_new(output, [target])
     check_bytes(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:

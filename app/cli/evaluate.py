@@ -7,7 +7,7 @@ from typing import Any
 from app.benchmark.report import environment
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
-from app.errors import DataError, check_output_file
+from app.errors import DataError, check_new, check_output_file
 from app.evaluation.confident_exits import check_thresholds, confident_exits
 from app.evaluation.evaluate import chosen_tasks, exits_of, prepare, settings_document
 from app.evaluation.evaluate import evaluate as score
@@ -33,6 +33,7 @@ def evaluate(
     output: str,
     loading: LoadOptions,
     exit_thresholds: list[float] | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> None:
     """Score every exit of a model on tasks: multiple choice, perplexity of texts, and what it generates.
@@ -45,9 +46,16 @@ def evaluate(
         exit_thresholds: Also show what it would give and save to answer each question of multiple choice at the first
             exit whose choice is likelier than a threshold, each in [0, 1). This is lossy. A table (.thresholds.csv) and
             a figure (.thresholds.png) are written beside the output.
+        overwrite: Replace files of these names, and begin anew where their examples are of other settings.
         options: See EvaluationSettings.
     """
     file = check_output_file(output, suffix=".json")
+    examples, tables = (
+        file.with_suffix(".examples.jsonl"),
+        (".json", ".csv", ".png", ".thresholds.csv", ".thresholds.png"),
+    )
+    if not overwrite and not examples.exists():  # else it tells whether the results are of the same settings
+        check_new(output, map(file.with_suffix, tables))
     settings, chosen = EvaluationSettings(**options), chosen_tasks(tasks)
     thresholds = None if exit_thresholds is None else check_thresholds(exit_thresholds)
     if thresholds and not any(isinstance(TASKS[name], ChoiceTask) for name in chosen):
@@ -56,7 +64,7 @@ def evaluate(
     subject = EvaluatedModel(loaded.decoder, loaded.tokenizer, loaded.eos_token_ids)
     work = prepare(chosen, settings, tokenizer=loaded.tokenizer, max_length=loaded.decoder.max_length)
     identity = settings_document(subject, work, settings, weights=_hash(model, loaded), dtype=loaded.weights_type)
-    with Journal(file.with_suffix(".examples.jsonl"), identity) as journal:
+    with Journal(examples, identity, overwrite=overwrite) as journal:
         try:
             score(subject, work, settings, done=[*journal.records], on_record=journal.add, say=_log.info)
         except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from app.benchmark.report import environment
 from app.cli.parsing.several import SEVERAL_TIMES
 from app.cli.parsing.verb_parser import call_verb
 from app.cli.tables import print_table
-from app.errors import ConfigError, check_choice, check_exits, check_output_file, check_range
+from app.errors import ConfigError, check_choice, check_exits, check_new, check_output_file, check_range
 from app.generation.loaded_model import LoadOptions
 from app.generation.prompts import encode_prompts, given_texts
 from app.lens.figure import lens_figure
@@ -37,6 +37,7 @@ def lens(
     limit: int = 16,
     max_new_tokens: int = 60,
     exit_layers: list[int] | None = None,
+    overwrite: bool = False,
     loading: LoadOptions,
 ) -> None:
     """Show what every layer would have said at each token that a model generates, and how many layers it needed.
@@ -51,10 +52,13 @@ def lens(
         limit: Use this many prompts from the start of the file.
         max_new_tokens: Most tokens that are generated for each prompt.
         exit_layers: Exits to show, from 1 to the number of blocks, by default all. All are counted.
+        overwrite: Replace a file of this name.
         loading: See LoadOptions.
     """
     check_choice("output", suffix := Path(output).suffix, _OUTPUTS)
     path = check_output_file(output, suffix=suffix)
+    if not overwrite:
+        check_new(output, [path])
     check_range("max_new_tokens", max_new_tokens, low=1)
     if not 1 <= len(model) <= 2:
         raise ConfigError("model", got=model, allowed="one model, or two to compare")

@@ -12,7 +12,7 @@ from app.checkpoints.run_record import RunRecord
 from app.checkpoints.weights import EXIT_BLOCKS_KEY, is_trained_weights, open_trained_weights
 from app.cli.parsing.several import SEVERAL_AT_A_TIME
 from app.cli.parsing.verb_parser import call_verb
-from app.errors import CheckpointError, ConfigError, check_output_file
+from app.errors import CheckpointError, ConfigError, check_new, check_output_file
 from app.exits.quality import ExitScore
 from app.exits.report import (
     MOST_COLORED_RUNS,
@@ -56,6 +56,7 @@ def plot(
     checkpoints: list[str] | None = None,
     metric: Literal[Metric, CurveMetric] | None = None,
     exit_layer: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Draw several runs in one picture: scores of generated parses over exits, or of each exit over training.
 
@@ -65,8 +66,11 @@ def plot(
             agreement or acceptance of the early exits alone; the default for runs of exit blocks is agreement.
         exit_layer: Of the checkpoints, draw the perplexity of this exit and of the full model over tokens instead (the
             paper's Fig. 11), in blocks run.
+        overwrite: Replace a file of this name.
     """
     path = check_output_file(output, suffix=".png")
+    if not overwrite:
+        check_new(output, [path])
     if (results is None) == (checkpoints is None):
         raise ConfigError("results", got="both" if results else "neither", allowed="either results or checkpoints")
     if results is not None and exit_layer is not None:

@@ -4,7 +4,7 @@ from functools import partial
 
 from app.cli.parsing.several import SEVERAL_AT_A_TIME
 from app.cli.parsing.verb_parser import call_verb
-from app.errors import ConfigError, check_output_file
+from app.errors import check_new, check_output_file
 from app.reports.render import as_html, as_markdown
 from app.reports.report import make_report
 from app.whole_file import write_whole
@@ -20,9 +20,8 @@ def report(*, run_dirs: list[str], output: str, files: list[str] | None = None, 
     path = check_output_file(output, suffix=".md" if output.endswith(".md") else ".html")
     made = make_report(run_dirs, files or ())
     contents = as_markdown(made, stem=path.stem) if path.suffix == ".md" else {path.name: as_html(made)}
-    if not overwrite and (there := [name for name in contents if path.with_name(name).exists()]):
-        fix = f"{', '.join(there)} exists; --overwrite true replaces it"
-        raise ConfigError("output", got=output, allowed="a new file", fix=fix)
+    if not overwrite:
+        check_new(output, map(path.with_name, contents))
     for name, text in reversed(contents.items()):  # the report last, so that it never names a picture that is not there
         write_whole(path.with_name(name), text)
     for note in made.notes:

@@ -13,12 +13,12 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from app.errors import ConfigError, DataError, shortened
+from app.errors import ConfigError, DataError, UserError, shortened
 from app.evaluation.records import Decoded, Record, Score
 
 _log = logging.getLogger(__name__)
 
-_BEGINNING = b'{"'  # of each line
+_FIRST, _BEGINNING = b'{"settings": ', b'{"'  # of the first line, and of each
 _SECONDS_TO_DISK = 1.0  # a killed process loses nothing, and a machine without power this much
 
 
@@ -28,6 +28,7 @@ class Journal:
     Args:
         path: The file, which is begun if there is none.
         settings: All that the results depend on, as JSON.
+        overwrite: Begin anew if the file is of other settings or damaged.
 
     Attributes:
         records: What is done, by task and row.
@@ -37,12 +38,20 @@ class Journal:
         DataError: A line before the last one is damaged.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self._path, self.records = path, dict[tuple[str, int], Record]()
         self._file = path.open("a+b")
         try:
             self._lock()
-            self._read(json.loads(json.dumps(settings)))
+            told = json.loads(json.dumps(settings))
+            try:
+                self._read(told)
+            except UserError:
+                if not overwrite:
+                    raise
+                self._file.truncate(0)
+                self.records.clear()
+                self._read(told)
         except BaseException:
             self._file.close()
             raise
@@ -78,16 +87,12 @@ class Journal:
     def _read(self, settings: dict[str, Any]) -> None:
         self._file.seek(0)
         lines = self._file.read().split(b"\n")
-        if half := lines.pop():  # a whole line ends in a line break
-            if not _BEGINNING.startswith(half[: len(_BEGINNING)]):
-                raise self._damaged(len(lines) + 1, ValueError("it is no object"))
-            whole = sum(len(line) + 1 for line in lines)
-            self._file.truncate(whole)
-            _log.warning("%s: its last line was half-written (%d bytes), and is dropped", self._path, len(half))
-        if not lines:
-            self._write({"settings": settings})
-            return
-        self._check(self._line(lines[0], 1).get("settings"), settings)
+        half = lines.pop()  # a whole line ends in a line break
+        begins = _BEGINNING if lines else _FIRST
+        if not begins.startswith(half[: len(begins)]):
+            raise self._damaged(len(lines) + 1, ValueError("it is not of an evaluation"))
+        if lines:
+            self._check(self._line(lines[0], 1).get("settings"), settings)
         for number, line in enumerate(lines[1:], start=2):
             record = self._line(line, number)
             try:
@@ -95,6 +100,11 @@ class Journal:
                 self.records[record["task"], record["row"]] = Record(**record, scores=scores)
             except (LookupError, TypeError) as error:
                 raise self._damaged(number, error) from error
+        if half:
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+            _log.warning("%s: its last line was half-written (%d bytes), and is dropped", self._path, len(half))
+        if not lines:
+            self._write({"settings": settings})
         if self.records:
             _log.info("%s: going on behind %d examples that are done", self._path, len(self.records))
 
@@ -120,10 +130,9 @@ class Journal:
                 there = (
                     f"{name} is {shortened(repr(before.get(name)))} there and {shortened(repr(settings.get(name)))} now"
                 )
-                fix = f"name another output, or remove {self._path}"
-                raise ConfigError(
-                    "output", got=str(self._path), allowed=f"results of the same settings ({there})", fix=fix
-                )
+                allowed = f"results of the same settings ({there})"
+                fix = "name another output; --overwrite true replaces what is there"
+                raise ConfigError("output", got=str(self._path), allowed=allowed, fix=fix)
 
 
 def _score(stored: dict[str, Any]) -> Score:

@@ -96,7 +96,7 @@ def _measure(run: Run, folder: Path, model: str, prompts: str, *options: str) ->
 
 def _benchmark(report: Path, *options: str) -> tuple[str, dict[str, Any]]:
     """Run `layerskip benchmark` and print its tables; the command as one would type it, and its report."""
-    command, tables = run_verb("benchmark", *options, "--output", str(report))
+    command, tables = run_verb("benchmark", *options, "--output", str(report), "--overwrite", "true")
     print(tables)
     return command, json.loads(report.read_text("utf-8"))
 

@@ -42,6 +42,7 @@ def benchmark(root, tmp_path, monkeypatch, capsys):
         defaults = {
             "--model": "model", "--prompts": "prompts.jsonl", "--output": str(output), "--max_new_tokens": "8",
             "--limit": "2", "--repeats": "1", "--strategies": "[autoregressive]",
+            "--overwrite": "true",
         }  # fmt: skip
         given = dict(zip(options[::2], options[1::2], strict=True))
         capsys.readouterr()

@@ -471,3 +471,39 @@ def test_a_versioned_csv_log_goes_on_in_its_version_and_loses_nothing(config, tm
     assert [row["step"] for row in rows if row.get("train/loss")] == ["0", "1", "2", "3"]
     assert sum(bool(row.get("val/loss")) for row in rows) >= 2
     assert not (version / "metrics.csv.kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        (
+            "benchmark",
+            [
+                "--strategies",
+                "[autoregressive]",
+                "--max_new_tokens",
+                "2",
+                "--model",
+                ".",
+                "--prompts",
+                "p.jsonl",
+                "--output",
+                "new.json",
+            ],
+        ),
+        ("evaluate", ["--model", ".", "--tasks", "[boolq]", "--output", "new.json"]),
+        ("lens", ["--model", ".", "--prompt", "x", "--output", "there.png"]),
+        ("plot", ["--results", "a=b", "--output", "there.png"]),
+    ],
+)
+def test_no_verb_replaces_a_file_unless_told_to(verb, options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text('{"prompt": "x"}')
+    for name in ("new.png", "there.png"):  # a figure is written beside new.json
+        Path(name).write_text("mine")
+    assert cli(monkeypatch, verb, *options) == 2
+    name = Path(options[-1]).with_suffix(".png")
+    assert f"got '{options[-1]}', allowed a new file; --overwrite true replaces {name}" in capsys.readouterr().err
+    assert name.read_text() == "mine"
+    assert cli(monkeypatch, verb, *options, "--overwrite", "true") == 2  # of the next mistake
+    assert "allowed a new file" not in capsys.readouterr().err

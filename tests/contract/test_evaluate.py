@@ -122,7 +122,9 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_as_if_it_had_not_been(monkey
     resumed = json.loads((here / "r.json").read_text())
     (here / "r.examples.jsonl").unlink()
     num_resumed = len(scored)
-    assert _evaluate(monkeypatch, model) == 0
+    assert _evaluate(monkeypatch, model) == 2  # whether r.json is of the same settings is not known any more
+    assert "allowed a new file; --overwrite true replaces r.json, r.csv, r.png" in capsys.readouterr().err
+    assert _evaluate(monkeypatch, model, "--overwrite", "true") == 0
     assert len(scored) == 2 * num_resumed + 3
     fresh = json.loads((here / "r.json").read_text())
     assert [each | {"score": 0, "standard_error": 0} for each in resumed["results"]] == [

@@ -71,7 +71,7 @@ def test_a_page_and_a_picture_show_the_exits_that_are_asked_for(here, lens):
     given = ["--model", "plain", "--prompt", "null", "--max_new_tokens", "3", "--output", "all.json"]
     lens(*given)
     whole = json.loads((here / "all.json").read_text())
-    lens(*given, "--exit_layers", "[2, 4]")
+    lens(*given, "--exit_layers", "[2, 4]", "--overwrite", "true")
     some = json.loads((here / "all.json").read_text())
     assert [row["label"] for row in some["models"][0]["rows"]] == ["2", "4"]
     assert some["prompts"][0]["runs"][0]["kl"] == whole["prompts"][0]["runs"][0]["kl"][1::2]
@@ -81,7 +81,7 @@ def test_a_page_and_a_picture_show_the_exits_that_are_asked_for(here, lens):
 
 def test_every_prompt_that_is_given_is_looked_at(here, lens):
     (here / "options.yaml").write_text("model: absent\nprompt: [first, 'null']\nmax_new_tokens: 2\n")
-    given = ["--config", "options.yaml", "--model", "plain", "--output", "several.json"]
+    given = ["--config", "options.yaml", "--model", "plain", "--output", "several.json", "--overwrite", "true"]
     for more, prompts in ([], ["first", "null"]), (["--prompt", "x", "--prompt", "y"], ["x", "y"]):
         lens(*given, *more)
         told = json.loads((here / "several.json").read_text())

@@ -26,7 +26,7 @@ def report(tmp_path: Path) -> Path:
 
 
 def _plot(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["layerskip", "plot", *args])
+    monkeypatch.setattr(sys, "argv", ["layerskip", "plot", *args, "--overwrite", "true"])
     run()
 
 

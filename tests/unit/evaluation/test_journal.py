@@ -55,6 +55,20 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
     with pytest.raises(ConfigError, match=r"\(new is None there and 1 now\)"):
         Journal(tmp_path / "j", SETTINGS | {"new": 1})
     assert (tmp_path / "j").read_text() == before
+    (foreign := tmp_path / "foreign").write_text('{"question": "of a user"}')
+    with pytest.raises(DataError, match="foreign, line 1: no record of an evaluation"):
+        Journal(foreign, SETTINGS)
+    assert foreign.read_text() == '{"question": "of a user"}'
+
+
+def test_other_settings_begin_anew_only_where_that_was_asked_for(tmp_path):
+    with Journal(_written(tmp_path / "j"), SETTINGS, overwrite=True) as journal:
+        assert [*journal.records.values()] == RECORDS
+    with Journal(tmp_path / "j", SETTINGS | {"limit": 4}, overwrite=True) as journal:
+        assert not journal.records
+        journal.add(RECORDS[0])
+    with Journal(tmp_path / "j", SETTINGS | {"limit": 4}) as journal:
+        assert [*journal.records.values()] == RECORDS[:1]
 
 
 def test_a_file_that_another_process_writes_is_refused(tmp_path):

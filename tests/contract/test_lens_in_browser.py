@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.browser import chromium, show
 from tests.support.runs import cli
 from tests.support.saved_models import save_model, write_prompts
 
@@ -19,8 +20,6 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 pytestmark = pytest.mark.extras
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "lens"
-FLAGS = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking hide-scrollbars"
-MORE_FLAGS = "disable-component-update disable-sync"
 TEXTS = ["the end </script><script>document.title = 'broken'</script>", "x = 1 <b>and</b>"]
 
 
@@ -39,25 +38,15 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    for flag in f"{FLAGS} {MORE_FLAGS} user-data-dir={tmp_path_factory.mktemp('profile')}".split():
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture
 def opened(page, browser, request):
     """The page, newly opened at some width, and what it should show; afterwards it must not have complained."""
     width, scheme = getattr(request, "param", (1360, "light"))
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
-    browser.get(page[0].as_uri())
+    show(browser, page[0], width=width, scheme=scheme)
     yield browser, page[1]
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     browser.save_screenshot(str(SCREENSHOTS / f"{request.node.name}.png"))

@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.checkpoints.weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, TOKENIZER_KEY
 from app.decoding.cost_model import CostModel
 from app.generation.loaded_model import load_decoder
 from app.model_files.decoding_defaults import Conditions, read_decoding_defaults
-from app.text.tokenizer_files import tokenizer_to_files
 from app.tuning import result as tuning_result
 from app.tuning import tune as tuning
+from tests.support.checkpoints import write_checkpoint
 from tests.support.runs import cli
 from tests.support.saved_models import write_prompts
 from tests.support.tiny_models import tiny_llama
@@ -33,9 +32,7 @@ def root(tmp_path_factory):
     model, tokenizer = tiny_llama(seed=1, vocab_size=330, tied=False, num_layers=3), byte_level()
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    weights = {STATE_DICT_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
-    files = tokenizer_to_files(tokenizer)
-    torch.save({HF_CONFIG_KEY: model.config.to_dict(), TOKENIZER_KEY: files, "state_dict": weights}, root / "run.ckpt")
+    write_checkpoint(root / "run.ckpt", model, tokenizer)
     write_prompts(root / "prompts.jsonl", TEXTS)
     return root
 

@@ -9,18 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from app.checkpoints.shards import read_metadata
 from app.checkpoints.weights import HF_CONFIG_KEY, TOKENIZER_KEY, is_trained_weights, open_trained_weights
 from app.errors import CheckpointError
 from app.model_files.open import load_config, load_for_decoding, load_pretrained
-from tests.support.checkpoints import flip_bit, write_checkpoint, write_manifest
-from tests.support.processes import run_ranks
+from tests.support.checkpoints import flip_bit, write_checkpoint, write_manifest, write_shards
 from tests.support.tiny_models import tiny_llama
 from tests.support.tokenizers import byte_level
 
@@ -28,22 +23,11 @@ MODEL = tiny_llama(vocab_size=len(byte_level()), tied=False)
 OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}
 
 
-def _save_shards(root: Path) -> None:
-    """What ModelParallelStrategy writes: its own file of plain values, and shards of weights and optimizer."""
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    weights = {f"model.{name}": distribute_tensor(t, mesh, [Shard(0)]) for name, t in MODEL.state_dict().items()}
-    dcp.save({"state_dict": weights, "optimizer_0": OPTIMIZER}, checkpoint_id=root / "shards")
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoints")
     file = write_checkpoint(root / "run.ckpt", MODEL, byte_level(), optimizer_states=[OPTIMIZER])
-    run_ranks(_save_shards, root)
-    content = torch.load(file, weights_only=True)
-    del content["state_dict"], content["optimizer_states"]
-    torch.save(content, root / "shards" / "meta.pt")
+    write_shards(root / "shards", file, MODEL, optimizer_0=OPTIMIZER)
     return root
 
 

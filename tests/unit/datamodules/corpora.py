@@ -1,14 +1,17 @@
-"""Small corpora on disk, datamodules over them, and a trainer that only has what the data layer reads."""
+"""Small corpora on disk, datamodules over them, their batches, and a trainer with what the data layer reads alone."""
 
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from datamodules import Source, TextCodeDataModule
 
+Batches = list[dict[str, Tensor]]
 WORDS = ("the", "exit", "layer", "drops", "a", "block", "and", "head", "reads", "def", "return", "self", "for", "in")
 
 
@@ -73,4 +76,10 @@ def fake_trainer(
         callbacks=[],
         state=SimpleNamespace(fn=fn),
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=use_distributed_sampler),
+    )
+
+
+def same(left: Batches, right: Batches) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(mine[name], other[name]) for mine, other in zip(left, right, strict=True) for name in mine
     )

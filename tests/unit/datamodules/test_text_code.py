@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from app.errors import ConfigError, DataError
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
 from datamodules import Source, TextCodeDataModule
 from datamodules.readers.records import Document
 from tests.support.tokenizers import llama
-from tests.unit.datamodules.corpora import by_name, fake_trainer, small_datamodule, two_sources, write_files
-
-Batches = list[dict[str, Tensor]]
+from tests.unit.datamodules.corpora import (
+    Batches,
+    by_name,
+    fake_trainer,
+    same,
+    small_datamodule,
+    two_sources,
+    write_files,
+)
 
 
 def train(datamodule: TextCodeDataModule, count: int, *, step: int = 0, **trainer: Any) -> Batches:
@@ -38,12 +43,6 @@ def resumed(corpus: Path, state: dict[str, Any], *, step: int, **settings: Any) 
     datamodule.setup("fit")
     datamodule.load_state_dict(json.loads(json.dumps(state)))
     return datamodule
-
-
-def same(left: Batches, right: Batches) -> bool:
-    return len(left) == len(right) and all(
-        torch.equal(mine[name], other[name]) for mine, other in zip(left, right, strict=True) for name in mine
-    )
 
 
 def test_it_owns_tokenizer_corpus_and_prompts(corpus: Path) -> None:

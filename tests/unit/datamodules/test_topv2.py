@@ -5,16 +5,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from app.errors import ConfigError, DataError
 from app.protocols import CorpusOwner, ExampleOwner, PromptOwner
 from datamodules import TOPv2DataModule
 from tests.support.topv2_folders import DOMAINS, rows_of, small_topv2
-from tests.unit.datamodules.corpora import fake_trainer
-
-Batches = list[dict[str, Tensor]]
+from tests.unit.datamodules.corpora import Batches, fake_trainer, same
 
 NUM_TRAIN, NUM_HELD_OUT = 90 + 87, 20 + 17
 
@@ -31,12 +28,6 @@ def batches(datamodule: TOPv2DataModule, **trainer: Any) -> Batches:
     datamodule.trainer = fake_trainer(**trainer)
     datamodule.setup("fit")
     return list(datamodule.train_dataloader())
-
-
-def same(left: Batches, right: Batches) -> bool:
-    return len(left) == len(right) and all(
-        torch.equal(mine[name], other[name]) for mine, other in zip(left, right, strict=True) for name in mine
-    )
 
 
 def targets(datamodule: TOPv2DataModule, loader: DataLoader[Any] | Batches) -> list[str]:
@@ -279,8 +270,8 @@ def test_resuming_with_another_order_is_refused_in_fit_alone(
     datamodule = small_topv2(root)
     datamodule.trainer = fake_trainer(accumulate=2)
     state = datamodule.state_dict()
-    for same in ({"accumulate": 2}, {"num_replicas": 2}):  # as many micro-batches a step
-        datamodule.trainer = fake_trainer(**same)
+    for alike in ({"accumulate": 2}, {"num_replicas": 2}):  # as many micro-batches a step
+        datamodule.trainer = fake_trainer(**alike)
         datamodule.load_state_dict(state)
     other = small_topv2(root, **change)
     other.trainer = fake_trainer(**trainer or {"accumulate": 2})

@@ -20,10 +20,11 @@ from transformers import (
 )
 
 import app.export.directory as module
-from app.checkpoints.weights import HF_CONFIG_KEY, STATE_DICT_PREFIX, open_trained_weights
+from app.checkpoints.weights import STATE_DICT_PREFIX, open_trained_weights
 from app.errors import CheckpointError, ConfigError
 from app.export.directory import ExportSettings, architecture, write_pretrained
 from app.export.output_directory import check_output_dir
+from tests.support.checkpoints import write_checkpoint
 from tests.support.memory import Peak
 
 SHAPE = {
@@ -73,9 +74,7 @@ def checkpoint_of(model, path: Path, **weights):
     """As LayerSkipModule's: a tied head is in it twice."""
     state = {STATE_DICT_PREFIX + name: tensor for name, tensor in (model.state_dict() | weights).items()}
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    torch.save({HF_CONFIG_KEY: config, "state_dict": state, "global_step": 0}, path)
-    return path
+    return Path(write_checkpoint(path, model, None, state_dict=state))
 
 
 def export(checkpoint: Path, directory: Path, **settings):

@@ -7,15 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from app.model_files.open import load_for_decoding, load_pretrained
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import write_checkpoint, write_shards
 from tests.support.memory import Peak
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import tiny_config, tiny_llama
@@ -33,23 +29,13 @@ def size(model: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _save_shards(model: torch.nn.Module, folder: Path) -> None:
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    weights = {f"model.{name}": distribute_tensor(t, mesh, [Shard(0)]) for name, t in model.state_dict().items()}
-    dcp.save({"state_dict": weights}, checkpoint_id=folder)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, model, tokenizer = tmp_path_factory.mktemp("large"), make_model(), byte_level()
     model.save_pretrained(root / "sharded", max_shard_size="50MB")
     tokenizer.save_pretrained(root / "sharded")
-    file = Path(write_checkpoint(root / "run.ckpt", model, tokenizer, optimizer_states=[model.state_dict()]))
-    run_ranks(_save_shards, model, root / "shards")
-    content = torch.load(file, weights_only=True, mmap=True)
-    del content["state_dict"], content["optimizer_states"]
-    torch.save(content, root / "shards" / "meta.pt")
+    file = write_checkpoint(root / "run.ckpt", model, tokenizer, optimizer_states=[model.state_dict()])
+    write_shards(root / "shards", file, model)
     tiny_llama(vocab_size=300).save_pretrained(root / "tiny")
     load_pretrained(str(root / "tiny"))  # what is imported on the way does not count
     return root

@@ -13,8 +13,8 @@ from app.errors import CheckpointError, ConfigError, UserError
 from app.model_files import loading
 from app.model_files import open as opening
 from app.model_files.open import load_config, load_for_decoding, load_pretrained
-from app.text.tokenizer_files import tokenizer_to_files
 from datamodules.loading.tokenizers import train_byte_level_bpe
+from tests.support.checkpoints import write_checkpoint
 from tests.support.tiny_models import tiny_llama
 
 TEXT = "def double(x): return 2 * x"
@@ -55,13 +55,7 @@ def set_index(directory, file):
 
 
 def write_lightning(path, model, **other):
-    content = {
-        HF_CONFIG_KEY: json.loads(model.config.to_json_string(use_diff=False)),
-        TOKENIZER_KEY: tokenizer_to_files(make_tokenizer()),
-        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
-    }
-    torch.save({key: value for key, value in (content | other).items() if value is not None}, path)
-    return str(path)
+    return write_checkpoint(path, model, make_tokenizer(), **other)
 
 
 def logits(model):

@@ -9,25 +9,17 @@ import pytest
 
 from app.reports.render import as_html, as_markdown
 from app.reports.report import make_report
+from tests.support.browser import chromium, show
 from tests.support.run_folders import make_run, write_benchmark, write_evaluation, write_lens
 
 pytestmark = pytest.mark.extras
-_FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 
 _OVER = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for flag in [*_FLAGS.split(), "--disable-component-update", "--disable-sync"]:
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    options.binary_location = "/usr/bin/chromium"
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver")) as driver:
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
 
 
@@ -49,12 +41,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_runs_over_the_edge_and_nothing_is_loaded(width: int, scheme: str, browser: Any, page: Path) -> None:
-    sizes = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get_log("performance")
-    browser.get(page.as_uri())
+    show(browser, page, width=width, scheme=scheme)
     assert browser.execute_script(_OVER) == 0
     hidden = """return [...document.querySelectorAll(".chart text")].map(text => [text, text.closest("svg")]).filter(
         ([text, svg]) => text.getBoundingClientRect().right > svg.getBoundingClientRect().right + 1
@@ -76,12 +63,8 @@ def test_nothing_runs_over_the_edge_and_nothing_is_loaded(width: int, scheme: st
 
 
 def test_nothing_runs_over_the_edge_of_paper(browser: Any, page: Path) -> None:
-    sizes = {"width": 718, "height": 1000, "deviceScaleFactor": 1, "mobile": False}  # A4 within its margins
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    browser.get(page.as_uri())
+    show(browser, page, width=718, height=1000, media="print")  # A4 within its margins
     assert browser.execute_script(_OVER) == 0
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_pictures_of_the_markdown_load(browser: Any, page: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from app.evaluation.confident_exits_figure import confident_exits_figure
 from app.evaluation.figure import evaluation_figure
 from app.evaluation.records import Record
-from app.evaluation.results import Result, as_csv, as_json, count_rows, results_of, shown
+from app.evaluation.results import Result, as_csv, as_json, count_rows, main_metrics, results_of, shown
 from app.evaluation.task import Task
 from app.exits.confident_exit import ConfidentExit, confident_exits_table
 from app.tables import Table
@@ -35,7 +35,8 @@ def write_results(
     """
     results = results_of(records)
     counts = {task: found._asdict() for task, found in count_rows(records).items()}
-    document = dict(about) | {"rows": counts, "notes": notes(records, results), "results": as_json(results)}
+    measured = {"rows": counts, "notes": notes(records, results), "metrics": main_metrics(results, tasks)}
+    document = dict(about) | measured | {"results": as_json(results)}
     write_whole(output, json.dumps(document, indent=2, allow_nan=False) + "\n")
     write_whole(output.with_suffix(".csv"), as_csv(results))
     write_figure(output.with_suffix(".png"), evaluation_figure(shown(results, tasks), title=title))

@@ -158,14 +158,20 @@ def mean_and_error(pairs: Sequence[tuple[float, float]]) -> tuple[float, float |
 
 def shown(results: Sequence[Result], tasks: Mapping[str, Task]) -> list[Result]:
     """The results for tables and figures: one metric of each task, and of texts each source."""
-    kept = []
-    for result in results:
-        task = tasks[result.task]
-        first = next(each.metric for each in results if each.task == result.task)
-        metric = task.metric if isinstance(task, ChoiceTask) else first
-        if result.metric == metric and (result.group == _ALL or isinstance(task, TextTask)):
-            kept.append(result)
-    return kept
+    metrics = main_metrics(results, tasks)
+    return [
+        result
+        for result in results
+        if result.metric == metrics[result.task] and (result.group == _ALL or isinstance(tasks[result.task], TextTask))
+    ]
+
+
+def main_metrics(results: Sequence[Result], tasks: Mapping[str, Task]) -> dict[str, str]:
+    """The metric by which each task is judged: of multiple choice its own, of others the first."""
+    return {
+        result.task: task.metric if isinstance(task := tasks[result.task], ChoiceTask) else result.metric
+        for result in reversed(results)
+    }
 
 
 def column(result: Result) -> str:

@@ -77,11 +77,12 @@ def _drawn(result: Mapping[str, Any]) -> float:
 
 
 def _curves(measured: MeasuredFile) -> Curves:
-    """The first metric of each task, over exits that answer alone."""
+    """The metric by which each task is judged, over exits that answer alone."""
+    metrics = measured.content.get("metrics", {})
     curves: dict[str, tuple[str, dict[int, float]]] = {}
     for result in _main(measured.content["results"]):
         task = task_name(result["task"], result["group"])
-        metric, points = curves.setdefault(task, (result["metric"], {}))
+        metric, points = curves.setdefault(task, (metrics.get(result["task"], result["metric"]), {}))
         if result["metric"] == metric and result["strategy"] != "self_speculative":
             points[result["exit_layer"]] = _drawn(result)
     return {(task, metric): dict(sorted(points.items())) for task, (metric, points) in curves.items()}

@@ -96,6 +96,7 @@ def test_files_hold_every_result_and_the_figure_every_line(tmp_path, monkeypatch
     results = write_results(file, RECORDS, tasks=TASKS, title="t", about={"settings": {"limit": 3}})
     document = json.loads(file.read_text())
     assert document["settings"] == {"limit": 3}
+    assert document["metrics"] == {"mmlu": "acc", "piqa": "acc_norm", "text": "perplexity", "gsm8k": "em"}
     assert document["rows"]["mmlu"] == {"scored": 3, "skipped": 1, "truncated": 1}
     assert document["results"] == [each._asdict() for each in results]
     assert (

@@ -120,6 +120,17 @@ def test_lines_of_several_evaluations_of_a_run_are_told_apart(runs: list[str]) -
     )
 
 
+def test_a_task_is_drawn_by_the_metric_by_which_it_is_judged(runs: list[str]) -> None:
+    file = write_evaluation(Path(runs[0], "evaluation.json"), model="m")
+    document = json.loads(file.read_text())
+    longer = [result | {"metric": "acc_norm", "score": 0.75} for result in document["results"][:-1]]
+    document |= {"metrics": {"boolq": "acc_norm", "wiki": "perplexity"}, "results": document["results"] + longer}
+    file.write_text(json.dumps(document))
+    text = _text(as_html(make_report(runs)))
+    assert "acc_norm over exit layer (blocks run). ours: 75.0% at 2, 75.0% at 4" in text
+    assert "acc over exit layer" not in text
+
+
 @pytest.mark.parametrize("lacking", ["score", "metric", "strategy"])
 def test_scores_that_another_version_wrote_otherwise_are_told(runs: list[str], lacking: str) -> None:
     file = write_evaluation(Path(runs[0], "evaluation.json"), model="m")

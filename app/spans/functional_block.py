@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from app.model.cpu.norms import RMSNorm
 from app.model.cpu.products import Product, in_fastest_layout
 from app.model.cpu.quantized import Quantization
 from app.spans.kv_cache import KeyValueCache
@@ -52,10 +53,11 @@ class FunctionalBlock:
         self._num_queries, self._num_keys = config.num_attention_heads, config.num_key_value_heads
         self._scaling = attention.scaling
         self._rotates = bool(getattr(attention, "use_rope", True))
-        self._epsilon = config.rms_norm_eps
-        self._attention_norm, self._mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self._query_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
-        self._key_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
+        epsilon = config.rms_norm_eps
+        self._attention_norm = RMSNorm(layer.input_layernorm.weight, epsilon)
+        self._mlp_norm = RMSNorm(layer.post_attention_layernorm.weight, epsilon)
+        self._query_norm = RMSNorm(attention.q_norm.weight, epsilon) if hasattr(attention, "q_norm") else None
+        self._key_norm = RMSNorm(attention.k_norm.weight, epsilon) if hasattr(attention, "k_norm") else None
         self._qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj, quantization=quantization)
         self._output = Product(attention.o_proj.weight, attention.o_proj.bias, quantization)
         self._gate_up = Projections(mlp.gate_proj, mlp.up_proj, quantization=quantization)
@@ -64,11 +66,8 @@ class FunctionalBlock:
 
     def __call__(self, hidden_BTD: Tensor, *, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
         """Run the block on T new positions [B, T, D] and append their keys and values to the cache."""
-        width = hidden_BTD.shape[-1:]
-        normed_BTD = F.rms_norm(hidden_BTD, width, self._attention_norm, self._epsilon)
-        hidden_BTD = self._attend(normed_BTD, rotation, sight, cache).add_(hidden_BTD)
-        normed_BTD = F.rms_norm(hidden_BTD, width, self._mlp_norm, self._epsilon)
-        gate, up = self._gate_up(normed_BTD).chunk(2, dim=-1)
+        hidden_BTD = self._attend(self._attention_norm(hidden_BTD), rotation, sight, cache).add_(hidden_BTD)
+        gate, up = self._gate_up(self._mlp_norm(hidden_BTD)).chunk(2, dim=-1)
         return self._down(self._activation(gate) * up).add_(hidden_BTD)
 
     def _attend(self, normed_BTD: Tensor, rotation: Rotation, sight: Sight, cache: KeyValueCache) -> Tensor:
@@ -95,15 +94,15 @@ class FunctionalBlock:
                 scale=self._scaling,
                 enable_gqa=keys_BHSK.shape[1] < self._num_queries,
             )
-            mixed_BTHK = mixed_BHTK.transpose(1, 2)
+            mixed = mixed_BHTK.transpose(1, 2)
         else:
             # Query heads of a group become further query positions of their one key head, so no key is repeated.
-            query = query_BTHK.view(batch, num_new, self._num_keys, -1, self._head_width).permute(0, 2, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(
-                query.flatten(2, 3), keys_BHSK, values_BHSK, attn_mask=mask, scale=self._scaling
-            )
-            mixed_BTHK = mixed.view(batch, self._num_keys, -1, num_new, self._head_width).permute(0, 3, 1, 2, 4)
-        return self._output(mixed_BTHK.reshape(batch, num_new, -1))
+            query = query_BTHK.view(batch, num_new, self._num_keys, -1, self._head_width)
+            folded = query[:, 0] if num_new == 1 else query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+            mixed = F.scaled_dot_product_attention(folded, keys_BHSK, values_BHSK, attn_mask=mask, scale=self._scaling)
+            if num_new > 1:
+                mixed = mixed.view(batch, self._num_keys, -1, num_new, self._head_width).permute(0, 3, 1, 2, 4)
+        return self._output(mixed.reshape(batch, num_new, -1))
 
     def _queries_and_keys(self, normed_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys side by side [B, T, queries + keys, K], not yet rotated, and values [B, T, keys, K]."""
@@ -112,9 +111,7 @@ class FunctionalBlock:
         rotated, value_BTHK = _split(heads_BTHK, self._num_queries + self._num_keys, self._num_keys)
         if self._query_norm is not None and self._key_norm is not None:
             query_BTHK, key_BTHK = _split(rotated, self._num_queries, self._num_keys)
-            query_BTHK = F.rms_norm(query_BTHK, query_BTHK.shape[-1:], self._query_norm, self._epsilon)
-            key_BTHK = F.rms_norm(key_BTHK, key_BTHK.shape[-1:], self._key_norm, self._epsilon)
-            rotated = torch.cat((query_BTHK, key_BTHK), dim=2)
+            rotated = torch.cat((self._query_norm(query_BTHK), self._key_norm(key_BTHK)), dim=2)
         return rotated, value_BTHK
 
 

@@ -1,0 +1,17 @@
+"""The norm of decoding is torch's, in every type."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from app.model.cpu.norms import RMSNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-4, 0.0])
+def test_it_is_the_norm_of_torch(dtype: torch.dtype, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = (size * torch.randn(2, 3, 48, generator=generator)).to(dtype)
+    weight = torch.randn(48, generator=generator).to(dtype)
+    normed = RMSNorm(weight, 1e-6)(inputs)
+    torch.testing.assert_close(normed, F.rms_norm(inputs, (48,), weight, 1e-6))

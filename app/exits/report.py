@@ -1,7 +1,7 @@
 """Shows how good each exit is, as tables and figures."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -118,15 +118,10 @@ def exit_curves_figure(runs: Mapping[str, History]) -> Figure:
     colors = dict(zip(early, mpl.colormaps["viridis"].resampled(max(2, len(early))).colors, strict=False))  # type: ignore[attr-defined]
     for (label, curve), style in zip(runs.items(), _STYLES, strict=False):
         for layer in early:
-            points = [(tokens, 100 * scores[layer].agreement) for tokens, scores in curve.items() if layer in scores]
-            _line(agreement_axes, points, linestyle=style, color=colors[layer])
-        points = [(tokens, scores[full[label]].loss) for tokens, scores in curve.items() if full[label] in scores]
-        _line(loss_axes, points, linestyle=style, color="black", label=label)
-    agreement_axes.set(title="Early exits", ylabel=_CURVE_TITLES["agreement"], ylim=(0, 100))
-    loss_axes.set(title="Full model", ylabel="held-out loss (nats a token)")
-    for axes in (agreement_axes, loss_axes):
-        axes.set(xlabel="tokens trained on (thousands)", xlim=(0, None))
-        axes.grid(alpha=0.3)
+            _line(agreement_axes, curve, layer, "agreement", linestyle=style, color=colors[layer])
+        _line(loss_axes, curve, full[label], "loss", linestyle=style, color="black", label=label)
+    _set_over_tokens(agreement_axes, title="Early exits", ylabel=_CURVE_TITLES["agreement"], ylim=(0, 100))
+    _set_over_tokens(loss_axes, title="Full model", ylabel="held-out loss (nats a token)")
     by_exit = [Line2D([], [], color=colors[layer], label=f"exit {layer}") for layer in reversed(early)]
     styles = zip(runs, _STYLES, strict=False)
     by_run = [Line2D([], [], color="black", linestyle=style, label=label) for label, style in styles]
@@ -147,13 +142,9 @@ def early_exits_figure(runs: Mapping[str, History], *, metric: CurveMetric) -> F
     for (label, curve), (color, marker) in zip(runs.items(), looks, strict=False):
         exits = sorted({layer for scores in curve.values() for layer in scores})
         for row, style in zip(reversed(_spread(len(exits), most=MOST_RUNS)), _STYLES, strict=False):
-            layer = exits[row]
-            points = [
-                (tokens, 100 * getattr(scores[layer], metric)) for tokens, scores in curve.items() if layer in scores
-            ]
-            _line(axes, points, linestyle=style, color=color, marker=marker, label=f"{label}, exit {layer}")
-    axes.set(xlabel="tokens trained on (thousands)", ylabel=_CURVE_TITLES[metric], xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
+            look = {"linestyle": style, "color": color, "marker": marker, "label": f"{label}, exit {exits[row]}"}
+            _line(axes, curve, exits[row], metric, **look)
+    _set_over_tokens(axes, ylabel=_CURVE_TITLES[metric], ylim=(0, None))
     figure.legend(frameon=False, ncols=2, loc="outside lower center")
     return figure
 
@@ -165,16 +156,22 @@ def scaling_figure(runs: Mapping[str, History], *, exit_layer: int) -> Figure:
     for (label, curve), style in zip(runs.items(), _STYLES, strict=False):
         full = max(max(scores) for scores in curve.values())
         for layer, color, name in ((exit_layer, "tab:red", f"exit {exit_layer}"), (full, "black", "full model")):
-            points = [(tokens, scores[layer].perplexity) for tokens, scores in curve.items() if layer in scores]
-            _line(axes, points, linestyle=style, color=color, label=f"{label}, {name}")
-    axes.set(xlabel="tokens trained on (thousands)", ylabel="held-out perplexity", xlim=(0, None), yscale="log")
+            _line(axes, curve, layer, "perplexity", linestyle=style, color=color, label=f"{label}, {name}")
+    _set_over_tokens(axes, ylabel="held-out perplexity", yscale="log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())
-    axes.grid(alpha=0.3, which="both")
     figure.legend(frameon=False, ncols=2, loc="outside lower center")
     return figure
 
 
-def _line(axes: Axes, points: Sequence[tuple[int, float]], **style: object) -> None:
-    tokens, values = zip(*sorted(points), strict=True) if points else ((), ())
-    axes.plot([count / 1000 for count in tokens], values, **{"marker": "o", "markersize": 4, **style})  # type: ignore[arg-type]
+def _line(axes: Axes, curve: History, layer: int, metric: str, **style: Any) -> None:
+    """Draw a metric of an exit over tokens; those of CurveMetric as percentages."""
+    unit = 100 if metric in _CURVE_TITLES else 1
+    measured = {tokens: scores[layer] for tokens, scores in sorted(curve.items()) if layer in scores}
+    values = [unit * getattr(score, metric) for score in measured.values()]
+    axes.plot([tokens / 1000 for tokens in measured], values, **{"marker": "o", "markersize": 4, **style})
+
+
+def _set_over_tokens(axes: Axes, **settings: Any) -> None:
+    axes.set(xlabel="tokens trained on (thousands)", xlim=(0, None), **settings)
+    axes.grid(alpha=0.3, which="both")

@@ -136,11 +136,11 @@ def check_output_file(path: str, *, suffix: str = "") -> Path:
     return file
 
 
-def check_new(output: str, files: Iterable[Path]) -> None:
+def check_new(output: str, files: Iterable[Path], *, field: str = "output") -> None:
     """Raise ConfigError if one of the files that a verb is to write is there, and is not empty, a pipe or a device."""
     if there := [file.name for file in files if file.is_file() and file.stat().st_size]:
         fix = f"--overwrite true replaces {', '.join(there)}"
-        raise ConfigError("output", got=output, allowed="a new file", fix=fix)
+        raise ConfigError(field, got=output, allowed="a new file", fix=fix)
 
 
 def require_total_steps(max_steps: int, *, field: str, got: str) -> int:

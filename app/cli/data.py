@@ -10,7 +10,7 @@ from app.cli.beside_fit import BesideFitCLI, run_beside_fit
 from app.cli.early_checks import check_model, check_tokenizer
 from app.cli.messages import locate
 from app.cli.tables import print_table
-from app.errors import ConfigError, check_range
+from app.errors import ConfigError, check_new, check_range
 from app.model.process_memory import peak_memory
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
 from app.tables import Table, cell
@@ -32,6 +32,7 @@ class DataOptions:
     Args:
         num_batches: Number of training batches to look at.
         prompts: Write held-out prompts for tune and benchmark to this file, and do nothing else.
+        overwrite: Replace a file of this name.
         num_prompts: Number of prompts to write.
         prompt_length: Tokens of each prompt.
     """
@@ -39,6 +40,7 @@ class DataOptions:
     num_batches: int = 64
     check_resume: bool = False
     prompts: str | None = None
+    overwrite: bool = False
     num_prompts: int = 16
     prompt_length: int = 64
     json: bool = False
@@ -46,6 +48,8 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("num_batches", "num_prompts", "prompt_length"):
             check_range(name, getattr(self, name), low=1)
+        if self.prompts is not None and not self.overwrite:
+            check_new(self.prompts, [Path(self.prompts)], field="prompts")
 
 
 class DataCLI(BesideFitCLI):

@@ -189,14 +189,17 @@ def test_held_out_prompts_are_written_for_tuning_and_benchmarking(data, tmp_path
     assert said.out == "4 held-out prompts of 6 tokens: prompts.jsonl\n"
 
 
-def test_a_full_disk_leaves_the_prompts_that_were_there(data, tmp_path, monkeypatch):
+def test_prompts_that_were_there_stay_unless_told_otherwise_also_on_a_full_disk(data, tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("the ones before")
+    said = data("--prompts", "prompts.jsonl", status=2).err
+    assert "prompts: got 'prompts.jsonl', allowed a new file; --overwrite true replaces prompts.jsonl" in said
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("app.whole_file.os.fsync", full)
-    assert "No space left" in data("--prompts", "prompts.jsonl", "--data.validation_share", "0.3", status=2).err
+    options = ("--prompts", "prompts.jsonl", "--overwrite", "true", "--data.validation_share", "0.3")
+    assert "No space left" in data(*options, status=2).err
     assert (tmp_path / "prompts.jsonl").read_text() == "the ones before"
 
 

@@ -3,13 +3,14 @@
 Shape legend: `B` sequences, `H` key/value heads, `T` new positions, `S` stored positions, `C` capacity, `K` head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from app.errors import check_range
+from app.errors import ConfigError, check_range
 
 _GROWTH = 256  # the fewest positions by which a full store grows
 
@@ -120,7 +121,8 @@ class KeyValueCache:
         batch, _, heads, width = like_BTHK.shape
         capacity = self._capacity if store is None else store[0].shape[1] + max(_GROWTH, store[0].shape[1] // 2)
         shape = batch, max(needed, capacity), heads, width
-        fresh = _unwritten(shape, like=like_BTHK), _unwritten(shape, like=like_BTHK)
+        with shortage_told(f"dynamic with room for {batch} x {shape[1]} positions"):
+            fresh = _unwritten(shape, like=like_BTHK), _unwritten(shape, like=like_BTHK)
         if store is not None:
             for new, old in zip(fresh, store, strict=True):
                 new[:, : old.shape[1]] = old
@@ -133,6 +135,18 @@ class KeyValueCache:
             rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
             self._slots = positions_BT, capacity, (rows_B1 * capacity + positions_BT).flatten()
         return self._slots[2]
+
+
+@contextmanager
+def shortage_told(got: str) -> Iterator[None]:
+    """Raise a ConfigError about an engine where memory is too small. On a CPU, torch tells so only by its words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        fix = "give fewer prompts at a time or a smaller max_new_tokens"
+        raise ConfigError("engine", got=got, allowed="what the device's memory holds", fix=fix) from error
 
 
 def _unwritten(shape: Sequence[int], *, like: Tensor) -> Tensor:

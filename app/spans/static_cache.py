@@ -1,17 +1,17 @@
 """A cache whose lengths are on the device, so that a round is the same sequence of kernels whatever it settles.
 
 Shape legend: `B` sequences, `H` key/value heads, `T` new positions, `C` capacity, `K` head width.
-Tested by tests/unit/spans/test_static_cache.py and tests/unit/decoding/test_static_rounds.py.
+Tested by tests/unit/spans/test_kv_cache.py and tests/unit/decoding/test_static_rounds.py.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from app.errors import ConfigError
-from app.spans.kv_cache import KeyValueCache
+from app.spans.kv_cache import KeyValueCache, shortage_told
 
 
 class StaticCache(KeyValueCache):
@@ -51,8 +51,12 @@ class StaticCache(KeyValueCache):
         added, self.capacity, self.tables = capacity - self.capacity, capacity, None
         for layer_idx, store in enumerate(self._stores):
             if store is not None:
-                keys, values = (torch.nn.functional.pad(each, (0, 0, 0, 0, 0, added)) for each in store)
+                with self._shortage_told():
+                    keys, values = (torch.nn.functional.pad(each, (0, 0, 0, 0, 0, added)) for each in store)
                 self._stores[layer_idx] = keys, values
+
+    def _shortage_told(self) -> AbstractContextManager[None]:
+        return shortage_told(f"static with room for {len(self.lengths_B)} x {self.capacity} positions")
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Move these sequences to the first rows, in this order; the next passes are over so many rows."""
@@ -98,10 +102,6 @@ class StaticCache(KeyValueCache):
         assert needed <= self.capacity, "beyond the capacity"
         if store is None:  # masks do not hide a NaN of unwritten memory
             shape = len(like_BTHK), self.capacity, *like_BTHK.shape[2:]
-            try:
+            with self._shortage_told():
                 store = self._stores[layer_idx] = like_BTHK.new_zeros(shape), like_BTHK.new_zeros(shape)
-            except torch.OutOfMemoryError as error:
-                got = f"static with room for {shape[0]} x {shape[1]} positions"
-                fix = "give fewer prompts at a time or a smaller max_new_tokens"
-                raise ConfigError("engine", got=got, allowed="what the device's memory holds", fix=fix) from error
         return store

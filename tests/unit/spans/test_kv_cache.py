@@ -3,6 +3,7 @@ import torch
 
 from app.errors import ConfigError
 from app.spans.kv_cache import KeyValueCache
+from app.spans.static_cache import StaticCache
 
 
 def _rows(first: int, stop: int) -> torch.Tensor:
@@ -88,3 +89,13 @@ def test_rows_made_of_one_hold_no_memory_that_was_never_written() -> None:
     keys, values = cache.update(new, new, 0)
     assert keys.isfinite().all()
     assert values.isfinite().all()
+
+
+def test_a_store_that_memory_cannot_hold_is_told_with_its_engine_and_size() -> None:
+    new_BTHK, most = torch.zeros(2, 3, 1, 4), 10**14
+    with pytest.raises(ConfigError, match=f"engine: got 'dynamic with room for 2 x {most} positions'"):
+        KeyValueCache(num_layers=1, batch_size=2, capacity=most).append(new_BTHK, new_BTHK, 0)
+    static = StaticCache(num_layers=1, batch_size=2, capacity=4, device=torch.device("cpu"))
+    static.append(new_BTHK, new_BTHK, 0)
+    with pytest.raises(ConfigError, match=f"engine: got 'static with room for 2 x {most} positions'"):
+        static.grow(most)

@@ -25,8 +25,11 @@ def _humaneval_program(text: str, example: AnswerExample) -> str:
 
 def _mbpp(row: Row) -> AnswerExample:
     tests = "\n".join(row.texts("test_list"))
-    setup = row.text("test_setup_code") if "test_setup_code" in row else ""
-    task = f"You are an expert Python programmer, and here is your task: {row.text('text')}"
+    if "test_imports" in row:  # the sanitised edition
+        asked, setup = row.text("prompt"), "\n".join(row.texts("test_imports", least=0))
+    else:
+        asked, setup = row.text("text"), row.text("test_setup_code") if "test_setup_code" in row else ""
+    task = f"You are an expert Python programmer, and here is your task: {asked}"
     return AnswerExample(
         prompt=f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n",
         references=(f"{row.text('code')}\n[DONE]",),

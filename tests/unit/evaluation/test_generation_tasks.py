@@ -74,6 +74,9 @@ def test_programs_pass_with_the_right_answer_alone(runner: ProgramRunner) -> Non
     answer = example.references[0].removesuffix("\n[DONE]")
     assert runner.run(task.program(answer, example)).outcome == "passed"
     assert runner.run(task.program("def inc(x):\n    return 2", example)).outcome == "failed"
+    sanitised = {"prompt": "Add one.", "code": values["code"], "test_imports": ["import math", "one = 1"]}
+    _, same = _example("mbpp", **sanitised, test_list=["assert inc(1) == 2", "assert inc(2) == 3"])
+    assert same == example._replace(data={**example.data, "setup": "import math\none = 1"})
 
 
 def test_topv2_reads_answers_in_both_forms() -> None:

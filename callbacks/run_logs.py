@@ -14,7 +14,7 @@ from app.data_ranks import data_ranks
 from app.protocols import ArchitectureOwner, FrozenModelHost, LogHost
 from callbacks.early_exit_curriculum import EarlyExitCurriculum
 from callbacks.layer_dropout_curriculum import LayerDropoutCurriculum
-from callbacks.tensorboard import SCORE, Setting, arrange, score_charts, tensorboards, write_charts
+from callbacks.tensorboard import SCORE, TIMED_PARSES, Setting, arrange, score_charts, tensorboards, write_charts
 
 _FEW_BLOCKS = 8  # a model of so many blocks shows everything
 _SHOWN_DEPTHS = 4
@@ -45,7 +45,8 @@ class RunLogs(Callback):
     figure by depth the four depths that are nearest to a quarter, half, three quarters and all of the blocks (of those
     that ExitQualityMonitor scores), and no metric that follows from another. Where it scores four exits or fewer, they
     get all of these. What is left out stays in tables, figures and trainer.callback_metrics, of training at the steps
-    that are logged. What a callback monitors is never left out, nor scores of tasks and parses.
+    that are logged. Never left out are what a callback monitors, scores of tasks, and of parses the share of exact
+    matches, with the speed and acceptance of drafts.
 
     Args:
         all_metrics: Leave nothing out.
@@ -96,10 +97,10 @@ def is_detail(name: str, num_layers: int, scored: Collection[int] = ()) -> bool:
         return False
     if name in _DETAILS or name.startswith(_DETAILED_GROUPS):
         return True
-    if not (found := _BY_DEPTH.fullmatch(name)):
-        return name.startswith("decode/") and "_drafts_" in name
-    if SCORE.fullmatch(name):
+    if SCORE.fullmatch(name) or re.match(TIMED_PARSES, name):
         return False  # who asked for it chose its exits
+    if not (found := _BY_DEPTH.fullmatch(name)):
+        return "_drafts_" in name
     kind, depth = found[1], int(found[2])
     is_always_one = depth == num_layers and kind.endswith(_ALWAYS_ONE)
     are_few = 0 < len(scored) <= _SHOWN_DEPTHS

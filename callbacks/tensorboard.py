@@ -21,7 +21,8 @@ Setting = str | float | bool
 
 _SETTINGS_TAG = "_hparams_/session_start_info"
 _STAGE = "(val|test)"
-SCORE = re.compile(r"(?:(?:val|test)/)?((?:task|parse)/.+)/exit_\d+")  # of a task, or of parses, at an exit
+SCORE = re.compile(r"(?:(?:val|test)/)?(task/.+|parse/exact_match)/exit_\d+")  # of a task, or of parses, at an exit
+TIMED_PARSES = "(test/)?parse/self_speculative/(acceptance_rate|speedup)/"
 # Category -> chart -> patterns of the tags that it shows as lines. A pattern matches from the start of a tag.
 _LAYOUT: dict[str, dict[str, list[str]]] = {
     "1 Exits on held-out tokens": {
@@ -34,6 +35,7 @@ _LAYOUT: dict[str, dict[str, list[str]]] = {
             f"{metric_names.DECODE_ACCEPTANCE_RATE}$",
             f"{metric_names.DECODE_TOKENS_PER_ROUND}$",
             f"{metric_names.DECODE_SPEEDUP}$",
+            TIMED_PARSES,
         ],
     },
     "3 Training": {
@@ -90,7 +92,7 @@ def arrange(logger: TensorBoardLogger, settings: Mapping[str, Setting], compared
 
 
 def score_charts(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return a chart for each figure of tasks and parses among the logged metrics, with a line for each exit."""
+    """Return a chart for each score of tasks and parses among the logged metrics, with a line for each exit."""
     figures = sorted({match[1].removesuffix(metric_names.DRAFTED) for match in map(SCORE.fullmatch, names) if match})
     return {figure: [f"({_STAGE}/)?{re.escape(figure)}({metric_names.DRAFTED})?/exit_"] for figure in figures}
 

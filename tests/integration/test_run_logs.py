@@ -114,7 +114,11 @@ def test_scores_of_tasks_and_parses_are_shown_at_all_their_exits():
     for stage in ("val", "test"):
         assert not is_detail(metric_names.task_score(stage, "boolq", "acc", 5), 24)
         assert not is_detail(metric_names.task_score(stage, "gsm8k", "exact_match", 5, drafts=True), 24)
-    assert not is_detail(metric_names.parse_figure("exact_match", "test", 5), 24)
+        for figure, drafts in (("exact_match", None), ("speedup", 4), ("acceptance_rate", 4)):
+            assert not is_detail(metric_names.parse_figure(figure, stage, 5, drafts), 24)
+        for figure, drafts in (("exact_match_by_domain/alarm", None), ("exact_match", 4), ("ms_per_token", 0)):
+            assert is_detail(metric_names.parse_figure(figure, stage, 6, drafts), 24)
+            assert not is_detail(metric_names.parse_figure(figure, stage, 6, drafts), 8)
 
 
 def test_charts_and_settings_are_in_the_runs_own_event_files_once_also_after_a_resume(run):

@@ -10,6 +10,7 @@ from app.model.exit_block import ExitBlock
 from app.spans.decoder import SpanDecoder
 from app.spans.functional_block import join_projections
 from tests.support.slow_twins import greedy_by_recomputation
+from tests.support.tiny_models import scale_later_blocks
 
 VOCAB = 61
 CONTEXT = 512
@@ -87,9 +88,7 @@ def build(kind: str, *, num_layers: int, later_blocks: float = 1.0, seed: int = 
             parameter.mul_(5.0) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
         if model.config.tie_word_embeddings:  # larger ones repeat one token for ever
             model.get_input_embeddings().weight.mul_(0.6)
-        for layer in model.model.layers[1:]:
-            layer.self_attn.o_proj.weight.mul_(later_blocks)
-            layer.mlp.down_proj.weight.mul_(later_blocks)
+        scale_later_blocks(model, later_blocks)
     return model.eval()
 
 

@@ -10,19 +10,9 @@ from app.lens.token_grid import read_token_grid
 from app.model.exit_block import ExitBlock
 from app.spans.decoder import SpanDecoder
 from tests.support.slow_twins import greedy_by_recomputation
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_models import settling_llama, tiny_llama
 
 PROMPT = [3, 1, 4, 1, 5]
-
-
-def settling_llama() -> LlamaForCausalLM:
-    """Later blocks add less, so that some tokens settle early and others late."""
-    model = tiny_llama(seed=1, num_layers=4, tied=False)
-    with torch.no_grad():
-        for layer in model.model.layers[1:]:
-            layer.self_attn.o_proj.weight.mul_(0.3)
-            layer.mlp.down_proj.weight.mul_(0.3)
-    return model
 
 
 @torch.no_grad()
@@ -44,7 +34,7 @@ def softmax(logits: list[float]) -> list[float]:
 @pytest.mark.parametrize("logits_per_chunk", [1, 2**24])
 def test_every_cell_is_what_the_slow_twin_computes(monkeypatch, logits_per_chunk):
     monkeypatch.setattr("app.exits.states._LOGITS_PER_CHUNK", logits_per_chunk)
-    model = settling_llama()
+    model = settling_llama(later_blocks=0.3)
     tokens = greedy_by_recomputation(model, PROMPT, max_new_tokens=12)
     grid = read_token_grid(SpanDecoder(model), PROMPT, tokens)
     probs = [[softmax(logits) for logits in layer] for layer in slow_logits(model, tokens)]
@@ -75,7 +65,7 @@ def test_every_cell_is_what_the_slow_twin_computes(monkeypatch, logits_per_chunk
 
 
 def test_an_exits_own_blocks_and_norm_are_rows_of_their_own_that_count_for_nothing():
-    model = settling_llama()
+    model = settling_llama(later_blocks=0.3)
     blocks = {
         1: ExitBlock(model, exit_layer=1, source_layers=[2, 3]),
         3: ExitBlock(model, exit_layer=3, source_layers=[]),

@@ -4,7 +4,6 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from app.decoding.result import DecodingResult, RoundCounts
 from app.decoding.settings import DecodingSettings
@@ -13,20 +12,10 @@ from app.spans.decoder import SpanDecoder
 from app.tuning.layer_agreement import LayerAgreement, measure_layer_agreement, simulate_rounds
 from tests.support.decoding import decode
 from tests.support.fake_decoder import counting_decoder
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_models import settling_llama, tiny_llama
 
 _NEW_TOKENS = 24
 _PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [58]]
-
-
-def _sometimes_agreeing_llama(num_layers: int = 4) -> LlamaForCausalLM:
-    """Blocks after the first add little, so that exits agree at some positions and not at others."""
-    model = tiny_llama(seed=1, num_layers=num_layers, tied=False)
-    with torch.no_grad():
-        for layer in model.model.layers[1:]:
-            layer.self_attn.o_proj.weight.mul_(0.1)
-            layer.mlp.down_proj.weight.mul_(0.1)
-    return model
 
 
 def _engine(
@@ -54,7 +43,7 @@ def _counts(counts: RoundCounts) -> list[int]:
 
 
 def test_simulated_rounds_are_those_of_the_engine_for_every_exit_draft_length_and_draft_vocabulary() -> None:
-    model = _sometimes_agreeing_llama()
+    model = settling_llama(later_blocks=0.1)
     own = ExitBlock(model, exit_layer=2, source_layers=[3]).eval()
     decoder = SpanDecoder(model, exit_blocks={2: own})
     settings, ids = DecodingSettings(max_new_tokens=_NEW_TOKENS), [*range(49, -1, -1)]
@@ -83,7 +72,7 @@ def test_simulated_rounds_are_those_of_the_engine_for_every_exit_draft_length_an
 
 
 def test_simulated_rounds_are_those_of_the_engine_where_outputs_end_by_themselves() -> None:
-    decoder = SpanDecoder(_sometimes_agreeing_llama())
+    decoder = SpanDecoder(settling_llama(later_blocks=0.1))
     whole = measure_layer_agreement(decoder, _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS)).outputs
     ended = drafted_ends = 0
     for eos in sorted({token for output in whole for token in output})[::4]:
@@ -133,7 +122,7 @@ def test_rounds_by_hand(matches: list[bool], drafts: int, budget: int | None, ex
 
 
 def test_agreement_is_the_share_of_equal_choices_by_the_plain_model() -> None:
-    model = _sometimes_agreeing_llama()
+    model = settling_llama(later_blocks=0.1)
     agreement = measure_layer_agreement(SpanDecoder(model), _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS))
     for exit_layer in (1, 2, 3, 4):
         same = total = 0
@@ -152,7 +141,7 @@ def test_agreement_is_the_share_of_equal_choices_by_the_plain_model() -> None:
 
 
 def test_chunks_of_positions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = SpanDecoder(_sometimes_agreeing_llama())
+    decoder = SpanDecoder(settling_llama(later_blocks=0.1))
     whole = measure_layer_agreement(decoder, _PROMPTS, DecodingSettings(max_new_tokens=_NEW_TOKENS))
     monkeypatch.setattr("app.exits.states._LOGITS_PER_CHUNK", 3 * decoder.vocab_size)
     longest = []

@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from app.benchmark.decoding_costs import DecodingCosts
 from app.benchmark.output_differences import OutputDifferences
@@ -13,7 +12,7 @@ from app.tuning.result import Verification
 from app.tuning.speedup_prediction import Prediction, predict
 from app.tuning.tune import TuningSettings, tune
 from tests.support.fake_decoder import counting_decoder
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_models import settling_llama
 from tests.unit.tuning.made_up import COSTS, make_prediction, make_run
 
 _SETTINGS = TuningSettings(max_new_tokens=16, max_draft_tokens=3, num_verified=2, repeats=2, n_gram_match=())
@@ -21,12 +20,7 @@ _PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6]]
 
 
 def _agreeing_decoder() -> SpanDecoder:
-    model = tiny_llama(seed=1, num_layers=4, tied=False)
-    with torch.no_grad():
-        for layer in model.model.layers[1:]:
-            layer.self_attn.o_proj.weight.mul_(0.1)
-            layer.mlp.down_proj.weight.mul_(0.1)
-    return SpanDecoder(model)
+    return SpanDecoder(settling_llama(later_blocks=0.1))
 
 
 @pytest.mark.parametrize(

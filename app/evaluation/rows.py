@@ -16,6 +16,7 @@ from app.errors import ConfigError, DataError, check_range, shortened
 from app.evaluation.task import AnswerExample, ChoiceExample, Example, Row, Task, TextTask
 
 _ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval")}  # how files spell the name of a split
+_SPLITS = frozenset({"train", "test", "prompt", *_ALIASES["validation"]})
 _BETWEEN_SHOTS = "\n\n"
 
 
@@ -147,7 +148,9 @@ def _names(split: str) -> tuple[str, ...]:
 
 
 def _bears(file: Path, split: str) -> bool:
-    return not {*re.split(r"[^a-z]+", str(file.with_suffix("")).lower())}.isdisjoint(_names(split))
+    """Whether its own name says so, or its folders' where that names no split: `x-train-dev/train.jsonl` is no dev."""
+    own, whole = ({*re.split(r"[^a-z]+", name.lower())} for name in (file.stem, str(file.with_suffix(""))))
+    return not (whole if own.isdisjoint(_SPLITS) else own).isdisjoint(_names(split))
 
 
 def read_file(file: Path, csv_columns: Sequence[str] = ()) -> Iterator[Row]:

@@ -507,3 +507,29 @@ def test_no_verb_replaces_a_file_unless_told_to(verb, options, tmp_path, monkeyp
     assert name.read_text() == "mine"
     assert cli(monkeypatch, verb, *options, "--overwrite", "true") == 2  # of the next mistake
     assert "allowed a new file" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "warning"),
+    [
+        (
+            "evaluate",
+            ["--tasks", "[boolq]", "--tasks=[piqa]"],
+            "--tasks is given 2 lists: only the last one counts, [piqa]",
+        ),
+        ("evaluate", ["--tasks", "[boolq]", "--tasks", "[boolq]"], None),
+        ("lens", ["--prompt", "[a]", "--prompt", "[b]"], None),
+        (
+            "fit",
+            ["--early_exit.exit_layers=[1]", "--early_exit.exit_layers=[2]", "--seed_everything=-1"],
+            "--early_exit.exit_layers is given 2 lists: only the last one counts, [2]",
+        ),
+    ],
+)
+def test_the_last_of_several_lists_of_an_option_counts_with_a_warning(
+    verb, options, warning, config, tmp_path, monkeypatch, capsys
+):
+    common = ["--config", str(config)] if verb == "fit" else ["--model", str(tmp_path), "--output", "nowhere/x"]
+    assert cli(monkeypatch, verb, *common, *options) == 2
+    said = capsys.readouterr().err
+    assert "only the last one counts" not in said if warning is None else f"WARNING: {warning}\n" in said

@@ -1,9 +1,11 @@
 """Parsers whose options are a function's arguments. Tested by tests/contract/test_generate_mistakes.py."""
 
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import signature
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -13,6 +15,9 @@ from jsonargparse import (  # type: ignore[attr-defined]  # ActionConfigFile is 
 )
 
 from app.cli.parsing.parser_messages import one_line
+from app.cli.parsing.several import Collect
+
+_log = logging.getLogger(__name__)
 
 JSON_FLAG: dict[str, Any] = {"action": "store_true", "help": "Print one JSON object instead of tables."}
 
@@ -21,7 +26,15 @@ class OneLineErrors(ArgumentParser):
     """A parser that prints an error as one line, says where help is, and exits with status 2."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Report two errors that jsonargparse lets pass: a config that is not UTF-8, and one that contains itself."""
+        """Report two errors that jsonargparse lets pass: a config that is not UTF-8, and one that contains itself.
+
+        Warn where an option is given several lists, since the last one counts alone.
+        """
+        words = args[0] if args else kwargs.get("args")
+        for option, lists in _lists(sys.argv[1:] if words is None else words).items():
+            action = self._option_string_actions.get(option)
+            if len(lists) > 1 and action is not None and not isinstance(action, Collect):
+                _log.warning("%s is given %d lists: only the last one counts, %s", option, len(lists), lists[-1])
         try:
             return super().parse_args(*args, **kwargs)
         except UnicodeDecodeError as error:
@@ -44,6 +57,17 @@ class OneLineErrors(ArgumentParser):
             if isinstance(action.choices, dict):
                 return next((action.choices[arg] for arg in getattr(self, "args", ()) if arg in action.choices), self)
         return self
+
+
+def _lists(args: Sequence[str]) -> dict[str, list[str]]:
+    """Return the different lists that each option on a command line is given, in their order."""
+    found: dict[str, dict[str, None]] = {}
+    for word, following in pairwise([*args, ""]):
+        option, equals, value = word.partition("=")
+        value = value if equals else following
+        if option.startswith("--") and value.startswith("["):
+            found.setdefault(option, {})[value] = None
+    return {option: [*lists] for option, lists in found.items()}
 
 
 def call_verb(

@@ -208,7 +208,7 @@ class SpanDecoder:
         assert isinstance(cache, KeyValueCache)
         num_new, starts = hidden_BTD.shape[1], cache.lengths(start)
         windows = self._windows[start:stop]
-        capacity = cache.capacity if isinstance(cache, StaticCache) and cache.in_round else None
+        capacity = cache.masked_capacity
         whole = capacity is None and all(needs_no_mask(starts, num_new, window) for window in windows)
         if num_new > _PIECE and not whole:
             return self._run_in_pieces(hidden_BTD, start, stop, cache=cache)

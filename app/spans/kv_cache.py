@@ -5,7 +5,7 @@ Shape legend: `B` sequences, `H` key/value heads, `T` new positions, `S` stored 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ class KeyValueCache:
         self._stores: list[tuple[Tensor, Tensor] | None] = [None] * num_layers  # keys, values: each [B, C, H, K]
         self._positions: tuple[object, Tensor] | None = None
         self._slots: tuple[Tensor, int, Tensor] | None = None  # positions, capacity, slots
+        self.tables: Any = None  # rotary tables that captured rounds read, kept in memory by this reference
+
+    @property
+    def masked_capacity(self) -> int | None:
+        """Positions of a row that every pass sees through a mask; None where it sees those that are stored."""
+        return None
 
     def lengths(self, layer_idx: int) -> tuple[int, ...]:
         """Positions stored for block `layer_idx`, for each of the B sequences."""

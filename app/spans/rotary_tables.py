@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from app.spans.kv_cache import KeyValueCache
-from app.spans.static_cache import StaticCache
 
 
 class Tables(NamedTuple):
@@ -33,8 +32,8 @@ class RotaryTables:
 
         `like` are states [B, T, D] of the wanted type and device.
         """
-        if isinstance(cache, StaticCache) and cache.in_round:
-            tables = cache.tables = cache.tables or self._up_to(cache.capacity, like=like)
+        if (capacity := cache.masked_capacity) is not None:
+            tables = cache.tables = cache.tables or self._up_to(capacity, like=like)
         else:
             starts = cache.lengths(start)
             tables = self._up_to(max(starts) + num_new, like=like)

@@ -6,7 +6,6 @@ Tested by tests/unit/spans/test_kv_cache.py and tests/unit/decoding/test_static_
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +27,12 @@ class StaticCache(KeyValueCache):
         self.capacity, self.num_rows = capacity, batch_size
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
         self._rows_B1 = torch.arange(batch_size, device=device)[:, None]
-        self.tables: Any = None  # rotary tables that captured rounds read, kept in memory by this reference
         self._ahead: list[int] | None = None  # positions that each block has run in this round; None: no round yet
         self._this_round: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (ahead, T) -> positions, flat slots
 
     @property
-    def in_round(self) -> bool:
-        return self._ahead is not None
+    def masked_capacity(self) -> int | None:
+        return None if self._ahead is None else self.capacity
 
     def clear(self) -> None:
         """Forget everything, so that a pass over the prompts of all rows can follow."""

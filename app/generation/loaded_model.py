@@ -14,7 +14,7 @@ import torch
 from app.decoding.strategies import STRATEGIES
 from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu.precision import avoid_emulation
-from app.model.cpu.quantized import QUANTIZATIONS, Quantization, round_weights
+from app.model.quantized import QUANTIZATIONS, Quantization, check_kernel, round_weights
 from app.protocols import ExitableDecoder
 from app.text.text_tokens import end_token_ids
 from app.text.tokenizer_files import check_same_tokens
@@ -179,14 +179,13 @@ def _use_draft_vocabulary(loaded: LoadedModel, model: str, given: str | None, *,
 def _check_can_quantize(model: PreTrainedModel, quantization: Quantization) -> None:
     from app.spans.functional_block import FUNCTIONAL_MODEL_TYPES, is_functional
 
-    if model.device.type != "cpu":
-        raise ConfigError("quantization", got=f"{quantization} on {model.device.type}", allowed="none, or device cpu")
     if not is_functional(model):
         got, allowed = f"{quantization} of {model.config.model_type}", " | ".join(sorted(FUNCTIONAL_MODEL_TYPES))
         raise ConfigError("quantization", got=got, allowed=f"none, or a model of {allowed}")
     if model.dtype != torch.bfloat16:
         got, fix = f"{quantization} in {dtype_name(model.dtype)}", "the kernels are slow in other types"
         raise ConfigError("quantization", got=got, allowed="none, or dtype bfloat16", fix=fix)
+    check_kernel(quantization, model.device)
 
 
 def load_draft_decoder(path: str | None, target: LoadedModel, *, strategies: Sequence[str]) -> ExitableDecoder | None:

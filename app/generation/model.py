@@ -12,7 +12,7 @@ from app.errors import ConfigError, check_range
 from app.generation.loaded_model import Device, Dtype, LoadedModel, load_decoder
 from app.generation.options import GenerationOptions
 from app.generation.request import Generation, Request
-from app.model.cpu.quantized import Quantization
+from app.model.quantized import Quantization
 from app.text.text_stream import TextStream
 
 

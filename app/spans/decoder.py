@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from app.errors import ConfigError, check_choice, check_range
 from app.model.cpu.products import Product
-from app.model.cpu.quantized import Quantization
 from app.model.exit_block import AffineNorm, ExitBlock
+from app.model.quantized import Quantization
 from app.protocols import DecoderCache
 from app.spans.attention_masks import attention_mask, causal_mask, needs_no_mask, position_mask
 from app.spans.functional_block import FOLD_UP_TO, FunctionalBlock, Rotation, Sight, is_functional

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from app.model.cpu.norms import RMSNorm
 from app.model.cpu.products import Product, in_fastest_layout
-from app.model.cpu.quantized import Quantization
+from app.model.quantized import Quantization
 from app.spans.kv_cache import KeyValueCache
 
 # Types whose layer is: x += attention(norm(x)); x += down(act(gate(norm(x))) * up(norm(x))). Biases, norms of queries

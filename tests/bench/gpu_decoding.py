@@ -16,6 +16,7 @@ from app.benchmark.transformers_baseline import generate_batch
 from app.decoding.engine import decode_batch
 from app.decoding.settings import ENGINES, DecodingSettings
 from app.decoding.strategies import Strategy
+from app.model.quantized import QUANTIZATIONS, Quantization, check_kernel, round_weights
 from app.spans.decoder import SpanDecoder
 from app.spans.functional_block import join_projections
 
@@ -98,8 +99,13 @@ class Request:
 
 def correctness(shape: Shape, request: Request, *, device: torch.device) -> Iterator[Line]:
     """Compare every way of ours with dynamic autoregressive decoding: identity in fp32, mismatching prompts in bf16."""
-    for dtype in (torch.float32, torch.bfloat16):
-        decoder = SpanDecoder(build(shape, device=device, dtype=dtype, planted=False))
+    kinds: list[tuple[torch.dtype, Quantization]] = [(torch.float32, "none")]
+    for dtype, quantization in [*kinds, *((torch.bfloat16, each) for each in QUANTIZATIONS)]:
+        model = build(shape, device=device, dtype=dtype, planted=False)
+        if quantization != "none":
+            check_kernel(quantization, device)
+            round_weights([model], quantization)
+        decoder = SpanDecoder(model, quantization=quantization)
         prompts = request.prompts(decoder.vocab_size)
         expected = None
         for engine in ENGINES:
@@ -108,7 +114,7 @@ def correctness(shape: Shape, request: Request, *, device: torch.device) -> Iter
                 expected = expected or found
                 same = sum(one == other for one, other in zip(found, expected, strict=True))
                 yield {
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": str(dtype).removeprefix("torch.") if quantization == "none" else quantization,
                     "way": f"{strategy}, {engine}",
                     "identical": same,
                     "prompts": len(prompts),

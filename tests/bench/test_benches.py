@@ -153,7 +153,7 @@ def test_what_a_gpu_will_measure_runs_on_tiny_models_without_one(
     measured = json.loads(output.read_text())
     assert measured["device"] == "cpu: nothing here is a result"
     assert measured["float32_identical"] is True
-    assert [len(measured[part]) for part in ("correctness", "decoding tiny", "training")] == [8, 10, 4]
+    assert [len(measured[part]) for part in ("correctness", "decoding tiny", "training")] == [16, 10, 4]
     assert "self_speculative, static" in capsys.readouterr().out
     drafts = {
         line["chance_of_right_draft"]: line["acceptance"] for line in measured["decoding tiny"] if "acceptance" in line

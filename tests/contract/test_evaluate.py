@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from app.evaluation import likelihood_tasks
 from app.evaluation.journal import Journal
-from app.model.cpu.quantized import round_weights
+from app.model.quantized import round_weights
 from tests.support.runs import cli
 from tests.support.saved_models import save_model
 from tests.support.tokenizers import byte_level

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.model.cpu.quantized import Quantization, QuantizedWeight
+from app.model.quantized import Quantization, QuantizedWeight
 
 _LEAST_ELEMENTS = 2**18  # of a weight; smaller ones may stay in the processor's cache, where swapping is slower
 _FEWEST_INPUTS = 128  # of a weight that is faster input by input

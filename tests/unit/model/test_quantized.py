@@ -7,7 +7,7 @@ from app.decoding.engine import decode_batch
 from app.decoding.settings import DecodingSettings
 from app.errors import ConfigError
 from app.model.cpu.products import Product
-from app.model.cpu.quantized import GROUP, in_4_bits, in_8_bits, round_weights
+from app.model.quantized import _PACK_4_BITS, GROUP, _for_cpu, check_kernel, in_4_bits, in_8_bits, round_weights
 from app.spans.decoder import SpanDecoder
 from tests.support.tiny_models import tiny_llama
 
@@ -85,3 +85,54 @@ def test_drafts_change_nothing_that_the_quantised_model_says(quantization):
         assert torch.allclose(own, model(ids).logits, atol=1e-2)  # transformers runs the rounded weights
         distance = (own - whole).norm() / whole.norm()
     assert 1e-4 < distance < (0.1 if quantization == "int8" else 1.0)
+
+
+@pytest.fixture
+def kernels_of_cuda(monkeypatch):
+    """torch's kernels of a CUDA device for weights of 4 bits, by what its source says of them, on a processor."""
+
+    def pack(pairs_OI, tiles):
+        assert (pairs_OI.dtype, pairs_OI.is_contiguous(), pairs_OI.shape[1] % (tiles * 8)) == (torch.uint8, True, 0)
+        assert len(pairs_OI) % 8 == 0
+        shape = torch.ops.aten._convert_weight_to_int4pack(pairs_OI.to("meta"), tiles).shape
+        return pairs_OI.contiguous().view(torch.int32).reshape(shape)  # the order within is the kernel's own affair
+
+    def multiply(inputs_NI, packed, group, scale_and_zero_GO2):
+        assert (packed.dtype, 8 * len(packed)) == (torch.int32, scale_and_zero_GO2.shape[1])
+        assert inputs_NI.dtype == scale_and_zero_GO2.dtype == torch.bfloat16
+        pairs_OI = packed.flatten().view(torch.uint8).view(scale_and_zero_GO2.shape[1], -1)
+        integers_OI = torch.stack((pairs_OI >> 4, pairs_OI & 15), -1).flatten(1).float() - 8
+        scale_OI, zero_OI = scale_and_zero_GO2.float().permute(2, 1, 0).repeat_interleave(group, -1)
+        return (inputs_NI.float() @ (integers_OI * scale_OI + zero_OI).T).bfloat16()
+
+    library = torch.library.Library("aten", "IMPL", "CPU")
+    library.impl("_convert_weight_to_int4pack", pack)
+    library.impl("_weight_int4pack_mm", multiply)
+    monkeypatch.setitem(_PACK_4_BITS, "cpu", _PACK_4_BITS["cuda"])
+    yield library
+    library._destroy()
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 256])
+def test_on_a_cuda_device_the_same_weights_of_4_bits_are_packed_as_its_kernel_takes_them(kernels_of_cuda, width):
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(61, width, generator=generator).bfloat16() for _ in range(2))
+    rounded, multiply = in_4_bits(weight)
+    torch.testing.assert_close(
+        multiply(inputs[:3]).float(), inputs[:3].float() @ rounded.float().T, atol=0.1, rtol=0.02
+    )
+    check_kernel("int4", torch.device("cpu"))
+
+
+def test_a_kernel_that_is_missing_or_wrong_is_told_before_a_model_is_rounded(monkeypatch):
+    check_kernel("int8", torch.device("cpu"))
+    with monkeypatch.context() as patch:  # a processor has no kernel of that name
+        patch.setitem(_PACK_4_BITS, "cpu", _PACK_4_BITS["cuda"])
+        with pytest.raises(
+            ConfigError, match="got 'int4 on cpu', allowed none, or device cpu; torch's kernel does not"
+        ):
+            check_kernel("int4", torch.device("cpu"))
+    swapped = list(range(64))[::-1]
+    monkeypatch.setitem(_PACK_4_BITS, "cpu", lambda integers: _for_cpu(integers[:, swapped]))
+    with pytest.raises(ConfigError, match="allowed none, or device cpu; torch's kernel is off by"):
+        check_kernel("int4", torch.device("cpu"))

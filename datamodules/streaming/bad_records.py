@@ -18,8 +18,9 @@ class BadRecords:
     been read, bad records are judged as if they came by whole chunks, and only more of them than chance explains stop
     a run.
 
-    At most `max_share` of the records, in [0, 1], may be bad. Those without any text are skipped but not counted as
-    bad: they are common (`__init__.py`) and no damage. `logged` are records that others in this process logged before.
+    At most `max_share` of the records, in [0, 1], may be bad. Those without any text are skipped but neither counted as
+    bad nor logged: they are common (`__init__.py`) and no damage. `logged` are records that others in this process
+    logged before.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class BadRecords:
         first, count = self._reasons.get(record.reason, (record.location, 0))
         if count or len(self._reasons) < _SHOWN:
             self._reasons[record.reason] = first, count + 1
-        if len(self._logged) < _SHOWN and record not in self._logged:  # it comes again in every epoch, to any lane
+        known = record.is_empty or record in self._logged  # it comes again in every epoch, to any lane
+        if len(self._logged) < _SHOWN and not known:
             self._logged.add(record)
             _log.log(self._level, "source %r: skipped %s: %s", self.source, record.location, record.reason)
             if len(self._logged) == _SHOWN:

@@ -29,9 +29,11 @@ def passes(found: BadRecords, *, complete: bool) -> bool:
     return True
 
 
-def test_records_are_counted_and_empty_ones_are_no_damage() -> None:
+def test_records_are_counted_and_empty_ones_are_no_damage(logged: pytest.LogCaptureFixture) -> None:
     found = records(good=3, bad=2)
+    logged.clear()
     found.count(BadRecord("b.py", "empty"))
+    assert not logged.records
     assert (found.seen, found.skipped, found.failed, found.chunks) == (6, 3, 2, 0)
 
 

@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from app.exits.confident_exit import ConfidentExit, Way
+from app.exits.confident_exit import MEAN_BLOCKS, WAYS, WAYS_TITLE, ConfidentExit, Way
 
-_STYLES: dict[Way, tuple[str, dict[str, object]]] = {
-    "exit": ("every question at one exit", {"color": "tab:gray", "marker": "s", "linestyle": "--"}),
-    "threshold": ("at the first exit surer than a threshold", {"color": "tab:blue", "marker": "o"}),
-    "held_out": (
-        "threshold chosen on the other half",
-        {"color": "tab:orange", "marker": "*", "markersize": 13, "linestyle": "none"},
-    ),
+_STYLES: dict[Way, dict[str, object]] = {
+    "exit": {"color": "tab:gray", "marker": "s", "linestyle": "--"},
+    "threshold": {"color": "tab:blue", "marker": "o"},
+    "held_out": {"color": "tab:orange", "marker": "*", "markersize": 13, "linestyle": "none"},
 }
 
 
@@ -28,7 +25,7 @@ def confident_exits_figure(found: Sequence[ConfidentExit], *, title: str) -> Fig
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(5.6 * columns, 4.4 * rows + 0.6), layout="constrained")
-    figure.suptitle(f"{title}: answers at the first exit that is sure enough (lossy)", fontsize="medium")
+    figure.suptitle(f"{title}: {WAYS_TITLE}", fontsize="medium")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for task, axes in zip(tasks, panels, strict=False):
         _panel(axes, [each for each in found if each.task == task])
@@ -42,17 +39,17 @@ def confident_exits_figure(found: Sequence[ConfidentExit], *, title: str) -> Fig
 
 
 def _panel(axes: Axes, found: Sequence[ConfidentExit]) -> None:
-    for way, (label, style) in _STYLES.items():
+    for way, style in _STYLES.items():
         own = sorted((each for each in found if each.way == way), key=lambda each: each.mean_blocks)
         points = [each.mean_blocks for each in own], [100 * each.score for each in own]
-        axes.plot(*points, label=label, **style)  # type: ignore[arg-type]
+        axes.plot(*points, label=WAYS[way], **style)  # type: ignore[arg-type]
         if way == "threshold":
             _name_thresholds(axes, own)
     deepest = [each for each in found if each.way == "exit"][-1]
     bounds = (100 * deepest.low, 100 * deepest.high)
     axes.axhspan(*bounds, color="tab:gray", alpha=0.12, linewidth=0, label="95 % interval of the deepest exit")
     axes.set_title(f"{deepest.task}, n = {deepest.num_examples}", fontsize="medium")
-    axes.set(xlabel="blocks a question runs through (mean)", ylabel=f"right answers ({deepest.metric}), %")
+    axes.set(xlabel=MEAN_BLOCKS, ylabel=f"right answers ({deepest.metric}), %")
     axes.grid(alpha=0.3)
 
 

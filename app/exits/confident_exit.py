@@ -11,6 +11,13 @@ from app.tables import Table, cell, with_interval
 # exit: all questions are answered at one exit. threshold: each at the first exit that is surer than a threshold.
 # held_out: the same, with a threshold that was chosen on other questions than those it answers.
 Way = Literal["exit", "threshold", "held_out"]
+WAYS: dict[Way, str] = {
+    "exit": "every question at one exit",
+    "threshold": "at the first exit surer than a threshold",
+    "held_out": "threshold chosen on the other half",
+}
+WAYS_TITLE = "answers at the first exit that is sure enough (lossy)"
+MEAN_BLOCKS = "blocks a question runs through (mean)"
 
 
 class ConfidentExit(NamedTuple):
@@ -50,11 +57,11 @@ def confident_exits_table(found: Sequence[ConfidentExit], *, title: str) -> Tabl
         "blocks a\nquestion": [cell(each.mean_blocks, "{:.1f}") for each in found],
         "heads a\nquestion": [cell(each.mean_heads, "{:.1f}") for each in found],
     }
-    return Table.of_columns(f"{title}: answers at the first exit that is sure enough (lossy)", cells)
+    return Table.of_columns(f"{title}: {WAYS_TITLE}", cells)
 
 
 def way_label(found: ConfidentExit) -> str:
     """The way in a few words."""
     if found.way == "exit":
         return f"all at exit {found.exit_layer}"
-    return "threshold chosen on the other half" if found.threshold is None else f"surer than {found.threshold:g}"
+    return WAYS["held_out"] if found.threshold is None else f"surer than {found.threshold:g}"

@@ -7,7 +7,7 @@ from math import log
 from shlex import quote
 from typing import Any
 
-from app.exits.confident_exit import ConfidentExit, Way, confident_exits_table
+from app.exits.confident_exit import MEAN_BLOCKS, WAYS, ConfidentExit, Way, confident_exits_table
 from app.exits.score_table import score_table, task_name
 from app.reports.blocks import Block, Charts, Section, Sheet
 from app.reports.charts import Chart, Line
@@ -17,11 +17,7 @@ from app.reports.run_folder import Run
 from app.tables import Table
 
 Curves = Mapping[tuple[str, str], Mapping[int, float]]  # task, metric -> exit layer -> what is drawn
-_WAYS: dict[Way, tuple[str, str]] = {
-    "exit": ("every question at one exit", "run-5"),
-    "threshold": ("at the first exit surer than a threshold", "run-0"),
-    "held_out": ("threshold chosen on the other half", "run-1"),
-}
+_STYLES: dict[Way, str] = {"exit": "run-5", "threshold": "run-0", "held_out": "run-1"}
 _MOST_TOKENS, _MOST_LAYERS = 10, 9  # of the excerpt
 
 
@@ -121,11 +117,11 @@ def _confident_exits(name: str, measured: MeasuredFile) -> list[Block]:
         Chart(
             name=_slug(f"confident-{measured.file}-{task}"),
             title=f"{task} at confident exits (lossy), {name}",
-            x_label="blocks a question runs through (mean)",
+            x_label=MEAN_BLOCKS,
             y_label=f"right answers ({full.metric}), %",
             lines=[
-                Line(label, style, {each.mean_blocks: 100 * each.score for each in ways})
-                for way, (label, style) in _WAYS.items()
+                Line(WAYS[way], style, {each.mean_blocks: 100 * each.score for each in ways})
+                for way, style in _STYLES.items()
                 if (ways := [each for each in found if (each.task, each.way) == (task, way)])
             ],
             also_in_range=(100 * full.low, 100 * full.high),

@@ -9,14 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from app.benchmark.alternation import CONFIRMING_REPEATS
 from app.errors import ConfigError
-from app.text.text_stream import prompt_text
 from app.words import dtype_name
-from datamodules import TextCodeDataModule
-from datamodules.readers.sources import Source
 from tests.bench.data_targets import measure_data_targets
 from tests.bench.decoding_targets import TARGETS, Run, winners
 from tests.bench.results import run_measurement, run_verb, target_result, write_results
@@ -55,7 +50,7 @@ def measure_targets(
         raise ConfigError("topv2_prompts", got=topv2_prompts, allowed="a file with topv2_model, and none without")
     folder = Path(output).parent
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = str(_write_prompts(folder / "prompts.jsonl", Path(config)))
+    held_out = str(_write_prompts(folder / "prompts.jsonl", config))
     measured = _measure("trained", folder, trained_model, prompts or held_out, "--limit", "16", "--dtype", "float32")
     if topv2_model is not None and topv2_prompts is not None:
         measured |= _measure("topv2", folder, topv2_model, topv2_prompts, "--limit", "16", "--dtype", "float32")
@@ -101,15 +96,9 @@ def _benchmark(report: Path, *options: str) -> tuple[str, dict[str, Any]]:
     return command, json.loads(report.read_text("utf-8"))
 
 
-def _write_prompts(path: Path, config: Path) -> Path:
+def _write_prompts(path: Path, config: str) -> Path:
     """Write the beginnings of held-out documents as JSONL."""
-    settings = yaml.safe_load(config.read_text("utf-8"))["data"]["init_args"]
-    settings["sources"] = {name: Source(**source) for name, source in settings["sources"].items()}
-    data = TextCodeDataModule(**settings)
-    data.prepare_data()
-    data.setup("validate")
-    texts = [prompt_text(data.tokenizer, prompt) for prompt in data.validation_prompts(16, 64)]
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), "utf-8")
+    run_verb("data", "--config", config, "--prompts", str(path), "--overwrite", "true")
     return path
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.client import HTTPConnection
 
 import pytest
@@ -61,16 +62,17 @@ def server(directory, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{server[1]}/v1", api_key=KEY, max_retries=100)
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server[1]}/v1", api_key=KEY, max_retries=100) as client:
+        yield client
 
 
 def call(server, method, path, body=b"", **headers):
     """Status and text of an answer, without a client that knows better."""
-    connection = HTTPConnection("127.0.0.1", server[1], timeout=60)
     given = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"} | headers
-    connection.request(method, path, body, given)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
+    with closing(HTTPConnection("127.0.0.1", server[1], timeout=60)) as connection:
+        connection.request(method, path, body, given)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
 
 
 def figures(server):

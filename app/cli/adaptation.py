@@ -19,7 +19,7 @@ from app.cli.adapt_settings import AdaptSettings
 from app.cli.parsing.included_configs import with_installed
 from app.errors import ConfigError, UserError, check_early_exit, check_range
 from app.export.output_directory import check_output_dir
-from app.generation.prompts import read_prompts
+from app.generation.prompts import prompts_file, read_prompts
 from app.model.cpu.precision import training_precision
 from app.model_files.decoding_defaults import DEFAULTS_FIELD, SETTING_NAMES
 from app.model_files.draft_vocabulary import (
@@ -233,7 +233,7 @@ class Adaptation:
             learn, held_out = self._split_prompts
             half = len(held_out) // 2
             for file, texts in zip(files, (learn, held_out[:half], held_out[half:]), strict=True):
-                write_whole(file, "".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+                write_whole(file, prompts_file(texts))
         return files[0], files[1], files[2]
 
     @cached_property

@@ -11,6 +11,7 @@ from app.cli.early_checks import check_model, check_tokenizer
 from app.cli.messages import locate
 from app.cli.tables import print_table
 from app.errors import ConfigError, check_new, check_range
+from app.generation.prompts import prompts_file
 from app.model.process_memory import peak_memory
 from app.protocols import CorpusOwner, PromptOwner, TokenizerOwner
 from app.tables import Table, cell
@@ -89,12 +90,11 @@ class DataCLI(BesideFitCLI):
         if not (isinstance(data, PromptOwner) and isinstance(data, TokenizerOwner)):
             raise ConfigError("prompts", got=type(data).__name__, allowed="a datamodule with validation_prompts")
         prompts = data.validation_prompts(options.num_prompts, options.prompt_length)
-        lines = [json.dumps({"prompt": prompt_text(data.tokenizer, ids)}) for ids in prompts]
         try:
-            write_whole(path, "".join(f"{line}\n" for line in lines))
+            write_whole(path, prompts_file(prompt_text(data.tokenizer, ids) for ids in prompts))
         except OSError as error:
             raise ConfigError("prompts", got=str(path), allowed="a file that can be written", fix=str(error)) from error
-        print(f"{counted(len(lines), 'held-out prompt')} of {counted(options.prompt_length, 'token')}: {path}")
+        print(f"{counted(len(prompts), 'held-out prompt')} of {counted(options.prompt_length, 'token')}: {path}")
 
 
 def _print(found: Preview) -> None:

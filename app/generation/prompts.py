@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,11 @@ def read_prompts(path: str, *, limit: int | None = None) -> list[str]:
     if not prompts:
         raise DataError(f'prompts: {path} holds no prompt; write one object a line, {{"prompt": "..."}}')
     return prompts
+
+
+def prompts_file(texts: Iterable[str]) -> str:
+    """The content of a file that `read_prompts` reads."""
+    return "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
 
 
 def given_texts(prompt: Sequence[str] | None, prompts: str | None, *, limit: int | None = None) -> list[str]:

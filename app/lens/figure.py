@@ -15,12 +15,17 @@ from matplotlib.font_manager import FontProperties
 
 from app.benchmark.sample import drawable
 
-_BAND = 30  # tokens side by side
+_FEW, _BAND = 12, 30  # fewest and most places of tokens side by side; the title needs the former
 _CELL = (0.5, 0.17)  # inches
 _CHARACTERS = 8  # of a token in a cell
 _SETTLED, _SETTLED_TEXT, _TEXT = "#e9e6df", "#615c54", "#1d1b18"
 _CHANGING = LinearSegmentedColormap.from_list("changing", ["#fdeee2", "#f0803c"])
 _BARS = "#1f6f78"
+_LEGEND = (
+    "Above each column: the generated token. Grey: this layer and all after it choose it.\n"
+    "Orange: what a layer chooses before, the stronger the more probable."
+)
+_OWN_BLOCKS = " Rows such as 2+1: exits with blocks of their own."
 
 
 def lens_figure(told: Mapping[str, Any]) -> Figure:
@@ -30,27 +35,32 @@ def lens_figure(told: Mapping[str, Any]) -> Figure:
     others are the more orange the more probable the row's first choice is.
     """
     num_tokens = max(len(run["tokens"]) for run in told["prompts"][0]["runs"])
-    bands = [range(start, min(start + _BAND, num_tokens)) for start in range(0, num_tokens, _BAND)]
+    band = max(_FEW, -(-num_tokens // -(-num_tokens // _BAND)))  # as many tokens in each, but for the last one
+    bands = [range(start, min(start + band, num_tokens)) for start in range(0, num_tokens, band)]
     num_rows = len(told["models"][0]["rows"])
-    width = _CELL[0] * min(num_tokens, _BAND) + 3.6
-    height = len(told["models"]) * (len(bands) * (_CELL[1] * (num_rows + 1) + 0.35) + 0.6)
+    width = _CELL[0] * band + 3.6
+    height = len(told["models"]) * (len(bands) * (_CELL[1] * (num_rows + 1) + 0.35) + 0.6) + 0.4
     figure = Figure(figsize=(width, height), layout="constrained")
-    shares = (_CELL[0] * min(num_tokens, _BAND), 2.4)
+    shares = (_CELL[0] * band, 2.4)
     axes = figure.subplots(len(told["models"]) * len(bands), 2, width_ratios=shares, squeeze=False)
     for number, (model, run) in enumerate(zip(told["models"], told["prompts"][0]["runs"], strict=True)):
         own = axes[number * len(bands) : (number + 1) * len(bands)]
         for (grid_axes, bars_axes), tokens in zip(own, bands, strict=True):
             _draw_grid(grid_axes, model, run, tokens, told["token_texts"])
+            grid_axes.set_xlim(-0.5, band - 0.5)
             bars_axes.set_axis_off()
         needed = model["needed"]
         own[0, 0].set_title(
             f"{model['name']}: {needed['mean_saturation_layer']:.2f} of {model['num_layers']} layers needed"
             f" (first hit after {needed['mean_first_hit']:.2f}; all {needed['num_tokens']} tokens)",
             loc="left",
+            fontsize="medium",
             parse_math=False,
             pad=16,
         )
         _draw_bars(own[0, 1], model)
+    has_own_blocks = any(row["own_blocks"] for model in told["models"] for row in model["rows"])
+    figure.supxlabel(_LEGEND + _OWN_BLOCKS * has_own_blocks, x=0.01, ha="left", fontsize=8)
     return figure
 
 

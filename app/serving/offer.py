@@ -5,6 +5,9 @@ Tested by tests/integration/test_serving.py.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from app.decoding.sampling import SamplingSettings
 from app.decoding.settings import DecodingSettings
@@ -45,10 +48,12 @@ class Offer:
     def settings_of(self, body: Body, budget: int) -> DecodingSettings:
         """Complete settings of a request that asks for `budget` new tokens."""
         check_range("max_tokens", budget, low=1, high=self.max_new_tokens, fix="the limit of this server")
-        sampling = SamplingSettings()
-        if body.temperature > 0:
-            choice = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-            sampling = SamplingSettings(**choice)
+        penalty = body.repetition_penalty
+        if penalty != 1.0 and self.settings.engine == "static":
+            raise ConfigError("repetition_penalty", got=penalty, allowed="1 with the engine of this server, static")
+        names = ("temperature", "top_k", "top_p", "min_p") if body.temperature > 0 else ()
+        choice = {name: getattr(body, name) for name in names}
+        sampling = SamplingSettings(**choice, processor=None if penalty == 1.0 else _penalised(penalty))
         stop = StopStrings(self.loaded.tokenizer, body.stop) if body.stop else None
         return replace(self.settings, max_new_tokens=budget, stop=stop, sampling=sampling)
 
@@ -69,3 +74,9 @@ class Offer:
         ids = chat_tokens(self.loaded.tokenizer, messages)
         check_length("messages", ids, max_length=self.loaded.decoder.max_length)
         return [ids]
+
+
+@lru_cache(maxsize=64)
+def _penalised(penalty: float) -> RepetitionPenaltyLogitsProcessor:
+    """The same processor for the same penalty, so that requests that ask for it share batches."""
+    return RepetitionPenaltyLogitsProcessor(penalty)

@@ -13,6 +13,8 @@ from http.client import HTTPConnection
 
 import pytest
 
+from app.decoding.settings import DecodingSettings
+from app.errors import ConfigError
 from app.generation.loaded_model import load_decoder
 from app.generation.model import Model
 from tests.support.runs import cli
@@ -108,6 +110,9 @@ def test_both_endpoints_answer_as_generate_does_streamed_or_not(client, alone):
     several = client.completions.create(model="tiny", prompt=PROMPTS[:3], **sampled)
     assert several.choices[0].text == alone(PROMPTS[0], **options).text
     assert len({choice.text for choice in several.choices}) == 3
+    penalised = client.completions.create(prompt="x =", extra_body={"repetition_penalty": 1.7}, **asked)
+    assert penalised.choices[0].text == alone("x =", max_new_tokens=30, repetition_penalty=1.7).text
+    assert penalised.choices[0].text != alone("x =", max_new_tokens=30).text
     ids = client.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=3, temperature=0)
     assert ids.usage.prompt_tokens == 3
 
@@ -160,6 +165,7 @@ def test_what_is_not_offered_is_refused_by_name_and_nothing_fails(server, client
         ("completions", {**good, "temperature": "hot"}, 400, "temperature"),
         ("completions", {**good, "temperature": -1}, 400, "temperature"),
         ("completions", {**good, "top_p": 0}, 400, "top_p"),
+        ("completions", {**good, "repetition_penalty": 0}, 400, "repetition_penalty"),
         ("completions", {**good, "max_tokens": 0}, 400, "max_tokens"),
         ("completions", {**good, "max_tokens": MOST + 1}, 400, "max_tokens"),
         ("completions", {**good, "max_tokens": True}, 400, "max_tokens"),
@@ -213,6 +219,21 @@ def test_what_is_not_offered_is_refused_by_name_and_nothing_fails(server, client
     with pytest.raises(openai.BadRequestError, match="best_of: got 3, allowed 1"):
         client.completions.create(best_of=3, **good)
     assert "Traceback" not in server[2].read_text()
+
+
+def test_requests_with_the_same_penalty_share_a_batch_and_static_rounds_have_none():
+    from app.serving.bodies import CompletionBody  # these need the extra
+    from app.serving.offer import Offer
+
+    body = CompletionBody(prompt=["x"], temperature=0, repetition_penalty=1.2)
+    given = {"name": "tiny", "loaded": None, "max_new_tokens": 9, "max_body_bytes": 9}
+    offer = Offer(settings=DecodingSettings(max_new_tokens=1), **given)
+    assert offer.settings_of(body, 3) == offer.settings_of(body.model_copy(), 3)
+    static = Offer(settings=DecodingSettings(max_new_tokens=1, engine="static"), **given)
+    with pytest.raises(
+        ConfigError, match=r"repetition_penalty: got 1.2, allowed 1 with the engine of this server, static"
+    ):
+        static.settings_of(body, 3)
 
 
 def test_more_than_can_wait_is_refused_until_there_is_room(server):

@@ -116,15 +116,17 @@ class LayerSkipModule(ExitBlockSteps):
         self.model = None
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> Self:  # type: ignore[override]
-        """A module with the weights of a run, on the CPU, to evaluate or to train anew; a `Trainer` resumes a run.
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: torch.device | str = "cpu", **settings: Any
+    ) -> Self:
+        """A module with the weights of a run, on one device, to evaluate or to train anew; a `Trainer` resumes a run.
 
         `settings` are arguments of this class other than `config` and `pretrained`; Lightning's own method needs all of
         the run. ConfigError or CheckpointError if there is no such checkpoint, or it is damaged.
         """
         module = cls(pretrained=str(checkpoint_path), **settings)
         module.configure_model()
-        return module
+        return module.to(map_location)
 
     # -- EndOwner of app.protocols --------------------------------------------------------------
 

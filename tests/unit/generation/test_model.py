@@ -82,6 +82,7 @@ def test_a_run_is_loaded_to_decode_and_to_train(tmp_path):
     for name, weight in network.state_dict().items():
         assert torch.equal(module.model.state_dict()[name], weight), name
     assert module.seed == 3
+    assert LayerSkipModule.load_from_checkpoint(checkpoint, map_location="meta").model.device.type == "meta"
     ids = decoded.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     trained = module.eval().model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     assert decoded.generate(PROMPT, strategy="autoregressive", max_new_tokens=8).tokens == trained.tolist()

@@ -33,7 +33,7 @@ class DataOptions:
     Args:
         num_batches: Number of training batches to look at.
         prompts: Write held-out prompts for tune and benchmark to this file, and do nothing else.
-        overwrite: Replace a file of this name.
+        overwrite: Replace a file of this name that holds something else.
         num_prompts: Number of prompts to write.
         prompt_length: Tokens of each prompt.
     """
@@ -49,8 +49,6 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("num_batches", "num_prompts", "prompt_length"):
             check_range(name, getattr(self, name), low=1)
-        if self.prompts is not None and not self.overwrite:
-            check_new(self.prompts, [Path(self.prompts)], field="prompts")
 
 
 class DataCLI(BesideFitCLI):
@@ -90,8 +88,12 @@ class DataCLI(BesideFitCLI):
         if not (isinstance(data, PromptOwner) and isinstance(data, TokenizerOwner)):
             raise ConfigError("prompts", got=type(data).__name__, allowed="a datamodule with validation_prompts")
         prompts = data.validation_prompts(options.num_prompts, options.prompt_length)
+        text = prompts_file(prompt_text(data.tokenizer, ids) for ids in prompts)
+        is_there = path.is_file() and path.read_bytes() == text.encode()
+        if not (options.overwrite or is_there):
+            check_new(str(path), [path], field="prompts")
         try:
-            write_whole(path, prompts_file(prompt_text(data.tokenizer, ids) for ids in prompts))
+            write_whole(path, text)
         except OSError as error:
             raise ConfigError("prompts", got=str(path), allowed="a file that can be written", fix=str(error)) from error
         print(f"{counted(len(prompts), 'held-out prompt')} of {counted(options.prompt_length, 'token')}: {path}")

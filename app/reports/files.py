@@ -33,8 +33,9 @@ def of_files(runs: Sequence[Run], others: Sequence[MeasuredFile], shown: Mapping
 def missing(
     kind: Kind, runs: Sequence[Run], others: Sequence[MeasuredFile], command: Callable[[Run], str]
 ) -> list[Block]:
-    """Name the runs without a file of a kind, unless one of that kind was given that belongs to none."""
-    lacking = [run for run in runs if all(measured.kind != kind for measured in run.measurements)]
+    """Name the runs whose model no file of a kind measured, unless one of that kind was given that belongs to none."""
+    found = [measured for run in runs for measured in run.measurements if measured.kind == kind]
+    lacking = [run for run in runs if not any(file in run.measurements or run.owns(file) for file in found)]
     if not lacking or any(other.kind == kind for other in others):
         return []
     what = f"No {_NAMES.get(kind, kind)} of {', '.join(run.name for run in lacking)}."

@@ -54,6 +54,9 @@ def test_parts_that_are_missing_are_named_with_the_command_that_makes_them(runs:
         "layerskip benchmark --model elsewhere --prompts 'my prompts.jsonl' --ignore_eos true --exit_layers '[2]'"
         f" --dtype float32 --threads 2 --output {folder}/benchmark.json"
     ) in text
+    assert "No view through the layers of ours, baseline." in text
+    write_lens(folder / "lens.json", model=f"{runs[1]}/last.ckpt")  # the second run's model, beside the first run
+    assert "No view through the layers" not in _text(as_html(make_report(runs)))
     assert "a processor, 2 threads" in text
     assert re.search(r"a chip, 4 threads 32-true \S+( \S+)?, torch 2\.9\.0", text)
 

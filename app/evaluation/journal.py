@@ -71,6 +71,8 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         os.fsync(self._file.fileno())
+        if not self.records:  # an evaluation that was refused leaves nothing that refuses the next one
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
     def _lock(self) -> None:

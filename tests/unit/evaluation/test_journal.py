@@ -47,6 +47,12 @@ def test_a_journal_whose_settings_were_half_written_begins_anew(tmp_path):
     assert _written(path).read_text() == _written(tmp_path / "whole").read_text()
 
 
+def test_a_journal_without_an_example_is_not_left_behind(tmp_path):
+    with pytest.raises(KeyError), Journal(tmp_path / "j", SETTINGS):
+        raise KeyError
+    assert not (tmp_path / "j").exists()
+
+
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
     before = _written(tmp_path / "j").read_text()
     message = r"output: got '.*j', allowed results of the same settings \(limit is 3 there and 4 now\); name another"

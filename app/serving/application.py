@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -82,6 +82,8 @@ class _Endpoints:
                 response = JSONResponse(refusal.answer, refusal.status, refusal.headers)
             except ConfigError as error:
                 response = JSONResponse(error_answer(str(error), status=400, field=error.field), 400)
+            except ClientDisconnect:  # before its whole body had come
+                response = Response(status_code=_GONE)
             except Exception as error:
                 _log.exception("a request failed")
                 told = str(error) if isinstance(error, UserError) else "the server failed; its log says why"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -249,6 +250,16 @@ def test_a_client_that_leaves_before_its_whole_answer_takes_its_prompt_along(ser
     def cancelled():
         return figures(server).get('layerskip_prompts_total{outcome="cancelled"}', 0)
 
+    def answered(status):
+        return figures(server).get(f'layerskip_responses_total{{path="/v1/completions",status="{status}"}}', 0)
+
+    gone, failed = answered(499), answered(500)
+    with socket.create_connection(("127.0.0.1", server[1])) as half:
+        head = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        half.sendall(f'POST /v1/completions HTTP/1.1\r\n{head}{{"prompt":'.encode())
+    while answered(499) + answered(500) == gone + failed:
+        time.sleep(0.1)
+    assert answered(500) == failed
     before, body = cancelled(), json.dumps({"prompt": "x", "max_tokens": MOST})
     for _ in range(6):  # some run, others wait
         connection = HTTPConnection("127.0.0.1", server[1], timeout=60)

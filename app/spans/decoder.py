@@ -92,10 +92,7 @@ class SpanDecoder:
             ]
         self._query_groups = config.num_attention_heads // config.num_key_value_heads
         self._tables = RotaryTables(decoder.rotary_emb, max_length=self.max_length)
-        self.kept_program: Any = None
-        self._draft_vocabulary: tuple[int, ...] | None = None
-        self._draft_ids: Tensor | None = None
-        self._draft_head = self._head
+        self.use_draft_vocabulary(None)
 
     @property
     def num_layers(self) -> int:
@@ -166,7 +163,10 @@ class SpanDecoder:
         Raises:
             ConfigError: An id is not in the vocabulary, or stands twice.
         """
-        self._draft_vocabulary, self._draft_ids, self._draft_head, self.kept_program = None, None, self._head, None
+        self._draft_vocabulary: tuple[int, ...] | None = None
+        self._draft_ids: Tensor | None = None
+        self._draft_head = self._head.often_read()
+        self.kept_program: Any = None
         if token_ids is None:
             return
         if not token_ids or len(set(token_ids)) < len(token_ids):
@@ -178,8 +178,8 @@ class SpanDecoder:
         self._draft_vocabulary = tuple(token_ids)
         # Of equal logits the lowest id counts, as in the whole vocabulary.
         ids = self._draft_ids = torch.tensor(sorted(token_ids), device=self.device)
-        weight, bias = self._head.weight.detach()[ids], self._head.bias
-        self._draft_head = Product(weight, None if bias is None else bias.detach()[ids], self.quantization)
+        bias = None if self._head.bias is None else self._head.bias.detach()[ids]
+        self._draft_head = Product(self._head.weight.detach()[ids], bias, self.quantization).often_read()
 
     def new_cache(self, *, batch_size: int = 1, capacity: int) -> KeyValueCache:
         """An empty cache of `capacity` positions a sequence, which may grow; ConfigError in training mode."""

@@ -12,6 +12,8 @@ Shape legend: `T` positions (of all sequences), `I` input width, `O` output widt
 """
 
 import math
+from copy import copy
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Tensor
 from app.model.quantized import Quantization, QuantizedWeight
 
 _LEAST_ELEMENTS = 2**18  # of a weight; smaller ones may stay in the processor's cache, where swapping is slower
+_LEAST_OFTEN_READ = 2**19  # of a weight that is read so often that it stays there
 _FEWEST_INPUTS = 128  # of a weight that is faster input by input
 # Positions -> most inputs of a weight with which one thread is faster this way. With more positions none is.
 _MOST_INPUTS = {1: 1536, 2: math.inf, 3: math.inf, 4: 768, 5: 768, 6: 768}
@@ -48,6 +51,12 @@ class Product:
         self.weight, self.bias = weight, bias
         self._quantized = None if quantization == "none" else QuantizedWeight(weight.detach(), quantization)
         self._large = weight.numel() >= _LEAST_ELEMENTS
+
+    def often_read(self) -> Self:
+        """The same product with a weight that is read again and again, as that of a head by drafts."""
+        product = copy(self)
+        product._large = self.weight.numel() >= _LEAST_OFTEN_READ
+        return product
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """[B, T, I] -> [B, T, O]."""

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from app.errors import ConfigError
+from app.model.cpu import products
 from app.spans.attention_masks import attention_mask
 from app.spans.decoder import SUPPORTED_MODEL_TYPES, SpanDecoder
 from app.spans.functional_block import FUNCTIONAL_MODEL_TYPES
@@ -176,3 +177,15 @@ def test_drafts_are_scored_among_the_ids_of_the_draft_vocabulary_alone() -> None
     assert decoder.draft_ids is not None
     assert decoder.draft_ids.tolist() == [2, 7]
     torch.testing.assert_close(logits, whole[..., [2, 7]])
+
+
+@pytest.mark.parametrize("ids", [None, [7, 2]])
+def test_drafts_take_the_head_as_one_that_is_often_read(ids: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_LEAST_ELEMENTS", 1)
+    decoder = SpanDecoder(_model("llama").eval())
+    decoder.use_draft_vocabulary(ids)
+    monkeypatch.setattr(products, "swapped_product", lambda *_: pytest.fail("swapped"))
+    with torch.no_grad():
+        decoder.draft_logits(torch.zeros(1, 1, 32), exit_layer=1)
+        with pytest.raises(pytest.fail.Exception, match="swapped"):
+            decoder.unembed(torch.zeros(1, 1, 32), exit_layer=1)

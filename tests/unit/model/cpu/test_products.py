@@ -49,8 +49,11 @@ def test_few_positions_of_large_float32_weights_are_swapped_where_that_is_faster
     taken: list[int] = []
     monkeypatch.setattr(products, "swapped_product", lambda inputs, *_: taken.append(1) or inputs)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    Product(torch.zeros(shape, dtype=dtype), None)(torch.zeros(1, positions, shape[1], dtype=dtype))
+    product, inputs = Product(torch.zeros(shape, dtype=dtype), None), torch.zeros(1, positions, shape[1], dtype=dtype)
+    product(inputs)
     assert bool(taken) == swapped
+    product.often_read()(inputs)  # only larger weights leave the cache between two drafts
+    assert len(taken) == swapped + (swapped and shape != (512, 512))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
         ConfigError: The tokenizer has no chat template, or it does not take these messages.
     """
     if tokenizer.chat_template is None:
-        raise ConfigError("chat", got=True, allowed="false: this tokenizer has no chat template")
+        raise ConfigError("chat", got=True, allowed="false", fix="this tokenizer has no chat template")
     try:
         conversation = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program

@@ -70,8 +70,12 @@ class Offer:
         return encoded
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[list[int]]:
-        """Token ids of one conversation."""
-        ids = chat_tokens(self.loaded.tokenizer, messages)
+        """Token ids of one conversation; ConfigError if no chat template takes it, or it is too long."""
+        try:
+            ids = chat_tokens(self.loaded.tokenizer, messages)
+        except ConfigError as error:
+            allowed = "what the model's chat template takes (/v1/completions needs none)"
+            raise ConfigError("messages", got=f"{len(messages)} of them", allowed=allowed, fix=error.fix) from error
         check_length("messages", ids, max_length=self.loaded.decoder.max_length)
         return [ids]
 

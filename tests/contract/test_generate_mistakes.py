@@ -70,7 +70,7 @@ MISTAKES = {
     "seed": (["--seed", "-1"], "seed: got -1, allowed [0,"),
     "batch_size": (["--batch_size", "0"], "batch_size: got 0, allowed [1, inf)"),
     "stop": (["--stop", "a", ""], "stop: got '', allowed valid text of at least one character"),
-    "chat": (["--chat", "true"], "chat: got True, allowed false: this tokenizer has no chat template"),
+    "chat": (["--chat", "true"], "chat: got True, allowed false; this tokenizer has no chat template"),
     "model": (["--model", "/no/such/model"], "model: got '/no/such/model'"),
     "prompts": (["--prompts", "/no/such.jsonl"], "prompts: /no/such.jsonl cannot be read"),
     "device": (["--device", "tpu"], "device: got tpu, allowed auto | cpu | cuda"),

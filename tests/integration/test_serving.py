@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection
+from types import SimpleNamespace
 
 import pytest
 
@@ -235,6 +236,18 @@ def test_requests_with_the_same_penalty_share_a_batch_and_static_rounds_have_non
         ConfigError, match=r"repetition_penalty: got 1.2, allowed 1 with the engine of this server, static"
     ):
         static.settings_of(body, 3)
+
+
+def test_a_conversation_that_no_template_takes_is_refused_by_the_name_of_its_field():
+    from app.serving.offer import Offer  # this needs the extra
+
+    loaded = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=None))
+    settings = DecodingSettings(max_new_tokens=1)
+    offer = Offer(name="tiny", loaded=loaded, settings=settings, max_new_tokens=9, max_body_bytes=9)
+    with pytest.raises(
+        ConfigError, match=r"^messages: got '1 of them', allowed what .* this tokenizer has no chat template"
+    ):
+        offer.encode_chat([{"role": "user", "content": "x"}])
 
 
 def test_more_than_can_wait_is_refused_until_there_is_room(server):

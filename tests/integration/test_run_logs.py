@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 from collections import Counter, defaultdict
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -195,7 +196,10 @@ def test_weights_and_biases_gets_offline_what_the_others_get(tmp_path, monkeypat
 
     wandb.finish()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    logged, settings = read_offline_run(file)
+    give_up = monotonic() + 60
+    while (read := read_offline_run(file)) is None and monotonic() < give_up:
+        sleep(0.1)  # another process writes the file, and may do so after finish
+    logged, settings = read
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     tags = events.Tags()["scalars"]
     assert set(logged) == set(tags)
@@ -207,16 +211,21 @@ def test_weights_and_biases_gets_offline_what_the_others_get(tmp_path, monkeypat
 
 
 def read_offline_run(file):
-    """Return what a W&B run logged, by name and step, and its settings: its file is a log of blocks of 32 KiB."""
+    """Return what a W&B run logged, by name and step, and its settings; None before its end is in the file.
+
+    The file is a log of blocks of 32 KiB.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, position, record = file.read_bytes(), 7, b""  # behind the file's own header
-    logged, settings = defaultdict(dict), {}
+    logged, settings, has_ended = defaultdict(dict), {}, False
     while position + 7 <= len(content):
         if (left := 2**15 - position % 2**15) < 7:
             position += left
             continue
         _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        if position + 7 + length > len(content):  # it is being written
+            break
         record += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or its last part
@@ -227,4 +236,5 @@ def read_offline_run(file):
                     logged[name][items["trainer/global_step"]] = value
             for change in (*found.run.config.update, *found.config.update):
                 settings[change.key or "/".join(change.nested_key)] = json.loads(change.value_json)
-    return logged, settings
+            has_ended |= found.HasField("exit")
+    return (logged, settings) if has_ended else None

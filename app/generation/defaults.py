@@ -130,7 +130,10 @@ def _with_n_grams(
 def _check(strategy: Strategy, settings: DecodingSettings, decoder: ExitableDecoder) -> None:
     """Check the settings that the strategy uses; the engine warns of the others, which have no effect."""
     needs = STRATEGIES[strategy].needs
-    used: dict[str, Any] = {name: getattr(settings, name) for name in needs}
+    names = {*needs, "engine", "compile_rounds", "sampling"} | (
+        {"n_gram_match"} if STRATEGIES[strategy].costs else set()
+    )
+    used: dict[str, Any] = {name: getattr(settings, name) for name in names}
     if "draft_decoder" in needs:  # the caller loads the draft model later
         used["draft_decoder"] = decoder
     if STRATEGIES[strategy].has_drafter:

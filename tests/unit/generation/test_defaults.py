@@ -205,6 +205,8 @@ def test_a_model_that_was_not_tuned_or_gains_nothing_says_so(choose):
         ("layer_skip", {"skipped_layers": (8,)}, "skipped_layers: got"),
         ("layer_skip", {"skipped_layers": (1,), "draft_policy": "dynamic"}, "draft_policy: got 'dynamic'"),
         (None, {"draft_policy": "dynamic", "draft_exits": (99,)}, "draft_exits: got 99"),
+        (None, {"engine": "static", "n_gram_match": 2}, "engine: got 'static', allowed dynamic with n_gram_match"),
+        ("n_gram", {"engine": "static"}, "engine: got 'static', allowed dynamic with strategy n_gram"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_said(choose, caplog, strategy, given, message):

@@ -168,7 +168,7 @@ def read_file(file: Path, csv_columns: Sequence[str] = ()) -> Iterator[Row]:
             if not isinstance(values, dict):
                 raise DataError(f"{location}: got {type(values).__name__}, allowed an object with columns")
             yield Row(values, location, file.stem)
-    except (OSError, ValueError, csv.Error, ElementTree.ParseError) as error:
+    except (OSError, ValueError, LookupError, RecursionError, csv.Error, ElementTree.ParseError) as error:
         raise DataError(f"{file} cannot be read: {shortened(error)}") from error
 
 
@@ -179,7 +179,7 @@ def _values(file: Path, csv_columns: Sequence[str]) -> Iterable[Any]:
 
             return pq.read_table(file).to_pylist()  # type: ignore[no-any-return]
         case ".txt":
-            return [{"text": file.read_text("utf-8")}]
+            return [{"text": file.read_text("utf-8-sig")}]
         case ".csv" | ".tsv":
             return _table(file, csv_columns)
         case ".json":
@@ -198,7 +198,7 @@ def _labelled(file: Path, rows: Iterator[Any]) -> Iterator[Any]:
     if not beside.exists():
         yield from rows
         return
-    of_file, labels = list(rows), beside.read_text("utf-8").split()
+    of_file, labels = list(rows), beside.read_text("utf-8-sig").split()
     if len(labels) != len(of_file):
         raise DataError(f"{beside}: got {len(labels)} labels, allowed {len(of_file)}: one for each row of {file.name}")
     for values, label in zip(of_file, labels, strict=True):

@@ -74,14 +74,14 @@ TRIVIA = {"Data": [{"Question": "Who?", "Answer": {"Value": "Al", "Aliases": ["A
         ("arc_easy", {"ARC-Easy-Test.jsonl": [{"question": STEM, "answerKey": "B"}]},
          "Question: Why?\nAnswer:", (" p", " q"), 1),
         ("openbookqa", {"Main/test.jsonl": [{"question": STEM, "answerKey": "B"}]}, "Why?", (" p", " q"), 1),
-        ("piqa", {"valid.jsonl": [{"goal": "To rest", "sol1": "sit", "sol2": "run"}], "valid-labels.lst": "1\n"},
+        ("piqa", {"valid.jsonl": [{"goal": "To rest", "sol1": "sit", "sol2": "run"}], "valid-labels.lst": "\ufeff1\n"},
          "Question: To rest\nAnswer:", (" sit", " run"), 1),
         ("siqa", {"siqa-train-dev/dev.jsonl": [SIQA], "siqa-train-dev/dev-labels.lst": "3\n",
                   "siqa-train-dev/train.jsonl": [SIQA | {"question": "?", "label": 1}]},
          "Q: Al fell. How is Al?\nA:", (" a", " b", " c"), 2),
         ("copa", {"copa-dev.xml": COPA, "copa-test.xml": COPA * 2},
          "It is wet because", (" i left.", " it rained."), 1),
-        ("race", {"test/high/1.txt": json.dumps(RACE)},
+        ("race", {"test/high/1.txt": "\ufeff" + json.dumps(RACE)},
          "Article: A.\n\nQuestion: Why?\nAnswer:", (" a", " b", " c", " d"), 2),
         ("triviaqa", {"web-dev.json": json.dumps(TRIVIA)},
          "Question: Who?\nAnswer:", (" Al", " Alan"), ("\n", ".", ",")),
@@ -134,7 +134,9 @@ def test_a_folder_gives_the_files_of_the_split_and_of_any_format(tmp_path):
 
 
 def test_texts_belong_to_the_source_that_their_row_or_file_names(tmp_path):
-    _write(tmp_path, {"emma.txt": "It is a truth.\n", "rest.jsonl": [{"text": "a"}, {"text": "b", "source": "wiki"}]})
+    _write(
+        tmp_path, {"emma.txt": "\ufeffIt is a truth.\n", "rest.jsonl": [{"text": "a"}, {"text": "b", "source": "wiki"}]}
+    )
     items = read_items(TASKS["text"], str(tmp_path), limit=1, num_shots=5)  # which count nothing here
     assert [item.example for item in items] == [("It is a truth.\n", "emma"), ("a", "rest"), ("b", "wiki")]
 
@@ -187,6 +189,8 @@ def test_rows_of_the_hub_are_asked_for_by_dataset_config_and_split(monkeypatch):
         ("arc_easy", "r.jsonl", [{"question": {"stem": "q", "choices": ["a", "b"]}, "answerKey": "A"}],
          r"column 'choices': got .*, allowed an object of two lists"),
         ("copa", "r.xml", "<a><b></a>", r"r\.xml cannot be read: mismatched tag"),
+        ("copa", "r.xml", '<?xml version="1.0" encoding="no"?><a/>', r"r\.xml cannot be read: unknown encoding: no"),
+        ("arc_easy", "r.json", "[" * 100_000, r"r\.json cannot be read: maximum recursion depth"),
         ("race", "r.txt", "no", r"r\.txt, row 1: not JSON"),
         ("race", "r.txt", "[1]", r"r\.txt, row 1: got list, allowed an object with columns"),
         ("race", "r.txt", json.dumps(RACE | {"answers": ["A"]}), r"column 'questions': .*allowed a list as long"),

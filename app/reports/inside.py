@@ -158,7 +158,7 @@ def _lens(name: str, measured: MeasuredFile) -> list[Block]:
     return [
         Sheet(table=Table(f"Mean layers needed, {name}", columns, rows), source=source, command=command),
         Charts(charts=[chart]),
-        _excerpt(name, measured),
+        *(_excerpt(name, measured, idx) for idx in range(len(models))),
     ]
 
 
@@ -168,12 +168,12 @@ def _distribution(model: Mapping[str, Any], idx: int) -> Line:
     return Line(str(model["name"]), f"run-{idx}", points)
 
 
-def _excerpt(name: str, measured: MeasuredFile) -> Sheet:
-    """What some layers say of the first tokens: in blue what the model generated, in orange anything else."""
+def _excerpt(name: str, measured: MeasuredFile, model_index: int) -> Sheet:
+    """What some layers say of a model's first tokens: in blue what it generated, in orange anything else."""
     content = measured.content
-    prompt = content["prompts"][0]
-    run, texts = prompt["runs"][0], content["token_texts"]
-    tokens, labels = run["tokens"][:_MOST_TOKENS], [row["label"] for row in content["models"][0]["rows"]]
+    model, prompt = content["models"][model_index], content["prompts"][0]
+    run, texts = prompt["runs"][model_index], content["token_texts"]
+    tokens, labels = run["tokens"][:_MOST_TOKENS], [row["label"] for row in model["rows"]]
     stride = -(-len(labels) // _MOST_LAYERS)
     shown = [*range(len(labels) - 1, -1, -stride)]
     rows, shades = [], {}
@@ -185,8 +185,9 @@ def _excerpt(name: str, measured: MeasuredFile) -> Sheet:
             strength = 0.25 + 0.75 * sure
             shades[number, column + 1] = strength if each == tokens[column] else -strength
     columns = ("", *(f"token {column + 1}" for column in range(len(tokens))))
-    of = f"First choices of {content['models'][0]['name']} after the prompt {prompt['prompt']!r}"
+    of = f"First choices of {model['name']} after the prompt {prompt['prompt']!r}"
     said = f"{of}; blue is what the model generated, orange is not."
     command = measured.command().replace(str(measured.file), str(measured.file.with_suffix(".html")))
-    table = Table(f"What the layers say of the first {len(tokens)} tokens, {name}", columns, rows)
+    whose = name if len(content["models"]) == 1 else f"{name}: {model['name']}"
+    table = Table(f"What the layers say of the first {len(tokens)} tokens, {whose}", columns, rows)
     return Sheet(table=table, source=f"{said} The whole, to look around in:", command=command, shades=shades)

@@ -65,6 +65,16 @@ def test_nothing_runs_over_the_edge_and_nothing_is_loaded(width: int, scheme: st
 def test_nothing_runs_over_the_edge_of_paper(browser: Any, page: Path) -> None:
     show(browser, page, width=718, height=1000, media="print")  # A4 within its margins
     assert browser.execute_script(_OVER) == 0
+    # Where no header is the name of a run, no word of a header is broken.
+    broken = """return [...document.querySelectorAll(".figures thead")].filter(
+        head => !head.textContent.includes("a_run")).flatMap(head => [...head.querySelectorAll("th")]).flatMap(
+        ({ firstChild: text }) => [...text.textContent.matchAll(/[^\\s-]+/g)].filter(({ 0: word, index }) => {
+            const range = document.createRange();
+            range.setStart(text, index);
+            range.setEnd(text, index + word.length);
+            return new Set([...range.getClientRects()].map(({ top }) => top)).size > 1;
+        }).map(([word]) => word))"""
+    assert browser.execute_script(broken) == []
 
 
 def test_pictures_of_the_markdown_load(browser: Any, page: Path) -> None:

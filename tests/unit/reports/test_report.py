@@ -99,6 +99,19 @@ def test_scores_on_tasks_and_layers_needed_are_shown_with_their_commands(runs: l
     assert "No evaluation on tasks of baseline. To make it" in text
 
 
+def test_both_models_of_a_comparison_are_shown_by_name(runs: list[str]) -> None:
+    file = write_lens(Path(runs[0], "lens.json"), model=f"{runs[0]}/last.ckpt")
+    document = json.loads(file.read_text())
+    document["models"].insert(0, document["models"][0] | {"name": "before"})
+    run = document["prompts"][0]["runs"][0]
+    document["prompts"][0]["runs"].insert(0, run | {"tokens": [7, 7]})
+    file.write_text(json.dumps(document))
+    text = _text(as_html(make_report(runs)))
+    for name in ("before", "m"):
+        assert f"What the layers say of the first 2 tokens, ours: {name}" in text
+        assert f"First choices of {name} after the prompt 'say it'" in text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "cut off or no JSON"), ("[1]", "not a file that layerskip"), (None, "cannot be read")],

@@ -194,4 +194,8 @@ def test_a_printed_page_has_the_whole_grid_in_bands(opened):
     grids = browser.find_elements(By.CSS_SELECTOR, "#grid table")
     assert [len(grid.find_elements(By.CSS_SELECTOR, "thead th")) for grid in grids] == [6, 6, 3]
     assert not find(browser, ".controls").is_displayed()
+    assert find(browser, "#prompt-text").is_displayed()
+    assert find(browser, "tfoot").value_of_css_property("display") == "table-row-group"  # stands once, not on each page
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    browser.execute_script("window.dispatchEvent(new Event('afterprint'))")
+    assert not find(browser, "#prompt-text").is_displayed()

@@ -120,8 +120,16 @@ $("chart").addEventListener("click", (event) => {
   setLayer(Math.round(1 + share * (numLayers - 1)));
 });
 window.addEventListener("resize", () => state.view === "lines" && drawLines());
-window.addEventListener("beforeprint", () => drawGrid(printedTokens));
-window.addEventListener("afterprint", draw);
+const prompt = document.querySelector("details.prompt");
+let promptWasOpen = false;
+window.addEventListener("beforeprint", () => {
+  [promptWasOpen, prompt.open] = [prompt.open, true]; // paper cannot be unfolded
+  drawGrid(printedTokens);
+});
+window.addEventListener("afterprint", () => {
+  prompt.open = promptWasOpen;
+  draw();
+});
 state.row = rowOf(numLayers);
 drawBars("bars-of-all", told.models.map((model) => model.needed), "All");
 draw();

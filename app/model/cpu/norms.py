@@ -15,7 +15,8 @@ class RMSNorm:
     """
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
-        self._weight, self._epsilon, self._epsilon_1 = weight, epsilon, torch.tensor([epsilon])
+        self._weight, self._epsilon = weight, epsilon
+        self._epsilon_1 = torch.tensor([epsilon], dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
     def __call__(self, inputs: Tensor) -> Tensor:
         width = inputs.shape[-1]

@@ -15,3 +15,14 @@ def test_it_is_the_norm_of_torch(dtype: torch.dtype, size: float) -> None:
     weight = torch.randn(48, generator=generator).to(dtype)
     normed = RMSNorm(weight, 1e-6)(inputs)
     torch.testing.assert_close(normed, F.rms_norm(inputs, (48,), weight, 1e-6))
+
+
+def test_what_tensors_are_by_default_changes_nothing() -> None:
+    inputs, weight = torch.ones(1, 1, 48), torch.ones(48)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            norm = RMSNorm(weight, 1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(norm(inputs), F.rms_norm(inputs, (48,), weight, 1e-6))

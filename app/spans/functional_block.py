@@ -175,9 +175,17 @@ def join_projections(model: PreTrainedModel, layers: Iterable[Any] | None = None
                 if parameters[0] is None:
                     continue
                 joined = in_fastest_layout(torch.cat([parameter.data for parameter in parameters]))
+                if not joined.is_contiguous():
+                    for linear in group:
+                        linear.register_state_dict_post_hook(_hand_out_contiguous)
                 sizes = [parameter.shape[0] for parameter in parameters]
                 for parameter, part in zip(parameters, joined.split_with_sizes(sizes), strict=True):
                     parameter.data = part
+
+
+def _hand_out_contiguous(_: nn.Module, state_dict: dict[str, Any], prefix: str, __: Any) -> None:
+    """Copy the weight of a `state_dict` that is laid out input by input, since safetensors saves no such tensor."""
+    state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].contiguous()
 
 
 def is_functional(model: PreTrainedModel) -> bool:

@@ -3,9 +3,11 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from app.decoding.result import DecodingResult
 from app.decoding.sampling import SamplingSettings
@@ -130,6 +132,19 @@ def test_joined_projections_are_one_product_with_the_same_values(monkeypatch: py
         (product,) = projections._products
         torch.testing.assert_close(projections(inputs), apart)
     assert product.weight.t().is_contiguous()  # small weights in float32 are laid out input by input
+
+
+def test_a_model_with_joined_projections_is_saved_and_loaded_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_FEWEST_INPUTS", 1)
+    model = copy.deepcopy(model_named("qwen2 with biases"))
+    join_projections(model)
+    assert not model.model.layers[0].self_attn.q_proj.weight.is_contiguous()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, weight in model_named("qwen2 with biases").state_dict().items():
+        assert torch.equal(saved[name], weight), name
 
 
 def test_a_decoder_sees_weights_that_change_under_it() -> None:

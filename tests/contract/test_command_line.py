@@ -524,6 +524,7 @@ def test_no_verb_replaces_a_file_unless_told_to(verb, options, tmp_path, monkeyp
             ["--early_exit.exit_layers=[1]", "--early_exit.exit_layers=[2]", "--seed_everything=-1"],
             "--early_exit.exit_layers is given 2 lists: only the last one counts, [2]",
         ),
+        ("fit", ["--trainer.callbacks+=[Timer]", "--trainer.callbacks+=[ModelSummary]", "--seed_everything=-1"], None),
     ],
 )
 def test_the_last_of_several_lists_of_an_option_counts_with_a_warning(

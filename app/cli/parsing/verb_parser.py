@@ -60,12 +60,15 @@ class OneLineErrors(ArgumentParser):
 
 
 def _lists(args: Sequence[str]) -> dict[str, list[str]]:
-    """Return the different lists that each option on a command line is given, in their order."""
+    """Return the different lists that each option on a command line is given, in their order.
+
+    An option that ends in "+" adds to a list, so that all of its lists count.
+    """
     found: dict[str, dict[str, None]] = {}
     for word, following in pairwise([*args, ""]):
         option, equals, value = word.partition("=")
         value = value if equals else following
-        if option.startswith("--") and value.startswith("["):
+        if option.startswith("--") and not option.endswith("+") and value.startswith("["):
             found.setdefault(option, {})[value] = None
     return {option: [*lists] for option, lists in found.items()}
 

@@ -161,6 +161,7 @@ class Adaptation:
             chosen["n_gram_max_drafts"] = str(most)
         file = self.folder / "benchmark.json"
         options = {"prompts": self._prompts[2], "output": file, "strategies": json.dumps([strategy])}
+        options["overwrite"] = True  # a call that was cut off may have left the file and not finished
         limit = {"time_limit_seconds": self._clock.time_for("benchmark")}
         self._run("benchmark", "benchmark", {**options, **limit, **chosen, **self._measuring})
         results: list[dict[str, Any]] = json.loads(file.read_text())["results"]

@@ -25,3 +25,4 @@ def test_what_tune_chose_is_measured_from_the_exits_that_its_policy_takes(tmp_pa
     assert own.measure() == []
     assert json.loads(asked["exit_layers"]) == exits
     assert (asked["draft_policy"], asked["prompts"]) == (policy, "measure")
+    assert asked["overwrite"]  # a call that was cut off may have left the file

@@ -22,6 +22,7 @@ from app.export.output_directory import README
 from app.model_files.decoding_defaults import DecodingDefaults
 from app.model_files.gguf import read_gguf_origin
 from app.spans.decoder import SUPPORTED_MODEL_TYPES
+from app.words import model_name
 
 _UNKNOWN_LICENSE = "unknown"  # the hub's own word for it
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -67,7 +68,7 @@ class CardSettings:
 
     def of_exit(self, path: str, record: RunRecord | None, *, blocks: str) -> "CardSettings":
         """Tell that these are some blocks of a model that was opened at `path`, its base model if nobody says else."""
-        name = Path(path).resolve().name if Path(path).exists() else path
+        name = model_name(str(Path(path).resolve())) if Path(path).exists() else path
         base = self.base_model or (record.base_model if record else None) or (path if name == path else None)
         return replace(self, base_model=base, origin=f"{blocks} of {name}", drafts_for=name)
 

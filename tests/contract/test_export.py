@@ -45,8 +45,8 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     trainer = make_trainer(root, max_steps=1, callbacks=[])
     trainer.fit(make_module(), datamodule=make_data(root))
-    trainer.save_checkpoint(root / "run.ckpt")
-    return str(root / "run.ckpt")
+    trainer.save_checkpoint(root / "checkpoints" / "run.ckpt")
+    return str(root / "checkpoints" / "run.ckpt")
 
 
 @pytest.fixture(scope="module")
@@ -468,7 +468,8 @@ def test_an_exit_becomes_a_model_of_its_own_which_drafts_for_the_whole_one(
     assert generation["eos_token_id"] == tokenizer.eos_token_id
     assert not {"layerskip", "assistant_early_exit"} & generation.keys()
     readme = (out / "README.md").read_text()
-    assert f"the first 2 of the 4 blocks of {Path(source).name}" in readme
+    name = Path(source).name if Path(source).is_dir() else f"{Path(source).parts[-3]}/{Path(source).name}"  # of the run
+    assert f"the first 2 of the 4 blocks of {name}" in readme
     assert "drafts what" in readme
     if Path(source).is_dir():
         assert (ModelCard(readme).data.license, ModelCard(readme).data.base_model) == ("mit", "some/body")

@@ -18,7 +18,7 @@ STRATEGIES = {
     "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
 }
 SETTINGS = {"exit_layers": [1, 3], "num_draft_tokens": [2], "max_new_tokens": 8}
-COUNTS = ("num_prompts", "drafted", "accepted", "decoded", "rounds", "baseline_decoded", "identical")
+COUNTS = ("num_prompts", "drafted", "accepted", "num_decoded", "rounds", "baseline_decoded", "identical")
 
 
 def new_module():

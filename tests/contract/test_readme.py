@@ -82,6 +82,18 @@ def test_readme_is_short_and_no_line_of_a_document_is_long():
         assert not [line for line in lines if len(line) > 130 and not line.startswith("|")], path  # but for tables
 
 
+def test_no_command_of_a_document_is_refused_for_the_file_of_another():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "app").glob("*/README.md")):
+        text = document.read_text("utf-8").replace("\\\n", " ")
+        written = {line.strip(): name for line in text.splitlines() for name in re.findall(r"--output (\S+)\b", line)}
+        draws = ("layerskip benchmark ", "layerskip evaluate ")  # a figure of the same name beside their .json
+        files = [
+            *written.values(),
+            *(f"{Path(name).stem}.png" for line, name in written.items() if line.startswith(draws)),
+        ]
+        assert len({*files}) == len(files), (document, files)
+
+
 def test_make_targets_of_the_readme_exist():
     targets = {shlex.split(command)[1] for command in COMMANDS if command.startswith("make ")}
     assert {"quickstart", "test"} <= targets

@@ -18,7 +18,7 @@ _MOST_POINTS = 300  # of a line; more are drawn as the means of so many interval
 _FEW_POINTS = 16  # which are marked
 _WIDTH, _PLOT_HEIGHT, _LEFT, _TOP, _BOTTOM = 420, 230, 46, 26, 40
 _RIGHT = 24  # half of the longest label, 100,000, where a tick is at the end of the x axis
-_LEGEND_ROW, _SWATCH, _LETTER = 20, 30, 6.6
+_LEGEND_ROW, _SWATCH, _LETTER, _DIGIT = 20, 30, 6.6, 7.7
 
 
 Points = Series | Mapping[float, float]
@@ -94,11 +94,13 @@ def draw(chart: Chart) -> Drawing:
     bottom, right = _TOP + _PLOT_HEIGHT, _WIDTH - _RIGHT
     x_low, x_high = min(xs, default=0.0), max(xs, default=1.0)
     y_low, y_high = min([*ys, y_ticks[0]]), max([*ys, y_ticks[-1]])
+    y_labels = [f"{y:.0%}" if chart.in_percent else f"{y:g}" for y in y_ticks]
+    left = max(_LEFT, 8 + math.ceil(_DIGIT * max(map(len, y_labels))))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / ((x_high - x_low) or 1.0)
         up = (y - y_low) / ((y_high - y_low) or 1.0)
-        return round(_LEFT + across * (right - _LEFT), 1), round(bottom - up * _PLOT_HEIGHT, 1)
+        return round(left + across * (right - left), 1), round(bottom - up * _PLOT_HEIGHT, 1)
 
     paths = []
     for line, points in lines:
@@ -116,12 +118,12 @@ def draw(chart: Chart) -> Drawing:
         chart=chart,
         width=_WIDTH,
         height=bottom + _BOTTOM + (round(legend[-1][1]) - bottom - _BOTTOM + 12 if legend else 0),
-        left=_LEFT,
+        left=left,
         right=right,
         top=_TOP,
         bottom=bottom,
         x_ticks=[(at(x, 0.0)[0], f"{x:,g}") for x in x_ticks if x_low <= x <= x_high],
-        y_ticks=[(at(0.0, y)[1], f"{y:.0%}" if chart.in_percent else f"{y:g}") for y in y_ticks],
+        y_ticks=[(at(0.0, y)[1], label) for y, label in zip(y_ticks, y_labels, strict=True)],
         paths=paths,
         legend=legend,
     )

@@ -22,11 +22,12 @@ def test_values_lie_where_the_axes_say():
     assert [words for *_, words in marks] == ["a: 2 at 10", "a: 3 at 20", "a: 2.5 at 30"]
 
 
-def test_the_label_at_the_end_of_an_axis_is_not_cut_off():
-    drawing = draw(_chart(Line("a", "run-0", {0: 2.0, 100_000: 3.0})))
+def test_no_label_of_an_axis_is_cut_off():
+    drawing = draw(_chart(Line("a", "run-0", {0: 100_000.0, 100_000: 120_000.0})))
     x, text = drawing.x_ticks[-1]
     assert (x, text) == (drawing.right, "100,000")
     assert x + 6.6 * len(text) / 2 <= drawing.width  # of letters 6.6 wide
+    assert drawing.left - 7 >= 7.6 * max(len(label) for _, label in drawing.y_ticks)  # of digits 7.6 wide
 
 
 def test_what_is_not_finite_leaves_a_gap():

@@ -189,8 +189,8 @@ class Scheduler:
         for job in jobs:
             if job in again:
                 job.begin()
-            elif not job.is_over:
-                self.counts.jobs["failed"] += 1
+            elif not job.ended:
+                self.counts.jobs["cancelled" if job.cancelled else "failed"] += 1
                 job.fail(error)
         return again
 

@@ -198,6 +198,7 @@ def test_a_prompt_that_cannot_be_decoded_takes_no_other_down_that_has_said_nothi
         def __iter__(self):
             for number, step in enumerate(super().__iter__()):
                 if self.fails and (fails_at == "the first round" or number == 4):
+                    other.cancelled = fails_at == "a later round"
                     raise NotFiniteError("the model's logits are not finite")
                 yield step
 
@@ -212,6 +213,7 @@ def test_a_prompt_that_cannot_be_decoded_takes_no_other_down_that_has_said_nothi
         assert scheduler.counts.joined == 0
     else:
         assert isinstance(good.events[-1], Failed)  # its beginning was shown, and must not be shown again
+        assert scheduler.counts.jobs == {"failed": 2, "cancelled": 1, "max_new_tokens": 1}  # each is counted once
     assert "could not be decoded together" in caplog.text
 
 

@@ -94,7 +94,11 @@ class Journal:
         if not begins.startswith(half[: len(begins)]):
             raise self._damaged(len(lines) + 1, ValueError("it is not of an evaluation"))
         if lines:
-            self._check(self._line(lines[0], 1).get("settings"), settings)
+            before = self._line(lines[0], 1).get("settings")
+            if len(lines) == 1 and isinstance(before, dict):  # it was killed before an example was done
+                lines = []
+            else:
+                self._check(before, settings)
         for number, line in enumerate(lines[1:], start=2):
             record = self._line(line, number)
             try:
@@ -106,6 +110,7 @@ class Journal:
             self._file.truncate(sum(len(line) + 1 for line in lines))
             _log.warning("%s: its last line was half-written (%d bytes), and is dropped", self._path, len(half))
         if not lines:
+            self._file.truncate(0)
             self._write({"settings": settings})
         if self.records:
             _log.info("%s: going on behind %d examples that are done", self._path, len(self.records))

@@ -42,8 +42,11 @@ def test_a_half_written_last_line_is_dropped_and_told(tmp_path, caplog, lost):
     assert path.read_text() == _written(tmp_path / "whole").read_text()
 
 
-def test_a_journal_whose_settings_were_half_written_begins_anew(tmp_path):
-    (path := tmp_path / "j").write_text('{"settings": {')
+@pytest.mark.parametrize(
+    "left", ['{"settings": {', '{"settings": {"limit": 9}}\n', '{"settings": {"limit": 9}}\n{"task']
+)
+def test_a_journal_that_was_killed_before_an_example_was_done_begins_anew(tmp_path, left):
+    (path := tmp_path / "j").write_text(left)
     assert _written(path).read_text() == _written(tmp_path / "whole").read_text()
 
 

@@ -17,6 +17,13 @@ def test_it_is_the_norm_of_torch(dtype: torch.dtype, size: float) -> None:
     torch.testing.assert_close(normed, F.rms_norm(inputs, (48,), weight, 1e-6))
 
 
+def test_a_value_that_is_far_larger_than_many_others_costs_no_digit() -> None:
+    inputs, weight = torch.linspace(1, 2, 8192)[None, None], torch.ones(8192)
+    inputs[..., 0] = 1e4
+    exact = F.rms_norm(inputs.double(), (8192,), weight.double(), 1e-6)
+    torch.testing.assert_close(RMSNorm(weight, 1e-6)(inputs).double(), exact, rtol=2e-6, atol=0)
+
+
 def test_what_tensors_are_by_default_changes_nothing() -> None:
     inputs, weight = torch.ones(1, 1, 48), torch.ones(48)
     torch.set_default_dtype(torch.float64)

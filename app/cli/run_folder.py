@@ -8,6 +8,7 @@ Tested by tests/contract/test_command_line.py and test_resume.py.
 
 import csv
 import io
+import logging
 import os
 import re
 import warnings
@@ -31,6 +32,7 @@ from app.training.module import LayerSkipModule
 from app.whole_file import write_whole
 from callbacks.tensorboard import EVENT_FILES, points
 
+_log = logging.getLogger(__name__)
 _HPARAMS = "hparams.yaml"  # Lightning's loggers write it
 _VERSION = re.compile(r"version_(\d+)")
 
@@ -76,6 +78,20 @@ def _given_config(pl_module: LightningModule) -> GivenConfig:
     assert isinstance(pl_module, LayerSkipModule)
     assert pl_module.given_config is not None
     return pl_module.given_config
+
+
+def warn_of_shared_folder(trainer: Trainer) -> None:
+    """Warn if the first logger, such as W&B's, gives a run no folder of its own."""
+    first = trainer.loggers[0] if trainer.loggers else None
+    if first is None or isinstance(first, TensorBoardLogger | CSVLogger) or not trainer.is_global_zero:
+        return
+    folder = Path(first.save_dir or trainer.default_root_dir)
+    _log.warning(
+        "trainer.logger: %s comes first, whose runs share the folder %s: a later run replaces its config.yaml, and"
+        " --ckpt_path last and auto miss checkpoints that lie deeper. Put a TensorBoardLogger or CSVLogger before it",
+        type(first).__name__,
+        folder,
+    )
 
 
 def go_on_in_latest_version(trainer: Trainer) -> None:

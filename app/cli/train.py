@@ -32,7 +32,14 @@ from app.cli.measured import measured_table, warn_of_emulation, warn_of_overflow
 from app.cli.messages import locate
 from app.cli.parsing.preflight import AUTO, LAST, USE_PREVIOUS, check_checkpoint_path
 from app.cli.parsing.training_parser import TrainingParser
-from app.cli.run_folder import SaveFitConfig, go_on_in_latest_version, keep_metrics, log_aside, no_trace_if_refused
+from app.cli.run_folder import (
+    SaveFitConfig,
+    go_on_in_latest_version,
+    keep_metrics,
+    log_aside,
+    no_trace_if_refused,
+    warn_of_shared_folder,
+)
 from app.cli.strategies import check_launch, check_strategy
 from app.cli.tables import print_table
 from app.errors import CheckpointError, ConfigError, check_range
@@ -123,6 +130,8 @@ class LayerSkipCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         check_launch(self.config[subcommand]["trainer"])
         warn_of_emulation(self.trainer)
+        if subcommand == "fit":
+            warn_of_shared_folder(self.trainer)
         ckpt_path = self.config_init[subcommand].get("ckpt_path")
         if ckpt_path in (LAST, AUTO):
             go_on_in_latest_version(self.trainer)

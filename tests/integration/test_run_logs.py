@@ -10,12 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from app import metric_names
+from app.cli.run_folder import warn_of_shared_folder
 from app.reports.scalars import read_scalars
 from callbacks import DataMonitor, ExitQualityMonitor, RunLogs, SelfSpeculativeValidation, ThroughputMonitor
 from callbacks.run_logs import is_detail, shown_depths
@@ -208,6 +210,15 @@ def test_weights_and_biases_gets_offline_what_the_others_get(tmp_path, monkeypat
     with (tmp_path / "table" / "metrics.csv").open(newline="") as lines:
         assert set(next(csv.reader(lines))) - {"step"} == set(tags)
     assert settings["curriculum"] == "rotational"
+
+
+def test_a_first_logger_whose_runs_share_a_folder_is_told(tmp_path, caplog):
+    table = CSVLogger(tmp_path, name="table", version="")
+    for loggers in ([DummyLogger(), table], [table, DummyLogger()]):
+        warn_of_shared_folder(make_trainer(tmp_path, max_steps=1, callbacks=[], logger=loggers))
+    told = [message for message in caplog.messages if "whose runs share the folder" in message]
+    assert len(told) == 1
+    assert f"DummyLogger comes first, whose runs share the folder {tmp_path}" in told[0]
 
 
 def read_offline_run(file):

@@ -210,6 +210,8 @@ class LayerSkipCLI(LightningCLI):
         self.model.given_config = given
         if (ckpt_path := options.get("ckpt_path")) is None:
             check_names(allow_changes, given.settings)
+            if self.subcommand == "fit" and self.trainer.is_global_zero:
+                _check_config(self.trainer, text)
         elif not options["fall_back_to_previous"]:  # else the reader chooses the checkpoint, and checks it
             latest = _latest(found) if ckpt_path == LAST else find_checkpoint(Path(ckpt_path))
             check_before(latest, given, fit=self.subcommand == "fit")
@@ -229,6 +231,16 @@ def _without_refused(settings: Namespace) -> list[Callback]:
     given = settings["callbacks"]
     callbacks = given if isinstance(given, list) else [given]
     return [callback for callback in callbacks if callback is not None and not isinstance(callback, refused)]
+
+
+def _check_config(trainer: Trainer, text: str) -> None:
+    """Refuse to replace a config in a folder that is no run's own, which without a logger is the user's."""
+    there = Path(trainer.default_root_dir, "config.yaml")
+    tries = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it from another class
+    if trainer.loggers or tries or not there.is_file() or there.read_text("utf-8", "replace") == text:
+        return
+    allowed, fix = f"a folder without a {there.name}, which this run would replace", "name another folder, or move it"
+    raise ConfigError("trainer.default_root_dir", got=trainer.default_root_dir, allowed=allowed, fix=fix)
 
 
 def _latest(paths: Sequence[Path]) -> Path:

@@ -323,6 +323,11 @@ def test_a_fit_without_a_logger_writes_to_the_root_folder_and_does_without_what_
         f"--trainer.callbacks+=lightning.pytorch.callbacks.{each}"
         for each in ("LearningRateMonitor", "DeviceStatsMonitor")
     ]
+    (mine := tmp_path / "config.yaml").write_text("mine")
+    assert cli(monkeypatch, "fit", *given) == 2
+    assert "allowed a folder without a config.yaml" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    mine.unlink()
     assert cli(monkeypatch, "fit", *given, *needy, "--trainer.max_steps=1") == 0, capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
     assert cli(monkeypatch, "fit", *given) == 2

@@ -193,6 +193,7 @@ def test_a_printed_page_has_the_whole_grid_in_bands(opened):
     browser.execute_script("printedTokens = 5; window.dispatchEvent(new Event('beforeprint'))")
     grids = browser.find_elements(By.CSS_SELECTOR, "#grid table")
     assert [len(grid.find_elements(By.CSS_SELECTOR, "thead th")) for grid in grids] == [6, 6, 3]
+    assert [find(grid, "caption").text for grid in grids] == 3 * ["plain"]  # the model, since its button is not printed
     assert not find(browser, ".controls").is_displayed()
     assert find(browser, "#prompt-text").is_displayed()
     assert find(browser, "tfoot").value_of_css_property("display") == "table-row-group"  # stands once, not on each page

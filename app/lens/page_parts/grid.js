@@ -6,6 +6,7 @@ function band(first, stop) {
   const table = make("table");
   table.setAttribute("role", "grid");
   table.setAttribute("aria-label", "Top prediction of every layer for every generated token");
+  if (told.models.length > 1) table.createCaption().textContent = told.models[state.model].name; // for paper
   const head = table.createTHead().insertRow();
   head.append(make("th", { scope: "col", textContent: "layer" }));
   for (let token = first; token < stop; token += 1) {

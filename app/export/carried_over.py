@@ -100,7 +100,8 @@ def fitting_vocabulary(
 
 
 def _unmeasured(defaults: DecodingDefaults) -> DecodingDefaults:
-    return DecodingDefaults(strategy=defaults.strategy, **dict[str, Any](defaults.settings))
+    chosen: dict[str, Any] = defaults.settings | {"draft_exits": defaults.draft_exits}  # with whatever policy
+    return DecodingDefaults(strategy=defaults.strategy, **chosen)
 
 
 def named(defaults: DecodingDefaults) -> str:

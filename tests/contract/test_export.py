@@ -292,10 +292,11 @@ def test_defaults_given_of_other_weights_are_taken_without_what_was_measured(
     run, trained_on, tmp_path, monkeypatch, capsys
 ):
     assert cli(monkeypatch, "export", "--ckpt_path", run, "--output_dir", str(tmp_path / "tuned")) == 0
-    write_decoding_defaults(tmp_path / "tuned", TUNED)
+    tuned = replace(TUNED, draft_exits=(1,))  # for whoever asks for policy dynamic
+    write_decoding_defaults(tmp_path / "tuned", tuned)
     given = ["--output_dir", str(tmp_path / "out"), "--generation_defaults", str(tmp_path / "tuned")]
     assert cli(monkeypatch, "export", "--ckpt_path", trained_on, *given) == 0
-    assert defaults_of(tmp_path / "out") == replace(TUNED, measured_speedup=None, conditions=None)
+    assert defaults_of(tmp_path / "out") == replace(tuned, measured_speedup=None, conditions=None)
     assert "not measured on these weights" in ModelCard.load(tmp_path / "out" / "README.md").text
     printed = capsys.readouterr()
     assert "tuned holds other weights: what layerskip tune chose is taken, what it measured is not" in printed.err

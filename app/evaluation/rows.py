@@ -88,6 +88,11 @@ def spread(groups: Sequence[str], limit: int | None) -> list[int]:
 
 
 def _checked(example: Example, row: Row) -> Example:
+    fields = (field if isinstance(field, tuple) else (field,) for field in example)
+    try:
+        "".join(text for texts in fields for text in texts if isinstance(text, str)).encode()
+    except UnicodeEncodeError as error:  # half of a pair, which JSON can spell; no tokenizer takes it
+        raise DataError(f"{row.location}: a text is not Unicode ({error.reason})") from error
     if isinstance(example, ChoiceExample):
         if not all(map(str.strip, example.choices)):
             raise DataError(f"{row.location}: got a choice without a text, allowed choices of at least one character")

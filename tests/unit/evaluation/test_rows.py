@@ -200,6 +200,8 @@ def test_rows_of_the_hub_are_asked_for_by_dataset_config_and_split(monkeypatch):
         ("piqa", "r.jsonl", '{"goal": 1}\n{"go', r"r\.jsonl, line 2: not JSON"),
         ("piqa", "r.jsonl", "[1]\n", r"r\.jsonl, row 1: got list, allowed an object with columns"),
         ("piqa", "r.jsonl", [PIQA | {"sol1": ""}], "r.jsonl, row 1: got a choice without a text, allowed"),
+        ("piqa", "r.jsonl", [PIQA | {"sol1": "\ud800"}], r"r\.jsonl, row 1: a text is not Unicode \(surrogates"),
+        ("text", "r.jsonl", [{"text": "\ud800"}], r"r\.jsonl, row 1: a text is not Unicode \(surrogates"),
         ("piqa", "r.jsonl", "", r"task piqa: .*r\.jsonl holds no row"),
         ("piqa", "r.xml", "<a/>", r"task piqa: .*r\.xml is a '\.xml' file, allowed \.jsonl \| "),
         ("piqa", "r.parquet", "no", r"r\.parquet cannot be read"),

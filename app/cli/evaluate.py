@@ -90,6 +90,9 @@ def evaluate(
     for note in notes(records, results):
         print(f"note: {note}")
     print(f"results: {file}, table: {file.with_suffix('.csv')}, figure: {file.with_suffix('.png')}")
+    if confident:
+        drawn = file.with_suffix(".thresholds.png")
+        print(f"with thresholds: table: {drawn.with_suffix('.csv')}, figure: {drawn}")
 
 
 def _hash(model: str, loaded: LoadedModel) -> str:

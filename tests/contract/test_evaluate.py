@@ -173,7 +173,9 @@ def test_answers_at_confident_exits_have_files_of_their_own_and_run_nothing_agai
     assert _evaluate(monkeypatch, model, tasks="[boolq=boolq.jsonl]") == 0
     monkeypatch.setattr(likelihood_tasks, "log_probabilities", None)  # all is known from the first run
     assert _evaluate(monkeypatch, model, "--exit_thresholds", "[0.9, 0.5]", tasks="[boolq=boolq.jsonl]") == 0
-    assert "answers at the first exit that is sure enough (lossy)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "answers at the first exit that is sure enough (lossy)" in said
+    assert "with thresholds: table: r.thresholds.csv, figure: r.thresholds.png" in said
     found = json.loads((here / "r.json").read_text())["confident_exits"]
     assert [(each["way"], each["exit_layer"], each["threshold"]) for each in found] == [
         ("exit", 2, None), ("exit", 4, None), ("threshold", None, 0.5), ("threshold", None, 0.9),

@@ -6,11 +6,20 @@ Tested by tests/unit/evaluation/test_rows.py.
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
 
 
-def _example(row: Row) -> ChoiceExample:
-    row = row.unnested("question")  # in the authors' own files it is an object
+def read_question(row: Row, column: str) -> tuple[str, tuple[str, ...], int]:
+    """Return a question, its choices as continuations, and the index of the right one.
+
+    The hub's rows hold the question in `column`. In the authors' own files, those of OpenBookQA among them, the column
+    `question` is an object with a `stem` and the choices.
+    """
+    row = row.unnested("question")
     texts, answer = row.labelled("choices", "answerKey")
-    question = row.text("stem" if "stem" in row else "question")
-    return ChoiceExample(f"Question: {question}\nAnswer:", tuple(f" {text}" for text in texts), answer)
+    return row.text("stem" if "stem" in row else column), tuple(f" {text}" for text in texts), answer
+
+
+def _example(row: Row) -> ChoiceExample:
+    question, choices, answer = read_question(row, "question")
+    return ChoiceExample(f"Question: {question}\nAnswer:", choices, answer)
 
 
 def _task(name: str, config: str) -> ChoiceTask:

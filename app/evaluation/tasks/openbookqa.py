@@ -4,13 +4,11 @@ Tested by tests/unit/evaluation/test_rows.py.
 """
 
 from app.evaluation.task import ChoiceExample, ChoiceTask, HubRows, Row
+from app.evaluation.tasks.arc import read_question
 
 
 def _example(row: Row) -> ChoiceExample:
-    row = row.unnested("question")  # in the authors' own files it is an object
-    texts, answer = row.labelled("choices", "answerKey")
-    question = row.text("stem" if "stem" in row else "question_stem")
-    return ChoiceExample(question, tuple(f" {text}" for text in texts), answer)
+    return ChoiceExample(*read_question(row, "question_stem"))
 
 
 OPENBOOKQA = ChoiceTask(

@@ -50,12 +50,10 @@ def evaluate(
         options: See EvaluationSettings.
     """
     file = check_output_file(output, suffix=".json")
-    examples, tables = (
-        file.with_suffix(".examples.jsonl"),
-        (".json", ".csv", ".png", ".thresholds.csv", ".thresholds.png"),
-    )
+    examples = file.with_suffix(".examples.jsonl")
     if not overwrite and not examples.exists():  # else it tells whether the results are of the same settings
-        check_new(output, map(file.with_suffix, tables))
+        endings = (".json", ".csv", ".png", ".thresholds.csv", ".thresholds.png")
+        check_new(output, map(file.with_suffix, endings))
     settings, chosen = EvaluationSettings(**options), chosen_tasks(tasks)
     thresholds = None if exit_thresholds is None else check_thresholds(exit_thresholds)
     if thresholds and not any(isinstance(TASKS[name], ChoiceTask) for name in chosen):
